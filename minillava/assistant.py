@@ -1,0 +1,157 @@
+"""The assistant: a model plus what it takes to talk to it, opened from a folder by `load`."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from minillava.attention import ATTENTION
+from minillava.checkpoint import build_model, open_checkpoint
+from minillava.config import LlavaConfig, read_config, read_json
+from minillava.generate import Options, steps
+from minillava.image import ImageProcessor, Images, as_list
+from minillava.llava import Llava, Spliced
+from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, Prompt, Template, find_template, place_images, render
+from minillava.tokenizer import Tokenizer
+
+DTYPES = {d: vars(torch)[d] for d in ("float32", "bfloat16", "float16", "float64")}
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+class Assistant:
+    """Answers questions about pictures. Its parts (model, tokenizer, image_processor, template) work alone, too."""
+
+    def __init__(self, model: Llava, tokenizer: Tokenizer, image_processor: ImageProcessor, template: Template):
+        self.model, self.tokenizer, self.image_processor, self.template = model, tokenizer, image_processor, template
+
+    def ask(self, image: Images, question: str = DEFAULT_PROMPT, **options) -> str:
+        """The answer as text. image: a path, a Pillow image, a list of them, or None.
+        options: the fields of `generate.Options` by name; any other name is a TypeError."""
+        return "".join(self.stream(image, question, **options))
+
+    def stream(self, image: Images, question: str = DEFAULT_PROMPT, **options) -> Iterator[str]:
+        """The answer piece by piece, as it is made. Arguments as for `ask`."""
+        prompt = self.prepare(image, self.prompt(question, images=len(as_list(image))))
+        for step in steps(self.model, prompt, self.options(**options), tokenizer=self.tokenizer):
+            if step.text[0]:
+                yield step.text[0]
+
+    def prompt(self, question: str, images: int = 1, system: str | None = None) -> Prompt:
+        """The exact prompt: the question, its pictures placed, in the template. system: instead of the template's."""
+        return render(self.template, [(place_images(question, images), None)], system)
+
+    def prepare(self, image: Images, prompt: str) -> Spliced:
+        """Pictures and prompt as the vectors that the language model reads: a batch of one row."""
+        pixels = self.image_processor(as_list(image))  # [n, 3, S, S]
+        with torch.no_grad():
+            return self.model.splice([self.tokenizer.encode(prompt)], pixels)
+
+    def options(self, **options) -> Options:
+        """Options by name; the template's own stop texts are added."""
+        chosen = Options(**options)
+        return replace(chosen, stop=(*chosen.stop, *self.template.stop)).seeded()
+
+
+def load(
+    weights: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str = "fused",
+    vision_tower: str | Path | None = None,
+    template: str | None = None,
+    image_aspect_ratio: str | None = None,
+) -> Assistant:
+    """Open a folder of LLaVA weights in any of its layouts.
+
+    device: auto, cpu, cuda, mps. dtype: auto (the checkpoint's on a GPU; on a CPU bfloat16 where it is fast, else
+    float32) or a name. attention: fused, eager. vision_tower: a CLIP folder, for releases that hold none.
+    template, image_aspect_ratio ("pad", "crop"): instead of what config.json says or, where it is silent, the defaults.
+    Raises FileNotFoundError or ValueError in one line: file, finding, next step.
+    """
+    folder = _existing_folder(weights)
+    if attention not in ATTENTION:
+        raise ValueError(f"unknown attention {attention!r}, expected one of: {', '.join(ATTENTION)}")
+    template = find_template(template or DEFAULT_TEMPLATE)
+    config = read_config(folder, vision_tower)
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    if tokenizer.vocab_size > config.text.vocab_size:
+        raise ValueError(
+            f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, config.json a vocabulary of "
+            f"{config.text.vocab_size}; copy the tokenizer.model that belongs to these weights"
+        )
+    processor = read_image_processor(vision_tower or folder, config, image_aspect_ratio)
+    checkpoint = open_checkpoint(folder, config, vision_tower)
+    if config.text.tie_word_embeddings and "language_model.lm_head.weight" in checkpoint.tensors:
+        config = replace(config, text=replace(config.text, tie_word_embeddings=False))  # a stored head is the head
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device, checkpoint.dtype())
+    model = build_model(config, checkpoint, ATTENTION[attention], dtype=dtype, device=device)
+    return Assistant(model, tokenizer, processor, template)
+
+
+def choose_device(name: str) -> str:
+    """`auto` is a GPU if there is one. Raises ValueError for an unknown device or one this machine lacks."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(device for device in ("cuda", "mps", "cpu") if available[device])
+    kind, _, index = name.partition(":")
+    if kind not in available or (index and not index.isdecimal()):
+        raise ValueError(f"unknown device {name!r}, expected one of: {', '.join(DEVICES)}")
+    if not available[kind]:
+        raise ValueError(f"device {name!r} is not available to this PyTorch ({torch.__version__}); use --device cpu")
+    return name
+
+
+def choose_dtype(name: str, device: str, stored: torch.dtype) -> torch.dtype:
+    """`auto`: what is stored on a GPU; on a CPU bfloat16 if it has instructions for it, else float32."""
+    if name == "auto":
+        if not device.startswith("cpu"):
+            return stored
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}, expected one of: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def read_image_processor(folder: Path, config: LlavaConfig, aspect: str | None = None) -> ImageProcessor:
+    """The processor a folder describes: preprocessor_config.json (transformers 4), the `image_processor` of
+    processor_config.json (5), or CLIP's own numbers. Raises ValueError for steps minillava does not take."""
+    folder = Path(folder)
+    path = folder / "preprocessor_config.json"
+    raw = read_json(path) if path.exists() else {}
+    if not raw and (folder / "processor_config.json").exists():
+        path = folder / "processor_config.json"
+        raw = read_json(path).get("image_processor") or {}
+    expected = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+    expected |= {"resample": 3, "rescale_factor": 1 / 255}  # 3 is Pillow's bicubic
+    for key, value in expected.items():
+        if raw.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {raw[key]!r}, supported: {value!r}")
+    size = raw.get("crop_size", config.vision.image_size)
+    side = size.get("height") if isinstance(size, dict) else size
+    if side != config.vision.image_size:
+        raise ValueError(f"{path}: crop_size is {size!r}, config.json has image_size {config.vision.image_size}")
+    numbers = {}
+    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+        if theirs in raw:
+            found = raw[theirs]
+            numbers_only = isinstance(found, list) and all(isinstance(x, (int, float)) and x > 0 for x in found)
+            if not numbers_only or len(found) != 3:
+                raise ValueError(f"{path}: {theirs} is {found!r}, expected three numbers above zero")
+            numbers[ours] = found
+    return ImageProcessor(config.vision.image_size, aspect or config.image_aspect_ratio, **numbers)
+
+
+def _existing_folder(weights: str | Path) -> Path:
+    folder = Path(weights).expanduser()
+    get = "get one with: hf download llava-hf/llava-1.5-7b-hf --local-dir llava-1.5-7b-hf"
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder of weights; {get}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: is a file, expected the folder it is in")
+    if not any(folder.iterdir()):
+        raise FileNotFoundError(f"{folder}: is empty; {get}")
+    return folder

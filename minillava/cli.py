@@ -1,0 +1,276 @@
+"""What the command lines share: arguments, messages on stderr, errors in one line; and the door `generate`.
+
+stdout carries the answer and nothing else. Exit status: 0 an answer, 1 an error of input or model in one
+line, 2 wrong usage, 130 Ctrl-C (what was printed stays), 0 when the reader of a pipe went away.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+from minillava import __version__
+from minillava.generate import Options
+
+WEIGHTS_VARIABLE = "MINILLAVA_WEIGHTS"
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line; `--max_new_tokens` is `--max-new-tokens`."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None):
+        given = list(sys.argv[1:] if args is None else args)
+        for i, argument in enumerate(given):
+            name, equals, value = argument.partition("=")
+            if name.replace("_", "-") in self._option_string_actions:
+                given[i] = name.replace("_", "-") + equals + value
+        return super().parse_args(given, namespace)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of every command that opens a model."""
+    from minillava.assistant import DEVICES, DTYPES
+    from minillava.prompt import DEFAULT_TEMPLATE, TEMPLATES
+
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "-m", "--weights", "--model", "--model-path", metavar="DIR",
+        help=f"folder of LLaVA-1.5 weights in any layout (default: ${WEIGHTS_VARIABLE})",
+    )  # fmt: skip
+    group.add_argument("--vision-tower", metavar="DIR", help="folder of a CLIP, for original releases, which hold none")
+    group.add_argument("--device", default="auto", metavar="NAME", help=f"one of {', '.join(DEVICES)} (default: auto)")
+    group.add_argument(
+        "--dtype", default="auto", choices=["auto", *DTYPES],
+        help="precision (default: auto: the checkpoint's on a GPU; on a CPU bfloat16 where it is fast, else float32)",
+    )  # fmt: skip
+    group.add_argument(
+        "--attention", default="fused", choices=["fused", "eager"],
+        help="fused is fast; eager is written out and bit-identical to Hugging Face's eager (default: fused)",
+    )  # fmt: skip
+    group.add_argument(
+        "--template", "--conv-mode", choices=list(TEMPLATES), metavar="NAME",
+        help=f"conversation template: {', '.join(TEMPLATES)} (default: {DEFAULT_TEMPLATE})",
+    )  # fmt: skip
+    group.add_argument("--system", metavar="TEXT", help='system text instead of the template\'s; "" for none')
+    group.add_argument(
+        "--image-aspect-ratio", choices=["pad", "crop"],
+        help="pad the picture to a square, or crop it (default: config.json's, else pad)",
+    )  # fmt: skip
+
+
+def add_output_arguments(parser: argparse.ArgumentParser):
+    """Flags about messages; returns their group, for a command to add its own."""
+    group = parser.add_argument_group("output")
+    group.add_argument("-v", "--verbose", action="store_true", help="one line per stage with its time; tracebacks")
+    group.add_argument("-q", "--quiet", action="store_true", help="nothing on stderr but errors")
+    group.add_argument("--version", action="version", version=f"minillava {__version__}")
+    return group
+
+
+class Messages:
+    """Notes, stages and progress on stderr."""
+
+    def __init__(self, verbose: bool, quiet: bool):
+        self.verbose, self.quiet = verbose, quiet
+        self.timings: dict[str, float] = {}  # seconds per stage
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
+    def progress(self, text: str) -> None:
+        """A line that the next one overwrites; only where a person watches."""
+        if sys.stderr.isatty() and not self.quiet and not self.verbose:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    def stage(self, name: str, started: float, detail: str) -> None:
+        """A finished stage; started: time.perf_counter() at its beginning."""
+        self.timings[name] = time.perf_counter() - started
+        if self.verbose:
+            print(f"{name:<8} {self.timings[name]:8.3f} s  {detail}", file=sys.stderr)
+
+
+def run(body: Callable[[], int], verbose: bool) -> int:
+    """Run a command; every error becomes one line on stderr and an exit status (module docstring)."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" rather than an error
+    try:
+        status = body()
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has what it wanted. Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        first, *more = str(error).splitlines() or [type(error).__name__]
+        expected = isinstance(error, (ValueError, OSError))
+        hint = f" ({len(more)} more like it: --verbose lists them)" if more and expected else ""
+        unexpected = "" if expected else f"{type(error).__name__}: "
+        report = "" if expected else " (unexpected: --verbose shows where)"
+        print(f"error: {unexpected}{first}{hint}{report}", file=sys.stderr)
+        return 1
+
+
+def find_weights(given: str | None) -> str:
+    """--weights, else $MINILLAVA_WEIGHTS. Raises ValueError saying how to get weights when there are none."""
+    weights = given or os.environ.get(WEIGHTS_VARIABLE)
+    if weights and not given and not os.path.isdir(weights):
+        raise ValueError(f"{weights}: no such folder; {WEIGHTS_VARIABLE} names it: correct that, or pass --weights DIR")
+    if not weights:
+        raise ValueError(
+            f"no weights: pass --weights DIR or set {WEIGHTS_VARIABLE}; get LLaVA-1.5 with: "
+            "hf download llava-hf/llava-1.5-7b-hf --local-dir llava-1.5-7b-hf"
+        )
+    return weights
+
+
+def generate_parser() -> Parser:
+    from minillava.prompt import DEFAULT_PROMPT
+
+    parser = Parser(
+        prog="python -m minillava.generate",
+        description="Ask LLaVA-1.5 about a picture. The answer goes to stdout, everything else to stderr.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="""examples:
+  python -m minillava.generate --weights llava-1.5-7b-hf --image cat.jpg --prompt "What is the cat doing?"
+  python -m minillava.generate -m DIR -i a.png -i b.png -p "<image> or <image>: which is brighter?"
+  cat x.jpg | python -m minillava.generate -m DIR -i - --json
+  python -m minillava.generate -m DIR -i x.jpg --temperature 0.7 --top-p 0.9 --seed 1 --verbose
+
+exit status: 0 answered, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
+    )
+    group = parser.add_argument_group("question")
+    group.add_argument(
+        "-i", "--image", action="append", default=[], metavar="FILE",
+        help="picture: a path, a data: URL, or - for stdin; repeat for several",
+    )  # fmt: skip
+    group.add_argument(
+        "-p", "--prompt", "--query", default=None, metavar="TEXT",
+        help=f"question, or - for stdin; <image> in it places a picture (default: {DEFAULT_PROMPT!r})",
+    )  # fmt: skip
+    add_model_arguments(parser)
+    group = parser.add_argument_group("generation")
+    flags = (
+        ("--max-new-tokens", int, "N", "longest answer (default: {})"),
+        ("--temperature", float, "T", "0 is greedy: always the most likely token; above 0 samples (default: {})"),
+        ("--top-k", int, "K", "sample among the K most likely tokens"),
+        ("--top-p", float, "P", "sample among the most likely tokens that reach probability P"),
+        ("--min-p", float, "P", "sample among tokens at least P times as likely as the best"),
+        ("--repetition-penalty", float, "R", "above 1 makes tokens already in the text less likely"),
+        ("--seed", int, "S", "makes sampling reproducible"),
+    )
+    for flag, kind, metavar, text in flags:
+        names = ["-n", flag] if flag == "--max-new-tokens" else [flag]
+        default = vars(Options)[flag.strip("-").replace("-", "_")]
+        group.add_argument(*names, type=kind, default=default, metavar=metavar, help=text.format(default))
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+    group = add_output_arguments(parser)
+    group.add_argument("--json", action="store_true", help="one JSON object: text, ids, finish reason, timings")
+    group.add_argument("--print-prompt", action="store_true", help="show the exact prompt on stderr")
+    return parser
+
+
+def answer(argv: Sequence[str] | None = None) -> int:
+    """`python -m minillava.generate`: one question, one answer. Returns the exit status."""
+    parser = generate_parser()
+    args = parser.parse_args(argv)
+    try:
+        options = {name: getattr(args, name) for name in Options.__dataclass_fields__}
+        Options(**options)
+    except ValueError as error:
+        parser.error(str(error))
+    if not args.image and args.prompt is None:
+        parser.error("nothing to answer: give a picture with --image, or a question with --prompt")
+    if args.image.count("-") + (args.prompt == "-") > 1:
+        parser.error("only one of --image and --prompt can read stdin")
+    return run(lambda: _answer(args, options), args.verbose)
+
+
+def _read_stdin() -> io.BytesIO:
+    """A picture from stdin, as a file with a name for messages."""
+    file = io.BytesIO(sys.stdin.buffer.read())
+    file.name = "stdin"
+    return file
+
+
+def _answer(args: argparse.Namespace, options: dict) -> int:
+    from minillava.assistant import load
+    from minillava.generate import steps
+    from minillava.image import open_image
+    from minillava.prompt import DEFAULT_PROMPT, place_images
+
+    messages = Messages(args.verbose, args.quiet)
+    weights = find_weights(args.weights)
+    question = DEFAULT_PROMPT if args.prompt is None else args.prompt
+    if question == "-":
+        question = sys.stdin.read().removesuffix("\n")
+    # What can be wrong with pictures and question is found before gigabytes are opened.
+    images = [open_image(_read_stdin() if image == "-" else image) for image in args.image]
+    place_images(question, len(images))
+
+    started = time.perf_counter()
+    messages.progress(f"loading {weights} ...")
+    assistant = load(
+        weights,
+        device=args.device,
+        dtype=args.dtype,
+        attention=args.attention,
+        vision_tower=args.vision_tower,
+        template=args.template,
+        image_aspect_ratio=args.image_aspect_ratio,
+    )
+    messages.progress("")
+    parameter = assistant.model.language_model.embed_tokens.weight
+    count = sum(p.numel() for p in assistant.model.parameters())
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    messages.stage("load", started, f"{weights}: {count:,} parameters, {dtype} on {parameter.device}")
+
+    prompt = assistant.prompt(question, images=len(images), system=args.system)
+    if args.print_prompt:
+        print(prompt, file=sys.stderr)
+    started = time.perf_counter()
+    spliced = assistant.prepare(images, prompt)
+    length, words = spliced.embeds.shape[1], len(spliced.input_ids[0])
+    messages.stage("encode", started, f"{len(images)} picture(s), {words} ids -> {length} positions")
+
+    chosen = assistant.options(**options)
+    started = time.perf_counter()
+    ids, pieces, reason = [], [], None
+    for step in steps(assistant.model, spliced, chosen, tokenizer=assistant.tokenizer):
+        if not ids:
+            messages.stage("prefill", started, f"{length} positions, first token")
+            started = time.perf_counter()
+        ids.append(int(step.token_ids[0]))
+        pieces.append(step.text[0])
+        reason = step.finish_reason[0]
+        if not args.json:
+            print(step.text[0], end="", flush=True)
+    if not args.json:
+        print(flush=True)
+    rest = len(ids) - 1
+    speed = f", {rest / (time.perf_counter() - started):.1f} per second" if rest else ""
+    messages.stage("decode", started, f"{rest} more token(s){speed}; ended by {reason}, seed {chosen.seed}")
+    if args.json:
+        result = {
+            "text": "".join(pieces),
+            "ids": ids,
+            "finish_reason": reason,
+            "prompt": prompt,
+            "seed": chosen.seed,
+            "timings": {name: round(seconds, 6) for name, seconds in messages.timings.items()},
+        }
+        print(json.dumps(result, ensure_ascii=False))
+    return 0

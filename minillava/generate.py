@@ -1,0 +1,292 @@
+"""The generation loop: prefill once, then one token per step; and `python -m minillava.generate`.
+
+B batch, T prompt tokens after the splice, C width, V vocabulary, n new tokens.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from minillava import sampling
+from minillava.cache import KVCache
+from minillava.config import IMAGE_TOKEN_INDEX
+from minillava.llama import LanguageOutput
+from minillava.llava import Llava, Spliced
+from minillava.tokenizer import TextDecoder, Tokenizer
+
+RECORDABLE = ("scores", "logits", "hidden_states", "attentions")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the next token is chosen and when to stop. These are the defaults, everywhere.
+
+    temperature 0 is greedy: the most likely token; the filters top_k, top_p and min_p need a temperature.
+    stop: texts that end an answer and are cut from it. seed: None draws a fresh one.
+    Raises ValueError for a value out of range.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: Sequence[str] = ()
+
+    def __post_init__(self):
+        ranges = (  # name, smallest, largest, whether a whole number
+            ("max_new_tokens", 1, math.inf, True),
+            ("temperature", 0, math.inf, False),
+            ("top_k", 0, math.inf, True),
+            ("top_p", 0, 1, False),
+            ("min_p", 0, 1, False),
+            ("repetition_penalty", 0, math.inf, False),
+            ("seed", -(2**63), 2**64 - 1, True),
+        )
+        for name, low, high, whole in ranges:
+            value = vars(self)[name]
+            if value is None:
+                continue
+            of_kind = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            if not of_kind or not low <= value <= high:
+                kind = "a whole number" if whole else "a number"
+                limit = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
+                raise ValueError(f"{name} is {value!r}, expected {kind} {limit}")
+        if self.repetition_penalty == 0 or self.top_p == 0:
+            raise ValueError("repetition_penalty and top_p must be above 0")
+        if self.temperature == 0 and (self.top_k or self.top_p not in (None, 1) or self.min_p):
+            raise ValueError("top_k, top_p and min_p shape samples: set a temperature above 0 (1.0 changes nothing)")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(s for s in self.stop if s))  # an empty text would match everywhere
+
+    def seeded(self) -> "Options":
+        """The same options with a seed: the given one, or a fresh one that can be reported and used again."""
+        return self if self.seed is not None else replace(self, seed=torch.Generator().seed() % 2**32)
+
+
+@dataclass
+class Step:
+    """One new token per row. Rows that had already finished get the pad token and no text."""
+
+    token_ids: Tensor  # [B]
+    text: list[str]  # per row, the text that can now be shown; "" without a tokenizer
+    finish_reason: list[str | None]  # per row: None while it goes on, "stop" (end token or stop text), "length"
+    logits: Tensor  # [B, V] float32, as the model gave them
+    scores: Tensor  # [B, V] float32, after penalties and filters: what the choice was made from
+    hidden_states: tuple[Tensor, ...] | None  # L + 1 times [B, T, C] at prefill, then [B, 1, C]
+    attentions: tuple[Tensor, ...] | None  # L times [B, H, T, T] at prefill, then [B, H, 1, T + steps]
+
+
+@dataclass
+class Generation:
+    """What `generate` returns. What was not asked for with `record` is None."""
+
+    sequences: Tensor  # [B, n] new ids only, rows padded after their end token
+    text: list[str] | None  # per row, without special tokens and stop text; None without a tokenizer
+    finish_reason: list[str]  # per row: "stop" or "length"
+    image_spans: list[list[tuple[int, int]]]  # per row, (start, end) of each picture in the spliced prompt
+    seed: int  # what reproduces this sample
+    scores: tuple[Tensor, ...] | None = None  # n times [B, V]
+    logits: tuple[Tensor, ...] | None = None  # n times [B, V]
+    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None  # n times those of Step
+    attentions: tuple[tuple[Tensor, ...], ...] | None = None  # n times those of Step
+
+
+def generate(
+    model: Llava,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    images: Tensor | None = None,
+    *,
+    max_new_tokens: int = Options.max_new_tokens,
+    temperature: float = Options.temperature,
+    top_k: int | None = Options.top_k,
+    top_p: float | None = Options.top_p,
+    min_p: float | None = Options.min_p,
+    repetition_penalty: float | None = Options.repetition_penalty,
+    seed: int | None = Options.seed,
+    stop: Sequence[str] = Options.stop,
+    record: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
+) -> Generation:
+    """Answer a batch of prompts: ragged rows of ids with -200 for each picture of `images` [n,3,S,S].
+
+    record: any of "scores", "logits", "hidden_states", "attentions" (shapes as Hugging Face's generate).
+    Raises ValueError for options out of range or a prompt that does not fit the model's context.
+    """
+    options = Options(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop).seeded()
+    with torch.no_grad():
+        prompt = model.splice(input_ids, images)
+    taken = list(steps(model, prompt, options, tokenizer=tokenizer, record=record))
+    kept = {name: tuple(vars(step)[name] for step in taken) for name in RECORDABLE if name in record}
+    return Generation(
+        sequences=torch.stack([step.token_ids for step in taken], dim=1),
+        text=None if tokenizer is None else ["".join(pieces) for pieces in zip(*(s.text for s in taken), strict=True)],
+        finish_reason=taken[-1].finish_reason,
+        image_spans=prompt.image_spans,
+        seed=options.seed,
+        **kept,
+    )
+
+
+@torch.no_grad()
+def steps(
+    model: Llava,
+    prompt: Spliced,
+    options: Options,
+    *,
+    tokenizer: Tokenizer | None = None,
+    record: Sequence[str] = (),
+) -> Iterator[Step]:
+    """The loop, one Step per token: the first costs the whole prompt, each further one a single position.
+
+    Everything it needs to go on lives in its local variables, so any number of loops can share one model.
+    Stops without another forward pass when every row has finished. Raises ValueError as `generate`.
+    """
+    unknown = set(record) - set(RECORDABLE)
+    if unknown:
+        raise ValueError(f"cannot record {sorted(unknown)}, expected some of: {', '.join(RECORDABLE)}")
+    if options.stop and tokenizer is None:
+        raise ValueError("stop texts need a tokenizer: pass tokenizer=")
+    wanted = {name: name in record for name in ("hidden_states", "attentions")}
+    batch, length, _ = prompt.embeds.shape
+    budget = min(options.max_new_tokens, room_for_answer(model, prompt))
+    # The last token is chosen but never fed back, so the cache can be one shorter.
+    capacity = length + budget - 1
+    cache = KVCache(model.config.text, batch, capacity, dtype=prompt.embeds.dtype, device=prompt.embeds.device)
+    choose = Chooser(model, prompt, options)
+    rows = [Row(model.config.eos_token_ids, tokenizer, options.stop) for _ in range(batch)]
+
+    output = prefill(model, prompt, cache, **wanted)
+    for left in reversed(range(budget)):
+        done = torch.tensor([row.finish_reason is not None for row in rows], device=prompt.embeds.device)  # [B]
+        logits = output.logits[:, -1].to(torch.promote_types(output.logits.dtype, torch.float32))  # [B, V]
+        token_ids, scores = choose(logits)
+        token_ids = token_ids.masked_fill(done, model.config.pad_token_id)  # [B]
+        choose.remember(token_ids)
+        text = [row.feed(token, last=left == 0) for row, token in zip(rows, token_ids.tolist(), strict=True)]
+        reasons = [row.finish_reason for row in rows]
+        yield Step(token_ids, text, reasons, logits, scores, output.hidden_states, output.attentions)
+        if all(reasons):
+            return
+        output = decode(model, token_ids, cache, **wanted)
+
+
+def prefill(model: Llava, prompt: Spliced, cache: KVCache, *, hidden_states: bool, attentions: bool) -> LanguageOutput:
+    """All positions of the prompt at once, into an empty cache; logits of the last one only. -> logits [B,1,V]"""
+    return model.language_model(
+        prompt.embeds, prompt.attention_mask, cache, last_only=True, hidden_states=hidden_states, attentions=attentions
+    )
+
+
+def decode(model: Llava, token_ids: Tensor, cache: KVCache, *, hidden_states: bool, attentions: bool) -> LanguageOutput:
+    """One new position per row; everything before it is read from the cache. token_ids [B] -> logits [B,1,V]"""
+    return model.language_model(token_ids[:, None], None, cache, hidden_states=hidden_states, attentions=attentions)
+
+
+def room_for_answer(model: Llava, prompt: Spliced) -> int:
+    """How many tokens the context has left. Raises ValueError with the numbers when the prompt fills it."""
+    context, length = model.config.text.max_position_embeddings, prompt.embeds.shape[1]
+    if length >= context:
+        pictures, each = max(len(spans) for spans in prompt.image_spans), model.config.tokens_per_image
+        raise ValueError(
+            f"the prompt takes {length} positions ({pictures} picture(s) of {each} each), the model's context holds "
+            f"{context} with the answer; shorten the prompt or give fewer pictures"
+        )
+    return context - length
+
+
+class Chooser:
+    """From logits to tokens, by the options: what was seen so far and the random numbers are its only state."""
+
+    def __init__(self, model: Llava, prompt: Spliced, options: Options):
+        self.options = options
+        device = prompt.embeds.device
+        self.generator = torch.Generator(device=device)
+        self.generator.manual_seed(options.seeded().seed)
+        self.seen = None
+        if options.repetition_penalty is not None:
+            size = (len(prompt.input_ids), model.config.text.vocab_size)
+            self.seen = torch.zeros(size, dtype=torch.bool, device=device)  # [B, V]
+            for row, ids in zip(self.seen, prompt.input_ids, strict=True):
+                # In transformers a picture is an ordinary id of the prompt, so it is penalised as well.
+                ids = torch.where(ids == IMAGE_TOKEN_INDEX, model.config.image_token_id, ids)
+                row[ids[ids < len(row)]] = True
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, V] float32 -> token ids [B] and the scores [B, V] they were chosen from."""
+        if not logits.isfinite().all():
+            raise ValueError("the logits are not finite: damaged weights or a dtype too narrow; try --dtype float32")
+        o, scores = self.options, logits
+        if o.repetition_penalty is not None:
+            scores = sampling.repetition_penalty(scores, self.seen, o.repetition_penalty)
+        if o.temperature == 0:
+            return scores.argmax(-1), scores
+        if o.temperature != 1:
+            scores = sampling.temperature(scores, o.temperature)
+        if o.top_k:
+            scores = sampling.top_k(scores, o.top_k)
+        if o.top_p is not None and o.top_p < 1:
+            scores = sampling.top_p(scores, o.top_p)
+        if o.min_p:
+            scores = sampling.min_p(scores, o.min_p)
+        return sampling.draw(scores, self.generator), scores
+
+    def remember(self, token_ids: Tensor) -> None:
+        if self.seen is not None:
+            self.seen.scatter_(1, token_ids[:, None], True)
+
+
+class Row:
+    """One row's answer as it grows: its text, held back where it might still become a stop text, and its end."""
+
+    def __init__(self, eos_token_ids: Sequence[int], tokenizer: Tokenizer | None, stop: Sequence[str]):
+        self.eos_token_ids, self.stop = eos_token_ids, stop
+        self.finish_reason: str | None = None
+        self.decoder = None if tokenizer is None else TextDecoder(tokenizer)
+        self.held = ""
+
+    def feed(self, token_id: int, last: bool) -> str:
+        """Take the row's next token (`last`: the budget ends with it); the text that is now certain."""
+        if self.finish_reason is not None:
+            return ""
+        if token_id in self.eos_token_ids:
+            self.finish_reason = "stop"
+        if self.decoder is not None:
+            self.held += self.decoder.feed(token_id)
+            found = [at for at in map(self.held.find, self.stop) if at >= 0]
+            if found:
+                self.held, self.finish_reason = self.held[: min(found)], "stop"
+        if last and self.finish_reason is None:
+            self.finish_reason = "length"
+        return self._release()
+
+    def _release(self) -> str:
+        keep = 0
+        if self.finish_reason is None:
+            # The longest end of the text that is the beginning of a stop text.
+            keep = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        elif self.decoder is not None and self.finish_reason == "length":
+            self.held += self.decoder.flush()
+        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of design and README: an answer on stdout, everything else on stderr; the exit status."""
+    from minillava import cli  # a door: it may know every room, the loop above may not
+
+    return cli.answer(argv)
+
+
+if __name__ == "__main__":
+    # Run the imported module rather than this copy of it, so that there is one of each class.
+    from minillava.generate import main as imported_main
+
+    sys.exit(imported_main())

@@ -1,0 +1,199 @@
+"""The Llama decoder (Touvron et al. 2023): vectors in, next-token logits out.
+
+B batch, T new tokens, S cached and new tokens, C width, H heads, K key/value heads, D head width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillava.attention import eager
+from minillava.cache import KVCache
+from minillava.config import TextConfig
+
+
+@dataclass
+class LanguageOutput:
+    logits: Tensor  # [B, T, V], or [B, 1, V] when only the last position was asked for
+    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 times [B, T, C]: embeddings, then each layer
+    attentions: tuple[Tensor, ...] | None = None  # L times [B, H, T, S]
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, config: TextConfig, attend: Callable):
+        super().__init__()
+        self.config, self.attend = config, attend
+        # Zeros instead of nn.Embedding's random start: the values come from a checkpoint, and drawing random
+        # numbers on the meta device costs a second of imports.
+        table = torch.zeros(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        *,
+        last_only: bool = False,
+        hidden_states: bool = False,
+        attentions: bool = False,
+    ) -> LanguageOutput:
+        """Token ids [B,T] or embeddings [B,T,C] -> logits.
+
+        attention_mask: bool [B,T] of the new tokens, False for padding. cache: what came before; the new tokens
+        are added to it. last_only: the head runs on the last position alone (at prefill it would otherwise
+        cost as much as two layers). attentions: recorded by `eager`, the only function that has them.
+        """
+        x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)  # [B, T, C]
+        length = x.shape[1]
+        if cache is not None:
+            attention_mask = cache.reserve(length, attention_mask)
+        offset = 0 if cache is None else cache.length
+        positions, mask, causal = positions_and_mask(attention_mask, offset, length, x.device)
+        cos, sin = rotary_tables(positions, self.config, x.dtype)
+        attend = eager if attentions else self.attend
+
+        states, weights = [], []
+        for layer in self.layers:
+            if hidden_states:
+                states.append(x)
+            x, w = layer(x, cos, sin, mask, causal, attend, cache)
+            if attentions:
+                weights.append(w)
+        if cache is not None:
+            cache.advance(length)
+        x = self.norm(x)
+        states.append(x)  # the last hidden state is the normalised one, as transformers reports it
+        return LanguageOutput(
+            self.head(x[:, -1:] if last_only else x),
+            tuple(states) if hidden_states else None,
+            tuple(weights) if attentions else None,
+        )
+
+    def head(self, x: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, V]"""
+        return F.linear(x, self.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
+
+
+def positions_and_mask(
+    attention_mask: Tensor | None, offset: int, length: int, device: torch.device
+) -> tuple[Tensor, Tensor | None, bool]:
+    """Where each new token stands, and what it may look at: (positions [B|1,T], mask [B|1,1,T,S] or None, causal).
+
+    A token sees itself and what came before it, never padding. Three cases, S = offset + T:
+    - nothing cached, no padding: a plain triangle, which the attention functions draw themselves (causal=True);
+    - one new token, no padding: it is the last and may see everything, so there is nothing to mask;
+    - anything else gets the mask written out. The causal flag would be wrong here: it draws its triangle from
+      the upper left, as if the first new token stood at position 0 instead of `offset`.
+    attention_mask: bool [B,S] over cached and new tokens, None when nothing is padding.
+    """
+    query = torch.arange(offset, offset + length, device=device)  # [T]
+    if attention_mask is None and (offset == 0 or length == 1):
+        return query[None], None, length > 1
+    key = torch.arange(offset + length, device=device)  # [S]
+    mask = (key <= query[:, None])[None, None]  # [1, 1, T, S]
+    if attention_mask is None:
+        return query[None], mask, False
+    # Padding is on the left, and positions count real tokens only: a padded row gets the same rotary
+    # angles as it would alone. A padded query looks at itself, so that no row of the softmax is empty.
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, offset:]  # [B, T]
+    mask = (mask & attention_mask[:, None, None, :]) | (key == query[:, None])  # [B, 1, T, S]
+    return positions, mask, False
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight (Zhang & Sennrich 2019): layer norm without the mean and the bias."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The squares of half-precision numbers overflow or vanish, so the norm is taken in float32. It is
+        # rounded back before the weight multiplies it: the other order gives other bits than transformers.
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rotary_tables(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles (Su et al. 2021). positions [B,T] -> two of [B,1,T,D].
+
+    Computed in float32 and rounded once at the end: at position 4000 a bfloat16 angle is off by whole turns.
+    """
+    d = config.head_dim
+    exponents = torch.arange(0, d, 2, dtype=torch.float32, device=positions.device) / d
+    # [D/2] angles per position, from 1 radian for the first pair down to about 1 / theta for the last
+    inv_freq = 1.0 / config.rope_theta**exponents / config.rope_factor
+    angles = positions[..., None].float() * inv_freq  # [B, T, D/2]
+    angles = torch.cat([angles, angles], dim=-1)[:, None]  # [B, 1, T, D]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x [B,H,T,D], cos and sin [B,1,T,D].
+
+    This is the half-split pairing of transformers' checkpoints; Meta's own pair neighbours (2i, 2i + 1).
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class Block(nn.Module):
+    """Pre-norm decoder block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: TextConfig, index: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, mask, causal, attend, cache) -> tuple[Tensor, Tensor | None]:
+        out, weights = self.self_attn(self.input_layernorm(x), cos, sin, mask, causal, attend, cache)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), weights
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary embedding; groups of query heads share a key/value head (Ainslie et al. 2023)."""
+
+    def __init__(self, config: TextConfig, index: int):
+        super().__init__()
+        self.index, self.head_dim = index, config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, mask, causal, attend, cache) -> tuple[Tensor, Tensor | None]:
+        """x [B,T,C] -> output [B,T,C] and, from `eager`, the attention weights [B,H,T,S]."""
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, T, C] -> [B, H or K, T, D]
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.index, k, v)  # [B, K, S, D]
+        out, weights = attend(q, k, v, mask, causal)  # [B, H, T, D], [B, H, T, S] or None
+        return self.o_proj(out.transpose(1, 2).flatten(2)), weights
+
+
+class MLP(nn.Module):
+    """The gated feed-forward layer, SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,162 @@
+"""LLaVA: the vision tower, the projector and the language model, and the splice that joins them.
+
+B batch, T tokens after the splice, n pictures, P patches, C width, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillava.attention import fused
+from minillava.cache import KVCache
+from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig
+from minillava.llama import LanguageModel
+from minillava.projector import Projector
+from minillava.vision import VisionTower
+
+IGNORE_INDEX = -100
+"""The label of a position that the loss leaves out."""
+
+
+@dataclass
+class Spliced:
+    """A batch after the splice: one vector per token or patch, rows padded on the left to one length."""
+
+    embeds: Tensor  # [B, T, C]
+    attention_mask: Tensor | None  # bool [B, T], False where padding; None when nothing is padding
+    labels: Tensor | None  # [B, T]
+    image_spans: list[list[tuple[int, int]]]  # per row, (start, end) of each picture in 0..T
+    input_ids: list[Tensor]  # per row, the ids before the splice, without padding
+
+
+@dataclass
+class LlavaOutput:
+    logits: Tensor  # [B, T, V]
+    loss: Tensor | None
+    attention_mask: Tensor | None  # bool [B, T]
+    image_spans: list[list[tuple[int, int]]]
+
+
+class Llava(nn.Module):
+    """LLaVA-1.5 (Liu et al. 2023). `attend` is `eager` or `fused` of attention.py."""
+
+    def __init__(self, config: LlavaConfig, attend: Callable = fused):
+        super().__init__()
+        self.config = config
+        self.vision_tower = VisionTower(config, attend)
+        self.projector = Projector(config)
+        self.language_model = LanguageModel(config.text, attend)
+
+    def forward(
+        self,
+        input_ids: Tensor | Sequence[Sequence[int]],
+        images: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | Sequence[Sequence[int]] | None = None,
+        cache: KVCache | None = None,
+    ) -> LlavaOutput:
+        """Logits for every position, and the loss when labels are given.
+
+        input_ids: [B,t] or ragged rows; each -200 stands for the next of `images` [n,3,S,S], in row order.
+        attention_mask: [B,t], 0 for padding that is in input_ids. labels: like input_ids, -100 where ignored.
+        Raises ValueError when the number of -200 differs from the number of pictures.
+        """
+        spliced = self.splice(input_ids, images, attention_mask, labels)
+        logits = self.language_model(spliced.embeds, spliced.attention_mask, cache).logits  # [B, T, V]
+        loss = None if spliced.labels is None else next_token_loss(logits, spliced.labels)
+        return LlavaOutput(logits, loss, spliced.attention_mask, spliced.image_spans)
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """[n, 3, S, S] -> [n, P, C]: each picture as P vectors of the language model's width."""
+        return self.projector(self.vision_tower(pixel_values))
+
+    def splice(
+        self,
+        input_ids: Tensor | Sequence[Sequence[int]],
+        images: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | Sequence[Sequence[int]] | None = None,
+    ) -> Spliced:
+        """Look up the words, encode the pictures, and put each picture's patches where its -200 stands.
+
+        Arguments as in `forward`. Padding that comes in input_ids stays where it is; rows of unequal length
+        are padded on the left, so that every row ends where its answer begins.
+        """
+        device = self.language_model.embed_tokens.weight.device
+        rows = _rows(input_ids, device)
+        masks = _rows([[1] * len(r) for r in rows] if attention_mask is None else attention_mask, device)
+        targets = _rows([[IGNORE_INDEX] * len(r) for r in rows] if labels is None else labels, device)
+        self._check(rows, masks, targets, images)
+        no_images = images is None or len(images) == 0
+        features = iter(() if no_images else self.encode_images(images.to(device)))  # n times [P, C]
+
+        embeds, kept, wanted, spans = [], [], [], []
+        for ids, mask, target in zip(rows, masks, targets, strict=True):
+            words = self.language_model.embed_tokens(ids.clamp(min=0))  # [t, C]
+            parts, row_spans, length, start = [], [], 0, 0
+            for at in (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist():
+                patches = next(features).to(words.dtype)  # [P, C]
+                length += at - start
+                row_spans.append((length, length + len(patches)))
+                length += len(patches)
+                parts += [words[start:at], patches]
+                start = at + 1
+            embeds.append(torch.cat([*parts, words[start:]]))
+            repeats = torch.ones_like(ids)
+            repeats[ids == IMAGE_TOKEN_INDEX] = self.config.tokens_per_image
+            kept.append(mask.bool().repeat_interleave(repeats))
+            target = target.masked_fill(ids == IMAGE_TOKEN_INDEX, IGNORE_INDEX)  # a picture is never predicted
+            wanted.append(target.repeat_interleave(repeats))
+            spans.append(row_spans)
+
+        longest = max(len(e) for e in embeds)
+        pads = [longest - len(e) for e in embeds]
+        mask = torch.stack([F.pad(m, (p, 0), value=False) for m, p in zip(kept, pads, strict=True)])
+        wanted = torch.stack([F.pad(t, (p, 0), value=IGNORE_INDEX) for t, p in zip(wanted, pads, strict=True)])
+        return Spliced(
+            embeds=torch.stack([F.pad(e, (0, 0, p, 0)) for e, p in zip(embeds, pads, strict=True)]),
+            attention_mask=None if mask.all() else mask,
+            labels=None if labels is None else wanted,
+            image_spans=[[(a + p, b + p) for a, b in row] for row, p in zip(spans, pads, strict=True)],
+            input_ids=[ids[mask.bool()] for ids, mask in zip(rows, masks, strict=True)],
+        )
+
+    def _check(self, rows: list[Tensor], masks: list[Tensor], labels: list[Tensor], images: Tensor | None) -> None:
+        if not rows or not all(len(r) for r in rows):
+            raise ValueError("input_ids has no row or an empty row: every row needs at least one token")
+        lengths = [len(r) for r in rows]
+        for name, other in (("attention_mask", masks), ("labels", labels)):
+            if (found := [len(r) for r in other]) != lengths:
+                raise ValueError(f"{name} has rows of {found} tokens, input_ids of {lengths}")
+        placed = sum(int((r == IMAGE_TOKEN_INDEX).sum()) for r in rows)
+        given = 0 if images is None else len(images)
+        if placed != given:
+            raise ValueError(f"input_ids place {placed} picture(s) with {IMAGE_TOKEN_INDEX}, but {given} were given")
+        vocabulary = self.config.text.vocab_size
+        for row in rows:
+            wrong = row[((row < 0) & (row != IMAGE_TOKEN_INDEX)) | (row >= vocabulary)]
+            if len(wrong):
+                raise ValueError(f"token id {int(wrong[0])} is outside this model's vocabulary of {vocabulary}")
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of predicting each label from the position before it. logits [B,T,V], labels [B,T].
+
+    float32, as transformers takes it. Raises ValueError when every label is ignored: the mean over nothing is NaN.
+    """
+    following = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # [B, T]: position t predicts token t + 1
+    if (following == IGNORE_INDEX).all():
+        raise ValueError(f"every label is ignored ({IGNORE_INDEX}): there is nothing to take a loss of")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=IGNORE_INDEX)
+
+
+def _rows(ids: Tensor | Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    """A batch as a list of 1-D tensors; one flat row is taken as a batch of one."""
+    if not isinstance(ids, Tensor) and len(ids) and isinstance(ids[0], int):
+        ids = [ids]
+    rows = ids[None] if isinstance(ids, Tensor) and ids.dim() == 1 else ids
+    return [torch.as_tensor(r, device=device) for r in rows]

@@ -1,0 +1,29 @@
+"""The projector: the small network between the eye and the language model, and the part LLaVA trains first.
+
+It turns each patch vector of the vision tower's width into a vector of the language model's width,
+so that a picture becomes 576 "words" that were never in any vocabulary.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillava.config import LlavaConfig
+
+
+class Projector(nn.Module):
+    """`linear` is one layer; `mlpNx_gelu` is N layers with exact (erf) GELU between them. LLaVA-1.5: mlp2x_gelu."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        width = config.text.hidden_size
+        self.num_layers = config.projector_layers
+        for i in range(self.num_layers):
+            before = config.vision.hidden_size if i == 0 else width
+            self.add_module(f"linear_{i + 1}", nn.Linear(before, width, bias=config.projector_bias))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[n, P, C_vision] -> [n, P, C]"""
+        x = features
+        for i in range(self.num_layers):
+            x = self.get_submodule(f"linear_{i + 1}")(F.gelu(x) if i > 0 else x)
+        return x

@@ -1,0 +1,139 @@
+"""Text to token ids and back: SentencePiece with the conventions of Llama and LLaVA.
+
+SentencePiece writes a space as "▁" and puts one before every text, so that "dog" and " dog" are the same
+word. LLaVA cuts a prompt at `<image>` and encodes each chunk as a text of its own, which is why the
+newline after a picture is two ids, 29871 ("▁") and 13 ("\\n" as a byte).
+"""
+
+import codecs
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from minillava.config import IMAGE_TOKEN_INDEX, read_json
+from minillava.prompt import IMAGE_MARKER, Prompt, Segment
+
+_SPACE = "▁"
+
+
+class Tokenizer:
+    """A Llama tokenizer.model.
+
+    legacy: what happens to text after `</s>` within a chunk. True, the first behaviour: it gets a "▁" again
+    ("</s>USER" is 2 3148 1001). False, from transformers 4.34: it does not (2 11889). None reads it from the
+    tokenizer_config.json beside the model, where absent means True. Raises FileNotFoundError or ValueError.
+    """
+
+    def __init__(self, path: str | Path, legacy: bool | None = None):
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: not found; copy tokenizer.model from the original checkpoint (liuhaotian/llava-v1.5-7b or "
+                "lmsys/vicuna-7b-v1.5 on the hub): a tokenizer.json alone is not enough"
+            )
+        try:
+            self.model = SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{path}: not a SentencePiece model ({_one_line(error)}); download it again") from None
+        self.bos_id, self.eos_id, self.vocab_size = self.model.bos_id(), self.model.eos_id(), self.model.vocab_size()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise ValueError(f"{path}: has no <s> or </s>, which every Llama tokenizer has; is it another model's?")
+        self.legacy = _read_legacy(path.with_name("tokenizer_config.json")) if legacy is None else legacy
+        self._special = {self.model.id_to_piece(i): i for i in (self.model.unk_id(), self.bos_id, self.eos_id)}
+        self._special[IMAGE_MARKER] = IMAGE_TOKEN_INDEX
+        self._marker = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids, the begin token first and -200 for each `<image>`.
+
+        In a plain string `<s>`, `</s>`, `<unk>` and `<image>` are tokens, as in Hugging Face. In a `Prompt`
+        they are tokens only where the template wrote them (and `<image>` where the user asked for a picture).
+        """
+        segments = prompt.segments if isinstance(prompt, Prompt) else (Segment(prompt, "template"),)
+        ids, run = [self.bos_id], []  # run: segments since the last special token
+        prefix = True  # whether the run is a text of its own, which SentencePiece begins with "▁"
+        for segment in segments:
+            parts = self._marker.split(segment.text) if segment.kind == "template" else [segment.text]
+            for i, part in enumerate(parts):
+                if i % 2 == 0:
+                    run.append(Segment(part, segment.kind))
+                    continue
+                special = self._special[part]
+                ids += [*self._encode_run(run, prefix), special]
+                run, prefix = [], self.legacy or special == IMAGE_TOKEN_INDEX
+        return ids + self._encode_run(run, prefix)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids, without the special ones and without the space before the first word."""
+        decoder = TextDecoder(self)
+        return "".join(decoder.feed(i) for i in ids) + decoder.flush()
+
+    def _encode_run(self, run: list[Segment], prefix: bool) -> list[int]:
+        """Text without special tokens. Neighbouring stretches are encoded as one, since words may cross them,
+        except for spelled ones: letter by letter."""
+        pieces: list[str] = []
+        joining = False
+        for text, kind in run:
+            if kind == "spelled":
+                pieces += text
+            elif joining and text:
+                pieces[-1] += text
+            elif text:
+                pieces.append(text)
+            joining = kind != "spelled" and (joining or bool(text))
+        ids = []
+        for i, piece in enumerate(pieces):
+            ids += self.model.encode(piece) if prefix and i == 0 else self._encode_continuation(piece)
+        return ids
+
+    def _encode_continuation(self, text: str) -> list[int]:
+        """Encode without the leading "▁". SentencePiece cannot switch it off, so the text goes behind a newline,
+        which is a byte in Llama's vocabulary and so never merges with what follows; its ids are cut off."""
+        before = self.model.encode("\n")
+        return self.model.encode("\n" + text)[len(before) :]
+
+
+class TextDecoder:
+    """Decoding one id at a time, for streaming: a character of several bytes comes out once it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._model = tokenizer.model
+        self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._started = False
+
+    def feed(self, token_id: int) -> str:
+        """The text that this id completes; "" for special ids and half characters. Ids outside the tokenizer's
+        vocabulary (-200, the hub's padding rows) have no text."""
+        model, token_id = self._model, int(token_id)
+        if not 0 <= token_id < model.vocab_size() or model.is_control(token_id) or model.is_unknown(token_id):
+            return ""
+        piece = model.id_to_piece(token_id)
+        if model.is_byte(token_id):  # "<0x0A>"
+            text = self._bytes.decode(bytes([int(piece[3:-1], 16)]))
+        else:
+            text = self.flush() + piece.replace(_SPACE, " ")
+        if not self._started:
+            self._started = True
+            text = text.removeprefix(" ")
+        return text
+
+    def flush(self) -> str:
+        """What is left: bytes that never became a character, as U+FFFD."""
+        rest = self._bytes.decode(b"", final=True)
+        self._bytes.reset()
+        return rest
+
+
+def _read_legacy(path: Path) -> bool:
+    if not path.exists():
+        return True
+    legacy = read_json(path).get("legacy")
+    if legacy is not None and not isinstance(legacy, bool):
+        raise ValueError(f"{path}: legacy is {legacy!r}, expected true or false")
+    return legacy is not False
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,121 @@
+"""The CLIP vision transformer (Radford et al. 2021): a picture becomes one vector per patch.
+
+Shapes: n pictures, S side in pixels, P patches, N = P + 1 with the class token, C width, H heads, D = C / H.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from minillava.config import LlavaConfig, VisionConfig
+
+
+class VisionTower(nn.Module):
+    """CLIP up to the layer whose features LLaVA uses.
+
+    LLaVA-1.5 takes the output of the last block but one (feature layer -2): the last block is trained to
+    gather everything into the class token for matching captions, and its patches lose local detail.
+    So the last block and CLIP's final `post_layernorm` are neither built nor loaded here.
+    """
+
+    def __init__(self, config: LlavaConfig, attend: Callable):
+        super().__init__()
+        self.config = config.vision
+        self.keep_class_token = config.keep_class_token
+        self.embeddings = Embeddings(config.vision)
+        self.pre_layrnorm = nn.LayerNorm(config.vision.hidden_size, eps=config.vision.layer_norm_eps)  # CLIP's spelling
+        self.encoder = Encoder(config.vision, config.vision_layers_needed, attend)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[n, 3, S, S] -> [n, P, C]: the selected layer's patches, without the class token.
+        Raises ValueError when the pictures have another size than the tower was trained on."""
+        c = self.config
+        expected = (c.num_channels, c.image_size, c.image_size)
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
+            found = list(pixel_values.shape)
+            raise ValueError(f"pixel_values have shape {found}, expected [n, {', '.join(map(str, expected))}]")
+        x = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))  # [n, N, C]
+        # The class token summarises the picture for CLIP's caption matching; LLaVA wants places, so it is dropped.
+        return x if self.keep_class_token else x[:, 1:]  # [n, P, C]
+
+
+class Embeddings(nn.Module):
+    """Patches to vectors: one convolution whose stride is its kernel, the class token, learned positions."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        size, width = config.patch_size, config.hidden_size
+        self.class_embedding = nn.Parameter(torch.zeros(width))
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=size, stride=size, bias=False)
+        # Zeros for the same reason as in llama.py.
+        table = torch.zeros(config.num_patches + 1, width)
+        self.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # [n, C, S/patch, S/patch]
+        patches = patches.flatten(2).transpose(1, 2)  # [n, P, C], row by row from the top left
+        class_token = self.class_embedding.expand(len(patches), 1, -1)  # [n, 1, C]
+        return torch.cat([class_token, patches], dim=1) + self.position_embedding.weight  # [n, N, C]
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VisionConfig, num_layers: int, attend: Callable):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config, attend) for _ in range(num_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: VisionConfig, attend: Callable):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = Attention(config, attend)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Attention(nn.Module):
+    """Every patch looks at every patch: no mask, no rotary embedding (positions were added at the start)."""
+
+    def __init__(self, config: VisionConfig, attend: Callable):
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads, self.attend = config.num_attention_heads, attend
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def heads(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [n, N, C] -> [n, H, N, D]
+
+        out, _ = self.attend(heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x)))  # [n, H, N, D]
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # [n, N, C]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(quick_gelu(self.fc1(x)))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI trained CLIP with this cheap stand-in for GELU; the projector uses the exact one. They differ
+    by up to 0.02, enough to change an answer, so neither can replace the other."""
+    return x * torch.sigmoid(1.702 * x)

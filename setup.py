@@ -1,0 +1,25 @@
+"""Install minillava: `pip install .`, or `pip install -e '.[test]'` to work on it."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="minillava",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "minillava" / "__init__.py").read_text(encoding="utf-8"))[1],
+    description="LLaVA-1.5 rebuilt from the ground up in pure PyTorch: readable, bit-exact, fast",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=["minillava"],
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6", "safetensors>=0.4.3", "sentencepiece>=0.1.99", "pillow>=10.1", "numpy>=1.24"],
+    extras_require={
+        "test": ["pytest>=7"],
+        # the implementation that the parity tests and tools/make_reference.py compare with
+        "parity": ["transformers>=5.23"],
+    },
+)
