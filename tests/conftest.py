@@ -1,0 +1,70 @@
+"""What several test files share: the stored reference, the files that lie beside the repository, checkpoint folders."""
+
+from pathlib import Path
+
+import hf
+import pytest
+import torch
+from safetensors.torch import load_file
+
+# Toy networks gain nothing from a second thread, and on a busy machine threads that wait for one another take ten times
+# as long as one that does not.
+torch.set_num_threads(1)
+
+REFERENCE = Path(__file__).parent / "reference"
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """tests/reference/, as tools/make_reference.py writes it."""
+    return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer() -> Path:
+    """Llama's own tokenizer.model, which is not ours to distribute."""
+    path = SHARED / "tokenizer" / "tokenizer.model"
+    if not path.exists():
+        pytest.skip("Llama's tokenizer.model is not at ../shared/tokenizer/")
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Path]:
+    """Two photographs, which are not ours to distribute."""
+    paths = [SHARED / "photos" / name for name in ("extreme_ironing.jpg", "waterview.jpg")]
+    if not all(path.exists() for path in paths):
+        pytest.skip("the photographs are not at ../shared/photos/")
+    return paths
+
+
+@pytest.fixture(scope="session")
+def write_dialect():
+    """`write_dialect(dialect, folder, shards=1, dtype="float32")` writes the stored `plain` checkpoint in one of
+    hf.DIALECTS and returns what to pass to `minillava.load`: weights, and vision_tower where it is a folder of its own.
+    """
+    dialects = hf.read_json(REFERENCE / "dialects.json")
+    stored = load_file(REFERENCE / "plain" / "model.safetensors")
+
+    def write(dialect: str, folder: Path, shards: int = 1, dtype: str = "float32") -> dict[str, Path]:
+        for name, described in dialects[dialect].items():
+            inside = Path(folder) / name
+            inside.mkdir(parents=True, exist_ok=True)
+            _write_folder(inside, described, stored, shards, dtype)
+        hf.write_bytes((REFERENCE / "plain" / "tokenizer.model").read_bytes(), Path(folder) / "tokenizer.model")
+        tower = {"vision_tower": Path(folder) / hf.CLIP_FOLDER} if dialect in hf.TOWERLESS else {}
+        return {"weights": Path(folder), **tower}
+
+    return write
+
+
+def _write_folder(folder: Path, described: dict, stored: dict[str, torch.Tensor], shards: int, dtype: str) -> None:
+    for name, content in described["files"].items():
+        hf.write_json(content, folder / name)
+    tensors = {name: stored[key][: described["rows"].get(name)].clone() for name, key in described["keys"].items()}
+    tensors |= {name: torch.full(shape, 0.5) for name, shape in described["shapes"].items()}
+    tensors = {name: tensor.to(hf.DTYPES[dtype]) for name, tensor in tensors.items()}
+    for name, kept in described["values"].items():
+        tensors[name] = torch.tensor(kept["values"], dtype=getattr(torch, kept["dtype"]))
+    hf.write_weights(tensors, folder, shards)
