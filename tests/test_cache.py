@@ -1,0 +1,61 @@
+"""The cache as a data structure; that decoding with it equals decoding without is in test_llava.py."""
+
+import pytest
+import torch
+
+from minillava.cache import KVCache
+from minillava.config import TextConfig
+
+CONFIG = TextConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+
+
+def cache(batch=2, capacity=6):
+    return KVCache(CONFIG, batch, capacity, dtype=torch.float32, device="cpu")
+
+
+def kv(tokens, value, batch=2):
+    return torch.full((batch, 2, tokens, 4), float(value))
+
+
+def test_update_returns_all_so_far_and_advance_moves_on():
+    c = cache()
+    for layer in (0, 1):
+        k, _ = c.update(layer, kv(3, layer), kv(3, layer))
+        assert k.shape == (2, 2, 3, 4)
+    c.advance(3)
+    k, v = c.update(1, kv(1, 9), kv(1, 8))
+    assert k[0, 0, :, 0].tolist() == [1, 1, 1, 9]
+    assert v[0, 0, :, 0].tolist() == [1, 1, 1, 8]
+
+
+def test_overflow_raises_with_the_numbers():
+    c = cache(capacity=4)
+    c.reserve(3, None)
+    c.advance(3)
+    with pytest.raises(ValueError, match="holds 4 tokens: 3 are in it, 2 more do not fit"):
+        c.reserve(2, None)
+
+
+def test_truncate_forgets_the_end_and_refuses_nonsense():
+    c = cache()
+    c.update(0, kv(4, 1), kv(4, 1))
+    c.advance(4)
+    c.truncate(2)
+    k, _ = c.update(0, kv(1, 5), kv(1, 5))
+    assert k[0, 0, :, 0].tolist() == [1, 1, 5]
+    for wrong in (-1, 3):
+        with pytest.raises(ValueError, match="cannot truncate a cache of 2 tokens"):
+            c.truncate(wrong)
+
+
+def test_padding_is_remembered_and_new_tokens_are_real():
+    c = cache()
+    assert c.reserve(2, None) is None
+    mask = torch.tensor([[False, True, True], [True, True, True]])
+    assert torch.equal(c.reserve(3, mask), mask)
+    c.advance(3)
+    assert torch.equal(c.reserve(1, None), torch.cat([mask, torch.ones(2, 1, dtype=torch.bool)], dim=1))
+
+
+def test_grouped_heads_are_stored_once():
+    assert cache().keys[0].shape == (2, 2, 6, 4)

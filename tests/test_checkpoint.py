@@ -1,0 +1,653 @@
+"""Checkpoint folders: strict about files, names, shapes and dtypes; nothing copied that need not be."""
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REFERENCE
+from safetensors.torch import load_file, save_file
+
+import minillava
+from minillava.attention import fused
+from minillava.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, build_model, open_checkpoint
+from minillava.config import read_config
+
+ROOT = Path(__file__).parents[1]
+HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"
+TOWER = "vision_tower.vision_model."
+CLIP_NAME = "openai/clip-vit-large-patch14-336"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A copy of the stored `plain` checkpoint, to be damaged."""
+    return Path(shutil.copytree(REFERENCE / "plain", tmp_path / "plain"))
+
+
+@pytest.fixture
+def sharded(tmp_path, write_dialect) -> Path:
+    """The same weights in three shards with an index."""
+    return write_dialect("hub", tmp_path / "sharded", shards=3)["weights"]
+
+
+def build(folder: Path, clip: Path | None = None, dtype: torch.dtype = torch.float32):
+    config = read_config(folder, clip)
+    checkpoint = open_checkpoint(folder, config, clip)
+    return build_model(config, checkpoint, fused, dtype=dtype, device="cpu"), checkpoint
+
+
+def load(folder: Path, **options):
+    return minillava.load(folder, device="cpu", **options)
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / SINGLE_NAME)
+
+
+def store(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, folder / SINGLE_NAME)
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, **changes}), encoding="utf-8")
+
+
+def change_index(folder: Path, change) -> None:
+    path = folder / INDEX_NAME
+    index = json.loads(path.read_text(encoding="utf-8"))
+    change(index["weight_map"])
+    path.write_text(json.dumps(index), encoding="utf-8")
+
+
+def refusal(folder: Path, error: type[Exception] = ValueError, **options) -> str:
+    with pytest.raises(error) as caught:
+        load(folder, **options)
+    assert type(caught.value) is error
+    return str(caught.value)
+
+
+def same_weights(model, other) -> bool:
+    ours, theirs = model.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# --- the right tensor in the right place ----------------------------------------------------------------------
+
+
+def test_every_tensor_arrives_unchanged_under_its_name(folder):
+    model, checkpoint = build(folder)
+    file = stored(folder)
+    state = model.state_dict()
+    assert {checkpoint.tensors[name][0] for name in state} | set(checkpoint.unused) == file.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, file[checkpoint.tensors[name][0]]), name
+    # A rename that swaps two tensors of one shape would pass the lines above: these are the names, written out.
+    for ours, theirs in {
+        "language_model.embed_tokens.weight": EMBEDDING,
+        "language_model.lm_head.weight": HEAD,
+        "language_model.layers.1.self_attn.q_proj.weight": QUERY,
+        "language_model.layers.1.mlp.up_proj.weight": "language_model.model.layers.1.mlp.up_proj.weight",
+        "language_model.norm.weight": "language_model.model.norm.weight",
+        "projector.linear_2.weight": "multi_modal_projector.linear_2.weight",
+        "vision_tower.embeddings.class_embedding": f"{TOWER}embeddings.class_embedding",
+        "vision_tower.encoder.layers.1.self_attn.k_proj.bias": f"{TOWER}encoder.layers.1.self_attn.k_proj.bias",
+    }.items():
+        assert torch.equal(state[ours], file[theirs]), ours
+
+
+def test_shards_hold_what_a_single_file_holds(folder, sharded):
+    assert len(list(sharded.glob("*.safetensors"))) == 3
+    assert same_weights(build(folder)[0], build(sharded)[0])
+
+
+def test_an_index_may_name_one_file_only(folder):
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": dict.fromkeys(stored(folder), SINGLE_NAME)}))
+    assert same_weights(build(folder)[0], build(REFERENCE / "plain")[0])
+
+
+def test_files_may_be_links_as_in_the_hub_cache(tmp_path, sharded):
+    links = tmp_path / "links"
+    links.mkdir()
+    for i, path in enumerate(sorted(sharded.iterdir())):
+        blob = path.rename(tmp_path / f"blob{i}")
+        (links / path.name).symlink_to(blob)
+    assert same_weights(load(links, dtype="float32").model, build(REFERENCE / "plain")[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_weights_are_converted_to_the_dtype_asked_for(folder, dtype):
+    model = load(folder, dtype=dtype).model
+    wanted, file = getattr(torch, dtype), stored(folder)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {wanted}
+    assert torch.equal(model.language_model.lm_head.weight, file[HEAD].to(wanted))
+
+
+def test_the_dtype_of_a_checkpoint_is_that_of_its_largest_tensor(folder):
+    tensors = stored(folder)
+    store({**tensors, EMBEDDING: tensors[EMBEDDING].half(), HEAD: tensors[HEAD].half()}, folder)
+    assert Checkpoint(folder).dtype() is torch.float16
+
+
+# --- names and shapes -----------------------------------------------------------------------------------------
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_all_listed_with_the_nearest_names(folder):
+    tensors = stored(folder)
+    tensors[QUERY.replace("q_proj", "query")] = tensors.pop(QUERY)
+    tensors["multi_modal_projector.linear_1.weight"] = torch.zeros(7, 5)
+    tensors.pop("multi_modal_projector.linear_1.bias")
+    tensors["zzz"] = torch.zeros(1)
+    store(tensors, folder)
+    first, *rest = refusal(folder).splitlines()
+    problem, count, advice = re.fullmatch(r"(.*); (\d+) tensor\(s\) do not fit: (.*)", first).groups()
+    assert count == "5"
+    assert "download" in advice
+    file, query = folder / SINGLE_NAME, "language_model.layers.1.self_attn.q_proj.weight"
+    assert [problem, *(line.strip() for line in rest)] == [
+        f"{file}: multi_modal_projector.linear_1.weight has shape [7, 5], config.json expects [64, 32]",
+        "projector.linear_1.bias is missing",
+        f"{query} is missing (nearest: {QUERY.replace('q_proj', 'query')})",
+        f"{file}: {QUERY.replace('q_proj', 'query')} is not part of this model (nearest: {query})",
+        f"{file}: zzz is not part of this model",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", [EMBEDDING, QUERY, HEAD, f"{TOWER}pre_layrnorm.bias", "multi_modal_projector.linear_2.bias"]
+)
+def test_any_single_missing_tensor_is_noticed(folder, name):
+    tensors = stored(folder)
+    tensors.pop(name)
+    store(tensors, folder)
+    message = refusal(folder)
+    assert "1 tensor(s)" in message
+    assert name.split(".", 2)[2] in message
+    assert "is missing" in message
+
+
+def test_a_tensor_of_the_right_size_and_the_wrong_shape_is_noticed(folder):
+    tensors = stored(folder)
+    tensors["language_model.model.layers.0.mlp.up_proj.weight"] = torch.zeros(64, 96)
+    store(tensors, folder)
+    assert "mlp.up_proj.weight has shape [64, 96], config.json expects [96, 64]" in refusal(folder)
+
+
+def test_one_more_layer_than_the_config_says_is_not_dropped(folder):
+    tensors = stored(folder)
+    store({**tensors, QUERY.replace("layers.1", "layers.2"): tensors[QUERY]}, folder)
+    assert "layers.2.self_attn.q_proj.weight is not part of this model" in refusal(folder)
+
+
+def test_one_more_vision_block_than_the_config_says_is_not_dropped(folder):
+    """The last block is not needed; one beyond it means that config.json is about another tower."""
+    name = f"{TOWER}encoder.layers.3.mlp.fc1.bias"
+    store({**stored(folder), name: torch.zeros(64)}, folder)
+    assert f"{name} is not part of this model" in refusal(folder)
+
+
+def test_two_stored_names_for_one_tensor_are_refused(folder):
+    tensors = stored(folder)
+    store({**tensors, "lm_head.weight": tensors[HEAD] + 1}, folder)
+    message = refusal(folder)
+    assert message.startswith(f"{folder}: ")
+    assert HEAD in message.split()
+    assert "lm_head.weight" in message.split()
+
+
+def test_a_thousand_wrong_names_are_reported_before_anyone_wonders(folder):
+    """A language model of 13B's depth under strange names: looking for the nearest of each took most of a minute."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    change_config(folder, text_config={**config["text_config"], "num_hidden_layers": 40})
+    tensors = {name: tensor for name, tensor in stored(folder).items() if not name.startswith("language_model.")}
+    strange = [f"transformer.h.{i}.part.{j}.weight" for i in range(40) for j in range(9)]
+    store({**tensors, **{name: torch.zeros(1) for name in strange}}, folder)
+    started = time.perf_counter()
+    lines = refusal(folder, dtype="float32").splitlines()
+    seconds = time.perf_counter() - started
+    assert f"; {40 * 9 + 3 + len(strange)} tensor(s) do not fit" in lines[0]
+    named = {word for line in lines for word in line.split()}
+    assert named > set(strange)
+    assert seconds < 5
+
+
+# --- what a file may hold besides ----------------------------------------------------------------------------
+
+
+def test_computed_buffers_and_unneeded_vision_layers_are_set_aside_by_name(folder):
+    buffers = {
+        f"{TOWER}embeddings.position_ids": torch.arange(17)[None],
+        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "language_model.model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    }
+    tensors = stored(folder)
+    store({**tensors, **buffers}, folder)
+    model, checkpoint = build(folder)
+    last_block = {name for name in tensors if name.startswith(f"{TOWER}encoder.layers.2.")}
+    assert len(last_block) == 16
+    post = {f"{TOWER}post_layernorm.weight", f"{TOWER}post_layernorm.bias"}
+    assert sorted(checkpoint.unused) == sorted({*buffers, *last_block, *post})
+    assert same_weights(model, build(REFERENCE / "plain")[0])
+
+
+def test_a_feature_layer_of_minus_one_needs_the_last_block(folder):
+    change_config(folder, vision_feature_layer=-1)
+    model, checkpoint = build(folder)
+    assert sorted(checkpoint.unused) == [f"{TOWER}post_layernorm.bias", f"{TOWER}post_layernorm.weight"]
+    assert len(model.vision_tower.encoder.layers) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("name", [EMBEDDING, QUERY])
+def test_quantised_weights_are_refused_by_name_and_dtype(folder, name, dtype):
+    tensors = stored(folder)
+    store({**tensors, name: torch.zeros(tensors[name].shape).to(dtype)}, folder)
+    message = refusal(folder, dtype="float32")
+    assert message.startswith(str(folder))
+    assert name in message
+    assert str(dtype) in message
+
+
+# --- files ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_not_there_or_a_file_is_refused(tmp_path, folder):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        Checkpoint(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="is a file"):
+        Checkpoint(folder / SINGLE_NAME)
+
+
+@pytest.mark.parametrize(
+    ("left", "found"),
+    [
+        ((), "holds no weights, expected model.safetensors or model.safetensors.index.json"),
+        (("pytorch_model.bin",), "holds .bin files only"),
+        (("model-00001-of-00002.safetensors",), "found model-00001-of-00002.safetensors, expected .* the index"),
+    ],
+)
+def test_a_folder_without_weights_says_what_it_holds_instead(folder, left, found):
+    (folder / SINGLE_NAME).unlink()
+    for name in left:
+        (folder / name).touch()
+    with pytest.raises(FileNotFoundError, match=found) as caught:
+        load(folder)
+    assert str(caught.value).startswith(str(folder))
+
+
+def test_an_absent_shard_is_named(sharded):
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    message = refusal(sharded, FileNotFoundError)
+    assert message.startswith(f"{sharded / 'model-00002-of-00003.safetensors'}: not found")
+    assert "download" in message
+
+
+def test_an_index_naming_a_tensor_that_no_shard_holds_is_refused(sharded):
+    file = "model-00001-of-00003.safetensors"
+    change_index(sharded, lambda placed: placed.update({"language_model.model.ghost": file}))
+    message = refusal(sharded)
+    assert message.startswith(f"{sharded / INDEX_NAME}: ")
+    assert "language_model.model.ghost" in message
+    assert file in message
+
+
+def test_an_index_naming_the_wrong_shard_is_refused(sharded):
+    right = json.loads((sharded / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"][QUERY]
+    wrong = next(path.name for path in sorted(sharded.glob("*.safetensors")) if path.name != right)
+    change_index(sharded, lambda placed: placed.update({QUERY: wrong}))
+    message = refusal(sharded)
+    assert message.startswith(f"{sharded / INDEX_NAME}: ")
+    assert QUERY in message
+    assert wrong in message
+
+
+def test_a_tensor_that_the_index_does_not_know_is_refused(sharded):
+    file = json.loads((sharded / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"][QUERY]
+    change_index(sharded, lambda placed: placed.pop(QUERY))
+    message = refusal(sharded)
+    assert message.startswith(f"{sharded / file}: ")
+    assert QUERY in message
+
+
+@pytest.mark.parametrize("says", [0, 1])
+def test_a_tensor_in_two_shards_is_refused_naming_both(sharded, says):
+    """Which of the two is meant? The index says one, and the other may be newer."""
+    paths = sorted(sharded.glob("*.safetensors"))
+    homes = [path for path in paths if QUERY in load_file(path)] + [
+        path for path in paths if QUERY not in load_file(path)
+    ]
+    first, second = homes[:2]
+    save_file({**load_file(second), QUERY: load_file(first)[QUERY] + 1}, second)
+    change_index(sharded, lambda placed: placed.update({QUERY: homes[says].name}))
+    message = refusal(sharded)
+    assert QUERY in message
+    assert first.name in message
+    assert second.name in message
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "sub/inside.safetensors", "..", "", "a\\b"])
+def test_an_index_cannot_lead_out_of_its_folder(sharded, name):
+    save_file({QUERY: torch.zeros(64, 64)}, sharded.parent / "outside.safetensors")
+    change_index(sharded, lambda placed: placed.update({QUERY: name}))
+    message = refusal(sharded)
+    assert message.startswith(f"{sharded / INDEX_NAME}: names the file {name!r}")
+
+
+def test_an_index_cannot_name_an_absolute_path(sharded):
+    path = shutil.copy(REFERENCE / "plain" / SINGLE_NAME, sharded.parent / "elsewhere.safetensors")
+    change_index(sharded, lambda placed: placed.update(dict.fromkeys(placed, str(path))))
+    assert refusal(sharded).startswith(f"{sharded / INDEX_NAME}: names the file {str(path)!r}")
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": {"a": 1}}', ""]
+)
+def test_an_index_that_is_none_is_refused_by_name(sharded, content):
+    (sharded / INDEX_NAME).write_text(content, encoding="utf-8")
+    message = refusal(sharded)
+    assert message.startswith(f"{sharded / INDEX_NAME}: ")
+    assert "download" in message
+
+
+def cut_points() -> list[int]:
+    """Lengths to cut the stored file to: within the length of the header, the header, and the data."""
+    content = (REFERENCE / "plain" / SINGLE_NAME).read_bytes()
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    return [0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(content) // 2, len(content) - 1]
+
+
+@pytest.mark.parametrize("length", cut_points())
+def test_a_truncated_file_is_refused_wherever_it_ends(folder, length):
+    path = folder / SINGLE_NAME
+    path.write_bytes(path.read_bytes()[:length])
+    message = refusal(folder)
+    assert message.startswith(f"{path}: truncated or not a safetensors file")
+    assert "download it again" in message
+    assert "\n" not in message
+
+
+def test_a_truncated_shard_is_named(sharded):
+    path = sharded / "model-00003-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert refusal(sharded).startswith(f"{path}: truncated or not a safetensors file")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        torch.randint(256, (5000,), generator=torch.Generator().manual_seed(0)).byte().numpy().tobytes(),
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 724584\n",
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 2**64 - 1) + b"{}",
+        struct.pack("<Q", 10**12) + b"{}" + b" " * 100,
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 8) + b'{"a": 1}',
+        b"PK\x03\x04" + bytes(200),
+    ],
+    ids=["random bytes", "git-lfs pointer", "header 2^63", "header 2^64", "header 10^12", "list", "no tensors", "zip"],
+)
+def test_what_is_not_a_safetensors_file_is_refused_by_name(folder, content):
+    (folder / SINGLE_NAME).write_bytes(content)
+    message = refusal(folder)
+    assert message.startswith(f"{folder / SINGLE_NAME}: truncated or not a safetensors file")
+    assert "\n" not in message
+
+
+def test_a_directory_in_the_place_of_the_file_is_refused_by_name(folder):
+    (folder / SINGLE_NAME).unlink()
+    (folder / SINGLE_NAME).mkdir()
+    assert refusal(folder).startswith(str(folder / SINGLE_NAME))
+
+
+# --- the original dialect -------------------------------------------------------------------------------------
+
+
+def test_an_original_without_tower_says_which_clip_to_get(tmp_path, write_dialect):
+    folder = write_dialect("original-bare", tmp_path)["weights"]
+    message = refusal(folder, FileNotFoundError)
+    assert message.startswith(f"{folder}: holds no vision tower")
+    assert CLIP_NAME in message
+    assert "--vision-tower" in message
+    change_config(folder, mm_vision_tower="somebody/another-clip")
+    assert "somebody/another-clip" in refusal(folder, FileNotFoundError)
+
+
+def test_an_original_takes_its_tower_from_a_clip_folder_and_drops_the_text_half(tmp_path, write_dialect):
+    options = write_dialect("original-bare", tmp_path)
+    model, checkpoint = build(options["weights"], options["vision_tower"])
+    tower = stored(REFERENCE / "plain")
+    assert torch.equal(
+        model.vision_tower.embeddings.position_embedding.weight, tower[f"{TOWER}embeddings.position_embedding.weight"]
+    )
+    clip = load_file(options["vision_tower"] / SINGLE_NAME).keys()
+    text_half = {name for name in clip if not name.startswith("vision_model.")}
+    assert {"logit_scale", "text_projection.weight", "visual_projection.weight"} < text_half
+    assert any(name.startswith("text_model.") for name in text_half)
+    assert text_half < set(checkpoint.unused)
+    assert "vision_model.post_layernorm.weight" in checkpoint.unused
+    assert "vision_model.embeddings.position_ids" in checkpoint.unused
+
+
+def test_a_clip_of_its_vision_half_alone_works_with_and_without_prefix(tmp_path, write_dialect):
+    options = write_dialect("original-bare", tmp_path)
+    clip = options["vision_tower"]
+    whole, _ = build(folder=options["weights"], clip=clip)
+    vision = {name: tensor for name, tensor in stored(clip).items() if name.startswith("vision_model.")}
+    for prefix in ("vision_model.", ""):
+        store({prefix + name.removeprefix("vision_model."): tensor for name, tensor in vision.items()}, clip)
+        assert same_weights(build(options["weights"], clip)[0], whole)
+
+
+def test_a_clip_folder_replaces_the_tower_inside(folder, tmp_path, write_dialect):
+    clip = write_dialect("original-bare", tmp_path / "bare")["vision_tower"]
+    tensors = stored(clip)
+    name = "vision_model.embeddings.class_embedding"
+    store({**tensors, name: tensors[name] + 1}, clip)
+    model, checkpoint = build(folder, clip)
+    assert torch.equal(model.vision_tower.embeddings.class_embedding, tensors[name] + 1)
+    assert f"{TOWER}embeddings.class_embedding" in checkpoint.unused
+
+
+@pytest.mark.parametrize("damage", ["misshapen", "integer", "unexpected"])
+def test_a_wrong_tensor_of_a_clip_folder_is_reported_with_that_folder(tmp_path, write_dialect, damage):
+    options = write_dialect("original-bare", tmp_path)
+    clip = options["vision_tower"]
+    tensors = stored(clip)
+    name = "vision_model.pre_layrnorm.weight"
+    if damage == "unexpected":
+        name = "vision_model.extra"
+    tensors[name] = torch.zeros(32, dtype=torch.int8) if damage == "integer" else torch.zeros(7)
+    store(tensors, clip)
+    message = refusal(folder=options["weights"], vision_tower=clip)
+    assert name in message
+    assert str(clip) in message
+
+
+def test_a_clip_folder_without_weights_is_named(tmp_path, write_dialect):
+    options = write_dialect("original-bare", tmp_path)
+    (options["vision_tower"] / SINGLE_NAME).unlink()
+    message = refusal(options["weights"], FileNotFoundError, vision_tower=options["vision_tower"])
+    assert message.startswith(str(options["vision_tower"]))
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("linear", 1), ("mlp1x_gelu", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)])
+def test_the_originals_projectors_of_every_depth(tmp_path, write_dialect, kind, layers):
+    folder = write_dialect("original", tmp_path)["weights"]
+    change_config(folder, mm_projector_type=kind)
+    tensors = {name: tensor for name, tensor in stored(folder).items() if "mm_projector" not in name}
+    new = {}
+    for i in range(layers):
+        number = "" if kind == "linear" else f"{2 * i}."
+        new[f"model.mm_projector.{number}weight"] = torch.full((64, 64 if i else 32), float(i + 1))
+        new[f"model.mm_projector.{number}bias"] = torch.full((64,), -float(i + 1))
+    store({**tensors, **new}, folder)
+    projector = build(folder)[0].projector
+    assert [name for name, _ in projector.named_children()] == [f"linear_{i + 1}" for i in range(layers)]
+    for i, layer in enumerate(projector.children()):
+        assert (layer.weight == i + 1).all()
+        assert (layer.bias == -(i + 1)).all()
+
+
+# --- the head -------------------------------------------------------------------------------------------------
+
+
+def test_a_tied_head_is_the_embedding_table():
+    model = load(REFERENCE / "tied").model
+    assert HEAD not in stored(REFERENCE / "tied")
+    assert "language_model.lm_head.weight" not in model.state_dict()
+    x = torch.ones(1, 1, 64, dtype=model.language_model.embed_tokens.weight.dtype)
+    assert torch.equal(model.language_model.head(x), x @ model.language_model.embed_tokens.weight.T)
+
+
+def test_a_stored_head_counts_even_where_the_config_says_tied(tmp_path):
+    folder = Path(shutil.copytree(REFERENCE / "tied", tmp_path / "tied"))
+    tensors = stored(folder)
+    store({**tensors, HEAD: tensors[EMBEDDING] + 1}, folder)
+    model = load(folder, dtype="float32").model
+    assert torch.equal(model.language_model.lm_head.weight, tensors[EMBEDDING] + 1)
+    assert torch.equal(model.language_model.embed_tokens.weight, tensors[EMBEDDING])
+
+
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["plain", "grouped", "tied"])
+def test_nothing_is_left_without_values(kind):
+    model = load(REFERENCE / kind).model
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    assert not model.training
+
+
+def test_nothing_is_drawn_at_random(folder):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = load(folder, dtype="float32").model
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert same_weights(load(folder, dtype="float32").model, first)
+
+
+def test_at_the_stored_dtype_every_weight_is_the_mapped_file_itself(folder):
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs /proc to see what memory is mapped to")
+    model, _ = build(folder)
+    ranges = []
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        if line.endswith(str(folder / SINGLE_NAME)):
+            ranges.append([int(address, 16) for address in line.split()[0].split("-")])
+    assert ranges
+    for name, tensor in model.state_dict().items():
+        end = tensor.data_ptr() + tensor.nbytes
+        assert any(low <= tensor.data_ptr() and end <= high for low, high in ranges), name
+
+
+def test_changing_a_loaded_weight_leaves_the_file_alone(folder):
+    """Mapped privately: a merged adapter must not end up in somebody's checkpoint."""
+    before = (folder / SINGLE_NAME).read_bytes()
+    model, _ = build(folder)
+    with torch.no_grad():
+        model.language_model.lm_head.weight.add_(1)
+    assert torch.equal(model.language_model.lm_head.weight, stored(REFERENCE / "plain")[HEAD] + 1)
+    assert (folder / SINGLE_NAME).read_bytes() == before
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+import torch
+import minillava
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+def bytes_read():
+    return int(Path("/proc/self/io").read_text().splitlines()[0].split()[1])
+
+def load(folder):
+    return minillava.load(folder, device="cpu", dtype="bfloat16", attention="eager")
+
+def run(model):
+    with torch.no_grad():
+        model.language_model(torch.tensor([[1]]), last_only=True)
+
+torch.set_num_threads(1)
+run(load(sys.argv[1]).model)  # what a first time costs besides: imports, thread pools, kernels
+before = {"peak": status("VmHWM"), "anonymous": status("RssAnon"), "read": bytes_read()}
+model = load(sys.argv[2]).model
+loaded = {"peak": status("VmHWM"), "anonymous": status("RssAnon"), "read": bytes_read()}
+run(model)
+ran = {"peak": status("VmHWM"), "anonymous": status("RssAnon"), "read": bytes_read()}
+weights = sum(p.nbytes for p in model.parameters())
+largest = max(p.nbytes for p in model.parameters())
+growth = lambda after: {key: after[key] - before[key] for key in before}
+print(json.dumps({"weights": weights, "largest": largest, "loaded": growth(loaded), "ran": growth(ran)}))
+"""
+
+
+def write_large(folder: Path) -> None:
+    """`plain` with a language model of about 300 MB in bfloat16, all zeros: a file with a hole, quickly written."""
+    shutil.copytree(REFERENCE / "plain", folder)
+    text = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 5, "num_attention_heads": 8}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    change_config(folder, text_config={**config["text_config"], **text})
+    with torch.device("meta"):
+        model = minillava_model(folder)
+    header, offset = {}, 0
+    for name, tensor in model.state_dict().items():
+        length = tensor.numel() * 2
+        header[stored_name(name)] = {
+            "dtype": "BF16",
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + length],
+        }
+        offset += length
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with open(folder / SINGLE_NAME, "wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        file.truncate(8 + len(head) + offset)
+
+
+def minillava_model(folder: Path):
+    from minillava.llava import Llava
+
+    return Llava(read_config(folder))
+
+
+def stored_name(name: str) -> str:
+    if name.startswith("language_model.") and not name.startswith("language_model.lm_head."):
+        return name.replace("language_model.", "language_model.model.", 1)
+    return name.replace("vision_tower.", TOWER).replace("projector.", "multi_modal_projector.")
+
+
+def test_loading_copies_nothing_and_reads_nothing(tmp_path):
+    """Measured on a checkpoint of 300 MB in a process of its own. The yardstick is the largest tensor: had a single
+    one of its size been copied or read, let alone all, one of these numbers would be above it."""
+    status = Path("/proc/self/status")
+    if not status.exists() or "RssAnon" not in status.read_text(encoding="utf-8"):
+        pytest.skip("needs Linux's /proc to measure memory and reads")
+    write_large(tmp_path / "large")
+    command = [sys.executable, "-c", MEASURE, str(REFERENCE / "plain"), str(tmp_path / "large")]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["weights"] > 250e6
+    assert found["loaded"]["peak"] < found["largest"]  # resident memory of any kind, at its highest
+    assert found["loaded"]["anonymous"] < found["largest"]
+    assert found["loaded"]["read"] < found["largest"]  # through read(): the mapped file does not count
+    assert found["ran"]["anonymous"] < found["largest"]  # a forward pass touches the file's pages, copies none
+    assert found["ran"]["read"] < found["largest"]
+    assert found["ran"]["peak"] < found["weights"] + found["largest"]

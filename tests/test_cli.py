@@ -1,0 +1,697 @@
+"""The command line: what it prints where, what it accepts, how it exits, and what it says when something is wrong."""
+
+import base64
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from unittest.mock import ANY
+
+import pytest
+import torch
+from conftest import REFERENCE
+from safetensors.torch import load_file, save_file
+
+import minillava
+from minillava import cli
+from minillava.generate import Options, main
+from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, TEMPLATES
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = str(REFERENCE / "plain")
+PICTURE, OTHER = str(REFERENCE / "pictures" / "square.png"), str(REFERENCE / "pictures" / "grey.png")
+LENGTH = 6
+QUESTION = "What is it?"
+BASE = ["--device", "cpu", "--dtype", "float32", "-n", str(LENGTH)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These networks are so small that threads waiting for each other would take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_weights_from_outside(monkeypatch):
+    monkeypatch.delenv(cli.WEIGHTS_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def run(capsys):
+    """`run(*arguments)`: the command in this process -> (exit status, stdout, stderr)."""
+
+    def in_process(*arguments: str, base: list[str] = BASE, weights: str | None = WEIGHTS) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = main([*(["-m", weights] if weights else []), *base, *map(str, arguments)])
+        except SystemExit as exit:  # how argparse ends
+            status = exit.code
+        return (status, *capsys.readouterr())
+
+    return in_process
+
+
+@pytest.fixture
+def answer(run):
+    """`answer(*arguments)`: stdout of a run that must succeed with nothing on stderr."""
+
+    def checked(*arguments: str, **options) -> str:
+        status, out, err = run(*arguments, **options)
+        assert (status, err) == (0, "")
+        return out
+
+    return checked
+
+
+@pytest.fixture
+def result(answer):
+    """`result(*arguments)`: the JSON object of a run."""
+    return lambda *arguments, **options: json.loads(answer("--json", *arguments, **options))
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    def give(content: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+    return give
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A copy of the stored `plain` checkpoint, to be damaged."""
+    return Path(shutil.copytree(WEIGHTS, tmp_path / "plain"))
+
+
+@pytest.fixture(scope="module")
+def assistant():
+    return minillava.load(WEIGHTS, device="cpu", dtype="float32")
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    """The command in a process of its own. It hears Ctrl-C even where this one, running in the background, does not."""
+    code = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "runpy.run_module('minillava.generate', run_name='__main__')"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text = {**config["text_config"], **changes.pop("text_config", {})}
+    path.write_text(json.dumps({**config, "text_config": text, **changes}), encoding="utf-8")
+
+
+# --- the answer -----------------------------------------------------------------------------------------------
+
+
+def test_stdout_is_the_answer_and_nothing_else(answer, assistant):
+    expected = assistant.ask(PICTURE, QUESTION, max_new_tokens=LENGTH)
+    assert expected.strip()
+    assert answer("-i", PICTURE, "-p", QUESTION) == expected + "\n"
+
+
+def test_without_a_question_the_picture_is_described(result):
+    assert result("-i", PICTURE) == {**result("-i", PICTURE, "-p", DEFAULT_PROMPT), "seed": ANY, "timings": ANY}
+
+
+def test_without_a_picture_it_is_a_language_model(answer, assistant):
+    assert answer("-p", QUESTION) == assistant.ask(None, QUESTION, max_new_tokens=LENGTH) + "\n"
+
+
+def test_json_agrees_with_the_plain_run(result, answer, assistant):
+    found = result("-i", PICTURE, "-p", QUESTION)
+    assert list(found) == ["text", "ids", "finish_reason", "prompt", "seed", "timings"]
+    assert found["text"] + "\n" == answer("-i", PICTURE, "-p", QUESTION)
+    assert len(found["ids"]) == LENGTH
+    assert found["text"] == assistant.tokenizer.decode(found["ids"])
+    assert found["finish_reason"] == "length"
+    assert found["prompt"] == assistant.prompt(QUESTION)
+    assert list(found["timings"]) == ["load", "encode", "prefill", "decode"]
+    assert all(type(seconds) is float and seconds > 0 for seconds in found["timings"].values())
+
+
+def test_json_is_one_line_of_valid_json_whatever_the_model_says(answer):
+    out = answer("--json", "-i", PICTURE, "-p", "Ünïcode “quotes” \\ and \n newlines")
+    assert out.count("\n") == 1
+    assert "Ünïcode" in out  # readable, not escaped
+    assert json.loads(out)["prompt"].count("\n") == 2
+
+
+def test_the_end_token_ends_the_answer(result, folder):
+    ids = result("-i", PICTURE, "-p", QUESTION)["ids"]
+    end = next(i for i in ids if i != ids[0])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}), encoding="utf-8")
+    found = result("-i", PICTURE, "-p", QUESTION, weights=str(folder))
+    assert found["ids"] == ids[: ids.index(end) + 1]
+    assert found["finish_reason"] == "stop"
+
+
+def test_a_stop_text_ends_the_answer_and_is_cut_from_it(result):
+    text = result("-i", PICTURE, "-p", QUESTION)["text"]
+    found = result("-i", PICTURE, "-p", QUESTION, "--stop", "never said", "--stop", text[2])
+    assert (found["text"], found["finish_reason"]) == (text[: text.index(text[2])], "stop")
+
+
+def test_print_prompt_shows_the_exact_prompt_on_stderr(run, answer, assistant):
+    status, out, err = run("-i", PICTURE, "-p", QUESTION, "--print-prompt")
+    assert (status, out) == (0, answer("-i", PICTURE, "-p", QUESTION))
+    assert err == assistant.prompt(QUESTION) + "\n"
+
+
+def test_template_and_system_shape_the_prompt(result):
+    template = TEMPLATES["vicuna_v1"]
+    found = result("-i", PICTURE, "-p", QUESTION, "--template", "vicuna_v1")["prompt"]
+    assert found == f"{template.system} USER: <image>\n{QUESTION} ASSISTANT:"
+    found = result("-i", PICTURE, "-p", QUESTION, "--system", "Be short.")["prompt"]
+    assert found == f"Be short. USER: <image>\n{QUESTION} ASSISTANT:"
+    assert result("-i", PICTURE, "-p", QUESTION, "--system", "")["prompt"] == f"USER: <image>\n{QUESTION} ASSISTANT:"
+
+
+def test_the_aspect_ratio_reaches_the_pixels(result, folder):
+    wide = str(REFERENCE / "pictures" / "landscape.png")
+    answers = {
+        aspect: result("-i", wide, "-p", QUESTION, "--image-aspect-ratio", aspect)["ids"] for aspect in ("pad", "crop")
+    }
+    assert answers["pad"] != answers["crop"]
+    assert result("-i", wide, "-p", QUESTION)["ids"] == answers["pad"]
+
+
+def test_verbose_tells_every_stage_on_stderr(run, answer):
+    status, out, err = run("-i", PICTURE, "-p", QUESTION, "--verbose")
+    assert (status, out) == (0, answer("-i", PICTURE, "-p", QUESTION))
+    stages = [re.match(r"(\w+) +(\d+\.\d{3}) s  (.+)", line) for line in err.splitlines()]
+    assert [stage[1] for stage in stages] == ["load", "encode", "prefill", "decode"]
+    assert "170,112 parameters, float32 on cpu" in stages[0][3]
+    assert "1 picture(s)" in stages[1][3]
+    assert f"{LENGTH - 1} more token(s)" in stages[3][3]
+
+
+# --- where things come from -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--weights", WEIGHTS, "--image", PICTURE, "--prompt", QUESTION, "--max-new-tokens", str(LENGTH)],
+        ["--model", WEIGHTS, "-i", PICTURE, "--query", QUESTION, "--max_new_tokens", str(LENGTH)],
+        ["--model-path", WEIGHTS, f"--image={PICTURE}", f"--prompt={QUESTION}", f"--max_new_tokens={LENGTH}"],
+        ["--model_path", WEIGHTS, "-i", PICTURE, "-p", QUESTION, f"-n{LENGTH}", "--conv_mode", DEFAULT_TEMPLATE],
+        ["-m", WEIGHTS, "-i", PICTURE, "-p", QUESTION, "-n", str(LENGTH), "--conv-mode", DEFAULT_TEMPLATE],
+        ["-m", WEIGHTS, "-i", PICTURE, "-p", QUESTION, "-n", str(LENGTH), "--image_aspect_ratio", "pad", "-q"],
+        ["-m", WEIGHTS, "-i", PICTURE, "-p", QUESTION, "-n", str(LENGTH), "--attention", "eager", "--device", "auto"],
+    ],
+)
+def test_every_spelling_of_a_flag_means_the_same(answer, arguments):
+    expected = answer("-i", PICTURE, "-p", QUESTION)
+    assert answer(*arguments, base=["--device", "cpu", "--dtype", "float32"], weights=None) == expected
+
+
+@pytest.mark.parametrize("question", ["snake_case", "--what_is this_thing", "a=b_c"])
+def test_underscores_are_forgiven_in_flags_and_kept_in_questions(result, question):
+    assert question in result("-p", question)["prompt"]
+    assert question in result(f"--prompt={question}")["prompt"]
+
+
+def test_a_picture_from_stdin(result, stdin):
+    stdin(Path(PICTURE).read_bytes())
+    assert result("-i", "-", "-p", QUESTION)["ids"] == result("-i", PICTURE, "-p", QUESTION)["ids"]
+
+
+def test_a_picture_from_a_data_url(result):
+    url = "data:image/png;base64," + base64.b64encode(Path(PICTURE).read_bytes()).decode()
+    assert result("-i", url, "-p", QUESTION)["ids"] == result("-i", PICTURE, "-p", QUESTION)["ids"]
+
+
+@pytest.mark.parametrize("content", [QUESTION, QUESTION + "\n"])
+def test_a_question_from_stdin_without_the_newline_that_ends_its_line(result, stdin, content):
+    stdin(content.encode())
+    assert result("-i", PICTURE, "-p", "-")["prompt"] == result("-i", PICTURE, "-p", QUESTION)["prompt"]
+
+
+def test_several_pictures_go_before_the_question_in_order(result, assistant):
+    found = result("-i", PICTURE, "--image", OTHER, "-p", QUESTION)
+    assert f"USER: <image>\n<image>\n{QUESTION}" in found["prompt"]
+    text = assistant.ask([PICTURE, OTHER], QUESTION, max_new_tokens=LENGTH)
+    assert found["text"] == text != assistant.ask([OTHER, PICTURE], QUESTION, max_new_tokens=LENGTH)
+
+
+def test_pictures_go_where_the_question_places_them(result):
+    question = "<image> or <image>: which is brighter?"
+    assert f"USER: {question} ASSISTANT:" in result("-i", PICTURE, "-i", OTHER, "-p", question)["prompt"]
+
+
+def test_an_original_release_with_the_clip_it_needs(result, tmp_path, write_dialect):
+    options = write_dialect("original-bare", tmp_path)
+    arguments = ["-i", PICTURE, "-p", QUESTION, "--vision_tower", options["vision_tower"]]
+    assert result(*arguments, weights=str(options["weights"]))["ids"] == result("-i", PICTURE, "-p", QUESTION)["ids"]
+
+
+def test_weights_from_the_environment_unless_given(result, monkeypatch, tmp_path):
+    expected = result("-i", PICTURE, "-p", QUESTION)["ids"]
+    monkeypatch.setenv(cli.WEIGHTS_VARIABLE, WEIGHTS)
+    assert result("-i", PICTURE, "-p", QUESTION, weights=None)["ids"] == expected
+    monkeypatch.setenv(cli.WEIGHTS_VARIABLE, str(tmp_path / "nowhere"))
+    assert result("-i", PICTURE, "-p", QUESTION)["ids"] == expected
+
+
+def test_without_any_weights_it_says_how_to_get_them(run):
+    status, out, err = run("-i", PICTURE, weights=None)
+    assert (status, out) == (1, "")
+    assert err.count("\n") == 1
+    for part in ("--weights", cli.WEIGHTS_VARIABLE, "hf download llava-hf/llava-1.5-7b-hf"):
+        assert part in err
+
+
+# --- sampling -------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_makes_samples_reproducible(result):
+    sample = lambda *more: result("-i", PICTURE, "-p", QUESTION, "--temperature", "1.5", *more)  # noqa: E731
+    first = sample("--seed", "1")
+    torch.rand(3)  # whatever else draws random numbers in this process
+    assert sample("--seed", "1")["ids"] == first["ids"]
+    assert first["seed"] == 1
+    assert sample("--seed", "2")["ids"] != first["ids"]
+    fresh = sample()  # draws a seed, and says which
+    assert sample("--seed", str(fresh["seed"]))["ids"] == fresh["ids"]
+
+
+def test_the_filters_reach_the_choice(result):
+    """With one token left to choose from, sampling is greedy."""
+    greedy = result("-i", PICTURE, "-p", QUESTION)["ids"]
+    for narrow in (["--top-k", "1"], ["--top-p", "1e-6"], ["--min-p", "1"]):
+        assert result("-i", PICTURE, "-p", QUESTION, "--temperature", "2", "--seed", "3", *narrow)["ids"] == greedy
+    assert result("-i", PICTURE, "-p", QUESTION, "--temperature", "2", "--seed", "3")["ids"] != greedy
+    assert result("-i", PICTURE, "-p", QUESTION, "--repetition-penalty", "9")["ids"] != greedy
+
+
+# --- help and wrong usage -------------------------------------------------------------------------------------
+
+FLAGS = {
+    "model": ["--weights", "-m", "--model", "--model-path", "--device", "--dtype", "--template", "--conv-mode"],
+    "question": ["--image", "-i", "--image-aspect-ratio", "--prompt", "-p", "--query", "--system"],
+    "answer": ["--max-new-tokens", "-n", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty"],
+    "output": ["--seed", "--json", "--print-prompt", "--verbose", "-v", "--quiet", "-q", "--version", "--help", "-h"],
+}
+
+
+def test_help_names_every_flag(run):
+    status, out, err = run("--help")
+    assert (status, err) == (0, "")
+    assert {flag for group in FLAGS.values() for flag in group} <= set(
+        re.findall(r"(?<!\S)--?[a-z][a-z-]*", out.replace(",", " "))
+    )
+    for choices in (TEMPLATES, ("auto", "cpu", "cuda", "mps"), ("float32", "bfloat16", "float16"), ("pad", "crop")):
+        assert all(choice in out for choice in choices)
+    assert cli.WEIGHTS_VARIABLE in out
+
+
+def test_every_flag_has_a_help_text():
+    for action in cli.generate_parser()._actions:
+        assert action.help, action.option_strings
+
+
+def test_the_defaults_are_those_of_options_and_help_shows_them(run):
+    arguments = vars(cli.generate_parser().parse_args([]))
+    defaults = Options()
+    for name in Options.__dataclass_fields__:
+        assert arguments[name] == getattr(defaults, name) or (name == "stop" and not arguments[name]), name
+    text = " ".join(run("--help")[1].split())
+    assert f"longest answer (default: {defaults.max_new_tokens})" in text
+    assert f"samples (default: {defaults.temperature})" in text
+    assert f"(default: {DEFAULT_PROMPT!r})" in text
+    assert f"(default: {DEFAULT_TEMPLATE})" in text
+    assert (defaults.max_new_tokens, defaults.temperature) == (512, 0)
+    assert (DEFAULT_PROMPT, DEFAULT_TEMPLATE) == ("Please describe this image in detail.", "llava_v1")
+
+
+def test_the_examples_of_help_are_valid_commands(run):
+    lines = [line.strip() for line in run("--help")[1].splitlines() if "python -m minillava.generate -" in line]
+    assert len(lines) >= 3
+    for line in lines:
+        words = shlex.split(line.split("python -m minillava.generate")[1])
+        arguments = cli.generate_parser().parse_args(words)
+        Options(**{name: getattr(arguments, name) for name in Options.__dataclass_fields__})
+
+
+def test_version(run):
+    assert run("--version")[:2] == (0, f"minillava {minillava.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ([], "--image"),
+        (["--bogus"], "--bogus"),
+        (["-p", "x", "--max-new", "3"], "--max-new"),  # no guessing from abbreviations
+        (["-p"], "--prompt"),
+        (["-p", "x", "-n", "many"], "'many'"),
+        (["-p", "x", "-n", "0"], "max_new_tokens is 0"),
+        (["-p", "x", "--temperature", "-1"], "temperature is -1.0"),
+        (["-p", "x", "--temperature", "nan"], "temperature is nan"),
+        (["-p", "x", "--temperature", "1", "--top-p", "1.5"], "top_p is 1.5"),
+        (["-p", "x", "--temperature", "1", "--top-k", "-2"], "top_k is -2"),
+        (["-p", "x", "--top-p", "0.9"], "temperature"),  # it would do nothing
+        (["-p", "x", "--repetition-penalty", "0"], "repetition_penalty"),
+        (["-p", "x", "--seed", str(2**64)], "seed is"),
+        (["-p", "x", "--dtype", "int4"], "int4"),
+        (["-p", "x", "--template", "v7"], "v7"),
+        (["-p", "x", "--image-aspect-ratio", "anyres"], "anyres"),
+        (["-i", "-", "-i", "-"], "stdin"),
+        (["-i", "-", "-p", "-"], "stdin"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else "",
+)
+def test_wrong_usage_is_one_line_and_status_2(run, arguments, found):
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert found in err
+    assert "--help" in err
+
+
+# --- what can go wrong ----------------------------------------------------------------------------------------
+# Each takes the copied folder, damages something and returns further arguments. Beside it: what the one line on
+# stderr must name, what it must say was found, and the verb of the next step.
+
+
+def point_to_nowhere(folder):
+    return ["-m", folder / "nowhere", "-i", PICTURE]
+
+
+def empty_folder(folder):
+    (folder / "empty").mkdir()
+    return ["-m", folder / "empty", "-i", PICTURE]
+
+
+def file_for_folder(folder):
+    return ["-m", folder / "config.json", "-i", PICTURE]
+
+
+def shards(folder) -> list[Path]:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    placed = {}
+    for i in (1, 2):
+        names = sorted(tensors)[i - 1 :: 2]
+        save_file({name: tensors[name] for name in names}, folder / f"model-0000{i}-of-00002.safetensors")
+        placed |= dict.fromkeys(names, f"model-0000{i}-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}), encoding="utf-8")
+    return sorted(folder.glob("model-*"))
+
+
+def shard_missing(folder):
+    shards(folder)[1].unlink()
+
+
+def shard_truncated(folder):
+    path = shards(folder)[0]
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def index_with_an_absent_key(folder):
+    first = shards(folder)[0]
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    index["weight_map"]["language_model.model.ghost"] = first.name
+    path.write_text(json.dumps(index), encoding="utf-8")
+
+
+def key_of_the_wrong_shape(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["language_model.model.norm.weight"] = torch.ones(7)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def several_wrong_keys(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensors[name] for name in tensors if "q_proj" not in name}, folder / "model.safetensors")
+
+
+def weights_missing(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def config_missing(folder):
+    (folder / "config.json").unlink()
+
+
+def config_not_json(folder):
+    (folder / "config.json").write_text("{'model_type': 'llava'}", encoding="utf-8")
+
+
+def config_of_another_family(folder):
+    change_config(folder, model_type="qwen2_vl")
+
+
+def config_of_another_language_model(folder):
+    change_config(folder, text_config={"model_type": "mistral"})
+
+
+def preprocessor_of_another_size(folder):
+    (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": {"height": 7, "width": 7}}))
+
+
+def tokenizer_missing(folder):
+    (folder / "tokenizer.model").unlink()
+
+
+def tokenizer_corrupt(folder):
+    path = folder / "tokenizer.model"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def tokenizer_empty(folder):
+    (folder / "tokenizer.model").write_bytes(b"")
+
+
+def tokenizer_of_another_model(folder):
+    change_config(folder, text_config={"vocab_size": 300})
+
+
+def picture_missing(folder):
+    return ["-i", folder / "picture.png"]
+
+
+def not_a_picture(folder):
+    (folder / "picture.png").write_text("hello", encoding="utf-8")
+    return ["-i", folder / "picture.png"]
+
+
+def truncated_picture(folder):
+    content = Path(PICTURE).read_bytes()
+    (folder / "picture.png").write_bytes(content[: len(content) // 2])
+    return ["-i", folder / "picture.png"]
+
+
+def decompression_bomb(folder):
+    """A few bytes that claim to be a picture of 60000 x 60000."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1000))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    (folder / "picture.png").write_bytes(png)
+    return ["-i", folder / "picture.png"]
+
+
+def folder_for_picture(folder):
+    return ["-i", folder]
+
+
+def stdin_not_a_picture(folder):
+    sys.stdin = io.TextIOWrapper(io.BytesIO(b"hello"))
+    return ["-i", "-"]
+
+
+def data_url_not_base64(folder):
+    return ["-i", "data:image/png;base64,***"]
+
+
+def two_pictures_one_place(folder):
+    return ["-i", PICTURE, "-i", OTHER, "-p", "What is in <image>?"]
+
+
+def no_picture_one_place(folder):
+    return ["-p", "What is in <image>?"]
+
+
+def empty_question(folder):
+    return ["-p", "  "]
+
+
+def context_too_short(folder):
+    change_config(folder, text_config={"max_position_embeddings": 64})
+    return ["-i", PICTURE]
+
+
+def device_missing(folder):
+    return ["-i", PICTURE, "--device", "cuda"]
+
+
+def device_unknown(folder):
+    return ["-i", PICTURE, "--device", "tpu"]
+
+
+def picture_on_the_web(folder):
+    return ["-i", "https://example.com/cat.jpg"]
+
+
+LLAVA = "llava-hf/llava-1.5-7b-hf"
+FAILURES = [
+    (point_to_nowhere, "nowhere", "no such folder", f"hf download {LLAVA}"),
+    (empty_folder, "empty", "is empty", f"hf download {LLAVA}"),
+    (file_for_folder, "config.json", "is a file", "expected the folder it is in"),
+    (shard_missing, "model-00002-of-00002.safetensors", "not found", "download"),
+    (shard_truncated, "model-00001-of-00002.safetensors", "truncated", "download"),
+    (index_with_an_absent_key, "model.safetensors.index.json", "language_model.model.ghost", "download"),
+    (key_of_the_wrong_shape, "plain", "language_model.model.norm.weight has shape [7]", "check that config.json"),
+    (several_wrong_keys, "plain", "6 tensor(s)", "check that config.json"),
+    (weights_missing, "plain", "no weights, expected model.safetensors", LLAVA),
+    (config_missing, "config.json", "not found", "check that"),
+    (config_not_json, "config.json", "not valid JSON", "download"),
+    (config_of_another_family, "config.json", "model_type is 'qwen2_vl'", LLAVA),
+    (config_of_another_language_model, "config.json", "text_config.model_type is 'mistral'", "supported: llama"),
+    (preprocessor_of_another_size, "preprocessor_config.json", "crop_size is {'height': 7", "image_size 56"),
+    (tokenizer_missing, "tokenizer.model", "not found", "copy"),
+    (tokenizer_corrupt, "tokenizer.model", "not a SentencePiece model", "download"),
+    (tokenizer_empty, "tokenizer.model", "not a SentencePiece model", "download"),
+    (tokenizer_of_another_model, "tokenizer.model", "440 pieces", "copy"),
+    (picture_missing, "picture.png", "no such picture", "check the path"),
+    (not_a_picture, "picture.png", "not a picture", "convert"),
+    (truncated_picture, "picture.png", "damaged", "download"),
+    (decompression_bomb, "picture.png", "3600000000 pixels", "make the picture smaller"),
+    (folder_for_picture, "plain", "directory", "give the path of a picture"),
+    (stdin_not_a_picture, "stdin", "not a picture", "convert"),
+    (data_url_not_base64, "data: URL", "not base64", "encode"),
+    (two_pictures_one_place, "<image>", "1 picture(s) with <image> but 2 picture(s) were given", "write <image> once"),
+    (no_picture_one_place, "<image>", "1 picture(s) with <image> but 0 picture(s) were given", "leave it out"),
+    (empty_question, "question", "empty", "write"),
+    (context_too_short, "context holds 64", "1 picture(s) of 16 each", "shorten the prompt"),
+    (device_missing, "'cuda'", "not available", "--device cpu"),
+    (device_unknown, "'tpu'", "unknown device", "cpu, cuda, mps"),
+    (picture_on_the_web, "https://example.com/cat.jpg", "does not download", "save the picture"),
+]
+
+
+@pytest.mark.parametrize(("damage", "name", "found", "step"), FAILURES, ids=[row[0].__name__ for row in FAILURES])
+def test_a_failure_is_one_line_that_names_it_and_the_next_step(run, folder, monkeypatch, damage, name, found, step):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "stdin", sys.stdin)  # some of them replace it
+    arguments = damage(folder) or ["-i", PICTURE, "-p", QUESTION]
+    status, out, err = run(*arguments, weights=str(folder))
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, "one line"
+    assert err.endswith("\n")
+    assert "Traceback" not in err
+    assert "unexpected" not in err
+    for part in (name, found, step):
+        assert part in err
+
+
+def test_verbose_shows_where_a_failure_comes_from(run, folder):
+    status, out, err = run("-m", folder, *picture_missing(folder), "--verbose")
+    assert (status, out) == (1, "")
+    assert "Traceback (most recent call last)" in err
+    last = err.splitlines()[-1]
+    assert last == f"error: {folder / 'picture.png'}: no such picture; check the path"
+
+
+def test_one_line_for_many_wrong_tensors_and_verbose_for_all(run, folder):
+    several_wrong_keys(folder)
+    _, _, short = run("-i", PICTURE, weights=str(folder))
+    assert "(5 more like it: --verbose lists them)" in short
+    _, _, long = run("-i", PICTURE, "--verbose", weights=str(folder))
+    for i in (0, 1):
+        assert f"language_model.layers.{i}.self_attn.q_proj.weight is missing" in long
+        assert f"vision_tower.encoder.layers.{i}.self_attn.q_proj.weight is missing" in long
+
+
+def test_a_bug_says_that_it_is_one(run, monkeypatch):
+    def broken(*_, **__):
+        raise KeyError("oops")
+
+    monkeypatch.setattr("minillava.assistant.load", broken)
+    status, out, err = run("-i", PICTURE)
+    assert (status, out) == (1, "")
+    assert err == "error: KeyError: 'oops' (unexpected: --verbose shows where)\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_the_answers_characters_gets_question_marks(run, monkeypatch, encoding):
+    """The toy model says U+FFFD; a real one would say é."""
+    expected = run("-i", PICTURE, "-p", QUESTION, "-n", "60")[1]
+    assert "\ufffd" in expected
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    status = main(["-m", WEIGHTS, *BASE, "-i", PICTURE, "-p", QUESTION, "-n", "60"])
+    sys.stdout.flush()
+    assert (status, raw.getvalue()) == (0, expected.encode(encoding, "replace"))
+
+
+# --- in a process of its own ----------------------------------------------------------------------------------
+
+
+def test_as_a_command_the_answer_is_on_stdout_and_errors_are_on_stderr(answer):
+    good = start("-m", WEIGHTS, *BASE, "-i", PICTURE, "-p", QUESTION)
+    bad = start("-m", WEIGHTS, *BASE, "-i", "nowhere.png")
+    out, err = good.communicate(timeout=60)
+    assert (good.returncode, out.decode(), err) == (0, answer("-i", PICTURE, "-p", QUESTION), b"")
+    out, err = bad.communicate(timeout=60)
+    assert (bad.returncode, out) == (1, b"")
+    assert err == b"error: nowhere.png: no such picture; check the path\n"
+
+
+@pytest.fixture
+def endless(folder) -> list[str]:
+    """Arguments of an answer that takes minutes: no end token, all of the context."""
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 447}), encoding="utf-8")
+    return ["-m", str(folder), "--device", "cpu", "--dtype", "float32", "-n", "4000", "-i", PICTURE, "-p", QUESTION]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_keeps_what_was_printed_and_exits_130(endless, answer):
+    process = start(*endless)
+    first = os.read(process.stdout.fileno(), 1)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == b""
+    full = answer(*endless, "-n", "200", base=[], weights=None).encode().removesuffix(b"\n")
+    printed = first + rest
+    assert full.startswith(printed) or printed.startswith(full)
+    assert not printed.endswith(b"\n\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a pipe")
+def test_a_closed_pipe_ends_it_quietly(endless):
+    """As in `python -m minillava.generate ... | head -c 1`."""
+    process = start(*endless)
+    assert os.read(process.stdout.fileno(), 1)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr.read() == b""
+    process.stderr.close()

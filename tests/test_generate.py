@@ -1,0 +1,210 @@
+"""The loop: when it stops, what it returns, what it refuses. Which tokens it chooses is in the parity tests."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minillava.assistant import load
+from minillava.generate import Options, Row, generate, steps
+
+
+@pytest.fixture(scope="module")
+def toy(reference):
+    return load(reference / "plain", device="cpu", dtype="float32", attention="eager")
+
+
+@pytest.fixture(scope="module")
+def pixels(toy):
+    return torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+
+
+IDS = [1, 30, -200, 41, 42]
+
+
+@contextmanager
+def ending_with(model, token_id):
+    """The model as if `token_id` ended answers and 7 were the padding."""
+    original = model.config
+    model.config = replace(original, eos_token_ids=(token_id,), pad_token_id=7)
+    try:
+        yield
+    finally:
+        model.config = original
+
+
+def test_shapes_of_what_is_recorded(toy, pixels):
+    result = generate(
+        toy.model, [IDS], pixels[:1], max_new_tokens=3, record=("scores", "logits", "hidden_states", "attentions")
+    )
+    config = toy.model.config
+    length, layers, heads = 4 + config.tokens_per_image, config.text.num_hidden_layers, config.text.num_attention_heads
+    assert result.sequences.shape == (1, 3)
+    assert result.image_spans == [[(2, 2 + config.tokens_per_image)]]
+    assert [tuple(x.shape) for x in result.logits] == [(1, config.text.vocab_size)] * 3
+    assert all(torch.equal(a, b) for a, b in zip(result.logits, result.scores, strict=True))  # greedy: nothing between
+    for step, (states, weights) in enumerate(zip(result.hidden_states, result.attentions, strict=True)):
+        queries, keys = (length, length) if step == 0 else (1, length + step)
+        assert [tuple(s.shape) for s in states] == [(1, queries, config.text.hidden_size)] * (layers + 1)
+        assert [tuple(w.shape) for w in weights] == [(1, heads, queries, keys)] * layers
+        for w in weights:
+            torch.testing.assert_close(w.sum(-1), torch.ones(1, heads, queries))
+            assert w.triu(1 + keys - queries).count_nonzero() == 0
+    assert torch.equal(toy.model.language_model.head(states[-1])[:, -1], result.logits[-1])
+
+
+def test_what_was_not_asked_for_is_none(toy, pixels):
+    result = generate(toy.model, [IDS], pixels[:1], max_new_tokens=1)
+    assert (result.scores, result.logits, result.hidden_states, result.attentions, result.text) == (None,) * 5
+
+
+def test_a_fused_model_records_the_weights_of_eager(reference, toy):
+    fused = load(reference / "plain", device="cpu", dtype="float32", attention="fused")
+    first, second = (generate(a.model, [[1, 30, 41]], max_new_tokens=2, record=("attentions",)) for a in (fused, toy))
+    for ours, theirs in zip(first.attentions, second.attentions, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_end_token_stops_its_row_and_the_rest_is_padding(toy, pixels):
+    rows = [IDS, [1, 99, -200, 12]]
+    free = generate(toy.model, rows, pixels, max_new_tokens=8).sequences
+    end = next(int(t) for t in free[0, 1:] if t not in free[1])  # a token that only the first row produces
+    at = free[0].tolist().index(end)
+    with ending_with(toy.model, end):
+        result = generate(toy.model, rows, pixels, max_new_tokens=8)
+    assert result.sequences[0].tolist() == [*free[0, : at + 1].tolist(), *[7] * (7 - at)]
+    assert torch.equal(result.sequences[1], free[1])
+    assert result.finish_reason == ["stop", "length"]
+
+
+def test_no_forward_pass_after_the_last_token(toy, pixels):
+    calls = []
+    hook = toy.model.language_model.register_forward_hook(lambda *args: calls.append(1))
+    try:
+        generate(toy.model, [IDS], pixels[:1], max_new_tokens=4)
+        assert len(calls) == 4  # one prefill, three decode steps
+        first = int(generate(toy.model, [IDS], pixels[:1], max_new_tokens=1).sequences)
+        calls.clear()
+        with ending_with(toy.model, first):
+            generate(toy.model, [IDS], pixels[:1], max_new_tokens=4)
+        assert len(calls) == 1
+    finally:
+        hook.remove()
+
+
+def test_the_head_sees_one_position_at_prefill(toy, pixels):
+    seen = []
+    hook = toy.model.language_model.lm_head.register_forward_hook(lambda *args: seen.append(args[1][0].shape[1]))
+    try:
+        generate(toy.model, [IDS], pixels[:1], max_new_tokens=2)
+    finally:
+        hook.remove()
+    assert seen == [1, 1]
+
+
+def test_interleaved_loops_do_not_disturb_each_other(toy, pixels):
+    prompts = [toy.model.splice([row], pixels[i : i + 1]) for i, row in enumerate((IDS, [1, 99, -200, 12]))]
+    options = Options(max_new_tokens=6, temperature=1.0, seed=5)
+    alone = [[int(s.token_ids) for s in steps(toy.model, p, options)] for p in prompts]
+    loops = [steps(toy.model, p, options) for p in prompts]
+    mixed = [(int(a.token_ids), int(b.token_ids)) for a, b in zip(*loops, strict=True)]
+    assert [list(x) for x in zip(*mixed, strict=True)] == alone
+
+
+def test_a_seed_reproduces_a_sample_whatever_else_draws(toy, pixels):
+    def sample(seed):
+        torch.rand(1)  # somebody else uses the global generator
+        return generate(toy.model, [IDS], pixels[:1], max_new_tokens=12, temperature=1.5, seed=seed)
+
+    first = sample(3)
+    assert torch.equal(first.sequences, sample(3).sequences)
+    assert not torch.equal(first.sequences, sample(4).sequences)
+    unseeded = sample(None)
+    assert torch.equal(unseeded.sequences, sample(unseeded.seed).sequences)
+
+
+def test_a_stop_text_ends_the_answer_and_is_cut(toy, pixels):
+    whole = generate(toy.model, [IDS], pixels[:1], max_new_tokens=12, tokenizer=toy.tokenizer)
+    stop = whole.text[0][3:6]
+    result = generate(toy.model, [IDS], pixels[:1], max_new_tokens=12, tokenizer=toy.tokenizer, stop=[stop, "never"])
+    assert result.text[0] == whole.text[0][: whole.text[0].index(stop)]
+    assert result.finish_reason == ["stop"]
+    assert torch.equal(result.sequences, whole.sequences[:, : result.sequences.shape[1]])
+
+
+class Letters:
+    """A tokenizer of single letters, to see what Row holds back."""
+
+    class model:
+        vocab_size, is_control, is_unknown, is_byte = lambda: 128, lambda i: i == 0, lambda i: False, lambda i: False
+        id_to_piece = staticmethod(chr)
+
+
+def feed(text, stop, end=None):
+    row = Row((0,), Letters, stop)
+    return [row.feed(ord(c), last=i == len(text) - 1) for i, c in enumerate(text)], row.finish_reason
+
+
+def test_text_that_may_become_a_stop_text_is_held_back():
+    assert feed("a##b", ["###"]) == (["a", "", "", "##b"], "length")
+    assert feed("a###", ["###"]) == (["a", "", "", ""], "stop")
+    assert feed("aab", ["ab", "b!"]) == (["", "a", ""], "stop")
+    assert feed("xab\0", ["abc"]) == (["x", "", "", "ab"], "stop")  # the end token comes first
+    assert feed("ab", ["abc"]) == (["", "ab"], "length")
+
+
+def test_a_prompt_that_fills_the_context_is_refused_with_its_numbers(toy, pixels):
+    context = toy.model.config.text.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"prompt takes {context} positions \(1 picture.*context holds {context}"):
+        generate(toy.model, [[1] * (context - 16) + [-200]], pixels[:1])
+
+
+def test_an_answer_ends_where_the_context_does(toy):
+    context = toy.model.config.text.max_position_embeddings
+    result = generate(toy.model, [[1] * (context - 3)], max_new_tokens=50)
+    assert (result.sequences.shape[1], result.finish_reason) == (3, ["length"])
+
+
+def test_numbers_that_are_not_finite_are_refused(reference, pixels):
+    broken = load(reference / "plain", device="cpu", dtype="float32")
+    broken.model.language_model.norm.weight.data[3] = float("nan")
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match=r"not finite.*--dtype float32"):
+            generate(broken.model, [IDS], pixels[:1], temperature=temperature)
+
+
+def test_unknown_records_and_stop_without_tokenizer(toy):
+    with pytest.raises(ValueError, match=r"cannot record \['attention'\], expected some of: scores"):
+        generate(toy.model, [[1, 2]], record=("attention",))
+    with pytest.raises(ValueError, match="need a tokenizer"):
+        generate(toy.model, [[1, 2]], stop=["x"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected a whole number of at least 1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, expected a whole number"),
+        ({"temperature": -1}, "temperature is -1, expected a number of at least 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": True}, "temperature is True"),
+        ({"temperature": 1, "top_p": 1.5}, "top_p is 1.5, expected a number from 0 to 1"),
+        ({"temperature": 1, "top_p": 0}, "top_p must be above 0"),
+        ({"temperature": 1, "top_k": -2}, "top_k is -2"),
+        ({"temperature": 1, "min_p": 2}, "min_p is 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty and top_p must be above 0"),
+        ({"seed": "x"}, "seed is 'x'"),
+        ({"top_k": 5}, "set a temperature above 0"),
+        ({"top_p": 0.5}, "set a temperature above 0"),
+        ({"min_p": 0.5}, "set a temperature above 0"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**options)
+
+
+def test_one_stop_text_need_not_be_a_list_and_empty_ones_match_nothing():
+    assert Options(stop="###").stop == ("###",)
+    assert Options(stop=["", "a"]).stop == ("a",)

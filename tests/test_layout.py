@@ -1,0 +1,217 @@
+"""The house: who may import whom, what importing costs, and that README's map of it is right."""
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = {path.stem: path for path in sorted((ROOT / "minillava").glob("*.py"))}
+README = ROOT / "README.md"
+
+# Each row may import from the rows above it. Files that stand in one row do not know each other, but for SIDEWAYS.
+ORDER = [
+    ["config"],
+    ["attention"],
+    ["image", "prompt", "tokenizer", "vision", "projector", "cache", "llama"],
+    ["llava"],
+    ["checkpoint", "sampling"],
+    ["generate"],
+    ["assistant"],
+    ["cli"],
+]
+RANK = {name: i for i, row in enumerate(ORDER) for name in row}
+SIDEWAYS = {("tokenizer", "prompt"), ("llama", "cache")}
+# Upwards, inside a function, for the sake of who runs or imports them.
+EXCEPTIONS = {
+    ("generate", "main", "cli"),  # `python -m minillava.generate` is a door of this name
+    ("__init__", "__getattr__", "assistant"),  # `minillava.load`
+}
+ALLOWED = {"torch", "safetensors", "sentencepiece", "PIL", "numpy"}
+
+
+class Import(NamedTuple):
+    file: str  # the importing file's stem
+    function: str | None  # the outermost function or class it happens in
+    module: str  # as in `import module`, absolute
+
+
+def imports_of(name: str, source: str) -> list[Import]:
+    """Every import of a file, also those inside functions; `from minillava import x` as minillava.x if x is a file."""
+    found = []
+
+    def visit(node: ast.AST, function: str | None) -> None:
+        if isinstance(node, ast.Import):
+            found.extend(Import(name, function, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "minillava." * bool(node.level) + (node.module or "")
+            for alias in node.names:
+                inner = f"{module.rstrip('.')}.{alias.name}"
+                found.append(Import(name, function, inner if inner.removeprefix("minillava.") in FILES else module))
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            function = function or node.name
+        for child in ast.iter_child_nodes(node):
+            visit(child, function)
+
+    visit(ast.parse(source), None)
+    return found
+
+
+def inner_imports(name: str) -> list[Import]:
+    """Of our own files, by their stems; a file that imports itself (to run as a module) is not counted."""
+    own = [
+        i for i in imports_of(name, FILES[name].read_text(encoding="utf-8")) if i.module.split(".")[0] == "minillava"
+    ]
+    stems = [i._replace(module=i.module.partition(".")[2] or "__init__") for i in own]
+    return [i for i in stems if i.module != name]
+
+
+def test_imports_are_found_wherever_they_are():
+    """The tests below would pass on an empty list."""
+    source = (
+        "import torch\nfrom minillava import cli\ndef f():\n    from minillava.llama import x\n    import PIL.Image"
+    )
+    assert imports_of("a", source) == [
+        ("a", None, "torch"),
+        ("a", None, "minillava.cli"),
+        ("a", "f", "minillava.llama"),
+        ("a", "f", "PIL.Image"),
+    ]
+    assert imports_of("a", "from . import cli\nfrom .llama import x\nfrom minillava import __version__") == [
+        ("a", None, "minillava.cli"),
+        ("a", None, "minillava.llama"),
+        ("a", None, "minillava"),
+    ]
+    assert ("llava", None, "vision") in inner_imports("llava")
+    assert {i for name in FILES for i in inner_imports(name)} >= EXCEPTIONS
+
+
+def test_the_order_is_about_files_that_exist():
+    assert set(RANK) <= set(FILES)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name in RANK])
+def test_the_core_imports_only_what_comes_before_it(name):
+    """Files that ORDER does not know stand around the core, which does not know them either."""
+    for found in inner_imports(name):
+        if found in EXCEPTIONS or found.module == "__init__":
+            continue
+        assert found.module in RANK, f"{name} imports {found.module}, which ORDER does not know"
+        before = RANK[found.module] < RANK[name] or (name, found.module) in SIDEWAYS
+        assert before, f"{name} imports {found.module}, which does not come before it"
+
+
+def test_nothing_imports_in_a_circle():
+    graph = {name: {i.module for i in inner_imports(name) if i not in EXCEPTIONS} for name in FILES}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_the_declared_packages_are_imported(name):
+    for found in imports_of(name, FILES[name].read_text(encoding="utf-8")):
+        package = found.module.split(".")[0]
+        assert package == "minillava" or package in ALLOWED or package in sys.stdlib_module_names, found
+        assert package not in ("importlib", "transformers"), found  # the first would hide the second
+
+
+def test_setup_declares_the_same_packages():
+    declared = re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(encoding="utf-8"), re.DOTALL)[1]
+    packages = set(re.findall(r'"([a-z]+)', declared))
+    assert packages == {"pillow" if name == "PIL" else name for name in ALLOWED}
+
+
+def in_a_fresh_python(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_importing_minillava_alone_imports_nothing_heavy():
+    done = in_a_fresh_python("-c", "import minillava, sys; print(*sys.modules)")
+    assert (done.returncode, done.stderr) == (0, "")
+    imported = done.stdout.split()
+    assert [name for name in imported if name.split(".")[0] in {"minillava", *ALLOWED}] == ["minillava"]
+
+
+def test_importing_everything_warns_about_nothing():
+    done = in_a_fresh_python("-W", "error", "-c", "import minillava.generate, minillava.assistant, minillava.cli")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_running_a_module_does_not_find_it_imported_already():
+    """runpy warns when `python -m minillava.generate` finds minillava.generate in sys.modules."""
+    done = in_a_fresh_python("-W", "error", "-m", "minillava.generate", "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("minillava ")
+
+
+# --- README ---------------------------------------------------------------------------------------------------
+
+
+def files_in_tables(text: str) -> list[str]:
+    """The files that first cells of Markdown table rows name, as paths; a bare name is one of minillava/."""
+    found = []
+    for row in re.findall(r"^\|([^|]+)\|", text, re.MULTILINE):
+        names = dict.fromkeys(re.findall(r"[\w/.-]*\w+\.py\b", row))
+        found += dict.fromkeys(name if "/" in name else f"minillava/{name}" for name in names)
+    return found
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """(module, arguments) of every `python -m minillava.module ...`, up to the end of that command."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        for module, rest in re.findall(r"python3? -m minillava\.(\w+)([^`]*)", line):
+            words, lexer = [], shlex.shlex(rest, posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True
+            for word in lexer:
+                if set(word) <= set("();<>|&"):
+                    break
+                words.append(word)
+            found.append((module, words))
+    return found
+
+
+def flags(words: list[str]) -> list[str]:
+    return [word.split("=")[0].replace("_", "-") for word in words if re.match(r"--?[A-Za-z]", word)]
+
+
+def test_tables_and_commands_are_found_in_a_text():
+    text = "| file | what |\n|---|---|\n| [`llava.py`](minillava/llava.py) | see `x.py` |\n| `tools/a.py` | no |\n"
+    assert files_in_tables(text) == ["minillava/llava.py", "tools/a.py"]
+    text = "$ cat x | python -m minillava.generate -m 'a b' \\\n  --top_k=3 | head -c 1\n`python -m minillava.chat -q`"
+    assert commands(text) == [("generate", ["-m", "a b", "--top_k=3"]), ("chat", ["-q"])]
+    assert flags(commands(text)[0][1]) == ["-m", "--top-k"]
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    if not README.exists():
+        pytest.skip("there is no README.md yet")
+    return README.read_text(encoding="utf-8")
+
+
+def test_the_readme_names_every_file_once_and_none_that_does_not_exist(readme):
+    named = files_in_tables(readme)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    ours = [name for name in named if name.startswith("minillava/")]
+    assert sorted(ours) == sorted(f"minillava/{path.name}" for path in FILES.values())
+
+
+def test_every_flag_that_the_readme_uses_exists(readme, capsys):
+    used = commands(readme)
+    assert used, "README shows no command"
+    for module, words in used:
+        with pytest.raises(SystemExit):
+            importlib.import_module(f"minillava.{module}").main(["--help"])
+        known = re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", capsys.readouterr().out)
+        assert set(flags(words)) <= set(known), f"python -m minillava.{module} {shlex.join(words)}"

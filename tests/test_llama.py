@@ -1,0 +1,84 @@
+"""The pieces of the decoder against their papers' formulas; the whole against Hugging Face is in the parity tests."""
+
+import math
+
+import torch
+
+from minillava.config import TextConfig
+from minillava.llama import RMSNorm, apply_rotary, positions_and_mask, rotary_tables
+
+CONFIG = TextConfig(hidden_size=32, num_attention_heads=4, rope_theta=100.0)
+
+
+def test_rms_norm_is_the_formula_and_rounds_before_the_weight():
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    norm = RMSNorm(8, 1e-5).double()
+    norm.weight.data = torch.arange(1.0, 9.0, dtype=torch.float64)
+    expected = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5) * norm.weight
+    torch.testing.assert_close(norm(x), expected, rtol=1e-14, atol=1e-14)
+    half, weight = x.bfloat16(), norm.weight.bfloat16()
+    exact = half.float() * torch.rsqrt(half.float().pow(2).mean(-1, keepdim=True) + 1e-5)
+    assert torch.equal(norm.bfloat16()(half), weight * exact.bfloat16())
+
+
+def test_rms_norm_of_large_halves_does_not_overflow():
+    x = torch.full((1, 8), 30000.0, dtype=torch.float16)  # its square is far beyond float16
+    assert torch.equal(RMSNorm(8, 1e-5).half()(x), torch.ones(1, 8, dtype=torch.float16))
+
+
+def test_rotary_turns_each_pair_by_position_times_frequency():
+    x = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+    for position in (0, 1, 50):
+        cos, sin = rotary_tables(torch.tensor([[position]]), CONFIG, torch.float32)
+        turned = apply_rotary(x, cos, sin)[0, 0, 0]
+        for i in range(4):
+            angle = position * 100.0 ** (-2 * i / 8)
+            a, b = x[0, 0, 0, i].item(), x[0, 0, 0, i + 4].item()
+            expected = (a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle))
+            torch.testing.assert_close(turned[[i, i + 4]], torch.tensor(expected))
+
+
+def test_rotary_scores_depend_on_distance_only():
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(8, generator=g), torch.randn(8, generator=g)
+
+    def score(query_at, key_at):
+        tables = [rotary_tables(torch.tensor([[p]]), CONFIG, torch.float32) for p in (query_at, key_at)]
+        return (apply_rotary(q, *tables[0]) * apply_rotary(k, *tables[1])).sum()
+
+    torch.testing.assert_close(score(7, 3), score(104, 100))
+    assert abs(score(7, 3) - score(3, 7)) > 1e-2  # and on its sign
+
+
+def test_linear_scaling_divides_positions():
+    scaled = TextConfig(hidden_size=32, num_attention_heads=4, rope_theta=100.0, rope_factor=4.0)
+    at_8 = rotary_tables(torch.tensor([[8]]), scaled, torch.float32)
+    at_2 = rotary_tables(torch.tensor([[2]]), CONFIG, torch.float32)
+    torch.testing.assert_close(at_8, at_2)
+
+
+def test_prefill_without_padding_uses_the_causal_path():
+    positions, mask, causal = positions_and_mask(None, 0, 4, torch.device("cpu"))
+    assert (positions.tolist(), mask, causal) == ([[0, 1, 2, 3]], None, True)
+
+
+def test_one_new_token_needs_no_mask():
+    positions, mask, causal = positions_and_mask(None, 9, 1, torch.device("cpu"))
+    assert (positions.tolist(), mask, causal) == ([[9]], None, False)
+
+
+def test_several_new_tokens_behind_a_cache_get_a_shifted_triangle():
+    positions, mask, causal = positions_and_mask(None, 2, 3, torch.device("cpu"))
+    assert (positions.tolist(), causal) == ([[2, 3, 4]], False)
+    assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
+def test_padding_is_never_seen_and_not_counted():
+    real = torch.tensor([[False, False, True, True], [True, True, True, True]])
+    positions, mask, _ = positions_and_mask(real, 0, 4, torch.device("cpu"))
+    assert positions.tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert mask[1, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    positions, mask, _ = positions_and_mask(real, 3, 1, torch.device("cpu"))
+    assert positions.tolist() == [[1], [3]]
+    assert mask[:, 0, 0].int().tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]

@@ -1,0 +1,81 @@
+"""README: every block marked `<!-- run -->` runs, and prints what it says it prints."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"<!-- run -->\n```(\w+)\n(.*?)\n```", README, re.DOTALL)
+SHELL = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+CONSOLE = [
+    tuple(part.split("\n", 1)) for kind, text in BLOCKS if kind == "console" for part in text.split("$ ") if part
+]
+PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+
+
+@pytest.fixture
+def folder(reference, tmp_path):
+    """A folder as the README's reader has it, with the toy checkpoint under the name of the real one."""
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    (tmp_path / "llava-1.5-7b-hf").symlink_to(reference / "plain")
+    for name, picture in (("x.jpg", "landscape"), ("y.jpg", "portrait")):
+        shutil.copy(reference / "pictures" / f"{picture}.png", tmp_path / name)
+    return tmp_path
+
+
+def run(command, folder):
+    """Through a shell in `folder`, with `python` being this one, without a device or precision of its own choosing."""
+    path = folder / "bin"
+    path.mkdir()
+    (path / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (path / "python").chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{path}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_there_is_something_to_run():
+    assert (len(SHELL) >= 3, len(CONSOLE) >= 1, len(PYTHON) >= 1) == (True, True, True)
+
+
+@pytest.mark.parametrize("command", SHELL)
+def test_commands_run(command, folder):
+    done = run(command, folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize(("command", "output"), CONSOLE)
+def test_commands_print_what_the_readme_says(command, output, folder):
+    done = run(command, folder)
+    assert (done.returncode, done.stderr, done.stdout.rstrip("\n")) == (0, "", output)
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_runs(code, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_every_command_is_marked_or_in_continuous_integration():
+    blocks = re.findall(r"(<!-- [\w: ]+ -->\n)?```(sh|console|python)\n", README)
+    assert all(marker for marker, _ in blocks)
+    for name in ("main", "test"):
+        assert f"<!-- ci: {name} -->" in README
+        assert f"readme_command {name}" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_links_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
