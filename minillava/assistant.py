@@ -1,6 +1,6 @@
 """The assistant: a model plus what it takes to talk to it, opened from a folder by `load`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,32 +8,49 @@ import torch
 
 from minillava.attention import ATTENTION
 from minillava.checkpoint import build_model, open_checkpoint
-from minillava.config import LlavaConfig, read_config, read_json
+from minillava.config import DOWNLOAD, LlavaConfig, read_config, read_json
 from minillava.generate import Options, steps
 from minillava.image import ImageProcessor, Images, as_list
 from minillava.llava import Llava, Spliced
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, Prompt, Template, find_template, place_images, render
 from minillava.tokenizer import Tokenizer
 
-DTYPES = {d: vars(torch)[d] for d in ("float32", "bfloat16", "float16", "float64")}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 class Assistant:
     """Answers questions about pictures. Its parts (model, tokenizer, image_processor, template) work alone, too."""
 
-    def __init__(self, model: Llava, tokenizer: Tokenizer, image_processor: ImageProcessor, template: Template):
+    def __init__(
+        self,
+        model: Llava,
+        tokenizer: Tokenizer,
+        image_processor: ImageProcessor,
+        template: Template,
+        unused: Sequence[str] = (),
+    ):
+        """unused: the names of stored tensors that this network does not need."""
         self.model, self.tokenizer, self.image_processor, self.template = model, tokenizer, image_processor, template
+        self.unused = tuple(unused)
 
-    def ask(self, image: Images, question: str = DEFAULT_PROMPT, **options) -> str:
-        """The answer as text. image: a path, a Pillow image, a list of them, or None.
+    def ask(self, image: Images, question: str = DEFAULT_PROMPT, *, system: str | None = None, **options) -> str:
+        """The answer as text. image: a path, a Pillow image, a list of them, or None. system: as for `prompt`.
         options: the fields of `generate.Options` by name; any other name is a TypeError."""
-        return "".join(self.stream(image, question, **options))
+        return "".join(self.stream(image, question, system=system, **options))
 
-    def stream(self, image: Images, question: str = DEFAULT_PROMPT, **options) -> Iterator[str]:
+    def stream(
+        self, image: Images, question: str = DEFAULT_PROMPT, *, system: str | None = None, **options
+    ) -> Iterator[str]:
         """The answer piece by piece, as it is made. Arguments as for `ask`."""
-        prompt = self.prepare(image, self.prompt(question, images=len(as_list(image))))
-        for step in steps(self.model, prompt, self.options(**options), tokenizer=self.tokenizer):
+        chosen = self.options(**options)
+        spliced = self.prepare(image, self.prompt(question, images=len(as_list(image)), system=system))
+        for step in steps(self.model, spliced, chosen, tokenizer=self.tokenizer):
             if step.text[0]:
                 yield step.text[0]
 
@@ -43,21 +60,21 @@ class Assistant:
 
     def prepare(self, image: Images, prompt: str) -> Spliced:
         """Pictures and prompt as the vectors that the language model reads: a batch of one row."""
-        pixels = self.image_processor(as_list(image))  # [n, 3, S, S]
+        pixels = self.image_processor(as_list(image))  # [n, 3, R, R], R their side in pixels
         with torch.no_grad():
             return self.model.splice([self.tokenizer.encode(prompt)], pixels)
 
     def options(self, **options) -> Options:
         """Options by name; the template's own stop texts are added."""
         chosen = Options(**options)
-        return replace(chosen, stop=(*chosen.stop, *self.template.stop)).seeded()
+        return replace(chosen, stop=(*chosen.stop, *self.template.stop))
 
 
 def load(
     weights: str | Path,
     *,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     attention: str = "fused",
     vision_tower: str | Path | None = None,
     template: str | None = None,
@@ -67,13 +84,14 @@ def load(
 
     device: auto, cpu, cuda, mps. dtype: auto (the checkpoint's on a GPU; on a CPU bfloat16 where it is fast, else
     float32) or a name. attention: fused, eager. vision_tower: a CLIP folder, for releases that hold none.
-    template, image_aspect_ratio ("pad", "crop"): instead of what config.json says or, where it is silent, the defaults.
+    template: a name of prompt.TEMPLATES (default llava_v1). image_aspect_ratio: pad or crop, instead of config.json's.
     Raises FileNotFoundError or ValueError in one line: file, finding, next step.
     """
     folder = _existing_folder(weights)
+    vision_tower = None if vision_tower is None else Path(vision_tower).expanduser()
     if attention not in ATTENTION:
         raise ValueError(f"unknown attention {attention!r}, expected one of: {', '.join(ATTENTION)}")
-    template = find_template(template or DEFAULT_TEMPLATE)
+    template = find_template(DEFAULT_TEMPLATE if template is None else template)
     config = read_config(folder, vision_tower)
     tokenizer = Tokenizer(folder / "tokenizer.model")
     if tokenizer.vocab_size > config.text.vocab_size:
@@ -85,10 +103,10 @@ def load(
     checkpoint = open_checkpoint(folder, config, vision_tower)
     if config.text.tie_word_embeddings and "language_model.lm_head.weight" in checkpoint.tensors:
         config = replace(config, text=replace(config.text, tie_word_embeddings=False))  # a stored head is the head
-    device = choose_device(device)
-    dtype = choose_dtype(dtype, device, checkpoint.dtype())
+    device = choose_device(str(device))
+    dtype = choose_dtype(str(dtype).removeprefix("torch."), device, checkpoint.dtype())
     model = build_model(config, checkpoint, ATTENTION[attention], dtype=dtype, device=device)
-    return Assistant(model, tokenizer, processor, template)
+    return Assistant(model, tokenizer, processor, template, checkpoint.unused)
 
 
 def choose_device(name: str) -> str:
@@ -124,30 +142,32 @@ def read_image_processor(folder: Path, config: LlavaConfig, aspect: str | None =
     raw = read_json(path) if path.exists() else {}
     if not raw and (folder / "processor_config.json").exists():
         path = folder / "processor_config.json"
-        raw = read_json(path).get("image_processor") or {}
+        raw = read_json(path).get("image_processor", {})
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path}: image_processor is {raw!r}, expected an object; download the file again")
     expected = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True)
     expected |= {"resample": 3, "rescale_factor": 1 / 255}  # 3 is Pillow's bicubic
     for key, value in expected.items():
         if raw.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {raw[key]!r}, supported: {value!r}")
-    size = raw.get("crop_size", config.vision.image_size)
-    side = size.get("height") if isinstance(size, dict) else size
-    if side != config.vision.image_size:
-        raise ValueError(f"{path}: crop_size is {size!r}, config.json has image_size {config.vision.image_size}")
+    for key in ("size", "crop_size"):
+        size = raw.get(key, config.vision.image_size)
+        if {config.vision.image_size} != (set(size.values()) if isinstance(size, dict) else {size}):
+            raise ValueError(f"{path}: {key} is {size!r}, config.json has image_size {config.vision.image_size}")
     numbers = {}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if theirs in raw:
             found = raw[theirs]
-            numbers_only = isinstance(found, list) and all(isinstance(x, (int, float)) and x > 0 for x in found)
-            if not numbers_only or len(found) != 3:
-                raise ValueError(f"{path}: {theirs} is {found!r}, expected three numbers above zero")
+            numbers_only = isinstance(found, list) and all(isinstance(x, (int, float)) for x in found)
+            if not numbers_only or len(found) != 3 or (ours == "std" and min(found) <= 0):
+                raise ValueError(f"{path}: {theirs} is {found!r}, expected three numbers, above zero for image_std")
             numbers[ours] = found
     return ImageProcessor(config.vision.image_size, aspect or config.image_aspect_ratio, **numbers)
 
 
 def _existing_folder(weights: str | Path) -> Path:
     folder = Path(weights).expanduser()
-    get = "get one with: hf download llava-hf/llava-1.5-7b-hf --local-dir llava-1.5-7b-hf"
+    get = f"get one with: {DOWNLOAD}"
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder of weights; {get}")
     if not folder.is_dir():

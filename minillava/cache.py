@@ -1,6 +1,6 @@
 """The key/value cache: what every token already read has left behind for the tokens to come.
 
-B batch, K key/value heads, S cached tokens, T new tokens, D head width.
+B batch, K key/value heads, T new tokens, S cached and new tokens, D head width.
 """
 
 import torch
@@ -23,28 +23,29 @@ class KVCache:
         self.capacity, self.length = capacity, 0
         self.attention_mask: Tensor | None = None
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys, self.values = (
-            [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)] for _ in "kv"
-        )
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.empty_like(k) for k in self.keys]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new keys and values [B,K,T,D] behind the old; return all so far [B,K,S+T,D].
+        """Write one layer's new keys and values [B,K,T,D] behind the old; return all so far [B,K,S,D].
         The position moves on only with `advance`, once all layers have written."""
         start, end = self.length, self.length + k.shape[2]
         self.keys[layer][:, :, start:end] = k
         self.values[layer][:, :, start:end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
-    def reserve(self, new: int, attention_mask: Tensor | None) -> Tensor | None:
+    def reserve(self, batch: int, new: int, attention_mask: Tensor | None) -> Tensor | None:
         """Make sure `new` tokens fit and note which are padding; attention_mask bool [B, T] or None (all real).
-        Returns the mask over old and new [B, S+T], None when nothing is padding. Raises ValueError when full."""
+        Returns the mask over old and new [B, S], None when nothing is padding. Raises ValueError when full."""
+        rows = self.keys[0].shape[0]
+        if batch != rows:
+            raise ValueError(f"the cache was made for {rows} row(s), the input has {batch}")
         end = self.length + new
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens: {self.length} are in it, {new} more do not fit")
         if self.attention_mask is None and attention_mask is None:
             return None
         if self.attention_mask is None:
-            rows = self.keys[0].shape[0]
             self.attention_mask = torch.ones(rows, self.capacity, dtype=torch.bool, device=self.keys[0].device)
         self.attention_mask[:, self.length : end] = True if attention_mask is None else attention_mask
         return self.attention_mask[:, :end]

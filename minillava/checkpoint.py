@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minillava.config import LlavaConfig, read_json
+from minillava.config import CLIP_RELEASE, RELEASE, LlavaConfig, one_line, read_json
 from minillava.llava import Llava
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
@@ -35,13 +35,14 @@ PREFIXES = {
     "model.vision_tower.vision_model.": "vision_tower.",
     "model.vision_tower.": "vision_tower.",
     "model.multi_modal_projector.": "projector.",
-    # the original LLaVA; a projector of one layer has no number, one of N has 0, 2, 4 (between them the GELUs)
+    # the original LLaVA (and see PROJECTOR)
     "model.": "language_model.",
     "model.vision_tower.vision_tower.vision_model.": "vision_tower.",
     "model.vision_tower.vision_tower.": "vision_tower.",
     "model.mm_projector.": "projector.linear_1.",
-    **{f"model.mm_projector.{2 * i}.": f"projector.linear_{i + 1}." for i in range(9)},
 }
+# The original's projector of one layer has no number, one of N has 0, 2, 4, ...: between them stand the GELUs.
+PROJECTOR = re.compile(r"model\.mm_projector\.(\d*[02468])\.")
 CLIP_PREFIXES = {"vision_model.": "vision_tower.", "": "vision_tower."}  # a CLIP folder of its own
 
 # Stored names that are never weights of ours, by the end of the name: tables that are computed from the config.
@@ -86,7 +87,7 @@ class Checkpoint:
         """Every tensor of every file. An index, if there is one, must agree with the files it names."""
         if not self.folder.is_dir():
             found = "is a file" if self.folder.exists() else "no such folder"
-            raise FileNotFoundError(f"{self.folder}: {found}; expected the folder of a LLaVA checkpoint")
+            raise FileNotFoundError(f"{self.folder}: {found}; expected a folder with {SINGLE_NAME}")
         index = self.folder / INDEX_NAME
         if index.exists():
             placed = _read_index(index)
@@ -113,7 +114,7 @@ class Checkpoint:
         if shards:
             raise FileNotFoundError(f"{self.folder}: found {shards[0].name}, {expected}; download the index")
         found = ".bin files only" if any(self.folder.glob("*.bin")) else "no weights"
-        raise FileNotFoundError(f"{self.folder}: holds {found}, {expected}, as in llava-hf/llava-1.5-7b-hf on the hub")
+        raise FileNotFoundError(f"{self.folder}: holds {found}, {expected}, as in {RELEASE} on the hub")
 
     def shape(self, name: str) -> tuple[int, ...]:
         stored = self.tensors[name]
@@ -151,7 +152,7 @@ def open_checkpoint(folder: str | Path, config: LlavaConfig, vision_tower: str |
         checkpoint.tensors.update(clip.tensors)
         checkpoint.unused += clip.unused
     elif not any(name.startswith("vision_tower.") for name in checkpoint.tensors):
-        wanted = config.vision_tower_name or "openai/clip-vit-large-patch14-336"
+        wanted = config.vision_tower_name or CLIP_RELEASE
         raise FileNotFoundError(
             f"{folder}: holds no vision tower, as the original releases do; "
             f"download {wanted} and pass its folder with --vision-tower"
@@ -228,6 +229,8 @@ def _nearest(names: list[str], known: dict[str, str]) -> dict[str, str]:
 
 def _rename(stored: str, prefixes: dict[str, str]) -> str:
     """Our name for a stored one; a name no prefix fits stays as it is, to be reported as unexpected."""
+    if layer := PROJECTOR.match(stored):
+        return f"projector.linear_{int(layer[1]) // 2 + 1}.{stored[layer.end() :]}"
     fitting = [p for p in prefixes if stored.startswith(p)]
     longest = max(fitting, key=len, default=None)
     return stored if longest is None else prefixes[longest] + stored.removeprefix(longest)
@@ -249,5 +252,5 @@ def _open(path: Path) -> safe_open:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: not found, although {INDEX_NAME} names it; download this file") from None
     except (SafetensorError, OSError) as error:
-        what = " ".join(str(error).split())
+        what = one_line(error)
         raise ValueError(f"{path}: truncated or not a safetensors file ({what}); {_DOWNLOAD}") from None

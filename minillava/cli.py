@@ -8,12 +8,14 @@ import argparse
 import io
 import json
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 
 from minillava import __version__
+from minillava.config import DOWNLOAD
 from minillava.generate import Options
 
 WEIGHTS_VARIABLE = "MINILLAVA_WEIGHTS"
@@ -37,6 +39,8 @@ class Parser(argparse.ArgumentParser):
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of every command that opens a model."""
     from minillava.assistant import DEVICES, DTYPES
+    from minillava.attention import ATTENTION
+    from minillava.image import ASPECTS
     from minillava.prompt import DEFAULT_TEMPLATE, TEMPLATES
 
     group = parser.add_argument_group("model")
@@ -51,7 +55,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="precision (default: auto: the checkpoint's on a GPU; on a CPU bfloat16 where it is fast, else float32)",
     )  # fmt: skip
     group.add_argument(
-        "--attention", default="fused", choices=["fused", "eager"],
+        "--attention", default="fused", choices=list(ATTENTION),
         help="fused is fast; eager is written out and bit-identical to Hugging Face's eager (default: fused)",
     )  # fmt: skip
     group.add_argument(
@@ -60,7 +64,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--system", metavar="TEXT", help='system text instead of the template\'s; "" for none')
     group.add_argument(
-        "--image-aspect-ratio", choices=["pad", "crop"],
+        "--image-aspect-ratio", choices=ASPECTS,
         help="pad the picture to a square, or crop it (default: config.json's, else pad)",
     )  # fmt: skip
 
@@ -68,22 +72,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_output_arguments(parser: argparse.ArgumentParser):
     """Flags about messages; returns their group, for a command to add its own."""
     group = parser.add_argument_group("output")
-    group.add_argument("-v", "--verbose", action="store_true", help="one line per stage with its time; tracebacks")
-    group.add_argument("-q", "--quiet", action="store_true", help="nothing on stderr but errors")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("-v", "--verbose", action="store_true", help="one line per stage with its time; tracebacks")
+    either.add_argument("-q", "--quiet", action="store_true", help="nothing on stderr but errors")
     group.add_argument("--version", action="version", version=f"minillava {__version__}")
     return group
 
 
 class Messages:
-    """Notes, stages and progress on stderr."""
+    """Stages and progress on stderr."""
 
     def __init__(self, verbose: bool, quiet: bool):
         self.verbose, self.quiet = verbose, quiet
         self.timings: dict[str, float] = {}  # seconds per stage
-
-    def note(self, text: str) -> None:
-        if not self.quiet:
-            print(text, file=sys.stderr)
 
     def progress(self, text: str) -> None:
         """A line that the next one overwrites; only where a person watches."""
@@ -99,7 +100,8 @@ class Messages:
 
 def run(body: Callable[[], int], verbose: bool) -> int:
     """Run a command; every error becomes one line on stderr and an exit status (module docstring)."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" rather than an error
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" rather than an error
     try:
         status = body()
         sys.stdout.flush()
@@ -129,10 +131,7 @@ def find_weights(given: str | None) -> str:
     if weights and not given and not os.path.isdir(weights):
         raise ValueError(f"{weights}: no such folder; {WEIGHTS_VARIABLE} names it: correct that, or pass --weights DIR")
     if not weights:
-        raise ValueError(
-            f"no weights: pass --weights DIR or set {WEIGHTS_VARIABLE}; get LLaVA-1.5 with: "
-            "hf download llava-hf/llava-1.5-7b-hf --local-dir llava-1.5-7b-hf"
-        )
+        raise ValueError(f"no weights: pass --weights DIR or set {WEIGHTS_VARIABLE}; get LLaVA-1.5 with: {DOWNLOAD}")
     return weights
 
 
@@ -223,20 +222,24 @@ def _answer(args: argparse.Namespace, options: dict) -> int:
 
     started = time.perf_counter()
     messages.progress(f"loading {weights} ...")
-    assistant = load(
-        weights,
-        device=args.device,
-        dtype=args.dtype,
-        attention=args.attention,
-        vision_tower=args.vision_tower,
-        template=args.template,
-        image_aspect_ratio=args.image_aspect_ratio,
-    )
-    messages.progress("")
+    try:
+        assistant = load(
+            weights,
+            device=args.device,
+            dtype=args.dtype,
+            attention=args.attention,
+            vision_tower=args.vision_tower,
+            template=args.template,
+            image_aspect_ratio=args.image_aspect_ratio,
+        )
+    finally:
+        messages.progress("")
     parameter = assistant.model.language_model.embed_tokens.weight
     count = sum(p.numel() for p in assistant.model.parameters())
     dtype = str(parameter.dtype).removeprefix("torch.")
-    messages.stage("load", started, f"{weights}: {count:,} parameters, {dtype} on {parameter.device}")
+    unused = sorted({re.sub(r"(layers\.\d+)\..*", r"\1.*", name) for name in assistant.unused})
+    rest = f"; stored but not needed: {', '.join(unused)}" if unused else ""
+    messages.stage("load", started, f"{weights}: {count:,} parameters, {dtype} on {parameter.device}{rest}")
 
     prompt = assistant.prompt(question, images=len(images), system=args.system)
     if args.print_prompt:
@@ -260,9 +263,9 @@ def _answer(args: argparse.Namespace, options: dict) -> int:
             print(step.text[0], end="", flush=True)
     if not args.json:
         print(flush=True)
-    rest = len(ids) - 1
-    speed = f", {rest / (time.perf_counter() - started):.1f} per second" if rest else ""
-    messages.stage("decode", started, f"{rest} more token(s){speed}; ended by {reason}, seed {chosen.seed}")
+    more = len(ids) - 1
+    speed = f", {more / (time.perf_counter() - started):.1f} per second" if more else ""
+    messages.stage("decode", started, f"{more} more token(s){speed}; ended by {reason}, seed {chosen.seed}")
     if args.json:
         result = {
             "text": "".join(pieces),

@@ -43,7 +43,9 @@ CLIP_LARGE_336 = VisionConfig(
     image_size=336,
     patch_size=14,
 )
-"""openai/clip-vit-large-patch14-336: the tower of every LLaVA-1.5, meant when `vision_config` is absent."""
+"""The tower of every LLaVA-1.5, meant when `vision_config` is absent."""
+
+CLIP_RELEASE = "openai/clip-vit-large-patch14-336"
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,17 @@ class LlavaConfig:
         return self.feature_layer if self.feature_layer >= 0 else depth + 1 + self.feature_layer
 
 
-_USE_LLAVA = "use a LLaVA-1.5 checkpoint such as llava-hf/llava-1.5-7b-hf"
+RELEASE = "llava-hf/llava-1.5-7b-hf"
+"""The checkpoint that messages recommend, by its name on the Hugging Face hub."""
+
+DOWNLOAD = f"hf download {RELEASE} --local-dir {RELEASE.split('/')[1]}"
+
+_USE_LLAVA = f"use a LLaVA-1.5 checkpoint such as {RELEASE}"
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split())
 
 
 def read_json(path: Path) -> dict:
@@ -155,14 +167,16 @@ def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> Ll
         "eos_token_ids": eos,
         # Some configs name a pad token that their embedding table does not have; any id will do after the end.
         "pad_token_id": pad[0] if pad[0] < text_config.vocab_size else eos[0],
-        "image_token_id": raw.value("image_token_index", int, raw.value("image_token_id", int, 32000)),
+        "image_token_id": raw.value(
+            "image_token_index", int, raw.value("image_token_id", int, LlavaConfig.image_token_id)
+        ),
     }
     if hub:
         raw.expect("projector_hidden_act", ("gelu",))
         strategy = raw.expect("vision_feature_select_strategy", ("default", "full"))
         config = LlavaConfig(
             **shared,
-            feature_layer=raw.value("vision_feature_layer", int, -2),
+            feature_layer=raw.value("vision_feature_layer", int, LlavaConfig.feature_layer),
             keep_class_token=strategy == "full",
             projector_bias=raw.value("multimodal_projector_bias", bool, True),
         )
@@ -172,7 +186,7 @@ def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> Ll
         aspect = raw.expect("image_aspect_ratio", ("pad", "square"))  # `anyres` is LLaVA-1.6
         config = LlavaConfig(
             **shared,
-            feature_layer=raw.value("mm_vision_select_layer", int, -2),
+            feature_layer=raw.value("mm_vision_select_layer", int, LlavaConfig.feature_layer),
             keep_class_token=raw.expect("mm_vision_select_feature", ("patch", "cls_patch")) == "cls_patch",
             projector_layers=_projector_layers(raw),
             image_aspect_ratio="crop" if aspect == "square" else "pad",

@@ -1,12 +1,13 @@
 """The generation loop: prefill once, then one token per step; and `python -m minillava.generate`.
 
-B batch, T prompt tokens after the splice, C width, V vocabulary, n new tokens.
+B batch, T prompt positions after the splice, m new tokens, n pictures, R their side in pixels, C width,
+H attention heads, L layers, V vocabulary.
 """
 
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Options:
     """How the next token is chosen and when to stop. These are the defaults, everywhere.
 
     temperature 0 is greedy: the most likely token; the filters top_k, top_p and min_p need a temperature.
-    stop: texts that end an answer and are cut from it. seed: None draws a fresh one.
+    stop: texts that end an answer and are cut from it. seed: if None, a fresh one is drawn and kept here.
     Raises ValueError for a value out of range.
     """
 
@@ -42,11 +43,11 @@ class Options:
     def __post_init__(self):
         ranges = (  # name, smallest, largest, whether a whole number
             ("max_new_tokens", 1, math.inf, True),
-            ("temperature", 0, math.inf, False),
+            ("temperature", 0, 1e6, False),
             ("top_k", 0, math.inf, True),
             ("top_p", 0, 1, False),
             ("min_p", 0, 1, False),
-            ("repetition_penalty", 0, math.inf, False),
+            ("repetition_penalty", 0.01, 100, False),
             ("seed", -(2**63), 2**64 - 1, True),
         )
         for name, low, high, whole in ranges:
@@ -58,17 +59,18 @@ class Options:
                 kind = "a whole number" if whole else "a number"
                 limit = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
                 raise ValueError(f"{name} is {value!r}, expected {kind} {limit}")
-        if self.repetition_penalty == 0 or self.top_p == 0:
-            raise ValueError("repetition_penalty and top_p must be above 0")
+        if self.top_p == 0:
+            raise ValueError("top_p is 0, expected a number above 0: no token would be left")
+        if 0 < self.temperature < 1e-6:
+            raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy) or at least 1e-6")
         if self.temperature == 0 and (self.top_k or self.top_p not in (None, 1) or self.min_p):
             raise ValueError("top_k, top_p and min_p shape samples: set a temperature above 0 (1.0 changes nothing)")
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(s for s in self.stop if s))  # an empty text would match everywhere
-
-    def seeded(self) -> "Options":
-        """The same options with a seed: the given one, or a fresh one that can be reported and used again."""
-        return self if self.seed is not None else replace(self, seed=torch.Generator().seed() % 2**32)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        if not all(isinstance(s, str) for s in stop):
+            raise ValueError(f"stop is {self.stop!r}, expected texts")
+        object.__setattr__(self, "stop", tuple(s for s in stop if s))  # an empty text would match everywhere
+        if self.seed is None:
+            object.__setattr__(self, "seed", torch.Generator().seed() % 2**32)
 
 
 @dataclass
@@ -88,15 +90,15 @@ class Step:
 class Generation:
     """What `generate` returns. What was not asked for with `record` is None."""
 
-    sequences: Tensor  # [B, n] new ids only, rows padded after their end token
+    sequences: Tensor  # [B, m] new ids only, rows padded after their end token
     text: list[str] | None  # per row, without special tokens and stop text; None without a tokenizer
     finish_reason: list[str]  # per row: "stop" or "length"
     image_spans: list[list[tuple[int, int]]]  # per row, (start, end) of each picture in the spliced prompt
     seed: int  # what reproduces this sample
-    scores: tuple[Tensor, ...] | None = None  # n times [B, V]
-    logits: tuple[Tensor, ...] | None = None  # n times [B, V]
-    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None  # n times those of Step
-    attentions: tuple[tuple[Tensor, ...], ...] | None = None  # n times those of Step
+    scores: tuple[Tensor, ...] | None = None  # m times [B, V]
+    logits: tuple[Tensor, ...] | None = None  # m times [B, V]
+    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None  # m times those of Step
+    attentions: tuple[tuple[Tensor, ...], ...] | None = None  # m times those of Step
 
 
 def generate(
@@ -115,21 +117,22 @@ def generate(
     record: Sequence[str] = (),
     tokenizer: Tokenizer | None = None,
 ) -> Generation:
-    """Answer a batch of prompts: ragged rows of ids with -200 for each picture of `images` [n,3,S,S].
+    """Answer a batch of prompts: ragged rows of ids with -200 for each picture of `images` [n,3,R,R].
 
     record: any of "scores", "logits", "hidden_states", "attentions" (shapes as Hugging Face's generate).
     Raises ValueError for options out of range or a prompt that does not fit the model's context.
     """
-    options = Options(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop).seeded()
+    options = Options(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
+    record = (record,) if isinstance(record, str) else record
     with torch.no_grad():
-        prompt = model.splice(input_ids, images)
-    taken = list(steps(model, prompt, options, tokenizer=tokenizer, record=record))
+        spliced = model.splice(input_ids, images)
+    taken = list(steps(model, spliced, options, tokenizer=tokenizer, record=record))
     kept = {name: tuple(vars(step)[name] for step in taken) for name in RECORDABLE if name in record}
     return Generation(
         sequences=torch.stack([step.token_ids for step in taken], dim=1),
         text=None if tokenizer is None else ["".join(pieces) for pieces in zip(*(s.text for s in taken), strict=True)],
         finish_reason=taken[-1].finish_reason,
-        image_spans=prompt.image_spans,
+        image_spans=spliced.image_spans,
         seed=options.seed,
         **kept,
     )
@@ -138,7 +141,7 @@ def generate(
 @torch.no_grad()
 def steps(
     model: Llava,
-    prompt: Spliced,
+    spliced: Spliced,
     options: Options,
     *,
     tokenizer: Tokenizer | None = None,
@@ -155,22 +158,22 @@ def steps(
     if options.stop and tokenizer is None:
         raise ValueError("stop texts need a tokenizer: pass tokenizer=")
     wanted = {name: name in record for name in ("hidden_states", "attentions")}
-    batch, length, _ = prompt.embeds.shape
-    budget = min(options.max_new_tokens, room_for_answer(model, prompt))
+    batch, length, _ = spliced.embeds.shape
+    budget = min(options.max_new_tokens, room_for_answer(model, spliced))
     # The last token is chosen but never fed back, so the cache can be one shorter.
     capacity = length + budget - 1
-    cache = KVCache(model.config.text, batch, capacity, dtype=prompt.embeds.dtype, device=prompt.embeds.device)
-    choose = Chooser(model, prompt, options)
+    cache = KVCache(model.config.text, batch, capacity, dtype=spliced.embeds.dtype, device=spliced.embeds.device)
+    choose = Chooser(model, spliced, options)
     rows = [Row(model.config.eos_token_ids, tokenizer, options.stop) for _ in range(batch)]
 
-    output = prefill(model, prompt, cache, **wanted)
-    for left in reversed(range(budget)):
-        done = torch.tensor([row.finish_reason is not None for row in rows], device=prompt.embeds.device)  # [B]
+    output = prefill(model, spliced, cache, **wanted)
+    for made in range(1, budget + 1):
+        done = torch.tensor([row.finish_reason is not None for row in rows], device=spliced.embeds.device)  # [B]
         logits = output.logits[:, -1].to(torch.promote_types(output.logits.dtype, torch.float32))  # [B, V]
         token_ids, scores = choose(logits)
         token_ids = token_ids.masked_fill(done, model.config.pad_token_id)  # [B]
         choose.remember(token_ids)
-        text = [row.feed(token, last=left == 0) for row, token in zip(rows, token_ids.tolist(), strict=True)]
+        text = [row.feed(token, last=made == budget) for row, token in zip(rows, token_ids.tolist(), strict=True)]
         reasons = [row.finish_reason for row in rows]
         yield Step(token_ids, text, reasons, logits, scores, output.hidden_states, output.attentions)
         if all(reasons):
@@ -178,10 +181,15 @@ def steps(
         output = decode(model, token_ids, cache, **wanted)
 
 
-def prefill(model: Llava, prompt: Spliced, cache: KVCache, *, hidden_states: bool, attentions: bool) -> LanguageOutput:
+def prefill(model: Llava, spliced: Spliced, cache: KVCache, *, hidden_states: bool, attentions: bool) -> LanguageOutput:
     """All positions of the prompt at once, into an empty cache; logits of the last one only. -> logits [B,1,V]"""
     return model.language_model(
-        prompt.embeds, prompt.attention_mask, cache, last_only=True, hidden_states=hidden_states, attentions=attentions
+        spliced.embeds,
+        spliced.attention_mask,
+        cache,
+        last_only=True,
+        hidden_states=hidden_states,
+        attentions=attentions,
     )
 
 
@@ -190,11 +198,11 @@ def decode(model: Llava, token_ids: Tensor, cache: KVCache, *, hidden_states: bo
     return model.language_model(token_ids[:, None], None, cache, hidden_states=hidden_states, attentions=attentions)
 
 
-def room_for_answer(model: Llava, prompt: Spliced) -> int:
+def room_for_answer(model: Llava, spliced: Spliced) -> int:
     """How many tokens the context has left. Raises ValueError with the numbers when the prompt fills it."""
-    context, length = model.config.text.max_position_embeddings, prompt.embeds.shape[1]
+    context, length = model.config.text.max_position_embeddings, spliced.embeds.shape[1]
     if length >= context:
-        pictures, each = max(len(spans) for spans in prompt.image_spans), model.config.tokens_per_image
+        pictures, each = max(len(spans) for spans in spliced.image_spans), model.config.tokens_per_image
         raise ValueError(
             f"the prompt takes {length} positions ({pictures} picture(s) of {each} each), the model's context holds "
             f"{context} with the answer; shorten the prompt or give fewer pictures"
@@ -205,16 +213,16 @@ def room_for_answer(model: Llava, prompt: Spliced) -> int:
 class Chooser:
     """From logits to tokens, by the options: what was seen so far and the random numbers are its only state."""
 
-    def __init__(self, model: Llava, prompt: Spliced, options: Options):
+    def __init__(self, model: Llava, spliced: Spliced, options: Options):
         self.options = options
-        device = prompt.embeds.device
+        device = spliced.embeds.device
         self.generator = torch.Generator(device=device)
-        self.generator.manual_seed(options.seeded().seed)
+        self.generator.manual_seed(options.seed)
         self.seen = None
         if options.repetition_penalty is not None:
-            size = (len(prompt.input_ids), model.config.text.vocab_size)
+            size = (len(spliced.input_ids), model.config.text.vocab_size)
             self.seen = torch.zeros(size, dtype=torch.bool, device=device)  # [B, V]
-            for row, ids in zip(self.seen, prompt.input_ids, strict=True):
+            for row, ids in zip(self.seen, spliced.input_ids, strict=True):
                 # In transformers a picture is an ordinary id of the prompt, so it is penalised as well.
                 ids = torch.where(ids == IMAGE_TOKEN_INDEX, model.config.image_token_id, ids)
                 row[ids[ids < len(row)]] = True
@@ -260,6 +268,8 @@ class Row:
             self.finish_reason = "stop"
         if self.decoder is not None:
             self.held += self.decoder.feed(token_id)
+            if last or self.finish_reason is not None:
+                self.held += self.decoder.flush()
             found = [at for at in map(self.held.find, self.stop) if at >= 0]
             if found:
                 self.held, self.finish_reason = self.held[: min(found)], "stop"
@@ -272,14 +282,12 @@ class Row:
         if self.finish_reason is None:
             # The longest end of the text that is the beginning of a stop text.
             keep = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
-        elif self.decoder is not None and self.finish_reason == "length":
-            self.held += self.decoder.flush()
         text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of design and README: an answer on stdout, everything else on stderr; the exit status."""
+    """The command line: an answer on stdout, everything else on stderr; the exit status."""
     from minillava import cli  # a door: it may know every room, the loop above may not
 
     return cli.answer(argv)

@@ -1,6 +1,6 @@
 """Pictures to pixel values, bit for bit as CLIP's Pillow-based processor does it.
 
-n pictures, S side in pixels.
+n pictures, R side of a picture for the model in pixels.
 """
 
 import base64
@@ -19,6 +19,8 @@ from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+ASPECTS = ("pad", "crop")
 
 MAX_PIXELS = 2 * 89_478_485
 """Pillow's own limit against decompression bombs (about 179 million pixels), here also for the padded square."""
@@ -48,18 +50,18 @@ class ImageProcessor:
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
     ):
-        if aspect not in ("pad", "crop"):
-            raise ValueError(f"unknown image aspect ratio {aspect!r}, expected 'pad' or 'crop'")
+        if aspect not in ASPECTS:
+            raise ValueError(f"unknown image aspect ratio {aspect!r}, expected one of: {', '.join(ASPECTS)}")
         self.image_size, self.aspect, self.mean, self.std = image_size, aspect, tuple(mean), tuple(std)
 
     def __call__(self, images: Images) -> Tensor:
-        """Pictures (paths, `data:` URLs, bytes, files, Pillow images) -> float32 [n, 3, S, S].
+        """Pictures (paths, `data:` URLs, bytes, files, Pillow images) -> float32 [n, 3, R, R].
         Raises FileNotFoundError or ValueError naming the picture."""
         pixels = [self.normalise(self.square(image)) for image in as_list(images)]
         return torch.stack(pixels) if pixels else torch.empty(0, 3, self.image_size, self.image_size)
 
     def square(self, source: ImageSource) -> Image.Image:
-        """A picture of any size -> the RGB S x S picture the model sees. Raises as `open_image`."""
+        """A picture of any size -> the RGB R x R picture the model sees. Raises as `open_image`."""
         image = open_image(source)
         try:
             return self._fit(image)
@@ -72,9 +74,8 @@ class ImageProcessor:
         return resize_and_crop(image, self.image_size)
 
     def normalise(self, image: Image.Image) -> Tensor:
-        """RGB S x S -> float32 [3, S, S]: (value / 255 - mean) / std per channel."""
-        # The order of the roundings is the processor's: the product in float64, the rest in float32.
-        x = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)  # [S, S, 3]
+        """RGB R x R -> float32 [3, R, R]: (value / 255 - mean) / std per channel."""
+        x = np.asarray(image, dtype=np.float32) / 255  # [R, R, 3]
         x = (x - np.array(self.mean, dtype=np.float32)) / np.array(self.std, dtype=np.float32)
         return torch.from_numpy(x.transpose(2, 0, 1).copy())
 
@@ -110,11 +111,13 @@ def open_image(source: ImageSource) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB: transparency on white (as transformers 5), 16-bit greys scaled rather than clipped."""
+    """Any Pillow mode to RGB: transparency on white (as transformers 5), deep greys scaled rather than clipped."""
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
         # "I" is what older Pillow makes of a 16-bit PNG. 65535 / 255 is exactly 257.
         grey = (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255)
         image = Image.fromarray(grey.astype(np.uint8))
+    if image.mode == "F" and image.getextrema()[1] <= 1:
+        image = image.point(lambda v: v * 255)  # floats are either 0 to 255, as Pillow takes them, or 0 to 1
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.applyTransform(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
@@ -176,8 +179,10 @@ def _name(source: ImageSource) -> str:
 def _file(source: str | Path | bytes | BinaryIO, name: str) -> Path | BinaryIO:
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    if not isinstance(source, (str, Path)):
+    if hasattr(source, "read"):
         return source
+    if not isinstance(source, (str, Path)):
+        raise _NotAFile(f"found {type(source).__name__}, expected a path, bytes, a file or a Pillow image")
     if name.startswith(("http://", "https://")):
         raise _NotAFile("minillava does not download; save the picture and give its path")
     if name != "data: URL":

@@ -1,6 +1,7 @@
 """The Llama decoder (Touvron et al. 2023): vectors in, next-token logits out.
 
-B batch, T new tokens, S cached and new tokens, C width, H heads, K key/value heads, D head width, V vocabulary.
+B batch, T new tokens, S cached and new tokens, C width, H heads, K key/value heads, D head width,
+F feed-forward width, L layers, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -26,9 +27,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: TextConfig, attend: Callable):
         super().__init__()
         self.config, self.attend = config, attend
-        # Zeros instead of nn.Embedding's random start: the values come from a checkpoint, and drawing random
-        # numbers on the meta device costs a second of imports.
-        table = torch.zeros(config.vocab_size, config.hidden_size)
+        table = torch.zeros(config.vocab_size, config.hidden_size)  # zeros for the reason given in vision.py
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -48,23 +47,22 @@ class LanguageModel(nn.Module):
         """Token ids [B,T] or embeddings [B,T,C] -> logits.
 
         attention_mask: bool [B,T] of the new tokens, False for padding. cache: what came before; the new tokens
-        are added to it. last_only: the head runs on the last position alone (at prefill it would otherwise
-        cost as much as two layers). attentions: recorded by `eager`, the only function that has them.
+        are added to it. last_only: the head runs on the last position alone (over a whole prompt it would cost as
+        much as two thirds of a layer, and T rows of V logits). attentions: recorded by `eager`, which alone has them.
         """
         x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)  # [B, T, C]
         length = x.shape[1]
-        if cache is not None:
-            attention_mask = cache.reserve(length, attention_mask)
         offset = 0 if cache is None else cache.length
-        positions, mask, causal = positions_and_mask(attention_mask, offset, length, x.device)
-        cos, sin = rotary_tables(positions, self.config, x.dtype)
+        real = attention_mask if cache is None else cache.reserve(*x.shape[:2], attention_mask)  # [B, S] or None
+        positions, mask, causal = positions_and_mask(real, offset, length, x.device)  # [B|1, T], [B|1, 1, T, S] or None
+        cos, sin = rotary_tables(positions, self.config, x.dtype)  # [B|1, 1, T, D]
         attend = eager if attentions else self.attend
 
         states, weights = [], []
         for layer in self.layers:
             if hidden_states:
                 states.append(x)
-            x, w = layer(x, cos, sin, mask, causal, attend, cache)
+            x, w = layer(x, cos, sin, mask, causal, attend, cache)  # [B, T, C], [B, H, T, S] or None
             if attentions:
                 weights.append(w)
         if cache is not None:
@@ -119,12 +117,12 @@ class RMSNorm(nn.Module):
         # The squares of half-precision numbers overflow or vanish, so the norm is taken in float32. It is
         # rounded back before the weight multiplies it: the other order gives other bits than transformers.
         y = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)  # the mean is [B, T, 1]
         return self.weight * y.to(x.dtype)
 
 
 def rotary_tables(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles (Su et al. 2021). positions [B,T] -> two of [B,1,T,D].
+    """cos and sin of every position's angles (Su et al. 2021). positions [B|1,T] -> two of [B|1,1,T,D].
 
     Computed in float32 and rounded once at the end: at position 4000 a bfloat16 angle is off by whole turns.
     """
@@ -132,17 +130,17 @@ def rotary_tables(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> 
     exponents = torch.arange(0, d, 2, dtype=torch.float32, device=positions.device) / d
     # [D/2] angles per position, from 1 radian for the first pair down to about 1 / theta for the last
     inv_freq = 1.0 / config.rope_theta**exponents / config.rope_factor
-    angles = positions[..., None].float() * inv_freq  # [B, T, D/2]
-    angles = torch.cat([angles, angles], dim=-1)[:, None]  # [B, 1, T, D]
+    angles = positions[..., None].float() * inv_freq  # [B|1, T, D/2]
+    angles = torch.cat([angles, angles], dim=-1)[:, None]  # [B|1, 1, T, D]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x [B,H,T,D], cos and sin [B,1,T,D].
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x [B, H or K, T, D], cos and sin [B|1,1,T,D].
 
     This is the half-split pairing of transformers' checkpoints; Meta's own pair neighbours (2i, 2i + 1).
     """
-    first, second = x.chunk(2, dim=-1)
+    first, second = x.chunk(2, dim=-1)  # [B, H or K, T, D/2]
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
@@ -183,7 +181,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.index, k, v)  # [B, K, S, D]
         out, weights = attend(q, k, v, mask, causal)  # [B, H, T, D], [B, H, T, S] or None
-        return self.o_proj(out.transpose(1, 2).flatten(2)), weights
+        return self.o_proj(out.transpose(1, 2).flatten(2)), weights  # [B, H, T, D] -> [B, T, H·D] -> [B, T, C]
 
 
 class MLP(nn.Module):
@@ -196,4 +194,4 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # [B, T, C] -> [B, T, F] -> [B, T, C]

@@ -1,6 +1,7 @@
 """LLaVA: the vision tower, the projector and the language model, and the splice that joins them.
 
-B batch, T tokens after the splice, n pictures, P patches, C width, V vocabulary.
+B batch, t tokens of a row before the splice, T after it, n pictures, R their side in pixels, P patches each,
+C width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,7 +61,7 @@ class Llava(nn.Module):
     ) -> LlavaOutput:
         """Logits for every position, and the loss when labels are given.
 
-        input_ids: [B,t] or ragged rows; each -200 stands for the next of `images` [n,3,S,S], in row order.
+        input_ids: [B,t] or ragged rows; each -200 stands for the next of `images` [n,3,R,R], in row order.
         attention_mask: [B,t], 0 for padding that is in input_ids. labels: like input_ids, -100 where ignored.
         Raises ValueError when the number of -200 differs from the number of pictures.
         """
@@ -70,7 +71,7 @@ class Llava(nn.Module):
         return LlavaOutput(logits, loss, spliced.attention_mask, spliced.image_spans)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """[n, 3, S, S] -> [n, P, C]: each picture as P vectors of the language model's width."""
+        """[n, 3, R, R] -> [n, P, C]: each picture as P vectors of the language model's width."""
         return self.projector(self.vision_tower(pixel_values))
 
     def splice(
@@ -86,39 +87,40 @@ class Llava(nn.Module):
         are padded on the left, so that every row ends where its answer begins.
         """
         device = self.language_model.embed_tokens.weight.device
-        rows = _rows(input_ids, device)
-        masks = _rows([[1] * len(r) for r in rows] if attention_mask is None else attention_mask, device)
-        targets = _rows([[IGNORE_INDEX] * len(r) for r in rows] if labels is None else labels, device)
+        rows = _rows("input_ids", input_ids, device)
+        masks = _rows(
+            "attention_mask", [[1] * len(r) for r in rows] if attention_mask is None else attention_mask, device
+        )
+        targets = _rows("labels", [[IGNORE_INDEX] * len(r) for r in rows] if labels is None else labels, device)
         self._check(rows, masks, targets, images)
-        no_images = images is None or len(images) == 0
-        features = iter(() if no_images else self.encode_images(images.to(device)))  # n times [P, C]
+        features = iter(() if images is None else self.encode_images(images.to(device)))  # n times [P, C]
 
-        embeds, kept, wanted, spans = [], [], [], []
+        embeds, real, wanted, spans = [], [], [], []  # per row, what Spliced holds per batch
         for ids, mask, target in zip(rows, masks, targets, strict=True):
-            words = self.language_model.embed_tokens(ids.clamp(min=0))  # [t, C]
-            parts, row_spans, length, start = [], [], 0, 0
-            for at in (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist():
-                patches = next(features).to(words.dtype)  # [P, C]
+            is_image = ids == IMAGE_TOKEN_INDEX  # [t]
+            words = self.language_model.embed_tokens(ids.masked_fill(is_image, 0))  # [t, C], unused where is_image
+            parts, row_spans = [], []
+            start, length = 0, 0  # the next token to take, and how long the row has become
+            for at in is_image.nonzero().flatten().tolist():
+                patches = next(features)  # [P, C]
                 length += at - start
                 row_spans.append((length, length + len(patches)))
                 length += len(patches)
                 parts += [words[start:at], patches]
                 start = at + 1
             embeds.append(torch.cat([*parts, words[start:]]))
-            repeats = torch.ones_like(ids)
-            repeats[ids == IMAGE_TOKEN_INDEX] = self.config.tokens_per_image
-            kept.append(mask.bool().repeat_interleave(repeats))
-            target = target.masked_fill(ids == IMAGE_TOKEN_INDEX, IGNORE_INDEX)  # a picture is never predicted
-            wanted.append(target.repeat_interleave(repeats))
+            repeats = torch.where(is_image, self.config.tokens_per_image, 1)  # [t]
+            real.append(mask.bool().repeat_interleave(repeats))
+            wanted.append(target.masked_fill(is_image, IGNORE_INDEX).repeat_interleave(repeats))
             spans.append(row_spans)
 
-        longest = max(len(e) for e in embeds)
+        longest = max(map(len, embeds))
         pads = [longest - len(e) for e in embeds]
-        mask = torch.stack([F.pad(m, (p, 0), value=False) for m, p in zip(kept, pads, strict=True)])
+        real = torch.stack([F.pad(m, (p, 0), value=False) for m, p in zip(real, pads, strict=True)])
         wanted = torch.stack([F.pad(t, (p, 0), value=IGNORE_INDEX) for t, p in zip(wanted, pads, strict=True)])
         return Spliced(
             embeds=torch.stack([F.pad(e, (0, 0, p, 0)) for e, p in zip(embeds, pads, strict=True)]),
-            attention_mask=None if mask.all() else mask,
+            attention_mask=None if real.all() else real,
             labels=None if labels is None else wanted,
             image_spans=[[(a + p, b + p) for a, b in row] for row, p in zip(spans, pads, strict=True)],
             input_ids=[ids[mask.bool()] for ids, mask in zip(rows, masks, strict=True)],
@@ -132,14 +134,18 @@ class Llava(nn.Module):
             if (found := [len(r) for r in other]) != lengths:
                 raise ValueError(f"{name} has rows of {found} tokens, input_ids of {lengths}")
         placed = sum(int((r == IMAGE_TOKEN_INDEX).sum()) for r in rows)
+        if images is not None and (not isinstance(images, Tensor) or images.dim() != 4):
+            found = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images are {found}, expected a tensor [n, 3, R, R] as image_processor makes it")
         given = 0 if images is None else len(images)
         if placed != given:
             raise ValueError(f"input_ids place {placed} picture(s) with {IMAGE_TOKEN_INDEX}, but {given} were given")
         vocabulary = self.config.text.vocab_size
-        for row in rows:
-            wrong = row[((row < 0) & (row != IMAGE_TOKEN_INDEX)) | (row >= vocabulary)]
-            if len(wrong):
-                raise ValueError(f"token id {int(wrong[0])} is outside this model's vocabulary of {vocabulary}")
+        for name, values, besides in (("token id", rows, IMAGE_TOKEN_INDEX), ("label", labels, IGNORE_INDEX)):
+            for row in values:
+                wrong = row[((row < 0) & (row != besides) & (row != IMAGE_TOKEN_INDEX)) | (row >= vocabulary)]
+                if len(wrong):
+                    raise ValueError(f"{name} {int(wrong[0])} is outside this model's vocabulary of {vocabulary}")
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -154,9 +160,11 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=IGNORE_INDEX)
 
 
-def _rows(ids: Tensor | Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+def _rows(name: str, ids: Tensor | Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
     """A batch as a list of 1-D tensors; one flat row is taken as a batch of one."""
-    if not isinstance(ids, Tensor) and len(ids) and isinstance(ids[0], int):
-        ids = [ids]
-    rows = ids[None] if isinstance(ids, Tensor) and ids.dim() == 1 else ids
-    return [torch.as_tensor(r, device=device) for r in rows]
+    rows = [torch.as_tensor(r, dtype=torch.long, device=device) for r in ids]
+    if rows and all(r.dim() == 0 for r in rows):
+        rows = [torch.stack(rows)]
+    if any(r.dim() != 1 for r in rows):
+        raise ValueError(f"{name} has rows of shape {[list(r.shape) for r in rows]}, expected rows of numbers")
+    return rows

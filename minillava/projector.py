@@ -1,7 +1,7 @@
 """The projector: the small network between the eye and the language model, and the part LLaVA trains first.
 
 It turns each patch vector of the vision tower's width into a vector of the language model's width,
-so that a picture becomes 576 "words" that were never in any vocabulary.
+so that a picture becomes 576 "words" that were never in any vocabulary. n pictures, P patches, C width.
 """
 
 import torch.nn.functional as F

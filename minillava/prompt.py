@@ -37,10 +37,18 @@ class Prompt(str):
         prompt.segments = tuple(s for s in segments if s.text)
         return prompt
 
+    def __add__(self, text: str) -> "Prompt":
+        """The prompt and the beginning of an answer, which is text like a user's."""
+        return Prompt([*self.segments, *(text.segments if isinstance(text, Prompt) else [Segment(text, "text")])])
+
+    def __getnewargs__(self):
+        return (self.segments,)  # what copy and pickle make it from
+
 
 @dataclass(frozen=True)
 class Template:
-    """Format strings with one `{}` each. `first` takes the system text (already in `system_block`) and the question.
+    """system and opening are plain text, the others format strings whose `{}` is filled with text; in first_user
+    the first `{}` is the finished system_block, the second the question.
 
     stop: text that ends an answer, where the model was not trained to end with its end token.
     separators: text that must not be forged by a user (Segment, `spelled`).

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from minillava.config import IMAGE_TOKEN_INDEX, read_json
+from minillava.config import IMAGE_TOKEN_INDEX, one_line, read_json
 from minillava.prompt import IMAGE_MARKER, Prompt, Segment
 
 _SPACE = "▁"
@@ -34,14 +34,20 @@ class Tokenizer:
                 "lmsys/vicuna-7b-v1.5 on the hub): a tokenizer.json alone is not enough"
             )
         try:
-            self.model = SentencePieceProcessor(model_file=str(path))
+            self.sentencepiece = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path}: not a SentencePiece model ({_one_line(error)}); download it again") from None
-        self.bos_id, self.eos_id, self.vocab_size = self.model.bos_id(), self.model.eos_id(), self.model.vocab_size()
+            raise ValueError(f"{path}: not a SentencePiece model ({one_line(error)}); download it again") from None
+        self.bos_id, self.eos_id, self.vocab_size = (
+            self.sentencepiece.bos_id(),
+            self.sentencepiece.eos_id(),
+            self.sentencepiece.vocab_size(),
+        )
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{path}: has no <s> or </s>, which every Llama tokenizer has; is it another model's?")
         self.legacy = _read_legacy(path.with_name("tokenizer_config.json")) if legacy is None else legacy
-        self._special = {self.model.id_to_piece(i): i for i in (self.model.unk_id(), self.bos_id, self.eos_id)}
+        self._special = {
+            self.sentencepiece.id_to_piece(i): i for i in (self.sentencepiece.unk_id(), self.bos_id, self.eos_id)
+        }
         self._special[IMAGE_MARKER] = IMAGE_TOKEN_INDEX
         self._marker = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
 
@@ -51,6 +57,10 @@ class Tokenizer:
         In a plain string `<s>`, `</s>`, `<unk>` and `<image>` are tokens, as in Hugging Face. In a `Prompt`
         they are tokens only where the template wrote them (and `<image>` where the user asked for a picture).
         """
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is not UTF-8 text at character {error.start}; write it as UTF-8") from None
         segments = prompt.segments if isinstance(prompt, Prompt) else (Segment(prompt, "template"),)
         ids, run = [self.bos_id], []  # run: segments since the last special token
         prefix = True  # whether the run is a text of its own, which SentencePiece begins with "▁"
@@ -85,21 +95,21 @@ class Tokenizer:
             joining = kind != "spelled" and (joining or bool(text))
         ids = []
         for i, piece in enumerate(pieces):
-            ids += self.model.encode(piece) if prefix and i == 0 else self._encode_continuation(piece)
+            ids += self.sentencepiece.encode(piece) if prefix and i == 0 else self._encode_continuation(piece)
         return ids
 
     def _encode_continuation(self, text: str) -> list[int]:
         """Encode without the leading "▁". SentencePiece cannot switch it off, so the text goes behind a newline,
         which is a byte in Llama's vocabulary and so never merges with what follows; its ids are cut off."""
-        before = self.model.encode("\n")
-        return self.model.encode("\n" + text)[len(before) :]
+        before = self.sentencepiece.encode("\n")
+        return self.sentencepiece.encode("\n" + text)[len(before) :]
 
 
 class TextDecoder:
     """Decoding one id at a time, for streaming: a character of several bytes comes out once it is whole."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._model = tokenizer.model
+        self._model = tokenizer.sentencepiece
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._started = False
 
@@ -133,7 +143,3 @@ def _read_legacy(path: Path) -> bool:
     if legacy is not None and not isinstance(legacy, bool):
         raise ValueError(f"{path}: legacy is {legacy!r}, expected true or false")
     return legacy is not False
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -1,6 +1,7 @@
 """The CLIP vision transformer (Radford et al. 2021): a picture becomes one vector per patch.
 
-Shapes: n pictures, S side in pixels, P patches, N = P + 1 with the class token, C width, H heads, D = C / H.
+n pictures, R side in pixels, P patches, N = P + 1 with the class token, C width, H heads, D = C / H,
+F feed-forward width.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ class VisionTower(nn.Module):
         self.encoder = Encoder(config.vision, config.vision_layers_needed, attend)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """[n, 3, S, S] -> [n, P, C]: the selected layer's patches, without the class token.
+        """[n, 3, R, R] -> [n, P, C]: the selected layer's patches, without the class token.
         Raises ValueError when the pictures have another size than the tower was trained on."""
         c = self.config
         expected = (c.num_channels, c.image_size, c.image_size)
@@ -46,14 +47,15 @@ class Embeddings(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         size, width = config.patch_size, config.hidden_size
-        self.class_embedding = nn.Parameter(torch.zeros(width))
+        self.class_embedding = nn.Parameter(torch.zeros(width))  # [C]
         self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=size, stride=size, bias=False)
-        # Zeros for the same reason as in llama.py.
-        table = torch.zeros(config.num_patches + 1, width)
+        # Zeros instead of nn.Embedding's random start: the values come from a checkpoint, and drawing random
+        # numbers on the meta device costs a second of imports.
+        table = torch.zeros(config.num_patches + 1, width)  # [N, C]
         self.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # [n, C, S/patch, S/patch]
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # [n, C, √P, √P]
         patches = patches.flatten(2).transpose(1, 2)  # [n, P, C], row by row from the top left
         class_token = self.class_embedding.expand(len(patches), 1, -1)  # [n, 1, C]
         return torch.cat([class_token, patches], dim=1) + self.position_embedding.weight  # [n, N, C]
@@ -102,7 +104,7 @@ class Attention(nn.Module):
             return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [n, N, C] -> [n, H, N, D]
 
         out, _ = self.attend(heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x)))  # [n, H, N, D]
-        return self.out_proj(out.transpose(1, 2).flatten(2))  # [n, N, C]
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # [n, H, N, D] -> [n, N, C]
 
 
 class MLP(nn.Module):
@@ -112,7 +114,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(quick_gelu(self.fc1(x)))
+        return self.fc2(quick_gelu(self.fc1(x)))  # [n, N, C] -> [n, N, F] -> [n, N, C]
 
 
 def quick_gelu(x: Tensor) -> Tensor:

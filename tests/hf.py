@@ -42,6 +42,44 @@ TOWERLESS = ("original-bare",)
 CLIP_FOLDER = "clip"
 
 
+# Arguments of `hub_config`. Only "toy" is stored; "wide" has the widths of LLaVA-1.5-7B and CLIP-L/336.
+SIZES = {
+    "toy": {
+        "text": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2},
+        "vision": {
+            "hidden_size": 32,
+            "image_size": 56,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 3,
+            "patch_size": 14,
+        },
+    },
+    "512": {
+        "text": {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_hidden_layers": 8},
+        "vision": {
+            "hidden_size": 256,
+            "image_size": 336,
+            "intermediate_size": 1024,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 6,
+            "patch_size": 14,
+        },
+    },
+    "wide": {
+        "text": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 2},
+        "vision": {
+            "hidden_size": 1024,
+            "image_size": 336,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 3,
+            "patch_size": 14,
+        },
+    },
+}
+
+
 # --- configurations -------------------------------------------------------------------------------------------
 
 
@@ -197,7 +235,7 @@ def write_checkpoint(
 ) -> Path:
     """A whole checkpoint folder: by transformers itself where it can write that dialect, else renamed.
 
-    For "original-bare" the tower goes to a CLIP folder inside, `clip/`. shards: for the renamed dialects.
+    For "original-bare" the tower goes to a CLIP folder inside, `clip/`. shards: number of weight files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,6 +246,10 @@ def write_checkpoint(
     if dialect in ("fresh", "modules"):
         model = model_of(config, state, dtype)
         model.save_pretrained(folder, save_original_format=dialect == "fresh")
+        if shards > 1:
+            tensors = load_file(folder / "model.safetensors")
+            (folder / "model.safetensors").unlink()
+            write_weights(tensors, folder, shards)
     else:
         if original:  # its vocabulary is the tokenizer's; the hub's conversion added rows
             for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):

@@ -60,6 +60,15 @@ def test_the_prompt_is_the_exact_string(toy):
     assert toy.prompt("Why?", images=0, system="Hm.") == "Hm. USER: Why? ASSISTANT:"
 
 
+def test_a_system_text_of_ones_own(toy, picture):
+    assert toy.ask(picture, "Say.", system="Hm.", max_new_tokens=5) != toy.ask(picture, "Say.", max_new_tokens=5)
+
+
+def test_what_was_not_needed_is_named(toy):
+    assert "vision_tower.vision_model.post_layernorm.weight" in toy.unused
+    assert any(".encoder.layers.2." in name for name in toy.unused)  # the last of three
+
+
 def test_unknown_options_are_a_type_error(toy, picture):
     with pytest.raises(TypeError, match="max_tokens"):
         toy.ask(picture, DEFAULT_PROMPT, max_tokens=3)
@@ -80,13 +89,29 @@ def test_attention_and_precision_are_what_was_asked_for(reference):
         model = minillava.load(reference / "plain", device="cpu", dtype=name).model
         assert {p.dtype for p in model.parameters()} == {dtype}
     assert choose_dtype("auto", "cuda", torch.float16) == torch.float16
-    assert choose_dtype("auto", "cpu", torch.float16) in (torch.bfloat16, torch.float32)
     assert choose_device("cpu") == "cpu"
+    model = minillava.load(reference / "plain", device=torch.device("cpu"), dtype=torch.float16).model
+    assert next(model.parameters()).dtype == torch.float16
+
+
+@pytest.mark.parametrize(("fast", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_on_a_cpu_is_bfloat16_where_that_is_fast(monkeypatch, fast, chosen):
+    for question in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, question, lambda: fast)
+    assert choose_dtype("auto", "cpu", torch.float16) == chosen
+
+
+@pytest.mark.parametrize(("there", "chosen"), [((True, True), "cuda"), ((False, True), "mps"), ((False, False), "cpu")])
+def test_auto_takes_the_best_device(monkeypatch, there, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there[0])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there[1])
+    assert choose_device("auto") == chosen
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
+        ({"device": "cpu:x"}, "unknown device 'cpu:x'"),
         ({"device": "tpu"}, "unknown device 'tpu', expected one of: auto, cpu, cuda, mps"),
         ({"dtype": "int8"}, "unknown dtype 'int8', expected one of: auto, float32"),
         ({"attention": "flash"}, "unknown attention 'flash', expected one of: eager, fused"),
@@ -103,6 +128,20 @@ def test_pad_is_the_default_and_crop_a_choice(reference, picture):
     pad, crop = (minillava.load(reference / "plain", image_aspect_ratio=a).image_processor for a in (None, "crop"))
     assert (pad.aspect, crop.aspect) == ("pad", "crop")
     assert not torch.equal(pad([picture]), crop([picture]))
+
+
+def test_the_configs_aspect_ratio_holds_unless_another_is_asked_for(tmp_path, write_dialect):
+    options = write_dialect("original", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_aspect_ratio": "square"}))
+    assert minillava.load(**options).image_processor.aspect == "crop"
+    assert minillava.load(**options, image_aspect_ratio="pad").image_processor.aspect == "pad"
+
+
+def test_preprocessing_numbers_come_from_the_clip_folder_when_there_is_one(tmp_path, write_dialect):
+    options = write_dialect("original-bare", tmp_path)
+    (options["vision_tower"] / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3]}))
+    assert minillava.load(**options).image_processor.mean == (0.1, 0.2, 0.3)
 
 
 def test_preprocessing_numbers_come_from_the_folder(copy, picture):
@@ -124,6 +163,9 @@ def test_preprocessing_numbers_come_from_the_folder(copy, picture):
         ({"do_resize": False}, "do_resize is False, supported: True"),
         ({"resample": 2}, "resample is 2, supported: 3"),
         ({"crop_size": 224}, "crop_size is 224, config.json has image_size 56"),
+        ({"crop_size": {"height": 56, "width": 10}}, "crop_size is .* config.json has image_size 56"),
+        ({"size": {"shortest_edge": 80}}, "size is .* config.json has image_size 56"),
+        ({"image_std": [0.5, 0, 0.5]}, r"image_std is \[0.5, 0, 0.5\], expected three numbers, above zero"),
         ({"image_mean": [0.5]}, r"image_mean is \[0.5\], expected three numbers"),
     ],
 )

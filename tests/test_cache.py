@@ -30,10 +30,15 @@ def test_update_returns_all_so_far_and_advance_moves_on():
 
 def test_overflow_raises_with_the_numbers():
     c = cache(capacity=4)
-    c.reserve(3, None)
+    c.reserve(2, 3, None)
     c.advance(3)
     with pytest.raises(ValueError, match="holds 4 tokens: 3 are in it, 2 more do not fit"):
-        c.reserve(2, None)
+        c.reserve(2, 2, None)
+
+
+def test_another_batch_size_is_refused():
+    with pytest.raises(ValueError, match=r"made for 2 row\(s\), the input has 1"):
+        cache().reserve(1, 3, None)
 
 
 def test_truncate_forgets_the_end_and_refuses_nonsense():
@@ -50,11 +55,11 @@ def test_truncate_forgets_the_end_and_refuses_nonsense():
 
 def test_padding_is_remembered_and_new_tokens_are_real():
     c = cache()
-    assert c.reserve(2, None) is None
+    assert c.reserve(2, 2, None) is None
     mask = torch.tensor([[False, True, True], [True, True, True]])
-    assert torch.equal(c.reserve(3, mask), mask)
+    assert torch.equal(c.reserve(2, 3, mask), mask)
     c.advance(3)
-    assert torch.equal(c.reserve(1, None), torch.cat([mask, torch.ones(2, 1, dtype=torch.bool)], dim=1))
+    assert torch.equal(c.reserve(2, 1, None), torch.cat([mask, torch.ones(2, 1, dtype=torch.bool)], dim=1))
 
 
 def test_grouped_heads_are_stored_once():

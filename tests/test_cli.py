@@ -334,7 +334,7 @@ def test_the_defaults_are_those_of_options_and_help_shows_them(run):
     arguments = vars(cli.generate_parser().parse_args([]))
     defaults = Options()
     for name in Options.__dataclass_fields__:
-        assert arguments[name] == getattr(defaults, name) or (name == "stop" and not arguments[name]), name
+        assert arguments[name] == vars(Options)[name] or (name == "stop" and not arguments[name]), name
     text = " ".join(run("--help")[1].split())
     assert f"longest answer (default: {defaults.max_new_tokens})" in text
     assert f"samples (default: {defaults.temperature})" in text

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minillava.assistant import load
-from minillava.generate import Options, Row, generate, steps
+from minillava.generate import RECORDABLE, Options, Row, generate, steps
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_stop_text_ends_the_answer_and_is_cut(toy, pixels):
 class Letters:
     """A tokenizer of single letters, to see what Row holds back."""
 
-    class model:
+    class sentencepiece:
         vocab_size, is_control, is_unknown, is_byte = lambda: 128, lambda i: i == 0, lambda i: False, lambda i: False
         id_to_piece = staticmethod(chr)
 
@@ -186,14 +186,16 @@ def test_unknown_records_and_stop_without_tokenizer(toy):
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0, expected a whole number of at least 1"),
         ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, expected a whole number"),
-        ({"temperature": -1}, "temperature is -1, expected a number of at least 0"),
+        ({"temperature": -1}, "temperature is -1, expected a number from 0"),
+        ({"temperature": 1e-9}, "temperature is 1e-09, expected 0 .greedy. or at least"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": True}, "temperature is True"),
         ({"temperature": 1, "top_p": 1.5}, "top_p is 1.5, expected a number from 0 to 1"),
-        ({"temperature": 1, "top_p": 0}, "top_p must be above 0"),
+        ({"temperature": 1, "top_p": 0}, "top_p is 0, expected a number above 0"),
         ({"temperature": 1, "top_k": -2}, "top_k is -2"),
         ({"temperature": 1, "min_p": 2}, "min_p is 2"),
-        ({"repetition_penalty": 0}, "repetition_penalty and top_p must be above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0, expected a number from 0.01 to 100"),
+        ({"stop": [5]}, r"stop is \[5\], expected texts"),
         ({"seed": "x"}, "seed is 'x'"),
         ({"top_k": 5}, "set a temperature above 0"),
         ({"top_p": 0.5}, "set a temperature above 0"),
@@ -208,3 +210,33 @@ def test_options_out_of_range_are_named(options, message):
 def test_one_stop_text_need_not_be_a_list_and_empty_ones_match_nothing():
     assert Options(stop="###").stop == ("###",)
     assert Options(stop=["", "a"]).stop == ("a",)
+    assert Options(stop=None).stop == ()
+
+
+def test_a_half_character_at_the_end_is_the_same_text_however_it_ended(toy):
+    """Both ends of an answer flush what the decoder holds, as decoding the ids at once does."""
+    half = toy.tokenizer.encode("😀")[1:-1]
+    texts = []
+    for ids, last in ((half, True), ([*half, toy.tokenizer.eos_id], False)):
+        row = Row((toy.tokenizer.eos_id,), toy.tokenizer, ())
+        texts.append("".join(row.feed(i, last=last and n == len(ids) - 1) for n, i in enumerate(ids)))
+    assert texts[0] == texts[1] == toy.tokenizer.decode(half)
+
+
+def test_the_penalty_reaches_pictures_only_where_they_have_an_id(toy, pixels):
+    """In transformers a picture is an id of the prompt; in the original dialect it has none, and none is penalised."""
+    model, image_id = toy.model, toy.model.config.image_token_id
+
+    def scores(**change):
+        original = model.config
+        model.config = replace(original, **change)
+        try:
+            taken = generate(model, [IDS], pixels[:1], max_new_tokens=1, repetition_penalty=2.0, record=RECORDABLE[:2])
+        finally:
+            model.config = original
+        return taken.logits[0][0], taken.scores[0][0]
+
+    logits, penalised = scores()
+    assert penalised[image_id] == (logits[image_id] * 2 if logits[image_id] < 0 else logits[image_id] / 2)
+    logits, penalised = scores(image_token_id=model.config.text.vocab_size)
+    assert (logits != penalised).nonzero().flatten().tolist() == sorted(i for i in set(IDS) if i >= 0)

@@ -48,6 +48,12 @@ def test_sixteen_bit_greys_are_scaled_not_clipped(mode):
     assert [to_rgb(image).getpixel((x, 0)) for x in range(4)] == [(v, v, v) for v in (0, 1, 128, 255)]
 
 
+def test_float_greys_are_taken_from_0_to_1_or_from_0_to_255():
+    for top in (1.0, 255.0):
+        image = Image.fromarray(np.array([[0.0, top / 2, top]], dtype=np.float32))
+        assert [to_rgb(image).getpixel((x, 0))[0] for x in range(3)] == [0, 127, 255]
+
+
 def test_sixteen_bit_png_file():
     image = Image.fromarray(np.full((8, 8), 32896, dtype=np.uint16))
     assert open_image(png(image)).getpixel((3, 3)) == (128, 128, 128)
@@ -97,7 +103,7 @@ def test_crop_keeps_the_middle():
 
 
 def test_unknown_aspect_is_refused():
-    with pytest.raises(ValueError, match="'anyres', expected 'pad' or 'crop'"):
+    with pytest.raises(ValueError, match="'anyres', expected one of: pad, crop"):
         ImageProcessor(336, "anyres")
 
 
@@ -120,6 +126,8 @@ def test_one_pixel_and_very_flat_pictures():
         ("https://example.com/x.jpg", "does not download"),
         ("nowhere.png", "no such picture"),
         (".", "cannot be read"),
+        (3, "found int, expected a path"),
+        (np.zeros((4, 4, 3)), "found ndarray, expected a path"),
     ],
 )
 def test_what_is_not_a_picture_gets_one_line(content, message):

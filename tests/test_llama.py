@@ -50,6 +50,13 @@ def test_rotary_scores_depend_on_distance_only():
     assert abs(score(7, 3) - score(3, 7)) > 1e-2  # and on its sign
 
 
+def test_half_precision_angles_are_rounded_once():
+    """At position 4000 an angle computed in bfloat16 is off by whole turns."""
+    cos, _ = rotary_tables(torch.tensor([[4000]]), CONFIG, torch.bfloat16)
+    exact = torch.tensor([math.cos(4000 * 100.0 ** (-2 * i / 8)) for i in range(4)])
+    assert ((cos[0, 0, 0, :4].float() - exact).abs() < 2**-8).all()
+
+
 def test_linear_scaling_divides_positions():
     scaled = TextConfig(hidden_size=32, num_attention_heads=4, rope_theta=100.0, rope_factor=4.0)
     at_8 = rotary_tables(torch.tensor([[8]]), scaled, torch.float32)

@@ -140,7 +140,7 @@ def test_any_embeddings_can_be_a_prefix(model):
 
 
 def test_labels_move_with_the_splice_and_pictures_are_never_predicted(model):
-    labels = [[-100, 5, 6], [-100, -100, -100, 8, 9], [-100, 77, 7, 77, 9, 3], [-100, -100]]
+    labels = [[-100, 5, 6], [-100, -100, -100, 8, 9], [-100, 44, 7, -200, 9, 3], [-100, -100]]
     spliced = model.splice(ROWS, PICTURES, labels=labels)
     assert spliced.labels[2].tolist() == [-100] + [-100] * P + [7] + [-100] * P + [9, 3]
     assert spliced.labels[1].tolist() == [-100] * (4 + P + 2) + [8, 9]
@@ -201,6 +201,17 @@ def test_wrong_lengths_are_named(model):
         model([[1, 2, 3]], labels=[[1, 2]])
     with pytest.raises(ValueError, match=r"attention_mask has rows of \[4\] tokens, input_ids of \[3\]"):
         model(torch.tensor([[1, 2, 3]]), attention_mask=torch.ones(1, 4))
+
+
+def test_wrong_pictures_labels_and_ranks_are_named(model):
+    with pytest.raises(ValueError, match=r"images are \[3, 28, 28\], expected a tensor \[n, 3, R, R\]"):
+        model([[1, -200]], PICTURES[0])
+    with pytest.raises(ValueError, match="images are list"):
+        model([[1, -200]], [PICTURES[0]])
+    with pytest.raises(ValueError, match="label 50 is outside"):
+        model([[1, 2]], labels=[[1, 50]])
+    with pytest.raises(ValueError, match="input_ids has rows of shape"):
+        model(torch.zeros(1, 2, 3, dtype=torch.long))
 
 
 def test_one_flat_row_is_a_batch_of_one(model):

@@ -40,6 +40,13 @@ def print_seed():
     print(f"MINILLAVA_PARITY_SEED={SEED}")
 
 
+@pytest.fixture
+def short_lived(tmp_path):
+    """A folder for large files: pytest would keep them for three more runs."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 # --- what is drawn --------------------------------------------------------------------------------------------
 
 
@@ -323,23 +330,21 @@ def test_the_tool_writes_checkpoints_of_any_dialect(dialect, tmp_path, monkeypat
     assert len(assistant.ask(Image.new("RGB", (50, 60)), "What is it?", max_new_tokens=3)) > 0
 
 
-def test_true_widths_are_bit_identical(tmp_path):
+def test_true_widths_are_bit_identical(short_lived):
     """The widths of LLaVA-1.5-7B and CLIP-L/336, where other matrix kernels run, with few layers of each."""
-    text = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 2}
-    vision = {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "num_attention_heads": 16}
-    config = hf.hub_config(text, {**vision, "num_hidden_layers": 3, "patch_size": 14}, pieces=440)
+    config = hf.hub_config(**hf.SIZES["wide"], pieces=440)
     choose = random.Random(f"{SEED} wide")
     state = hf.random_state(config, choose.randrange(10**9), dtype="bfloat16")
     tokenizer = REFERENCE / "plain" / "tokenizer.model"
-    hf.write_checkpoint(tmp_path, config, state, dtype="bfloat16", tokenizer=tokenizer)
+    hf.write_checkpoint(short_lived, config, state, dtype="bfloat16", tokenizer=tokenizer)
     del state
     (row,) = draw_rows([1], 440, choose)
     pixels = torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(choose.randrange(10**9)))
-    model = hf.load(tmp_path, "bfloat16")
+    model = hf.load(short_lived, "bfloat16")
     theirs = hf.generate(model, [row], pixels, max_new_tokens=3)
     features = hf.vision(model, pixels)
     del model
-    mine = load(tmp_path, dtype="bfloat16", attention="eager").model
+    mine = load(short_lived, dtype="bfloat16", attention="eager").model
     ours = generate(mine, [row], pixels, max_new_tokens=3, record=("logits", "hidden_states", "attentions"))
     with torch.no_grad():
         assert_same(mine.vision_tower(pixels), features["vision"], "vision")
@@ -351,7 +356,6 @@ def test_true_widths_are_bit_identical(tmp_path):
             layers = zip(getattr(ours, name)[step], getattr(theirs, name)[step], strict=True)
             for i, pair in enumerate(layers):
                 assert_same(*pair, f"{name}.{i} of step {step}")
-    shutil.rmtree(tmp_path)
 
 
 # --- photographs ----------------------------------------------------------------------------------------------
@@ -360,9 +364,7 @@ def test_true_widths_are_bit_identical(tmp_path):
 @pytest.fixture(scope="module")
 def described_photos(photos, llama_tokenizer, tmp_path_factory):
     """A random network 512 wide with Llama's tokenizer, and what transformers answers to both photographs."""
-    text = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_hidden_layers": 8}
-    vision = {"hidden_size": 256, "image_size": 336, "intermediate_size": 1024, "num_attention_heads": 4}
-    config = hf.hub_config(text, {**vision, "num_hidden_layers": 6, "patch_size": 14}, pieces=32000)
+    config = hf.hub_config(**hf.SIZES["512"], pieces=32000)
     state = hf.random_state(config, seed=1, dtype="float16")
     folder = hf.write_checkpoint(
         tmp_path_factory.mktemp("hub"), config, state, dtype="float16", tokenizer=llama_tokenizer
@@ -377,17 +379,16 @@ def described_photos(photos, llama_tokenizer, tmp_path_factory):
 
 
 @pytest.mark.parametrize("dialect", hf.DIALECTS)
-def test_photographs_get_the_same_answers(described_photos, photos, llama_tokenizer, tmp_path, dialect):
+def test_photographs_get_the_same_answers(described_photos, photos, llama_tokenizer, short_lived, dialect):
     """From the files to the ids, by default settings in float32, out of every kind of checkpoint."""
     known = described_photos
     hf.write_checkpoint(
-        tmp_path, known.config, known.state, dialect=dialect, dtype="float16", tokenizer=llama_tokenizer
+        short_lived, known.config, known.state, dialect=dialect, dtype="float16", tokenizer=llama_tokenizer
     )
-    tower = tmp_path / hf.CLIP_FOLDER if dialect in hf.TOWERLESS else None
-    assistant = load(tmp_path, dtype="float32", vision_tower=tower)
+    tower = short_lived / hf.CLIP_FOLDER if dialect in hf.TOWERLESS else None
+    assistant = load(short_lived, dtype="float32", vision_tower=tower)
     ids = assistant.tokenizer.encode(assistant.prompt("Please describe this image in detail."))
     assert ids == known.ids
     pixels = assistant.image_processor(photos)
     assert generate(assistant.model, [ids] * len(photos), pixels, max_new_tokens=12).sequences.tolist() == known.answers
     assert len({tuple(answer) for answer in known.answers}) == len(photos)
-    shutil.rmtree(tmp_path)

@@ -1,5 +1,8 @@
 """Templates byte for byte (golden strings of LLaVA's conversation.py), pictures in questions, nothing injected."""
 
+import copy
+import pickle
+
 import pytest
 
 from minillava.prompt import TEMPLATES, find_template, place_images, render
@@ -87,6 +90,7 @@ def test_pictures_go_where_they_are_written_or_before_the_text():
     ("<image> only", 2, "places 1 picture.*but 2 picture"),
     ("<image> and <image>", 1, "places 2 picture.*but 1 picture"),
     ("<image>", 0, "places 1 picture.*but 0 picture"),
+    ("", 1, "the question is empty"),
 ])  # fmt: skip
 def test_picture_counts_must_agree(question, images, message):
     with pytest.raises(ValueError, match=message):
@@ -108,6 +112,15 @@ def test_a_forged_separator_is_marked():
     assert ("###", "spelled") in kinds(prompt)
     assert kinds(prompt).count(("###", "spelled")) == 2
     assert kinds(render(TEMPLATES["llava_v1"], [("a###b", None)]))[1] == ("a###b", "text")  # not a separator here
+
+
+def test_a_prompt_keeps_its_segments_when_it_grows_or_travels():
+    prompt = render(TEMPLATES["llava_v1"], [("a</s>b", None)])
+    longer = prompt + " The</s>"
+    assert longer == str(prompt) + " The</s>"
+    assert longer.segments == (*prompt.segments, (" The</s>", "text"))
+    for same in (copy.deepcopy(prompt), pickle.loads(pickle.dumps(prompt))):
+        assert (same, same.segments) == (prompt, prompt.segments)
 
 
 def test_an_answer_cannot_place_a_picture():

@@ -5,9 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig
+from minillava.llava import Llava
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -65,6 +70,19 @@ def test_python_runs(code, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_the_memory_table_is_true():
+    wide = TextConfig(vocab_size=32064)
+    wider = replace(wide, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
+                    num_key_value_heads=40, head_dim=128)  # fmt: skip
+    for name, text in (("7B", wide), ("13B", wider)):
+        with torch.device("meta"):
+            model = Llava(LlavaConfig(CLIP_LARGE_336, text))
+        count = sum(p.numel() for p in model.parameters()) / 1e9
+        cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2 * 1000 / 1e9
+        row = f"| LLaVA-1.5 {name} | {count:.2f} billion | {2 * count:.1f} GB | {4 * count:.1f} GB | {cache:.2f} GB |"
+        assert row in README
 
 
 def test_every_command_is_marked_or_in_continuous_integration():

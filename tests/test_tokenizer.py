@@ -112,6 +112,20 @@ def test_legacy_is_read_from_the_folder(llama_tokenizer, tmp_path):
         Tokenizer(path)
 
 
+def test_legacy_in_the_toy(reference):
+    """The same question without the real tokenizer: a continuation has no "▁"."""
+    old, new = (Tokenizer(reference / "plain" / "tokenizer.model", legacy=flag) for flag in (True, False))
+    assert old.encode("a</s>dog") == [*old.encode("a"), 2, *old.encode("dog")[1:]]
+    assert new.encode("a</s>dog") == [*new.encode("a"), 2, *new.encode("\ndog")[3:]]
+    assert old.decode(new.encode("a</s>dog")) == "adog"
+    assert old.decode(old.encode("a</s>dog")) == "a dog"
+
+
+def test_text_that_is_not_unicode_is_refused(toy):
+    with pytest.raises(ValueError, match="not UTF-8 text at character 1"):
+        toy.encode("a\udcff")
+
+
 def test_special_words_of_a_user_are_plain_text(real):
     prompt = render(TEMPLATES["llava_v1"], [("is <s> or </s> or <unk> special?", None)])
     ids = real.encode(prompt)

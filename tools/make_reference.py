@@ -88,48 +88,23 @@ KERNELS = [
     {"MKL_CBWR": "COMPATIBLE"},
 ]
 
-VISION = {
-    "hidden_size": 32,
-    "image_size": 56,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 3,
-    "patch_size": 14,
-}
-TEXT_SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
 TOYS = {
-    "plain": {"text": TEXT_SIZES, "vision": VISION},
+    "plain": hf.SIZES["toy"],
     "grouped": {
-        "text": {**TEXT_SIZES, "num_key_value_heads": 2, "rope_scaling": {"type": "linear", "factor": 2.0}},
-        "vision": VISION,
-    },
-    "tied": {"text": TEXT_SIZES, "vision": {**VISION, "num_attention_heads": 2}, "tie_word_embeddings": True},
-}
-SIZES = {
-    "toy": TOYS["plain"],
-    "512": {
-        "text": {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_hidden_layers": 8},
-        "vision": {
-            "hidden_size": 256,
-            "image_size": 336,
-            "intermediate_size": 1024,
-            "num_attention_heads": 4,
-            "num_hidden_layers": 6,
-            "patch_size": 14,
+        "text": {
+            **hf.SIZES["toy"]["text"],
+            "num_key_value_heads": 2,
+            "rope_scaling": {"type": "linear", "factor": 2.0},
         },
+        "vision": hf.SIZES["toy"]["vision"],
     },
-    "wide": {
-        "text": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 2},
-        "vision": {
-            "hidden_size": 1024,
-            "image_size": 336,
-            "intermediate_size": 4096,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 4,
-            "patch_size": 14,
-        },
+    "tied": {
+        "text": hf.SIZES["toy"]["text"],
+        "vision": {**hf.SIZES["toy"]["vision"], "num_attention_heads": 2},
+        "tie_word_embeddings": True,
     },
 }
+IMAGE_SIZE = hf.SIZES["toy"]["vision"]["image_size"]
 
 
 def main() -> None:
@@ -150,7 +125,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="write one random checkpoint here instead")
     parser.add_argument("--errors-of", type=Path, help=argparse.SUPPRESS)  # how it calls itself, see KERNELS
     chosen = parser.add_argument_group("with --checkpoint")
-    chosen.add_argument("--size", choices=SIZES, default="toy", help="default: %(default)s")
+    chosen.add_argument("--size", choices=hf.SIZES, default="toy", help="default: %(default)s")
     described = "; ".join(f"{name}: {what}" for name, what in hf.DIALECTS.items())
     chosen.add_argument("--dialect", choices=hf.DIALECTS, default="hub", help=f"{described}. default: %(default)s")
     chosen.add_argument("--dtype", choices=list(hf.DTYPES)[:3], default="float32", help="default: %(default)s")
@@ -166,7 +141,7 @@ def parse_options() -> argparse.Namespace:
 def make_checkpoint(options: argparse.Namespace) -> None:
     tokenizer = options.tokenizer or REFERENCE / "plain" / "tokenizer.model"
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).vocab_size()
-    sizes = SIZES[options.size]
+    sizes = hf.SIZES[options.size]
     vision = sizes["vision"] | ({"image_size": options.image_size} if options.image_size else {})
     config = hf.hub_config(sizes["text"], vision, pieces=pieces)
     state = hf.random_state(config, options.seed)
@@ -309,7 +284,7 @@ def make_pictures(folder: Path) -> dict[str, torch.Tensor]:
         for aspect in ("crop", "pad"):
             with Image.open(file) as opened:
                 opened.load()
-                pixels = hf.pixel_values([opened], VISION["image_size"], pad=aspect == "pad")
+                pixels = hf.pixel_values([opened], IMAGE_SIZE, pad=aspect == "pad")
             back = (pixels[0].double() * column(PROCESSOR_STD) + column(PROCESSOR_MEAN)) * 255
             levels[f"{name}.{aspect}"] = back.round().to(torch.uint8)
             facts[f"{name}.{aspect}"] = hashlib.sha256(pixels[0].numpy().tobytes()).hexdigest()
@@ -402,7 +377,7 @@ def describe(folder: Path, pixels: dict[str, torch.Tensor], tokenizer: Tokenizer
 def compute(folder: Path, facts: dict, dtype: str, attention: str) -> dict[str, torch.Tensor]:
     """Every tensor that is stored or measured, from transformers."""
     files = [folder.parent / "pictures" / f"{name}.png" for name in facts["batch_pictures"]]
-    images = hf.pixel_values([Image.open(file) for file in files], VISION["image_size"], pad=True)
+    images = hf.pixel_values([Image.open(file) for file in files], IMAGE_SIZE, pad=True)
     model = hf.load(folder, dtype, attention)
     tensors = hf.forward(model, facts["input_ids"], images[:1])
     batch = hf.forward(model, facts["labelled_input_ids"], images, facts["labels"])
