@@ -15,8 +15,12 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from minillava import __version__
+from minillava.assistant import DEVICES, DTYPES, Assistant, load
+from minillava.attention import ATTENTION
 from minillava.config import DOWNLOAD
-from minillava.generate import Options
+from minillava.generate import Options, steps
+from minillava.image import ASPECTS, open_image
+from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, TEMPLATES, place_images
 
 WEIGHTS_VARIABLE = "MINILLAVA_WEIGHTS"
 
@@ -38,11 +42,6 @@ class Parser(argparse.ArgumentParser):
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of every command that opens a model."""
-    from minillava.assistant import DEVICES, DTYPES
-    from minillava.attention import ATTENTION
-    from minillava.image import ASPECTS
-    from minillava.prompt import DEFAULT_TEMPLATE, TEMPLATES
-
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m", "--weights", "--model", "--model-path", metavar="DIR",
@@ -135,9 +134,32 @@ def find_weights(given: str | None) -> str:
     return weights
 
 
-def generate_parser() -> Parser:
-    from minillava.prompt import DEFAULT_PROMPT
+def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -> Assistant:
+    """What the flags of `add_model_arguments` ask for, opened and reported."""
+    started = time.perf_counter()
+    messages.progress(f"loading {weights} ...")
+    try:
+        assistant = load(
+            weights,
+            device=args.device,
+            dtype=args.dtype,
+            attention=args.attention,
+            vision_tower=args.vision_tower,
+            template=args.template,
+            image_aspect_ratio=args.image_aspect_ratio,
+        )
+    finally:
+        messages.progress("")
+    parameter = assistant.model.language_model.embed_tokens.weight
+    count = sum(p.numel() for p in assistant.model.parameters())
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    unused = sorted({re.sub(r"(layers\.\d+)\..*", r"\1.*", name) for name in assistant.unused})
+    rest = f"; stored but not needed: {', '.join(unused)}" if unused else ""
+    messages.stage("load", started, f"{weights}: {count:,} parameters, {dtype} on {parameter.device}{rest}")
+    return assistant
 
+
+def generate_parser() -> Parser:
     parser = Parser(
         prog="python -m minillava.generate",
         description="Ask LLaVA-1.5 about a picture. The answer goes to stdout, everything else to stderr.",
@@ -206,11 +228,6 @@ def _read_stdin() -> io.BytesIO:
 
 
 def _answer(args: argparse.Namespace, options: dict) -> int:
-    from minillava.assistant import load
-    from minillava.generate import steps
-    from minillava.image import open_image
-    from minillava.prompt import DEFAULT_PROMPT, place_images
-
     messages = Messages(args.verbose, args.quiet)
     weights = find_weights(args.weights)
     question = DEFAULT_PROMPT if args.prompt is None else args.prompt
@@ -220,27 +237,7 @@ def _answer(args: argparse.Namespace, options: dict) -> int:
     images = [open_image(_read_stdin() if image == "-" else image) for image in args.image]
     place_images(question, len(images))
 
-    started = time.perf_counter()
-    messages.progress(f"loading {weights} ...")
-    try:
-        assistant = load(
-            weights,
-            device=args.device,
-            dtype=args.dtype,
-            attention=args.attention,
-            vision_tower=args.vision_tower,
-            template=args.template,
-            image_aspect_ratio=args.image_aspect_ratio,
-        )
-    finally:
-        messages.progress("")
-    parameter = assistant.model.language_model.embed_tokens.weight
-    count = sum(p.numel() for p in assistant.model.parameters())
-    dtype = str(parameter.dtype).removeprefix("torch.")
-    unused = sorted({re.sub(r"(layers\.\d+)\..*", r"\1.*", name) for name in assistant.unused})
-    rest = f"; stored but not needed: {', '.join(unused)}" if unused else ""
-    messages.stage("load", started, f"{weights}: {count:,} parameters, {dtype} on {parameter.device}{rest}")
-
+    assistant = open_assistant(args, weights, messages)
     prompt = assistant.prompt(question, images=len(images), system=args.system)
     if args.print_prompt:
         print(prompt, file=sys.stderr)

@@ -634,7 +634,7 @@ def test_a_bug_says_that_it_is_one(run, monkeypatch):
     def broken(*_, **__):
         raise KeyError("oops")
 
-    monkeypatch.setattr("minillava.assistant.load", broken)
+    monkeypatch.setattr("minillava.cli.load", broken)
     status, out, err = run("-i", PICTURE)
     assert (status, out) == (1, "")
     assert err == "error: KeyError: 'oops' (unexpected: --verbose shows where)\n"
