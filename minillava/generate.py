@@ -126,15 +126,19 @@ def generate(
     record = (record,) if isinstance(record, str) else record
     with torch.no_grad():
         spliced = model.splice(input_ids, images)
-    taken = list(steps(model, spliced, options, tokenizer=tokenizer, record=record))
-    kept = {name: tuple(vars(step)[name] for step in taken) for name in RECORDABLE if name in record}
+    token_ids, text, kept = [], [""] * len(spliced.input_ids), {name: [] for name in record}
+    for step in steps(model, spliced, options, tokenizer=tokenizer, record=record):
+        token_ids.append(step.token_ids)
+        text = [before + new for before, new in zip(text, step.text, strict=True)]
+        for name in record:
+            kept[name].append(vars(step)[name])
     return Generation(
-        sequences=torch.stack([step.token_ids for step in taken], dim=1),
-        text=None if tokenizer is None else ["".join(pieces) for pieces in zip(*(s.text for s in taken), strict=True)],
-        finish_reason=taken[-1].finish_reason,
+        sequences=torch.stack(token_ids, dim=1),
+        text=None if tokenizer is None else text,
+        finish_reason=step.finish_reason,
         image_spans=spliced.image_spans,
         seed=options.seed,
-        **kept,
+        **{name: tuple(values) for name, values in kept.items()},
     )
 
 
