@@ -19,7 +19,8 @@ setup(
     install_requires=["torch>=2.6", "safetensors>=0.4.3", "sentencepiece>=0.1.99", "pillow>=10.1", "numpy>=1.24"],
     extras_require={
         "test": ["pytest>=7"],
-        # the implementation that the parity tests and tools/make_reference.py compare with
-        "parity": ["transformers>=5.23"],
+        # the implementation that the parity tests and tools/make_reference.py compare with; it reads tokenizer.model
+        # with protobuf
+        "parity": ["transformers>=5.23", "protobuf"],
     },
 )
