@@ -22,5 +22,7 @@ setup(
         # the implementation that the parity tests and tools/make_reference.py compare with; it reads tokenizer.model
         # with protobuf
         "parity": ["transformers>=5.23", "protobuf"],
+        # tools/train_shapes.py: the progress bar, and the optimiser Muon
+        "tools": ["tqdm>=4.60", "torch>=2.9"],
     },
 )

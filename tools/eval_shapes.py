@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+"""Asks the bundled model about scenes it has never seen and prints how often its answers are exactly true, as markdown.
+
+    python tools/eval_shapes.py --weights weights/shapes
+
+Everything goes through minillava's public functions: `load`, the template, and batched greedy `generate`.
+"""
+
+import argparse
+import multiprocessing
+import random
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+
+import shapes
+
+import minillava
+from minillava.generate import generate
+from minillava.prompt import place_images, render
+
+MAX_NEW_TOKENS = 100
+Item = tuple[shapes.Dialogue, Image.Image]
+HELD_OUT_SCENE = {"pairs": shapes.PAIRS, "must_have": sorted(shapes.HELD_OUT)}
+
+
+def make_items(name: str, count: int, kinds: Sequence[str] = shapes.KINDS, picture=None, **scene_options) -> list[Item]:
+    """One dialogue of each kind about each of `count` scenes, where it can be asked. picture: what is shown instead
+    of the drawing, made from the scene and its random numbers."""
+    items = []
+    for i in range(count):
+        rng = random.Random(f"evaluation/{name}/{i}")
+        scene = shapes.sample_scene(rng, **scene_options)
+        shown = shapes.draw(scene) if picture is None else picture(scene, rng)
+        for kind in kinds:
+            dialogue = shapes.ask(scene, kind, rng, scene_options.get("pairs", shapes.TRAINING_PAIRS))
+            if dialogue is not None:
+                items.append((dialogue, shown))
+    return items
+
+
+def names_held_out(dialogue: shapes.Dialogue) -> bool:
+    """Whether a question or an answer puts a held-out pair into words."""
+    words = [f"{colour} {shape}" for shape, colour in shapes.HELD_OUT]
+    words += [f"{shape} is {colour}" for shape, colour in shapes.HELD_OUT]
+    return any(word in text for turn in dialogue.turns for text in turn for word in words)
+
+
+def noise(scene: shapes.Scene, rng: random.Random) -> Image.Image:
+    pixels = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (scene.height, scene.width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def blank(scene: shapes.Scene, rng: random.Random) -> Image.Image:
+    """The scene's background without its things."""
+    return shapes.draw(replace(scene, things=()))
+
+
+def answer(assistant, items: Sequence[Item]) -> list[str]:
+    """The model's answer to the last question of every dialogue; earlier turns are given with their true answers."""
+    ids = []
+    for dialogue, _ in items:
+        turns = [(place_images(q, 1) if i == 0 else q, a) for i, (q, a) in enumerate(dialogue.turns)]
+        ids.append(assistant.tokenizer.encode(render(assistant.template, [*turns[:-1], (turns[-1][0], None)])))
+    pixels = assistant.image_processor([picture for _, picture in items])
+    return generate(assistant.model, ids, pixels, max_new_tokens=MAX_NEW_TOKENS, tokenizer=assistant.tokenizer).text
+
+
+def answer_all(answer_batch: Callable, items: Sequence[Item], batch: int = 64, map=map) -> list[str]:
+    """All answers, in the order of the items. map: how the batches are handed out, one after the other or not."""
+    order = sorted(range(len(items)), key=lambda i: (items[i][0].kind, len(items[i][0].turns[-1][1])))  # alike together
+    batches = [order[start : start + batch] for start in range(0, len(order), batch)]
+    answers = [""] * len(items)
+    for chosen, texts in zip(batches, map(answer_batch, [[items[i] for i in b] for b in batches]), strict=True):
+        for i, text in zip(chosen, texts, strict=True):
+            answers[i] = text
+    return answers
+
+
+class Worker:
+    """One process of the evaluation: the model it has opened."""
+
+    assistant = None
+
+    @classmethod
+    def open(cls, weights: Path, dtype: str) -> None:
+        torch.set_num_threads(1)  # two processes of one thread each beat one process of two threads
+        cls.assistant = minillava.load(weights, dtype=dtype, device="cpu")
+
+    @classmethod
+    def answer(cls, items: Sequence[Item]) -> list[str]:
+        return answer(cls.assistant, items)
+
+
+def score(items, answers) -> dict[str, tuple[int, int]]:
+    """Per kind: how many answers are exactly the true one, of how many."""
+    counts = defaultdict(lambda: [0, 0])
+    for (dialogue, _), answer in zip(items, answers, strict=True):
+        counts[dialogue.kind][0] += answer == dialogue.turns[-1][1]
+        counts[dialogue.kind][1] += 1
+    return {kind: (right, asked) for kind, (right, asked) in counts.items()}
+
+
+def pope(items, answers) -> dict[str, float]:
+    """For yes/no questions, the figures of POPE (Li et al. 2023); "yes" is the positive class."""
+    pairs = [(a, d.turns[-1][1]) for (d, _), a in zip(items, answers, strict=True) if d.kind == "yes/no"]
+    said, true = [a.startswith("Yes") for a, _ in pairs], [t.startswith("Yes") for _, t in pairs]
+    hits = sum(s and t for s, t in zip(said, true, strict=True))
+    precision, recall = hits / max(1, sum(said)), hits / max(1, sum(true))
+    return {
+        "accuracy": sum(s == t for s, t in zip(said, true, strict=True)) / len(pairs),
+        "precision": precision,
+        "recall": recall,
+        "F1": 2 * precision * recall / max(1e-9, precision + recall),
+        "yes-ratio": sum(said) / len(pairs),
+    }
+
+
+def conditions(scenes: int) -> dict[str, list]:
+    fewer = max(1, scenes // 5)
+    return {
+        "unseen scenes": make_items("plain", scenes),
+        "held-out pairs": [
+            item for item in make_items("held-out", 2 * fewer, **HELD_OUT_SCENE) if names_held_out(item[0])
+        ],
+        "other sizes": make_items("sizes", fewer, sides=(261, 800)),
+        "wider, taller": make_items("aspects", fewer, aspects=(0.7, 1 / 0.7)),
+        "smooth edges": make_items("smooth", fewer, picture=lambda scene, rng: shapes.draw(scene, sharpness=3)),
+        "noise": make_items("noise", fewer, picture=noise),
+    }
+
+
+def report(ask: Callable, scenes: int) -> str:
+    """The tables. ask: from items to answers."""
+    results, chosen, yes_no = {}, conditions(scenes), {}
+    for name, items in chosen.items():
+        started = time.perf_counter()
+        answers = ask(items)
+        results[name] = score(items, answers)
+        if name in ("unseen scenes", "held-out pairs", "noise"):
+            yes_no[name] = pope(items, answers)
+        figures = ", ".join(f"{kind} {percent(*counted)}" for kind, counted in results[name].items())
+        took = time.perf_counter() - started
+        print(f"{name}: {len(items)} answers in {took:.0f} s: {figures}", file=sys.stderr, flush=True)
+    empty = make_items("blank", max(1, scenes // 5), kinds=("describe",), picture=blank)
+    answers = ask(empty)
+    seen_empty = sum(answer == shapes.EMPTY for answer in answers)
+
+    lines = ["| exact match, % | " + " | ".join(results) + " |", "|---|" + "---:|" * len(results)]
+    for kind in shapes.KINDS:
+        cells = [percent(*scored.get(kind, (0, 0))) for scored in results.values()]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    counts = [sum(asked for _, asked in scored.values()) for scored in results.values()]
+    lines.append("| answers | " + " | ".join(map(str, counts)) + " |")
+    lines += ["", "| yes/no, % | " + " | ".join(next(iter(yes_no.values()))) + " |", "|---|" + "---:|" * 5]
+    for name, figures in yes_no.items():
+        lines.append(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in figures.values()) + " |")
+    lines += ["", f'Blank pictures described as "{shapes.EMPTY}": {seen_empty} of {len(empty)}.']
+    return "\n".join(lines)
+
+
+def percent(right: int, asked: int) -> str:
+    return f"{100 * right / asked:.1f}" if asked else "–"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path(__file__).resolve().parents[1] / "weights" / "shapes"
+    parser.add_argument("--weights", type=Path, default=default)
+    parser.add_argument("--scenes", type=int, default=1000, help="unseen scenes; the other columns have a fifth of it")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default 2)")
+    options = parser.parse_args()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, spawn, Worker.open, (options.weights, options.dtype)) as pool:
+        print(report(lambda items: answer_all(Worker.answer, items, map=pool.map), options.scenes))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
