@@ -109,6 +109,13 @@ def load(
     return Assistant(model, tokenizer, processor, template, checkpoint.unused)
 
 
+def bundled_weights() -> Path | None:
+    """The folder of the demo model that comes with minillava; None where somebody left it out."""
+    package = Path(__file__).parent
+    folders = package / "shapes", package.parent / "weights" / "shapes"  # as installed from a wheel; in a checkout
+    return next((folder for folder in folders if (folder / "config.json").exists()), None)
+
+
 def choose_device(name: str) -> str:
     """`auto` is a GPU if there is one. Raises ValueError for an unknown device or one this machine lacks."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

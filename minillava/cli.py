@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from minillava import __version__
-from minillava.assistant import DEVICES, DTYPES, Assistant, load
+from minillava.assistant import DEVICES, DTYPES, Assistant, bundled_weights, load
 from minillava.attention import ATTENTION
 from minillava.config import DOWNLOAD
 from minillava.generate import Options, steps
@@ -45,7 +45,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m", "--weights", "--model", "--model-path", metavar="DIR",
-        help=f"folder of LLaVA-1.5 weights in any layout (default: ${WEIGHTS_VARIABLE})",
+        help=f"folder of LLaVA-1.5 weights in any layout (default: ${WEIGHTS_VARIABLE}, else the bundled demo model)",
     )  # fmt: skip
     group.add_argument("--vision-tower", metavar="DIR", help="folder of a CLIP, for original releases, which hold none")
     group.add_argument("--device", default="auto", metavar="NAME", help=f"one of {', '.join(DEVICES)} (default: auto)")
@@ -79,11 +79,16 @@ def add_output_arguments(parser: argparse.ArgumentParser):
 
 
 class Messages:
-    """Stages and progress on stderr."""
+    """Notes, stages and progress on stderr."""
 
     def __init__(self, verbose: bool, quiet: bool):
         self.verbose, self.quiet = verbose, quiet
         self.timings: dict[str, float] = {}  # seconds per stage
+
+    def note(self, text: str) -> None:
+        """What a person should know, in one line."""
+        if not self.quiet:
+            print(f"note: {text}", file=sys.stderr)
 
     def progress(self, text: str) -> None:
         """A line that the next one overwrites; only where a person watches."""
@@ -124,14 +129,20 @@ def run(body: Callable[[], int], verbose: bool) -> int:
         return 1
 
 
-def find_weights(given: str | None) -> str:
-    """--weights, else $MINILLAVA_WEIGHTS. Raises ValueError saying how to get weights when there are none."""
+def find_weights(given: str | None, messages: Messages) -> str:
+    """--weights, else $MINILLAVA_WEIGHTS, else the bundled model, with a note that says so. Raises ValueError where
+    there is nothing."""
     weights = given or os.environ.get(WEIGHTS_VARIABLE)
     if weights and not given and not os.path.isdir(weights):
         raise ValueError(f"{weights}: no such folder; {WEIGHTS_VARIABLE} names it: correct that, or pass --weights DIR")
-    if not weights:
-        raise ValueError(f"no weights: pass --weights DIR or set {WEIGHTS_VARIABLE}; get LLaVA-1.5 with: {DOWNLOAD}")
-    return weights
+    if weights:
+        return weights
+    get = f"get LLaVA-1.5 (14 GB) with: {DOWNLOAD}; then --weights or {WEIGHTS_VARIABLE} names its folder"
+    bundled = bundled_weights()
+    if bundled is None:
+        raise ValueError(f"no weights, and the bundled model was left out; {get}")
+    messages.note(f"this is the bundled demo model, which knows only coloured shapes; {get}")
+    return str(bundled)
 
 
 def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -> Assistant:
@@ -166,6 +177,7 @@ def generate_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog="""examples:
+  python -m minillava.generate --image weights/shapes/example-1.png
   python -m minillava.generate --weights llava-1.5-7b-hf --image cat.jpg --prompt "What is the cat doing?"
   python -m minillava.generate -m DIR -i a.png -i b.png -p "<image> or <image>: which is brighter?"
   cat x.jpg | python -m minillava.generate -m DIR -i - --json
@@ -229,7 +241,7 @@ def _read_stdin() -> io.BytesIO:
 
 def _answer(args: argparse.Namespace, options: dict) -> int:
     messages = Messages(args.verbose, args.quiet)
-    weights = find_weights(args.weights)
+    weights = find_weights(args.weights, messages)
     question = DEFAULT_PROMPT if args.prompt is None else args.prompt
     if question == "-":
         question = sys.stdin.read().removesuffix("\n")

@@ -273,12 +273,16 @@ def test_weights_from_the_environment_unless_given(result, monkeypatch, tmp_path
     assert result("-i", PICTURE, "-p", QUESTION)["ids"] == expected
 
 
-def test_without_any_weights_it_says_how_to_get_them(run):
+@pytest.mark.parametrize("bundled", [Path(WEIGHTS), None])
+def test_without_weights_it_takes_the_bundled_ones_and_says_how_to_get_others(run, monkeypatch, bundled):
+    monkeypatch.setattr(cli, "bundled_weights", lambda: bundled)
     status, out, err = run("-i", PICTURE, weights=None)
-    assert (status, out) == (1, "")
+    assert (status, bool(out)) == ((1, False) if bundled is None else (0, True))
     assert err.count("\n") == 1
-    for part in ("--weights", cli.WEIGHTS_VARIABLE, "hf download llava-hf/llava-1.5-7b-hf"):
+    for part in ("bundled", "--weights", cli.WEIGHTS_VARIABLE, "hf download llava-hf/llava-1.5-7b-hf"):
         assert part in err
+    if bundled is not None:
+        assert run("-i", PICTURE, "-q", weights=None) == (0, out, "")
 
 
 # --- sampling -------------------------------------------------------------------------------------------------

@@ -36,9 +36,7 @@ def scene(seed: object, **options) -> shapes.Scene:
 
 @pytest.fixture(scope="session")
 def train_shapes():
-    pytest.importorskip("tqdm")
-    if not hasattr(torch.optim, "Muon"):
-        pytest.skip("training needs the optimiser Muon of PyTorch 2.9")
+    pytest.importorskip("tqdm", reason="training shows its progress with tqdm")
     import train_shapes
 
     return train_shapes
@@ -123,10 +121,15 @@ def things_of(text: str) -> list[tuple[str, ...]]:
     ]
 
 
+def names_of(thing: shapes.Thing) -> tuple[str, ...]:
+    return f"{thing.colour} {thing.shape}", thing.shape, f"{thing.colour} shape"
+
+
 def is_true(s: shapes.Scene, question: str, answer: str) -> bool:
     """Judges an answer from its words and the scene alone, without shapes.py's way of making it."""
     full = {(t.size, t.colour, t.shape, shapes.PLACES[t.place]) for t in s.things}
     named = {f"{t.colour} {t.shape}": t for t in s.things}
+    called = {name: [t for t in s.things if name in names_of(t)] for t in s.things for name in names_of(t)}
     if answer.startswith("I see"):
         return answer == shapes.EMPTY if not full else set(things_of(answer)) == full
     if m := re.fullmatch(r"There (?:is|are) (\w+) shapes?\.", answer):
@@ -142,9 +145,11 @@ def is_true(s: shapes.Scene, question: str, answer: str) -> bool:
         winner = answer.removeprefix("The ").removesuffix(f" is {m[1]}.")
         (loser,) = {m[2], m[3]} - {winner}
         key = (lambda t: t.place % 3) if m[1] == "further left" else (lambda t: t.place // 3)
-        return key(named[winner]) < key(named[loser])
+        (first,), (second,) = called[winner], called[loser]  # a name that fits two things would be no name
+        return key(first) < key(second)
     m = re.fullmatch(r"(?:The (?P<who>[\w ]+?)|It) is (?P<what>.+)\.", answer)
-    meant = [t for t in s.things if m["who"] in (None, t.shape, t.name)]
+    meant = s.things if m["who"] is None else called[m["who"]]
+    assert m["who"] is None or len(meant) == 1
     return any(m["what"] in (t.colour, t.size, shapes.PLACES[t.place]) for t in meant)
 
 
@@ -293,6 +298,28 @@ def wait_until(condition, seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.1)
+
+
+def test_muon_is_torchs_in_float32(train_shapes):
+    """A few steps of ours and of torch.optim.Muon, which rounds to bfloat16 on the way."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim.Muon came with PyTorch 2.9")
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((8, 24), (24, 8), (16, 16))]
+    ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    optimisers = (
+        train_shapes.Muon(ours, lr=0.1),
+        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.01, adjust_lr_fn="original"),
+    )
+    for _ in range(5):
+        for parameters in zip(ours, theirs, strict=True):
+            gradient = torch.randn(parameters[0].shape, generator=generator)
+            for p in parameters:
+                p.grad = gradient.clone()
+        for optimiser in optimisers:
+            optimiser.step()
+    for ours_p, theirs_p, start_p in zip(ours, theirs, start, strict=True):
+        assert (ours_p - theirs_p).norm() < 0.02 * (theirs_p - start_p).norm()
 
 
 # --- the weights ----------------------------------------------------------------------------------------------

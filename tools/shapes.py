@@ -188,12 +188,12 @@ FREQUENCIES = {
     "count": 1,
     "colour": 1,
     "size": 2,
-    "where": 4,
+    "where": 5,
     "what at": 2,
     "any": 1,
     "yes/no": 3,
-    "left of": 4,
-    "above": 4,
+    "left of": 5,
+    "above": 5,
     "follow-up": 3,
 }
 KINDS = ("describe", *FREQUENCIES)
@@ -250,19 +250,31 @@ def _ask_colour(scene, rng, pairs):
     return ((f"What {rng.choice(('color', 'colour'))} is the {thing.shape}?", f"The {thing.shape} is {thing.colour}."),)
 
 
+def _call(scene, thing, rng):
+    """What to call a thing: "red star", or more shortly "star" or "red shape" where there is but one."""
+    names = [thing.name]
+    if sum(t.shape == thing.shape for t in scene.things) == 1:
+        names.append(thing.shape)
+    if sum(t.colour == thing.colour for t in scene.things) == 1:
+        names.append(f"{thing.colour} shape")
+    return thing.name if rng.random() < 0.5 else rng.choice(names)
+
+
 def _ask_size(scene, rng, pairs):
     if not scene.things:
         return None
     thing = rng.choice(scene.things)
-    question = rng.choice((f"What size is the {thing.name}?", f"Is the {thing.name} small or large?"))
-    return ((question, f"The {thing.name} is {thing.size}."),)
+    name = _call(scene, thing, rng)
+    question = rng.choice((f"What size is the {name}?", f"Is the {name} small or large?"))
+    return ((question, f"The {name} is {thing.size}."),)
 
 
 def _ask_where(scene, rng, pairs):
     if not scene.things:
         return None
     thing = rng.choice(scene.things)
-    return ((f"Where is the {thing.name}?", f"The {thing.name} is {PLACES[thing.place]}."),)
+    name = _call(scene, thing, rng)
+    return ((f"Where is the {name}?", f"The {name} is {PLACES[thing.place]}."),)
 
 
 def _ask_what_at(scene, rng, pairs):
@@ -314,8 +326,9 @@ def _ask_which(scene, rng, position, words):
     if not apart:
         return None
     first, second = rng.choice(apart)
-    one, other = (first, second) if rng.random() < 0.5 else (second, first)
-    return ((f"Which is {words}, the {one.name} or the {other.name}?", f"The {first.name} is {words}."),)
+    winner, loser = _call(scene, first, rng), _call(scene, second, rng)
+    one, other = (winner, loser) if rng.random() < 0.5 else (loser, winner)
+    return ((f"Which is {words}, the {one} or the {other}?", f"The {winner} is {words}."),)
 
 
 def _ask_left(scene, rng, pairs):
@@ -334,7 +347,8 @@ def _ask_follow_up(scene, rng, pairs):
     if first is None:
         return None
     answer = first[0][1]
-    (thing,) = (t for t in scene.things if f"The {t.name} " in answer or answer == f"The {t.shape} is {t.colour}.")
+    called = answer.removeprefix("The ").split(" is ")[0]
+    (thing,) = (t for t in scene.things if called in (t.name, t.shape, f"{t.colour} shape"))
     where, size = ("Where is it?", f"It is {PLACES[thing.place]}."), ("Is it small or large?", f"It is {thing.size}.")
     known_place, known_size = PLACES[thing.place] in answer, thing.size in answer
     return (*first, rng.choice([turn for turn, known in ((where, known_place), (size, known_size)) if not known]))
