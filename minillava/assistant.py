@@ -9,9 +9,9 @@ import torch
 from minillava.attention import ATTENTION
 from minillava.checkpoint import build_model, open_checkpoint
 from minillava.config import DOWNLOAD, LlavaConfig, read_config, read_json
-from minillava.generate import Options, steps
 from minillava.image import ImageProcessor, Images, as_list
 from minillava.llava import Llava, Spliced
+from minillava.loop import Options, steps
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, Prompt, Template, find_template, place_images, render
 from minillava.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ class Assistant:
 
     def ask(self, image: Images, question: str = DEFAULT_PROMPT, *, system: str | None = None, **options) -> str:
         """The answer as text. image: a path, a Pillow image, a list of them, or None. system: as for `prompt`.
-        options: the fields of `generate.Options` by name; any other name is a TypeError."""
+        options: the fields of `loop.Options` by name; any other name is a TypeError."""
         return "".join(self.stream(image, question, system=system, **options))
 
     def stream(

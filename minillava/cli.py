@@ -18,8 +18,8 @@ from minillava import __version__
 from minillava.assistant import DEVICES, DTYPES, Assistant, bundled_weights, load
 from minillava.attention import ATTENTION
 from minillava.config import DOWNLOAD
-from minillava.generate import Options, steps
 from minillava.image import ASPECTS, open_image
+from minillava.loop import Options, steps
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, TEMPLATES, place_images
 
 WEIGHTS_VARIABLE = "MINILLAVA_WEIGHTS"
@@ -221,7 +221,7 @@ def answer(argv: Sequence[str] | None = None) -> int:
     parser = generate_parser()
     args = parser.parse_args(argv)
     try:
-        options = {name: getattr(args, name) for name in Options.__dataclass_fields__}
+        options = {name: vars(args)[name] for name in Options.__dataclass_fields__ if name in vars(args)}
         Options(**options)
     except ValueError as error:
         parser.error(str(error))

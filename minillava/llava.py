@@ -32,6 +32,18 @@ class Spliced:
     image_spans: list[list[tuple[int, int]]]  # per row, (start, end) of each picture in 0..T
     input_ids: list[Tensor]  # per row, the ids before the splice, without padding
 
+    def repeat_rows(self, times: int) -> "Spliced":
+        """Every row `times` times, in adjacent rows."""
+        if times == 1:
+            return self
+
+        def again(value):
+            if isinstance(value, list):
+                return [item for item in value for _ in range(times)]
+            return None if value is None else value.repeat_interleave(times, dim=0)
+
+        return Spliced(*(again(value) for value in vars(self).values()))
+
 
 @dataclass
 class LlavaOutput:
@@ -61,7 +73,8 @@ class Llava(nn.Module):
     ) -> LlavaOutput:
         """Logits for every position, and the loss when labels are given.
 
-        input_ids: [B,t] or ragged rows; each -200 stands for the next of `images` [n,3,R,R], in row order.
+        input_ids: [B,t] or ragged rows; each -200 stands for the next of `images`, in row order: pixels [n,3,R,R], or
+        [n,P,C] as `encode_images` made them.
         attention_mask: [B,t], 0 for padding that is in input_ids. labels: like input_ids, -100 where ignored.
         Raises ValueError when the number of -200 differs from the number of pictures.
         """
@@ -93,7 +106,9 @@ class Llava(nn.Module):
         )
         targets = _rows("labels", [[IGNORE_INDEX] * len(r) for r in rows] if labels is None else labels, device)
         self._check(rows, masks, targets, images)
-        features = iter(() if images is None else self.encode_images(images.to(device)))  # n times [P, C]
+        if images is not None and images.dim() == 4:
+            images = self.encode_images(images.to(device))
+        features = iter(() if images is None else images.to(device))  # n times [P, C]
 
         embeds, real, wanted, spans = [], [], [], []  # per row, what Spliced holds per batch
         for ids, mask, target in zip(rows, masks, targets, strict=True):
@@ -134,9 +149,15 @@ class Llava(nn.Module):
             if (found := [len(r) for r in other]) != lengths:
                 raise ValueError(f"{name} has rows of {found} tokens, input_ids of {lengths}")
         placed = sum(int((r == IMAGE_TOKEN_INDEX).sum()) for r in rows)
-        if images is not None and (not isinstance(images, Tensor) or images.dim() != 4):
+        encoded = [self.config.tokens_per_image, self.config.text.hidden_size]
+        if images is not None and (
+            not isinstance(images, Tensor) or not (images.dim() == 4 or list(images.shape[1:]) == encoded)
+        ):
             found = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images are {found}, expected a tensor [n, 3, R, R] as image_processor makes it")
+            raise ValueError(
+                f"images are {found}, expected a tensor [n, 3, R, R] as image_processor makes it, or "
+                f"{['n', *encoded]} as encode_images does".replace("'", "")
+            )
         given = 0 if images is None else len(images)
         if placed != given:
             raise ValueError(f"input_ids place {placed} picture(s) with {IMAGE_TOKEN_INDEX}, but {given} were given")

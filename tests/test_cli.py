@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import minillava
 from minillava import cli
-from minillava.generate import Options, main
+from minillava.generate import main
+from minillava.loop import Options
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, TEMPLATES
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from minillava.assistant import load
-from minillava.generate import RECORDABLE, Options, Row, generate, steps
+from minillava.generate import generate
+from minillava.loop import RECORDABLE, Options, Row, steps
 
 
 @pytest.fixture(scope="module")

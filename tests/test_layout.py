@@ -24,6 +24,7 @@ ORDER = [
     ["image", "prompt", "tokenizer", "vision", "projector", "cache", "llama"],
     ["llava"],
     ["checkpoint", "sampling"],
+    ["loop"],
     ["generate"],
     ["assistant"],
     ["cli"],

@@ -24,7 +24,8 @@ from conftest import REFERENCE
 from safetensors.torch import load_file
 
 import minillava
-from minillava.generate import Options, generate, steps
+from minillava.generate import generate
+from minillava.loop import Options, steps
 
 TOYS = ("plain", "grouped", "tied")
 COUNTERPART = {"eager": "eager", "fused": "sdpa"}
