@@ -5,15 +5,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from minillava import beam
 from minillava.attention import ATTENTION
+from minillava.cache import KVCache
 from minillava.checkpoint import build_model, open_checkpoint
-from minillava.config import DOWNLOAD, LlavaConfig, read_config, read_json
-from minillava.image import ImageProcessor, Images, as_list
+from minillava.config import DOWNLOAD, IGNORE_INDEX, LlavaConfig, read_config, read_json
+from minillava.generate import generate
+from minillava.image import ImageProcessor, Images, ImageSource, as_list, open_image
 from minillava.llava import Llava, Spliced
-from minillava.loop import Options, steps
+from minillava.loop import Options, room_for_answer, steps
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, Prompt, Template, find_template, place_images, render
-from minillava.tokenizer import Tokenizer
+from minillava.tokenizer import Tokenizer, common_prefix, encode_answers
 
 DTYPES = {
     "float32": torch.float32,
@@ -39,30 +44,144 @@ class Assistant:
         self.model, self.tokenizer, self.image_processor, self.template = model, tokenizer, image_processor, template
         self.unused = tuple(unused)
 
-    def ask(self, image: Images, question: str = DEFAULT_PROMPT, *, system: str | None = None, **options) -> str:
+    def ask(
+        self,
+        image: Images | Sequence[Images],
+        question: str | Sequence[str] = DEFAULT_PROMPT,
+        *,
+        system: str | None = None,
+        contrast=None,
+        **options,
+    ) -> str | list[str]:
         """The answer as text. image: a path, a Pillow image, a list of them, or None. system: as for `prompt`.
-        options: the fields of `loop.Options` by name; any other name is a TypeError."""
-        return "".join(self.stream(image, question, system=system, **options))
+        contrast: a method of contrast.py. options: the fields of `loop.Options` by name; others are a TypeError.
+
+        question may be a list, answered as one batch, in order: image is then one picture for all, or a list with what
+        it may be for each; ValueError where lengths differ. The longest prompt decides how much room the context has.
+        """
+        if not isinstance(question, str):
+            return self._ask_each(image, question, system, contrast, self._one_answer(options))
+        return "".join(self.stream(image, question, system=system, contrast=contrast, **options))
 
     def stream(
-        self, image: Images, question: str = DEFAULT_PROMPT, *, system: str | None = None, **options
+        self, image: Images, question: str = DEFAULT_PROMPT, *, system: str | None = None, contrast=None, **options
     ) -> Iterator[str]:
-        """The answer piece by piece, as it is made. Arguments as for `ask`."""
-        chosen = self.options(**options)
-        spliced = self.prepare(image, self.prompt(question, images=len(as_list(image)), system=system))
-        for step in steps(self.model, spliced, chosen, tokenizer=self.tokenizer):
+        """The answer piece by piece, as it is made; with beams whole, once it is known. Arguments as for `ask`."""
+        chosen = self._one_answer(options)
+        prompt = self.prompt(question, images=len(as_list(image)), system=system)
+        spliced = self.prepare(image, prompt, contrast, chosen.seed)
+        if chosen.num_beams > 1 and contrast is None:
+            yield beam.search(self.model, spliced, chosen, tokenizer=self.tokenizer).text[0]
+            return
+        for step in steps(self.model, spliced, chosen, tokenizer=self.tokenizer, contrast=contrast):
             if step.text[0]:
                 yield step.text[0]
+
+    def _ask_each(self, image, questions: Sequence[str], system: str | None, contrast, chosen: Options) -> list[str]:
+        given = list(image) if isinstance(image, (list, tuple)) else [image] * len(questions)
+        if len(given) != len(questions):
+            raise ValueError(f"{len(questions)} question(s) but {len(given)} picture(s); give one per question, or one")
+        if not questions:
+            return []
+        pictures = [as_list(images) for images in given]
+        ids = [
+            self.tokenizer.encode(self.prompt(question, images=len(own), system=system))
+            for question, own in zip(questions, pictures, strict=True)
+        ]
+        flat = [picture for own in pictures for picture in own]
+        names = [str(picture) if isinstance(picture, (str, Path)) else id(picture) for picture in flat]
+        encoded = {name: self.encode(picture) for name, picture in dict(zip(names, flat, strict=True)).items()}
+        patches = [encoded[name] for name in names]
+        second = None
+        if contrast is not None:
+            seeds = chosen.seed if isinstance(chosen.seed, tuple) else [chosen.seed] * len(questions)
+            others, changed = [], []
+            for row, own, seed in zip(ids, pictures, seeds, strict=True):
+                opened, generator = [open_image(picture) for picture in own], torch.Generator().manual_seed(seed)
+                more, pixels = contrast.second([row], opened, self.image_processor, generator)
+                others += more
+                changed += [] if pixels is None else self._encode(pixels)
+            second = others, torch.stack(changed) if changed else None
+        patches = torch.stack(patches) if patches else None  # [n, P, C]
+        answers = generate(
+            self.model, ids, patches, second=second, contrast=contrast, tokenizer=self.tokenizer, **vars(chosen)
+        )
+        return answers.text
+
+    def _one_answer(self, options: dict) -> Options:
+        chosen = self.options(**options)
+        if chosen.num_return_sequences > 1:
+            raise ValueError(
+                f"num_return_sequences is {chosen.num_return_sequences}: generate() returns several answers"
+            )
+        return chosen
+
+    def encode(self, picture: ImageSource) -> Tensor:
+        """A picture as the language model reads it: [P, C]. Alone, so that the last digits do not depend on others."""
+        return self._encode(self.image_processor(picture))[0]
+
+    @torch.no_grad()
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_images(pixels.to(self.model.language_model.embed_tokens.weight.device))
+
+    @torch.no_grad()
+    def score(
+        self,
+        image: Images,
+        question: str,
+        answers: Sequence[str],
+        *,
+        system: str | None = None,
+        per_token: bool = False,
+    ) -> list[float]:
+        """The log-likelihood of each answer and of the end token behind it, in nats; per_token: their mean over its
+        tokens, which is minus the loss. For ranking answers, or "Yes." against "No." Image as for `ask`.
+        Raises ValueError for an answer that does not fit the model's context."""
+        pictures = as_list(image)
+        asked = place_images(question, len(pictures))
+        labelled = [encode_answers(self.tokenizer, self.template, [(asked, answer)], system) for answer in answers]
+        if not labelled:
+            return []
+        rows = [ids for ids, _ in labelled]
+        # The picture and the question are read once; every answer goes on from there in a row of its own.
+        shared = min(common_prefix(rows[0], row) for row in rows)
+        shared = min(shared, *(next(i for i, label in enumerate(row) if label != IGNORE_INDEX) for _, row in labelled))
+        longest = max(map(len, rows)) - shared
+        spliced = self.model.splice([rows[0][:shared]], self.image_processor(pictures))
+        length, device = spliced.embeds.shape[1], spliced.embeds.device
+        room = room_for_answer(self.model, spliced)
+        if longest > room:
+            raise ValueError(f"the longest answer takes {longest} tokens, the model's context has room for {room}")
+        cache = KVCache(self.model.config.text, 1, length + longest, dtype=spliced.embeds.dtype, device=device)
+        first = self.model.language_model(spliced.embeds, spliced.attention_mask, cache, last_only=True).logits
+        cache.select_rows(torch.zeros(len(rows), dtype=torch.long, device=device))
+        # Padded on the right, where causal attention never looks back from.
+        ids, labels = (
+            torch.tensor([row[shared:] + [fill] * (shared + longest - len(row)) for row in some], device=device)
+            for some, fill in ((rows, 0), ([row for _, row in labelled], IGNORE_INDEX))
+        )  # [n, m]
+        rest = self.model.language_model(ids, None, cache).logits  # [n, m, V]
+        logits = torch.cat([first.expand(len(rows), -1, -1), rest[:, :-1]], dim=1).float()
+        found = -F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none").sum(1)
+        return (found / (labels != IGNORE_INDEX).sum(1) if per_token else found).tolist()
 
     def prompt(self, question: str, images: int = 1, system: str | None = None) -> Prompt:
         """The exact prompt: the question, its pictures placed, in the template. system: instead of the template's."""
         return render(self.template, [(place_images(question, images), None)], system)
 
-    def prepare(self, image: Images, prompt: str) -> Spliced:
-        """Pictures and prompt as the vectors that the language model reads: a batch of one row."""
-        pixels = self.image_processor(as_list(image))  # [n, 3, R, R], R their side in pixels
+    def prepare(self, image: Images, prompt: str, contrast=None, seed: int = 0) -> Spliced:
+        """Pictures and prompt as the vectors that the language model reads: a batch of one row, or two for `contrast`,
+        the second with what it sees (noise and the like by `seed`)."""
+        pictures = as_list(image)
+        if contrast is not None:
+            pictures = [open_image(picture) for picture in pictures]
+        rows, pixels = [self.tokenizer.encode(prompt)], self.image_processor(pictures)  # [n, 3, R, R], R their side
+        if contrast is not None:
+            generator = torch.Generator().manual_seed(seed)
+            others, changed = contrast.second(rows, pictures, self.image_processor, generator)
+            rows, pixels = [*rows, *others], pixels if changed is None else torch.cat([pixels, changed])
         with torch.no_grad():
-            return self.model.splice([self.tokenizer.encode(prompt)], pixels)
+            return self.model.splice(rows, pixels)
 
     def options(self, **options) -> Options:
         """Options by name; the template's own stop texts are added."""

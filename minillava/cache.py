@@ -4,6 +4,7 @@ B batch, K key/value heads, T new tokens, S cached and new tokens, D head width.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minillava.config import TextConfig
@@ -52,6 +53,29 @@ class KVCache:
 
     def advance(self, new: int) -> None:
         self.length += new
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` positions, keeping what is filled. One tensor after the other moves to a larger
+        one, so that no more than one of them is ever held twice."""
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+                new[:, :, : self.length] = old[:, :, : self.length]
+                tensors[layer] = new
+        if self.attention_mask is not None:
+            self.attention_mask = F.pad(self.attention_mask, (0, capacity - self.capacity))
+        self.capacity = capacity
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Row i goes on as a copy of what row rows[i] was: prompts repeated for beams, or beams in a new order."""
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                filled = old[rows, :, : self.length]
+                if len(rows) != len(old):
+                    tensors[layer] = old.new_empty((len(rows), *old.shape[1:]))
+                tensors[layer][:, :, : self.length] = filled
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask[rows]
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` positions (a rejected draft, an abandoned turn)."""

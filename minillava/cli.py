@@ -13,14 +13,20 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from minillava import __version__
+from torch import Tensor
+
+from minillava import __version__, beam
 from minillava.assistant import DEVICES, DTYPES, Assistant, bundled_weights, load
 from minillava.attention import ATTENTION
 from minillava.config import DOWNLOAD
+from minillava.contrast import METHODS, Contrast, describe
 from minillava.image import ASPECTS, open_image
+from minillava.llava import Spliced
 from minillava.loop import Options, steps
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, TEMPLATES, place_images
+from minillava.tokenizer import Tokenizer
 
 WEIGHTS_VARIABLE = "MINILLAVA_WEIGHTS"
 
@@ -66,6 +72,99 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-aspect-ratio", choices=ASPECTS,
         help="pad the picture to a square, or crop it (default: config.json's, else pad)",
     )  # fmt: skip
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of every command that makes text: fields of `Options`, as `read_options` takes them from there."""
+    group = parser.add_argument_group("generation")
+    flags = (
+        ("--max-new-tokens", int, "N", "longest answer (default: {})"),
+        ("--min-new-tokens", int, "N", "no end token before N tokens (default: {})"),
+        ("--temperature", float, "T", "0 is greedy: always the most likely token; above 0 samples (default: {})"),
+        ("--top-k", int, "K", "sample among the K most likely tokens"),
+        ("--top-p", float, "P", "sample among the most likely tokens that reach probability P"),
+        ("--min-p", float, "P", "sample among tokens at least P times as likely as the best"),
+        ("--typical-p", float, "P", "sample among the least surprising and surprised tokens that reach probability P"),
+        ("--repetition-penalty", float, "R", "above 1 makes tokens already in the text less likely"),
+        ("--no-repeat-ngram-size", int, "N", "never say N tokens in a row that are in prompt or answer already"),
+        ("--seed", int, "S", "makes sampling reproducible"),
+    )
+    for flag, kind, metavar, text in flags:
+        names = ["-n", flag] if flag == "--max-new-tokens" else [flag]
+        default = vars(Options)[flag.strip("-").replace("-", "_")]
+        group.add_argument(*names, type=kind, default=default, metavar=metavar, help=text.format(default))
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+
+
+def add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of beams and of several answers: further fields of `Options`, for a command that takes whole answers."""
+    group = parser.add_argument_group("beams and several answers")
+    group.add_argument(
+        "--num-beams", type=int, default=Options.num_beams, metavar="N",
+        help=f"follow the N most likely answers at once and take the best (default: {Options.num_beams}: off)",
+    )  # fmt: skip
+    group.add_argument(
+        "--length-penalty", type=float, default=Options.length_penalty, metavar="L",
+        help=f"above 0 favours long beams, below 0 short ones (default: {Options.length_penalty})",
+    )  # fmt: skip
+    group.add_argument(
+        "--early-stopping", type=lambda text: {"false": False, "true": True}.get(text, text),
+        default=Options.early_stopping, metavar="true|false|never",
+        help="stop when N beams have ended (true), a better one is unlikely (false) or impossible (never) "
+        "(default: false)",
+    )  # fmt: skip
+    group.add_argument(
+        "--num-return-sequences", type=int, default=Options.num_return_sequences, metavar="N",
+        help=f"N answers, an empty line between them, the best beam first (default: {Options.num_return_sequences})",
+    )  # fmt: skip
+
+
+def read_options(parser: Parser, args: argparse.Namespace) -> dict:
+    """What the flags of `add_generation_arguments` say, as fields of `Options`; one out of range is wrong usage."""
+    options = {name: vars(args)[name] for name in Options.__dataclass_fields__ if name in vars(args)}
+    try:
+        Options(**options)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+# flag, kind, metavar, the methods it belongs to, their field, help
+CONTRAST_FLAGS = (
+    ("--cd-alpha", float, "A", ("vcd",), "alpha", "weight of the difference in vcd"),
+    ("--cd-beta", float, "B", tuple(METHODS), "beta", "cut tokens less than B times as likely as the best; 0: none"),
+    ("--noise-step", int, "N", ("vcd",), "noise_step", "how noisy the second picture of vcd is, 0 to 999"),
+    ("--ritual-alpha", float, "A", ("ritual",), "alpha", "weight of the transformed picture in ritual"),
+)
+
+
+def add_contrast_arguments(parser: argparse.ArgumentParser):
+    """Flags of contrastive decoding, as `read_contrast` takes them from there; returns their group."""
+    group = parser.add_argument_group("contrastive decoding")
+    group.add_argument(
+        "--contrast", choices=list(METHODS),
+        help="compare with a second row that sees a noised picture (vcd), a transformed one (ritual) or none (m3id)",
+    )  # fmt: skip
+    for flag, kind, metavar, methods, field, text in CONTRAST_FLAGS:
+        default = vars(METHODS[methods[0]])[field] if len(methods) == 1 else METHODS[methods[0]].beta
+        group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {default})")
+    return group
+
+
+def read_contrast(parser: Parser, args: argparse.Namespace) -> Contrast | None:
+    """The method that the flags of `add_contrast_arguments` ask for; a flag of another method is wrong usage."""
+    given = {}
+    for flag, _, _, methods, field, _ in CONTRAST_FLAGS:
+        value = vars(args)[flag.strip("-").replace("-", "_")]
+        if value is None:
+            continue
+        if args.contrast not in methods:
+            parser.error(f"{flag} belongs to --contrast {'|'.join(methods)}, found {args.contrast or 'no --contrast'}")
+        given[field] = value
+    try:
+        return METHODS[args.contrast](**given) if args.contrast else None
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def add_output_arguments(parser: argparse.ArgumentParser):
@@ -118,15 +217,35 @@ def run(body: Callable[[], int], verbose: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if verbose:
-            traceback.print_exc()
-        first, *more = str(error).splitlines() or [type(error).__name__]
-        expected = isinstance(error, (ValueError, OSError))
-        hint = f" ({len(more)} more like it: --verbose lists them)" if more and expected else ""
-        unexpected = "" if expected else f"{type(error).__name__}: "
-        report = "" if expected else " (unexpected: --verbose shows where)"
-        print(f"error: {unexpected}{first}{hint}{report}", file=sys.stderr)
+        report(error, verbose)
         return 1
+
+
+def report(error: Exception, verbose: bool) -> None:
+    """An error as one line on stderr."""
+    if verbose:
+        traceback.print_exception(error)
+    first, *more = str(error).splitlines() or [type(error).__name__]
+    expected = isinstance(error, (ValueError, OSError))
+    hint = f" ({len(more)} more like it: --verbose lists them)" if more and expected else ""
+    unexpected = "" if expected else f"{type(error).__name__}: "
+    where = "" if expected else " (unexpected: --verbose shows where)"
+    print(f"error: {unexpected}{first}{hint}{where}", file=sys.stderr)
+
+
+def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+    """A file that is there whole or not at all, and on disk when this returns: written under another name, then
+    renamed. Raises OSError."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def find_weights(given: str | None, messages: Messages) -> str:
@@ -195,23 +314,18 @@ exit status: 0 answered, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
         help=f"question, or - for stdin; <image> in it places a picture (default: {DEFAULT_PROMPT!r})",
     )  # fmt: skip
     add_model_arguments(parser)
-    group = parser.add_argument_group("generation")
-    flags = (
-        ("--max-new-tokens", int, "N", "longest answer (default: {})"),
-        ("--temperature", float, "T", "0 is greedy: always the most likely token; above 0 samples (default: {})"),
-        ("--top-k", int, "K", "sample among the K most likely tokens"),
-        ("--top-p", float, "P", "sample among the most likely tokens that reach probability P"),
-        ("--min-p", float, "P", "sample among tokens at least P times as likely as the best"),
-        ("--repetition-penalty", float, "R", "above 1 makes tokens already in the text less likely"),
-        ("--seed", int, "S", "makes sampling reproducible"),
+    add_generation_arguments(parser)
+    add_search_arguments(parser)
+    add_contrast_arguments(parser).add_argument(
+        "--contrast-log", metavar="FILE", help="write what each token was chosen from, one JSON object a line"
     )
-    for flag, kind, metavar, text in flags:
-        names = ["-n", flag] if flag == "--max-new-tokens" else [flag]
-        default = vars(Options)[flag.strip("-").replace("-", "_")]
-        group.add_argument(*names, type=kind, default=default, metavar=metavar, help=text.format(default))
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
     group = add_output_arguments(parser)
     group.add_argument("--json", action="store_true", help="one JSON object: text, ids, finish reason, timings")
+    group.add_argument(
+        "--logprobs", type=int, metavar="K",
+        help="with --json: of each token id, piece and log-probability, and the K most likely ones in its place; by "
+        "the raw logits, before penalties, temperature and filters",
+    )  # fmt: skip
     group.add_argument("--print-prompt", action="store_true", help="show the exact prompt on stderr")
     return parser
 
@@ -220,16 +334,20 @@ def answer(argv: Sequence[str] | None = None) -> int:
     """`python -m minillava.generate`: one question, one answer. Returns the exit status."""
     parser = generate_parser()
     args = parser.parse_args(argv)
-    try:
-        options = {name: vars(args)[name] for name in Options.__dataclass_fields__ if name in vars(args)}
-        Options(**options)
-    except ValueError as error:
-        parser.error(str(error))
+    options, contrast = read_options(parser, args), read_contrast(parser, args)
+    if args.contrast_log and contrast is None:
+        parser.error("--contrast-log needs --contrast")
+    if args.contrast_log and args.num_return_sequences > 1:
+        parser.error("--contrast-log follows one answer: leave --num-return-sequences out")
+    if contrast is not None and args.num_beams > 1:
+        parser.error("--contrast and --num-beams do not go together: leave one of them out")
+    if args.logprobs is not None and (not args.json or args.logprobs < 0):
+        parser.error(f"--logprobs {args.logprobs}: " + ("is below 0" if args.json else "needs --json"))
     if not args.image and args.prompt is None:
         parser.error("nothing to answer: give a picture with --image, or a question with --prompt")
     if args.image.count("-") + (args.prompt == "-") > 1:
         parser.error("only one of --image and --prompt can read stdin")
-    return run(lambda: _answer(args, options), args.verbose)
+    return run(lambda: _answer(args, options, contrast), args.verbose)
 
 
 def _read_stdin() -> io.BytesIO:
@@ -239,7 +357,78 @@ def _read_stdin() -> io.BytesIO:
     return file
 
 
-def _answer(args: argparse.Namespace, options: dict) -> int:
+def _logprobs(token_id: int, logits: Tensor, count: int, tokenizer: Tokenizer) -> dict:
+    """A token and the `count` most likely ones in its place, with their log-probabilities by the logits [V]."""
+    log_p = logits.log_softmax(-1)
+
+    def described(i: int) -> dict:
+        piece = tokenizer.sentencepiece.id_to_piece(i) if i < tokenizer.vocab_size else f"<{i}>"
+        return {"id": i, "piece": piece, "logprob": round(float(log_p[i]), 6)}
+
+    return described(token_id) | {"top": [described(i) for i in log_p.topk(min(count, len(log_p))).indices.tolist()]}
+
+
+def _follow(
+    args: argparse.Namespace,
+    assistant: Assistant,
+    spliced: Spliced,
+    chosen: Options,
+    contrast: Contrast | None,
+    messages: Messages,
+) -> list[dict]:
+    """Token after token; printed as text unless --json, a single answer as it is made."""
+    count, length, started = chosen.num_return_sequences, spliced.embeds.shape[1], time.perf_counter()
+    answers = [{"text": "", "ids": [], "finish_reason": None} for _ in range(count)]
+    spliced, tokenizer, log, made = spliced.repeat_rows(count), assistant.tokenizer, [], 0
+    for step in steps(assistant.model, spliced, chosen, tokenizer=tokenizer, contrast=contrast):
+        if not made:
+            messages.stage("prefill", started, f"{length} positions, first token")
+            started = time.perf_counter()
+        if args.contrast_log:
+            log.append(json.dumps(describe(contrast, step, made, tokenizer), ensure_ascii=False) + "\n")
+        made += 1
+        for row, answer in enumerate(answers):
+            if answer["finish_reason"] is None:
+                answer["ids"].append(int(step.token_ids[row]))
+                answer["text"] += step.text[row]
+                answer["finish_reason"] = step.finish_reason[row]
+                if args.logprobs is not None:
+                    token = _logprobs(answer["ids"][-1], step.logits[row], args.logprobs, tokenizer)
+                    answer.setdefault("tokens", []).append(token)
+        if not args.json and count == 1:
+            print(step.text[0], end="", flush=True)
+    if not args.json:
+        print("" if count == 1 else "\n\n".join(answer["text"] for answer in answers), flush=True)
+    more, reasons = made - 1, ", ".join(answer["finish_reason"] for answer in answers)
+    speed = f", {more / (time.perf_counter() - started):.1f} per second" if more else ""
+    messages.stage("decode", started, f"{more} more token(s){speed}; ended by {reasons}, seed {chosen.seed}")
+    if args.contrast_log:
+        write_whole(args.contrast_log, "".join(log))
+    return answers
+
+
+def _search(
+    args: argparse.Namespace, assistant: Assistant, spliced: Spliced, chosen: Options, messages: Messages
+) -> list[dict]:
+    """Beam search; printed as text unless --json."""
+    started, tokenizer = time.perf_counter(), assistant.tokenizer
+    record = () if args.logprobs is None else ("logits",)
+    found = beam.search(assistant.model, spliced, chosen, tokenizer=tokenizer, record=record)
+    answers = []
+    for row, length in enumerate(found.lengths):
+        ids, score = found.sequences[row, :length].tolist(), round(float(found.scores[row]), 6)
+        answer = {"text": found.text[row], "ids": ids, "finish_reason": found.finish_reason[row], "score": score}
+        if record:
+            logits = (step[row] for step in found.recorded["logits"][:length])
+            answer["tokens"] = [_logprobs(i, x, args.logprobs, tokenizer) for i, x in zip(ids, logits, strict=True)]
+        answers.append(answer)
+    if not args.json:
+        print("\n\n".join(found.text), flush=True)
+    messages.stage("search", started, f"{chosen.num_beams} beams, best score {answers[0]['score']}")
+    return answers
+
+
+def _answer(args: argparse.Namespace, options: dict, contrast: Contrast | None) -> int:
     messages = Messages(args.verbose, args.quiet)
     weights = find_weights(args.weights, messages)
     question = DEFAULT_PROMPT if args.prompt is None else args.prompt
@@ -253,33 +442,19 @@ def _answer(args: argparse.Namespace, options: dict) -> int:
     prompt = assistant.prompt(question, images=len(images), system=args.system)
     if args.print_prompt:
         print(prompt, file=sys.stderr)
+    chosen = assistant.options(**options)
     started = time.perf_counter()
-    spliced = assistant.prepare(images, prompt)
+    spliced = assistant.prepare(images, prompt, contrast, chosen.seed)
     length, words = spliced.embeds.shape[1], len(spliced.input_ids[0])
     messages.stage("encode", started, f"{len(images)} picture(s), {words} ids -> {length} positions")
 
-    chosen = assistant.options(**options)
-    started = time.perf_counter()
-    ids, pieces, reason = [], [], None
-    for step in steps(assistant.model, spliced, chosen, tokenizer=assistant.tokenizer):
-        if not ids:
-            messages.stage("prefill", started, f"{length} positions, first token")
-            started = time.perf_counter()
-        ids.append(int(step.token_ids[0]))
-        pieces.append(step.text[0])
-        reason = step.finish_reason[0]
-        if not args.json:
-            print(step.text[0], end="", flush=True)
-    if not args.json:
-        print(flush=True)
-    more = len(ids) - 1
-    speed = f", {more / (time.perf_counter() - started):.1f} per second" if more else ""
-    messages.stage("decode", started, f"{more} more token(s){speed}; ended by {reason}, seed {chosen.seed}")
+    if chosen.num_beams > 1:
+        answers = _search(args, assistant, spliced, chosen, messages)
+    else:
+        answers = _follow(args, assistant, spliced, chosen, contrast, messages)
     if args.json:
         result = {
-            "text": "".join(pieces),
-            "ids": ids,
-            "finish_reason": reason,
+            **(answers[0] if len(answers) == 1 else {"answers": answers}),
             "prompt": prompt,
             "seed": chosen.seed,
             "timings": {name: round(seconds, 6) for name, seconds in messages.timings.items()},

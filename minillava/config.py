@@ -14,6 +14,9 @@ IMAGE_TOKEN_INDEX = -200
 """The id that stands for one picture in `input_ids`. Negative, so that it can never be a word: the
 splice replaces it with the picture's patches before anything looks it up (LLaVA, constants.py)."""
 
+IGNORE_INDEX = -100
+"""The label of a position that the loss leaves out."""
+
 
 @dataclass(frozen=True)
 class VisionConfig:

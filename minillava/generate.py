@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minillava.llava import Llava
+from minillava import beam
+from minillava.llava import Llava, Spliced
 from minillava.loop import Options, steps
 from minillava.tokenizer import Tokenizer
 
@@ -25,6 +26,7 @@ class Generation:
     finish_reason: list[str]  # per row: "stop" or "length"
     image_spans: list[list[tuple[int, int]]]  # per row, (start, end) of each picture in the spliced prompt
     seed: int  # what reproduces this sample
+    sequences_scores: Tensor | None = None  # [B] with beams: what they were ranked by
     scores: tuple[Tensor, ...] | None = None  # m times [B, V]
     logits: tuple[Tensor, ...] | None = None  # m times [B, V]
     hidden_states: tuple[tuple[Tensor, ...], ...] | None = None  # m times those of Step
@@ -48,6 +50,7 @@ def generate(
     second, contrast: (input_ids, images) that see something else, and what makes one row of logits of two (`steps`;
     contrast.py has both). record: any of "scores", "logits", "hidden_states", "attentions" (shapes as Hugging Face's
     generate). options: the fields of `Options` by name; any other name is a TypeError.
+    num_beams above 1 is beam search (beam.py), without contrast; stop texts are then cut from the finished answers.
     Raises ValueError for options out of range or a prompt that does not fit the model's context.
     """
     chosen = Options(**options)
@@ -59,7 +62,10 @@ def generate(
         both = [some for some in (images, second[1]) if some is not None]
         images = torch.cat(both) if both else None
     with torch.no_grad():
-        spliced = model.splice(input_ids, images).repeat_rows(chosen.num_return_sequences)
+        spliced = model.splice(input_ids, images)
+    if chosen.num_beams > 1 and contrast is None:
+        return _beam_search(model, spliced, chosen, tokenizer, record)
+    spliced = spliced.repeat_rows(chosen.num_return_sequences)
     token_ids, text, kept = [], None, {name: [] for name in record}
     for step in steps(model, spliced, chosen, tokenizer=tokenizer, record=record, contrast=contrast):
         token_ids.append(step.token_ids)
@@ -73,6 +79,21 @@ def generate(
         image_spans=spliced.image_spans[: len(text)],
         seed=chosen.seed,
         **{name: tuple(values) for name, values in kept.items()},
+    )
+
+
+def _beam_search(
+    model: Llava, spliced: Spliced, chosen: Options, tokenizer: Tokenizer | None, record: Sequence[str]
+) -> Generation:
+    found = beam.search(model, spliced, chosen, tokenizer=tokenizer, record=record)
+    return Generation(
+        sequences=found.sequences,
+        text=None if tokenizer is None else found.text,
+        finish_reason=found.finish_reason,
+        image_spans=[spans for spans in spliced.image_spans for _ in range(chosen.num_return_sequences)],
+        seed=chosen.seed,
+        sequences_scores=found.scores,
+        **found.recorded,
     )
 
 

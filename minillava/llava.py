@@ -13,13 +13,10 @@ from torch import Tensor, nn
 
 from minillava.attention import fused
 from minillava.cache import KVCache
-from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig
+from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig
 from minillava.llama import LanguageModel
 from minillava.projector import Projector
 from minillava.vision import VisionTower
-
-IGNORE_INDEX = -100
-"""The label of a position that the loss leaves out."""
 
 
 @dataclass

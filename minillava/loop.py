@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minillava import sampling
@@ -25,7 +26,10 @@ class Options:
     """How the next token is chosen and when to stop. These are the defaults, everywhere.
 
     temperature 0 is greedy: the most likely token; the filters top_k, top_p, min_p and typical_p need a temperature.
-    stop: texts that end an answer and are cut from it. seed: if None, a fresh one is drawn and kept here.
+    min_new_tokens bars the end tokens until then, as in transformers; a stop text still ends an answer.
+    num_beams above 1 is beam search (beam.py); length_penalty and early_stopping (False, True, "never") belong to it.
+    stop: texts that end an answer and are cut from it. seed: if None, a fresh one is drawn and kept here; several, one
+    per prompt, make each sample independent of the prompts beside it.
     num_return_sequences: answers per prompt, in adjacent rows. Raises ValueError for a value out of range.
     """
 
@@ -38,9 +42,12 @@ class Options:
     typical_p: float | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
-    seed: int | None = None
+    seed: int | Sequence[int] | None = None
     stop: Sequence[str] = ()
     num_return_sequences: int = 1
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
 
     def __post_init__(self):
         ranges = (  # name, smallest, largest, whether a whole number
@@ -54,12 +61,15 @@ class Options:
             ("repetition_penalty", 0.01, 100, False),
             ("no_repeat_ngram_size", 0, math.inf, True),
             ("num_return_sequences", 1, math.inf, True),
-            ("seed", -(2**63), 2**64 - 1, True),
+            ("num_beams", 1, math.inf, True),
+            ("length_penalty", -10, 10, False),  # a float32 score divided by 4096**10 is still a number
         )
-        for name, low, high, whole in ranges:
-            value = vars(self)[name]
-            if value is None:
-                continue
+        if isinstance(self.seed, list):
+            object.__setattr__(self, "seed", tuple(self.seed))
+        values = [(vars(self)[row[0]], *row) for row in ranges if vars(self)[row[0]] is not None]
+        seeds = self.seed if isinstance(self.seed, tuple) else () if self.seed is None else (self.seed,)
+        values += [(seed, "seed", -(2**63), 2**64 - 1, True) for seed in seeds]
+        for value, name, low, high, whole in values:
             of_kind = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
             if not of_kind or not low <= value <= high:
                 kind = "a whole number" if whole else "a number"
@@ -71,10 +81,19 @@ class Options:
         if 0 < self.temperature < 1e-6:
             raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy) or at least 1e-6")
         filters = self.top_k or self.top_p not in (None, 1) or self.min_p or self.typical_p not in (None, 1)
-        if self.temperature == 0 and (filters or self.num_return_sequences > 1):
+        if self.temperature == 0 and (filters or (self.num_return_sequences > 1 and self.num_beams == 1)):
             raise ValueError(
-                "top_k, top_p, min_p, typical_p and num_return_sequences are about samples: "
+                "top_k, top_p, min_p, typical_p and num_return_sequences (without beams) are about samples: "
                 "set a temperature above 0 (1.0 changes nothing)"
+            )
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise ValueError(f'early_stopping is {self.early_stopping!r}, expected False, True or "never"')
+        if self.num_beams == 1 and (self.length_penalty != 1 or self.early_stopping):
+            raise ValueError("length_penalty and early_stopping are about beams: set num_beams above 1")
+        if 1 < self.num_beams < self.num_return_sequences:
+            raise ValueError(
+                f"num_return_sequences is {self.num_return_sequences}, but num_beams is {self.num_beams}: beams "
+                "return no more answers than there are beams"
             )
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         if not all(isinstance(s, str) for s in stop):
@@ -117,11 +136,11 @@ def steps(
     Everything it needs to go on lives in its local variables, so any number of loops can share one model.
     Stops without another forward pass when every row has finished. Raises ValueError as `generate`.
     """
-    unknown = set(record) - set(RECORDABLE)
-    if unknown:
-        raise ValueError(f"cannot record {sorted(unknown)}, expected some of: {', '.join(RECORDABLE)}")
-    if options.stop and tokenizer is None:
-        raise ValueError("stop texts need a tokenizer: pass tokenizer=")
+    if options.num_beams > 1:
+        raise ValueError(
+            f"num_beams is {options.num_beams}: beams go through generate() or beam.search(), and without contrast"
+        )
+    check_wishes(options, tokenizer, record)
     wanted = {name: name in record for name in ("hidden_states", "attentions")}
     streams = 1 if contrast is None else 2
     rows_read, length, _ = spliced.embeds.shape
@@ -137,7 +156,7 @@ def steps(
     output = prefill(model, spliced, cache, **wanted)
     for made in range(1, budget + 1):
         done = torch.tensor([row.finish_reason is not None for row in rows], device=spliced.embeds.device)  # [B]
-        logits = output.logits[:, -1].to(torch.promote_types(output.logits.dtype, torch.float32))  # [streams·B, V]
+        logits = last_logits(output)  # [streams·B, V]
         logits, other = (logits, None) if contrast is None else logits.chunk(2)  # [B, V]
         token_ids, scores = choose(logits if contrast is None else contrast(logits, other, made - 1))
         token_ids = token_ids.masked_fill(done, model.config.pad_token_id)  # [B]
@@ -151,6 +170,15 @@ def steps(
         if all(reasons):
             return
         output = decode(model, token_ids.repeat(streams), cache, **wanted)
+
+
+def check_wishes(options: Options, tokenizer: Tokenizer | None, record: Sequence[str]) -> None:
+    """Raises ValueError for a record that does not exist, and for stop texts that nobody could see."""
+    unknown = set(record) - set(RECORDABLE)
+    if unknown:
+        raise ValueError(f"cannot record {sorted(unknown)}, expected some of: {', '.join(RECORDABLE)}")
+    if options.stop and tokenizer is None:
+        raise ValueError("stop texts need a tokenizer: pass tokenizer=")
 
 
 def prefill(model: Llava, spliced: Spliced, cache: KVCache, *, hidden_states: bool, attentions: bool) -> LanguageOutput:
@@ -170,6 +198,14 @@ def decode(model: Llava, token_ids: Tensor, cache: KVCache, *, hidden_states: bo
     return model.language_model(token_ids[:, None], None, cache, hidden_states=hidden_states, attentions=attentions)
 
 
+def last_logits(output: LanguageOutput) -> Tensor:
+    """Those of the last position, [B, V] in float32 or better. Raises ValueError where they are no numbers."""
+    logits = output.logits[:, -1].to(torch.promote_types(output.logits.dtype, torch.float32))
+    if not logits.isfinite().all():
+        raise ValueError("the logits are not finite: damaged weights or a dtype too narrow; try --dtype float32")
+    return logits
+
+
 def room_for_answer(model: Llava, spliced: Spliced, before: int = 0) -> int:
     """How many tokens the context has left after `before` positions read earlier and the prompt. Raises ValueError
     with the numbers when they fill it."""
@@ -184,45 +220,75 @@ def room_for_answer(model: Llava, spliced: Spliced, before: int = 0) -> int:
 
 
 class Chooser:
-    """From logits to tokens, by the options: what was seen so far and the random numbers are its only state."""
+    """From logits to tokens, by the options: the ids so far and the random numbers are its only state.
 
-    def __init__(self, model: Llava, input_ids: Sequence[Tensor], options: Options):
-        """input_ids: per row, the prompt with its -200."""
-        self.options = options
+    history: [B, S] the ids of prompt and answer, a picture as one image id per patch, -1 where a row is padding.
+    """
+
+    def __init__(self, model: Llava, input_ids: Sequence[Tensor], options: Options, keep: int = 1):
+        """input_ids: per row, the prompt with its -200. keep: how many tokens the filters leave at least."""
+        self.options, self.keep = options, keep
         device = input_ids[0].device
-        self.generator = torch.Generator(device=device)
-        self.generator.manual_seed(options.seed)
-        self.seen = None
-        if options.repetition_penalty is not None:
-            size = (len(input_ids), model.config.text.vocab_size)
-            self.seen = torch.zeros(size, dtype=torch.bool, device=device)  # [B, V]
-            for row, ids in zip(self.seen, input_ids, strict=True):
-                # In transformers a picture is an ordinary id of the prompt, so it is penalised as well.
-                ids = torch.where(ids == IMAGE_TOKEN_INDEX, model.config.image_token_id, ids)
-                row[ids[ids < len(row)]] = True
+        seeds = options.seed if isinstance(options.seed, tuple) else (options.seed,)
+        if not seeds or len(input_ids) % len(seeds):
+            raise ValueError(f"{len(seeds)} seeds for {len(input_ids)} rows, expected one seed, or one per prompt")
+        self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+        config, rows = model.config, []
+        for ids in input_ids:
+            # In transformers a picture is ordinary ids of the prompt, so it is penalised as well.
+            is_image = ids == IMAGE_TOKEN_INDEX
+            repeats = torch.where(is_image, config.tokens_per_image, 1)
+            rows.append(ids.masked_fill(is_image, config.image_token_id).repeat_interleave(repeats))
+        self.prompt_length = max(map(len, rows))
+        self.history = torch.stack([F.pad(row, (self.prompt_length - len(row), 0), value=-1) for row in rows])
+        ends = [i for i in config.eos_token_ids if i < config.text.vocab_size]
+        self.end_ids = torch.tensor(ends, dtype=torch.long, device=device)
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """[B, V] float32 -> token ids [B] and the scores [B, V] they were chosen from."""
-        if not logits.isfinite().all():
-            raise ValueError("the logits are not finite: damaged weights or a dtype too narrow; try --dtype float32")
+        scores = self.process(logits)
+        if self.options.no_repeat_ngram_size and not (scores > sampling.REMOVED).any(-1).all():
+            raise ValueError("no token is left to choose: no_repeat_ngram_size bars what the filters have left")
+        return (scores.argmax(-1) if self.options.temperature == 0 else self.draw(scores, 1)[:, 0]), scores
+
+    def process(self, logits: Tensor) -> Tensor:
+        """Logits or log-probabilities [B, V] -> the scores to choose from, in the order of transformers."""
         o, scores = self.options, logits
         if o.repetition_penalty is not None:
-            scores = sampling.repetition_penalty(scores, self.seen, o.repetition_penalty)
+            scores = sampling.repetition_penalty(scores, self._seen(scores.shape[1]), o.repetition_penalty)
+        if o.no_repeat_ngram_size:
+            scores = sampling.no_repeat_ngram(scores, self.history, o.no_repeat_ngram_size)
+        if self.history.shape[1] - self.prompt_length < o.min_new_tokens:
+            scores = scores.index_fill(1, self.end_ids, sampling.REMOVED)
         if o.temperature == 0:
-            return scores.argmax(-1), scores
+            return scores
         if o.temperature != 1:
             scores = sampling.temperature(scores, o.temperature)
         if o.top_k:
-            scores = sampling.top_k(scores, o.top_k)
+            scores = sampling.top_k(scores, max(o.top_k, self.keep))
         if o.top_p is not None and o.top_p < 1:
-            scores = sampling.top_p(scores, o.top_p)
+            scores = sampling.top_p(scores, o.top_p, self.keep)
         if o.min_p:
-            scores = sampling.min_p(scores, o.min_p)
-        return sampling.draw(scores, self.generator), scores
+            scores = sampling.min_p(scores, o.min_p, self.keep)
+        if o.typical_p is not None and o.typical_p < 1:
+            scores = sampling.typical_p(scores, o.typical_p, self.keep)
+        return scores
 
-    def remember(self, token_ids: Tensor) -> None:
-        if self.seen is not None:
-            self.seen.scatter_(1, token_ids[:, None], True)
+    def draw(self, scores: Tensor, count: int) -> Tensor:
+        """`count` different choices per row, at random: [B, V] -> [B, count]."""
+        shares = zip(scores.chunk(len(self.generators)), self.generators, strict=True)  # [B / seeds, V] each
+        return torch.cat([sampling.draw(rows, generator, count) for rows, generator in shares])
+
+    def remember(self, token_ids: Tensor, rows: Tensor | None = None) -> None:
+        """Note what was chosen [B]. rows: which row each of them follows, when not its own (beams)."""
+        history = self.history if rows is None else self.history[rows]
+        self.history = torch.cat([history, token_ids[:, None]], dim=1)
+
+    def _seen(self, vocabulary: int) -> Tensor:
+        """bool [B, V]: which tokens are in each row already."""
+        known = torch.where((self.history >= 0) & (self.history < vocabulary), self.history, vocabulary)
+        seen = torch.zeros((len(known), vocabulary + 1), dtype=torch.bool, device=known.device)
+        return seen.scatter_(1, known, True)[:, :-1]  # the last column took what is no token
 
 
 class Row:

@@ -7,13 +7,13 @@ newline after a picture is two ids, 29871 ("▁") and 13 ("\\n" as a byte).
 
 import codecs
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from minillava.config import IMAGE_TOKEN_INDEX, one_line, read_json
-from minillava.prompt import IMAGE_MARKER, Prompt, Segment
+from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX, one_line, read_json
+from minillava.prompt import IMAGE_MARKER, Prompt, Segment, Template, render
 
 _SPACE = "▁"
 
@@ -103,6 +103,27 @@ class Tokenizer:
         which is a byte in Llama's vocabulary and so never merges with what follows; its ids are cut off."""
         before = self.sentencepiece.encode("\n")
         return self.sentencepiece.encode("\n" + text)[len(before) :]
+
+
+def encode_answers(
+    tokenizer: Tokenizer, template: Template, turns: Sequence[tuple[str, str]], system: str | None = None
+) -> tuple[list[int], list[int]]:
+    """The ids of a finished conversation, and its labels: the ids of the answers and of what ends them, IGNORE_INDEX
+    elsewhere. Answers begin where the prompt ends that the model would see; LLaVA counts words for it, and drops a
+    conversation where the counts disagree (train.py, preprocess_v1)."""
+    ids = tokenizer.encode(render(template, turns, system))
+    labels = [IGNORE_INDEX] * len(ids)
+    for i, (question, _) in enumerate(turns):
+        opened = tokenizer.encode(render(template, [*turns[:i], (question, None)], system))
+        finished = tokenizer.encode(render(template, turns[: i + 1], system))
+        start, end = common_prefix(opened, ids), common_prefix(finished, ids)
+        labels[start:end] = ids[start:end]
+    return ids, labels
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two texts begin with together."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class TextDecoder:

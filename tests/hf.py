@@ -512,7 +512,7 @@ def forward(model, rows, pixels=None, labels=None) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def generate(model, rows, pixels=None, *, seed=None, max_new_tokens=16, record=True, **settings):
+def generate(model, rows, pixels=None, *, seed=None, max_new_tokens=16, record=True, eos=(2,), **settings):
     """transformers' generate() with our names of the settings: what is not set is off (its own top-k default is 50).
 
     Returns its output with one more field, `new`: the new ids [B, n].
@@ -530,9 +530,16 @@ def generate(model, rows, pixels=None, *, seed=None, max_new_tokens=16, record=T
         top_k=settings.get("top_k") or 0,
         top_p=settings.get("top_p") or 1.0,
         min_p=settings.get("min_p"),
+        typical_p=settings.get("typical_p"),
         repetition_penalty=settings.get("repetition_penalty") or 1.0,
+        no_repeat_ngram_size=settings.get("no_repeat_ngram_size") or 0,
+        min_new_tokens=settings.get("min_new_tokens"),
+        num_return_sequences=settings.get("num_return_sequences", 1),
+        num_beams=settings.get("num_beams", 1),
+        length_penalty=settings.get("length_penalty", 1.0),
+        early_stopping=settings.get("early_stopping", False),
         bos_token_id=1,
-        eos_token_id=2,
+        eos_token_id=list(eos),
         pad_token_id=model.config.pad_token_id,
         return_dict_in_generate=True,
         output_scores=record,

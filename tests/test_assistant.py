@@ -9,8 +9,10 @@ from PIL import Image
 
 import minillava
 from minillava.assistant import choose_device, choose_dtype
+from minillava.contrast import M3ID, VCD
 from minillava.generate import generate
 from minillava.prompt import DEFAULT_PROMPT, TEMPLATES
+from minillava.tokenizer import encode_answers
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,44 @@ def test_several_pictures_and_none(toy, picture):
         [picture, picture], "<image>\n<image>\nSay.", max_new_tokens=5
     )
     assert isinstance(toy.ask(None, "Say.", max_new_tokens=5), str)
+
+
+def test_a_list_of_questions_is_answered_as_one_by_one(toy, picture, monkeypatch):
+    other = Image.new("RGB", (60, 60), (200, 30, 30))
+    images = [picture, None, [other, picture], other, str(picture)]
+    questions = ["What is it?", "Hello?", "Which one is the larger of the two?", "Why?", "What is it?"]
+    expected = [toy.ask(i, q, max_new_tokens=6) for i, q in zip(images, questions, strict=True)]
+    encoded = []
+    encode = toy.encode
+    monkeypatch.setattr(toy, "encode", lambda picture: encoded.append(picture) or encode(picture))
+    assert toy.ask(images, questions, max_new_tokens=6) == expected
+    assert len(encoded) == 2
+
+
+def test_one_picture_or_none_for_a_list_of_questions(toy, picture):
+    questions = ["What?", "And why is that so?"]
+    for image in (picture, None):
+        assert toy.ask(image, questions, max_new_tokens=5) == [toy.ask(image, q, max_new_tokens=5) for q in questions]
+    assert toy.ask([], []) == toy.ask(picture, []) == []
+    with pytest.raises(ValueError, match=r"2 question\(s\) but 3 picture\(s\)"):
+        toy.ask([picture] * 3, questions)
+
+
+def test_lists_of_seeds_beams_answers_and_contrast(toy, picture):
+    """Each as one by one; a seed each makes samples independent of the rest of the batch."""
+    questions, images = ["What?", "And why is that so?"], [picture, [picture, picture]]
+    for each, options in (
+        ([{"seed": 3}, {"seed": 4}], {"temperature": 1.5, "seed": [3, 4]}),
+        ([{}, {}], {"num_beams": 3}),
+        ([{"seed": 5}] * 2, {"contrast": VCD(), "seed": 5}),
+        ([{}, {}], {"contrast": M3ID()}),
+    ):
+        assert toy.ask(images, questions, max_new_tokens=5, **options) == [
+            toy.ask(image, question, max_new_tokens=5, **{**options, **own})
+            for image, question, own in zip(images, questions, each, strict=True)
+        ]
+    with pytest.raises(ValueError, match="3 seeds for 2 rows"):
+        toy.ask(images, questions, temperature=1.0, seed=[1, 2, 3])
 
 
 def test_the_prompt_is_the_exact_string(toy):
@@ -183,3 +223,54 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(copy):
     path.write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=r"tokenizer\.model has 440 pieces, config\.json a vocabulary of 100"):
         minillava.load(copy)
+
+
+# --- the likelihood of given answers --------------------------------------------------------------------------
+
+ANSWERS = ["Yes.", "No, there is none in it.", "Yes. And more"]
+
+
+@pytest.mark.parametrize("template", ["llava_v1", "llava_v0", "llava_llama_2", "chatml_direct", "hf"])
+def test_score_is_minus_the_loss(reference, picture, template):
+    """Of the whole conversation, answer by answer, with the picture encoded anew each time."""
+    toy = minillava.load(reference / "plain", device="cpu", dtype="float32", template=template)
+    question = "<image>\nIs it there?"
+    scores = toy.score(picture, question, ANSWERS)
+    means = toy.score(picture, question, ANSWERS, per_token=True)
+    for answer, score, mean in zip(ANSWERS, scores, means, strict=True):
+        ids, labels = encode_answers(toy.tokenizer, toy.template, [(question, answer)])
+        loss = float(toy.model([ids], toy.image_processor(picture), labels=[labels]).loss.detach())
+        assert mean == pytest.approx(-loss, rel=2e-6)
+        assert score == pytest.approx(-loss * sum(label != -100 for label in labels), rel=2e-6)
+
+
+def test_score_of_the_models_own_answer_is_the_best_of_its_length(toy, picture):
+    """Greedy decoding picks the likeliest first token: no other one-token beginning scores higher."""
+    first = generate(
+        toy.model,
+        [toy.tokenizer.encode(toy.prompt("Hm?"))],
+        toy.image_processor(picture),
+        max_new_tokens=1,
+        record=("logits",),
+    )
+    log_p = first.logits[0].log_softmax(-1)[0]
+    word = toy.tokenizer.decode([int(log_p.argmax())])
+    ids, labels = encode_answers(toy.tokenizer, toy.template, [("<image>\nHm?", word)])
+    start = next(i for i, label in enumerate(labels) if label != -100)
+    assert toy.score(picture, "Hm?", [word])[0] <= float(log_p[ids[start]]) + 1e-5
+
+
+def test_score_edges(reference, toy, picture):
+    assert toy.score(picture, "Hm?", []) == []
+    alone = [toy.score(picture, "Hm?", [answer])[0] for answer in ANSWERS]
+    assert toy.score(picture, "Hm?", ANSWERS) == pytest.approx(alone, rel=1e-6)
+    assert toy.score(None, "Hm?", ["Yes."]) != toy.score(picture, "Hm?", ["Yes."])
+    assert toy.score(picture, "Hm?", ["Yes."]) != toy.score(picture, "Hm?", ["Yes."], system="Be brief.")
+    with pytest.raises(ValueError, match="context has room for"):
+        toy.score(picture, "Hm?", ["word " * 5000])
+
+
+def test_ask_gives_one_answer(toy, picture):
+    for question in ("Say.", ["Say."]):
+        with pytest.raises(ValueError, match=r"generate\(\) returns several"):
+            toy.ask(picture, question, temperature=1.0, num_return_sequences=2)

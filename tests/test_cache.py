@@ -53,6 +53,39 @@ def test_truncate_forgets_the_end_and_refuses_nonsense():
             c.truncate(wrong)
 
 
+def test_growing_keeps_what_is_filled():
+    c = cache(capacity=3)
+    c.reserve(2, 3, torch.tensor([[False, True, True], [True, True, True]]))
+    for layer in (0, 1):
+        c.update(layer, kv(3, layer + 1), kv(3, layer + 5))
+    c.advance(3)
+    c.grow(5)
+    mask = c.reserve(2, 2, None)
+    k, v = c.update(1, kv(2, 9), kv(2, 8))
+    assert (k[1, 1, :, 3].tolist(), v[0, 0, :, 0].tolist()) == ([2, 2, 2, 9, 9], [6, 6, 6, 8, 8])
+    assert mask.tolist() == [[False, True, True, True, True], [True] * 5]
+    with pytest.raises(ValueError, match="holds 5 tokens: 3 are in it, 3 more do not fit"):
+        c.reserve(2, 3, None)
+
+
+def test_rows_are_repeated_and_reordered_with_their_padding():
+    c = cache(capacity=3)
+    c.reserve(2, 2, torch.tensor([[False, True], [True, True]]))
+    for layer in (0, 1):
+        rows = torch.tensor([10.0, 20.0])[:, None, None, None].expand(2, 2, 2, 4) + layer
+        c.update(layer, rows, rows + 5)
+    c.advance(2)
+    c.select_rows(torch.tensor([0, 0, 1, 1]))
+    c.select_rows(torch.tensor([2, 0, 1, 2]))
+    mask = c.reserve(4, 1, None)
+    k, v = c.update(1, kv(1, 9, batch=4), kv(1, 9, batch=4))
+    assert (k[:, 1, :, 0].tolist(), v[:, 0, 0, 3].tolist()) == (
+        [[21, 21, 9], [11, 11, 9], [11, 11, 9], [21, 21, 9]],
+        [26, 16, 16, 26],
+    )
+    assert mask.tolist() == [[True, True, True], [False, True, True], [False, True, True], [True, True, True]]
+
+
 def test_padding_is_remembered_and_new_tokens_are_real():
     c = cache()
     assert c.reserve(2, 2, None) is None

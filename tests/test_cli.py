@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import minillava
 from minillava import cli
+from minillava.contrast import METHODS
 from minillava.generate import main
 from minillava.loop import Options
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, TEMPLATES
@@ -286,6 +287,51 @@ def test_without_weights_it_takes_the_bundled_ones_and_says_how_to_get_others(ru
         assert run("-i", PICTURE, "-q", weights=None) == (0, out, "")
 
 
+# --- contrastive decoding -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_contrast_says_what_the_library_says(run, method):
+    assistant = minillava.load(WEIGHTS, device="cpu", dtype="float32")
+    expected = assistant.ask(PICTURE, QUESTION, max_new_tokens=LENGTH, seed=1, contrast=METHODS[method](beta=0.05))
+    found = run("-i", PICTURE, "-p", QUESTION, "--contrast", method, "--cd_beta", "0.05", "--seed", "1")
+    assert found == (0, expected + "\n", "")
+
+
+def test_the_contrast_log_tells_what_each_token_was_chosen_from(run, tmp_path):
+    path = tmp_path / "log.jsonl"
+    arguments = ["-i", PICTURE, "-p", QUESTION, "--contrast", "vcd", "--cd-alpha", "2", "--seed", "1"]
+    _, out, _ = run(*arguments, "--contrast-log", path, "--json")
+    result, lines = json.loads(out), [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line["id"] for line in lines] == result["ids"]
+    assert "".join(line["text"] for line in lines) == result["text"]
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    tokenizer = minillava.load(WEIGHTS, device="cpu", dtype="float32").tokenizer.sentencepiece
+    for line in lines:
+        assert [len(line[stream]) for stream in ("first", "second", "combined")] == [5, 5, 5]
+        assert line["combined"][0][0] == tokenizer.id_to_piece(line["id"])  # greedy: the best of the combination
+        assert line["cut"] > 0
+        assert line["first"] != line["second"]
+    assert list(tmp_path.iterdir()) == [path]
+    assert run(*arguments, "--contrast-log", tmp_path / "no" / "log", "--json")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--cd-alpha", "1"], ["--cd-alpha", "--contrast vcd", "no --contrast"]),
+        (["--contrast", "m3id", "--noise-step", "3"], ["--noise-step", "--contrast vcd", "m3id"]),
+        (["--contrast", "vcd", "--noise-step", "1000"], ["noise_step is 1000", "0 to 999"]),
+        (["--contrast", "dola"], ["dola", "vcd"]),
+        (["--contrast-log", "x"], ["--contrast-log needs --contrast"]),
+    ],
+)
+def test_wrong_use_of_contrast(run, arguments, parts):
+    status, out, err = run("-i", PICTURE, *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert all(part in err for part in parts)
+
+
 # --- sampling -------------------------------------------------------------------------------------------------
 
 
@@ -309,11 +355,96 @@ def test_the_filters_reach_the_choice(result):
     assert result("-i", PICTURE, "-p", QUESTION, "--repetition-penalty", "9")["ids"] != greedy
 
 
+# --- beams, several answers, log-probabilities ----------------------------------------------------------------
+
+
+def test_the_other_filters_reach_the_choice(result, assistant):
+    again = ["-i", PICTURE, "-p", QUESTION, "--repetition-penalty", "0.3"]  # what was said is likely to be said again
+    prompt = set(assistant.tokenizer.encode(assistant.prompt(QUESTION)))
+    assert prompt & set(result(*again)["ids"])
+    assert not prompt & set(result(*again, "--no-repeat-ngram-size", "1")["ids"])
+    sample = ["-i", PICTURE, "-p", QUESTION, "--temperature", "2", "--seed", "3"]
+    assert result(*sample, "--typical-p", "0.1")["ids"] != result(*sample)["ids"]
+
+
+def test_min_new_tokens_bars_the_end(result, folder):
+    ids = result("-i", PICTURE, "-p", QUESTION)["ids"]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids[0]}), encoding="utf-8")
+    assert result("-i", PICTURE, "-p", QUESTION, weights=str(folder))["ids"] == ids[:1]
+    assert len(result("-i", PICTURE, "-p", QUESTION, "--min-new-tokens", "4", weights=str(folder))["ids"]) >= 4
+
+
+def test_beams_say_what_the_library_says(result, answer, assistant):
+    expected = assistant.ask(PICTURE, QUESTION, max_new_tokens=LENGTH, num_beams=3, length_penalty=0.5)
+    arguments = ["-i", PICTURE, "-p", QUESTION, "--num-beams", "3", "--length-penalty", "0.5"]
+    assert answer(*arguments) == expected + "\n"
+    found = result(*arguments)
+    assert list(found) == ["text", "ids", "finish_reason", "score", "prompt", "seed", "timings"]
+    assert found["text"] == expected == assistant.tokenizer.decode(found["ids"])
+    assert list(found["timings"]) == ["load", "encode", "search"]
+    assert result(*arguments, "--early_stopping", "never")["score"] >= found["score"]
+
+
+@pytest.mark.parametrize("how", [["--num-beams", "4"], ["--temperature", "1.3", "--seed", "5"]])
+def test_several_answers_are_printed_with_an_empty_line_between_them(result, answer, how):
+    arguments = ["-i", PICTURE, "-p", QUESTION, "--num-return-sequences", "3", *how]
+    found = result(*arguments)
+    assert list(found) == ["answers", "prompt", "seed", "timings"]
+    assert len({tuple(each["ids"]) for each in found["answers"]}) == 3
+    assert answer(*arguments) == "\n\n".join(each["text"] for each in found["answers"]) + "\n"
+    if "--num-beams" in how:
+        scores = [each["score"] for each in found["answers"]]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_several_answers_end_each_at_its_own_end(result, folder):
+    arguments = ["-i", PICTURE, "-p", QUESTION, "--num-return-sequences", "3", "--temperature", "1.3", "--seed", "5"]
+    free = [each["ids"] for each in result(*arguments)["answers"]]
+    end = next(i for i in free[1] if i not in free[0] + free[2])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}), encoding="utf-8")
+    found = result(*arguments, "--logprobs", "0", weights=str(folder))["answers"]
+    assert [each["ids"] for each in found] == [free[0], free[1][: free[1].index(end) + 1], free[2]]
+    assert [each["finish_reason"] for each in found] == ["length", "stop", "length" if free[2][-1] != 2 else "stop"]
+    assert [len(each["tokens"]) for each in found] == [len(each["ids"]) for each in found]
+
+
+@pytest.mark.parametrize("how", [[], ["--num-beams", "3"], ["--temperature", "0.5", "--repetition-penalty", "2"]])
+def test_log_probabilities_are_those_of_the_raw_logits(result, assistant, how):
+    found = result("-i", PICTURE, "-p", QUESTION, "--logprobs", "3", *how)
+    ids = assistant.tokenizer.encode(found["prompt"])
+    with torch.no_grad():
+        logits = assistant.model([[*ids, *found["ids"]]], assistant.image_processor([PICTURE])).logits[0]
+    log_p = logits[-len(found["ids"]) - 1 : -1].log_softmax(-1)
+    assert [token["id"] for token in found["tokens"]] == found["ids"]
+    for token, expected in zip(found["tokens"], log_p, strict=True):
+        best = expected.topk(3)
+        assert [other["id"] for other in token["top"]] == best.indices.tolist()
+        assert [other["logprob"] for other in token["top"]] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert token["logprob"] == pytest.approx(float(expected[token["id"]]), abs=1e-4)
+        assert token["piece"] == assistant.tokenizer.sentencepiece.id_to_piece(token["id"])
+    if how[:1] == ["--num-beams"]:
+        assert found["score"] == pytest.approx(sum(token["logprob"] for token in found["tokens"]) / LENGTH, abs=1e-4)
+
+
+def test_an_id_without_a_piece_is_shown_as_its_number(result, assistant):
+    everything = result("-i", PICTURE, "-p", QUESTION, "-n", "1", "--logprobs", "99999")["tokens"][0]["top"]
+    assert len(everything) == assistant.model.config.text.vocab_size
+    assert {other["piece"] for other in everything if other["id"] >= assistant.tokenizer.vocab_size} >= {"<440>"}
+
+
+def test_verbose_tells_of_the_search(run):
+    lines = run("-i", PICTURE, "-p", QUESTION, "--num-beams", "3", "--verbose")[2].splitlines()
+    assert [line.split()[0] for line in lines] == ["load", "encode", "search"]
+    assert "3 beams" in lines[-1]
+
+
 # --- help and wrong usage -------------------------------------------------------------------------------------
 
 FLAGS = {
     "model": ["--weights", "-m", "--model", "--model-path", "--device", "--dtype", "--template", "--conv-mode"],
     "question": ["--image", "-i", "--image-aspect-ratio", "--prompt", "-p", "--query", "--system"],
+    "several": ["--num-beams", "--length-penalty", "--early-stopping", "--num-return-sequences", "--logprobs"],
+    "barred": ["--min-new-tokens", "--typical-p", "--no-repeat-ngram-size"],
     "answer": ["--max-new-tokens", "-n", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty"],
     "output": ["--seed", "--json", "--print-prompt", "--verbose", "-v", "--quiet", "-q", "--version", "--help", "-h"],
 }
@@ -377,6 +508,14 @@ def test_version(run):
         (["-p", "x", "--temperature", "1", "--top-k", "-2"], "top_k is -2"),
         (["-p", "x", "--top-p", "0.9"], "temperature"),  # it would do nothing
         (["-p", "x", "--repetition-penalty", "0"], "repetition_penalty"),
+        (["-p", "x", "--typical-p", "0.9"], "temperature"),
+        (["-p", "x", "--num-return-sequences", "2"], "temperature"),
+        (["-p", "x", "--num-beams", "2", "--num-return-sequences", "3"], "num_beams is 2"),
+        (["-p", "x", "--num-beams", "2", "--early-stopping", "perhaps"], "'perhaps'"),
+        (["-p", "x", "--length-penalty", "2"], "num_beams above 1"),
+        (["-p", "x", "--num-beams", "2", "--contrast", "m3id"], "--contrast and --num-beams"),
+        (["-p", "x", "--logprobs", "3"], "needs --json"),
+        (["-p", "x", "--json", "--logprobs", "-1"], "is below 0"),
         (["-p", "x", "--seed", str(2**64)], "seed is"),
         (["-p", "x", "--dtype", "int4"], "int4"),
         (["-p", "x", "--template", "v7"], "v7"),

@@ -125,6 +125,55 @@ def test_a_seed_reproduces_a_sample_whatever_else_draws(toy, pixels):
     assert torch.equal(unseeded.sequences, sample(unseeded.seed).sequences)
 
 
+def test_end_tokens_are_barred_until_enough_is_said(toy, pixels):
+    free = generate(toy.model, [IDS], pixels[:1], max_new_tokens=6).sequences[0].tolist()
+    with ending_with(toy.model, free[1]):
+        assert generate(toy.model, [IDS], pixels[:1], max_new_tokens=6).sequences[0].tolist() == free[:2]
+        longer = generate(toy.model, [IDS], pixels[:1], max_new_tokens=6, min_new_tokens=3, record="scores")
+    assert longer.sequences.shape[1] >= 3
+    assert free[1] not in longer.sequences[0, :3]
+    assert [bool(s[0, free[1]].isinf()) for s in longer.scores[:4]] == [True, True, True, False][: len(longer.scores)]
+
+
+def test_a_stop_text_ends_an_answer_however_much_should_be_said(toy, pixels):
+    whole = generate(toy.model, [IDS], pixels[:1], max_new_tokens=12, tokenizer=toy.tokenizer)
+    options = {"tokenizer": toy.tokenizer, "stop": whole.text[0][3:6]}
+    result = generate(toy.model, [IDS], pixels[:1], max_new_tokens=12, min_new_tokens=12, **options)
+    assert result.finish_reason == ["stop"]
+
+
+def test_what_must_not_repeat_counts_the_pictures_patches_and_no_padding(toy, pixels):
+    """A patch is the image id, which every patch but the last is followed by."""
+    image_id = toy.model.config.image_token_id
+
+    def barred(row, size):
+        pictures = pixels[: row.count(-200)]
+        found = [
+            generate(toy.model, rows, pictures, max_new_tokens=1, no_repeat_ngram_size=size, record="scores")
+            for rows in ([row], [[1, *[9] * 40], row])
+        ]
+        alone, padded = (x.scores[0][-1].isinf().nonzero().flatten().tolist() for x in found)
+        assert alone == padded
+        return alone
+
+    assert barred(IDS, 1) == sorted({*(i for i in IDS if i >= 0), image_id})
+    assert barred([1, 30, -200], 2) == [image_id]
+    assert barred([1, 30, -200, 41, -200], 2) == sorted([image_id, 41])
+    assert barred([1, 30], 2) == []
+
+
+def test_several_samples_stand_in_adjacent_rows(toy, pixels):
+    rows = [[1, 99, -200, 12], IDS]
+    options = {"temperature": 1.2, "seed": 4, "max_new_tokens": 6, "tokenizer": toy.tokenizer}
+    found = generate(toy.model, rows, pixels, num_return_sequences=3, record="logits", **options)
+    assert (len(found.sequences), len(found.text), len(found.finish_reason), len(found.image_spans)) == (6, 6, 6, 6)
+    assert len(set(found.text)) > 2
+    for prompt in (found.logits[0][:3], found.logits[0][3:]):
+        torch.testing.assert_close(prompt, prompt[:1].expand(3, -1))
+    repeated = generate(toy.model, [rows[0]] * 3 + [rows[1]] * 3, pixels.repeat_interleave(3, 0), **options)
+    assert torch.equal(found.sequences, repeated.sequences)
+
+
 def test_a_stop_text_ends_the_answer_and_is_cut(toy, pixels):
     whole = generate(toy.model, [IDS], pixels[:1], max_new_tokens=12, tokenizer=toy.tokenizer)
     stop = whole.text[0][3:6]
@@ -201,6 +250,18 @@ def test_unknown_records_and_stop_without_tokenizer(toy):
         ({"top_k": 5}, "set a temperature above 0"),
         ({"top_p": 0.5}, "set a temperature above 0"),
         ({"min_p": 0.5}, "set a temperature above 0"),
+        ({"typical_p": 0.5}, "set a temperature above 0"),
+        ({"temperature": 1, "typical_p": 0}, "typical_p is 0, expected a number above 0"),
+        ({"num_return_sequences": 2}, "set a temperature above 0"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1"),
+        ({"min_new_tokens": 1.5}, "min_new_tokens is 1.5, expected a whole number"),
+        ({"num_beams": 0}, "num_beams is 0, expected a whole number of at least 1"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences is 3, but num_beams is 2"),
+        ({"num_beams": 2, "early_stopping": "maybe"}, "early_stopping is 'maybe', expected False, True or \"never\""),
+        ({"num_beams": 2, "early_stopping": 1}, "early_stopping is 1, expected"),
+        ({"num_beams": 2, "length_penalty": float("inf")}, "length_penalty is inf, expected a number from -10 to 10"),
+        ({"length_penalty": 2.0}, "about beams: set num_beams above 1"),
+        ({"early_stopping": True}, "about beams: set num_beams above 1"),
     ],
 )
 def test_options_out_of_range_are_named(options, message):
@@ -241,3 +302,13 @@ def test_the_penalty_reaches_pictures_only_where_they_have_an_id(toy, pixels):
     assert penalised[image_id] == (logits[image_id] * 2 if logits[image_id] < 0 else logits[image_id] / 2)
     logits, penalised = scores(image_token_id=model.config.text.vocab_size)
     assert (logits != penalised).nonzero().flatten().tolist() == sorted(i for i in set(IDS) if i >= 0)
+
+
+def test_no_token_left_is_an_error(toy, pixels):
+    """A cut that leaves one token and a bar on all tokens said before: nothing to choose, not id 0."""
+    only = lambda logits, other, step: torch.full_like(logits, -float("inf")).index_fill(1, torch.tensor([30]), 0)  # noqa: E731
+    with pytest.raises(ValueError, match="no token is left"):
+        generate(
+            toy.model, [IDS], pixels[:1], second=([IDS], pixels[:1]), contrast=only,
+            no_repeat_ngram_size=1, max_new_tokens=2,
+        )  # fmt: skip

@@ -25,8 +25,9 @@ ORDER = [
     ["llava"],
     ["checkpoint", "sampling"],
     ["loop"],
+    ["beam"],
     ["generate"],
-    ["assistant"],
+    ["assistant", "contrast"],
     ["cli"],
 ]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}

@@ -9,6 +9,7 @@ import os
 import random
 import runpy
 import shutil
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from PIL import Image
 import minillava
 from minillava.generate import generate
 from minillava.image import ImageProcessor
-from minillava.tokenizer import Tokenizer
+from minillava.tokenizer import Tokenizer, encode_answers
 
 pytest.importorskip("transformers", minversion="5", reason="live parity needs transformers 5")
 
@@ -217,6 +218,8 @@ SAMPLING = [
     {"temperature": 1.5, "top_k": 7},
     {"temperature": 1.2, "top_p": 0.7},
     {"temperature": 1.4, "min_p": 0.05},
+    {"temperature": 1.3, "typical_p": 0.5},
+    {"temperature": 0.8, "top_k": 9, "typical_p": 0.9},
     {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.3},
 ]
 
@@ -251,6 +254,103 @@ def test_repetition_penalty_gives_the_same_scores(drawn, penalty, prompt):
     assert not torch.equal(ours.scores[0], ours.logits[0])
 
 
+@pytest.mark.parametrize("prompt", ["one", "batch"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"no_repeat_ngram_size": 2, "repetition_penalty": 0.6},  # below 1 it makes the answer repeat itself
+        {"no_repeat_ngram_size": 3, "repetition_penalty": 0.6},
+        {"min_new_tokens": 5},
+        {"min_new_tokens": 4, "temperature": 1.3, "typical_p": 0.6, "no_repeat_ngram_size": 2},
+    ],
+    ids=lambda settings: " ".join(settings),
+)
+def test_what_is_barred_is_the_same(drawn, settings, prompt):
+    """The prompts end in what has to be barred; so do ids of the answer, taken as its end tokens."""
+    choose = random.Random(f"{SEED} {settings}")
+    kind, seed = choose.choice(KINDS), choose.randrange(2**32)
+    rows, pixels = drawn(kind).prompts[prompt]
+    rows = [[*row, 5, 6, 7, 5, 6] for row in rows]
+    model, mine = hf.load(drawn(kind).folder), load(drawn(kind).folder, dtype="float32", attention="eager").model
+    options = {**settings, "seed": seed, "max_new_tokens": 10}
+    free = generate(mine, rows, pixels, **options).sequences
+    eos = (2, *free[:, 3].tolist()) if "min_new_tokens" in settings else (2,)
+    mine.config = replace(mine.config, eos_token_ids=eos)
+    theirs = hf.generate(model, rows, pixels, eos=eos, **options)
+    ours = generate(mine, rows, pixels, **options, record=["scores"])
+    assert ours.sequences.tolist() == theirs.new.tolist()
+    going_on = torch.ones(len(rows), dtype=torch.bool)
+    for i, (our_scores, their_scores) in enumerate(zip(ours.scores, theirs.scores, strict=True)):
+        # transformers counts the padding on the left as ids that must not come again; nobody wants to say it anyway.
+        their_scores[:, mine.config.pad_token_id] = our_scores[:, mine.config.pad_token_id]
+        assert_same(our_scores[going_on], their_scores[going_on], f"scores of step {i}")
+        going_on &= ~torch.isin(ours.sequences[:, i], torch.tensor(eos))
+    assert torch.isinf(ours.scores[0][:, 7 if "no_repeat_ngram_size" in settings else eos[-1]]).all()
+
+
+@pytest.mark.parametrize("prompt", ["one", "batch"])
+def test_several_samples_are_the_same(drawn, prompt):
+    choose = random.Random(f"{SEED} {prompt}")
+    kind, seed = choose.choice(KINDS), choose.randrange(2**32)
+    rows, pixels = drawn(kind).prompts[prompt]
+    options = {"temperature": 1.2, "num_return_sequences": 3, "seed": seed, "max_new_tokens": 10}
+    theirs = hf.generate(hf.load(drawn(kind).folder), rows, pixels, **options)
+    ours = generate(load(drawn(kind).folder, dtype="float32", attention="eager").model, rows, pixels, **options)
+    assert ours.sequences.tolist() == theirs.new.tolist()
+    assert len({tuple(row) for row in ours.sequences.tolist()}) > len(rows)
+
+
+BEAMS = [
+    {"num_beams": beams, "num_return_sequences": returned, "early_stopping": early, "length_penalty": penalty}
+    for (beams, returned), early, penalty in product([(2, 1), (4, 3)], [False, True, "never"], [-1.5, 0.0, 1.0, 2.5])
+] + [
+    {"num_beams": 3, "num_return_sequences": 3, "no_repeat_ngram_size": 2, "repetition_penalty": 1.3},
+    {"num_beams": 3, "num_return_sequences": 3, "min_new_tokens": 6},
+    {"num_beams": 3, "num_return_sequences": 2, "temperature": 1.4},
+    {"num_beams": 2, "num_return_sequences": 2, "temperature": 1.2, "top_k": 2, "top_p": 0.1, "length_penalty": 0.5},
+    {"num_beams": 3, "temperature": 1.2, "min_p": 0.3, "early_stopping": True},
+    {"num_beams": 3, "temperature": 1.2, "typical_p": 0.2, "early_stopping": "never"},
+]
+
+
+@pytest.fixture(scope="module")
+def both(drawn):
+    """`both(kind)`: transformers' model and ours."""
+    return functools.cache(
+        lambda kind: (
+            hf.load(drawn(kind).folder),
+            load(drawn(kind).folder, dtype="float32", attention="eager").model,
+        )
+    )
+
+
+@pytest.mark.parametrize("settings", BEAMS, ids=lambda settings: " ".join(str(value) for value in settings.values()))
+def test_beams_are_the_same(drawn, both, settings):
+    """Ids, ranking scores and the scores that each token of an answer was chosen by. The end tokens are such that
+    answers end at different lengths."""
+    choose = random.Random(f"{SEED} {settings}")
+    for prompt in ("one", "batch"):
+        kind, seed = choose.choice(KINDS), choose.randrange(2**32)
+        rows, pixels = drawn(kind).prompts[prompt]
+        model, mine = both(kind)
+        options = {**settings, "seed": seed, "max_new_tokens": 12}
+        likely = generate(mine, rows, pixels, max_new_tokens=8, temperature=1.0, seed=seed).sequences.unique().tolist()
+        eos = (2, *choose.sample(likely, min(len(likely), choose.choice([0, 2, len(likely) // 2]))))
+        original, mine.config = mine.config, replace(mine.config, eos_token_ids=eos)
+        theirs = hf.generate(model, rows, pixels, eos=eos, **options)
+        ours = generate(mine, rows, pixels, **options, record=["scores", "logits"])
+        mine.config = original
+        assert ours.sequences.tolist() == theirs.new.tolist()
+        # transformers reads the prompt once per beam, in a larger batch, whose matrix products round otherwise.
+        torch.testing.assert_close(ours.sequences_scores, theirs.sequences_scores, rtol=1e-5, atol=1e-5)
+        for i, followed in enumerate(theirs.beam_indices.T):
+            real = followed >= 0
+            for name in ("scores", "logits"):
+                expected = getattr(theirs, name)[i][followed.clamp(min=0)]
+                torch.testing.assert_close(getattr(ours, name)[i][real], expected[real], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_is_bit_identical(drawn, kind, dtype):
@@ -262,6 +362,18 @@ def test_loss_is_bit_identical(drawn, kind, dtype):
         mine = load(drawn(kind).folder, dtype=dtype, attention="eager").model
         ours = mine(rows, pixels, labels=labels).loss
     assert_same(ours, theirs, "loss")
+
+
+def test_scores_of_answers_are_their_loss(drawn):
+    """`score` reads the prompt once for all answers; transformers takes the loss of each whole conversation."""
+    assistant, theirs = load(drawn("plain").folder, dtype="float32"), hf.load(drawn("plain").folder, "float32")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    answers, question = ["Yes.", "No, there is nothing of the kind."], "<image>\nIs there a cat?"
+    found = assistant.score(picture, question, answers, per_token=True)
+    for answer, mean in zip(answers, found, strict=True):
+        ids, labels = encode_answers(assistant.tokenizer, assistant.template, [(question, answer)])
+        loss = hf.forward(theirs, [ids], assistant.image_processor(picture), [labels])["loss"]
+        assert mean == pytest.approx(-float(loss), rel=5e-6)
 
 
 @pytest.mark.parametrize("aspect", ["crop", "pad"])

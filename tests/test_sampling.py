@@ -45,11 +45,54 @@ def test_repetition_penalty_moves_seen_tokens_down_on_both_sides_of_zero():
     assert sampling.repetition_penalty(LOGITS, seen, 2.0).tolist() == [[1.0, 1.0, 0.0, -2.0]]
 
 
+@pytest.mark.parametrize(("p", "expected"), [(0.2, [1]), (0.3, [0, 1]), (0.9, [0, 1, 2]), (1.0, [0, 1, 2, 3])])
+def test_typical_p_takes_the_least_unusual_first(p, expected):
+    """The entropy is .947 nats; the surprises .440, 1.440, 2.440, 3.440 are .507, .493, 1.493, 2.493 away from it."""
+    assert kept(sampling.typical_p(LOGITS, p)) == expected
+
+
+def test_typical_p_keeps_ties_and_what_others_removed_stays_removed():
+    assert kept(sampling.typical_p(torch.tensor([[1.0, 1.0, 1.0, INF]]), 0.1)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("function", "p"), [(sampling.top_p, 1e-6), (sampling.min_p, 0.999), (sampling.typical_p, 1e-6)]
+)
+def test_a_filter_leaves_as_many_as_it_is_told_to(function, p):
+    assert [len(kept(function(LOGITS, p, keep=keep))) for keep in (1, 3, 9)] == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("history", "size", "expected"),
+    [
+        ([3, 1, 1], 1, [0, 2]),  # no token twice
+        ([0, 1, 2, 0], 2, [0, 2, 3]),  # 0 was followed by 1
+        ([0, 1, 0, 2, 0], 2, [0, 3]),
+        ([0, 1, 2, 0, 1], 3, [0, 1, 3]),
+        ([0, 1, 2, 1], 3, [0, 1, 2, 3]),  # 2 1 is new
+        ([0, 0, 0], 3, [1, 2, 3]),
+        ([0, 1], 3, [0, 1, 2, 3]),  # shorter than what must not repeat
+        ([0, 1], 2, [0, 1, 2, 3]),
+        ([-1, -1, 3, 1], 1, [0, 2]),  # padding is no token
+        ([-1, -1, 3], 2, [0, 1, 2, 3]),
+        ([-1, 3, -1, 3], 2, [0, 1, 2, 3]),
+        ([9, 9, 9], 2, [0, 1, 2, 3]),  # a picture whose id is none of the model's words
+    ],
+)
+def test_no_repeat_ngram_bars_what_would_repeat(history, size, expected):
+    assert kept(sampling.no_repeat_ngram(LOGITS, torch.tensor([history]), size)) == expected
+
+
+def test_no_repeat_ngram_looks_at_each_row_alone():
+    found = sampling.no_repeat_ngram(LOGITS.expand(2, -1), torch.tensor([[0, 1, 0], [0, 2, 0]]), 2)
+    assert [kept(row[None]) for row in found] == [[0, 2, 3], [0, 1, 3]]
+
+
 def test_draw_follows_the_distribution_and_the_seed():
     scores = LOGITS.expand(20000, -1)
-    drawn = sampling.draw(scores, torch.Generator().manual_seed(0))
-    assert torch.equal(drawn, sampling.draw(scores, torch.Generator().manual_seed(0)))
-    assert not torch.equal(drawn, sampling.draw(scores, torch.Generator().manual_seed(1)))
+    drawn = sampling.draw(scores, torch.Generator().manual_seed(0)).squeeze(1)
+    assert torch.equal(drawn, sampling.draw(scores, torch.Generator().manual_seed(0)).squeeze(1))
+    assert not torch.equal(drawn, sampling.draw(scores, torch.Generator().manual_seed(1)).squeeze(1))
     share = drawn.bincount(minlength=4) / 20000
     p = LOGITS[0].softmax(0)
     assert ((share - p).abs() < 4 * (p * (1 - p) / 20000).sqrt()).all()  # four standard errors
@@ -58,6 +101,12 @@ def test_draw_follows_the_distribution_and_the_seed():
 def test_draw_never_takes_a_removed_token():
     scores = torch.tensor([[0.0, INF, 0.0]]).expand(1000, -1)
     assert 1 not in sampling.draw(scores, torch.Generator().manual_seed(0))
+
+
+def test_several_draws_are_different_tokens():
+    drawn = sampling.draw(LOGITS.expand(50, -1), torch.Generator().manual_seed(0), count=3)
+    assert drawn.shape == (50, 3)
+    assert all(len(set(row)) == 3 for row in drawn.tolist())
 
 
 def test_draw_uses_only_its_own_generator():

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 import minillava
+from minillava.config import IGNORE_INDEX
 from minillava.generate import generate
-from minillava.llava import IGNORE_INDEX
 from minillava.prompt import render
 
 ROOT = Path(__file__).parents[1]

@@ -6,8 +6,9 @@ import shutil
 import pytest
 from sentencepiece import SentencePieceProcessor
 
+from minillava.config import IGNORE_INDEX
 from minillava.prompt import TEMPLATES, place_images, render
-from minillava.tokenizer import TextDecoder, Tokenizer
+from minillava.tokenizer import TextDecoder, Tokenizer, encode_answers
 
 WALKTHROUGH_IDS = [
     1, 319, 13563, 1546, 263, 12758, 5199, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444, 29892, 13173,
@@ -192,3 +193,16 @@ def test_missing_and_damaged_files(reference, tmp_path):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(ValueError, match=r"tokenizer\.model: not a SentencePiece model"):
             Tokenizer(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    ("legacy", "length", "places"),
+    [(True, 64, [47, 48, 49, 50, 61, 62, 63]), (False, 63, [47, 48, 49, 50, 60, 61, 62])],
+)
+def test_labels_are_those_of_llavas_training(llama_tokenizer, legacy, length, places):
+    """The positions and ids that LLaVA's preprocess_v1 keeps of this conversation."""
+    turns = [("<image>\nWhat is it?", "A dog."), ("Color?", "Brown.")]
+    ids, labels = encode_answers(Tokenizer(llama_tokenizer, legacy=legacy), TEMPLATES["vicuna_v1"], turns)
+    assert len(ids) == len(labels) == length
+    assert [i for i, label in enumerate(labels) if label != IGNORE_INDEX] == places
+    assert [labels[i] for i in places] == [319, 11203, 29889, 2, 9817, 29889, 2]

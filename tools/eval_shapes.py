@@ -2,6 +2,7 @@
 """Asks the bundled model about scenes it has never seen and prints how often its answers are exactly true, as markdown.
 
     python tools/eval_shapes.py --weights weights/shapes
+    python tools/eval_shapes.py --contrast    # what sampling and contrastive decoding make of it
 
 Everything goes through minillava's public functions: `load`, the template, and batched greedy `generate`.
 """
@@ -15,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 import shapes
 
 import minillava
+from minillava.contrast import METHODS, Contrast
 from minillava.generate import generate
 from minillava.prompt import place_images, render
 
@@ -66,14 +69,26 @@ def blank(scene: shapes.Scene, rng: random.Random) -> Image.Image:
     return shapes.draw(replace(scene, things=()))
 
 
-def answer(assistant, items: Sequence[Item]) -> list[str]:
-    """The model's answer to the last question of every dialogue; earlier turns are given with their true answers."""
+def answer(assistant, items: Sequence[Item], contrast: Contrast | None = None, **options) -> list[str]:
+    """The model's answer to the last question of every dialogue; earlier turns are given with their true answers.
+    options: those of `generate`."""
     ids = []
     for dialogue, _ in items:
         turns = [(place_images(q, 1) if i == 0 else q, a) for i, (q, a) in enumerate(dialogue.turns)]
         ids.append(assistant.tokenizer.encode(render(assistant.template, [*turns[:-1], (turns[-1][0], None)])))
-    pixels = assistant.image_processor([picture for _, picture in items])
-    return generate(assistant.model, ids, pixels, max_new_tokens=MAX_NEW_TOKENS, tokenizer=assistant.tokenizer).text
+    pictures = [picture for _, picture in items]
+    second = contrast and contrast.second(ids, pictures, assistant.image_processor, torch.Generator().manual_seed(0))
+    made = generate(
+        assistant.model,
+        ids,
+        assistant.image_processor(pictures),
+        second=second,
+        contrast=contrast,
+        max_new_tokens=MAX_NEW_TOKENS,
+        tokenizer=assistant.tokenizer,
+        **options,
+    )
+    return made.text
 
 
 def answer_all(answer_batch: Callable, items: Sequence[Item], batch: int = 64, map=map) -> list[str]:
@@ -98,8 +113,8 @@ class Worker:
         cls.assistant = minillava.load(weights, dtype=dtype, device="cpu")
 
     @classmethod
-    def answer(cls, items: Sequence[Item]) -> list[str]:
-        return answer(cls.assistant, items)
+    def answer(cls, items: Sequence[Item], **options) -> list[str]:
+        return answer(cls.assistant, items, **options)
 
 
 def score(items, answers) -> dict[str, tuple[int, int]]:
@@ -169,6 +184,35 @@ def report(ask: Callable, scenes: int) -> str:
     return "\n".join(lines)
 
 
+CHOICES = {
+    "greedy": {},
+    "sampling": {"temperature": 1.0, "seed": 0},
+    **{f"sampling, {name}": {"temperature": 1.0, "seed": 0, "contrast": make()} for name, make in METHODS.items()},
+    **{f"greedy, {name}": {"contrast": make()} for name, make in METHODS.items()},
+}
+
+
+def report_contrast(ask: Callable, scenes: int) -> str:
+    """POPE's figures and the descriptions of unseen scenes for every way to choose tokens, methods at their defaults.
+    ask: from items and the options of a way to answers."""
+    items = make_items("contrast", scenes, kinds=("describe", "yes/no"))
+    lines = []
+    for name, options in CHOICES.items():
+        answers = ask(items, options)
+        counted, figures = score(items, answers), pope(items, answers)
+        cells = [with_error(*counted["yes/no"]), *(f"{100 * figures[k]:.1f}" for k in ("precision", "recall", "F1"))]
+        lines.append(f"| {name} | {' | '.join([*cells, with_error(*counted['describe'])])} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    head = ["| % | yes/no right | precision | recall | F1 | descriptions exactly right |", "|---|" + "---:|" * 5]
+    return "\n".join([*head, *lines])
+
+
+def with_error(right: int, asked: int) -> str:
+    """A percentage with its standard error."""
+    p = right / asked
+    return f"{100 * p:.1f} ± {100 * (p * (1 - p) / asked) ** 0.5:.1f}"
+
+
 def percent(right: int, asked: int) -> str:
     return f"{100 * right / asked:.1f}" if asked else "–"
 
@@ -179,11 +223,16 @@ def main() -> int:
     parser.add_argument("--weights", type=Path, default=default)
     parser.add_argument("--scenes", type=int, default=1000, help="unseen scenes; the other columns have a fifth of it")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--contrast", action="store_true", help="compare ways to choose tokens, instead")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default 2)")
     options = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, spawn, Worker.open, (options.weights, options.dtype)) as pool:
-        print(report(lambda items: answer_all(Worker.answer, items, map=pool.map), options.scenes))
+        if options.contrast:
+            ask = lambda items, chosen: answer_all(partial(Worker.answer, **chosen), items, map=pool.map)  # noqa: E731
+            print(report_contrast(ask, options.scenes))
+        else:
+            print(report(lambda items: answer_all(Worker.answer, items, map=pool.map), options.scenes))
     return 0
 
 

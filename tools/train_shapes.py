@@ -44,12 +44,12 @@ import shapes
 
 from minillava.assistant import choose_dtype
 from minillava.attention import eager
-from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig, TextConfig, VisionConfig
+from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig, TextConfig, VisionConfig
 from minillava.image import CLIP_MEAN, CLIP_STD, ImageProcessor
 from minillava.llama import rotary_tables
-from minillava.llava import IGNORE_INDEX, Llava
-from minillava.prompt import DEFAULT_TEMPLATE, TEMPLATES, Prompt, Segment, place_images, render
-from minillava.tokenizer import Tokenizer
+from minillava.llava import Llava
+from minillava.prompt import DEFAULT_TEMPLATE, TEMPLATES, Prompt, Segment, place_images
+from minillava.tokenizer import Tokenizer, encode_answers
 
 try:
     from tqdm import tqdm
@@ -93,7 +93,7 @@ STAGES = (
     Stage("see", 1200, 48, 0.02, 0.5),
     Stage("read", 200, 32, 0.02, 0.5),
     Stage("align", 100, 32, 0.02, 0.5),
-    Stage("answer", 3300, 32, 0.01, 0.3),
+    Stage("answer", 2600, 32, 0.01, 0.3),
 )
 QUESTIONS = 8  # per picture
 BUCKETS = 4  # conversations of a step are sorted by length into so many batches
@@ -240,13 +240,7 @@ def naming_loss(scores: list[Tensor], names: Tensor) -> Tensor:
 def encode_dialogue(tokenizer: Tokenizer, dialogue: shapes.Dialogue) -> tuple[list[int], list[int]]:
     """The ids that the model reads at inference, and as labels those of the answers."""
     turns = [(place_images(q, 1) if i == 0 else q, a) for i, (q, a) in enumerate(dialogue.turns)]
-    ids = tokenizer.encode(render(TEMPLATE, turns))
-    labels = [IGNORE_INDEX] * len(ids)
-    for i, (question, _) in enumerate(turns):
-        start = len(tokenizer.encode(render(TEMPLATE, [*turns[:i], (question, None)])))
-        end = len(tokenizer.encode(render(TEMPLATE, turns[: i + 1])))
-        labels[start:end] = ids[start:end]
-    return ids, labels
+    return encode_answers(tokenizer, TEMPLATE, turns)
 
 
 @dataclass

@@ -1,0 +1,334 @@
+"""A conversation that keeps its cache, so that each question costs only its own positions; `python -m minillava.chat`.
+
+P patches of a picture, C width, T positions of the prompt.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minillava import __version__, cli
+from minillava.assistant import Assistant
+from minillava.cache import KVCache
+from minillava.config import IMAGE_TOKEN_INDEX
+from minillava.image import ImageSource, open_image
+from minillava.loop import steps
+from minillava.prompt import DEFAULT_TEMPLATE, place_images, render
+from minillava.tokenizer import common_prefix
+
+GROWTH = 512
+"""The cache grows by this many positions: all of a 7B's context would be 2 GB, most conversations are short."""
+
+
+@dataclass(eq=False)  # compared by identity: what is in the cache is this picture or it is another one
+class Picture:
+    name: str
+    patches: Tensor  # [P, C]
+
+
+@dataclass
+class Turn:
+    question: str  # with an `<image>` for each picture
+    pictures: tuple[Picture, ...]
+    answer: str = ""
+    finish_reason: str | None = None  # None while it goes on, "stop", "length", "interrupted"
+    reused: int = 0  # positions of its prompt that were in the cache already
+    prefilled: int = 0  # positions of its prompt that were not
+
+
+class Conversation:
+    """Questions and answers in turn, about any number of pictures, each encoded once.
+
+    The whole conversation is rendered to ids at every question. The cache is cut back to where these ids first differ
+    from those it was filled with (a finished answer may be written, or cut into tokens, in another way than it was
+    generated), and the rest is prefilled: the answer is that of a fresh start with the same ids.
+    """
+
+    def __init__(self, assistant: Assistant, system: str | None = None):
+        """system: instead of the template's own; "" for none."""
+        self.assistant, self.system = assistant, system
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: turns, pictures, cache."""
+        self.turns: list[Turn] = []
+        self.waiting: list[Picture] = []  # for the next question
+        self.cache: KVCache | None = None
+        # What stands, or will stand, at each position: an id, or a Picture P times; the first cache.length are cached.
+        self.positions: list[int | Picture] = []
+
+    @property
+    def room(self) -> int:
+        """How many more positions fit the model's context."""
+        return self.assistant.model.config.text.max_position_embeddings - len(self.positions)
+
+    def add_image(self, source: ImageSource, name: str | None = None) -> Picture:
+        """Encode a picture, for the next question. name: for `record`. Raises as `image.open_image`."""
+        self.waiting.append(Picture(name or str(source), self.assistant.encode(source)))
+        return self.waiting[-1]
+
+    def ask(self, question: str, **options) -> str:
+        """The answer to the next question. options: the fields of `loop.Options` by name."""
+        return "".join(self.stream(question, **options))
+
+    def stream(self, question: str, **options) -> Iterator[str]:
+        """The answer as it is made, one piece per token, some of them empty. Arguments as for `ask`.
+
+        Where it is left early (closed, Ctrl-C), what was said so far is the answer; if that is nothing, the question
+        was not asked. Raises ValueError, and leaves the conversation as it was, when the context is full.
+        """
+        assistant, model = self.assistant, self.assistant.model
+        chosen = assistant.options(**options)
+        if chosen.num_return_sequences > 1:
+            raise ValueError(f"num_return_sequences is {chosen.num_return_sequences}, a conversation goes on from one")
+        turn = Turn(place_images(question, len(self.waiting)), tuple(self.waiting))
+        said = [(before.question, before.answer) for before in self.turns]
+        ids = assistant.tokenizer.encode(render(assistant.template, [*said, (turn.question, None)], self.system))
+        pictures = [picture for each in (*self.turns, turn) for picture in each.pictures]
+        following = iter(pictures)
+        positions = []
+        for i in ids:
+            positions += [next(following)] * model.config.tokens_per_image if i == IMAGE_TOKEN_INDEX else [i]
+        context = model.config.text.max_position_embeddings
+        if len(positions) >= context:
+            raise ValueError(
+                f"with this question the conversation takes {len(positions)} positions, the model's context holds "
+                f"{context} with the answer; ask something shorter, or start anew with /clear"
+            )
+        with torch.no_grad():
+            spliced = model.splice([ids], torch.stack([p.patches for p in pictures]) if pictures else None)
+        if self.cache is None:
+            like = spliced.embeds
+            self.cache = KVCache(model.config.text, 1, 0, dtype=like.dtype, device=like.device)
+        # The last position is read in any case: its logits choose the first token.
+        turn.reused = common_prefix(self.positions[: self.cache.length], positions[:-1])
+        turn.prefilled = len(positions) - turn.reused
+        self.cache.truncate(turn.reused)
+        self.positions = positions
+        self._make_room(len(positions))
+        self.turns.append(turn)
+        self.waiting = []
+        rest = replace(spliced, embeds=spliced.embeds[:, turn.reused :])  # [1, T, C] -> [1, T - reused, C]
+        try:
+            for step in steps(model, rest, chosen, tokenizer=assistant.tokenizer, cache=self.cache):
+                positions.append(int(step.token_ids[0]))
+                turn.answer += step.text[0]
+                turn.finish_reason = step.finish_reason[0]
+                self._make_room(len(positions))
+                yield step.text[0]
+        finally:
+            if turn.finish_reason is None and not turn.answer:
+                self.turns.pop()
+                self.waiting = list(turn.pictures)
+            elif turn.finish_reason is None:
+                turn.finish_reason = "interrupted"
+
+    def record(self) -> dict:
+        """The conversation as JSON's kinds of values."""
+        turns = [
+            {
+                "question": turn.question,
+                "images": [picture.name for picture in turn.pictures],
+                "answer": turn.answer,
+                "finish_reason": turn.finish_reason,
+            }
+            for turn in self.turns
+        ]
+        return {"system": self.assistant.template.system if self.system is None else self.system, "turns": turns}
+
+    def _make_room(self, length: int) -> None:
+        if length > self.cache.capacity:
+            context = self.assistant.model.config.text.max_position_embeddings
+            self.cache.grow(min(-(-length // GROWTH) * GROWTH, context))
+
+
+# --- the door -------------------------------------------------------------------------------------------------
+
+PROMPT = "> "
+HELP = """\
+/image PATH   add a picture to the next question; <image> in the question places it
+/clear        forget the conversation and its pictures
+/save FILE    write the conversation as JSON; a file that this session did not write is not overwritten
+/help         this list
+/quit, /exit  leave, as the end of the input does
+Ctrl-C stops an answer, which keeps what it has said; at the prompt it leaves."""
+
+
+class Session:
+    """A conversation with somebody who types: each line is a question or a command."""
+
+    def __init__(self, conversation: Conversation, options: dict, about: dict, messages: cli.Messages):
+        """options: the fields of `Options` by name. about: what `/save` writes before the conversation."""
+        self.conversation, self.options, self.about, self.messages = conversation, options, about, messages
+        self.saved: set[Path] = set()
+
+    def handle(self, line: str) -> bool:
+        """One line; False when it was the last. Raises ValueError or OSError for what cannot be done."""
+        if not line.startswith("/"):
+            if line.strip():
+                self.answer(line)
+            return True
+        command, _, rest = line.strip().partition(" ")
+        rest = os.path.expanduser(rest.strip())
+        if command in ("/quit", "/exit"):
+            return False
+        if command == "/help":
+            print(HELP, file=sys.stderr)
+        elif command == "/clear":
+            self.conversation.clear()
+            self.messages.note("conversation and pictures are forgotten; /image PATH adds a picture")
+        elif command not in ("/image", "/save"):
+            raise ValueError(f"{command}: no such command; /help lists them")
+        elif not rest:
+            raise ValueError(f"{command} needs a path behind it; /help lists the commands")
+        elif command == "/image":
+            self.look(rest, rest)
+        else:
+            self.save(Path(rest))
+        return True
+
+    def look(self, source: ImageSource, name: str) -> None:
+        started = time.perf_counter()
+        picture = self.conversation.add_image(source, name)
+        self.messages.stage("encode", started, f"{name}: {len(picture.patches)} positions")
+
+    def answer(self, question: str) -> None:
+        """The answer on stdout; where it is interrupted, with the end of its line."""
+        started, count = time.perf_counter(), 0
+        with closing(self.conversation.stream(question, **self.options)) as pieces:
+            try:
+                for piece in pieces:
+                    if not count:
+                        turn = self.conversation.turns[-1]
+                        detail = f"{turn.reused} positions reused, {turn.prefilled} prefilled, first token"
+                        self.messages.stage("prefill", started, detail)
+                        started = time.perf_counter()
+                    count += 1
+                    print(piece, end="", flush=True)
+            finally:
+                if count:
+                    print(flush=True)
+        more = count - 1
+        speed = f", {more / (time.perf_counter() - started):.1f} per second" if more else ""
+        self.messages.stage("decode", started, f"{more} more token(s){speed}; ended by {turn.finish_reason}")
+        if turn.finish_reason == "length" and self.conversation.room == 0:
+            context = len(self.conversation.positions)
+            self.messages.note(f"the model's context of {context} positions is full; /clear starts anew")
+
+    def save(self, path: Path) -> None:
+        """As JSON. What stands there is replaced only by a complete file, and only if this session wrote it."""
+        path = path.absolute()
+        if path.exists() and path not in self.saved:
+            raise ValueError(f"{path}: exists already; choose another name")
+        text = json.dumps({**self.about, **self.conversation.record()}, ensure_ascii=False, indent=2)
+        cli.write_whole(path, text + "\n")
+        self.saved.add(path)
+        self.messages.note(f"{len(self.conversation.turns)} turn(s) written to {path}")
+
+
+def chat_parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="python -m minillava.chat",
+        description="Talk with LLaVA-1.5 about pictures. Each line of stdin is a question; the answers go to stdout, "
+        "everything else to stderr.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog=f"""commands:
+{HELP}
+
+examples:
+  python -m minillava.chat --weights llava-1.5-7b-hf --image cat.jpg
+  printf 'What is it?\\nWhat colour is it?\\n' | python -m minillava.chat -m DIR -i cat.jpg
+
+exit status: 0 the end, 1 an error in one line (at a terminal only one that ends the session), 2 wrong usage,
+130 Ctrl-C at the prompt""",
+    )
+    parser.add_argument_group("question").add_argument(
+        "-i", "--image", action="append", default=[], metavar="FILE",
+        help="picture for the first question: a path or a data: URL; repeat for several",
+    )  # fmt: skip
+    cli.add_model_arguments(parser)
+    cli.add_generation_arguments(parser)
+    cli.add_output_arguments(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m minillava.chat`; the exit status."""
+    parser = chat_parser()
+    args = parser.parse_args(argv)
+    options = cli.read_options(parser, args)
+    if "-" in args.image:
+        parser.error("--image - would read stdin, where the questions come from: give a path")
+    return cli.run(lambda: _chat(args, options), args.verbose)
+
+
+def _chat(args: argparse.Namespace, options: dict) -> int:
+    messages = cli.Messages(args.verbose, args.quiet)
+    weights = cli.find_weights(args.weights, messages)
+    images = [open_image(image) for image in args.image]  # what is wrong with one is found before gigabytes are opened
+    assistant = cli.open_assistant(args, weights, messages)
+    about = {"minillava": __version__, "weights": weights, "template": args.template or DEFAULT_TEMPLATE}
+    session = Session(Conversation(assistant, args.system), options, about, messages)
+    for image, name in zip(images, args.image, strict=True):
+        session.look(image, name)
+    terminal = sys.stdin.isatty()
+    if terminal:
+        messages.note("each line is a question; /help lists the commands")
+    failed = False
+    for line in _lines(terminal):
+        turns = len(session.conversation.turns)
+        try:
+            if not session.handle(line):
+                break
+        except KeyboardInterrupt:
+            kept = "what it said is kept" if len(session.conversation.turns) > turns else "nothing is kept of it"
+            messages.note(f"stopped; {kept}")
+        except BrokenPipeError:
+            raise  # nobody listens any more
+        except (ValueError, OSError) as error:
+            cli.report(error, verbose=False)  # of what was typed, no traceback
+            failed = True
+        except Exception as error:
+            cli.report(error, args.verbose)  # memory that runs out, say: what was said before can still be saved
+            failed = True
+    # Who types has seen what failed; a script sees the exit status.
+    return int(failed and not terminal)
+
+
+def _lines(terminal: bool) -> Iterator[str]:
+    """The lines of stdin without their ends; at a terminal each is asked for, with line editing where Python has it."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 spoils its own question only
+    editing = terminal and sys.stdout.isatty()
+    if editing:
+        with suppress(ImportError):
+            import readline  # noqa: F401  that it is imported makes input() edit lines and remember them
+    while True:
+        if editing:
+            try:
+                yield input(PROMPT)
+            except EOFError:
+                print(file=sys.stderr)
+                return
+            continue
+        if terminal:
+            print(PROMPT, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.removesuffix("\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

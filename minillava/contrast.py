@@ -1,0 +1,266 @@
+"""Contrastive decoding: a second row of the same batch sees something else, and two rows of logits make one.
+
+VCD (Leng et al. 2023, arXiv 2311.16922), RITUAL (Woo et al. 2024, arXiv 2405.17821) and M3ID (Favero et al. 2024,
+arXiv 2403.14003, as the code of RITUAL has it). A method of your own is a subclass of `Contrast` with two functions.
+
+B rows, n pictures, R their side in pixels, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Generator, Tensor
+
+from minillava.config import IMAGE_TOKEN_INDEX
+from minillava.image import ImageProcessor
+from minillava.loop import Step
+from minillava.sampling import REMOVED
+from minillava.tokenizer import Tokenizer
+
+Rows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """beta: tokens that the first row finds less than beta times as likely as its best one are cut, whatever the second
+    says; 0 cuts none. Raises ValueError for a value out of range."""
+
+    beta: float = 0.1
+
+    def __post_init__(self):
+        _check("beta", self.beta, 0, 1)
+
+    def second(
+        self, input_ids: Rows, pictures: Sequence[Image.Image], processor: ImageProcessor, generator: Generator
+    ) -> tuple[Rows, Tensor | None]:
+        """What the second rows see: their ids, and the pictures [n,3,R,R] that stand at their -200."""
+        raise NotImplementedError
+
+    def combine(self, logits: Tensor, other: Tensor, step: int) -> Tensor:
+        """Logits of the first and the second rows, float32 [B,V], after `step` new tokens -> [B,V]"""
+        raise NotImplementedError
+
+    def __call__(self, logits: Tensor, other: Tensor, step: int) -> Tensor:
+        """Combine, then cut. [B,V] twice -> [B,V]"""
+        return self.combine(logits, other, step).masked_fill(self.cut(logits), REMOVED)
+
+    def cut(self, logits: Tensor) -> Tensor:
+        """Which tokens are out of the question, bool [B,V]. By the first row's raw logits: a combination that makes an
+        unlikely token look good is just what this guards against."""
+        if self.beta == 0:
+            return torch.zeros_like(logits, dtype=torch.bool)
+        return logits < math.log(self.beta) + logits.amax(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class VCD(Contrast):
+    """Away from what a noised picture suggests: (1 + alpha) · l - alpha · l'.
+    noise_step: 0 to 999, how far the picture has diffused into noise."""
+
+    alpha: float = 1.0
+    noise_step: int = 500
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check("alpha", self.alpha, 0)
+        _check("noise_step", self.noise_step, 0, NOISE_STEPS - 1, whole=True)
+
+    def second(self, input_ids, pictures, processor, generator):
+        _need_pictures("vcd", pictures)
+        return input_ids, add_noise(processor(pictures), self.noise_step, generator)
+
+    def combine(self, logits, other, step):
+        return (1 + self.alpha) * logits - self.alpha * other
+
+
+@dataclass(frozen=True)
+class RITUAL(Contrast):
+    """Together with what a transformed picture suggests: l + alpha · l'. The weights add up to 1 + alpha, so this
+    sharpens as well. transform: one of TRANSFORMS; None draws one for each picture."""
+
+    alpha: float = 3.0
+    transform: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check("alpha", self.alpha, 0)
+        if self.transform not in (None, *TRANSFORMS):
+            raise ValueError(f"transform is {self.transform!r}, expected one of: {', '.join(TRANSFORMS)}")
+
+    def second(self, input_ids, pictures, processor, generator):
+        _need_pictures("ritual", pictures)
+        return input_ids, processor([self.change(p, processor.image_size, generator) for p in pictures])
+
+    def change(self, picture: Image.Image, side: int, generator: Generator) -> Image.Image:
+        """The transformed picture; side: what `crop` scales to, in pixels."""
+        name = self.transform
+        if name is None:
+            name = tuple(TRANSFORMS)[int(torch.randint(len(TRANSFORMS), (), generator=generator))]
+        return TRANSFORMS[name](picture.convert("RGB"), side, generator)
+
+    def combine(self, logits, other, step):
+        return logits + self.alpha * other
+
+
+@dataclass(frozen=True)
+class M3ID(Contrast):
+    """Away from what the text alone suggests, the more the longer the answer: l + (1 - g) / g · (l - l'), with
+    g = exp(-rate · step). unsure: as in the paper (RITUAL's code leaves it out), only while no token's probability
+    reaches this; None: always."""
+
+    rate: float = 0.02
+    unsure: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check("rate", self.rate, 0)
+        if self.unsure is not None:
+            _check("unsure", self.unsure, 0, 1)
+
+    def second(self, input_ids, pictures, processor, generator):
+        _need_pictures("m3id", pictures)
+        return without_pictures(input_ids), None
+
+    def combine(self, logits, other, step):
+        difference = math.expm1(self.rate * step) * (logits - other)  # (1 - g) / g = 1 / g - 1
+        if self.unsure is not None:
+            sure = logits.softmax(-1).amax(-1, keepdim=True) >= self.unsure  # [B, 1]
+            difference = difference.masked_fill(sure, 0.0)
+        return logits + difference
+
+
+METHODS = {"vcd": VCD, "ritual": RITUAL, "m3id": M3ID}
+
+
+def describe(contrast: Contrast, step: Step, number: int, tokenizer: Tokenizer, best: int = 5) -> dict:
+    """What a contrasted step of one row did, for a log: the token that was chosen, the `best` tokens of the first row,
+    of the second and of their combination, with probabilities, and how many tokens were cut."""
+    piece = tokenizer.sentencepiece.id_to_piece
+    streams = {"first": step.logits, "second": step.other_logits}
+    streams["combined"] = contrast(step.logits, step.other_logits, number)
+    top = {}
+    for name, logits in streams.items():
+        found = logits[0].softmax(-1).topk(best)
+        top[name] = [[piece(int(i)) if i < tokenizer.vocab_size else f"<{int(i)}>", round(float(p), 6)]
+                     for p, i in zip(found.values, found.indices, strict=True)]  # fmt: skip
+    chosen = int(step.token_ids[0])
+    return {"step": number, "id": chosen, "text": step.text[0], **top, "cut": int(contrast.cut(step.logits)[0].sum())}
+
+
+def without_pictures(input_ids: Rows) -> list[list[int]]:
+    """The same ids without any -200: what the text alone says."""
+    return [[int(i) for i in row if i != IMAGE_TOKEN_INDEX] for row in input_ids]
+
+
+# ---------------------------------------------------------------------------------------------- VCD's noise
+
+NOISE_STEPS = 1000
+
+
+def noise_scales(step: int) -> tuple[float, float]:
+    """The weights of picture and noise after `step` (from 0) of 1,000 diffusion steps, as in VCD's code."""
+    betas = torch.linspace(-6, 6, NOISE_STEPS, dtype=torch.float64).sigmoid() * (0.005 - 0.00001) + 0.00001
+    kept = float((1 - betas).cumprod(0)[step])
+    return kept**0.5, (1 - kept) ** 0.5
+
+
+def add_noise(pixels: Tensor, step: int, generator: Generator) -> Tensor:
+    """Normalised pixels float32 [n,3,R,R] diffused `step` steps; the same shape."""
+    picture, noise = noise_scales(step)
+    return picture * pixels + noise * torch.randn(pixels.shape, generator=generator)
+
+
+# -------------------------------------------------------------------------------------- RITUAL's transforms
+# Those of its evaluation scripts, with torchvision's parameters and Pillow's operations: each takes the picture
+# (RGB), the side of the pictures that the model reads, and a generator.
+
+
+def _uniform(low: float, high: float, generator: Generator) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+def _flip(picture, side, generator):
+    return ImageOps.mirror(picture)
+
+
+def _flip_upside_down(picture, side, generator):
+    return ImageOps.flip(picture)
+
+
+def _rotate(picture, side, generator):
+    return picture.rotate(_uniform(-180, 180, generator), Image.Resampling.NEAREST, fillcolor=(0, 0, 0))
+
+
+def _jitter(picture, side, generator):
+    """Brightness, contrast, saturation and hue, in random order."""
+    enhancers = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
+    factors = [_uniform(0, 2, generator) for _ in enhancers]
+    turn = _uniform(-0.5, 0.5, generator)  # of the colour circle
+    for i in torch.randperm(4, generator=generator).tolist():
+        picture = enhancers[i](picture).enhance(factors[i]) if i < 3 else _turn_hue(picture, turn)
+    return picture
+
+
+def _turn_hue(picture: Image.Image, turn: float) -> Image.Image:
+    hue, saturation, value = picture.convert("HSV").split()
+    hue = hue.point([(i + int(turn * 255)) % 256 for i in range(256)])
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+def _blur(picture, side, generator):
+    """A 13 x 13 Gaussian, the edges reflected."""
+    sigma, reach = _uniform(1.5, 2.0, generator), 6
+    if min(picture.size) <= reach:
+        raise ValueError(
+            f"the picture is {picture.width} x {picture.height}, blur needs more than {reach} pixels a side"
+        )
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
+    kernel = (kernel / kernel.sum())[None, None, None]  # [1, 1, 1, 13]
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[:, None].float()  # [3, 1, height, width]
+    x = F.pad(x, (reach, reach, reach, reach), mode="reflect")
+    x = F.conv2d(F.conv2d(x, kernel), kernel.transpose(2, 3))
+    return Image.fromarray(x[:, 0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
+
+
+def _crop(picture, side, generator):
+    """A part of 8 to 100 % of the area, its shape between 3:4 and 4:3, scaled to side x side."""
+    width, height = picture.size
+    for _ in range(10):
+        area = width * height * _uniform(0.08, 1, generator)
+        aspect = math.exp(_uniform(math.log(3 / 4), math.log(4 / 3), generator))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(torch.randint(width - w + 1, (), generator=generator))
+            top = int(torch.randint(height - h + 1, (), generator=generator))
+            break
+    else:  # a long strip: the middle of it, as wide as the shapes above allow
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width / (3 / 4)))
+        left, top = (width - w) // 2, (height - h) // 2
+    return picture.resize((side, side), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+
+
+TRANSFORMS = {
+    "flip": _flip,
+    "upside down": _flip_upside_down,
+    "rotate": _rotate,
+    "jitter": _jitter,
+    "blur": _blur,
+    "crop": _crop,
+}
+
+
+def _need_pictures(method: str, pictures: Sequence) -> None:
+    if not pictures:
+        raise ValueError(f"{method} contrasts two views of a picture, and there is none; give one with the question")
+
+
+def _check(name: str, value: float, low: float, high: float = math.inf, whole: bool = False) -> None:
+    kind = int if whole else (int, float)
+    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+        expected = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
+        raise ValueError(f"{name} is {value!r}, expected a {'whole ' * whole}number {expected}")

@@ -1,0 +1,317 @@
+"""Contrastive decoding: the formulas, what the second row sees, and that two rows of a batch are two separate runs."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import minillava
+from minillava.contrast import M3ID, METHODS, RITUAL, TRANSFORMS, VCD, Contrast, add_noise, noise_scales
+from minillava.generate import generate
+from minillava.loop import Options, steps
+from minillava.sampling import top_p
+
+INF = float("inf")
+# One row of logits and what the other stream says, over four tokens.
+FIRST, SECOND = torch.tensor([[2.0, 1, 0, -3]]), torch.tensor([[1.0, 1.5, 0, -3]])
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module", params=["eager", "fused"])
+def toy(request, reference):
+    return minillava.load(reference / "plain", device="cpu", dtype="float32", attention=request.param)
+
+
+@pytest.fixture(scope="module")
+def picture(reference):
+    return Image.open(reference / "pictures" / "landscape.png").convert("RGB")
+
+
+def inputs(toy, picture, question="What is it?"):
+    return [toy.tokenizer.encode(toy.prompt(question))], toy.image_processor([picture])
+
+
+# --- the formulas ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "other", "step", "expected"),
+    [
+        (VCD(), SECOND, 0, [3, 0.5, 0, -INF]),
+        (RITUAL(), torch.tensor([[0.0, 3, 0, 9]]), 0, [2, 10, 0, -INF]),  # the cut is by the first row
+        (M3ID(), SECOND, 0, [2, 1, 0, -INF]),
+        (M3ID(), SECOND, 35, [3.013753, 0.493124, 0, -INF]),
+        (VCD(beta=0), SECOND, 0, [3, 0.5, 0, -3]),
+        (VCD(beta=1), SECOND, 0, [3, -INF, -INF, -INF]),
+        (M3ID(unsure=0.9), SECOND, 35, [3.013753, 0.493124, 0, -INF]),  # its best token has 0.66
+        (M3ID(unsure=0.6), SECOND, 35, [2, 1, 0, -INF]),
+    ],
+)
+def test_formulas(method, other, step, expected):
+    torch.testing.assert_close(method(FIRST, other, step), torch.tensor([expected], dtype=torch.float32))
+
+
+def test_vcd_as_probabilities():
+    found = VCD()(FIRST, SECOND, 0).softmax(-1)
+    torch.testing.assert_close(found, torch.tensor([[0.8835, 0.0725, 0.0440, 0]]), atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", [VCD(), RITUAL(), M3ID(rate=0.1)])
+def test_a_row_that_says_the_same_only_cuts(method):
+    logits = torch.randn(3, 50, generator=generator())
+    found = method(logits, logits.clone(), 7)
+    kept = logits.softmax(-1) >= method.beta * logits.softmax(-1).amax(-1, keepdim=True)
+    assert torch.equal(found > -INF, kept)
+    assert 3 <= kept.sum() < 150
+    weight = 1 + method.alpha if isinstance(method, RITUAL) else 1
+    torch.testing.assert_close(found[kept], weight * logits[kept])
+
+
+def test_m3ids_factor_grows_with_the_answer():
+    other = FIRST - 1
+    for step, factor in ((0, 0), (1, 0.020201), (10, 0.221403), (35, 1.013753), (64, 2.59664), (200, 53.598)):
+        torch.testing.assert_close(
+            M3ID(beta=0).combine(FIRST, other, step) - FIRST, torch.full((1, 4), float(factor)), rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: VCD(noise_step=1000), "noise_step is 1000"),
+        (lambda: VCD(noise_step=-1), "noise_step is -1"),
+        (lambda: VCD(noise_step=2.5), "noise_step is 2.5"),
+        (lambda: VCD(beta=1.5), "beta is 1.5"),
+        (lambda: RITUAL(alpha=-1), "alpha is -1"),
+        (lambda: RITUAL(transform="shear"), "transform is 'shear'"),
+        (lambda: M3ID(unsure=2), "unsure is 2"),
+    ],
+)
+def test_values_out_of_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# --- what the second row sees ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "picture", "noise"),
+    [
+        (0, 0.999989, 0.004728), (10, 0.999873, 0.015944), (100, 0.998293, 0.058408), (250, 0.989134, 0.147018),
+        (499, 0.864103, 0.503314), (500, 0.863017, 0.505175), (700, 0.592677, 0.805440), (900, 0.364888, 0.931051),
+        (999, 0.285043, 0.958515),
+    ],
+)  # fmt: skip
+def test_noise_scales_are_those_of_vcds_code(step, picture, noise):
+    assert noise_scales(step) == pytest.approx((picture, noise), abs=3e-6)
+
+
+def test_noise_is_added_to_normalised_pixels_by_a_seed():
+    pixels = torch.randn(2, 3, 60, 60, generator=generator(1))
+    noised = add_noise(pixels, 500, generator(2))
+    assert torch.equal(noised, add_noise(pixels, 500, generator(2)))
+    assert not torch.equal(noised, add_noise(pixels, 500, generator(3)))
+    noise = (noised - 0.863017 * pixels) / 0.505175
+    assert abs(noise.mean()) < 0.03
+    assert abs(noise.std() - 1) < 0.03
+    assert not torch.equal(noise[0], noise[1])
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("size", [(90, 60), (20, 300)])
+def test_transforms_keep_mode_and_size_and_follow_the_seed(name, size):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    change = lambda seed: RITUAL(transform=name).change(picture, 56, generator(seed))  # noqa: E731
+    made = change(1)
+    assert (made.mode, made.size) == ("RGB", (56, 56) if name == "crop" else size)
+    assert made.tobytes() == change(1).tobytes() != picture.tobytes()
+    # A strip holds no part of the shapes that `crop` draws: it takes the middle.
+    if name not in ("flip", "upside down") and (name, size) != ("crop", (20, 300)):
+        assert made.tobytes() != change(2).tobytes()
+
+
+def test_flips_are_their_own_inverse(picture):
+    for name in ("flip", "upside down"):
+        flip = lambda p: RITUAL(transform=name).change(p, 56, generator())  # noqa: B023, E731
+        assert flip(flip(picture)).tobytes() == picture.tobytes()
+    first, last = (
+        np.asarray(RITUAL(transform="flip").change(picture, 56, generator()))[:, 0],
+        np.asarray(picture)[:, -1],
+    )
+    assert np.array_equal(first, last)
+
+
+def test_transforms_do_what_they_are_called():
+    spot = np.zeros((31, 31, 3), np.uint8)
+    spot[15, 15] = 255
+    blurred = np.asarray(RITUAL(transform="blur").change(Image.fromarray(spot), 56, generator()))[..., 0].astype(float)
+    assert np.array_equal(blurred, blurred.T)
+    assert blurred[15, 15] == blurred.max()
+    assert not blurred[:9].any()  # it reaches six pixels
+    assert 200 < blurred.sum() < 310  # 255, each pixel rounded
+    sigma = math.sqrt((blurred.sum(0) * (np.arange(31) - 15) ** 2).sum() / blurred.sum())
+    assert 1.3 < sigma < 2.1
+
+    plain = Image.new("RGB", (40, 40), (200, 100, 50))
+    turned = np.asarray(RITUAL(transform="rotate").change(plain, 56, generator(1)))
+    assert (turned == (200, 100, 50)).all(-1).any()
+    assert (turned == 0).all(-1).any()  # the corners are filled with black
+
+    grey = Image.new("RGB", (9, 9), (100, 100, 100))  # has no hue and no saturation, and is its own mean
+    shades = {RITUAL(transform="jitter").change(grey, 56, generator(seed)).getpixel((4, 4)) for seed in range(40)}
+    assert all(max(s) == min(s) for s in shades)
+    assert min(s[0] for s in shades) < 40
+    assert max(s[0] for s in shades) > 160  # brightness from 0 to 2
+    hues = {RITUAL(transform="jitter").change(plain, 56, generator(seed)).convert("HSV").getpixel((4, 4))[0]
+            for seed in range(40)}  # fmt: skip
+    assert len(hues) > 15
+
+    gradient = Image.fromarray(np.arange(100, dtype=np.uint8)[None, :, None].repeat(80, 0).repeat(3, 2))
+    areas = []
+    for seed in range(60):
+        columns = np.asarray(RITUAL(transform="crop").change(gradient, 56, generator(seed)))[28, :, 0]
+        areas.append((int(columns[-1]) - int(columns[0]) + 1) / 100)
+    assert min(areas) < 0.45
+    assert max(areas) > 0.8
+
+
+def test_every_transform_is_drawn(picture):
+    seen = {RITUAL().change(picture, 56, generator(seed)).tobytes() for seed in range(40)}
+    assert picture.tobytes() not in seen
+    flips = {RITUAL(transform=name).change(picture, 56, generator()).tobytes() for name in ("flip", "upside down")}
+    assert flips < seen
+
+
+def test_a_photograph_is_needed(toy):
+    for method in METHODS.values():
+        with pytest.raises(ValueError, match="there is none"):
+            toy.ask(None, "What is it?", contrast=method())
+
+
+def test_m3ids_second_row_is_the_text_alone(toy, picture):
+    ids, _ = inputs(toy, picture)
+    rows, images = M3ID().second(ids, [picture], toy.image_processor, generator())
+    assert images is None
+    assert rows == [[i for i in ids[0] if i != -200]]
+    assert len(rows[0]) == len(ids[0]) - 1
+
+
+def test_only_the_pixels_differ_for_the_others(toy, picture):
+    ids, pixels = inputs(toy, picture)
+    for method in (VCD(), RITUAL()):
+        rows, images = method.second(ids, [picture], toy.image_processor, generator())
+        assert rows == ids
+        assert images.shape == pixels.shape
+        assert not torch.equal(images, pixels)
+        assert not toy.model.splice([*ids, *rows], torch.cat([pixels, images])).attention_mask is not None
+
+
+# --- two rows of one batch ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [VCD(beta=0), RITUAL(beta=0), M3ID(beta=0, rate=0.3)], ids=METHODS)
+def test_two_rows_equal_two_separate_runs_without_a_cache(toy, picture, method):
+    """At every step both streams' logits are those of a fresh run over everything so far, and the choice is the best
+    of what the formula makes of them."""
+    ids, pixels = inputs(toy, picture)
+    rows, images = method.second(ids, [picture], toy.image_processor, generator(5))
+    result = []
+    both = pixels if images is None else torch.cat([pixels, images])
+    spliced = toy.model.splice([*ids, *rows], both)
+    for step in steps(toy.model, spliced, Options(max_new_tokens=6), contrast=method):
+        result.append(step)
+    said: list[int] = []
+    for number, step in enumerate(result):
+        with torch.no_grad():
+            first = toy.model([ids[0] + said], pixels).logits[:, -1]
+            second = toy.model([rows[0] + said], images).logits[:, -1]
+        torch.testing.assert_close(step.logits, first, rtol=0, atol=2e-5)
+        torch.testing.assert_close(step.other_logits, second, rtol=0, atol=2e-5)
+        assert int(step.token_ids[0]) == int(method(first, second, number).argmax())
+        said.append(int(step.token_ids[0]))
+
+
+def test_a_batch_of_two_questions_equals_each_alone(toy, picture):
+    flipped = picture.rotate(90, expand=True)
+    questions = "What is it?", "What is there in this picture, and where?"
+    ids = [toy.tokenizer.encode(toy.prompt(q)) for q in questions]
+    method = M3ID(rate=0.5)
+
+    def run(ids, pictures):
+        second = method.second(ids, pictures, toy.image_processor, generator())
+        return generate(
+            toy.model, ids, toy.image_processor(pictures), second=second, contrast=method, max_new_tokens=6,
+            record=("logits", "attentions"),
+        )  # fmt: skip
+
+    together = run(ids, [picture, flipped])
+    for row, (some, shown) in enumerate(zip(ids, (picture, flipped), strict=True)):
+        alone = run([some], [shown])
+        assert torch.equal(together.sequences[row], alone.sequences[0])
+        torch.testing.assert_close(together.logits[0][row], alone.logits[0][0], rtol=0, atol=2e-5)
+    assert len(together.finish_reason) == len(together.image_spans) == len(together.attentions[0][0]) == 2
+
+
+def test_nothing_contrasted_is_plain_decoding(toy, picture):
+    plain = toy.ask(picture, "What is it?", max_new_tokens=12, temperature=1.0, seed=3)
+    assert (
+        toy.ask(picture, "What is it?", max_new_tokens=12, temperature=1.0, seed=3, contrast=VCD(alpha=0, beta=0))
+        == plain
+    )
+
+
+def test_contrast_changes_the_answer_greedily_too_and_the_seed_repeats_it(toy, picture):
+    ask = lambda **options: toy.ask(picture, "What is it?", max_new_tokens=12, **options)  # noqa: E731
+    assert ask(contrast=VCD(alpha=5, beta=0), seed=1) != ask()
+    sampled = ask(contrast=RITUAL(), temperature=1.0, seed=4)
+    torch.rand(3)
+    assert ask(contrast=RITUAL(), temperature=1.0, seed=4) == sampled
+    assert ask(contrast=RITUAL(), temperature=1.0, seed=5) != sampled
+
+
+def test_the_cut_comes_before_the_temperature(toy, picture):
+    ids, pixels = inputs(toy, picture)
+    method = VCD(beta=0.9)
+    survivors = []
+    for temperature in (1.0, 10.0):
+        second = method.second(ids, [picture], toy.image_processor, generator())
+        result = generate(
+            toy.model, ids, pixels, second=second, contrast=method, temperature=temperature, seed=0, max_new_tokens=1,
+            record=("scores",),
+        )  # fmt: skip
+        survivors.append(result.scores[0] > -INF)
+    assert torch.equal(*survivors)
+    assert 0 < survivors[0].sum() < survivors[0].numel()
+
+
+def test_filters_see_the_combination(toy, picture):
+    ids, pixels = inputs(toy, picture)
+    second = VCD().second(ids, [picture], toy.image_processor, generator())
+    spliced = toy.model.splice([*ids, *second[0]], torch.cat([pixels, second[1]]))
+    step = next(steps(toy.model, spliced, Options(temperature=1.0, top_p=0.5, max_new_tokens=1), contrast=VCD()))
+    assert torch.equal(step.scores, top_p(VCD()(step.logits, step.other_logits, 0), 0.5))
+
+
+def test_second_and_contrast_belong_together(toy, picture):
+    ids, pixels = inputs(toy, picture)
+    with pytest.raises(ValueError, match="belong together"):
+        generate(toy.model, ids, pixels, contrast=VCD(), max_new_tokens=1)
+
+
+def test_a_method_of_ones_own(toy, picture):
+    """Classifier-free guidance (Sanchez et al. 2023), without touching a file of ours."""
+
+    class Guidance(Contrast):
+        def second(self, input_ids, pictures, processor, generator):
+            return [[i for i in row if i != -200] for row in input_ids], None
+
+        def combine(self, logits, other, step):
+            return other + 3 * (logits - other)
+
+    assert isinstance(toy.ask(picture, "What is it?", contrast=Guidance(beta=0), max_new_tokens=4), str)

@@ -1,0 +1,206 @@
+"""tools/pope.py: the three published readings of an answer, figures computed by hand, and what a file lacks."""
+
+import hashlib
+import json
+import sys
+
+import pytest
+from test_cli import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import pope
+
+
+@pytest.fixture
+def write(tmp_path):
+    """`write(name, records)`: a JSON lines file; a text stands as it is."""
+
+    def written(name, records):
+        path = tmp_path / name
+        path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8")
+        return str(path)
+
+    return written
+
+
+@pytest.fixture
+def score(write, capsys):
+    """`score(questions, answers, *flags)` -> (exit status, stdout, stderr); as lists of (id, label[, category]) and of
+    (id, text) or whole records."""
+
+    def scored(questions, answers, *flags):
+        questions = [
+            dict(zip(("question_id", "label", "category"), q, strict=False), image="x.jpg", text=f"Is {q[0]}?")
+            if isinstance(q, tuple)
+            else q
+            for q in questions
+        ]
+        answers = [dict(zip(("question_id", "text"), a, strict=True)) if isinstance(a, tuple) else a for a in answers]
+        files = write("questions.jsonl", questions), write("answers.jsonl", answers)
+        status = pope.main(["--questions", files[0], "--answers", files[1], *flags])
+        return (status, *capsys.readouterr())
+
+    return scored
+
+
+@pytest.mark.parametrize(
+    ("text", "llava", "vcd_where_yes", "vcd_where_no", "ritual"),
+    [
+        ("Yes", "yes", "yes", "yes", "yes"),
+        ("No", "no", "no", "no", "no"),
+        ("Yes, there is a dog.", "yes", "yes", "yes", "yes"),
+        ("No, there is no dog.", "no", "no", "no", "no"),
+        ("I know snow", "yes", "no", "no", "yes"),  # neither "yes" nor a word no
+        ("Yes, I know.", "yes", "yes", "no", "yes"),  # right for vcd, whatever is true
+        ("There is a dog.", "yes", "no", "yes", "yes"),  # wrong for vcd, whatever is true
+        ("There is one. It is not red.", "yes", "no", "no", "no"),  # llava reads one sentence
+        ("There isn't.", "yes", "no", "yes", "no"),
+        ("NO", "yes", "no", "no", "no"),
+        ("no.", "no", "no", "no", "no"),
+        ("It does not, I think", "no", "no", "no", "no"),
+        ("not, so", "no", "no", "no", "no"),  # commas are removed
+        ("No!", "yes", "no", "no", "yes"),  # exclamation marks are not
+        ("No\nYes", "yes", "yes", "no", "no yes"),  # llava: one word, "No\nYes"
+        ("Yes\nThere is.", "yes", "yes", "yes", "yes yes"),
+        ("", "yes", "no", "yes", "yes"),
+    ],
+)
+def test_readings(text, llava, vcd_where_yes, vcd_where_no, ritual):
+    read = lambda scorer, truth: " ".join("yes" if v else "no" for v in pope.SCORERS[scorer](text, truth))  # noqa: E731
+    for truth, vcd in ((True, vcd_where_yes), (False, vcd_where_no)):
+        assert (read("llava", truth), read("vcd", truth), read("ritual", truth)) == (llava, vcd, ritual)
+
+
+QUESTIONS = [
+    (1, "yes", "random"),
+    (2, "yes", "random"),
+    (3, "no", "random"),
+    (4, "no", "random"),
+    (5, "yes", "popular"),
+    (6, "no", "popular"),
+]
+ANSWERS = [(1, "Yes"), (2, "I know snow"), (3, "I know snow"), (4, "No"), (5, "No."), (6, "There isn't.")]
+
+
+def test_figures_by_hand(score):
+    status, out, err = score(QUESTIONS, ANSWERS, "--json")
+    assert (status, err) == (0, "")
+    scores = json.loads(out)["scores"]
+    assert list(scores) == ["llava", "vcd", "ritual"]
+    assert {tuple(categories) for categories in scores.values()} == {("random", "popular", "overall")}
+    names = ("answers", "TP", "FP", "TN", "FN", "accuracy", "precision", "recall", "F1", "yes-ratio")
+
+    def row(scorer, category):
+        return [scores[scorer][category][name] for name in names]
+
+    # random: 1 yes/yes, 2 yes/yes, 3 yes/no, 4 no/no (said/true); popular: 5 no/yes, 6 yes/no
+    assert row("llava", "random") == pytest.approx([4, 2, 1, 1, 0, 3 / 4, 2 / 3, 1, 4 / 5, 3 / 4])
+    assert row("llava", "popular") == [2, 0, 1, 0, 1, 0, 0, 0, None, 1 / 2]
+    assert row("llava", "overall") == pytest.approx([6, 2, 2, 1, 1, 1 / 2, 1 / 2, 2 / 3, 4 / 7, 4 / 6])
+    # 2 has no "yes", 3 has a "no" in "know"; 6 has no "no"
+    assert row("vcd", "random") == pytest.approx([4, 1, 0, 2, 1, 3 / 4, 1, 1 / 2, 2 / 3, 1 / 4])
+    assert row("vcd", "overall") == pytest.approx([6, 1, 1, 2, 2, 1 / 2, 1 / 2, 1 / 3, 2 / 5, 2 / 6])
+    # 6 ends in n't
+    assert row("ritual", "popular") == [2, 0, 0, 1, 1, 1 / 2, None, 0, None, 0]
+
+
+def test_answers_of_several_lines_shift_what_follows_in_ritual_only(score):
+    answers = [(1, "Yes.\nIt is not red."), *ANSWERS[1:]]
+    result = json.loads(score(QUESTIONS, answers, "--json")[1])["scores"]
+    assert result["llava"] == json.loads(score(QUESTIONS, ANSWERS, "--json")[1])["scores"]["llava"]
+    # verdicts yes no yes yes no; the labels yes yes no no take the first four, the yes-ratio all of them
+    random = result["ritual"]["random"]
+    assert [random[name] for name in ("TP", "FP", "TN", "FN", "verdicts", "yes")] == [1, 2, 0, 1, 5, 3]
+    assert (random["accuracy"], random["yes-ratio"]) == (1 / 4, 3 / 5)
+    assert result["ritual"]["popular"]["accuracy"] == 1 / 2  # the shift ends with the category
+    assert "ritual: 1 verdict(s) more than answers" in score(QUESTIONS, answers)[1]
+
+
+def test_the_report_says_what_was_scored_and_where_the_scorers_disagree(score):
+    status, out, err = score(QUESTIONS, ANSWERS)
+    assert (status, err) == (0, "")
+    prompts = hashlib.sha256("".join(f"Is {i}?\0" for i in range(1, 7)).encode()).hexdigest()
+    assert f"questions: 6 in {out.split(' in ')[1].split(',')[0]}, prompts sha256 {prompts}\n" in out
+    assert "| llava | random | 4 | 75.00 | 66.67 | 100.00 | 80.00 | 75.00 |\n" in out
+    assert "| ritual | popular | 2 | 50.00 | – | 0.00 | – | 0.00 |\n" in out
+    assert "The scorers disagree about 3 of 6 answers.\n" in out
+    assert '- 2 (label yes): llava yes, vcd no, ritual yes: "I know snow"\n' in out
+    assert '- 6 (label no): llava yes, vcd yes, ritual no: "There isn\'t."\n' in out
+
+
+@pytest.mark.parametrize("scorer", ["llava", "vcd", "ritual"])
+def test_one_scorer_alone(score, scorer):
+    rows = [line for line in score(QUESTIONS, ANSWERS, "--scorer", scorer)[1].splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[1:]] == [f"| {scorer}"] * 3
+
+
+def test_questions_without_categories_are_one(score):
+    scores = json.loads(score([q[:2] for q in QUESTIONS], ANSWERS, "--json")[1])["scores"]
+    assert list(scores["llava"]) == ["overall"]
+    assert scores["llava"]["overall"]["accuracy"] == 1 / 2
+
+
+def test_order_does_not_matter(score):
+    assert score(QUESTIONS, ANSWERS[::-1])[1] == score(QUESTIONS, ANSWERS)[1]
+
+
+def test_nothing_is_dropped_in_silence(score):
+    answers = [
+        {"question_id": 1, "text": "Yes", "prompt": "Is 1?"},
+        (1, "No"),
+        {"question_id": 2, "error": "x.jpg: no such picture"},
+        {"line": 7, "error": "not JSON"},
+        {"question_id": 3, "text": "No", "prompt": "Is 3? Please answer this question with one word."},
+        (99, "Yes"),
+        {"question_id": 4, "error": "killed"},
+        (4, "No"),
+        "",
+    ]
+    status, out, err = score(QUESTIONS, answers)
+    assert (status, err) == (1, "")
+    for line in (
+        "answers: 3 in ",
+        "missing: 3 questions have no answer and are not in the figures (2, 5, 6)\n",
+        'errors: 3 lines are errors instead of answers (2, {"line": 7}, 4)\n',
+        "duplicate: 1 further answers to a question that had one; the first counts (1)\n",
+        "unknown: 1 answers to questions that are not in the file (99)\n",
+        "another prompt: 1 answers name another prompt than the question's text (3)\n",
+        "| llava | random | 3 | 100.00 | 100.00 | 100.00 | 100.00 | 33.33 |\n",
+        "| llava | popular | 0 | – | – | – | – | – |\n",
+    ):
+        assert line in out
+    result = json.loads(score(QUESTIONS, answers, "--json")[1])
+    assert (result["missing"], result["unknown"], result["errors"]) == ([2, 5, 6], [99], [2, {"line": 7}, 4])
+
+
+def test_no_answers_at_all(score):
+    status, out, err = score(QUESTIONS, [])
+    assert (status, err) == (1, "")
+    assert "missing: 6 " in out
+    assert "(1, 2, 3, 4, 5, ...)" in out
+
+
+@pytest.mark.parametrize(
+    ("questions", "answers", "message"),
+    [
+        (["{"], [], "questions.jsonl, line 1: not JSON"),
+        (["[]"], [], "questions.jsonl, line 1: found list, expected an object"),
+        ([], [], "questions.jsonl: holds no questions"),
+        ([(1, "yes"), (2,)], [], "questions.jsonl, line 2: has no label; give the POPE file that has it"),
+        ([(1, "maybe")], [], "line 1: label is 'maybe', expected yes or no"),
+        ([(1, "yes"), (1, "no")], [], "line 2: question_id 1 for the second time; score each POPE file by itself"),
+        ([([1], "yes")], [], "line 1: question_id is [1], expected a number or a text"),
+        ([(1, "yes")], ["nonsense"], "answers.jsonl, line 1: not JSON"),
+        ([(1, "yes")], [{"question_id": 1}], "answers.jsonl, line 1: expected question_id and text, or an error"),
+    ],
+)
+def test_a_damaged_file_is_one_line(score, questions, answers, message):
+    status, out, err = score(questions, answers)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert message in err
+
+
+def test_a_file_that_is_not_there(capsys, tmp_path):
+    assert pope.main(["--questions", str(tmp_path / "no.jsonl"), "--answers", "no.jsonl"]) == 1
+    assert "no.jsonl" in capsys.readouterr().err
