@@ -1,0 +1,432 @@
+"""`python -m minillava.trace`: one question and every tensor on its way to the answer; or two runs and where they part.
+
+t ids of the prompt, T positions after the splice, C width, n pictures, R their side in pixels, V vocabulary.
+"""
+
+import argparse
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minillava import cli
+from minillava.assistant import Assistant
+from minillava.config import IMAGE_TOKEN_INDEX, read_config
+from minillava.image import ImageProcessor, open_image
+from minillava.llava import Llava
+from minillava.loop import Chooser, Options, Step, steps
+from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, IMAGE_MARKER, place_images, render
+from minillava.recorder import DEPTHS, Consume, Record, Recorder, number_text, source_of, summarise
+from minillava.tokenizer import Tokenizer
+from minillava.trace_html import Page
+
+SETTINGS = ("weights", "vision_tower", "device", "dtype", "attention", "template", "system", "image_aspect_ratio")
+"""What the two runs of --compare may differ in: the flags of the model, by name."""
+
+
+@torch.no_grad()
+def trace(
+    assistant: Assistant,
+    images: Sequence[Image.Image],
+    question: str,
+    options: Options,
+    consume: Consume,
+    *,
+    depth: str = "modules",
+    layers: Collection[int] | None = None,
+    traced: Collection[int] = (0, 1),
+    system: str | None = None,
+    template: str = DEFAULT_TEMPLATE,
+    whole: bool = True,
+) -> int:
+    """One question, and each record to `consume` as it is made; depth, layers, traced as for Recorder. template: its
+    name. whole: go on to the end of the answer, and record that. Returns the number of tokens made.
+    Raises ValueError for a layer that is not there, and as `Assistant.ask`."""
+    model, tokenizer, processor = assistant.model, assistant.tokenizer, assistant.image_processor
+    config = model.config
+    if max(layers or (0,)) >= config.text.num_hidden_layers:
+        last = config.text.num_hidden_layers - 1
+        raise ValueError(f"there is no layer {max(layers)}: the language model has layers 0 to {last}")
+
+    def say(stage: str, name: str, source: Callable, value=None, tensor: Tensor | None = None) -> None:
+        found = {} if tensor is None else summarise(tensor)
+        consume(Record(None, stage, name, source_of(source), value=value, **found), tensor)
+
+    own = {k: v for k, v in vars(config).items() if k not in ("vision", "text")}
+    computed = {"tokens_per_image": config.tokens_per_image, "vision_layers_needed": config.vision_layers_needed}
+    for name, part in (("", own | computed), (".vision", vars(config.vision)), (".text", vars(config.text))):
+        say("configuration", f"config{name}", read_config, part)
+    asked = place_images(question, len(images))
+    said = {"system": assistant.template.system if system is None else system, "user": asked, "assistant": None}
+    prompt = assistant.prompt(question, images=len(images), system=system)
+    ids = tokenizer.encode(prompt)
+    say("question", "question", place_images, question)
+    ends = {"end_tokens": config.eos_token_ids, "stop": options.stop}
+    say("question", "conversation", render, {"template": template, **said, **ends})
+    say("question", "prompt", render, str(prompt))
+    say("question", "input_ids", Tokenizer.encode, [[i, piece_of(tokenizer, i)] for i in ids], torch.tensor([ids]))
+    for i, image in enumerate(images):
+        square = processor.square(image)
+        say("picture", f"picture.{i}", open_image, f"{image.width} x {image.height} {image.mode}")
+        how = f"{square.width} x {square.height} {square.mode}, {processor.aspect}"
+        say("picture", f"picture.{i}.square", ImageProcessor.square, how)
+    pixels = processor(images)  # [n, 3, R, R]
+    say("picture", "pixel_values", ImageProcessor.normalise, tensor=pixels)
+
+    made, text, reason = [], "", None
+    with Recorder(model, consume, depth, layers, traced) as recorder:
+        spliced = model.splice([ids], pixels)
+        recorder.add("splice", "embeds", spliced.embeds, Llava.splice)  # [1, T, C]
+        recorder.add("splice", "image_spans", None, Llava.splice, [list(span) for span in spliced.image_spans[0]])
+        mask = spliced.attention_mask  # [1, T] or None
+        words = "none: nothing is padding" if mask is None else None
+        recorder.add("splice", "attention_mask", mask, Llava.splice, words)
+        for step in steps(model, spliced, options, tokenizer=tokenizer):
+            _record_choice(recorder, step, tokenizer)
+            made.append(int(step.token_ids))
+            text, reason = text + step.text[0], step.finish_reason[0]
+            if len(made) > max(traced):
+                recorder.close()
+                if not whole:
+                    return len(made)
+    summary = {"text": text, "ids": made, "finish_reason": reason, "prompt_positions": spliced.embeds.shape[1]}
+    if options.temperature:
+        summary["seed"] = options.seed
+    say("answer", "answer", steps, summary)
+    return len(made)
+
+
+def _record_choice(recorder: Recorder, step: Step, tokenizer: Tokenizer) -> None:
+    """Scores [1, V], where penalties or filters changed the logits; the five likeliest; the token."""
+    if not torch.equal(step.scores, step.logits):
+        recorder.add("choice", "scores", step.scores, Chooser.process)
+    best = step.scores[0].softmax(-1).topk(min(5, step.scores.shape[1]))
+    likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    top = [[i, piece_of(tokenizer, i), round(p, 4)] for i, p in likely]
+    recorder.add("choice", "top", None, Chooser.process, top)
+    chosen = int(step.token_ids)
+    recorder.add("choice", "token", step.token_ids, Chooser.__call__, [[chosen, piece_of(tokenizer, chosen)]])
+
+
+def piece_of(tokenizer: Tokenizer, token_id: int) -> str:
+    """An id as the tokenizer writes it; <image> for a picture, <id> for one of the rows behind its vocabulary."""
+    if token_id == IMAGE_TOKEN_INDEX:
+        return IMAGE_MARKER
+    return tokenizer.sentencepiece.id_to_piece(token_id) if token_id < tokenizer.vocab_size else f"<{token_id}>"
+
+
+# --- text -----------------------------------------------------------------------------------------------------
+
+
+class Printer:
+    """A consumer that prints: name, shape, dtype, source, min, mean, max, first values; `*` where the shape changed."""
+
+    def __init__(self):
+        self.heading: str | None = None
+
+    def __call__(self, record: Record, tensor: Tensor | None = None) -> None:
+        if record.heading != self.heading:
+            print(("\n" if self.heading else "") + f"== {record.heading}")
+            self.heading = record.heading
+        below = record.value_text
+        if record.shape is None:
+            what, below = (below, "") if len(below) <= 29 else ("", below)
+            line = f"{what:<29} {record.source}"
+        else:
+            shape = f"{'* ' if record.was else ''}{record.shape}"
+            numbers = [record.min, record.mean, record.max, *(record.first or ())]
+            columns = "".join(f" {number_text(x):>10}" for x in numbers)
+            line = f"{shape:<20} {record.dtype:<8} {record.source:<16}{columns}"
+        print(f"  {record.short_name:<28} {line}".rstrip())
+        if below:
+            print(textwrap.fill(below, 116, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False))
+
+
+# --- two runs -------------------------------------------------------------------------------------------------
+
+
+class Comparison:
+    """A consumer that holds each tensor against the one of the same name in `stored`, and prints how far apart they
+    are. relative: |difference| / |the larger of both|, as norms. After another token was chosen, or read, the runs are
+    about different texts, so nothing later is compared."""
+
+    def __init__(self, stored: Mapping[str, Tensor], swapped: bool, tolerance: float, as_json: bool):
+        self.stored, self.swapped, self.tolerance, self.as_json = stored, swapped, tolerance, as_json
+        self.seen: set[str] = set()
+        self.missing: list[str] = []
+        self.first: dict | None = None  # the row where they part
+        self.parted_at: int | None = None  # the step whose token differs
+        self.equal = self.rows = 0
+        if not as_json:
+            print(f"{'':<42} {'shape':<20} {'A':<8} {'B':<8} {'max |A-B|':>10} {'relative':>9}")
+
+    def __call__(self, record: Record, tensor: Tensor | None) -> None:
+        if tensor is None or (self.parted_at is not None and (record.step or 0) > self.parted_at):
+            return
+        if record.key not in self.stored:
+            self.missing.append(record.key)
+            return
+        self.seen.add(record.key)
+        pair = [self.stored[record.key], tensor.detach().cpu()]
+        a, b = reversed(pair) if self.swapped else pair
+        row = {"step": record.step, "name": record.name, "source": record.source, **difference(a, b)}
+        if record.name == "token" and row["relative"] != 0:
+            self.parted_at = record.step
+        self.rows += 1
+        parted = not isinstance(row["relative"], float) or row["relative"] > self.tolerance
+        self.equal += not parted
+        first = parted and self.first is None
+        if first:
+            self.first = row
+        if self.as_json:
+            print(json.dumps(row))
+            return
+        name = re.sub(r"^(\d+/)?(language_model|vision_tower)\.", r"\1", record.key)
+        shape, apart = str(row["shapes"][0]), f"{row['max']!s:>10} {row['relative']!s:>9}"
+        if row["relative"] is None:
+            apart = f"B is {row['shapes'][1]}"
+        elif row["relative"] == 0:
+            apart = f"{'equal':>10}"
+        elif not isinstance(row["relative"], str):
+            apart = f"{row['max']:>10.3g} {row['relative']:>9.2g}"
+        print(f"{name:<42} {shape:<20} {row['dtypes'][0]:<8} {row['dtypes'][1]:<8} {apart}{'  <- first' * first}")
+
+    def finish(self) -> None:
+        """The summary, on stdout. Raises ValueError when the two have no tensor in common."""
+        if not self.rows:
+            raise ValueError("the two have no tensor in common; compare traces of the same --depth, --layer and --step")
+        unmatched = [key for key in self.stored if key not in self.seen] if self.parted_at is None else []
+        if self.as_json:
+            counts = {"compared": self.rows, "equal": self.equal}
+            alone = {"only_in_run": self.missing, "only_in_reference": unmatched}
+            print(json.dumps({"first": self.first, **counts, **alone, "other_token_at_step": self.parted_at}))
+            return
+        print()
+        for keys, where in ((self.missing, "run"), (unmatched, "reference")):
+            if keys:
+                print(f"{len(keys)} tensor(s) only in the {where}, not compared: {', '.join(keys[:3])}, ...")
+        if self.parted_at is not None:
+            print(f"at step {self.parted_at} they choose different tokens, so nothing after it is compared")
+        within = f" within {self.tolerance:g}" if self.tolerance else ""
+        print(f"{self.equal} of {self.rows} tensors equal{within}", end="")
+        row = self.first
+        where = "" if row is None else f"{row['name']}" + ("" if row["step"] is None else f", step {row['step']}")
+        print("" if row is None else f"; they part first at {where} ({row['source']})")
+
+
+def difference(a: Tensor, b: Tensor) -> dict:
+    """Shapes, dtypes, the largest and the relative difference of two tensors: 0 where they are equal, None where
+    their shapes are not, a text where they are not finite."""
+    found = {"shapes": [list(a.shape), list(b.shape)], "dtypes": [str(x.dtype).removeprefix("torch.") for x in (a, b)]}
+    if a.shape != b.shape:
+        return {**found, "max": None, "relative": None}
+    a, b = a.double(), b.double()
+    if torch.equal(a, b):
+        return {**found, "max": 0.0, "relative": 0.0}
+    apart = a - b
+    largest, relative = float(apart.abs().max()), float(apart.norm() / max(a.norm(), b.norm()))
+    finite = bool(apart.isfinite().all())
+    return {**found, "max": largest if finite else str(largest), "relative": relative if finite else str(relative)}
+
+
+# --- the door -------------------------------------------------------------------------------------------------
+
+
+def numbers_from(text: str) -> tuple[int, ...]:
+    """`0,31` -> (0, 31)"""
+    found = text.split(",")
+    if not all(re.fullmatch(r"\d+", number.strip()) for number in found):
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 0,31, found {text!r}")
+    return tuple(map(int, found))
+
+
+def trace_parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="python -m minillava.trace",
+        description="Run one question and print every stage on the way to the answer: name, shape, dtype, the source "
+        "line that made it, min, mean, max, first values. Or compare two runs.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog=f"""step 0 is the picture and the prompt (prefill), step 1 the first cached token. A * marks a shape that
+changed since the step traced before.
+
+--compare takes settings, or a file that --save wrote (or anybody else: safetensors, named as --save names them):
+  {", ".join(SETTINGS)}
+
+examples:
+  python -m minillava.trace -m DIR -i x.jpg --depth outline
+  python -m minillava.trace -m DIR -i x.jpg --depth everything --layer 0,31 --html trace.html
+  python -m minillava.trace -m DIR -i x.jpg --compare attention=eager attention=fused
+  python -m minillava.trace -m DIR -i x.jpg --compare device=cpu,dtype=float32 device=cuda,dtype=float16
+  python -m minillava.trace -m DIR -i x.jpg --compare reference.safetensors dtype=float32
+
+exit status: 0 traced or compared, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
+    )
+    group = parser.add_argument_group("question")
+    group.add_argument("-i", "--image", action="append", default=[], metavar="FILE", help="picture; repeat for several")
+    group.add_argument(
+        "-p", "--prompt", "--query", default=DEFAULT_PROMPT, metavar="TEXT",
+        help=f"question; <image> in it places a picture (default: {DEFAULT_PROMPT!r})",
+    )  # fmt: skip
+    group = parser.add_argument_group("trace")
+    group.add_argument(
+        "--depth", choices=list(DEPTHS), default="modules",
+        help="outline: the stages; modules: every layer's parts; everything: every module (default: modules)",
+    )  # fmt: skip
+    group.add_argument(
+        "--layer", type=numbers_from, metavar="N,N",
+        help="which layers of tower and language model (default: all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--step", type=numbers_from, default=(0, 1), metavar="N,N", help="which steps of the loop (default: 0,1)"
+    )
+    group.add_argument("--html", metavar="FILE", help="write one page with pictures; stdout then has the answer")
+    group.add_argument(
+        "--save",
+        metavar="FILE",
+        help="keep the tensors as well, all in memory at once: safetensors, for --compare",
+    )
+    group.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"),
+        help="two runs of this question, each a list of settings such as dtype=float32,device=cpu, or a --save file",
+    )  # fmt: skip
+    group.add_argument(
+        "--tolerance", type=float, default=0.0, metavar="R",
+        help="with --compare: relative difference that counts as equal (default: 0)",
+    )  # fmt: skip
+    cli.add_model_arguments(parser)
+    cli.add_generation_arguments(parser)
+    cli.add_output_arguments(parser).add_argument("--json", action="store_true", help="one JSON object a line")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m minillava.trace`; the exit status."""
+    parser = trace_parser()
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(given)
+    options = cli.read_options(parser, args)
+    if options["seed"] is None:
+        options["seed"] = Options().seed  # one for both runs of a comparison
+    if args.compare is None:
+        if args.html and args.json:
+            parser.error("--html and --json do not go together: leave one of them out")
+        return cli.run(lambda: _trace(args, options), args.verbose)
+    if args.html or args.save:
+        parser.error("--html and --save are about one run: leave --compare out")
+    sides = [_read_side(parser, given, side) for side in args.compare]
+    if all(isinstance(side, Path) for side in sides):
+        parser.error("--compare has two files, and nothing to run: give settings such as dtype=float32 for one of them")
+    return cli.run(lambda: _compare(args, options, sides), args.verbose)
+
+
+def _read_side(parser: cli.Parser, given: list[str], side: str) -> Path | argparse.Namespace:
+    """A or B of --compare: a stored file, or the arguments of a run."""
+    if "=" not in side:
+        return Path(side)
+    flags = []
+    for setting in side.split(","):
+        name, _, value = setting.partition("=")
+        name = name.strip().replace("-", "_")
+        if name not in SETTINGS:
+            parser.error(
+                f"--compare: unknown setting {setting!r}, expected NAME=VALUE with one of: {', '.join(SETTINGS)}"
+            )
+        flags.append(f"--{name}={value}")
+    return parser.parse_args([*given, *flags])
+
+
+def _run(args: argparse.Namespace, options: dict, images: list, consume: Consume, messages, whole: bool) -> Assistant:
+    assistant = cli.open_assistant(args, cli.find_weights(args.weights, messages), messages)
+    made = trace(
+        assistant,
+        images,
+        args.prompt,
+        assistant.options(**options),
+        consume,
+        depth=args.depth,
+        layers=args.layer,
+        traced=args.step,
+        system=args.system,
+        template=args.template or DEFAULT_TEMPLATE,
+        whole=whole,
+    )
+    if made <= max(args.step):
+        messages.note(f"the answer ended after {made} token(s): there is no step {max(args.step)}")
+    return assistant
+
+
+def _open(args: argparse.Namespace) -> list[Image.Image]:
+    """The pictures; what is wrong with them, or with where to write, is found before gigabytes are opened."""
+    for path in (args.html, args.save):
+        if path and not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"{Path(path).parent}: no such folder to write {Path(path).name} in; make it first")
+    place_images(args.prompt, len(args.image))
+    return [open_image(image) for image in args.image]
+
+
+def _trace(args: argparse.Namespace, options: dict) -> int:
+    messages, images = cli.Messages(args.verbose, args.quiet), _open(args)
+    kept, page = {}, Page()
+    show = page.add if args.html else print_json if args.json else Printer()
+
+    def consume(record: Record, tensor: Tensor | None) -> None:
+        show(record, tensor)
+        if args.save and tensor is not None:
+            kept[record.key] = tensor.detach().to("cpu", copy=True).contiguous()
+
+    assistant = _run(args, options, images, consume, messages, whole=True)
+    if args.html:
+        squares = [assistant.image_processor.square(image) for image in images]
+        cli.write_whole(args.html, page.render(images, squares, assistant.model.config.vision.patch_size))
+        print(page.answer)
+    if args.save:
+        save_file(kept, args.save)
+    return 0
+
+
+def print_json(record: Record, tensor: Tensor | None) -> None:
+    print(record.json())
+
+
+def _compare(args: argparse.Namespace, options: dict, sides: list) -> int:
+    """The first side is run and kept, or read; the second is held against it while it runs, so that no two models are
+    in memory at once."""
+    messages, images = cli.Messages(args.verbose, args.quiet), _open(args)
+    swapped = isinstance(sides[1], Path)
+    stored, run = reversed(sides) if swapped else sides
+    if isinstance(stored, Path):
+        kept = read_tensors(stored)
+    else:
+        kept = {}
+
+        def keep(record: Record, tensor: Tensor | None) -> None:
+            if tensor is not None:
+                kept[record.key] = tensor.detach().to("cpu", copy=True)
+
+        _run(stored, options, images, keep, messages, whole=False)
+    comparison = Comparison(kept, swapped, args.tolerance, args.json)
+    _run(run, options, images, comparison, messages, whole=False)
+    comparison.finish()
+    return 0
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What --save wrote. Raises FileNotFoundError, or ValueError for another kind of file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: neither settings such as dtype=float32 nor a file that --save wrote")
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise ValueError(f"{path}: not a safetensors file ({error}); write one with --save") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

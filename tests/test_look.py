@@ -1,0 +1,418 @@
+"""What each word looked at: whose row it is, that looking changes nothing, where it lies on the picture, the files."""
+
+import json
+import re
+import shutil
+import sys
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import minillava
+from minillava import cli, generate, look, look_draw, look_html
+from minillava.image import ImageProcessor
+from minillava.loop import Options, steps
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import point_shapes  # noqa: E402
+import shapes  # noqa: E402
+
+WEIGHTS = ROOT / "weights" / "shapes"
+QUESTION = "What is it?"
+SHORT = Options(max_new_tokens=7)
+
+
+@pytest.fixture(scope="module", params=["eager", "fused"])
+def toy(request, reference):
+    """Two query heads share a key/value head."""
+    return minillava.load(reference / "grouped", device="cpu", dtype="float32", attention=request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(reference):
+    return minillava.load(reference / "plain", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def picture(reference):
+    return Image.open(reference / "pictures" / "landscape.png").convert("RGB")
+
+
+def prepare(assistant, picture, question=QUESTION):
+    return assistant.prepare(picture, assistant.prompt(question))
+
+
+# --- the row that chose a token -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_tokens_row_is_that_of_the_position_before_it(toy, picture):
+    """Against one uncached pass over prompt and answer, which has the rows of all positions."""
+    spliced = prepare(toy, picture)
+    watched = list(look.watch(toy.model, spliced, SHORT, toy.tokenizer))
+    ids = torch.stack([step.token_ids for step, _ in watched], dim=1)  # [1, n]
+    language = toy.model.language_model
+    all_at_once = language(torch.cat([spliced.embeds, language.embed_tokens(ids)], dim=1), attentions=True).attentions
+    (start, end), length = spliced.image_spans[0][0], spliced.embeds.shape[1]
+    for i, (_, rows) in enumerate(watched):
+        expected = torch.stack([layer[0, :, length - 1 + i, start:end] for layer in all_at_once])  # [L, H, P]
+        torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-6)
+        other = torch.stack([layer[0, :, length + i, start:end] for layer in all_at_once])
+        assert (rows - other).abs().max() > 1e-3, "the rows are too alike to tell them apart"
+
+
+def test_the_rows_are_those_that_the_loop_records(toy, picture):
+    spliced = prepare(toy, picture)
+    start, end = spliced.image_spans[0][0]
+    recorded = steps(toy.model, spliced, SHORT, tokenizer=toy.tokenizer, record=("attentions",))
+    watched = look.watch(toy.model, spliced, SHORT, toy.tokenizer)
+    for step, (_, rows) in zip(recorded, watched, strict=True):
+        expected = torch.stack([layer[0, :, -1, start:end] for layer in step.attentions])
+        torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("attention", ["eager", "fused"])
+def test_looking_leaves_the_logits_bit_identical(reference, picture, attention, dtype):
+    toy = minillava.load(reference / "grouped", device="cpu", dtype=dtype, attention=attention)
+    spliced = prepare(toy, picture)
+    alone = [step.logits for step in steps(toy.model, spliced, SHORT)]
+    attend = toy.model.language_model.attend
+    watched = []
+    for step, rows in look.watch(toy.model, spliced, SHORT, toy.tokenizer, record=("hidden_states",)):
+        watched.append(step.logits)
+        assert toy.model.language_model.attend is attend  # between two steps the model is as it was
+        assert rows.dtype == torch.float32
+    assert len(alone) == len(watched) == SHORT.max_new_tokens
+    assert all(torch.equal(a, b) for a, b in zip(alone, watched, strict=True))
+
+
+def test_two_can_be_watched_in_turn(toy, picture):
+    prompts = [prepare(toy, picture, question) for question in (QUESTION, "And what colour does it have?")]
+    alone = [[rows for _, rows in look.watch(toy.model, p, SHORT, toy.tokenizer)] for p in prompts]
+    both = zip_longest(*(look.watch(toy.model, p, SHORT, toy.tokenizer) for p in prompts))
+    for i, pair in enumerate(both):
+        assert all(torch.equal(found[1], expected[i]) for found, expected in zip(pair, alone, strict=True))
+
+
+def test_an_error_leaves_the_model_as_it_was(toy, picture):
+    attend = toy.model.language_model.attend
+    spliced = prepare(toy, picture)
+    spliced.embeds = spliced.embeds * float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        next(look.watch(toy.model, spliced, SHORT, toy.tokenizer))
+    assert toy.model.language_model.attend is attend
+
+
+def test_a_kept_class_token_is_no_patch(reference, tmp_path, picture):
+    folder = shutil.copytree(reference / "plain", tmp_path / "full")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vision_feature_select_strategy": "full"}))
+    toy = minillava.load(folder, device="cpu", dtype="float32")
+    spliced = prepare(toy, picture)
+    (start, end), patches = spliced.image_spans[0][0], toy.model.config.vision.num_patches
+    assert end - start == patches + 1
+    assert look.patch_span(toy.model, spliced) == (start + 1, end)
+    found = look.look(toy, picture, QUESTION, max_new_tokens=4, lens=True)
+    assert {word.heat.size for word in found.words} == {len(found.lens.patches[0])} == {patches}
+
+
+@pytest.mark.parametrize("pictures", [0, 2])
+def test_one_picture_is_looked_at(plain, picture, pictures):
+    spliced = plain.prepare([picture] * pictures, plain.prompt(QUESTION, images=pictures))
+    with pytest.raises(ValueError, match=rf"1 row\(s\) with {pictures} picture\(s\), expected one with one"):
+        next(look.watch(plain.model, spliced, SHORT, plain.tokenizer))
+
+
+# --- words, layers and heads ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pieces", "words"),
+    [
+        (["I", " see", " a", " tri", "angle", "."], [("I", [0]), ("see", [1]), ("a", [2]), ("triangle.", [3, 4])]),
+        ([" left", ",", " don", "'", "t"], [("left,", [0]), ("don't", [2, 4])]),
+        (["a", " ", "...", "\n", "b"], [("a", [0]), ("...", [2]), ("b", [4])]),
+        (["", "", "星", "", "", "円", "。"], [("星", [0, 1, 2]), ("円", [3, 4, 5]), ("。", [6])]),
+        (["Gr", "", "ö", "ße", ""], [("Größe", [0, 1, 2, 3])]),
+        (["", ""], []),
+        ([], []),
+    ],
+)
+def test_tokens_are_joined_to_words(pieces, words):
+    assert look.join_words(pieces) == words
+
+
+def test_a_word_is_the_mean_over_its_tokens_layers_and_heads(plain, picture):
+    spliced, options = prepare(plain, picture), {"max_new_tokens": 30, "temperature": 2.0, "seed": 1}
+    watched = list(look.watch(plain.model, spliced, plain.options(**options), plain.tokenizer))
+    found = look.look(plain, picture, QUESTION, layers=[1], heads=[0, 2], **options)
+    assert found.answer == plain.ask(picture, QUESTION, **options)
+    assert " ".join(word.text for word in found.words) == " ".join(found.answer.split())
+    joined = max(found.words, key=lambda word: len(word.token_ids))
+    assert len(joined.token_ids) > 1
+    ids = [int(step.token_ids[0]) for step, _ in watched]
+    for word in found.words:
+        rows = [rows[1][[0, 2]].mean(0) for (_, rows), i in zip(watched, ids, strict=True) if i in word.token_ids]
+        if len(rows) == len(word.token_ids):  # none of its tokens is used twice
+            np.testing.assert_allclose(word.heat.flatten(), torch.stack(rows).mean(0).numpy(), rtol=1e-5)
+        assert 0 < word.heat.sum() < 1
+
+
+def test_what_a_stop_text_cuts_off_is_no_word(plain, picture):
+    whole = look.look(plain, picture, QUESTION, max_new_tokens=12)
+    stop = whole.words[-1].text[-1]
+    cut = look.look(plain, picture, QUESTION, max_new_tokens=12, stop=[stop])
+    assert stop not in cut.answer
+    assert "".join(word.text for word in cut.words).startswith("".join(cut.answer.split()))
+    assert len("".join(word.text for word in cut.words)) < len("".join(word.text for word in whole.words))
+
+
+def test_the_default_is_the_upper_half():
+    assert [look.default_layers(n) for n in (1, 2, 4, 5)] == [[0], [1], [2, 3], [2, 3, 4]]
+    assert look.default_layers(32) == list(range(16, 32))
+
+
+def test_layers_and_heads_must_exist(plain, picture):
+    with pytest.raises(ValueError, match="no layer 2: this model has layers 0 to 1"):
+        look.look(plain, picture, QUESTION, layers=[0, 2])
+    with pytest.raises(ValueError, match="no head 9: this model has heads 0 to 3"):
+        look.look(plain, picture, QUESTION, heads=[9])
+
+
+# --- logit lens -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_last_layer_of_the_lens_is_the_models_own_answer(toy, picture):
+    found = look.look(toy, picture, QUESTION, max_new_tokens=6, lens=True).lens
+    assert [text for text, _ in found.tokens[-1]] == found.chosen
+    spliced = prepare(toy, picture)
+    start, end = spliced.image_spans[0][0]
+    logits = toy.model.language_model(spliced.embeds).logits[0, start:end]
+    expected = [look.piece_text(toy.tokenizer, i) for i in logits.argmax(-1).tolist()]
+    assert [text for text, _ in found.patches[-1]] == expected
+    layers = toy.model.config.text.num_hidden_layers
+    assert len(found.patches) == len(found.tokens) == layers + 1
+    first = toy.model.language_model.norm(spliced.embeds[0, start:end])  # layer 0: the patches themselves
+    first = toy.model.language_model.head(first).softmax(-1).max(-1)
+    assert [p for _, p in found.patches[0]] == pytest.approx(first.values.tolist(), abs=1e-4)
+
+
+# --- back to the picture --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(300, 300), (301, 200), (200, 333), (97, 640), (640, 351), (40, 31)])
+@pytest.mark.parametrize("aspect", ["pad", "crop"])
+def test_a_patch_lies_on_the_picture_where_the_model_saw_it(size, aspect):
+    """What is painted over a patch's place in the picture is what that patch becomes in the processor's square."""
+    processor, grid = ImageProcessor(96, aspect), 6
+    left, top, right, bottom = look.seen_box(size, processor)
+    for row, column in ((0, 0), (2, 3), (3, 2), (5, 5)):
+        wide, high = (right - left) / grid, (bottom - top) / grid
+        place = [left + column * wide, top + row * high, left + (column + 1) * wide, top + (row + 1) * high]
+        inside = max(0, place[0]), max(0, place[1]), min(size[0], place[2]), min(size[1], place[3])
+        if inside[2] - inside[0] < wide / 2 or inside[3] - inside[1] < high / 2:
+            continue  # in the padding
+        image = Image.new("RGB", size)
+        image.paste((255, 255, 255), [round(x) for x in inside])
+        light = np.asarray(processor.square(image).convert("L"), dtype=float)
+        if aspect == "pad":
+            light -= np.asarray(processor.square(Image.new("RGB", size)).convert("L"))
+        patches = light.reshape(grid, 16, grid, 16).mean((1, 3))
+        assert np.unravel_index(patches.argmax(), patches.shape) == (row, column)
+        assert patches.max() > 0.4 * patches.sum()
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop"])
+def test_the_drawn_map_is_hot_where_the_patch_lies(aspect):
+    size, processor = (300, 180), ImageProcessor(96, aspect)
+    box = left, top, right, bottom = look.seen_box(size, processor)
+    heat = np.zeros((6, 6), np.float32)
+    heat[2, 4] = 0.3
+    drawn = np.asarray(look_draw.heat_map(Image.new("RGB", size, (255, 255, 255)), box, heat, (600, 360)), dtype=int)
+    hot = np.abs(drawn - look_draw.SCALE[-1]).sum(-1) < 40
+    rows, columns = np.nonzero(hot)
+    assert rows.mean() == pytest.approx(2 * (top + (bottom - top) * 2.5 / 6), abs=2)
+    assert columns.mean() == pytest.approx(2 * (left + (right - left) * 4.5 / 6), abs=2)
+    hatched = drawn[:, :10].std() > 30  # what was cropped off, at the left edge
+    assert hatched == (aspect == "crop")
+
+
+def test_a_long_answer_becomes_more_rows_and_no_text_is_too_wide(picture):
+    heat = np.random.default_rng(0).random((4, 4), np.float32) / 16
+    sheets = [
+        look_draw.draw_words(picture, (0, 0, *picture.size), [("w" * 60, heat)] * count, "why " * 100, "note " * 60)
+        for count in (0, 1, 30, 120)
+    ]
+    assert {sheet.width for sheet in sheets} == {look_draw.WIDTH}
+    heights = [sheet.height for sheet in sheets]
+    assert heights == sorted(heights)
+    assert heights[-1] > 1500
+    for sheet in sheets:
+        edge = np.asarray(sheet)[:, -8:]
+        assert (edge == 255).all()
+
+
+def test_numbers_are_listed_shortly():
+    assert look_draw.listed([0, 2, 3, 4, 9]) == "0, 2-4, 9"
+
+
+# --- the pages ------------------------------------------------------------------------------------------------
+
+
+def page_data(page: str) -> dict:
+    return json.loads(re.search(r"^const data = (.*);$", page, re.MULTILINE)[1])
+
+
+def test_the_page_holds_the_numbers_and_loads_nothing(plain, picture):
+    found = look.look(plain, picture, "</script><b>DATA TITLE", max_new_tokens=8, lens=True)
+    found.answer = found.words[0].text = "</script><img src=x onerror=alert(1)>"
+    page = look_html.look_page(picture, look.as_json(found, found.words))
+    lens = look_html.lens_page(picture, vars(found.lens), found.question, found.answer)
+    data = page_data(page)
+    assert data["question"] == page_data(lens)["question"] == found.question
+    assert data["words"][0]["text"] == found.answer
+    np.testing.assert_array_equal([w["map"] for w in data["words"]], [w.heat for w in found.words])
+    assert page_data(lens)["tokens"] == [[list(pair) for pair in layer] for layer in found.lens.tokens]
+    for text in (page, lens):
+        assert text.count("</script>") == 1
+        assert not re.search(r"https?://|src=\"(?!data:)|@import|\burl\(", text)
+        assert not re.search(r"\b(TITLE|COLOURS|STYLE|BODY|SCRIPT|SIZE|CONTRAST)\b", text.replace("DATA TITLE", ""))
+
+
+# --- the command ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, reference):
+    monkeypatch.delenv(cli.WEIGHTS_VARIABLE, raising=False)
+    base = ["-m", str(reference / "plain"), "--device", "cpu", "--dtype", "float32", "-n", "8"]
+    base += ["-i", str(reference / "pictures" / "landscape.png"), "-p", QUESTION]
+
+    def in_process(*arguments, main=look.main):
+        capsys.readouterr()
+        try:
+            status = main([*base, *map(str, arguments)])
+        except SystemExit as exit:
+            status = exit.code
+        return (status, *capsys.readouterr())
+
+    return in_process
+
+
+def test_everything_is_written_and_the_answer_printed(run, tmp_path):
+    names = {flag: tmp_path / f"{flag}{suffix}" for flag, suffix in (
+        ("out", ".png"), ("html", ".html"), ("json", ".json"), ("npy", ".npy"), ("grid", ".jpg"), ("lens", ".html"),
+    )}  # fmt: skip
+    flags = [part for flag, path in names.items() for part in (f"--{flag}", path)]
+    status, out, err = run(*flags)
+    assert (status, err) == (0, "")
+    assert (status, out, err) == run(main=generate.main)
+    assert sorted(tmp_path.iterdir()) == sorted(names.values())
+    raw = json.loads(names["json"].read_text(encoding="utf-8"))
+    assert raw["answer"] + "\n" == out
+    array = np.load(names["npy"])
+    assert array.dtype == np.float32
+    np.testing.assert_array_equal(array, np.array([word["map"] for word in raw["words"]], np.float32))
+    assert [word["share"] for word in raw["words"]] == pytest.approx(array.sum((1, 2)).tolist())
+    assert (raw["layers"], raw["heads"]) == ([1], [0, 1, 2, 3])
+    for flag in ("out", "grid"):
+        Image.open(names[flag]).verify()
+
+
+def test_one_word_of_chosen_layers_and_heads(run, tmp_path):
+    path = tmp_path / "look.json"
+    assert run("--json", path)[0] == 0
+    everything = json.loads(path.read_text(encoding="utf-8"))
+    word = everything["words"][0]["text"]
+    assert run("--json", path, "--word", word.upper(), "--layers", "all", "--heads", "1-2")[0] == 0
+    some = json.loads(path.read_text(encoding="utf-8"))
+    assert (some["layers"], some["heads"]) == ([0, 1], [1, 2])
+    assert some["words"][0]["text"] == word
+    assert some["words"][0]["map"] != everything["words"][0]["map"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([], 2, "nothing to write: give --out"),
+        (["--out", "nowhere/look.png"], 2, "nowhere/look.png: no such folder"),
+        (["--out", "look.txt"], 2, "--out look.txt: the name must end in .png"),
+        (["--html", "a.html", "--lens", "a.html"], 2, "a.html is given twice"),
+        (["--json", "a.json", "--layers", "2-"], 2, "'2-' is not like 3 or 0,2-4 or all"),
+        (["--json", "a.json", "--layers", "5-1"], 2, "'5-1' is not like 3 or 0,2-4 or all"),
+        (["--json", "a.json", "--heads", "1-2-3"], 2, "'1-2-3' is not like 3 or 0,2-4 or all"),
+        (["--json", "a.json", "--layers", "7"], 1, "no layer 7: this model has layers 0 to 1"),
+        (["--json", "a.json", "--heads", "0,4"], 1, "no head 4: this model has heads 0 to 3"),
+        (["--json", "a.json", "--word", "giraffe"], 1, "the answer has no word 'giraffe'; its words: "),
+        (["--json", "a.json", "-i", "nowhere.png"], 1, "nowhere.png: no such picture"),
+        (["--json", "a.json", "-p", "<image> or <image>?"], 1, "2"),
+    ],
+)
+def test_errors_are_one_line_and_write_nothing(run, tmp_path, monkeypatch, arguments, status, message):
+    monkeypatch.chdir(tmp_path)
+    found, out, err = run(*arguments)
+    assert (found, out) == (status, "")
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- pointing -------------------------------------------------------------------------------------------------
+
+
+def test_words_about_a_thing_are_found_in_a_description():
+    thing = shapes.Thing("star", "red", "large", 1)
+    text = "I see a large red star at the top left, a large red star at the top and a small blue ring on the left."
+    words = [word.strip(".,") for word in text.split()]
+    assert point_shapes.words_about(thing, words) == {"size": 11, "colour": 12, "shape": 13, "place": 16}
+    assert point_shapes.words_about(shapes.Thing("star", "red", "small", 1), words) == {}
+    assert point_shapes.words_about(shapes.Thing("ring", "blue", "small", 3), words)["place"] == len(words) - 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(200, 200), (250, 200), (160, 200)])
+def test_cells_are_where_things_are_drawn(plain, width, height):
+    """By colour: the patches of a thing's ninth hold its colour, the others hardly any."""
+    side = 30
+    for place in range(9):
+        thing = shapes.Thing("square", "red", "large", place)
+        image = shapes.draw(shapes.Scene(width, height, (thing,), place)).convert("HSV")
+        saturated = Image.fromarray((np.asarray(image)[..., 1] > 150).astype(np.uint8) * 255).convert("RGB")
+        square = np.asarray(ImageProcessor(300, "pad", mean=(0, 0, 0)).square(saturated), dtype=float)[..., 0]
+        patches = square.reshape(side, 10, side, 10).mean((1, 3)).flatten()
+        cell = point_shapes.cells(shapes.Scene(width, height, (thing,), 0), plain, side * side).numpy()
+        assert patches[cell == place].sum() > 0.9 * patches.sum()
+        assert len(set(cell)) == (9 if width == height else 10)
+
+
+def test_pointing_counts_the_hottest_patches():
+    inside = torch.tensor([False, True, False, False])
+    right, wrong = torch.zeros(2, 2, 4), torch.zeros(2, 2, 4)
+    right[1, :, 1] = right[0, 1, 1] = wrong[1, :, 2] = wrong[0, 0, 1] = 1
+    right[0, 0, 0] = 0.5
+    found = [(right, inside), (right, inside), (wrong, inside), (wrong, inside)]
+    assert point_shapes.hits(found, slice(1, 2)) == 50
+    assert point_shapes.hits(found, slice(0, 1), head=0) == 50
+    assert point_shapes.hits(found[:2], slice(0, 1), head=0) == 0
+    table = point_shapes.report(dict.fromkeys(point_shapes.KINDS, found), objects=5, scenes=2)
+    assert "2 scenes, 5 objects, 4 of them described exactly right." in table
+    assert "| layer 1 (default) | 50.0 | 50.0 | 50.0 |" in table
+    assert "| shape word | 50.0 |" in table
+
+
+def test_the_bundled_model_points_at_what_it_names():
+    if not (WEIGHTS / "config.json").exists():
+        pytest.skip("weights/shapes is not there yet")
+    assistant = minillava.load(WEIGHTS, device="cpu", dtype="float32")
+    found, objects = point_shapes.measure(assistant, 20)
+    layers = look.default_layers(assistant.model.config.text.num_hidden_layers)
+    assert len(found["shape"]) > 0.8 * objects
+    assert point_shapes.hits(found["shape"], slice(layers[0], layers[-1] + 1)) >= 90
