@@ -14,7 +14,10 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["minillava"],
+    # the bundled model lies beside the code in a checkout, and inside the package once installed
+    packages=["minillava", "minillava.shapes"],
+    package_dir={"minillava.shapes": "weights/shapes"},
+    package_data={"minillava.shapes": ["*.json", "*.model", "*.safetensors", "*.png", "README.md"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "safetensors>=0.4.3", "sentencepiece>=0.1.99", "pillow>=10.1", "numpy>=1.24"],
     extras_require={
@@ -22,7 +25,7 @@ setup(
         # the implementation that the parity tests and tools/make_reference.py compare with; it reads tokenizer.model
         # with protobuf
         "parity": ["transformers>=5.23", "protobuf"],
-        # tools/train_shapes.py: the progress bar, and the optimiser Muon
-        "tools": ["tqdm>=4.60", "torch>=2.9"],
+        # tools/train_shapes.py: the progress bar
+        "tools": ["tqdm>=4.60"],
     },
 )

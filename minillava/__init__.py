@@ -5,7 +5,8 @@
     print(assistant.ask("x.jpg", "What is in this image?"))
 
 Reading order, which is the order of the data: config, image, prompt, tokenizer, attention, vision,
-projector, cache, llama, llava, checkpoint, sampling, generate, assistant.
+projector, cache, llama, llava, checkpoint, sampling, loop, beam, generate, assistant. CLASSROOM.md has the
+questions that people ask on the way, and exercises.
 """
 
 __version__ = "0.1.0"

@@ -94,10 +94,9 @@ class Assistant:
         patches = [encoded[name] for name in names]
         second = None
         if contrast is not None:
-            seeds = chosen.seed if isinstance(chosen.seed, tuple) else [chosen.seed] * len(questions)
             others, changed = [], []
-            for row, own, seed in zip(ids, pictures, seeds, strict=True):
-                opened, generator = [open_image(picture) for picture in own], torch.Generator().manual_seed(seed)
+            for row, own, generator in zip(ids, pictures, _generators(chosen.seed, len(questions)), strict=True):
+                opened = [open_image(picture) for picture in own]
                 more, pixels = contrast.second([row], opened, self.image_processor, generator)
                 others += more
                 changed += [] if pixels is None else self._encode(pixels)
@@ -134,9 +133,11 @@ class Assistant:
         system: str | None = None,
         per_token: bool = False,
     ) -> list[float]:
-        """The log-likelihood of each answer and of the end token behind it, in nats; per_token: their mean over its
-        tokens, which is minus the loss. For ranking answers, or "Yes." against "No." Image as for `ask`.
-        Raises ValueError for an answer that does not fit the model's context."""
+        """The log-likelihood of each answer and of what the template writes behind it (for most, the end token), in
+        nats; per_token: their mean over its tokens, which is minus the loss. For ranking answers, or "Yes." against
+        "No.". image: as for `ask`. Raises ValueError for an answer that does not fit the model's context."""
+        if isinstance(answers, str):
+            raise ValueError(f"answers is the text {answers!r}, expected a list of texts")
         pictures = as_list(image)
         asked = place_images(question, len(pictures))
         labelled = [encode_answers(self.tokenizer, self.template, [(asked, answer)], system) for answer in answers]
@@ -161,15 +162,18 @@ class Assistant:
             for some, fill in ((rows, 0), ([row for _, row in labelled], IGNORE_INDEX))
         )  # [n, m]
         rest = self.model.language_model(ids, None, cache).logits  # [n, m, V]
-        logits = torch.cat([first.expand(len(rows), -1, -1), rest[:, :-1]], dim=1).float()
+        logits = torch.cat([first.expand(len(rows), -1, -1), rest[:, :-1]], dim=1)  # [n, m, V]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         found = -F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none").sum(1)
+        if not found.isfinite().all():
+            raise ValueError("a likelihood is not finite: damaged weights or a dtype too narrow; try dtype float32")
         return (found / (labels != IGNORE_INDEX).sum(1) if per_token else found).tolist()
 
     def prompt(self, question: str, images: int = 1, system: str | None = None) -> Prompt:
         """The exact prompt: the question, its pictures placed, in the template. system: instead of the template's."""
         return render(self.template, [(place_images(question, images), None)], system)
 
-    def prepare(self, image: Images, prompt: str, contrast=None, seed: int = 0) -> Spliced:
+    def prepare(self, image: Images, prompt: str, contrast=None, seed: int | Sequence[int] = 0) -> Spliced:
         """Pictures and prompt as the vectors that the language model reads: a batch of one row, or two for `contrast`,
         the second with what it sees (noise and the like by `seed`)."""
         pictures = as_list(image)
@@ -177,8 +181,7 @@ class Assistant:
             pictures = [open_image(picture) for picture in pictures]
         rows, pixels = [self.tokenizer.encode(prompt)], self.image_processor(pictures)  # [n, 3, R, R], R their side
         if contrast is not None:
-            generator = torch.Generator().manual_seed(seed)
-            others, changed = contrast.second(rows, pictures, self.image_processor, generator)
+            others, changed = contrast.second(rows, pictures, self.image_processor, *_generators(seed, 1))
             rows, pixels = [*rows, *others], pixels if changed is None else torch.cat([pixels, changed])
         with torch.no_grad():
             return self.model.splice(rows, pixels)
@@ -187,6 +190,14 @@ class Assistant:
         """Options by name; the template's own stop texts are added."""
         chosen = Options(**options)
         return replace(chosen, stop=(*chosen.stop, *self.template.stop))
+
+
+def _generators(seed: int | Sequence[int], rows: int) -> list[torch.Generator]:
+    """For each row the random numbers of what contrast shows it: its own for a seed each, the same ones, one row after
+    the other, for a seed of them all."""
+    if isinstance(seed, int):
+        return [torch.Generator().manual_seed(seed)] * rows
+    return [torch.Generator().manual_seed(each) for each in seed]
 
 
 def load(

@@ -17,6 +17,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: b
     """
     groups = q.shape[1] // k.shape[1]
     k, v = repeat_heads(k, groups), repeat_heads(v, groups)  # [B, H, S, D]
+    # A dot product of D numbers spreads like √D, and a softmax over large scores sees one place and learns no other.
     scores = torch.matmul(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5  # [B, H, T, S]
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()  # [T, S]
@@ -24,7 +25,8 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: b
         # The smallest finite number, not -inf: a row with nothing to look at then becomes uniform
         # instead of 0/0, and in every other row its exponential is exactly zero.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    # The softmax runs in float32 even for half-precision weights, as in transformers.
+    # The softmax runs in float32 even for half-precision weights, as in transformers: its sum over all keys would
+    # otherwise lose the small ones.
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     return torch.matmul(weights, v), weights
 

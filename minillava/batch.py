@@ -2,7 +2,8 @@
 
 While it runs, finished answers are in a journal beside the answers file, NAME.partial: a header of what was asked and
 how, then one [line number, record] each. Whenever the run is killed, the same command goes on from the journal; when
-all questions are answered, the answers appear under their name at once, in order.
+all questions are answered, the answers appear under their name at once, in order. The same command then asks again
+what became an error, and nothing else.
 """
 
 import argparse
@@ -11,12 +12,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -164,9 +164,10 @@ class Journal:
         new = not self.path.exists()
         with open(self.path, "ab") as file:
             file.write(self.header * new + b"".join(json.dumps(pair).encode() + b"\n" for pair in records.items()))
-            _sync(file)
+            file.flush()
+            os.fsync(file.fileno())
         if new:
-            _sync_folder(self.path.parent)
+            cli.sync_folder(self.path.parent)
 
     def _differences(self, content: bytes) -> str:
         try:
@@ -177,27 +178,21 @@ class Journal:
         return ", ".join(different) or "settings"
 
 
-def _write(path: Path, content: bytes) -> None:
-    """The whole file or, if this is killed, what was there before."""
-    new = path.with_name(path.name + ".new")
-    with open(new, "wb") as file:
-        file.write(content)
-        _sync(file)
-    os.replace(new, path)
-    _sync_folder(path.parent)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """A file's name is on disk when its folder is, on systems where folders can be opened."""
-    if os.name == "posix":
-        folder = os.open(path, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+def read_answers(path: Path, questions: list[Question], record: Callable[..., dict]) -> dict[int, dict]:
+    """Line number -> record of what a finished file answers, its errors left out. record: what this run would write.
+    Raises ValueError where that is another file's: other questions, model or settings, or something else altogether."""
+    try:
+        records = [json.loads(line) for line in path.read_bytes().splitlines()]
+        pairs = list(zip(questions, records, strict=True))
+        same = all(record(question, found.get("text"), found.get("error")) == found for question, found in pairs)
+    except (ValueError, TypeError, AttributeError):
+        same = False
+    if not same:
+        raise ValueError(
+            f"{path} does not hold the answers of this command (other questions, model or settings); choose another "
+            "name, or pass --overwrite to start anew"
+        )
+    return {question.line: found for question, found in pairs if "error" not in found}
 
 
 def _one_line(error: Exception) -> str:
@@ -224,8 +219,10 @@ def batch_parser() -> cli.Parser:
         epilog="""questions: one JSON object per line, with question_id, text and, if it is about one, image
 answers:   in the same order, question_id, prompt, text, answer_id, model_id, metadata; or question_id and error
 
-A run that was killed goes on where it was when the same command is given again. With a temperature, the question on
-line N is sampled with seed S + N, whatever shares its batch; without --seed, S is 0.
+A run that was killed goes on where it was when the same command is given again. Once it is finished, the same command
+asks again only what became an error; --images may then be another.
+
+With a temperature, the question on line N is sampled with seed S + N, whatever shares its batch; S is 0 without --seed.
 
 exit status: 0 all answered, 1 some could not be, or an error in one line, 2 wrong usage, 130 Ctrl-C""",
     )
@@ -264,10 +261,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, least in (("batch_size", 1), ("image_cache", 0)):
         if vars(args)[name] < least:
             parser.error(f"{name} is {vars(args)[name]}, expected at least {least}")
-    if args.num_return_sequences > 1:
-        parser.error("--num-return-sequences is for one question: a line of the answers file holds one answer")
-    if args.contrast and args.num_beams > 1:
-        parser.error("--contrast does not go with beams: leave one of --contrast and --num-beams out")
     if args.answers.resolve() == args.questions.resolve():
         parser.error("--questions and --answers are the same file")
     return cli.run(lambda: ask_file(args, options), args.verbose)
@@ -281,6 +274,8 @@ def ask_file(args: argparse.Namespace, options: dict) -> int:
     content = args.questions.read_bytes()
     if not args.answers.parent.is_dir():
         raise ValueError(f"{args.answers.parent}: no such folder for the answers; make it first")
+    if not os.path.isdir(args.images):
+        raise ValueError(f"{args.images}: no such folder of pictures; --images names the one that they are in")
     weights = cli.find_weights(args.weights, messages)
     model_id = Path(os.path.abspath(weights)).name
     settings = {name: value for name, value in vars(args).items() if name not in NOT_ASKED} | {
@@ -289,28 +284,30 @@ def ask_file(args: argparse.Namespace, options: dict) -> int:
         "weights": _digest([model_id, _stamp(weights), _stamp(args.vision_tower)]),
         "device": choose_device(args.device).partition(":")[0],
     }
+    asked = {name: value for name, value in settings.items() if name not in ("images", "weights", "vision_tower")}
+
+    def record(question: Question, answer: str | None, error: str | None) -> dict:
+        return question.record(answer, error, _digest([asked, model_id, question.line])[:22], model_id)
+
+    questions, done = read_questions(content, args.images), {}
     journal = Journal(args.answers.with_name(args.answers.name + ".partial"), settings)
     if args.answers.exists() and not args.overwrite:
-        messages.note(f"{args.answers} is finished already: nothing to do (--overwrite starts anew)")
-        if journal.path.exists() and journal.path.read_bytes().startswith(journal.header):
-            journal.path.unlink()  # killed just after the answers got their name
-        return _status(args.answers)
+        done = read_answers(args.answers, questions, record)
+        if len(done) == len(questions):
+            messages.note(f"{args.answers} is finished already: nothing to do (--overwrite starts anew)")
+            if journal.path.exists() and journal.path.read_bytes().startswith(journal.header):
+                journal.path.unlink()  # killed just after the answers got their name
+            return 0
     if not args.overwrite:
-        journal.read()  # whether it can go on is known before gigabytes are opened
+        done |= journal.read()  # whether it can go on is known before gigabytes are opened
 
     assistant = cli.open_assistant(args, weights, messages)
     assistant.encode = lru_cache(args.image_cache)(assistant.encode)
     if args.overwrite:
         journal.path.unlink(missing_ok=True)
         args.answers.unlink(missing_ok=True)
-    questions, done = read_questions(content, args.images), journal.read()
     batches = plan(assistant, questions, args.system, options["max_new_tokens"], args.batch_size)
     seed = options.pop("seed") or 0
-    asked = {name: value for name, value in settings.items() if name not in ("images", "weights", "vision_tower")}
-
-    def record(question: Question, answer: str | None, error: str | None) -> dict:
-        return question.record(answer, error, _digest([asked, model_id, question.line])[:22], model_id)
-
     ready, started, told = len(done), time.monotonic(), time.monotonic()
     if done:
         messages.note(f"{ready} of {len(questions)} answered before; going on")
@@ -332,20 +329,11 @@ def ask_file(args: argparse.Namespace, options: dict) -> int:
     messages.progress("")
 
     done |= {question.line: record(question, None, question.error) for question in questions if question.error}
-    _write(args.answers, b"".join(json.dumps(done[question.line]).encode() + b"\n" for question in questions))
+    cli.write_whole(args.answers, "".join(json.dumps(done[question.line]) + "\n" for question in questions))
     journal.path.unlink(missing_ok=True)
-    return _status(args.answers)
-
-
-def _status(answers: Path) -> int:
-    """The exit status of a finished run; 1 comes with a line on stderr."""
-    try:
-        records = [json.loads(line) for line in answers.read_bytes().splitlines()]
-        errors = [record["error"] for record in records if "error" in record]
-    except (ValueError, TypeError):
-        raise ValueError(f"{answers} holds something else than answers; choose another name") from None
+    errors = [done[question.line]["error"] for question in questions if "error" in done[question.line]]
     if errors:
-        what = f"error: {len(errors)} of {len(records)} questions have no answer; {answers} says why"
+        what = f"error: {len(errors)} of {len(questions)} questions have no answer; {args.answers} says why"
         print(f"{what}; the first: {errors[0]}", file=sys.stderr)
     return 1 if errors else 0
 

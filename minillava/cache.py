@@ -11,7 +11,8 @@ from minillava.config import TextConfig
 
 
 class KVCache:
-    """Preallocated keys and values of every layer, made by the caller and passed down through the model.
+    """Preallocated keys and values of every layer, made by the caller and passed down through the model. Not the
+    queries: a query is used once, by its own token, but every later token looks at its key and reads its value.
 
     keys, values: per layer [B, K, capacity, D], rotary embedding already applied, not repeated for grouped heads.
     length: how many positions are filled. One number says where we are; nothing about it is stored on a layer.

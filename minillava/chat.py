@@ -22,7 +22,7 @@ from minillava.assistant import Assistant
 from minillava.cache import KVCache
 from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.image import ImageSource, open_image
-from minillava.loop import steps
+from minillava.loop import Options, steps
 from minillava.prompt import DEFAULT_TEMPLATE, place_images, render
 from minillava.tokenizer import common_prefix
 
@@ -40,6 +40,7 @@ class Picture:
 class Turn:
     question: str  # with an `<image>` for each picture
     pictures: tuple[Picture, ...]
+    options: Options  # with the seed that was used
     answer: str = ""
     finish_reason: str | None = None  # None while it goes on, "stop", "length", "interrupted"
     reused: int = 0  # positions of its prompt that were in the cache already
@@ -65,6 +66,7 @@ class Conversation:
         self.waiting: list[Picture] = []  # for the next question
         self.cache: KVCache | None = None
         # What stands, or will stand, at each position: an id, or a Picture P times; the first cache.length are cached.
+        # A stream goes on only while this is its own list.
         self.positions: list[int | Picture] = []
 
     @property
@@ -84,14 +86,16 @@ class Conversation:
     def stream(self, question: str, **options) -> Iterator[str]:
         """The answer as it is made, one piece per token, some of them empty. Arguments as for `ask`.
 
-        Where it is left early (closed, Ctrl-C), what was said so far is the answer; if that is nothing, the question
-        was not asked. Raises ValueError, and leaves the conversation as it was, when the context is full.
+        Where it is left early (closed, Ctrl-C, another question asked), what was said so far is the answer; if that is
+        nothing, the question was not asked. Raises ValueError, and leaves the conversation as it was, when the context
+        is full; and where it should go on though another question was asked since, or all was cleared.
         """
+        self._leave()
         assistant, model = self.assistant, self.assistant.model
         chosen = assistant.options(**options)
         if chosen.num_return_sequences > 1:
             raise ValueError(f"num_return_sequences is {chosen.num_return_sequences}, a conversation goes on from one")
-        turn = Turn(place_images(question, len(self.waiting)), tuple(self.waiting))
+        turn = Turn(place_images(question, len(self.waiting)), tuple(self.waiting), chosen)
         said = [(before.question, before.answer) for before in self.turns]
         ids = assistant.tokenizer.encode(render(assistant.template, [*said, (turn.question, None)], self.system))
         pictures = [picture for each in (*self.turns, turn) for picture in each.pictures]
@@ -126,21 +130,38 @@ class Conversation:
                 turn.finish_reason = step.finish_reason[0]
                 self._make_room(len(positions))
                 yield step.text[0]
+                if self.positions is not positions and step.finish_reason[0] is None:
+                    raise ValueError(f"the conversation went on without the answer to {question!r}; ask again")
         finally:
-            if turn.finish_reason is None and not turn.answer:
-                self.turns.pop()
-                self.waiting = list(turn.pictures)
-            elif turn.finish_reason is None:
-                turn.finish_reason = "interrupted"
+            if self.positions is positions:
+                self._leave()
+
+    def _leave(self) -> None:
+        """Where the last answer is not finished, what was said so far is the answer; no stream goes on with it."""
+        if not self.turns or self.turns[-1].finish_reason is not None:
+            return
+        turn = self.turns[-1]
+        self.positions = list(self.positions)
+        if turn.answer:
+            turn.finish_reason = "interrupted"
+        else:
+            self.turns.pop()
+            self.waiting = [*turn.pictures, *self.waiting]
 
     def record(self) -> dict:
-        """The conversation as JSON's kinds of values."""
+        """The conversation as JSON's kinds of values; options only where they are not the default."""
+        defaults = vars(Options())
         turns = [
             {
                 "question": turn.question,
                 "images": [picture.name for picture in turn.pictures],
                 "answer": turn.answer,
                 "finish_reason": turn.finish_reason,
+                "options": {
+                    name: value
+                    for name, value in vars(turn.options).items()
+                    if name == "seed" or value != defaults[name]
+                },
             }
             for turn in self.turns
         ]
@@ -161,7 +182,7 @@ HELP = """\
 /save FILE    write the conversation as JSON; a file that this session did not write is not overwritten
 /help         this list
 /quit, /exit  leave, as the end of the input does
-Ctrl-C stops an answer, which keeps what it has said; at the prompt it leaves."""
+Ctrl-C stops an answer, which keeps what it has said; at the prompt, or in a script, it leaves."""
 
 
 class Session:
@@ -174,7 +195,7 @@ class Session:
 
     def handle(self, line: str) -> bool:
         """One line; False when it was the last. Raises ValueError or OSError for what cannot be done."""
-        if not line.startswith("/"):
+        if not line.lstrip().startswith("/"):
             if line.strip():
                 self.answer(line)
             return True
@@ -220,7 +241,8 @@ class Session:
                     print(flush=True)
         more = count - 1
         speed = f", {more / (time.perf_counter() - started):.1f} per second" if more else ""
-        self.messages.stage("decode", started, f"{more} more token(s){speed}; ended by {turn.finish_reason}")
+        ended = f"ended by {turn.finish_reason}, seed {turn.options.seed}"
+        self.messages.stage("decode", started, f"{more} more token(s){speed}; {ended}")
         if turn.finish_reason == "length" and self.conversation.room == 0:
             context = len(self.conversation.positions)
             self.messages.note(f"the model's context of {context} positions is full; /clear starts anew")
@@ -231,7 +253,8 @@ class Session:
         if path.exists() and path not in self.saved:
             raise ValueError(f"{path}: exists already; choose another name")
         text = json.dumps({**self.about, **self.conversation.record()}, ensure_ascii=False, indent=2)
-        cli.write_whole(path, text + "\n")
+        # In a file name, what is not UTF-8 becomes JSON's \udc.., which reads back as the same name.
+        cli.write_whole(path, f"{text}\n".encode(errors="backslashreplace"))
         self.saved.add(path)
         self.messages.note(f"{len(self.conversation.turns)} turn(s) written to {path}")
 
@@ -251,7 +274,7 @@ examples:
   printf 'What is it?\\nWhat colour is it?\\n' | python -m minillava.chat -m DIR -i cat.jpg
 
 exit status: 0 the end, 1 an error in one line (at a terminal only one that ends the session), 2 wrong usage,
-130 Ctrl-C at the prompt""",
+130 Ctrl-C at the prompt, or where stdin is no terminal""",
     )
     parser.add_argument_group("question").add_argument(
         "-i", "--image", action="append", default=[], metavar="FILE",
@@ -292,6 +315,8 @@ def _chat(args: argparse.Namespace, options: dict) -> int:
             if not session.handle(line):
                 break
         except KeyboardInterrupt:
+            if not terminal:
+                raise  # it stops what a script runs
             kept = "what it said is kept" if len(session.conversation.turns) > turns else "nothing is kept of it"
             messages.note(f"stopped; {kept}")
         except BrokenPipeError:

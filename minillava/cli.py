@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -87,7 +88,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         ("--typical-p", float, "P", "sample among the least surprising and surprised tokens that reach probability P"),
         ("--repetition-penalty", float, "R", "above 1 makes tokens already in the text less likely"),
         ("--no-repeat-ngram-size", int, "N", "never say N tokens in a row that are in prompt or answer already"),
-        ("--seed", int, "S", "makes sampling reproducible"),
+        ("--seed", int, "S", "makes samples, and the noise of --contrast, reproducible (greedy default: 0)"),
     )
     for flag, kind, metavar, text in flags:
         names = ["-n", flag] if flag == "--max-new-tokens" else [flag]
@@ -96,9 +97,9 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
 
 
-def add_search_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of beams and of several answers: further fields of `Options`, for a command that takes whole answers."""
-    group = parser.add_argument_group("beams and several answers")
+def add_search_arguments(parser: argparse.ArgumentParser):
+    """Flags of beams: further fields of `Options`, for a command that takes whole answers; returns their group."""
+    group = parser.add_argument_group("search")
     group.add_argument(
         "--num-beams", type=int, default=Options.num_beams, metavar="N",
         help=f"follow the N most likely answers at once and take the best (default: {Options.num_beams}: off)",
@@ -113,10 +114,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop when N beams have ended (true), a better one is unlikely (false) or impossible (never) "
         "(default: false)",
     )  # fmt: skip
-    group.add_argument(
-        "--num-return-sequences", type=int, default=Options.num_return_sequences, metavar="N",
-        help=f"N answers, an empty line between them, the best beam first (default: {Options.num_return_sequences})",
-    )  # fmt: skip
+    return group
 
 
 def read_options(parser: Parser, args: argparse.Namespace) -> dict:
@@ -152,7 +150,10 @@ def add_contrast_arguments(parser: argparse.ArgumentParser):
 
 
 def read_contrast(parser: Parser, args: argparse.Namespace) -> Contrast | None:
-    """The method that the flags of `add_contrast_arguments` ask for; a flag of another method is wrong usage."""
+    """The method that the flags of `add_contrast_arguments` ask for; a flag of another method is wrong usage, and so
+    are beams."""
+    if args.contrast and args.num_beams > 1:
+        parser.error("--contrast and --num-beams do not go together: leave one of them out")
     given = {}
     for flag, _, _, methods, field, _ in CONTRAST_FLAGS:
         value = vars(args)[flag.strip("-").replace("-", "_")]
@@ -246,6 +247,17 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """A new or changed name is on disk when its folder is; where folders cannot be synced, the system decides when."""
+    with suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def find_weights(given: str | None, messages: Messages) -> str:
@@ -315,7 +327,10 @@ exit status: 0 answered, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
     )  # fmt: skip
     add_model_arguments(parser)
     add_generation_arguments(parser)
-    add_search_arguments(parser)
+    add_search_arguments(parser).add_argument(
+        "--num-return-sequences", type=int, default=Options.num_return_sequences, metavar="N",
+        help=f"N answers, an empty line between them, the best beam first (default: {Options.num_return_sequences})",
+    )  # fmt: skip
     add_contrast_arguments(parser).add_argument(
         "--contrast-log", metavar="FILE", help="write what each token was chosen from, one JSON object a line"
     )
@@ -337,12 +352,14 @@ def answer(argv: Sequence[str] | None = None) -> int:
     options, contrast = read_options(parser, args), read_contrast(parser, args)
     if args.contrast_log and contrast is None:
         parser.error("--contrast-log needs --contrast")
+    if args.contrast_log and not Path(args.contrast_log).absolute().parent.is_dir():
+        parser.error(f"--contrast-log {args.contrast_log}: no such folder; make it first")
     if args.contrast_log and args.num_return_sequences > 1:
         parser.error("--contrast-log follows one answer: leave --num-return-sequences out")
-    if contrast is not None and args.num_beams > 1:
-        parser.error("--contrast and --num-beams do not go together: leave one of them out")
     if args.logprobs is not None and (not args.json or args.logprobs < 0):
         parser.error(f"--logprobs {args.logprobs}: " + ("is below 0" if args.json else "needs --json"))
+    if contrast is not None and not args.image:
+        parser.error(f"--contrast {args.contrast} contrasts two views of a picture: give one with --image")
     if not args.image and args.prompt is None:
         parser.error("nothing to answer: give a picture with --image, or a question with --prompt")
     if args.image.count("-") + (args.prompt == "-") > 1:

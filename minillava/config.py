@@ -55,7 +55,7 @@ CLIP_RELEASE = "openai/clip-vit-large-patch14-336"
 class TextConfig:
     """The Llama language model. The defaults are those of transformers' LlamaConfig."""
 
-    vocab_size: int = 32000
+    vocab_size: int = 32000  # 32064 on the hub: <image>, <pad>, and unused rows up to a multiple of 64
     hidden_size: int = 4096
     intermediate_size: int = 11008
     num_hidden_layers: int = 32

@@ -24,6 +24,9 @@ from minillava.tokenizer import Tokenizer
 
 Rows = Sequence[Sequence[int]]
 
+LARGEST = 1e6
+"""Of alpha and rate: with more, float32 logits overflow."""
+
 
 @dataclass(frozen=True)
 class Contrast:
@@ -67,7 +70,7 @@ class VCD(Contrast):
 
     def __post_init__(self):
         super().__post_init__()
-        _check("alpha", self.alpha, 0)
+        _check("alpha", self.alpha, 0, LARGEST)
         _check("noise_step", self.noise_step, 0, NOISE_STEPS - 1, whole=True)
 
     def second(self, input_ids, pictures, processor, generator):
@@ -88,7 +91,7 @@ class RITUAL(Contrast):
 
     def __post_init__(self):
         super().__post_init__()
-        _check("alpha", self.alpha, 0)
+        _check("alpha", self.alpha, 0, LARGEST)
         if self.transform not in (None, *TRANSFORMS):
             raise ValueError(f"transform is {self.transform!r}, expected one of: {', '.join(TRANSFORMS)}")
 
@@ -118,7 +121,7 @@ class M3ID(Contrast):
 
     def __post_init__(self):
         super().__post_init__()
-        _check("rate", self.rate, 0)
+        _check("rate", self.rate, 0, LARGEST)
         if self.unsure is not None:
             _check("unsure", self.unsure, 0, 1)
 
@@ -127,7 +130,8 @@ class M3ID(Contrast):
         return without_pictures(input_ids), None
 
     def combine(self, logits, other, step):
-        difference = math.expm1(self.rate * step) * (logits - other)  # (1 - g) / g = 1 / g - 1
+        # (1 - g) / g = 1 / g - 1; the exponent is capped where float32 would overflow, long after l stopped to matter
+        difference = math.expm1(min(self.rate * step, 50)) * (logits - other)
         if self.unsure is not None:
             sure = logits.softmax(-1).amax(-1, keepdim=True) >= self.unsure  # [B, 1]
             difference = difference.masked_fill(sure, 0.0)
@@ -139,7 +143,8 @@ METHODS = {"vcd": VCD, "ritual": RITUAL, "m3id": M3ID}
 
 def describe(contrast: Contrast, step: Step, number: int, tokenizer: Tokenizer, best: int = 5) -> dict:
     """What a contrasted step of one row did, for a log: the token that was chosen, the `best` tokens of the first row,
-    of the second and of their combination, with probabilities, and how many tokens were cut."""
+    of the second and of their combination (before penalties, temperature and filters), with probabilities; and how
+    many tokens were cut."""
     piece = tokenizer.sentencepiece.id_to_piece
     streams = {"first": step.logits, "second": step.other_logits}
     streams["combined"] = contrast(step.logits, step.other_logits, number)
@@ -147,7 +152,7 @@ def describe(contrast: Contrast, step: Step, number: int, tokenizer: Tokenizer, 
     for name, logits in streams.items():
         found = logits[0].softmax(-1).topk(best)
         top[name] = [[piece(int(i)) if i < tokenizer.vocab_size else f"<{int(i)}>", round(float(p), 6)]
-                     for p, i in zip(found.values, found.indices, strict=True)]  # fmt: skip
+                     for p, i in zip(found.values, found.indices, strict=True) if p > 0]  # fmt: skip
     chosen = int(step.token_ids[0])
     return {"step": number, "id": chosen, "text": step.text[0], **top, "cut": int(contrast.cut(step.logits)[0].sum())}
 

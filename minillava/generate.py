@@ -58,8 +58,13 @@ def generate(
         raise ValueError("second and contrast belong together: what else is seen, and how the two are combined")
     record = (record,) if isinstance(record, str) else record
     if second is not None:
+        if len(second[0]) != len(input_ids):
+            raise ValueError(f"{len(input_ids)} rows of input_ids but {len(second[0])} second rows; give one for each")
         input_ids = [*input_ids, *second[0]]
         both = [some for some in (images, second[1]) if some is not None]
+        if len({some.shape[1:] for some in both}) > 1:
+            shapes = " and ".join(str(list(some.shape)) for some in both)
+            raise ValueError(f"images and those of the second rows are {shapes}; encode both or neither")
         images = torch.cat(both) if both else None
     with torch.no_grad():
         spliced = model.splice(input_ids, images)

@@ -70,6 +70,7 @@ class ImageProcessor:
 
     def _fit(self, image: Image.Image) -> Image.Image:
         if self.aspect == "pad":
+            # The mean colour, which `normalise` makes 0 up to rounding: a margin of it is no signal.
             image = pad_to_square(image, tuple(int(255 * m) for m in self.mean))
         return resize_and_crop(image, self.image_size)
 

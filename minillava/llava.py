@@ -169,7 +169,8 @@ class Llava(nn.Module):
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of predicting each label from the position before it. logits [B,T,V], labels [B,T].
 
-    float32, as transformers takes it. Raises ValueError when every label is ignored: the mean over nothing is NaN.
+    In float32, as in transformers, since it sums over the whole vocabulary. Raises ValueError when every label is
+    ignored: the mean over nothing is NaN.
     """
     following = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # [B, T]: position t predicts token t + 1
     if (following == IGNORE_INDEX).all():

@@ -1,6 +1,7 @@
 """The generation loop: prefill once, then one token per step; how each is chosen, and when to stop.
 
-B batch, T prompt positions after the splice, C width, H attention heads, L layers, V vocabulary.
+B batch, T prompt positions after the splice, S with those cached before, C width, H attention heads, L layers,
+V vocabulary.
 """
 
 import math
@@ -28,8 +29,8 @@ class Options:
     temperature 0 is greedy: the most likely token; the filters top_k, top_p, min_p and typical_p need a temperature.
     min_new_tokens bars the end tokens until then, as in transformers; a stop text still ends an answer.
     num_beams above 1 is beam search (beam.py); length_penalty and early_stopping (False, True, "never") belong to it.
-    stop: texts that end an answer and are cut from it. seed: if None, a fresh one is drawn and kept here; several, one
-    per prompt, make each sample independent of the prompts beside it.
+    stop: texts that end an answer and are cut from it. seed: if None, 0 for greedy and a fresh one for samples, kept
+    here; several, one per prompt, make each sample independent of the prompts beside it.
     num_return_sequences: answers per prompt, in adjacent rows. Raises ValueError for a value out of range.
     """
 
@@ -100,7 +101,8 @@ class Options:
             raise ValueError(f"stop is {self.stop!r}, expected texts")
         object.__setattr__(self, "stop", tuple(s for s in stop if s))  # an empty text would match everywhere
         if self.seed is None:
-            object.__setattr__(self, "seed", torch.Generator().seed() % 2**32)
+            # Greedy decoding draws nothing, but contrast may: the same question gets the same answer.
+            object.__setattr__(self, "seed", 0 if self.temperature == 0 else torch.Generator().seed() % 2**32)
 
 
 @dataclass
@@ -114,7 +116,9 @@ class Step:
     other_logits: Tensor | None  # [B, V] float32, those of the second rows; None without `contrast`
     scores: Tensor  # [B, V] float32, after contrast, penalties and filters: what the choice was made from
     hidden_states: tuple[Tensor, ...] | None  # L + 1 times [B, T, C] at prefill, then [B, 1, C]
-    attentions: tuple[Tensor, ...] | None  # L times [B, H, T, T] at prefill, then [B, H, 1, T + steps]
+    attentions: (
+        tuple[Tensor, ...] | None
+    )  # L times [B, H, T, S] at prefill (S = T without a cache), then [B, H, 1, S + steps]
 
 
 @torch.no_grad()
@@ -158,7 +162,7 @@ def steps(
         done = torch.tensor([row.finish_reason is not None for row in rows], device=spliced.embeds.device)  # [B]
         logits = last_logits(output)  # [streams·B, V]
         logits, other = (logits, None) if contrast is None else logits.chunk(2)  # [B, V]
-        token_ids, scores = choose(logits if contrast is None else contrast(logits, other, made - 1))
+        token_ids, scores = choose(logits if contrast is None else contrast(logits, other, made - 1), done)
         token_ids = token_ids.masked_fill(done, model.config.pad_token_id)  # [B]
         choose.remember(token_ids)
         text = [row.feed(token, last=made == budget) for row, token in zip(rows, token_ids.tolist(), strict=True)]
@@ -182,7 +186,7 @@ def check_wishes(options: Options, tokenizer: Tokenizer | None, record: Sequence
 
 
 def prefill(model: Llava, spliced: Spliced, cache: KVCache, *, hidden_states: bool, attentions: bool) -> LanguageOutput:
-    """All positions of the prompt at once, into an empty cache; logits of the last one only. -> logits [B,1,V]"""
+    """All positions of the prompt at once, behind what the cache holds; logits of the last only. -> logits [B,1,V]"""
     return model.language_model(
         spliced.embeds,
         spliced.attention_mask,
@@ -200,6 +204,8 @@ def decode(model: Llava, token_ids: Tensor, cache: KVCache, *, hidden_states: bo
 
 def last_logits(output: LanguageOutput) -> Tensor:
     """Those of the last position, [B, V] in float32 or better. Raises ValueError where they are no numbers."""
+    # What follows divides, exponentiates and sums over the whole vocabulary; in half precision it would round tokens
+    # into ties that the model did not mean. transformers copies to float32 at the same place.
     logits = output.logits[:, -1].to(torch.promote_types(output.logits.dtype, torch.float32))
     if not logits.isfinite().all():
         raise ValueError("the logits are not finite: damaged weights or a dtype too narrow; try --dtype float32")
@@ -244,11 +250,17 @@ class Chooser:
         ends = [i for i in config.eos_token_ids if i < config.text.vocab_size]
         self.end_ids = torch.tensor(ends, dtype=torch.long, device=device)
 
-    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, V] float32 -> token ids [B] and the scores [B, V] they were chosen from."""
+    def __call__(self, logits: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, V] float32 -> token ids [B] and the scores [B, V] they were chosen from. done: bool [B], rows whose
+        choice does not matter any more. Raises ValueError when nothing is left to choose."""
         scores = self.process(logits)
-        if self.options.no_repeat_ngram_size and not (scores > sampling.REMOVED).any(-1).all():
-            raise ValueError("no token is left to choose: no_repeat_ngram_size bars what the filters have left")
+        empty = ~(scores > sampling.REMOVED).any(-1)  # [B]
+        if (empty & ~done).any():
+            raise ValueError(
+                "no token is left to choose: contrast's cut, no_repeat_ngram_size, min_new_tokens and the filters "
+                "together remove all; loosen one of them"
+            )
+        scores = scores.masked_fill((empty & done)[:, None], 0)
         return (scores.argmax(-1) if self.options.temperature == 0 else self.draw(scores, 1)[:, 0]), scores
 
     def process(self, logits: Tensor) -> Tensor:

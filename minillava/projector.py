@@ -11,7 +11,11 @@ from minillava.config import LlavaConfig
 
 
 class Projector(nn.Module):
-    """`linear` is one layer; `mlpNx_gelu` is N layers with exact (erf) GELU between them. LLaVA-1.5: mlp2x_gelu."""
+    """`linear` is one layer; `mlpNx_gelu` is N layers with exact (erf) GELU between them.
+
+    The first LLaVA had `linear`; LLaVA-1.5 has mlp2x_gelu, because a second layer improved its answers (Liu et al.
+    2023, Improved Baselines with Visual Instruction Tuning).
+    """
 
     def __init__(self, config: LlavaConfig):
         super().__init__()

@@ -82,7 +82,7 @@ def test_lists_of_seeds_beams_answers_and_contrast(toy, picture):
     for each, options in (
         ([{"seed": 3}, {"seed": 4}], {"temperature": 1.5, "seed": [3, 4]}),
         ([{}, {}], {"num_beams": 3}),
-        ([{"seed": 5}] * 2, {"contrast": VCD(), "seed": 5}),
+        ([{"seed": [5]}, {"seed": 6}], {"contrast": VCD(), "seed": [5, 6]}),
         ([{}, {}], {"contrast": M3ID()}),
     ):
         assert toy.ask(images, questions, max_new_tokens=5, **options) == [
@@ -274,3 +274,27 @@ def test_ask_gives_one_answer(toy, picture):
     for question in ("Say.", ["Say."]):
         with pytest.raises(ValueError, match=r"generate\(\) returns several"):
             toy.ask(picture, question, temperature=1.0, num_return_sequences=2)
+
+
+def test_one_seed_shows_every_row_something_else(toy, picture, monkeypatch):
+    """A method that draws, such as RITUAL, must not draw the same for all questions of a batch."""
+    drawn = []
+
+    class Drawing(VCD):
+        def second(self, input_ids, pictures, processor, generator):
+            drawn.append(int(torch.randint(10**9, (), generator=generator)))
+            return super().second(input_ids, pictures, processor, generator)
+
+    ask = lambda **options: toy.ask(picture, ["What?"] * 4, contrast=Drawing(), max_new_tokens=1, **options)  # noqa: E731
+    ask(seed=3)
+    ask(seed=3)
+    assert drawn[:4] == drawn[4:]
+    assert len(set(drawn)) == 4
+    ask()
+    ask()
+    assert drawn[8:12] == drawn[12:]  # greedy: the same answer twice without a seed, too
+
+
+def test_score_refuses(toy, picture):
+    with pytest.raises(ValueError, match="list of texts"):
+        toy.score(picture, "Hm?", "Yes.")

@@ -1,5 +1,7 @@
 """Files of questions: what is written, in which order, and that a run killed at any time loses and repeats nothing."""
 
+import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -240,7 +242,8 @@ def test_a_broken_picture(run, tmp_path):
         (["--top-p", "0.5"], 2, "temperature"),
         (["--contrast", "vcd", "--cd-beta", "2"], 2, "beta is 2.0"),
         (["--contrast", "vcd", "--num-beams", "2"], 2, "leave one"),
-        (["--temperature", "1", "--num-return-sequences", "2"], 2, "holds one answer"),
+        (["--num-return-sequences", "1"], 2, "unrecognized"),  # a line of the answers file holds one answer
+        (["--images", "nowhere"], 1, "nowhere: no such folder of pictures"),
         (["--answers", "nowhere/a.jsonl"], 1, "nowhere: no such folder"),
         (["--questions", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file of questions"),
         (["-m", "nowhere"], 1, "nowhere: no such folder of weights"),
@@ -259,8 +262,12 @@ def test_the_questions_are_never_overwritten_by_the_answers(run, tmp_path):
     assert (tmp_path / "q.jsonl").exists()
 
 
-def test_help_describes_every_flag():
-    assert all(action.help for action in batch.batch_parser()._actions)
+def test_help_describes_every_flag_and_offers_none_that_cannot_be_used():
+    parser = batch.batch_parser()
+    assert all(action.help for action in parser._actions)
+    assert "--num-beams" in parser.format_help()
+    assert "--num-return-sequences" not in parser.format_help()
+    assert "asks again only what became an error" in " ".join(parser.format_help().split())
 
 
 def test_a_full_gpu_says_what_to_do(run, monkeypatch):
@@ -340,6 +347,25 @@ def test_a_torn_end_is_dropped_and_asked_again(run, stopped, whole, tmp_path, cu
     assert (tmp_path / "a.jsonl").read_bytes() == whole
 
 
+@pytest.mark.parametrize("cut", [1, 20])
+def test_what_is_asked_after_a_torn_end_is_kept(run, stopped, whole, tmp_path, monkeypatch, cut):
+    """Tear, go on, stop, go on: the torn line must not spoil those written behind it."""
+    (tmp_path / "a.jsonl.partial").write_bytes(stopped(2)[:-cut])
+    stopped(2)  # the batch of the torn line, and one more
+    asked = count_asked(monkeypatch)
+    assert run(None, "--batch-size", "4")[0] == 0
+    assert (len(asked), (tmp_path / "a.jsonl").read_bytes()) == (8, whole)
+
+
+def test_a_journal_of_another_kind_of_device_is_refused(run, stopped, monkeypatch):
+    stopped(1)
+    monkeypatch.setattr(batch, "choose_device", lambda name: "cuda:1")
+    status, _, err = run(None, "--batch-size", "4")
+    assert (status, "was begun with other device;" in err) == (1, True)
+    monkeypatch.setattr(batch, "choose_device", lambda name: "cpu:1")  # of the same kind
+    assert run(None, "--batch-size", "4")[0] == 0
+
+
 def test_a_torn_header_is_begun_again(run, stopped, whole, tmp_path):
     journal = stopped(1)
     (tmp_path / "a.jsonl.partial").write_bytes(journal[:30])
@@ -408,14 +434,77 @@ def test_a_finished_file_is_left_alone_unless_told_otherwise(run, stopped, whole
     assert (len(asked), (tmp_path / "a.jsonl").read_bytes()) == (20, whole)
 
 
-def test_a_finished_file_with_errors_and_one_of_something_else(run, tmp_path, capsys):
-    assert run([b"{"])[0] == 1
-    assert run(None)[0] == 1
-    (tmp_path / "a.jsonl").write_text("my thesis")
-    files = ["--questions", str(tmp_path / "q.jsonl"), "--answers", str(tmp_path / "a.jsonl")]
-    assert batch.main([*BASE, *files]) == 1
-    assert "holds something else than answers" in capsys.readouterr().err
-    assert (tmp_path / "a.jsonl").read_text() == "my thesis"
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--repetition-penalty", "1.1"],
+        ["-m", str(REFERENCE / "tied")],
+        lambda content: content[: content.rindex(b"{")],  # a record less
+        lambda content: content + content.splitlines(keepends=True)[0],
+        lambda content: b"".join(content.splitlines(keepends=True)[::-1]),
+        lambda content: content.replace(b"q1", b"q9"),
+        lambda content: b"my thesis",
+        lambda content: b"7\n8\n9\n",
+        lambda content: b'{"question_id": "q0", "text": "Yes."}\n' * 3,  # not by minillava.batch
+    ],
+    ids=range(9),
+)
+def test_a_finished_file_of_another_run_is_refused_and_kept(run, tmp_path, monkeypatch, change):
+    run(lines(3))
+    answers = tmp_path / "a.jsonl"
+    if callable(change):
+        answers.write_bytes(change(answers.read_bytes()))
+    before, asked = answers.read_bytes(), count_asked(monkeypatch)
+    files = ["--questions", str(tmp_path / "q.jsonl"), "--answers", str(answers)]
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        status = batch.main([*BASE, *files, "-q", *([] if callable(change) else change)])
+    assert (status, asked, answers.read_bytes()) == (1, [], before)
+    assert "does not hold the answers of this command" in errors.getvalue()
+    assert "--overwrite" in errors.getvalue()
+    assert errors.getvalue().count("\n") == 1
+
+
+def test_other_questions_are_not_finished_already(run):
+    questions = lines(3)
+    run(questions)
+    status, _, err = run([*questions[:2], {**questions[2], "text": "Another one?"}])
+    assert (status, "does not hold the answers" in err) == (1, True)
+
+
+def test_errors_are_asked_again_and_nothing_else(run, tmp_path, monkeypatch, whole):
+    """The folder of pictures was mistyped: the same command with the right one mends it, also when it is killed."""
+    (tmp_path / "empty").mkdir()
+    status, records, err = run(lines(20), "--batch-size", "4", "--images", tmp_path / "empty")
+    assert (status, sum("error" in record for record in records)) == (1, 18)
+    first, asked = batch.ask, []
+
+    def once(assistant, questions, *rest):
+        if asked and len(questions) > 1:
+            raise KeyboardInterrupt
+        asked.extend(question.line for question in questions)
+        return first(assistant, questions, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "ask", once)
+        assert run(None, "--batch-size", "4")[0] == 130
+    assert len(asked) == 4
+    found = count_asked(monkeypatch)
+    status, _, err = run(None, "--batch-size", "4")
+    assert (status, (tmp_path / "a.jsonl").read_bytes()) == (0, whole)
+    assert err in {f"note: {n} of 20 answered before; going on\n" for n in (5, 6)}
+    assert not set(asked) & set(found)
+    assert run(None, "--batch-size", "4")[2].endswith("nothing to do (--overwrite starts anew)\n")
+    assert not (tmp_path / "a.jsonl.partial").exists()
+
+
+def test_an_error_that_stays_one_is_told_again(run, monkeypatch):
+    questions = [b"{", lines(1)[0]]
+    assert run(questions)[0] == 1
+    asked = count_asked(monkeypatch)
+    status, records, err = run(None)
+    assert (status, asked, records[0]["line"]) == (1, [], 1)
+    assert "error: 1 of 2 questions have no answer" in err
 
 
 def start(folder: Path) -> BaseProcess:

@@ -26,6 +26,8 @@ def test_update_returns_all_so_far_and_advance_moves_on():
     k, v = c.update(1, kv(1, 9), kv(1, 8))
     assert k[0, 0, :, 0].tolist() == [1, 1, 1, 9]
     assert v[0, 0, :, 0].tolist() == [1, 1, 1, 8]
+    c.advance(1)
+    assert c.length == 4
 
 
 def test_overflow_raises_with_the_numbers():

@@ -1,5 +1,6 @@
 """A conversation through one cache is the conversation from a fresh start; and the door: lines, commands, Ctrl-C."""
 
+import contextlib
 import io
 import json
 import os
@@ -116,7 +117,9 @@ def test_an_answer_that_is_written_as_it_was_generated_is_not_read_again(assista
     prompt = assistant.prompt("What?")
     ids = assistant.tokenizer.encode(prompt + " " + said)[len(assistant.tokenizer.encode(prompt)) :]
     forced = iter([*ids, assistant.model.config.eos_token_ids[0]])
-    monkeypatch.setattr("minillava.loop.Chooser.__call__", lambda self, logits: (torch.tensor([next(forced)]), logits))
+    monkeypatch.setattr(
+        "minillava.loop.Chooser.__call__", lambda self, logits, *_: (torch.tensor([next(forced)]), logits)
+    )
     assert conversation.ask("What?") == said
     forced = iter([assistant.model.config.eos_token_ids[0]])
     assert conversation.ask("Why?") == ""
@@ -142,12 +145,12 @@ def test_a_second_picture_in_a_later_turn(assistant, watch):
 
 def test_another_picture_at_the_same_place_is_not_taken_for_the_first(assistant):
     conversation = Conversation(assistant)
-    conversation.add_image(PICTURE)
+    conversation.add_image(PICTURE, "it.png")
     pieces = conversation.stream("What is it?", max_new_tokens=5)
     next(pieces)
     pieces.close()
     conversation.turns.clear()
-    conversation.add_image(OTHER)
+    conversation.add_image(OTHER, "it.png")
     assert conversation.ask("What is it?", max_new_tokens=5) == assistant.ask(OTHER, "What is it?", max_new_tokens=5)
     assert conversation.turns[0].prefilled > assistant.model.config.tokens_per_image
 
@@ -165,6 +168,96 @@ def test_an_answer_left_early_is_the_turns_answer(assistant, watch):
     pixels = assistant.image_processor([PICTURE])
     fresh = generate(assistant.model, [seen["ids"]], pixels, max_new_tokens=5, tokenizer=assistant.tokenizer)
     assert answer == fresh.text[0]
+
+
+@pytest.fixture
+def say_nothing(monkeypatch):
+    """`say_nothing()`: while it is open, every token is <s>, which has no text."""
+
+    @contextlib.contextmanager
+    def silent():
+        with monkeypatch.context() as patch:
+            patch.setattr("minillava.loop.Chooser.__call__", lambda self, logits, *_: (torch.tensor([1]), logits))
+            yield
+
+    return silent
+
+
+def test_the_same_question_again_after_nothing_was_said(assistant, say_nothing):
+    """All of its prompt is in the cache then; the last position is read again, for its logits."""
+    conversation = Conversation(assistant)
+    conversation.add_image(PICTURE)
+    with say_nothing():
+        pieces = conversation.stream("What is it?")
+        assert next(pieces) == ""
+        pieces.close()
+    assert (conversation.turns, len(conversation.waiting)) == ([], 1)
+    assert conversation.ask("What is it?", max_new_tokens=5) == assistant.ask(PICTURE, "What is it?", max_new_tokens=5)
+    assert conversation.turns[0].prefilled == 1
+
+
+@pytest.mark.parametrize("end", ["close", "go on"])
+@pytest.mark.parametrize("then", ["ask", "stop", "refuse", "clear"])
+@pytest.mark.parametrize("silent", [False, True])
+def test_an_old_stream_leaves_the_newer_conversation_alone(assistant, say_nothing, silent, then, end):
+    conversation, fresh = Conversation(assistant), Conversation(assistant)
+    for each in (conversation, fresh):
+        each.add_image(PICTURE)
+    with say_nothing() if silent else contextlib.nullcontext():
+        old = conversation.stream("What is it?", max_new_tokens=50)
+        said = next(old)
+        assert bool(said) != silent
+        if then == "stop":  # an interruption before the first word leaves the turn that was there before
+            newer = conversation.stream("Why?")
+            with say_nothing():
+                next(newer)
+            newer.close()
+    if then == "ask":
+        conversation.ask("Why?", max_new_tokens=5)
+    elif then == "refuse":
+        with pytest.raises(ValueError, match="empty"):
+            conversation.ask("")
+    elif then == "clear":
+        conversation.clear()
+    if end == "close":
+        old.close()
+    else:
+        with pytest.raises(ValueError, match=r"went on without the answer to 'What is it\?'; ask again"):
+            next(old)
+    if then == "clear":
+        assert (conversation.turns, conversation.waiting) == ([], [])
+        return
+    if not silent:
+        pieces = fresh.stream("What is it?", max_new_tokens=50)
+        next(pieces)
+        pieces.close()
+    if then == "ask":
+        fresh.ask("Why?", max_new_tokens=5)
+    for each in (conversation, fresh):
+        each.ask("What colour is it?", max_new_tokens=5)
+    told = [[(t.question, t.answer, t.finish_reason) for t in each.turns] for each in (conversation, fresh)]
+    assert told[0] == told[1]
+    assert conversation.waiting == []
+
+
+def test_an_old_stream_does_not_end_a_newer_one(assistant):
+    conversation = Conversation(assistant)
+    old = conversation.stream("What is it?", max_new_tokens=5)
+    next(old)
+    newer = conversation.stream("Why?", max_new_tokens=5)
+    said = next(newer)
+    old.close()
+    assert said + "".join(newer) == conversation.turns[1].answer
+    assert [turn.finish_reason for turn in conversation.turns] == ["interrupted", "length"]
+
+
+def test_a_finished_stream_ends_quietly_after_another_question(assistant):
+    conversation = Conversation(assistant)
+    old = conversation.stream("What is it?", max_new_tokens=1)
+    next(old)
+    conversation.ask("Why?", max_new_tokens=2)
+    assert list(old) == []
+    assert [turn.finish_reason for turn in conversation.turns] == ["length", "length"]
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -299,6 +392,8 @@ def test_verbose_counts_positions(talk, expected):
     assert stages == ["load", "encode", *["prefill", "decode"] * 3]
     assert " 0 positions reused, " in err
     assert err.count(" prefilled, first token") == 3
+    err = talk(QUESTIONS[0], "-v", "--temperature", "1", "--seed", "11")[2]
+    assert "ended by length, seed 11\n" in err
 
 
 def test_help_goes_to_stderr_and_names_every_command(talk):
@@ -351,10 +446,64 @@ def test_save_writes_the_conversation_and_overwrites_only_its_own_file(talk, exp
                 "images": [PICTURE],
                 "answer": answers[0],
                 "finish_reason": "length",
+                "options": {"max_new_tokens": 6, "seed": 0},
             },
-            {"question": QUESTIONS[1], "images": [], "answer": answers[1], "finish_reason": "length"},
+            {
+                "question": QUESTIONS[1],
+                "images": [],
+                "answer": answers[1],
+                "finish_reason": "length",
+                "options": {"max_new_tokens": 6, "seed": 0},
+            },
         ],
     }
+
+
+def test_what_was_sampled_can_be_repeated_from_what_was_saved(talk, assistant, tmp_path):
+    path = tmp_path / "talk.json"
+    talk(
+        "\n".join(QUESTIONS) + f"\n/save {path}", "-i", PICTURE, "--temperature", "1.5", "--top-k", "40", "--stop", "!!"
+    )
+    again = Conversation(assistant)
+    for turn in json.loads(path.read_text(encoding="utf-8"))["turns"]:
+        assert set(turn["options"]) == {"max_new_tokens", "temperature", "top_k", "stop", "seed"}
+        for image in turn["images"]:
+            again.add_image(image)
+        assert again.ask(turn["question"], **turn["options"]) == turn["answer"]
+    assert len({turn.options.seed for turn in again.turns}) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system where any bytes are a name")
+def test_a_picture_whose_name_is_not_utf8_can_be_saved(talk, tmp_path):
+    name = os.fsencode(tmp_path) + b"/\xe9.png"
+    shutil.copy(PICTURE, name)
+    script = b"/image " + name + f"\n{QUESTIONS[0]}\n/save {tmp_path / 'talk.json'}\n".encode()
+    assert talk(script)[0] == 0
+    saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
+    assert [os.fsencode(image) for image in saved["turns"][0]["images"]] == [name]
+
+
+@pytest.mark.parametrize("line", [" /quit", "\t/exit "])
+def test_blanks_before_a_command(talk, line):
+    assert talk(f"{line}\n{QUESTIONS[0]}\n") == (0, "", "")
+
+
+def test_ctrl_c_in_a_pipe_ends_the_session_with_130(talk, expected, monkeypatch):
+    original, asked = Conversation.stream, []
+
+    def interrupted(self, question, **options):
+        asked.append(question)
+        for piece in original(self, question, **options):
+            yield piece
+            if len(asked) == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(Conversation, "stream", interrupted)
+    status, out, err = talk("\n".join(QUESTIONS), "-i", PICTURE)
+    first, second, rest = out.split("\n")
+    assert (status, asked, err.strip()) == (130, list(QUESTIONS[:2]), "")
+    assert (first, rest) == (expected[0], "")
+    assert expected[1].startswith(second)
 
 
 def test_a_full_context_is_one_line_with_what_to_do(talk, short):

@@ -313,7 +313,8 @@ def test_the_contrast_log_tells_what_each_token_was_chosen_from(run, tmp_path):
         assert line["cut"] > 0
         assert line["first"] != line["second"]
     assert list(tmp_path.iterdir()) == [path]
-    assert run(*arguments, "--contrast-log", tmp_path / "no" / "log", "--json")[0] == 1
+    status, _, err = run(*arguments, "--contrast-log", tmp_path / "no" / "log", "--json")
+    assert (status, "no such folder" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +331,11 @@ def test_wrong_use_of_contrast(run, arguments, parts):
     status, out, err = run("-i", PICTURE, *arguments)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert all(part in err for part in parts)
+
+
+def test_contrast_needs_a_picture(run):
+    status, _, err = run("-p", QUESTION, "--contrast", "m3id")
+    assert (status, "--image" in err, err.count("\n")) == (2, True, 1)
 
 
 # --- sampling -------------------------------------------------------------------------------------------------

@@ -1,14 +1,16 @@
 """Contrastive decoding: the formulas, what the second row sees, and that two rows of a batch are two separate runs."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 import minillava
-from minillava.contrast import M3ID, METHODS, RITUAL, TRANSFORMS, VCD, Contrast, add_noise, noise_scales
+from minillava import contrast
+from minillava.contrast import M3ID, METHODS, RITUAL, TRANSFORMS, VCD, Contrast, add_noise, describe, noise_scales
 from minillava.generate import generate
 from minillava.loop import Options, steps
 from minillava.sampling import top_p
@@ -56,6 +58,12 @@ def test_formulas(method, other, step, expected):
     torch.testing.assert_close(method(FIRST, other, step), torch.tensor([expected], dtype=torch.float32))
 
 
+def test_m3id_is_sure_from_the_very_probability():
+    logits = torch.zeros(1, 4)  # each exactly 0.25
+    assert torch.equal(M3ID(unsure=0.25).combine(logits, SECOND, 35), logits)
+    assert not torch.equal(M3ID(unsure=0.26).combine(logits, SECOND, 35), logits)
+
+
 def test_vcd_as_probabilities():
     found = VCD()(FIRST, SECOND, 0).softmax(-1)
     torch.testing.assert_close(found, torch.tensor([[0.8835, 0.0725, 0.0440, 0]]), atol=5e-5, rtol=0)
@@ -90,6 +98,10 @@ def test_m3ids_factor_grows_with_the_answer():
         (lambda: RITUAL(alpha=-1), "alpha is -1"),
         (lambda: RITUAL(transform="shear"), "transform is 'shear'"),
         (lambda: M3ID(unsure=2), "unsure is 2"),
+        (lambda: VCD(alpha=INF), "alpha is inf"),
+        (lambda: VCD(alpha=float("nan")), "alpha is nan"),
+        (lambda: RITUAL(alpha=INF), "alpha is inf"),
+        (lambda: M3ID(rate=INF), "rate is inf"),
     ],
 )
 def test_values_out_of_range(make, message):
@@ -179,6 +191,112 @@ def test_transforms_do_what_they_are_called():
         areas.append((int(columns[-1]) - int(columns[0]) + 1) / 100)
     assert min(areas) < 0.45
     assert max(areas) > 0.8
+
+
+@pytest.fixture
+def uniform(monkeypatch):
+    """`uniform(*values)`: what is drawn from now on, one after the other; the ranges asked for."""
+
+    def draw(*values: float) -> list[tuple[float, float]]:
+        given, asked = iter(values), []
+
+        def drawn(low, high, generator):
+            asked.append((low, high))
+            return next(given)
+
+        monkeypatch.setattr(contrast, "_uniform", drawn)
+        return asked
+
+    return draw
+
+
+def transformed(name: str, picture: Image.Image, seed: int = 0) -> Image.Image:
+    return RITUAL(transform=name).change(picture, 56, generator(seed))
+
+
+@pytest.mark.parametrize(
+    ("factors", "expected"),
+    [
+        ((0.5, 1, 1, 0), lambda p: ImageEnhance.Brightness(p).enhance(0.5)),
+        ((1, 0.5, 1, 0), lambda p: ImageEnhance.Contrast(p).enhance(0.5)),
+        ((1, 1, 0, 0), lambda p: p.convert("L").convert("RGB")),
+        ((1, 1, 1.5, 0), lambda p: ImageEnhance.Color(p).enhance(1.5)),
+    ],
+)
+def test_jitter_draws_brightness_contrast_saturation_and_hue(uniform, factors, expected):
+    coloured = Image.new("RGB", (9, 9), (200, 100, 50))
+    coloured.paste((60, 90, 120), (0, 0, 4, 9))
+    asked = uniform(*factors)
+    found = np.asarray(transformed("jitter", coloured)).astype(int)
+    assert asked == [(0, 2), (0, 2), (0, 2), (-0.5, 0.5)]
+    assert abs(found - np.asarray(expected(coloured))).max() <= 2  # there and back through HSV
+
+
+@pytest.mark.parametrize(("turn", "colour"), [(-0.5, (0, 255, 255)), (1 / 3, (0, 255, 0)), (-1 / 3, (0, 0, 255))])
+def test_jitter_turns_the_hue(uniform, turn, colour):
+    uniform(1, 1, 1, turn)
+    found = transformed("jitter", Image.new("RGB", (9, 9), (255, 0, 0))).getpixel((0, 0))
+    assert np.abs(np.subtract(found, colour)).max() <= 10  # a little more than a 255th of the circle
+
+
+def test_jitter_is_in_random_order(monkeypatch):
+    done = []
+    for i, kind in enumerate((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)):
+        monkeypatch.setattr(kind, "enhance", lambda self, factor, i=i: done.append(i) or self.image)
+    monkeypatch.setattr(contrast, "_turn_hue", lambda picture, turn: done.append(3) or picture)
+    for seed in range(100):
+        transformed("jitter", Image.new("RGB", (9, 9)), seed)
+    orders = {tuple(done[i : i + 4]) for i in range(0, 400, 4)}
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert len(orders) > 18  # of 24
+
+
+def test_rotate_draws_any_angle(uniform):
+    corner = Image.new("RGB", (9, 9))
+    corner.putpixel((8, 0), (255, 255, 255))
+    asked = uniform(90)
+    assert transformed("rotate", corner).getpixel((0, 0)) == (255, 255, 255)
+    assert asked == [(-180, 180)]
+
+
+def test_blur_reflects_the_edges(uniform):
+    pixels = np.random.default_rng(0).integers(0, 256, (14, 20, 3), np.uint8)
+    asked = uniform(1.7)
+    found = np.asarray(transformed("blur", Image.fromarray(pixels))).astype(float)
+    assert asked == [(1.5, 2.0)]
+    kernel = np.exp(-0.5 * (np.arange(-6, 7) / 1.7) ** 2)
+    kernel /= kernel.sum()
+    padded = np.pad(pixels.astype(float), ((6, 6), (6, 6), (0, 0)), mode="reflect")
+    rows = sum(weight * padded[i : i + 14] for i, weight in enumerate(kernel))
+    expected = sum(weight * rows[:, i : i + 20] for i, weight in enumerate(kernel))
+    assert np.abs(found - expected).max() < 0.51
+
+
+def test_crop_draws_area_and_shape(uniform):
+    """A quarter of the area, four by three: 57.7 x 43.3 of 100 x 100, anywhere."""
+    x, y = np.meshgrid(np.arange(100, dtype=np.uint8), np.arange(100, dtype=np.uint8))
+    where = Image.fromarray(np.stack([x, y, x], -1))
+    corners = []
+    for seed in range(40):
+        asked = uniform(0.25, math.log(4 / 3))
+        found = np.asarray(transformed("crop", where, seed)).astype(int)
+        assert asked == [(0.08, 1), pytest.approx((math.log(3 / 4), math.log(4 / 3)))]
+        assert np.ptp(found[..., 0]) == pytest.approx(57.7, abs=2)
+        assert np.ptp(found[..., 1]) == pytest.approx(43.3, abs=2)
+        corners.append(found[0, 0, :2])
+    lowest, highest = np.min(corners, 0), np.max(corners, 0)
+    assert (lowest < 10).all()
+    assert highest[0] > 33  # up to 42
+    assert highest[1] > 47  # up to 57
+
+
+@pytest.mark.parametrize(
+    ("size", "box"), [((20, 300), (0, 136, 20, 163)), ((300, 20), (136, 0, 163, 20)), ((5, 90), (0, 41, 5, 48))]
+)
+def test_crop_takes_the_middle_of_a_strip(size, box):
+    strip = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    expected = strip.resize((56, 56), Image.Resampling.BILINEAR, box=box)
+    assert transformed("crop", strip).tobytes() == expected.tobytes()
 
 
 def test_every_transform_is_drawn(picture):
@@ -298,6 +416,20 @@ def test_filters_see_the_combination(toy, picture):
     assert torch.equal(step.scores, top_p(VCD()(step.logits, step.other_logits, 0), 0.5))
 
 
+def test_the_log_names_each_stream_by_what_it_says(toy, picture):
+    ids, pixels = inputs(toy, picture)
+    second = VCD().second(ids, [picture], toy.image_processor, generator())
+    spliced = toy.model.splice([*ids, *second[0]], torch.cat([pixels, second[1]]))
+    step = next(steps(toy.model, spliced, Options(max_new_tokens=1), tokenizer=toy.tokenizer, contrast=VCD()))
+    described = describe(VCD(), step, 0, toy.tokenizer, best=3)
+    combined = VCD()(step.logits, step.other_logits, 0)
+    for name, logits in (("first", step.logits), ("second", step.other_logits), ("combined", combined)):
+        likely, which = logits[0].softmax(-1).topk(3)
+        assert [probability for _, probability in described[name]] == pytest.approx(likely.tolist(), abs=1e-6)
+        assert described[name][0][0] in (toy.tokenizer.sentencepiece.id_to_piece(int(which[0])), f"<{int(which[0])}>")
+    assert described["first"] != described["second"]
+
+
 def test_second_and_contrast_belong_together(toy, picture):
     ids, pixels = inputs(toy, picture)
     with pytest.raises(ValueError, match="belong together"):
@@ -315,3 +447,36 @@ def test_a_method_of_ones_own(toy, picture):
             return other + 3 * (logits - other)
 
     assert isinstance(toy.ask(picture, "What is it?", contrast=Guidance(beta=0), max_new_tokens=4), str)
+
+
+def test_m3id_stays_a_number_in_long_answers():
+    assert M3ID(rate=10.0).combine(100 * FIRST, -100 * FIRST, 4000).isfinite().all()
+    assert M3ID(rate=0.2).combine(FIRST, SECOND, 500).isfinite().all()
+
+
+def test_cut_and_minimum_length_can_leave_nothing(toy, picture):
+    """The one token that the cut leaves is the end, which min_new_tokens bars: an error, not id 0."""
+    ids, pixels = inputs(toy, picture)
+    best = int(generate(toy.model, ids, pixels, max_new_tokens=1).sequences[0, 0])
+    original = toy.model.config
+    toy.model.config = replace(original, eos_token_ids=(best,))
+    try:
+        for temperature in (0.0, 1.0):
+            with pytest.raises(ValueError, match="no token is left"):
+                generate(
+                    toy.model, ids, pixels, second=(ids, pixels), contrast=VCD(beta=1), min_new_tokens=2,
+                    max_new_tokens=3, temperature=temperature,
+                )  # fmt: skip
+    finally:
+        toy.model.config = original
+
+
+def test_second_rows_must_match_the_first(toy, picture):
+    ids, pixels = inputs(toy, picture)
+    two = {"images": pixels.repeat(2, 1, 1, 1), "contrast": VCD(), "max_new_tokens": 1}
+    with pytest.raises(ValueError, match=r"2 rows of input_ids but 1 second"):
+        generate(toy.model, ids * 2, second=(ids, pixels), **two)
+    with pytest.raises(ValueError, match="encode both or neither"):
+        generate(
+            toy.model, ids, toy.model.encode_images(pixels), second=(ids, pixels), contrast=VCD(), max_new_tokens=1
+        )

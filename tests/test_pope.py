@@ -129,6 +129,12 @@ def test_the_report_says_what_was_scored_and_where_the_scorers_disagree(score):
     assert '- 6 (label no): llava yes, vcd yes, ritual no: "There isn\'t."\n' in out
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(score):
+    marked = ["\ufeff" + json.dumps({"question_id": 1, "text": "Is 1?", "label": "yes"})]
+    status, out, _ = score(marked, ["\ufeff" + json.dumps({"question_id": 1, "text": "Yes"})], "--json")
+    assert (status, json.loads(out)["answered"]) == (0, 1)
+
+
 @pytest.mark.parametrize("scorer", ["llava", "vcd", "ritual"])
 def test_one_scorer_alone(score, scorer):
     rows = [line for line in score(QUESTIONS, ANSWERS, "--scorer", scorer)[1].splitlines() if line.startswith("| ")]

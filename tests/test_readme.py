@@ -32,7 +32,8 @@ def folder(reference, tmp_path):
     (tmp_path / "llava-1.5-7b-hf").symlink_to(reference / "plain")
     for name, picture in (("x.jpg", "landscape"), ("y.jpg", "portrait")):
         shutil.copy(reference / "pictures" / f"{picture}.png", tmp_path / name)
-    (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "image": "x.jpg", "text": "What is it?"}\n')
+    questions = re.search(r"\$ cat questions.jsonl\n(.*?)\n\$", README, re.DOTALL)[1]
+    (tmp_path / "questions.jsonl").write_text(f"{questions}\n", encoding="utf-8")
     return tmp_path
 
 

@@ -195,6 +195,25 @@ def test_missing_and_damaged_files(reference, tmp_path):
             Tokenizer(tmp_path / "tokenizer.model")
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("answer", ["A dog.", "", " ", "\n###", "]:", "é", "</s>"])
+def test_an_answer_begins_behind_the_ids_of_its_prompt(toy, template, answer):
+    """What the model is asked to go on from is cut into the same ids with and without the answer."""
+    opened = toy.encode(render(TEMPLATES[template], [("What is it?", None)]))
+    assert toy.encode(render(TEMPLATES[template], [("What is it?", answer)]))[: len(opened)] == opened
+
+
+def test_labels_end_where_the_next_question_is_cut_otherwise(toy):
+    """The blank that `hf` writes behind an answer is one id at the end of a text, and a part of "▁U" within it."""
+    turns = [("What?", "A dog."), ("Color?", "Brown.")]
+    ids, labels = encode_answers(toy, TEMPLATES["hf"], turns)
+    assert all(label in (IGNORE_INDEX, i) for i, label in zip(ids, labels, strict=True))
+    assert toy.decode(i for i in labels if i != IGNORE_INDEX) == "A dog. Brown. "
+    after = ids[labels.index(toy.encode("dog.")[-1]) + 1 :]
+    assert toy.decode(after).startswith("USER: Color?")
+    assert labels[len(ids) - len(after)] == IGNORE_INDEX
+
+
 @pytest.mark.parametrize(
     ("legacy", "length", "places"),
     [(True, 64, [47, 48, 49, 50, 61, 62, 63]), (False, 63, [47, 48, 49, 50, 60, 61, 62])],

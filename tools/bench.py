@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -147,14 +147,16 @@ def contrast(model: Llava, tokens: int, rounds: int) -> dict[str, Timing]:
     return take_turns(variants, rounds)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["contrast"])
     parser.add_argument("--size", choices=SIZES, default="0.5b")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--tokens", type=int, default=16, help="decoded per round")
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=5, help="at least 2, for a spread")
+    options = parser.parse_args(argv)
+    if options.rounds < 2 or options.tokens < 1:
+        parser.error("--rounds needs at least 2, --tokens at least 1")
     model = random_model(options.size, DTYPES[options.dtype])
     count = sum(p.numel() for p in model.parameters())
     timings = contrast(model, options.tokens, options.rounds)

@@ -73,7 +73,7 @@ class Answers:
 def read_lines(path: Path) -> list[tuple[str, dict]]:
     """(where, object) for each line that is not blank. Raises ValueError for what is not a JSON object."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:
