@@ -17,9 +17,13 @@ from minillava.llava import Llava
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"<!-- run -->\n```(\w+)\n(.*?)\n```", README, re.DOTALL)
-SHELL = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+SHELL = [text for kind, text in BLOCKS if kind == "sh"]
 CONSOLE = [
-    tuple(part.split("\n", 1)) for kind, text in BLOCKS if kind == "console" for part in text.split("$ ") if part
+    tuple(part.rstrip("\n").split("\n", 1))
+    for kind, text in BLOCKS
+    if kind == "console"
+    for part in text.split("$ ")
+    if part
 ]
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 
@@ -48,16 +52,17 @@ def run(command, folder):
         "PYTHONPATH": str(ROOT),
         "CUDA_VISIBLE_DEVICES": "",
     }
-    return subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_there_is_something_to_run():
     assert (len(SHELL) >= 3, len(CONSOLE) >= 1, len(PYTHON) >= 1) == (True, True, True)
 
 
-@pytest.mark.parametrize("command", SHELL)
-def test_commands_run(command, folder):
-    done = run(command, folder)
+@pytest.mark.parametrize("commands", SHELL)
+def test_commands_run(commands, folder):
+    """Those of a block one after the other, in one folder."""
+    done = run(f"set -e\n{commands}", folder)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip()
 
