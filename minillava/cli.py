@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from minillava import __version__, beam
@@ -260,6 +261,44 @@ def sync_folder(path: Path) -> None:
             os.close(folder)
 
 
+def check_stdin(parser: Parser, args: argparse.Namespace) -> None:
+    """`-` twice among --image and --prompt is wrong usage."""
+    if args.image.count("-") + (args.prompt == "-") > 1:
+        parser.error("only one of --image and --prompt can read stdin")
+
+
+def read_question(args: argparse.Namespace) -> tuple[str, list[Image.Image]]:
+    """--prompt and --image, `-` from stdin. What can be wrong with them is found here, before gigabytes are opened:
+    raises as `open_image` and `place_images`."""
+    question = DEFAULT_PROMPT if args.prompt is None else args.prompt
+    if question == "-":
+        question = sys.stdin.read().removesuffix("\n")
+    images = [open_image(_read_stdin() if image == "-" else image) for image in args.image]
+    place_images(question, len(images))
+    return question, images
+
+
+def _read_stdin() -> io.BytesIO:
+    """A picture from stdin, as a file with a name for messages."""
+    file = io.BytesIO(sys.stdin.buffer.read())
+    file.name = "stdin"
+    return file
+
+
+def check_outputs(parser: Parser, paths: Sequence[str]) -> None:
+    """Names of files to write: an empty one, a folder, one in a folder that is not there and one given twice are wrong
+    usage."""
+    for path in paths:
+        if not path:
+            parser.error("a file to write has an empty name")
+        if os.path.isdir(path):
+            parser.error(f"{path}: is a folder, expected the name of a file")
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            parser.error(f"{path}: no such folder; make it first")
+        if [os.path.realpath(other) for other in paths].count(os.path.realpath(path)) > 1:
+            parser.error(f"{path} is given twice; each file needs a name of its own")
+
+
 def find_weights(given: str | None, messages: Messages) -> str:
     """--weights, else $MINILLAVA_WEIGHTS, else the bundled model, with a note that says so. Raises ValueError where
     there is nothing."""
@@ -362,16 +401,8 @@ def answer(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--contrast {args.contrast} contrasts two views of a picture: give one with --image")
     if not args.image and args.prompt is None:
         parser.error("nothing to answer: give a picture with --image, or a question with --prompt")
-    if args.image.count("-") + (args.prompt == "-") > 1:
-        parser.error("only one of --image and --prompt can read stdin")
+    check_stdin(parser, args)
     return run(lambda: _answer(args, options, contrast), args.verbose)
-
-
-def _read_stdin() -> io.BytesIO:
-    """A picture from stdin, as a file with a name for messages."""
-    file = io.BytesIO(sys.stdin.buffer.read())
-    file.name = "stdin"
-    return file
 
 
 def _logprobs(token_id: int, logits: Tensor, count: int, tokenizer: Tokenizer) -> dict:
@@ -448,13 +479,7 @@ def _search(
 def _answer(args: argparse.Namespace, options: dict, contrast: Contrast | None) -> int:
     messages = Messages(args.verbose, args.quiet)
     weights = find_weights(args.weights, messages)
-    question = DEFAULT_PROMPT if args.prompt is None else args.prompt
-    if question == "-":
-        question = sys.stdin.read().removesuffix("\n")
-    # What can be wrong with pictures and question is found before gigabytes are opened.
-    images = [open_image(_read_stdin() if image == "-" else image) for image in args.image]
-    place_images(question, len(images))
-
+    question, images = read_question(args)
     assistant = open_assistant(args, weights, messages)
     prompt = assistant.prompt(question, images=len(images), system=args.system)
     if args.print_prompt:

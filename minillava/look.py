@@ -33,7 +33,8 @@ from minillava.image import ImageProcessor, ImageSource, open_image
 from minillava.llama import LanguageModel
 from minillava.llava import Llava, Spliced
 from minillava.loop import Options, Step, steps
-from minillava.prompt import DEFAULT_PROMPT, place_images
+from minillava.prompt import DEFAULT_PROMPT
+from minillava.recorder import piece_of
 from minillava.tokenizer import TextDecoder, Tokenizer
 
 DEPTH = 0.5, 1.0
@@ -180,13 +181,8 @@ def _lens_words(model: Llava, states: Sequence[Tensor], tokenizer: Tokenizer) ->
         logits = language.head(state if i == len(states) - 1 else language.norm(state))  # [positions, V]
         likely = logits.float().softmax(-1).max(-1)
         pairs = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
-        found.append([(piece_text(tokenizer, token), round(p, 4)) for token, p in pairs])
+        found.append([(piece_of(tokenizer, token), round(p, 4)) for token, p in pairs])
     return found
-
-
-def piece_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token as SentencePiece writes it ("▁star"), or its number where it has no piece."""
-    return tokenizer.sentencepiece.id_to_piece(token_id) if token_id < tokenizer.vocab_size else f"<{token_id}>"
 
 
 # ------------------------------------------------------------------------------------------------- look
@@ -204,8 +200,8 @@ def look(
     lens: bool = False,
     **options,
 ) -> Look:
-    """Answer, and where each word looked. layers, heads: counted from 0, those averaged over (default: the middle
-    layers, all heads). options: the fields of `loop.Options`. Raises ValueError for a layer or head out of range."""
+    """Answer, and where each word looked. layers, heads: counted from 0, those averaged over (default: the upper
+    half, all heads). options: the fields of `loop.Options`. Raises ValueError for a layer or head out of range."""
     text, picture = assistant.model.config.text, open_image(image)
     layers = _check("layer", default_layers(text.num_hidden_layers) if layers is None else layers,
                     text.num_hidden_layers)  # fmt: skip
@@ -223,8 +219,10 @@ def look(
             if not states:
                 patches = _lens_words(model, [state[0, start:end] for state in step.hidden_states], tokenizer)
             states.append([state[0, -1] for state in step.hidden_states])
-    while sum(map(len, pieces[:-1])) >= len(answer) and len(pieces) > 1:
-        pieces.pop()  # the end token, and what a stop text has cut off
+    left = len(answer)
+    for i, piece in enumerate(pieces):
+        pieces[i] = piece[:left]  # without what a stop text has cut off
+        left -= len(pieces[i])
     side = math.isqrt(end - start)
     words = [
         Word(word, [ids[i] for i in tokens], np.mean([maps[i] for i in tokens], axis=0).reshape(side, side))
@@ -233,7 +231,7 @@ def look(
     seen = None
     if lens:
         by_layer = [torch.stack(layer) for layer in zip(*states, strict=True)]  # L + 1 times [tokens, C]
-        said = [piece_text(tokenizer, i) for i in ids]
+        said = [piece_of(tokenizer, i) for i in ids]
         seen = Lens(patches, said, _lens_words(model, by_layer, tokenizer))
     box = seen_box(picture.size, assistant.image_processor)
     return Look(picture, box, question, answer, layers, heads, words, seen)
@@ -311,10 +309,14 @@ def look_parser() -> cli.Parser:
 exit status: 0 written, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
     )
     group = parser.add_argument_group("question")
-    group.add_argument("-i", "--image", required=True, metavar="FILE", help="picture: a path or a data: URL")
     group.add_argument(
-        "-p", "--prompt", "--query", default=DEFAULT_PROMPT, metavar="TEXT", help=f"(default: {DEFAULT_PROMPT!r})"
-    )
+        "-i", "--image", action="append", required=True, metavar="FILE",
+        help="picture: a path, a data: URL, or - for stdin",
+    )  # fmt: skip
+    group.add_argument(
+        "-p", "--prompt", "--query", default=DEFAULT_PROMPT, metavar="TEXT",
+        help=f"question, or - for stdin (default: {DEFAULT_PROMPT!r})",
+    )  # fmt: skip
     group = parser.add_argument_group("what to write, at least one")
     group.add_argument("--out", metavar="FILE.png", help="the picture with a heat map for each word")
     group.add_argument("--html", metavar="FILE", help="a page: hover a word for its map, a patch for its words")
@@ -328,7 +330,10 @@ exit status: 0 written, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
         "--layers", type=_numbers, default=(), metavar="LIST",
         help="layers to average, from 0, like 3 or 0,2-4 or all (default: the upper half)",
     )  # fmt: skip
-    group.add_argument("--heads", type=_numbers, metavar="LIST", help="heads to average, likewise (default: all)")
+    group.add_argument(
+        "--heads", type=_numbers, default=(), metavar="LIST",
+        help="heads to average, likewise (default: all)",
+    )  # fmt: skip
     cli.add_model_arguments(parser)
     cli.add_generation_arguments(parser)
     cli.add_output_arguments(parser)
@@ -343,11 +348,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = [path for path in (args.out, args.html, args.json, args.npy, args.grid, args.lens) if path is not None]
     if not paths:
         parser.error("nothing to write: give --out, --html, --json, --npy, --grid or --lens")
-    for path in paths:
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            parser.error(f"{path}: no such folder")
-        if paths.count(path) > 1:
-            parser.error(f"{path} is given twice; each file needs a name of its own")
+    if len(args.image) > 1:
+        parser.error(f"--image is given {len(args.image)} times: it looks at one picture")
+    cli.check_stdin(parser, args)
+    cli.check_outputs(parser, paths)
+    chosen = {"--word": args.word, "--layers": args.layers != (), "--heads": args.heads != ()}
+    if not any((args.out, args.html, args.json, args.npy)) and any(chosen.values()):
+        flag = next(flag for flag, given in chosen.items() if given)
+        parser.error(f"{flag} is about the maps: give --out, --html, --json or --npy")
     for flag, path in (("--out", args.out), ("--grid", args.grid)):
         if path is not None and not path.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
             parser.error(f"{flag} {path}: the name must end in .png, .jpg or .webp")
@@ -356,28 +364,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _write(args: argparse.Namespace, options: dict) -> int:
     messages = cli.Messages(args.verbose, args.quiet)
-    picture = open_image(args.image)
-    place_images(args.prompt, 1)  # what can be wrong with it is found before gigabytes are opened
+    question, (picture,) = cli.read_question(args)
     assistant = cli.open_assistant(args, cli.find_weights(args.weights, messages), messages)
     started, text = time.perf_counter(), assistant.model.config.text
     layers = range(text.num_hidden_layers) if args.layers is None else args.layers or None
     lens = args.lens is not None
     found = look(
-        assistant, picture, args.prompt, layers=layers, heads=args.heads, system=args.system, lens=lens, **options
+        assistant, picture, question, layers=layers, heads=args.heads or None, system=args.system, lens=lens, **options
     )
     messages.stage("answer", started, f"{len(found.words)} words")
     words = choose_words(found.words, args.word)
     square, side = assistant.image_processor.square(picture), math.isqrt(assistant.model.config.vision.num_patches)
     started, files = time.perf_counter(), {}
     if args.out is not None:
+        maps = [(word.text, word.heat) for word in words]
         used, also = look_draw.listed(found.layers), look_draw.listed(found.heads)
         note = (
             f"Layers {used} of {text.num_hidden_layers}, heads {also} of {text.num_attention_heads}, averaged, counted "
             "from 0. Below each word: how much of its attention went to its hottest "
-            "patch, of what went to the whole picture; the rest went to the text before it."
-        )
-        maps = [(word.text, word.heat) for word in words]
-        sheet = look_draw.draw_words(picture, found.box, maps, args.prompt, note)
+            "patch, of what went to the whole picture; the rest went to the text before it. "
+        ) + look_draw.remarks(maps, found.box, picture.size)
+        sheet = look_draw.draw_words(picture, found.box, maps, question, note)
         files[args.out] = _picture_bytes(sheet, args.out)
     if args.html is not None:
         files[args.html] = look_html.look_page(picture, as_json(found, words))
@@ -390,7 +397,7 @@ def _write(args: argparse.Namespace, options: dict) -> int:
     if args.grid is not None:
         files[args.grid] = _picture_bytes(look_draw.draw_grid(square, side), args.grid)
     if lens:
-        files[args.lens] = look_html.lens_page(square, vars(found.lens), args.prompt, found.answer)
+        files[args.lens] = look_html.lens_page(square, vars(found.lens), question, found.answer)
     for path, content in files.items():
         cli.write_whole(path, content)
     messages.stage("write", started, ", ".join(files))

@@ -96,6 +96,24 @@ def draw_words(
     return sheet
 
 
+def remarks(words: Sequence[tuple[str, np.ndarray]], box: Sequence[float], size: tuple[int, int]) -> str:
+    """What to know when reading the maps of words (text, heat [G, G]) on a picture of that size; box as in
+    `heat_map`."""
+    (left, top, right, bottom), (width, height) = box, size
+    text = "Each map has a scale of its own: a word that hardly used the picture burns as hot as one that did."
+    if right - left > width or bottom - top > height:
+        text += " Shares are of the whole padded picture."
+    outside = {}  # in the order of the words, each once
+    for word, heat in words:
+        row, column = divmod(int(heat.argmax()), len(heat))
+        x, y = ((at + 0.5) / len(heat) for at in (column, row))
+        if not (0 <= left + x * (right - left) < width and 0 <= top + y * (bottom - top) < height):
+            outside[word] = None
+    if outside:
+        text += f" The hottest patch lies in the padding, beside what is shown, for: {', '.join(outside)}."
+    return text
+
+
 def _draw_scale(sheet: Image.Image, pen: ImageDraw.ImageDraw, y: int) -> None:
     length, small = 520, ImageFont.load_default(14)
     bar = colourise(np.linspace(0, 1, length))[None].repeat(16, 0).astype(np.uint8)  # [16, length, 3]

@@ -4,9 +4,10 @@ import base64
 import io
 import json
 
+import numpy as np
 from PIL import Image
 
-from minillava.look_draw import BLACK_STAYS, SCALE, listed
+from minillava.look_draw import BLACK_STAYS, SCALE, listed, remarks
 
 MAX_SIDE = 1024
 """Of the picture in a page, in pixels."""
@@ -219,7 +220,9 @@ def look_page(picture: Image.Image, found: dict) -> str:
     kept = 1 - BLACK_STAYS
     contrast, brightness = kept / (1 + BLACK_STAYS), 1 + BLACK_STAYS
     style = LOOK_STYLE.replace("CONTRAST", f"{contrast:.4f}").replace("BRIGHTNESS", f"{brightness:.4f}")
-    note = f"Averaged over layers {listed(found['layers'])} and heads {listed(found['heads'])}, counted from 0."
+    note = f"Averaged over layers {listed(found['layers'])} and heads {listed(found['heads'])}, counted from 0. "
+    maps = [(word["text"], np.array(word["map"])) for word in found["words"]]
+    note += remarks(maps, found["picture"]["box"], found["picture"]["size"])
     grid = len(found["words"][0]["map"]) if found["words"] else 1
     data = found | {"image": data_url(picture), "note": note, "grid": grid}
     return _page("What it looked at", style, LOOK_BODY, data, LOOK_SCRIPT)

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from minillava import cli
 from minillava.assistant import Assistant
-from minillava.config import IMAGE_TOKEN_INDEX, read_config
+from minillava.config import read_config
 from minillava.image import ImageProcessor, open_image
 from minillava.llava import Llava
 from minillava.loop import Chooser, Options, Step, steps
-from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, IMAGE_MARKER, place_images, render
-from minillava.recorder import DEPTHS, Consume, Record, Recorder, number_text, source_of, summarise
+from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, place_images, render
+from minillava.recorder import DEPTHS, Consume, Record, Recorder, number_text, piece_of, source_of, summarise
 from minillava.tokenizer import Tokenizer
 from minillava.trace_html import Page
 
@@ -51,9 +51,10 @@ def trace(
     Raises ValueError for a layer that is not there, and as `Assistant.ask`."""
     model, tokenizer, processor = assistant.model, assistant.tokenizer, assistant.image_processor
     config = model.config
-    if max(layers or (0,)) >= config.text.num_hidden_layers:
-        last = config.text.num_hidden_layers - 1
-        raise ValueError(f"there is no layer {max(layers)}: the language model has layers 0 to {last}")
+    decoder, tower = config.text.num_hidden_layers, config.vision_layers_needed
+    if max(layers or (0,)) >= max(decoder, tower):
+        has = f"the language model has layers 0 to {decoder - 1}, the vision tower runs {tower} layer(s)"
+        raise ValueError(f"there is no layer {max(layers)}: {has}")
 
     def say(stage: str, name: str, source: Callable, value=None, tensor: Tensor | None = None) -> None:
         found = {} if tensor is None else summarise(tensor)
@@ -113,13 +114,6 @@ def _record_choice(recorder: Recorder, step: Step, tokenizer: Tokenizer) -> None
     recorder.add("choice", "top", None, Chooser.process, top)
     chosen = int(step.token_ids)
     recorder.add("choice", "token", step.token_ids, Chooser.__call__, [[chosen, piece_of(tokenizer, chosen)]])
-
-
-def piece_of(tokenizer: Tokenizer, token_id: int) -> str:
-    """An id as the tokenizer writes it; <image> for a picture, <id> for one of the rows behind its vocabulary."""
-    if token_id == IMAGE_TOKEN_INDEX:
-        return IMAGE_MARKER
-    return tokenizer.sentencepiece.id_to_piece(token_id) if token_id < tokenizer.vocab_size else f"<{token_id}>"
 
 
 # --- text -----------------------------------------------------------------------------------------------------
@@ -230,8 +224,9 @@ def difference(a: Tensor, b: Tensor) -> dict:
     a, b = a.double(), b.double()
     if torch.equal(a, b):
         return {**found, "max": 0.0, "relative": 0.0}
-    apart = a - b
-    largest, relative = float(apart.abs().max()), float(apart.norm() / max(a.norm(), b.norm()))
+    apart = torch.where(a == b, 0, a - b)  # filters make -inf of scores, and -inf - -inf is nan
+    size = max(x[x.isfinite()].norm() for x in (a, b))
+    largest, relative = float(apart.abs().max()), float(apart.norm() / size)
     finite = bool(apart.isfinite().all())
     return {**found, "max": largest if finite else str(largest), "relative": relative if finite else str(relative)}
 
@@ -245,6 +240,14 @@ def numbers_from(text: str) -> tuple[int, ...]:
     if not all(re.fullmatch(r"\d+", number.strip()) for number in found):
         raise argparse.ArgumentTypeError(f"expected whole numbers such as 0,31, found {text!r}")
     return tuple(map(int, found))
+
+
+def _tolerance(text: str) -> float:
+    """A number that is not negative."""
+    number = float(text)
+    if not number >= 0:  # nan neither
+        raise argparse.ArgumentTypeError(f"expected a number from 0, found {text!r}")
+    return number
 
 
 def trace_parser() -> cli.Parser:
@@ -270,10 +273,13 @@ examples:
 exit status: 0 traced or compared, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
     )
     group = parser.add_argument_group("question")
-    group.add_argument("-i", "--image", action="append", default=[], metavar="FILE", help="picture; repeat for several")
+    group.add_argument(
+        "-i", "--image", action="append", default=[], metavar="FILE",
+        help="picture: a path, a data: URL, or - for stdin; repeat for several",
+    )  # fmt: skip
     group.add_argument(
         "-p", "--prompt", "--query", default=DEFAULT_PROMPT, metavar="TEXT",
-        help=f"question; <image> in it places a picture (default: {DEFAULT_PROMPT!r})",
+        help=f"question, or - for stdin; <image> in it places a picture (default: {DEFAULT_PROMPT!r})",
     )  # fmt: skip
     group = parser.add_argument_group("trace")
     group.add_argument(
@@ -298,7 +304,7 @@ exit status: 0 traced or compared, 1 an error in one line, 2 wrong usage, 130 Ct
         help="two runs of this question, each a list of settings such as dtype=float32,device=cpu, or a --save file",
     )  # fmt: skip
     group.add_argument(
-        "--tolerance", type=float, default=0.0, metavar="R",
+        "--tolerance", type=_tolerance, metavar="R",
         help="with --compare: relative difference that counts as equal (default: 0)",
     )  # fmt: skip
     cli.add_model_arguments(parser)
@@ -315,7 +321,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = cli.read_options(parser, args)
     if options["seed"] is None:
         options["seed"] = Options().seed  # one for both runs of a comparison
+    cli.check_stdin(parser, args)
+    cli.check_outputs(parser, [path for path in (args.html, args.save) if path is not None])
     if args.compare is None:
+        if args.tolerance is not None:
+            parser.error("--tolerance is about two runs: give --compare")
         if args.html and args.json:
             parser.error("--html and --json do not go together: leave one of them out")
         return cli.run(lambda: _trace(args, options), args.verbose)
@@ -343,12 +353,14 @@ def _read_side(parser: cli.Parser, given: list[str], side: str) -> Path | argpar
     return parser.parse_args([*given, *flags])
 
 
-def _run(args: argparse.Namespace, options: dict, images: list, consume: Consume, messages, whole: bool) -> Assistant:
+def _run(args: argparse.Namespace, options: dict, asked: tuple, consume: Consume, messages, whole: bool) -> Assistant:
+    """asked: question and pictures."""
+    question, images = asked
     assistant = cli.open_assistant(args, cli.find_weights(args.weights, messages), messages)
     made = trace(
         assistant,
         images,
-        args.prompt,
+        question,
         assistant.options(**options),
         consume,
         depth=args.depth,
@@ -363,17 +375,8 @@ def _run(args: argparse.Namespace, options: dict, images: list, consume: Consume
     return assistant
 
 
-def _open(args: argparse.Namespace) -> list[Image.Image]:
-    """The pictures; what is wrong with them, or with where to write, is found before gigabytes are opened."""
-    for path in (args.html, args.save):
-        if path and not Path(path).parent.is_dir():
-            raise FileNotFoundError(f"{Path(path).parent}: no such folder to write {Path(path).name} in; make it first")
-    place_images(args.prompt, len(args.image))
-    return [open_image(image) for image in args.image]
-
-
 def _trace(args: argparse.Namespace, options: dict) -> int:
-    messages, images = cli.Messages(args.verbose, args.quiet), _open(args)
+    messages, asked = cli.Messages(args.verbose, args.quiet), cli.read_question(args)
     kept, page = {}, Page()
     show = page.add if args.html else print_json if args.json else Printer()
 
@@ -382,13 +385,14 @@ def _trace(args: argparse.Namespace, options: dict) -> int:
         if args.save and tensor is not None:
             kept[record.key] = tensor.detach().to("cpu", copy=True).contiguous()
 
-    assistant = _run(args, options, images, consume, messages, whole=True)
+    assistant = _run(args, options, asked, consume, messages, whole=True)
     if args.html:
+        images = asked[1]
         squares = [assistant.image_processor.square(image) for image in images]
         cli.write_whole(args.html, page.render(images, squares, assistant.model.config.vision.patch_size))
         print(page.answer)
     if args.save:
-        save_file(kept, args.save)
+        cli.write_whole(args.save, save(kept))
     return 0
 
 
@@ -399,7 +403,7 @@ def print_json(record: Record, tensor: Tensor | None) -> None:
 def _compare(args: argparse.Namespace, options: dict, sides: list) -> int:
     """The first side is run and kept, or read; the second is held against it while it runs, so that no two models are
     in memory at once."""
-    messages, images = cli.Messages(args.verbose, args.quiet), _open(args)
+    messages, asked = cli.Messages(args.verbose, args.quiet), cli.read_question(args)
     swapped = isinstance(sides[1], Path)
     stored, run = reversed(sides) if swapped else sides
     if isinstance(stored, Path):
@@ -411,9 +415,9 @@ def _compare(args: argparse.Namespace, options: dict, sides: list) -> int:
             if tensor is not None:
                 kept[record.key] = tensor.detach().to("cpu", copy=True)
 
-        _run(stored, options, images, keep, messages, whole=False)
-    comparison = Comparison(kept, swapped, args.tolerance, args.json)
-    _run(run, options, images, comparison, messages, whole=False)
+        _run(stored, options, asked, keep, messages, whole=False)
+    comparison = Comparison(kept, swapped, args.tolerance or 0.0, args.json)
+    _run(run, options, asked, comparison, messages, whole=False)
     comparison.finish()
     return 0
 

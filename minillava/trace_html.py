@@ -67,8 +67,10 @@ class Page:
         named = {record.name: record for record in self.records}
         spans = named["image_spans"].value if "image_spans" in named else [[None, None]] * len(images)
         figures = ""
-        for i, (image, square, (start, _)) in enumerate(zip(images, squares, spans, strict=True)):
+        for i, (image, square, (_, end)) in enumerate(zip(images, squares, spans, strict=True)):
             side = square.width // patch_size
+            # Counted from the end: a class token, where a model keeps it, stands before the patches.
+            start = None if end is None else end - side * side
             where = "" if start is None else f", at positions {start} to {start + side * side - 1}"
             seen = f"what the model sees: {side} x {side} patches{where}"
             figures += _figure(f'<img alt="" src="{_data_url(image, "JPEG")}">', f"picture {i}: {_size(image)}")

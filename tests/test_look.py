@@ -1,8 +1,11 @@
 """What each word looked at: whose row it is, that looking changes nothing, where it lies on the picture, the files."""
 
+import base64
+import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 from itertools import zip_longest
 from pathlib import Path
@@ -16,6 +19,7 @@ import minillava
 from minillava import cli, generate, look, look_draw, look_html
 from minillava.image import ImageProcessor
 from minillava.loop import Options, steps
+from minillava.recorder import piece_of
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -91,6 +95,16 @@ def test_looking_leaves_the_logits_bit_identical(reference, picture, attention, 
         assert rows.dtype == torch.float32
     assert len(alone) == len(watched) == SHORT.max_new_tokens
     assert all(torch.equal(a, b) for a, b in zip(alone, watched, strict=True))
+
+
+@torch.no_grad()
+def test_padding_changes_no_row(toy, picture):
+    ids, pixels = toy.tokenizer.encode(toy.prompt(QUESTION)), toy.image_processor([picture])
+    alone = toy.model.splice([ids], pixels)
+    padded = toy.model.splice([[0, 0, 0, *ids]], pixels, [[0] * 3 + [1] * len(ids)])
+    both = (look.watch(toy.model, spliced, SHORT, toy.tokenizer) for spliced in (alone, padded))
+    for (_, expected), (_, rows) in zip(*both, strict=True):
+        torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_two_can_be_watched_in_turn(toy, picture):
@@ -174,6 +188,16 @@ def test_what_a_stop_text_cuts_off_is_no_word(plain, picture):
     assert len("".join(word.text for word in cut.words)) < len("".join(word.text for word in whole.words))
 
 
+def test_words_hold_no_more_than_the_answer(plain, picture):
+    whole = look.look(plain, picture, QUESTION, max_new_tokens=12).answer
+    for start in range(len(whole)):
+        for stop in (whole[start : start + 2], whole[start : start + 5]):
+            cut = look.look(plain, picture, QUESTION, max_new_tokens=12, stop=[stop])
+            assert [word.text for word in cut.words] == cut.answer.split()
+        if start == 0:
+            assert cut.words == []
+
+
 def test_the_default_is_the_upper_half():
     assert [look.default_layers(n) for n in (1, 2, 4, 5)] == [[0], [1], [2, 3], [2, 3, 4]]
     assert look.default_layers(32) == list(range(16, 32))
@@ -196,7 +220,7 @@ def test_the_last_layer_of_the_lens_is_the_models_own_answer(toy, picture):
     spliced = prepare(toy, picture)
     start, end = spliced.image_spans[0][0]
     logits = toy.model.language_model(spliced.embeds).logits[0, start:end]
-    expected = [look.piece_text(toy.tokenizer, i) for i in logits.argmax(-1).tolist()]
+    expected = [piece_of(toy.tokenizer, i) for i in logits.argmax(-1).tolist()]
     assert [text for text, _ in found.patches[-1]] == expected
     layers = toy.model.config.text.num_hidden_layers
     assert len(found.patches) == len(found.tokens) == layers + 1
@@ -241,8 +265,55 @@ def test_the_drawn_map_is_hot_where_the_patch_lies(aspect):
     rows, columns = np.nonzero(hot)
     assert rows.mean() == pytest.approx(2 * (top + (bottom - top) * 2.5 / 6), abs=2)
     assert columns.mean() == pytest.approx(2 * (left + (right - left) * 4.5 / 6), abs=2)
+    framed = (drawn == look_draw.INK).all(-1)
+    rows, columns = np.nonzero(framed)
+    edges = 4 / 6, 2 / 6, 5 / 6, 3 / 6
+    expected = [2 * (low + (high - low) * edge)
+                for (low, high), edge in zip([(left, right), (top, bottom)] * 2, edges, strict=True)]  # fmt: skip
+    assert [columns.min(), rows.min(), columns.max(), rows.max()] == pytest.approx(expected, abs=1)
     hatched = drawn[:, :10].std() > 30  # what was cropped off, at the left edge
     assert hatched == (aspect == "crop")
+
+
+def test_each_map_stands_above_its_word(monkeypatch):
+    texts, write = {}, look_draw.ImageDraw.ImageDraw.text
+
+    def note(pen, place, text, *args, **options):
+        texts[text] = place
+        write(pen, place, text, *args, **options)
+
+    monkeypatch.setattr(look_draw.ImageDraw.ImageDraw, "text", note)
+    heats = np.zeros((3, 2, 2), np.float32)
+    heats[0, 0, 0], heats[1, 0, 1], heats[2, 1, 0] = 0.25, 0.5, 0.125  # hot at the left, the right, below
+    heats += 0.01
+    picture = Image.new("RGB", (200, 200), "white")
+    words = list(zip(("left", "right", "below"), heats, strict=True))
+    sheet = look_draw.draw_words(picture, (0, 0, 200, 200), words, "why", "note")
+    pixels = np.asarray(sheet, dtype=int)
+    for word, row, column in (("left", 0, 0), ("right", 0, 1), ("below", 1, 0)):
+        middle, bottom = map(int, texts[word])
+        side = (look_draw.WIDTH - 2 * look_draw.MARGIN - 3 * look_draw.GAP) // 4
+        panel = pixels[bottom - 4 - side : bottom - 4, middle - side // 2 : middle - side // 2 + side]
+        dark = 765 - panel.sum(-1)
+        halves = dark[: side // 2 * 2, : side // 2 * 2].reshape(2, side // 2, 2, side // 2).sum((1, 3))
+        assert np.unravel_index(halves.argmax(), (2, 2)) == (row, column)
+    order = ("the picture", "left", "right", "below")
+    assert sorted(order, key=lambda word: texts[word][0]) == list(order)
+    assert {"26.0% of 29.0%", "51.0% of 54.0%", "13.5% of 16.5%"} <= set(texts)
+
+
+def test_the_grid_shows_each_patch_at_its_row_and_column():
+    square = Image.new("RGB", (40, 40), "white")
+    square.paste((255, 0, 0), (30, 0, 40, 10))  # row 0, column 3
+    sheet = np.asarray(look_draw.draw_grid(square, 4), dtype=int)
+    red = (sheet == (255, 0, 0)).all(-1)
+    rows, columns = np.nonzero(red)
+    assert (rows.mean(), columns.mean()) == pytest.approx((34 + 125, 34 + 875), abs=2)
+    assert red.sum() == pytest.approx(250**2, rel=0.05)
+    for i in range(5):
+        line = 34 + 250 * i
+        assert (sheet[34 + 125, line] == look_draw.INK).all()
+        assert (sheet[line, 34 + 125] == look_draw.INK).all()
 
 
 def test_a_long_answer_becomes_more_rows_and_no_text_is_too_wide(picture):
@@ -258,6 +329,34 @@ def test_a_long_answer_becomes_more_rows_and_no_text_is_too_wide(picture):
     for sheet in sheets:
         edge = np.asarray(sheet)[:, -8:]
         assert (edge == 255).all()
+
+
+def test_what_to_know_about_the_maps_is_said(tmp_path, run):
+    def heat(row, column):
+        heat = np.zeros((4, 4), np.float32)
+        heat[row, column] = 1
+        return heat
+
+    words = [("up", heat(0, 1)), ("in", heat(1, 1)), ("down", heat(3, 3)), ("up", heat(0, 3))]
+    wide = look_draw.remarks(words, (0, -50, 200, 150), (200, 100))
+    assert "scale of its own" in wide
+    assert "of the whole padded picture" in wide
+    assert "lies in the padding, beside what is shown, for: up, down." in wide
+    high = look_draw.remarks([("left", heat(1, 0)), ("in", heat(0, 2))], (-50, 0, 150, 200), (100, 200))
+    assert high.endswith("for: left.")
+    square = look_draw.remarks(words, (0, 0, 200, 200), (200, 200))
+    assert "scale of its own" in square
+    assert "padd" not in square
+    run("--html", tmp_path / "a.html")
+    assert "scale of its own" in page_data((tmp_path / "a.html").read_text(encoding="utf-8"))["note"]
+
+
+def test_the_sheet_says_what_to_know_about_the_maps(tmp_path, run, monkeypatch):
+    notes, draw = [], look_draw.draw_words
+    monkeypatch.setattr(look_draw, "draw_words", lambda *given: notes.append(given[-1]) or draw(*given))
+    assert run("--out", tmp_path / "a.png")[0] == 0
+    assert "scale of its own" in notes[0]
+    assert "of the whole padded picture" in notes[0]
 
 
 def test_numbers_are_listed_shortly():
@@ -287,6 +386,54 @@ def test_the_page_holds_the_numbers_and_loads_nothing(plain, picture):
         assert not re.search(r"\b(TITLE|COLOURS|STYLE|BODY|SCRIPT|SIZE|CONTRAST)\b", text.replace("DATA TITLE", ""))
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script")
+@pytest.mark.parametrize(
+    ("size", "box", "place"),
+    [((200, 100), (0, -50, 200, 150), [0, -50, 100, 200]), ((100, 200), (-50, 0, 150, 200), [-50, 0, 200, 100])],
+)
+def test_the_page_paints_a_patch_where_it_lies(size, box, place):
+    heat = np.zeros((4, 4))
+    heat[2, 0], heat[1, 3] = 0.5, 0.25  # patches 8 and 7
+    found = look.Look(Image.new("RGB", size), box, "why", "so", [0], [0], [look.Word("so", [1], heat)], None)
+    page = look_html.look_page(found.picture, look.as_json(found, found.words))
+    script = """
+const elements = {};
+const element = () => { const e = {style: {}, children: [], on: {}, append() {}};
+  e.classList = {add() {}, toggle() {}};
+  e.addEventListener = (kind, act) => { e.on[kind] = act; };
+  e.appendChild = child => { e.children.push(child); return child; };
+  e.replaceChildren = () => { e.children = []; };
+  return e; };
+globalThis.document = {getElementById: id => elements[id] ??= element(), createElement: element};
+"""
+    script += re.search(r"<script>(.*)</script>", page, re.DOTALL)[1]
+    script += """
+const painted = cells.map(e => e.style.backgroundColor);
+cells[8].on.click();
+const {left: l, top: t, width, height} = elements.patches.style;
+console.log(JSON.stringify({place: [l, t, width, height], painted, said: elements.said.textContent}));
+"""
+    ran = subprocess.run(["node", "-"], input=script, capture_output=True, text=True, encoding="utf-8", timeout=60)
+    assert ran.stderr == ""
+    said = json.loads(ran.stdout)
+    assert [float(x.removesuffix("%")) for x in said["place"]] == place
+    colours = ["rgb({},{},{})".format(*look_draw.SCALE[i]) for i in (-1, 2, 0)]
+    assert [said["painted"].index(colour) for colour in colours] == [8, 7, 0]
+    assert said["said"].startswith("Patch in row 2, column 0,")
+
+
+def test_each_page_has_its_own_picture(run, tmp_path, plain, picture):
+    assert run("--html", tmp_path / "a.html", "--lens", tmp_path / "b.html", "--grid", tmp_path / "c.png")[0] == 0
+    sizes = []
+    for name in ("a.html", "b.html"):
+        image = page_data((tmp_path / name).read_text(encoding="utf-8"))["image"]
+        sizes.append(Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))).size)
+    side = plain.model.config.vision.image_size
+    assert sizes == [picture.size, (side, side)]
+    with Image.open(tmp_path / "c.png") as grid:
+        assert grid.width == grid.height
+
+
 # --- the command ----------------------------------------------------------------------------------------------
 
 
@@ -294,12 +441,13 @@ def test_the_page_holds_the_numbers_and_loads_nothing(plain, picture):
 def run(capsys, monkeypatch, reference):
     monkeypatch.delenv(cli.WEIGHTS_VARIABLE, raising=False)
     base = ["-m", str(reference / "plain"), "--device", "cpu", "--dtype", "float32", "-n", "8"]
-    base += ["-i", str(reference / "pictures" / "landscape.png"), "-p", QUESTION]
+    base += ["-p", QUESTION]
+    image = ["-i", str(reference / "pictures" / "landscape.png")]
 
     def in_process(*arguments, main=look.main):
         capsys.readouterr()
         try:
-            status = main([*base, *map(str, arguments)])
+            status = main([*base, *([] if "-i" in arguments else image), *map(str, arguments)])
         except SystemExit as exit:
             status = exit.code
         return (status, *capsys.readouterr())
@@ -325,6 +473,17 @@ def test_everything_is_written_and_the_answer_printed(run, tmp_path):
     assert (raw["layers"], raw["heads"]) == ([1], [0, 1, 2, 3])
     for flag in ("out", "grid"):
         Image.open(names[flag]).verify()
+
+
+def test_picture_and_question_come_from_stdin_too(run, reference, monkeypatch, tmp_path):
+    expected, path = run("--json", tmp_path / "a.json"), tmp_path / "b.json"
+    for flag, content in (
+        ("-p", QUESTION.encode() + b"\n"),
+        ("-i", (reference / "pictures" / "landscape.png").read_bytes()),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert run("--json", path, flag, "-") == expected
+        assert path.read_bytes() == (tmp_path / "a.json").read_bytes()
 
 
 def test_one_word_of_chosen_layers_and_heads(run, tmp_path):
@@ -353,6 +512,14 @@ def test_one_word_of_chosen_layers_and_heads(run, tmp_path):
         (["--json", "a.json", "--heads", "0,4"], 1, "no head 4: this model has heads 0 to 3"),
         (["--json", "a.json", "--word", "giraffe"], 1, "the answer has no word 'giraffe'; its words: "),
         (["--json", "a.json", "-i", "nowhere.png"], 1, "nowhere.png: no such picture"),
+        (["--json", "a.json", "-i", "a.png", "-i", "b.png"], 2, "--image is given 2 times: it looks at one picture"),
+        (["--json", "a.json", "-i", "-", "-p", "-"], 2, "only one of --image and --prompt can read stdin"),
+        (["--json", "a.json", "--out", "./a.json"], 2, "is given twice"),
+        (["--out", "."], 2, ".: is a folder"),
+        (["--html", ""], 2, "an empty name"),
+        (["--grid", "a.png", "--word", "a"], 2, "--word is about the maps: give --out"),
+        (["--lens", "a.html", "--layers", "all"], 2, "--layers is about the maps"),
+        (["--lens", "a.html", "--heads", "all"], 2, "--heads is about the maps"),
         (["--json", "a.json", "-p", "<image> or <image>?"], 1, "2"),
     ],
 )

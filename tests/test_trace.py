@@ -1,8 +1,11 @@
 """The trace: that its shapes are those of the walk-through, that watching changes nothing, and where two runs part."""
 
+import base64
+import io
 import json
 import re
 import shutil
+import sys
 import weakref
 from pathlib import Path
 
@@ -25,7 +28,7 @@ from minillava.loop import Options
 from minillava.prompt import DEFAULT_PROMPT, TEMPLATES
 from minillava.recorder import Record, Recorder, summarise
 from minillava.tokenizer import Tokenizer
-from minillava.trace import main, trace
+from minillava.trace import difference, main, trace
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = REFERENCE / "plain"
@@ -226,6 +229,19 @@ def test_numbers_are_those_of_the_tensors(assistant, picture):
     cached = tensors["1/language_model.layers.1.cache.keys"]
     assert torch.equal(cached[:, :, :-1], tensors["0/language_model.layers.1.cache.keys"])
     assert torch.equal(cached[:, :, -1:], tensors["1/language_model.layers.1.self_attn.k"])
+    values = tensors["1/language_model.layers.1.cache.values"]
+    assert torch.equal(values[:, :, -1:], tensors["1/language_model.layers.1.self_attn.v"])
+
+
+def test_positions_of_a_padded_row_count_what_is_real(assistant):
+    rows, found = [assistant.tokenizer.encode("USER: Hi"), assistant.tokenizer.encode("USER: What is it, then?")], {}
+    short, long = map(len, rows)
+    assert short < long
+    with Recorder(assistant.model, lambda one, x: found.update({one.key: x}), "modules", None, (0, 1)):
+        generate(assistant.model, rows, max_new_tokens=2, min_new_tokens=2)
+    padded = [0] * (long - short) + list(range(short))
+    assert found["0/positions"].tolist() == [padded, list(range(long))]
+    assert found["1/positions"].tolist() == [[short], [long]]
 
 
 def test_a_summary_is_right_and_is_json():
@@ -365,6 +381,67 @@ def test_without_a_picture(run, capsys):
     assert "[0, 3, 56, 56]" in found.out
 
 
+def test_picture_and_question_come_from_stdin_too(capsys, monkeypatch, out, tmp_path):
+    expected, picture = out(), (PICTURES / "landscape.png").read_bytes()
+    for flag, content in (("-p", b"What <b>?\n"), ("-i", picture)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        given = list(BASE)
+        given[given.index(flag) + 1] = "-"
+        assert main(["-m", str(WEIGHTS), *given]) == 0
+        assert capsys.readouterr().out == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What <b>?\n")))
+    assert main(["-m", str(WEIGHTS), *BASE, "-p", "-", "--compare", "dtype=float32", "dtype=float32"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"(\d+) of \1 tensors equal", last)
+
+
+def test_a_layer_that_only_the_tower_has(tmp_path, assistant, picture):
+    """The decoder has fewer layers than the tower."""
+    deep = minillava.load(changed_config(tmp_path, vision_feature_layer=-1), device="cpu", dtype="float32")
+    names = {one.name for one in record(deep, picture, layers=[2])}
+    assert "vision_tower.encoder.layers.2" in names
+    with pytest.raises(ValueError, match="no layer 3: the language model has layers 0 to 1, the vision tower runs 3"):
+        record(deep, picture, layers=[3])
+
+
+def changed_config(folder: Path, **changes) -> Path:
+    """The stored checkpoint with another config.json."""
+    folder = Path(shutil.copytree(WEIGHTS, folder / "changed"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    return folder
+
+
+def squares(page: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """((x, y), the numbers of the title) of every patch in a page."""
+    found = re.findall(r'<rect x="(\d+)" y="(\d+)" [^>]*><title>(.*?)</title>', page)
+    return [((int(x), int(y)), tuple(map(int, re.findall(r"\d+", title)))) for x, y, title in found]
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_patch_is_at_its_place_in_picture_and_text(rows, out, tmp_path, assistant, picture, kept):
+    weights = changed_config(tmp_path, vision_feature_select_strategy="full" if kept else "default")
+    out("-m", weights, "--html", tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    named = {row["name"]: row for row in rows("-m", weights)}
+    ((start, end),), vision = named["image_spans"]["value"], assistant.model.config.vision
+    side, patch = vision.image_size // vision.patch_size, vision.patch_size
+    assert end - start == side * side + kept
+    expected = [
+        ((column * patch, row * patch), (row * side + column, row, column, start + kept + row * side + column))
+        for row in range(side)
+        for column in range(side)
+    ]
+    assert squares(page) == expected
+    assert f"at positions {start + kept} to {end - 1}<" in page
+    (_, given), (_, seen) = [
+        (kind, Image.open(io.BytesIO(base64.b64decode(data))).size)
+        for kind, data in re.findall(r'"data:image/(\w+);base64,(.*?)"', page)
+    ]
+    assert given == picture.size
+    assert seen == (vision.image_size, vision.image_size)
+
+
 def test_the_page_is_whole_and_needs_nothing(out, tmp_path, assistant):
     page = tmp_path / "trace.html"
     answer = out("--html", page, "-i", PICTURES / "portrait.png", "-p", "<image> or <image> <b>?")
@@ -425,6 +502,28 @@ def test_attention_functions_part_by_rounding_alone(rows):
     assert parted(tolerant) == (None, compared, compared)
 
 
+def test_differences_are_the_largest_and_of_the_larger():
+    a, b = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 8.0])
+    for found in (difference(a, b), difference(b, a)):
+        assert (found["max"], found["relative"]) == pytest.approx((4, 4 / 73**0.5))
+    infinite = torch.tensor([float("-inf")])
+    a, b = torch.cat([a, infinite]), torch.cat([b, infinite])
+    assert difference(a, b)["relative"] == pytest.approx(4 / 73**0.5)  # -inf: what a filter has cut
+    assert difference(a, a)["relative"] == 0
+    for other in (a.nan_to_num(neginf=0.0), a * float("nan")):
+        found = difference(a, other)
+        assert isinstance(found["max"], str)
+        assert isinstance(found["relative"], str)
+
+
+def test_scores_behind_a_filter_are_compared(rows):
+    flags = ["--temperature", "1", "--top-k", "5", "--depth", "outline"]
+    found = rows("--compare", "attention=eager", "attention=fused", "--tolerance", "1e-4", *flags)
+    assert [row["relative"] < 1e-4 for row in found[:-1] if row["name"] == "scores"] == [True, True]
+    first, equal, compared = parted(found)
+    assert (first, equal) == (None, compared)
+
+
 def test_pad_and_crop_part_at_the_pixels(out):
     text = out("--compare", "image_aspect_ratio=pad", "image-aspect-ratio=crop", "--depth", "outline")
     assert "they part first at pixel_values (image.py:" in text
@@ -446,6 +545,21 @@ def test_after_different_tokens_nothing_is_compared(rows, tmp_path, out):
     assert parted(found)[0] == (1, "token")
     assert found[-1]["other_token_at_step"] == 1
     assert {row["step"] for row in found[:-1]} == {None, 0, 1}
+
+
+def test_a_file_is_saved_whole_or_not_at_all(run, out, tmp_path, monkeypatch):
+    file, page = tmp_path / "a.safetensors", tmp_path / "a.html"
+    out("--save", file, "--html", page, "--depth", "outline")
+    assert file.stat().st_mode == page.stat().st_mode  # as readable as any other file
+    before = file.read_bytes()
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(cli.os, "fsync", full)
+    assert run("--save", file, "--step", "0")[0] == 1
+    assert file.read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == [page, file]
 
 
 def test_a_stored_reference(rows, out, tmp_path):
@@ -480,7 +594,15 @@ def test_a_stored_reference(rows, out, tmp_path):
         (["--compare", "a", "b"], 2, "--compare has two files, and nothing to run"),
         (["--compare", "dtype=float32", "dtype=float32", "--html", "x"], 2, "leave --compare out"),
         (["--html", "x", "--json"], 2, "leave one of them out"),
-        (["--save", "no/such/folder/x"], 1, "no/such/folder: no such folder"),
+        (["--save", "no/such/folder/x"], 2, "no/such/folder/x: no such folder"),
+        (["--layer", "3"], 1, "there is no layer 3"),
+        (["--html", "x", "--save", "./x"], 2, "x is given twice"),
+        (["--save", str(PICTURES)], 2, "is a folder"),
+        (["--html", ""], 2, "an empty name"),
+        (["--tolerance", "0.1"], 2, "--tolerance is about two runs: give --compare"),
+        (["--compare", "dtype=float32", "dtype=float32", "--tolerance", "nan"], 2, "expected a number from 0"),
+        (["--compare", "dtype=float32", "dtype=float32", "--tolerance", "-1"], 2, "expected a number from 0"),
+        (["-i", "-", "-p", "-"], 2, "only one of --image and --prompt can read stdin"),
         (["-i", "absent.png", "-p", "<image> <image>"], 1, "absent.png: no such picture"),
     ],
 )

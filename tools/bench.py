@@ -34,7 +34,7 @@ SIZES = {
     "1b": (2048, 5632, 22, 16),
     "7b": (4096, 11008, 32, 32),
 }
-PROMPT = 625  # positions of the walk-through's picture question
+PROMPT = 625  # positions of the walk-through's picture question: the default
 
 
 def random_model(size: str, dtype: torch.dtype) -> Llava:
@@ -103,14 +103,14 @@ def take_turns(variants: dict[str, Callable[[], float]], rounds: int) -> dict[st
     return timings
 
 
-def contrast(model: Llava, tokens: int, rounds: int) -> dict[str, Timing]:
-    """Seconds per decoded token, with the walk-through's prompt length: plain, with a second row in the same batch, and
+def contrast(model: Llava, tokens: int, rounds: int, prompt: int) -> dict[str, Timing]:
+    """Seconds per decoded token after a prompt of so many positions: plain, with a second row in the same batch, and
     with a second pass of its own."""
     config, dtype = model.config.text, model.language_model.embed_tokens.weight.dtype
-    embeds = torch.randn(2, PROMPT, config.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype) * 0.02
+    embeds = torch.randn(2, prompt, config.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype) * 0.02
 
     def spliced(rows: int) -> Spliced:
-        ids = [torch.zeros(PROMPT, dtype=torch.long)] * rows
+        ids = [torch.zeros(prompt, dtype=torch.long)] * rows
         return Spliced(embeds[:rows], None, None, [[] for _ in ids], ids)
 
     def loop(rows: int) -> float:
@@ -126,7 +126,7 @@ def contrast(model: Llava, tokens: int, rounds: int) -> dict[str, Timing]:
 
     @torch.no_grad()
     def two_passes() -> float:
-        caches = [KVCache(config, 1, PROMPT + tokens, dtype=dtype, device="cpu") for _ in range(2)]
+        caches = [KVCache(config, 1, prompt + tokens, dtype=dtype, device="cpu") for _ in range(2)]
         wanted = {"hidden_states": False, "attentions": False}
         method, outputs = VCD(), []
         for row, cache in enumerate(caches):
@@ -152,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=["contrast"])
     parser.add_argument("--size", choices=SIZES, default="0.5b")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--prompt", type=int, default=PROMPT, help=f"positions read before (default {PROMPT})")
     parser.add_argument("--tokens", type=int, default=16, help="decoded per round")
     parser.add_argument("--rounds", type=int, default=5, help="at least 2, for a spread")
     options = parser.parse_args(argv)
@@ -159,10 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--rounds needs at least 2, --tokens at least 1")
     model = random_model(options.size, DTYPES[options.dtype])
     count = sum(p.numel() for p in model.parameters())
-    timings = contrast(model, options.tokens, options.rounds)
+    timings = contrast(model, options.tokens, options.rounds, options.prompt)
     threads = torch.get_num_threads()
     print(f"{count / 1e6:,.0f} million parameters, {options.dtype}, {threads} threads, ", end="")
-    print(f"{options.rounds} rounds of {options.tokens} tokens after a prompt of {PROMPT} positions\n")
+    print(f"{options.rounds} rounds of {options.tokens} tokens after a prompt of {options.prompt} positions\n")
     print("| decode | ms per token | spread | ratio | others |\n|---|---:|---:|---:|---:|")
     first = next(iter(timings.values())).median
     for name, timing in timings.items():
