@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -569,9 +570,11 @@ def terminal(endless):
 
 
 def read_until(stream, text: bytes) -> bytes:
+    """Byte by byte: what comes behind `text` is for the next to read."""
     found = b""
     while text not in found:
-        more = os.read(stream.fileno(), 1000)
+        assert select.select([stream], [], [], 60)[0], found
+        more = os.read(stream.fileno(), 1)
         assert more, found
         found += more
     return found
