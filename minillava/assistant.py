@@ -15,6 +15,7 @@ from minillava.checkpoint import build_model, open_checkpoint
 from minillava.config import DOWNLOAD, IGNORE_INDEX, LlavaConfig, read_config, read_json
 from minillava.generate import generate
 from minillava.image import ImageProcessor, Images, ImageSource, as_list, open_image
+from minillava.linear import has_fast_bfloat16, use_fast_linear
 from minillava.llava import Llava, Spliced
 from minillava.loop import Options, room_for_answer, steps
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, Prompt, Template, find_template, place_images, render
@@ -236,6 +237,8 @@ def load(
     device = choose_device(str(device))
     dtype = choose_dtype(str(dtype).removeprefix("torch."), device, checkpoint.dtype())
     model = build_model(config, checkpoint, ATTENTION[attention], dtype=dtype, device=device)
+    if attention != "eager":  # which stays as transformers computes, to the last bit
+        use_fast_linear(model)
     return Assistant(model, tokenizer, processor, template, checkpoint.unused)
 
 
@@ -264,8 +267,7 @@ def choose_dtype(name: str, device: str, stored: torch.dtype) -> torch.dtype:
     if name == "auto":
         if not device.startswith("cpu"):
             return stored
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if has_fast_bfloat16() else torch.float32
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}, expected one of: auto, {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -20,7 +20,7 @@ README = ROOT / "README.md"
 # Each row may import from the rows above it. Files that stand in one row do not know each other, but for SIDEWAYS.
 ORDER = [
     ["config"],
-    ["attention"],
+    ["attention", "linear"],
     ["image", "prompt", "tokenizer", "vision", "projector", "cache", "llama"],
     ["llava"],
     ["checkpoint", "sampling"],

@@ -24,6 +24,7 @@ from minillava.assistant import DTYPES
 from minillava.cache import KVCache
 from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig
 from minillava.contrast import VCD
+from minillava.linear import use_fast_linear
 from minillava.llava import Llava, Spliced
 from minillava.loop import Options, decode, prefill, steps
 
@@ -51,6 +52,7 @@ def random_model(size: str, dtype: torch.dtype) -> Llava:
         model = Llava(LlavaConfig(vision=CLIP_LARGE_336, text=text))
     model.vision_tower = model.projector = None
     model = model.to(dtype).to_empty(device="cpu")
+    use_fast_linear(model)
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.requires_grad_(False)

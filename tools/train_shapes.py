@@ -42,10 +42,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 import shapes
 
-from minillava.assistant import choose_dtype
 from minillava.attention import eager
 from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig, TextConfig, VisionConfig
 from minillava.image import CLIP_MEAN, CLIP_STD, ImageProcessor
+from minillava.linear import has_fast_bfloat16
 from minillava.llama import rotary_tables
 from minillava.llava import Llava
 from minillava.prompt import DEFAULT_TEMPLATE, TEMPLATES, Prompt, Segment, place_images
@@ -362,7 +362,7 @@ class Trainer:
             initialise(module, torch.Generator().manual_seed(seed))
         self.processor = ImageProcessor(VISION.image_size)
         # half the time where a CPU has instructions for it, ten times as long where it has none
-        self.fast_bfloat16 = choose_dtype("auto", "cpu", torch.float32) == torch.bfloat16
+        self.fast_bfloat16 = has_fast_bfloat16()
         self.parts = {
             "see": (self.model.vision_tower, self.namer),
             "read": (self.model.language_model,),

@@ -1,0 +1,100 @@
+"""linear.py: every way to the product gives the product, and `eager` takes none of them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import minillava
+from minillava import linear as home
+from minillava.linear import BLOCK, FEW_HALF_ROWS, FEW_ROWS, FastLinear, linear, use_fast_linear
+
+WIDTH, WIDTH_AFTER = 96, BLOCK + 40  # more than one block, and the last one short
+ROWS = [1, 2, FEW_HALF_ROWS, FEW_HALF_ROWS + 1, FEW_ROWS, FEW_ROWS + 1, 40]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture(params=[True, False], ids=["fast bfloat16", "emulated bfloat16"])
+def processor(request, monkeypatch):
+    monkeypatch.setattr(home, "has_fast_bfloat16", lambda: request.param)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_errors_are_no_larger_than_the_plain_product_s(processor, dtype, rows, bias):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, b = (
+        torch.randn(*s, generator=generator).to(dtype) for s in ((rows, WIDTH), (WIDTH_AFTER, WIDTH), (WIDTH_AFTER,))
+    )
+    b = b if bias else None
+    exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    ours, plain = ((made.double() - exact).abs().max() for made in (linear(x, weight, b), F.linear(x, weight, b)))
+    # Rounding a sum once more, when the bias is added, may cost half a unit of the largest number's last digit.
+    assert ours <= 2 * plain + torch.finfo(dtype).eps * exact.abs().max() * bias
+    assert linear(x, weight, b).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "shape", [(WIDTH,), (1, WIDTH), (2, 3, WIDTH), (0, WIDTH), (2, 0, WIDTH), (1, 1, WIDTH), (3, 7, 2, WIDTH)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shapes_are_those_of_the_plain_product(processor, shape, dtype):
+    x, weight = torch.randn(shape).to(dtype), torch.randn(WIDTH_AFTER, WIDTH).to(dtype)
+    assert linear(x, weight).shape == F.linear(x, weight).shape
+    assert linear(x.transpose(0, -1).contiguous().transpose(0, -1), weight).is_contiguous()
+
+
+def test_each_way_is_taken(monkeypatch):
+    """A fast path that is never reached would pass every test above."""
+    weight = torch.randn(WIDTH_AFTER, WIDTH)
+    seen = []
+    monkeypatch.setattr(torch, "mv", lambda *a, real=torch.mv: seen.append("mv") or real(*a))
+    monkeypatch.setattr(home, "few_rows", lambda *a, real=home.few_rows: seen.append(len(a[1])) or real(*a))
+    monkeypatch.setattr(home, "has_fast_bfloat16", lambda: False)
+    for rows, dtype in (
+        (1, torch.float32),
+        (2, torch.float32),
+        (1, torch.bfloat16),
+        (2, torch.bfloat16),
+        (40, torch.bfloat16),
+    ):
+        seen.append(f"{rows} {dtype}")
+        linear(torch.randn(rows, WIDTH).to(dtype), weight.to(dtype))
+    assert seen == ["1 torch.float32", "2 torch.float32", WIDTH_AFTER, "1 torch.bfloat16", "mv", "2 torch.bfloat16",
+                    "40 torch.bfloat16", BLOCK, 40]  # fmt: skip
+    seen.clear()
+    monkeypatch.setattr(home, "has_fast_bfloat16", lambda: True)
+    linear(torch.randn(40, WIDTH).bfloat16(), weight.bfloat16())
+    assert seen == []
+
+
+def test_gradients_are_those_of_the_plain_product(processor):
+    for rows in ROWS:
+        grads = []
+        for product in (linear, F.linear):
+            generator = torch.Generator().manual_seed(rows)
+            x, weight, b = (
+                torch.randn(*s, generator=generator, dtype=torch.float32).requires_grad_()
+                for s in ((rows, WIDTH), (50, WIDTH), (50,))
+            )
+            product(x, weight, b).square().sum().backward()
+            grads.append([p.grad for p in (x, weight, b)])
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-2)
+
+
+def test_load_takes_it_and_eager_does_not(reference):
+    def kinds(attention):
+        model = minillava.load(reference / "plain", attention=attention).model
+        return {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
+
+    assert kinds("fused") == {FastLinear}
+    assert kinds("eager") == {nn.Linear}
+
+
+def test_names_and_weights_stay():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 5, bias=False)))
+    before = dict(model.state_dict())
+    use_fast_linear(model)
+    assert list(model.state_dict()) == list(before)
+    assert all(after.data_ptr() == before[name].data_ptr() for name, after in model.state_dict().items())
