@@ -22,9 +22,9 @@ setup(
     install_requires=["torch>=2.6", "safetensors>=0.4.3", "sentencepiece>=0.1.99", "pillow>=10.1", "numpy>=1.24"],
     extras_require={
         "test": ["pytest>=7"],
-        # the implementation that the parity tests and tools/make_reference.py compare with; it reads tokenizer.model
-        # with protobuf
-        "parity": ["transformers>=5.23", "protobuf"],
+        # the implementations that the parity tests and tools/make_reference.py compare with; transformers reads
+        # tokenizer.model with protobuf
+        "parity": ["transformers>=5.23", "protobuf", "peft>=0.21"],
         # tools/train_shapes.py: the progress bar
         "tools": ["tqdm>=4.60"],
     },

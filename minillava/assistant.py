@@ -11,9 +11,10 @@ from torch import Tensor
 from minillava import beam
 from minillava.attention import ATTENTION
 from minillava.cache import KVCache
-from minillava.checkpoint import build_model, open_checkpoint
+from minillava.checkpoint import build_model, check_base, open_checkpoint
 from minillava.config import DOWNLOAD, IGNORE_INDEX, LlavaConfig, read_config, read_json
 from minillava.generate import generate
+from minillava.hub import find_snapshot, is_repo_id
 from minillava.image import ImageProcessor, Images, ImageSource, as_list, open_image
 from minillava.linear import has_fast_bfloat16, use_fast_linear
 from minillava.llava import Llava, Spliced
@@ -208,35 +209,50 @@ def load(
     dtype: str | torch.dtype = "auto",
     attention: str = "fused",
     vision_tower: str | Path | None = None,
+    model_base: str | Path | None = None,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
     template: str | None = None,
     image_aspect_ratio: str | None = None,
 ) -> Assistant:
-    """Open a folder of LLaVA weights in any of its layouts.
+    """Open LLaVA weights in any of their layouts: a folder, or an id in the local hub cache (at `revision`).
 
     device: auto, cpu, cuda, mps. dtype: auto (the checkpoint's on a GPU; on a CPU bfloat16 where it is fast, else
-    float32) or a name. attention: fused, eager. vision_tower: a CLIP folder, for releases that hold none.
+    float32) or a name. attention: fused, eager. vision_tower: a CLIP folder, for releases that hold none. model_base:
+    the language model that a projector or a LoRA in `weights` was trained on. adapter: a LoRA folder to merge.
     template: a name of prompt.TEMPLATES (default llava_v1). image_aspect_ratio: pad or crop, instead of config.json's.
     Raises FileNotFoundError or ValueError in one line: file, finding, next step.
     """
-    folder = _existing_folder(weights)
-    vision_tower = None if vision_tower is None else Path(vision_tower).expanduser()
+    folder = find_folder(weights, revision)
+    vision_tower, model_base, adapter = (
+        None if other is None else find_folder(other) for other in (vision_tower, model_base, adapter)
+    )
     if attention not in ATTENTION:
         raise ValueError(f"unknown attention {attention!r}, expected one of: {', '.join(ATTENTION)}")
     template = find_template(DEFAULT_TEMPLATE if template is None else template)
-    config = read_config(folder, vision_tower)
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    check_base(folder, model_base)
+
+    def home(name: str) -> Path:
+        """The folder of a file that a fine-tune may leave to its base."""
+        return folder if model_base is None or (folder / name).exists() else model_base
+
+    config = read_config(home("config.json"), vision_tower)
+    tokenizer = Tokenizer(home("tokenizer.model") / "tokenizer.model", added=config.added_tokens)
     if tokenizer.vocab_size > config.text.vocab_size:
         raise ValueError(
             f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, config.json a vocabulary of "
             f"{config.text.vocab_size}; copy the tokenizer.model that belongs to these weights"
         )
-    processor = read_image_processor(vision_tower or folder, config, image_aspect_ratio)
-    checkpoint = open_checkpoint(folder, config, vision_tower)
+    processor = read_image_processor(vision_tower or home("preprocessor_config.json"), config, image_aspect_ratio)
+    checkpoint = open_checkpoint(folder, config, vision_tower, model_base, adapter)
     if config.text.tie_word_embeddings and "language_model.lm_head.weight" in checkpoint.tensors:
         config = replace(config, text=replace(config.text, tie_word_embeddings=False))  # a stored head is the head
     device = choose_device(str(device))
     dtype = choose_dtype(str(dtype).removeprefix("torch."), device, checkpoint.dtype())
     model = build_model(config, checkpoint, ATTENTION[attention], dtype=dtype, device=device)
+    needed = max(tokenizer.added.values(), default=0) + 1
+    if needed > model.config.text.vocab_size:
+        model.resize_token_embeddings(needed)
     if attention != "eager":  # which stays as transformers computes, to the last bit
         use_fast_linear(model)
     return Assistant(model, tokenizer, processor, template, checkpoint.unused)
@@ -304,8 +320,14 @@ def read_image_processor(folder: Path, config: LlavaConfig, aspect: str | None =
     return ImageProcessor(config.vision.image_size, aspect or config.image_aspect_ratio, **numbers)
 
 
-def _existing_folder(weights: str | Path) -> Path:
+def find_folder(weights: str | Path, revision: str | None = None) -> Path:
+    """The folder that a path or a hub id ("ORG/NAME", downloaded already) means. Raises FileNotFoundError with the
+    command that gets it."""
     folder = Path(weights).expanduser()
+    if is_repo_id(str(weights)):
+        return find_snapshot(str(weights), revision)
+    if revision is not None:
+        raise ValueError(f"revision {revision!r} belongs to a model of the hub, but {folder} is a folder: leave it out")
     get = f"get one with: {DOWNLOAD}"
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder of weights; {get}")

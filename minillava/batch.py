@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from minillava import cli
-from minillava.assistant import Assistant, choose_device
+from minillava.assistant import Assistant, choose_device, find_folder
 
 WINDOW = 16
 """Batches sorted by length together. Not all: questions on one picture, neighbours in most files, would drift apart."""
@@ -32,6 +32,7 @@ SECONDS = 10
 NOT_ASKED = {"answers", "batch_size", "image_cache", "overwrite", "verbose", "quiet", "device"}
 """The flags that change no answer (beyond the last digits), so that a resumed run may change them; but for the kind of
 device, which `ask_file` adds."""
+OTHER_FOLDERS = ("model_base", "adapter", "vision_tower")  # besides --weights
 
 
 @dataclass
@@ -203,10 +204,10 @@ def _digest(value) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _stamp(folder: str | None) -> list:
+def _stamp(folder: Path) -> list:
     """Name, size and time of the files that make a model: what changes when they do, without reading gigabytes."""
     kinds = (".json", ".model", ".safetensors", ".bin", ".pth")
-    files = [] if folder is None else sorted(path for path in Path(folder).glob("*") if path.suffix in kinds)
+    files = sorted(path for path in folder.glob("*") if path.suffix in kinds)
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
@@ -278,13 +279,15 @@ def ask_file(args: argparse.Namespace, options: dict) -> int:
         raise ValueError(f"{args.images}: no such folder of pictures; --images names the one that they are in")
     weights = cli.find_weights(args.weights, messages)
     model_id = Path(os.path.abspath(weights)).name
+    folders = [find_folder(weights, args.revision)]
+    folders += [find_folder(vars(args)[name]) for name in OTHER_FOLDERS if vars(args)[name]]
     settings = {name: value for name, value in vars(args).items() if name not in NOT_ASKED} | {
         "questions": hashlib.sha256(content).hexdigest(),
         "images": os.path.abspath(args.images),
-        "weights": _digest([model_id, _stamp(weights), _stamp(args.vision_tower)]),
+        "weights": _digest([model_id, *map(_stamp, folders)]),
         "device": choose_device(args.device).partition(":")[0],
     }
-    asked = {name: value for name, value in settings.items() if name not in ("images", "weights", "vision_tower")}
+    asked = {name: value for name, value in settings.items() if name not in ("images", "weights", *OTHER_FOLDERS)}
 
     def record(question: Question, answer: str | None, error: str | None) -> dict:
         return question.record(answer, error, _digest([asked, model_id, question.line])[:22], model_id)

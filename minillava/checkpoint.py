@@ -5,19 +5,19 @@ Weights are memory-mapped: opening a checkpoint at its own dtype reads nothing u
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minillava.config import CLIP_RELEASE, RELEASE, LlavaConfig, one_line, read_json
+from minillava.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from minillava.adapter import Adapter, Delta
+from minillava.config import CLIP_RELEASE, LlavaConfig, read_json
+from minillava.files import Stored, holds_weights, open_file, open_folder
+from minillava.llama import grow_rows
 from minillava.llava import Llava
-
-INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 
 # Stored prefix -> ours; where several fit, the longest wins. After the prefix, every dialect of LLaVA
 # checkpoints uses the same names (`layers.0.self_attn.q_proj.weight`, ...), and so do we.
@@ -40,9 +40,10 @@ PREFIXES = {
     "model.vision_tower.vision_tower.vision_model.": "vision_tower.",
     "model.vision_tower.vision_tower.": "vision_tower.",
     "model.mm_projector.": "projector.linear_1.",
+    "mm_projector.": "projector.linear_1.",  # as some pre-trains save it alone
 }
 # The original's projector of one layer has no number, one of N has 0, 2, 4, ...: between them stand the GELUs.
-PROJECTOR = re.compile(r"model\.mm_projector\.(\d*[02468])\.")
+PROJECTOR = re.compile(r"(?:model\.)?mm_projector\.(\d*[02468])\.")
 CLIP_PREFIXES = {"vision_model.": "vision_tower.", "": "vision_tower."}  # a CLIP folder of its own
 
 # Stored names that are never weights of ours, by the end of the name: tables that are computed from the config.
@@ -50,88 +51,93 @@ COMPUTED = (".position_ids", ".inv_freq")
 # The other half of a whole CLIP: its text tower and the heads that compare the two.
 CLIP_TEXT_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_DOWNLOAD = "download it again"
-
-
-class Stored(NamedTuple):
-    """Where a tensor lies."""
-
-    name: str  # as the file calls it
-    path: Path
-    file: safe_open
+# What comes beside a language model: a projector trained alone, and what a LoRA run trained besides its adapter.
+PROJECTOR_NAME, REST_NAME = "mm_projector.bin", "non_lora_trainables.bin"
+TABLES = ("language_model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
 class Checkpoint:
-    """The safetensors files of one folder, opened but not read.
+    """The tensors of one model, in the files of one folder or of several; opened but not read.
 
-    tensors: our name -> where it is stored. unused: stored names that this network does not need.
-    Raises FileNotFoundError or ValueError naming the file, what was found and what to do.
+    tensors: our name -> where it is stored. unused: stored names that this network does not need. deltas: our name ->
+    what a LoRA adds. Raises FileNotFoundError or ValueError naming the file, what was found and what to do.
     """
 
     def __init__(self, folder: str | Path, prefixes: dict[str, str] = PREFIXES, dropped: tuple[str, ...] = ()):
         self.folder = Path(folder)
         self.unused: list[str] = []
         self.tensors: dict[str, Stored] = {}
-        for stored in self._open_files():
-            name = _rename(stored.name, prefixes)
-            if stored.name.endswith(COMPUTED) or stored.name.startswith(dropped):
-                self.unused.append(stored.name)
-            elif name in self.tensors:
+        self.new_rows: dict[str, Stored] = {}  # rows to put below a table
+        self.deltas: dict[str, Delta] = {}
+        self.may_grow = False  # whether a table may have fewer rows than config.json says: a base without new tokens
+        for name, stored in self._named(_as_stored(open_folder(self.folder)), prefixes, dropped):
+            if name in self.tensors:
                 twin = self.tensors[name].name
                 raise ValueError(f"{self.folder}: {twin} and {stored.name} are both {name}; remove one")
+            self.tensors[name] = stored
+
+    def _named(
+        self, tensors: Iterable[tuple[str, Stored]], prefixes: dict[str, str], dropped: tuple[str, ...] = ()
+    ) -> Iterable[tuple[str, Stored]]:
+        for name, stored in tensors:
+            if name.endswith(COMPUTED) or name.startswith(dropped):
+                self.unused.append(stored.name)
+            else:
+                yield _rename(name, prefixes), stored
+
+    def lay_over(self, tensors: Iterable[tuple[str, Stored]]) -> None:
+        """Tensors, by a name of any dialect, that replace those of the same name; a table of fewer rows goes below."""
+        for name, stored in self._named(tensors, PREFIXES):
+            before = self.tensors.get(name)
+            if name in TABLES and before is not None and stored.shape[0] < before.shape[0]:
+                self.new_rows[name] = stored
             else:
                 self.tensors[name] = stored
+                self.new_rows.pop(name, None)
 
-    def _open_files(self) -> list[Stored]:
-        """Every tensor of every file. An index, if there is one, must agree with the files it names."""
-        if not self.folder.is_dir():
-            found = "is a file" if self.folder.exists() else "no such folder"
-            raise FileNotFoundError(f"{self.folder}: {found}; expected a folder with {SINGLE_NAME}")
-        index = self.folder / INDEX_NAME
-        if index.exists():
-            placed = _read_index(index)
-            files = {name: _open(self.folder / name) for name in sorted(set(placed.values()))}
-            held = {name: set(file.keys()) for name, file in files.items()}
-            for stored, name in placed.items():
-                if stored not in held[name]:
-                    raise ValueError(f"{index}: says {stored} is in {name}, which does not hold it; {_DOWNLOAD}")
-            for name, all_stored in held.items():
-                for stored in all_stored:
-                    if placed.get(stored) != name:
-                        where = f"places in {placed[stored]}" if stored in placed else "does not name"
-                        raise ValueError(f"{self.folder / name}: holds {stored}, which the index {where}; {_DOWNLOAD}")
-        else:
-            files = {SINGLE_NAME: _open(self._single_file())}
-        return [Stored(key, self.folder / name, file) for name, file in files.items() for key in file.keys()]  # noqa: SIM118
-
-    def _single_file(self) -> Path:
-        path = self.folder / SINGLE_NAME
-        if path.exists():
-            return path
-        expected = f"expected {SINGLE_NAME} or {INDEX_NAME}"
-        shards = sorted(self.folder.glob("*.safetensors"))
-        if shards:
-            raise FileNotFoundError(f"{self.folder}: found {shards[0].name}, {expected}; download the index")
-        found = ".bin files only" if any(self.folder.glob("*.bin")) else "no weights"
-        raise FileNotFoundError(f"{self.folder}: holds {found}, {expected}, as in {RELEASE} on the hub")
+    def adapt(self, folder: Path) -> None:
+        """A LoRA from its folder: what it adds, and what was trained besides. Raises ValueError listing what does not
+        fit this model."""
+        adapter = Adapter(folder)
+        if (folder / REST_NAME).exists():
+            self.lay_over(_plain_names(open_file(folder / REST_NAME)))
+        self.lay_over(adapter.whole.items())
+        problems = []
+        for stored_name, delta in adapter.deltas.items():
+            name = _rename(stored_name, PREFIXES)
+            found = [delta.b.shape[0], delta.a.shape[1]]
+            if name not in self.tensors:
+                problems.append(f"{delta.a.name} is for {name}, which this model does not have")
+            elif found != list(self.shape(name)):
+                problems.append(f"{delta.a.name} and lora_B make {found}, {name} has shape {list(self.shape(name))}")
+            elif name in self.deltas:
+                problems.append(f"{delta.a.name} is a second adapter of {name}")
+            self.deltas[name] = delta
+        if problems:
+            first = f"{adapter.path}: {problems[0]}; {len(problems)} of {len(adapter.deltas)} do not fit"
+            raise ValueError("\n  ".join([f"{first}: use the base model it was trained on", *problems[1:]]))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        stored = self.tensors[name]
-        return tuple(stored.file.get_slice(stored.name).get_shape())
+        shape = self.tensors[name].shape
+        return (shape[0] + self.new_rows[name].shape[0], *shape[1:]) if name in self.new_rows else shape
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, memory-mapped. Raises ValueError when it is quantised."""
-        stored = self.tensors[name]
-        tensor = stored.file.get_tensor(stored.name)
-        if tensor.dtype not in _FLOATS:
-            found = f"{stored.name} is {tensor.dtype}, expected float32, float16, bfloat16 or float64"
-            raise ValueError(f"{stored.path}: {found}; use a release that is not quantised")
-        return tensor
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor at `dtype` (None: as stored), memory-mapped where it is stored so. Raises ValueError when it is
+        quantised."""
+        tensor = self.tensors[name].read()
+        dtype = tensor.dtype if dtype is None else dtype
+        if name in self.new_rows:
+            tensor = torch.cat([tensor, self.new_rows[name].read().to(tensor.dtype)])
+        if name in self.deltas:
+            return self.deltas[name].add_to(tensor, dtype)
+        return tensor.to(dtype)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].read().dtype
 
     def dtype(self) -> torch.dtype:
         """The dtype of the largest tensor, which is what people mean by the checkpoint's."""
-        return self.read(max(self.tensors, key=lambda name: math.prod(self.shape(name)))).dtype
+        return self.stored_dtype(max(self.tensors, key=lambda name: math.prod(self.shape(name))))
 
     def set_aside(self, unneeded: Callable[[str], bool]) -> None:
         """Move the tensors whose name (ours) is not needed to `unused`."""
@@ -139,23 +145,99 @@ class Checkpoint:
             self.unused.append(self.tensors.pop(name).name)
 
 
-def open_checkpoint(folder: str | Path, config: LlavaConfig, vision_tower: str | Path | None = None) -> Checkpoint:
-    """A LLaVA folder, its vision tower taken from `vision_tower` (a CLIP folder) when given.
+def gather(
+    folder: str | Path,
+    vision_tower: str | Path | None = None,
+    model_base: str | Path | None = None,
+    adapter: str | Path | None = None,
+) -> Checkpoint:
+    """The parts of one model from the folders that hold them; which is which is read from their files, not their names.
 
-    What the selected features do not need (the tower's last block, `post_layernorm`) is set aside as unused.
-    Raises FileNotFoundError naming the CLIP to get when there is no vision tower at all.
+    folder: a whole model; or a projector (mm_projector.bin) or a LoRA (adapter_config.json), which need `model_base`,
+    the language model they were trained on. adapter: a LoRA on top of a whole model. vision_tower: a CLIP instead of
+    the tower in the folder. Raises FileNotFoundError or ValueError.
     """
-    checkpoint = Checkpoint(folder)
+    folder = Path(folder)
+    check_base(folder, model_base)
+    part = part_of_model(folder)
+    checkpoint = Checkpoint(folder if model_base is None else Path(model_base).expanduser())
+    checkpoint.folder, checkpoint.may_grow = folder, model_base is not None
     if vision_tower is not None:
         checkpoint.set_aside(lambda name: name.startswith("vision_tower."))
         clip = Checkpoint(vision_tower, CLIP_PREFIXES, dropped=CLIP_TEXT_HALF)
         checkpoint.tensors.update(clip.tensors)
         checkpoint.unused += clip.unused
-    elif not any(name.startswith("vision_tower.") for name in checkpoint.tensors):
+    if part and (folder / PROJECTOR_NAME).exists():
+        checkpoint.lay_over(_as_stored(open_file(folder / PROJECTOR_NAME)))
+    if part and (folder / ADAPTER_CONFIG_NAME).exists():
+        checkpoint.adapt(folder)
+    elif part and (folder / REST_NAME).exists():
+        raise FileNotFoundError(f"{folder}: holds {REST_NAME}, but no {ADAPTER_CONFIG_NAME}; download the adapter too")
+    if adapter is not None:
+        checkpoint.adapt(Path(adapter).expanduser())
+    return checkpoint
+
+
+def part_of_model(folder: Path) -> str | None:
+    """What a folder without a language model holds of a LLaVA, in words; None for a whole model or for nothing."""
+    if holds_weights(folder):
+        return None
+    parts = {ADAPTER_CONFIG_NAME: "a LoRA adapter", PROJECTOR_NAME: "a projector", REST_NAME: "a part of a LoRA run"}
+    return next((words for name, words in parts.items() if (folder / name).exists()), None)
+
+
+def check_base(folder: Path, model_base: Path | None) -> None:
+    """A part needs a base, and a whole model none. Raises FileNotFoundError naming the base, or ValueError."""
+    part = part_of_model(folder)
+    if part and model_base is None:
+        path = folder / ADAPTER_CONFIG_NAME
+        base = read_json(path).get("base_model_name_or_path") if path.exists() else None
+        named = f" ({base})" if base else ""
+        raise FileNotFoundError(
+            f"{folder}: holds {part} and no language model; pass the folder of the one it was trained on{named} "
+            "with --model-base"
+        )
+    if model_base is not None and not part:
+        found = "a language model of its own" if holds_weights(folder) else "no weights"
+        raise ValueError(f"{folder}: holds {found}, so --model-base has nothing to complete; leave it out")
+
+
+def _as_stored(tensors: Iterable[Stored]) -> Iterable[tuple[str, Stored]]:
+    return ((stored.name, stored) for stored in tensors)
+
+
+def _plain_names(tensors: Iterable[Stored]) -> list[tuple[str, Stored]]:
+    """As LLaVA reads non_lora_trainables.bin (model/builder.py): without PEFT's "base_model.", and without one
+    "model." if any name has two."""
+    named = [(stored.name.removeprefix("base_model."), stored) for stored in tensors]
+    if any(name.startswith("model.model.") for name, _ in named):
+        named = [(name.removeprefix("model."), stored) for name, stored in named]
+    return named
+
+
+def open_checkpoint(
+    folder: str | Path,
+    config: LlavaConfig,
+    vision_tower: str | Path | None = None,
+    model_base: str | Path | None = None,
+    adapter: str | Path | None = None,
+) -> Checkpoint:
+    """`gather`, and see that vision tower and projector are there; what the selected features do not need (the tower's
+    last block, `post_layernorm`) is set aside as unused.
+
+    Raises FileNotFoundError naming what to get when a part is missing: without values it would stay random.
+    """
+    checkpoint = gather(folder, vision_tower, model_base, adapter)
+    if not any(name.startswith("vision_tower.") for name in checkpoint.tensors):
         wanted = config.vision_tower_name or CLIP_RELEASE
         raise FileNotFoundError(
             f"{folder}: holds no vision tower, as the original releases do; "
             f"download {wanted} and pass its folder with --vision-tower"
+        )
+    if not any(name.startswith("projector.") for name in checkpoint.tensors):
+        raise FileNotFoundError(
+            f"{folder}: holds no projector, without which the model cannot see; expected multi_modal_projector or "
+            f"mm_projector tensors, or {PROJECTOR_NAME} or {REST_NAME} beside them; is this a language model alone?"
         )
 
     def beyond(name: str) -> bool:
@@ -178,7 +260,10 @@ def build_model(
         model = Llava(config, attend)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _compare(checkpoint, expected)
-    state = {name: checkpoint.read(name).to(device=device, dtype=dtype) for name in expected}
+    state = {}
+    for name, shape in expected.items():
+        tensor = checkpoint.read(name, dtype)
+        state[name] = (grow_rows(tensor, shape[0]) if name in TABLES else tensor).to(device)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
@@ -189,6 +274,8 @@ def _compare(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> No
     problems = []
     for name in sorted(set(expected) & set(checkpoint.tensors)):
         shape = checkpoint.shape(name)
+        if checkpoint.may_grow and name in TABLES and shape[0] < expected[name][0]:
+            shape = (expected[name][0], *shape[1:])
         if shape != expected[name]:
             found = f"{checkpoint.tensors[name].name} has shape {list(shape)}"
             problems.append((checkpoint.tensors[name].path, f"{found}, config.json expects {list(expected[name])}"))
@@ -234,23 +321,3 @@ def _rename(stored: str, prefixes: dict[str, str]) -> str:
     fitting = [p for p in prefixes if stored.startswith(p)]
     longest = max(fitting, key=len, default=None)
     return stored if longest is None else prefixes[longest] + stored.removeprefix(longest)
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    placed = read_json(path).get("weight_map")
-    if not isinstance(placed, dict) or not placed or not all(isinstance(v, str) for v in placed.values()):
-        raise ValueError(f"{path}: has no `weight_map` of tensor names to files; {_DOWNLOAD}")
-    for name in placed.values():
-        if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
-            raise ValueError(f"{path}: names the file {name!r}, expected one beside it; {_DOWNLOAD}")
-    return placed
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: not found, although {INDEX_NAME} names it; download this file") from None
-    except (SafetensorError, OSError) as error:
-        what = one_line(error)
-        raise ValueError(f"{path}: truncated or not a safetensors file ({what}); {_DOWNLOAD}") from None

@@ -24,6 +24,7 @@ from minillava.assistant import DEVICES, DTYPES, Assistant, bundled_weights, loa
 from minillava.attention import ATTENTION
 from minillava.config import DOWNLOAD
 from minillava.contrast import METHODS, Contrast, describe
+from minillava.hub import is_repo_id
 from minillava.image import ASPECTS, open_image
 from minillava.llava import Spliced
 from minillava.loop import Options, steps
@@ -53,9 +54,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m", "--weights", "--model", "--model-path", metavar="DIR",
-        help=f"folder of LLaVA-1.5 weights in any layout (default: ${WEIGHTS_VARIABLE}, else the bundled demo model)",
+        help="folder of LLaVA-1.5 weights in any layout, or ORG/NAME in the local hub cache "
+        f"(default: ${WEIGHTS_VARIABLE}, else the bundled demo model)",
     )  # fmt: skip
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model in the hub cache")
     group.add_argument("--vision-tower", metavar="DIR", help="folder of a CLIP, for original releases, which hold none")
+    group.add_argument(
+        "--model-base", metavar="DIR", help="language model under --weights that hold only a projector or a LoRA"
+    )
+    group.add_argument("--adapter", metavar="DIR", help="folder of a LoRA to merge into the weights")
     group.add_argument("--device", default="auto", metavar="NAME", help=f"one of {', '.join(DEVICES)} (default: auto)")
     group.add_argument(
         "--dtype", default="auto", choices=["auto", *DTYPES],
@@ -303,7 +310,7 @@ def find_weights(given: str | None, messages: Messages) -> str:
     """--weights, else $MINILLAVA_WEIGHTS, else the bundled model, with a note that says so. Raises ValueError where
     there is nothing."""
     weights = given or os.environ.get(WEIGHTS_VARIABLE)
-    if weights and not given and not os.path.isdir(weights):
+    if weights and not given and not os.path.isdir(weights) and not is_repo_id(weights):
         raise ValueError(f"{weights}: no such folder; {WEIGHTS_VARIABLE} names it: correct that, or pass --weights DIR")
     if weights:
         return weights
@@ -326,6 +333,9 @@ def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -
             dtype=args.dtype,
             attention=args.attention,
             vision_tower=args.vision_tower,
+            model_base=args.model_base,
+            adapter=args.adapter,
+            revision=args.revision,
             template=args.template,
             image_aspect_ratio=args.image_aspect_ratio,
         )

@@ -90,6 +90,7 @@ class LlavaConfig:
     pad_token_id: int = 2
     image_aspect_ratio: str = "pad"
     vision_tower_name: str | None = None  # where the original dialect says its tower comes from
+    added_tokens: tuple[str, ...] = ()  # tokens after the tokenizer's own: IM_PATCH, or IM_START and IM_END
 
     @property
     def tokens_per_image(self) -> int:
@@ -101,6 +102,9 @@ class LlavaConfig:
         depth = self.vision.num_hidden_layers
         return self.feature_layer if self.feature_layer >= 0 else depth + 1 + self.feature_layer
 
+
+# What early LLaVA put around each picture, and a token that it added and no prompt contains (LLaVA, constants.py).
+IM_START, IM_END, IM_PATCH = "<im_start>", "<im_end>", "<im_patch>"
 
 RELEASE = "llava-hf/llava-1.5-7b-hf"
 """The checkpoint that messages recommend, by its name on the Hugging Face hub."""
@@ -184,8 +188,9 @@ def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> Ll
             projector_bias=raw.value("multimodal_projector_bias", bool, True),
         )
     else:
-        if raw.value("mm_use_im_start_end", bool, False):
-            raise ValueError(f"{raw.path}: mm_use_im_start_end is true, which LLaVA-1.5 does not use: not supported")
+        # LLaVA takes an absent mm_use_im_patch_token for true; the token it then adds can never occur.
+        added = (IM_PATCH,) * raw.value("mm_use_im_patch_token", bool, False)
+        added += (IM_START, IM_END) * raw.value("mm_use_im_start_end", bool, False)
         aspect = raw.expect("image_aspect_ratio", ("pad", "square"))  # `anyres` is LLaVA-1.6
         config = LlavaConfig(
             **shared,
@@ -194,6 +199,7 @@ def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> Ll
             projector_layers=_projector_layers(raw),
             image_aspect_ratio="crop" if aspect == "square" else "pad",
             vision_tower_name=raw.value("mm_vision_tower", str, None),
+            added_tokens=added,
         )
     _check(config, raw.path)
     return config

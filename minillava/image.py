@@ -4,8 +4,9 @@ n pictures, R side of a picture for the model in pixels.
 """
 
 import base64
-import binascii
 import io
+import os
+import stat
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -90,14 +91,15 @@ def open_image(source: ImageSource) -> Image.Image:
     name = _name(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the limit
+            # Pillow warns of what it can do without (damaged EXIF), and of large pictures: MAX_PIXELS is the limit.
+            warnings.simplefilter("ignore")
             with nullcontext(source) if isinstance(source, Image.Image) else Image.open(_file(source, name)) as image:
                 _check_size(image.size, "the picture")
                 image.load()
                 return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such picture; check the path") from None
-    except (IsADirectoryError, PermissionError) as error:
+    except PermissionError as error:
         raise ValueError(f"{name}: cannot be read ({error.strerror}); give the path of a picture file") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: {error}; make the picture smaller") from None
@@ -174,7 +176,23 @@ def _name(source: ImageSource) -> str:
     """What messages call a picture."""
     if not isinstance(source, (str, Path)):
         return str(source.name) if hasattr(source, "name") else "picture"  # a file knows its name
-    return "data: URL" if str(source).startswith("data:") else str(source)
+    if str(source).startswith("data:"):
+        return "data: URL"
+    return str(source) if str(source).isprintable() and str(source) else repr(str(source))  # always one line
+
+
+def _check_file(path: str | Path) -> None:
+    """Refuse folders, devices, and pipes: opening one would wait for somebody to write to it."""
+    try:
+        found = None if stat.S_ISREG(os.stat(path).st_mode) else "a folder, pipe or device"
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # links in a circle, a name too long
+        found = error.strerror
+    except ValueError as error:  # a name with a zero in it
+        found = str(error)
+    if found:
+        raise _NotAFile(f"cannot be read ({found}); give the path of a picture file")
 
 
 def _file(source: str | Path | bytes | BinaryIO, name: str) -> Path | BinaryIO:
@@ -187,11 +205,12 @@ def _file(source: str | Path | bytes | BinaryIO, name: str) -> Path | BinaryIO:
     if name.startswith(("http://", "https://")):
         raise _NotAFile("minillava does not download; save the picture and give its path")
     if name != "data: URL":
+        _check_file(source)
         return Path(source)
     header, _, payload = str(source).partition(",")
     if not header.endswith(";base64"):
         raise _NotAFile("expected data:image/png;base64,... and found no ;base64 before the comma")
     try:
         return io.BytesIO(base64.b64decode(payload, validate=True))
-    except binascii.Error as error:
+    except ValueError as error:
         raise _NotAFile(f"what follows ;base64, is not base64 ({error}); encode the picture again") from None

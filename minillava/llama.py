@@ -5,7 +5,7 @@ F feed-forward width, L layers, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -75,9 +75,31 @@ class LanguageModel(nn.Module):
             tuple(weights) if attentions else None,
         )
 
+    def resize_token_embeddings(self, rows: int) -> None:
+        """Rows for new tokens, in the embedding table and the head (`grow_rows`). Raises ValueError when it would
+        shrink."""
+        with torch.no_grad():
+            self.embed_tokens = nn.Embedding.from_pretrained(grow_rows(self.embed_tokens.weight, rows), freeze=False)
+            if not self.config.tie_word_embeddings:
+                self.lm_head.weight = nn.Parameter(grow_rows(self.lm_head.weight, rows))
+                self.lm_head.out_features = rows
+        self.config = replace(self.config, vocab_size=rows)
+
     def head(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, V]"""
         return F.linear(x, self.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
+
+
+def grow_rows(table: Tensor, rows: int) -> Tensor:
+    """A table of one row per token, with rows for new tokens: the mean of the old ones, as LLaVA starts them, so that a
+    new token is no stranger than an average word. [V, C] -> [rows, C]. Raises ValueError when it would shrink."""
+    if rows < len(table):
+        raise ValueError(f"the table has {len(table)} rows, asked for {rows}: a model cannot forget tokens")
+    if rows == len(table):
+        return table
+    # LLaVA takes the mean in the table's own dtype; in float32 it does not depend on the order of the sum.
+    mean = table.to(torch.promote_types(table.dtype, torch.float32)).mean(0, keepdim=True).to(table.dtype)
+    return torch.cat([table, mean.expand(rows - len(table), -1)])
 
 
 def positions_and_mask(

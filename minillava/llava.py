@@ -5,7 +5,7 @@ C width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,12 @@ class Llava(nn.Module):
         logits = self.language_model(spliced.embeds, spliced.attention_mask, cache).logits  # [B, T, V]
         loss = None if spliced.labels is None else next_token_loss(logits, spliced.labels)
         return LlavaOutput(logits, loss, spliced.attention_mask, spliced.image_spans)
+
+    def resize_token_embeddings(self, rows: int) -> None:
+        """Grow the vocabulary to `rows` tokens; new ones start as the mean of the old. Raises ValueError when it would
+        shrink."""
+        self.language_model.resize_token_embeddings(rows)
+        self.config = replace(self.config, text=self.language_model.config)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[n, 3, R, R] -> [n, P, C]: each picture as P vectors of the language model's width."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX, one_line, read_json
+from minillava.config import IGNORE_INDEX, IM_END, IM_START, IMAGE_TOKEN_INDEX, one_line, read_json
 from minillava.prompt import IMAGE_MARKER, Prompt, Segment, Template, render
 
 _SPACE = "▁"
@@ -23,10 +23,11 @@ class Tokenizer:
 
     legacy: what happens to text after `</s>` within a chunk. True, the first behaviour: it gets a "▁" again
     ("</s>USER" is 2 3148 1001). False, from transformers 4.34: it does not (2 11889). None reads it from the
-    tokenizer_config.json beside the model, where absent means True. Raises FileNotFoundError or ValueError.
+    tokenizer_config.json beside the model, where absent means True. added: tokens (config.added_tokens) whose ids are
+    those in added_tokens.json, or continue after the others'. Raises FileNotFoundError or ValueError.
     """
 
-    def __init__(self, path: str | Path, legacy: bool | None = None):
+    def __init__(self, path: str | Path, legacy: bool | None = None, added: Sequence[str] = ()):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
@@ -48,7 +49,10 @@ class Tokenizer:
         self._special = {
             self.sentencepiece.id_to_piece(i): i for i in (self.sentencepiece.unk_id(), self.bos_id, self.eos_id)
         }
+        self.added = _ids_of_added(path.with_name("added_tokens.json"), added, self.vocab_size)
         self._special[IMAGE_MARKER] = IMAGE_TOKEN_INDEX
+        # What stands for a picture: -200, in early models between two tokens of its own.
+        self._around = [self.added[name] for name in (IM_START, IM_END) if name in self.added]
         self._marker = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
 
     def encode(self, prompt: str) -> list[int]:
@@ -71,8 +75,10 @@ class Tokenizer:
                     run.append(Segment(part, segment.kind))
                     continue
                 special = self._special[part]
-                ids += [*self._encode_run(run, prefix), special]
-                run, prefix = [], self.legacy or special == IMAGE_TOKEN_INDEX
+                is_image = special == IMAGE_TOKEN_INDEX
+                ids += self._encode_run(run, prefix)
+                ids += [*self._around[:1], special, *self._around[1:]] if is_image else [special]
+                run, prefix = [], self.legacy or (is_image and not self._around)
         return ids + self._encode_run(run, prefix)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -156,6 +162,17 @@ class TextDecoder:
         rest = self._bytes.decode(b"", final=True)
         self._bytes.reset()
         return rest
+
+
+def _ids_of_added(path: Path, wanted: Sequence[str], first: int) -> dict[str, int]:
+    """The ids of the wanted tokens; those not in added_tokens.json come after all others, as transformers adds them."""
+    known = read_json(path) if wanted and path.exists() else {}
+    for token, i in known.items():
+        if type(i) is not int or i < 0:
+            raise ValueError(f"{path}: {token} is {i!r}, expected a token id; download it again")
+    first = max([first - 1, *known.values()]) + 1
+    new = [token for token in wanted if token not in known]
+    return {token: known[token] if token in known else first + new.index(token) for token in wanted}
 
 
 def _read_legacy(path: Path) -> bool:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import minillava
 from minillava.attention import fused
-from minillava.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, build_model, open_checkpoint
+from minillava.checkpoint import Checkpoint, build_model, open_checkpoint
 from minillava.config import read_config
+from minillava.files import INDEX_NAME, SINGLE_NAME
 
 ROOT = Path(__file__).parents[1]
 HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
@@ -273,7 +274,7 @@ def test_a_folder_that_is_not_there_or_a_file_is_refused(tmp_path, folder):
     ("left", "found"),
     [
         ((), "holds no weights, expected model.safetensors or model.safetensors.index.json"),
-        (("pytorch_model.bin",), "holds .bin files only"),
+        (("pytorch_model-00001-of-00002.bin",), "found pytorch_model-00001-of-00002.bin, expected .* the index"),
         (("model-00001-of-00002.safetensors",), "found model-00001-of-00002.safetensors, expected .* the index"),
     ],
 )

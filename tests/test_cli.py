@@ -733,7 +733,7 @@ FAILURES = [
     (not_a_picture, "picture.png", "not a picture", "convert"),
     (truncated_picture, "picture.png", "damaged", "download"),
     (decompression_bomb, "picture.png", "3600000000 pixels", "make the picture smaller"),
-    (folder_for_picture, "plain", "directory", "give the path of a picture"),
+    (folder_for_picture, "plain", "a folder", "give the path of a picture"),
     (stdin_not_a_picture, "stdin", "not a picture", "convert"),
     (data_url_not_base64, "data: URL", "not base64", "encode"),
     (two_pictures_one_place, "<image>", "1 picture(s) with <image> but 2 picture(s) were given", "write <image> once"),

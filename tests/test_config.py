@@ -462,7 +462,8 @@ REFUSED = [
     *((HUB, "vision_config.hidden_act", value) for value in ("gelu", "relu", 1)),
     *((ORIGINAL, "mm_projector_type", value)
       for value in ("identity", "mlp", "mlpx_gelu", "mlp0x_gelu", "mlp-1x_gelu", "mlp2x_relu", "2x_gelu", 2)),
-    (ORIGINAL, "mm_use_im_start_end", True),
+    (ORIGINAL, "mm_use_im_start_end", "yes"),
+    (ORIGINAL, "mm_use_im_patch_token", 1),
     *((ORIGINAL, "mm_vision_select_feature", value) for value in ("cls", "default", 1)),
     *((ORIGINAL, "mm_vision_select_layer", value) for value in ("-2", [-2], 1.5)),
     *((ORIGINAL, "image_aspect_ratio", value) for value in ("anyres", "anyres_max_9", 1)),

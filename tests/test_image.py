@@ -2,6 +2,8 @@
 
 import base64
 import io
+import os
+import struct
 
 import numpy as np
 import pytest
@@ -124,7 +126,12 @@ def test_one_pixel_and_very_flat_pictures():
         ("data:image/png,abc", "no ;base64"),
         ("data:image/png;base64,a*b", "not base64"),
         ("https://example.com/x.jpg", "does not download"),
+        ("data:image/png;base64,é", "not base64"),
         ("nowhere.png", "no such picture"),
+        ("a\nb.png", r"'a\\nb.png': no such picture"),
+        ("", "'': no such picture"),
+        ("a\0b", r"'a\\x00b': cannot be read \(embedded null byte\)"),
+        ("x" * 5000, "cannot be read"),
         (".", "cannot be read"),
         (3, "found int, expected a path"),
         (np.zeros((4, 4, 3)), "found ndarray, expected a path"),
@@ -134,6 +141,29 @@ def test_what_is_not_a_picture_gets_one_line(content, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         ImageProcessor(56)([content])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes and links")
+def test_what_is_no_file_is_refused_and_a_pipe_not_waited_for(tmp_path):
+    path = tmp_path / "x.png"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"x\.png: cannot be read \(a folder, pipe or device\)"):
+        open_image(path)
+    path.unlink()
+    path.symlink_to("x.png")
+    with pytest.raises(ValueError, match=r"x\.png: cannot be read \(Too many levels of symbolic links\)"):
+        open_image(path)
+
+
+def test_a_damaged_exif_is_no_matter_for_a_warning():
+    """Warnings are errors in these tests."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    picture().save(file, "JPEG", exif=exif)
+    content = bytearray(file.getvalue())
+    place = content.index(struct.pack(">HHI", 0x0112, 3, 1))
+    content[place + 4] = 0xFF  # so many values that they would lie beyond the end of the file
+    assert open_image(bytes(content)).size == (40, 30)
 
 
 def test_decompression_bombs_are_refused(monkeypatch):

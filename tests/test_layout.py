@@ -20,8 +20,8 @@ README = ROOT / "README.md"
 # Each row may import from the rows above it. Files that stand in one row do not know each other, but for SIDEWAYS.
 ORDER = [
     ["config"],
-    ["attention", "linear"],
-    ["image", "prompt", "tokenizer", "vision", "projector", "cache", "llama"],
+    ["attention", "linear", "files", "hub"],
+    ["image", "prompt", "tokenizer", "vision", "projector", "cache", "llama", "adapter"],
     ["llava"],
     ["checkpoint", "sampling"],
     ["loop"],

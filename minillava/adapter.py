@@ -1,0 +1,102 @@
+"""LoRA (Hu et al. 2021): a fine-tune stored as two narrow matrices per layer, W' = W + scale · B·A.
+
+Read from a folder as PEFT and LLaVA write it (adapter_config.json, adapter_model.safetensors or .bin) and added to the
+weights when they are loaded; afterwards the model is a plain one. r rank, C width before, N width after.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minillava.config import read_json
+from minillava.files import Stored, open_file
+
+CONFIG_NAME, WEIGHTS_NAMES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+
+# <module path>.lora_A.weight as stored, <module path>.lora_A.default.weight as a live model names it
+_HALF = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+# What changes the formula above, and the value that does not.
+_PLAIN = {
+    "use_dora": False,
+    "use_qalora": False,
+    "lora_bias": False,
+    "layer_replication": None,
+    "megatron_config": None,
+}
+
+
+class Delta(NamedTuple):
+    """What one weight gains."""
+
+    a: Stored  # [r, C]
+    b: Stored  # [N, r]
+    scale: float
+
+    def add_to(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """weight + scale · B·A, the product and the sum in float32, then rounded once to `dtype`.
+
+        `fan_in_fan_out` is not looked at: it is about layers that store their weight transposed, which no layer of
+        LLaVA does, and PEFT itself switches it off for nn.Linear."""
+        delta = (self.b.read().float() @ self.a.read().float()) * self.scale
+        return (weight.float() + delta).to(dtype)
+
+
+class Adapter:
+    """deltas: name of a weight in the model it was trained on -> what it gains. whole: weights that it replaces
+    (`modules_to_save`). Raises FileNotFoundError or ValueError, with the list of keys that are wrong."""
+
+    def __init__(self, folder: Path):
+        path = folder / CONFIG_NAME
+        config = read_json(path)
+        if config.get("peft_type", "LORA") != "LORA":
+            raise ValueError(f"{path}: peft_type is {config['peft_type']!r}, supported: LORA")
+        for key, plain in _PLAIN.items():
+            if config.get(key, plain) not in (plain, None):
+                raise ValueError(f"{path}: {key} is {config[key]!r}, supported: {plain}; merge it with PEFT first")
+        file = next((folder / name for name in WEIGHTS_NAMES if (folder / name).exists()), None)
+        if file is None:
+            raise FileNotFoundError(f"{folder}: holds {CONFIG_NAME}, but no {' or '.join(WEIGHTS_NAMES)}; download it")
+        halves: dict[str, dict[str, Stored]] = {}
+        self.whole: dict[str, Stored] = {}
+        for stored in open_file(file):
+            name = stored.name.removeprefix("base_model.model.")
+            if found := _HALF.fullmatch(name):
+                halves.setdefault(f"{found[1]}.weight", {})[found[2]] = stored
+            else:
+                self.whole[name.replace(".modules_to_save.default.", ".")] = stored
+        self.path = file
+        self.base = config.get("base_model_name_or_path")
+        self.deltas = {name: self._delta(name, pair, config, path) for name, pair in halves.items()}
+        self._check_targets(config.get("target_modules"))
+
+    def _delta(self, name: str, pair: dict[str, Stored], config: dict, path: Path) -> Delta:
+        if len(pair) < 2:
+            (half,) = pair
+            other = {"A": "B", "B": "A"}[half]
+            raise ValueError(f"{self.path}: holds {pair[half].name}, but no lora_{other} for it; download it again")
+        a, b = pair["A"], pair["B"]
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in a.shape:
+            shapes = f"{a.name} has shape {list(a.shape)} and lora_B {list(b.shape)}"
+            raise ValueError(f"{self.path}: {shapes}, expected [r, C] and [N, r]; download it again")
+        # As in PEFT, a pattern fits the end of a module's path and its number goes before the general one.
+        alpha = config.get("lora_alpha", 8)
+        patterns = config.get("alpha_pattern") or {}
+        module = name.removesuffix(".weight")
+        alpha = next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)), alpha)
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f"{path}: lora_alpha is {alpha!r}, expected a number")
+        rank = a.shape[0]
+        return Delta(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+    def _check_targets(self, targets: object) -> None:
+        """Every layer kind that the configuration names must be there; a text is a regular expression over paths."""
+        kinds = targets if isinstance(targets, list) else []
+        paths = ["." + name.removesuffix(".weight") for name in self.deltas]
+        absent = [kind for kind in kinds if not any(path.endswith(f".{kind}") for path in paths)]
+        if absent or not self.deltas:
+            what = f"target_modules names {', '.join(map(str, absent))}" if absent else "expected lora_A and lora_B"
+            raise ValueError(f"{self.path}: {what}, but it holds no such matrices; download it again")

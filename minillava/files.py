@@ -1,0 +1,182 @@
+"""Files of named tensors: safetensors, and the pickled .bin in which the first releases came.
+
+Both are memory-mapped: opening one reads names and shapes, and a tensor's bytes when a layer first uses them.
+"""
+
+import pickle
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minillava.config import RELEASE, one_line, read_json
+
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+BIN_INDEX_NAME, BIN_NAME = "pytorch_model.bin.index.json", "pytorch_model.bin"
+DOWNLOAD_AGAIN = "download it again"
+
+# What torch.load says of a pickle that names anything but tensors.
+_FORBIDDEN = re.compile(r"(?:GLOBAL|unrecognized function|unrecognized class) ([\w.]+)")
+
+_HALVES = ((INDEX_NAME, SINGLE_NAME), (BIN_INDEX_NAME, BIN_NAME))  # where a folder has both, the first is taken
+
+
+class SafetensorsFile:
+    """One .safetensors file, opened. Raises FileNotFoundError or ValueError."""
+
+    def __init__(self, path: Path):
+        try:
+            self._file = safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: not found; download this file") from None
+        except (SafetensorError, OSError) as error:
+            what = one_line(error)
+            raise ValueError(f"{path}: truncated or not a safetensors file ({what}); {DOWNLOAD_AGAIN}") from None
+        self.names = list(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+
+class TorchFile:
+    """One file of `torch.save`: a dict of tensors and nothing else. Raises FileNotFoundError or ValueError.
+
+    A pickle is a program that runs when it is opened. `weights_only` runs the few instructions that make tensors and
+    refuses all others, so that a file from a stranger can be opened.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            content = _unpickle(path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: not found; download this file") from None
+        except pickle.UnpicklingError as error:
+            code = _FORBIDDEN.search(str(error))
+            if code is None:
+                raise _damaged(path, error) from None
+            found = f"holds more than tensors, namely {code[1]}, which opening it would run: refused"
+            raise ValueError(f"{path}: {found}; get these weights as safetensors") from None
+        except Exception as error:  # damaged bytes raise nearly anything: EOFError, KeyError, RuntimeError, ...
+            raise _damaged(path, error) from None
+        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+            raise ValueError(f"{path}: holds a {type(content).__name__}, expected tensors by name; {DOWNLOAD_AGAIN}")
+        for name, value in content.items():
+            if not isinstance(value, Tensor) or value.layout != torch.strided:
+                found = f"a tensor of layout {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{path}: {name} is {found}, expected a plain tensor; is this file a checkpoint?")
+        self._tensors = content
+        self.names = list(content)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+
+# What torch.load begins each of its refusals with: advice that nobody should follow.
+_PREAMBLE = (
+    "Weights only load failed. In PyTorch 2.6, we changed the default value of the `weights_only` argument in "
+    "`torch.load` from `False` to `True`. Re-running `torch.load` with `weights_only` set to `False` will likely "
+    "succeed, but it can result in arbitrary code execution. Do it only if you got the file from a trusted source."
+)
+
+
+def _unpickle(path: Path) -> object:
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\3\4"  # torch.save since 1.6; what was saved before cannot be memory-mapped
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    what = one_line(error).removeprefix(_PREAMBLE)[:120].strip() or type(error).__name__
+    return ValueError(f"{path}: truncated or not a PyTorch file ({what}); {DOWNLOAD_AGAIN}")
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies."""
+
+    name: str  # as the file calls it
+    path: Path
+    file: SafetensorsFile | TorchFile
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.file.shape(self.name)
+
+    def read(self) -> Tensor:
+        """The tensor, memory-mapped. Raises ValueError for whole numbers, which is how others store quantised ones."""
+        tensor = self.file.read(self.name)
+        if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+            found = f"{self.name} is {tensor.dtype}, expected float32, float16, bfloat16 or float64"
+            raise ValueError(f"{self.path}: {found}; use a release that is not quantised")
+        return tensor
+
+
+def open_file(path: Path) -> list[Stored]:
+    """Every tensor of one file, .safetensors or else .bin. Raises FileNotFoundError or ValueError."""
+    file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+    return [Stored(name, path, file) for name in file.names]
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether the folder has a language model's files: safetensors or .bin, one or indexed shards."""
+    return any((folder / name).exists() for half in _HALVES for name in half)
+
+
+def open_folder(folder: Path) -> list[Stored]:
+    """Every tensor of a folder's one file or of its shards. An index must agree with the files that it names.
+
+    Raises FileNotFoundError or ValueError naming the file, what was found and what to do.
+    """
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "no such folder"
+        raise FileNotFoundError(f"{folder}: {found}; expected a folder with {SINGLE_NAME}")
+    for index, single in _HALVES:
+        if (folder / index).exists():
+            return _open_shards(folder / index)
+        if (folder / single).exists():
+            return open_file(folder / single)
+    expected = f"expected {SINGLE_NAME} or {INDEX_NAME}"
+    shards = sorted(folder.glob("model*.safetensors")) + sorted(folder.glob("pytorch_model*.bin"))
+    if shards:
+        raise FileNotFoundError(f"{folder}: found {shards[0].name}, {expected}; download the index")
+    raise FileNotFoundError(f"{folder}: holds no weights, {expected}, as in {RELEASE} on the hub")
+
+
+def _open_shards(index: Path) -> list[Stored]:
+    placed = _read_index(index)
+    files: dict[str, list[Stored]] = {}
+    for name in sorted(set(placed.values())):
+        try:
+            files[name] = open_file(index.with_name(name))
+        except FileNotFoundError:
+            missing = f"not found, although {index.name} names it; download this file"
+            raise FileNotFoundError(f"{index.with_name(name)}: {missing}") from None
+    held = {name: {stored.name for stored in stored_here} for name, stored_here in files.items()}
+    for stored, name in placed.items():
+        if stored not in held[name]:
+            raise ValueError(f"{index}: says {stored} is in {name}, which does not hold it; {DOWNLOAD_AGAIN}")
+    for name, all_stored in held.items():
+        for stored in all_stored:
+            if placed.get(stored) != name:
+                where = f"places in {placed[stored]}" if stored in placed else "does not name"
+                found = f"holds {stored}, which the index {where}"
+                raise ValueError(f"{index.with_name(name)}: {found}; {DOWNLOAD_AGAIN}")
+    return [stored for stored_here in files.values() for stored in stored_here]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    placed = read_json(path).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(v, str) for v in placed.values()):
+        raise ValueError(f"{path}: has no `weight_map` of tensor names to files; {DOWNLOAD_AGAIN}")
+    for name in placed.values():
+        if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+            raise ValueError(f"{path}: names the file {name!r}, expected one beside it; {DOWNLOAD_AGAIN}")
+    return placed

@@ -1,0 +1,450 @@
+"""What a folder of weights holds and lacks, from the headers of its files: `python -m minillava.inspect DIR`.
+
+Names, shapes and dtypes stand at the beginning of a file, and no more is read, so that this takes seconds where opening
+takes minutes. With --doctor the model is opened and asked, too (doctor.py).
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from minillava import cli, doctor
+from minillava.assistant import choose_device, choose_dtype, find_folder, read_image_processor
+from minillava.attention import fused
+from minillava.checkpoint import (
+    CLIP_PREFIXES,
+    CLIP_TEXT_HALF,
+    PROJECTOR_NAME,
+    REST_NAME,
+    Checkpoint,
+    gather,
+    open_checkpoint,
+    part_of_model,
+)
+from minillava.config import CLIP_RELEASE, DOWNLOAD, LlavaConfig, read_config, read_json
+from minillava.files import BIN_INDEX_NAME, INDEX_NAME, Stored, open_file
+from minillava.image import open_image
+from minillava.llava import Llava
+from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, find_template, place_images, render
+from minillava.tokenizer import Tokenizer
+
+HEAD = "language_model.lm_head.weight"
+FILES = {  # beside the weights -> what a missing one means
+    "config.json": "needed",
+    "tokenizer.model": "needed",
+    "tokenizer_config.json": "legacy is then true",
+    "generation_config.json": "the end and pad tokens are then those of config.json",
+    "preprocessor_config.json": "pictures are then normalised by CLIP's own numbers",
+}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SHOWN = 8  # lines of each kind of problem; --json has them all
+
+
+@dataclass
+class Report:
+    """What could be found out: the fields of --json. `missing`, `misshapen`, `unexpected` and `unneeded` are about
+    tensors, `problems` are sentences about all else."""
+
+    folder: str
+    dialect: str
+    problems: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # our names
+    misshapen: list[str] = field(default_factory=list)  # sentences
+    unexpected: list[str] = field(default_factory=list)  # stored names
+    unneeded: list[str] = field(default_factory=list)  # stored names
+    parts: dict[str, dict] = field(default_factory=dict)
+    files: dict[str, bool] = field(default_factory=dict)
+    dtypes: dict[str, dict] = field(default_factory=dict)
+    adapted: int = 0  # weights that a LoRA changes when the model is opened
+    network: dict = field(default_factory=dict)
+    picture: dict = field(default_factory=dict)
+    tokenizer: dict = field(default_factory=dict)
+    template: dict = field(default_factory=dict)
+    memory: dict[str, dict] = field(default_factory=dict)
+    tensors: list[dict] = field(default_factory=list)
+    doctor: list[dict] = field(default_factory=list)
+
+    @property
+    def loadable(self) -> bool:
+        return not (self.problems or self.missing or self.misshapen or self.unexpected)
+
+    def attempt(self, call: Callable, *given):
+        """What the call returns; None where it fails, whose message then is noted as problems, one a line."""
+        try:
+            return call(*given)
+        except (ValueError, OSError) as error:
+            self.problems += [line.strip() for line in str(error).splitlines()]
+            return None
+
+
+def inspect_folder(
+    weights: str | Path,
+    *,
+    revision: str | None = None,
+    vision_tower: str | Path | None = None,
+    model_base: str | Path | None = None,
+    adapter: str | Path | None = None,
+    template: str | None = None,
+    system: str | None = None,
+    image_aspect_ratio: str | None = None,
+) -> Report:
+    """All that can be said of weights without reading them. Arguments as for `minillava.load`, which opens them if the
+    report is `loadable`, and else does not. Raises FileNotFoundError or ValueError where a folder is not there."""
+    folder = find_folder(weights, revision)
+    tower, base, lora = (None if f is None else find_folder(f) for f in (vision_tower, model_base, adapter))
+
+    def home(name: str) -> Path:
+        """The folder of a file that a fine-tune may leave to its base."""
+        return folder if base is None or (folder / name).exists() else base
+
+    report = Report(str(folder), dialect_of(folder, base))
+    report.files = {name: (home(name) / name).exists() for name in FILES}
+    pictures = tower or home("preprocessor_config.json")  # transformers 5 writes processor_config.json instead
+    report.files["preprocessor_config.json"] |= any(pictures.glob("p*rocessor_config.json"))
+    config = report.attempt(read_config, home("config.json"), tower)
+    checkpoint, tensors = _open_weights(report, folder, config, tower, base, lora)
+    _describe_tensors(report, tensors)
+    if config is not None:
+        if config.text.tie_word_embeddings and any(stored["name"] == HEAD for stored in report.tensors):
+            config = replace(config, text=replace(config.text, tie_word_embeddings=False))  # a stored head is the head
+        shapes = weight_shapes(config)
+        report.network = _network(config)
+        report.memory = doctor.memory_table(config, shapes)
+        processor = report.attempt(read_image_processor, pictures, config, image_aspect_ratio)
+        if processor is not None:
+            report.picture = {"side": processor.image_size, "aspect": processor.aspect}
+        if checkpoint is not None:
+            _compare(report, checkpoint, shapes)
+    if checkpoint is not None:
+        report.adapted, report.unneeded = len(checkpoint.deltas), checkpoint.unused
+        _say_what_to_get(report, checkpoint, None if config is None else config.vision_tower_name)
+    _describe_tokenizer(report, home("tokenizer.model") / "tokenizer.model", config)
+    style = find_template(template or DEFAULT_TEMPLATE)
+    prompt = render(style, [(place_images(DEFAULT_PROMPT, 1), None)], system)
+    report.template = {"name": template or DEFAULT_TEMPLATE, "default": template is None, "prompt": str(prompt)}
+    return report
+
+
+def dialect_of(folder: Path, base: Path | None = None) -> str:
+    """What kind of folder this is, by its files and the words of its config.json. base: where `model_base` is."""
+    if part := part_of_model(folder):
+        kind = "a projector from pre-training" if part == "a projector" else part
+        return f"{kind} alone, without its base" if base is None else f"{kind}, on the base in {base}"
+    try:
+        raw = read_json(folder / "config.json")
+    except (ValueError, OSError):
+        return "unknown: it has no config.json that can be read"
+    kind = raw.get("model_type")
+    if kind in ("llava", "llava_llama"):
+        return "LLaVA as on the hub (llava-hf)" if "text_config" in raw else "the original LLaVA (liuhaotian)"
+    if kind in ("clip", "clip_vision_model"):
+        return "a plain CLIP: the --vision-tower of a LLaVA, none by itself"
+    if kind == "llama":
+        return "a plain Llama: the --model-base of a projector or a LoRA, no LLaVA by itself"
+    return f"unknown: model_type is {kind!r}"
+
+
+def _open_weights(
+    report: Report, folder: Path, config: LlavaConfig | None, *others: Path | None
+) -> tuple[Checkpoint | None, dict[str, Stored]]:
+    """The checkpoint, and its tensors by our names: as `load` opens it, else without asking whether it is whole. Where
+    not even that works: None, and what is in those of its files that can be opened, by stored names."""
+    try:
+        if config is not None:
+            checkpoint = open_checkpoint(folder, config, *others)
+            return checkpoint, checkpoint.tensors
+    except (ValueError, OSError):
+        pass  # what is wrong is found again below, part by part
+    known = len(report.problems)
+    if report.dialect.startswith("a plain CLIP"):
+        checkpoint = report.attempt(Checkpoint, folder, CLIP_PREFIXES, CLIP_TEXT_HALF)
+    else:
+        checkpoint = report.attempt(gather, folder, *others)
+    if checkpoint is not None:
+        return checkpoint, checkpoint.tensors
+    tensors, damaged = {}, []
+    for path in _weight_files(folder):
+        try:
+            tensors |= {stored.name: stored for stored in open_file(path)}
+        except (ValueError, OSError) as error:
+            damaged.append(str(error))
+    if damaged:
+        report.problems[known:] = damaged  # `gather` stops at the first
+    return None, tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that an index names, or else those that are there."""
+    for index in (INDEX_NAME, BIN_INDEX_NAME):
+        with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):  # no index, or one that says nothing
+            return [folder / Path(name).name for name in sorted(set(read_json(folder / index)["weight_map"].values()))]
+    patterns = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*", PROJECTOR_NAME, REST_NAME)
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+def weight_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
+    """Our name -> shape of every weight of the network, which for this is built without memory."""
+    with torch.device("meta"):
+        model = Llava(config, fused)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _part_of(name: str) -> str:
+    """The part a tensor belongs to: by our name, or by what stored names have in common."""
+    if ".lora_" in name:
+        return "adapter"
+    if "projector" in name:
+        return "projector"
+    return "vision tower" if "vision_tower." in name or name.startswith("vision_model.") else "language model"
+
+
+def _describe_tensors(report: Report, tensors: dict[str, Stored]) -> None:
+    """Numbers by part and by dtype, and the list of --keys."""
+    report.parts = {part: {"tensors": 0, "parameters": 0} for part in ("language model", "projector", "vision tower")}
+    headers = {f.path: safe_open(f.path, "pt") for f in tensors.values() if f.path.suffix == ".safetensors"}
+    for name, stored in tensors.items():
+        dtype = report.attempt(_dtype_of, stored, headers.get(stored.path))
+        if dtype is None:
+            continue
+        numbers = math.prod(stored.shape)
+        part = report.parts.setdefault(_part_of(name), {"tensors": 0, "parameters": 0})
+        kind = report.dtypes.setdefault(doctor.name_of(dtype), {"tensors": 0, "parameters": 0, "bytes": 0})
+        for count in (part, kind):
+            count["tensors"] += 1
+            count["parameters"] += numbers
+        kind["bytes"] += numbers * dtype.itemsize
+        about = {"name": name, "stored": stored.name, "shape": list(stored.shape), "dtype": doctor.name_of(dtype)}
+        report.tensors.append({**about, "file": str(stored.path)})
+
+
+def _dtype_of(stored: Stored, header: safe_open | None) -> torch.dtype:
+    """By the header of a safetensors file: `read` would load a first page of each tensor. Raises ValueError for a
+    quantised tensor, as `read` does."""
+    kind = header and header.get_slice(stored.name).get_dtype()
+    return DTYPES[kind] if kind in DTYPES else stored.read().dtype
+
+
+def _network(config: LlavaConfig) -> dict:
+    text = config.text
+    return {
+        "layers": text.num_hidden_layers,
+        "width": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "key_value_heads": text.num_key_value_heads,
+        "vocabulary": text.vocab_size,
+        "context": text.max_position_embeddings,
+        "vision_layers": config.vision_layers_needed,
+        "positions_per_picture": config.tokens_per_image,
+    }
+
+
+def _compare(report: Report, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+    """What config.json expects against what is stored, as `load` will find it. A part of which nothing is there is not
+    listed tensor by tensor."""
+    there = {_part_of(name) for name in checkpoint.tensors}
+    report.missing = [name for name in shapes if name not in checkpoint.tensors and _part_of(name) in there]
+    whole = there >= {_part_of(name) for name in shapes}
+    for name, stored in checkpoint.tensors.items():
+        # Of a model that lacks a part, `open_checkpoint` has not yet sorted out what of its tower is not needed.
+        if name not in shapes and (whole or _part_of(name) != "vision tower"):
+            report.unexpected.append(stored.name)
+        elif name in shapes and checkpoint.shape(name) != shapes[name]:
+            found, wanted = list(checkpoint.shape(name)), list(shapes[name])
+            report.misshapen.append(f"{stored.name} has shape {found}, config.json expects {wanted}")
+
+
+def _say_what_to_get(report: Report, checkpoint: Checkpoint, tower: str | None) -> None:
+    """One line for each part of which nothing is there. tower: where config.json says that its own comes from."""
+    there = {_part_of(name) for name in checkpoint.tensors}
+    absent = [part for part in report.parts if part not in there]
+    for part in absent:
+        get = DOWNLOAD
+        if part == "vision tower" and "language model" not in absent:  # an original release, which is whole without
+            clip = tower if tower and re.fullmatch(r"[\w.-]+/[\w.-]+", tower) else CLIP_RELEASE
+            folder = clip.rpartition("/")[2]
+            get = f"hf download {clip} --local-dir {folder}; then pass --vision-tower {folder}"
+        report.problems.append(f"missing: {part}; get it with: {get}")
+
+
+def _describe_tokenizer(report: Report, path: Path, config: LlavaConfig | None) -> None:
+    added = () if config is None else config.added_tokens
+    tokenizer = report.attempt(lambda: Tokenizer(path, added=added))
+    if tokenizer is None:
+        return
+    pieces = tokenizer.vocab_size
+    report.tokenizer = {"pieces": pieces, "legacy": tokenizer.legacy, "added": _added_tokens(path, pieces)}
+    report.tokenizer["added"] |= tokenizer.added
+    if config is not None and pieces > config.text.vocab_size:
+        report.problems.append(
+            f"{path}: has {pieces} pieces, config.json a vocabulary of {config.text.vocab_size}; "
+            "copy the tokenizer.model that belongs to these weights"
+        )
+
+
+def _added_tokens(path: Path, pieces: int) -> dict[str, int]:
+    """The tokens beyond the pieces of tokenizer.model that the files beside it name, in the order of their ids."""
+    found: dict[int, str] = {}
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):  # these files are for other programs
+            raw = read_json(path.with_name(name))
+            if name == "tokenizer_config.json":
+                raw = {entry["content"]: int(i) for i, entry in raw["added_tokens_decoder"].items()}
+            found |= {i: token for token, i in raw.items() if i >= pieces}
+    return {found[i]: i for i in sorted(found)}
+
+
+def as_text(report: Report) -> str:
+    """The report for a person."""
+    lines = [report.folder, f"  is {report.dialect}", ""]
+    lacking = {_part_of(name) for name in report.missing}
+    for part, found in report.parts.items():
+        state = "missing" if not found["tensors"] else "incomplete" if part in lacking else "there"
+        lines.append(f"  {part:<24} {state:<11} {found['parameters']:>14,} parameters in {found['tensors']:,} tensors")
+    if report.adapted:
+        lines.append(f"  {'adapter':<24} {'there':<11} changes {report.adapted:,} weights when the model is opened")
+    lines += [f"  {name:<24} {'there' if there else f'missing: {FILES[name]}'}" for name, there in report.files.items()]
+    if report.tokenizer:
+        added = ", ".join(f"{token} {i}" for token, i in report.tokenizer["added"].items()) or "none"
+        pieces, legacy = report.tokenizer["pieces"], str(report.tokenizer["legacy"]).lower()
+        lines.append(f"  {'tokenizer':<24} {pieces:,} pieces, legacy {legacy}; added tokens: {added}")
+    if report.network:
+        network = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in report.network.items())
+        lines.append(f"  {'network':<24} {network}")
+    if report.picture:
+        side = report.picture["side"]
+        lines.append(f"  {'pictures':<24} {side} x {side} pixels, image aspect ratio {report.picture['aspect']}")
+    default = " (the default; --template chooses another)" if report.template["default"] else ""
+    lines.append(f"  {'template':<24} {report.template['name']}{default}: {report.template['prompt']!r}")
+    for name, kind in report.dtypes.items():
+        count = f"{kind['parameters']:,} parameters in {kind['tensors']:,} tensors, {doctor.gigabytes(kind['bytes'])}"
+        lines.append(f"  {'stored as ' + name:<24} {count}")
+    unneeded = sorted({re.sub(r"(layers\.\d+)\..*", r"\1.*", name) for name in report.unneeded})
+    if unneeded:
+        lines.append(f"  {'stored but not needed':<24} {', '.join(unneeded)}")
+    if report.memory:
+        context = report.network["context"]
+        lines += ["", f"  {'memory':<10}{'weights':>12}{'cache per 1,000':>18}{f'sum at {context:,} positions':>26}"]
+        for row, columns in report.memory.items():
+            sizes = [doctor.gigabytes(count) for count in columns.values()]
+            lines.append(f"  {row:<10}{sizes[0]:>12}{sizes[1]:>18}{sizes[2]:>26}")
+    problems = [
+        *_cut(report.problems),
+        *_cut([f"missing tensor: {name}" for name in report.missing]),
+        *_cut(report.misshapen),
+        *_cut([f"not a part of this model: {name}" for name in report.unexpected]),
+    ]
+    verdict = "it can be opened" if report.loadable else "it cannot be opened as it is:"
+    return "\n".join([*lines, "", verdict, *[f"  {problem}" for problem in problems]])
+
+
+def _cut(lines: list[str]) -> list[str]:
+    """The first ones and how many there are more."""
+    return [*lines[:SHOWN], *[f"and {len(lines) - SHOWN:,} more like it: --json has them all"][: len(lines) > SHOWN]]
+
+
+def keys_text(report: Report) -> str:
+    """Every tensor in a line: our name, stored name, shape, dtype, file; those that are not needed by name alone."""
+    rows = [
+        (tensor["name"], tensor["stored"], str(tensor["shape"]), tensor["dtype"], Path(tensor["file"]).name)
+        for tensor in report.tensors
+    ]
+    rows += [("(not needed)", name, "", "", "") for name in report.unneeded]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def inspect_parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="python -m minillava.inspect",
+        description="Say what a folder of weights holds and lacks, and what it needs in memory, from the headers of "
+        "its files.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="""examples:
+  python -m minillava.inspect weights/shapes
+  python -m minillava.inspect llava-v1.5-7b --vision-tower clip-vit-large-patch14-336 --keys
+  python -m minillava.inspect llava-1.5-7b-hf --doctor --image cat.jpg
+
+exit status: 0 it can be opened (and no check FAILED), 1 it cannot, 2 wrong usage, 130 Ctrl-C""",
+    )
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="the weights, as for --weights")
+    group = parser.add_argument_group("what to say")
+    group.add_argument("--keys", action="store_true", help="list every tensor: names, shape, dtype, file")
+    group.add_argument("--json", action="store_true", help="one JSON object instead, with everything")
+    group.add_argument(
+        "--doctor", action="store_true",
+        help="also open the model and check it here: memory, NaN, two ways to compute the same, whether it sees",
+    )  # fmt: skip
+    group.add_argument("-i", "--image", metavar="FILE", help="with --doctor: show it this picture, not a drawn one")
+    cli.add_model_arguments(parser)
+    cli.add_output_arguments(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; the exit status."""
+    parser = inspect_parser()
+    args = parser.parse_args(argv)
+    if args.folder is not None and args.weights is not None:
+        parser.error(f"DIR and --weights are the same: give {args.folder} or {args.weights}")
+    if args.image is not None and not args.doctor:
+        parser.error("--image is what --doctor shows the model: give both")
+    return cli.run(lambda: _inspect(args), args.verbose)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    messages = cli.Messages(args.verbose, args.quiet)
+    picture = None if args.image is None else open_image(args.image)
+    weights = cli.find_weights(args.folder or args.weights, messages)
+    named = ("revision", "vision_tower", "model_base", "adapter", "template", "system", "image_aspect_ratio")
+    report = inspect_folder(weights, **{name: vars(args)[name] for name in named})
+    if not args.json:
+        print(as_text(report))
+    if args.keys and not args.json:
+        print(f"\n{keys_text(report)}")
+    findings = []
+    for finding in _see_doctor(args, weights, report, picture, messages) if args.doctor else ():
+        findings.append(finding)
+        if not args.json:
+            lead = "\n" if len(findings) == 1 else ""
+            print(f"{lead}{finding.status:<8} {finding.check}: {finding.text}", flush=True)
+    if args.json:
+        report.doctor = [asdict(finding) for finding in findings]
+        print(json.dumps({"loadable": report.loadable, **asdict(report)}, ensure_ascii=False))
+    failed = any(finding.status == doctor.FAILED for finding in findings)
+    return int(failed or not report.loadable)
+
+
+def _see_doctor(
+    args: argparse.Namespace, weights: str, report: Report, picture: Image.Image | None, messages: cli.Messages
+) -> Iterator[doctor.Finding]:
+    """The findings, one by one as they are made; those about the model only where it can be opened and fits."""
+    yield doctor.environment()
+    if not report.loadable:
+        yield doctor.Finding("opening", doctor.FAILED, "not tried: the folder is not whole, see above")
+        return
+    largest = max(report.tensors, key=lambda tensor: math.prod(tensor["shape"]))
+    stored, device = getattr(torch, largest["dtype"]), choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device, stored)
+    yield doctor.precision(device, dtype, stored)
+    table, half = report.memory["bfloat16"], dtype.itemsize / 2
+    needed, cache = int(table["weights"] * half), int((table["full_context"] - table["weights"]) * half)
+    mapped = device == "cpu" and set(report.dtypes) == {largest["dtype"]} and dtype == stored and not report.adapted
+    memory = doctor.memory(needed, cache, device, mapped)
+    yield memory
+    if memory.status != doctor.FAILED:
+        yield from doctor.examine(cli.open_assistant(args, weights, messages), picture, args.system)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

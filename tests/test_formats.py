@@ -1,0 +1,523 @@
+"""The layouts that fine-tunes come in: .bin files, a projector alone, LoRA adapters, tokens added to the vocabulary."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hf import read_json, write_json
+from safetensors.torch import load_file, save_file
+
+import minillava
+from minillava import cli
+from minillava.checkpoint import Checkpoint, gather
+from minillava.config import IM_END, IM_PATCH, IM_START, IMAGE_TOKEN_INDEX
+from minillava.files import BIN_INDEX_NAME, BIN_NAME, SINGLE_NAME, TorchFile
+from minillava.llama import grow_rows
+from minillava.tokenizer import Tokenizer
+
+QUESTION = "What is in this image?"
+LAYER = "model.layers.0.self_attn.q_proj"
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.fixture
+def release(tmp_path, write_dialect) -> dict[str, Path]:
+    """The original's layout: no tower in it. `weights` and `vision_tower` for minillava.load."""
+    return write_dialect("original-bare", tmp_path / "release")
+
+
+@pytest.fixture
+def picture(reference) -> Path:
+    return reference / "pictures" / "landscape.png"
+
+
+@pytest.fixture
+def base(release, tmp_path) -> Path:
+    """A plain Llama, as a Vicuna is: the release without its projector."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    tensors = weights_of(release["weights"])
+    store({name: w for name, w in tensors.items() if "mm_projector" not in name}, folder)
+    shutil.copy(release["weights"] / "tokenizer.model", folder)
+    config = {k: v for k, v in read_json(release["weights"] / "config.json").items() if not k.startswith("mm_")}
+    write_json({**config, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}, folder / "config.json")
+    return folder
+
+
+@pytest.fixture
+def pretrain(release, tmp_path) -> Path:
+    """What LLaVA's first stage saves: a projector and a configuration."""
+    folder = tmp_path / "pretrain"
+    folder.mkdir()
+    shutil.copy(release["weights"] / "config.json", folder)
+    tensors = weights_of(release["weights"])
+    torch.save({name: w for name, w in tensors.items() if "mm_projector" in name}, folder / "mm_projector.bin")
+    return folder
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: w.clone() for name, w in load_file(folder / SINGLE_NAME).items()}
+
+
+def store(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    save_file({name: w.contiguous() for name, w in tensors.items()}, folder / SINGLE_NAME)
+
+
+def load(weights: Path, **options):
+    return minillava.load(weights, device="cpu", dtype="float32", attention="eager", **options)
+
+
+def logits(assistant, picture: Path) -> torch.Tensor:
+    spliced = assistant.prepare(picture, assistant.prompt(QUESTION))
+    with torch.no_grad():
+        return assistant.model.language_model(spliced.embeds, spliced.attention_mask).logits
+
+
+def change(path: Path, **fields) -> None:
+    write_json({**read_json(path), **fields}, path)
+
+
+# --- .bin ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["one file", "shards", "saved before PyTorch 1.6"])
+def test_bin_files_hold_the_same_model(release, picture, form):
+    expected = logits(load(**release), picture)
+    folder = release["weights"]
+    tensors = weights_of(folder)
+    (folder / SINGLE_NAME).unlink()
+    if form == "shards":
+        names, placed = sorted(tensors), {}
+        for i in range(2):
+            file = f"pytorch_model-{i + 1:05}-of-00002.bin"
+            torch.save({name: tensors[name] for name in names[i::2]}, folder / file)
+            placed |= dict.fromkeys(names[i::2], file)
+        write_json({"metadata": {}, "weight_map": placed}, folder / BIN_INDEX_NAME)
+    else:
+        torch.save(tensors, folder / BIN_NAME, _use_new_zipfile_serialization=form == "one file")
+    assert torch.equal(logits(load(**release), picture), expected)
+
+
+def test_bin_files_stay_memory_mapped(tmp_path):
+    """What is written to the file shows in the tensor: nothing was copied when it was opened."""
+    path = tmp_path / BIN_NAME
+    torch.save({"w": torch.full((1000,), 3.0)}, path)
+    tensor = TorchFile(path).read("w")
+    assert tensor.eq(3).all()
+    content = path.read_bytes()
+    at = content.index(torch.full((1000,), 3.0).numpy().tobytes())
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(torch.full((1000,), 5.0).numpy().tobytes())
+    assert tensor.eq(5).all()
+
+
+class Evil:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_runs_code_is_refused(release, tmp_path, zipped):
+    folder, trace = release["weights"], tmp_path / "was-here"
+    torch.save({**weights_of(folder), "evil": Evil(trace)}, folder / BIN_NAME, _use_new_zipfile_serialization=zipped)
+    (folder / SINGLE_NAME).unlink()
+    with pytest.raises(
+        ValueError, match=r"holds more than tensors, namely \w+\.mkdir, which opening it would run: refused"
+    ) as error:
+        load(**release)
+    assert str(error.value).startswith(f"{folder / BIN_NAME}: ")
+    assert len(str(error.value).splitlines()) == 1
+    assert not trace.exists()
+    torch.load(folder / BIN_NAME, weights_only=False)  # the pickle works
+    assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ([torch.zeros(2)], "holds a list, expected tensors by name"),
+        ({"w": 3}, "w is int, expected a plain tensor"),
+        ({"model": {"w": torch.zeros(2)}}, "model is dict, expected a plain tensor"),
+        ({"w": torch.zeros(2, 2).to_sparse()}, "w is a tensor of layout torch.sparse_coo"),
+        ({3: torch.zeros(2)}, "holds a dict, expected tensors by name"),
+        ("truncated", "truncated or not a PyTorch file"),
+        ("empty", "truncated or not a PyTorch file"),
+        ("text", "truncated or not a PyTorch file"),
+    ],
+)
+def test_a_bin_file_that_is_no_checkpoint_is_refused(tmp_path, content, found):
+    path = tmp_path / BIN_NAME
+    if isinstance(content, str):
+        torch.save({"w": torch.zeros(1000)}, path)
+        whole = path.read_bytes()
+        path.write_bytes(
+            {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"<html>not found</html>"}[content]
+        )
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=found) as error:
+        Checkpoint(tmp_path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert len(str(error.value).splitlines()) == 1
+
+
+# --- a projector alone --------------------------------------------------------------------------------------------
+
+
+def test_a_projector_and_its_base_make_the_release(release, base, pretrain, picture):
+    expected = logits(load(**release), picture)
+    found = load(pretrain, model_base=base, vision_tower=release["vision_tower"])
+    assert torch.equal(logits(found, picture), expected)
+
+
+def test_parts_that_need_a_base_say_so(pretrain, base, release):
+    with pytest.raises(FileNotFoundError, match=r"holds a projector and no language model; .* --model-base"):
+        load(pretrain, vision_tower=release["vision_tower"])
+    with pytest.raises(ValueError, match="holds a language model of its own, so --model-base has nothing to complete"):
+        load(**release, model_base=base)
+
+
+def test_a_projector_that_would_stay_random_is_refused(release, base, pretrain):
+    """A language model with a LLaVA configuration, and a base with neither projector."""
+    tower = release["vision_tower"]
+    shutil.copy(release["weights"] / "config.json", base)
+    with pytest.raises(FileNotFoundError, match="holds no projector, without which the model cannot see"):
+        load(base, vision_tower=tower)
+    content = torch.load(pretrain / "mm_projector.bin")
+    del content["model.mm_projector.2.bias"]
+    torch.save(content, pretrain / "mm_projector.bin")
+    with pytest.raises(ValueError, match=r"projector\.linear_2\.bias is missing"):
+        load(pretrain, model_base=base, vision_tower=tower)
+
+
+# --- LoRA ---------------------------------------------------------------------------------------------------------
+
+
+def lora(model: dict[str, torch.Tensor], kinds: list[str], rank: int = 3, default: str = "") -> dict[str, torch.Tensor]:
+    """Random matrices for every layer of these kinds, by PEFT's names."""
+    generator, found = torch.Generator().manual_seed(5), {}
+    for name, w in model.items():
+        module = name.removesuffix(".weight")
+        if module.rpartition(".")[2] in kinds and "vision" not in name:
+            prefix = f"base_model.model.{module}"
+            found[f"{prefix}.lora_A{default}.weight"] = torch.randn(rank, w.shape[1], generator=generator) * 0.1
+            found[f"{prefix}.lora_B{default}.weight"] = torch.randn(w.shape[0], rank, generator=generator) * 0.1
+    return found
+
+
+@pytest.fixture
+def write_lora(release, base, tmp_path):
+    """`write_lora(config..., default=, file=)`: a folder as LLaVA's LoRA training leaves it, with the projector in
+    non_lora_trainables.bin; returns the folder and the weights it stands for."""
+
+    def write(default: str = "", file: str = "adapter_model.bin", rest: str = "base_model.model.", **fields):
+        folder, tensors = tmp_path / "lora", weights_of(release["weights"])
+        folder.mkdir()
+        kinds = ["q_proj", "down_proj"]
+        matrices = lora(tensors, kinds, default=default)
+        config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": kinds, "fan_in_fan_out": False}
+        config |= {"base_model_name_or_path": "lmsys/vicuna-7b-v1.5", "use_rslora": False, **fields}
+        write_json(config, folder / "adapter_config.json")
+        (torch.save if file.endswith(".bin") else save_file)(matrices, folder / file)
+        shutil.copy(release["weights"] / "config.json", folder)
+        projector = {rest + name: w for name, w in tensors.items() if "mm_projector" in name}
+        torch.save(projector, folder / "non_lora_trainables.bin")
+        scale = config["lora_alpha"] / (3**0.5 if config["use_rslora"] else 3)
+        for name in tensors:
+            key = f"base_model.model.{name.removesuffix('.weight')}.lora_%s{default}.weight"
+            if key % "A" in matrices:
+                tensors[name] = (
+                    tensors[name].double() + scale * matrices[key % "B"].double() @ matrices[key % "A"].double()
+                ).float()
+        return folder, tensors
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"default": ".default"},
+        {"file": "adapter_model.safetensors"},
+        {"rest": ""},
+        {"rest": "base_model.model.model."},
+        {"use_rslora": True},
+        {"fan_in_fan_out": True},
+        {"lora_alpha": 1},
+    ],
+    ids=str,
+)
+def test_a_lora_is_its_merged_weights(release, base, write_lora, picture, form):
+    if form.get("rest") == "base_model.model.model.":  # one "model." too many on every name that has one
+        form = {"rest": "base_model.model."}
+    folder, merged = write_lora(**form)
+    found = load(folder, model_base=base, vision_tower=release["vision_tower"])
+    store(merged, release["weights"])
+    expected = load(**release)
+    for (name, ours), (_, theirs) in zip(
+        found.model.state_dict().items(), expected.model.state_dict().items(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6, msg=name)
+    torch.testing.assert_close(logits(found, picture), logits(expected, picture), rtol=1e-4, atol=1e-4)
+
+
+def test_merged_logits_are_those_of_base_and_adapter_path(release, base, write_lora, picture):
+    """The adapter as a path of its own beside each layer, added to its output."""
+    folder, _ = write_lora()
+    merged = logits(load(folder, model_base=base, vision_tower=release["vision_tower"]), picture)
+    plain = load(**release)
+    matrices = torch.load(folder / "adapter_model.bin")
+    assert not torch.allclose(merged, logits(plain, picture), atol=0.1)
+    for name, module in plain.model.language_model.named_modules():
+        key = f"base_model.model.model.{name}.lora_%s.weight"
+        if key % "A" in matrices:
+            a, b = matrices[key % "A"], matrices[key % "B"]
+            module.register_forward_hook(lambda _, x, out, a=a, b=b: out + x[0] @ a.T @ b.T * 2)
+    torch.testing.assert_close(merged, logits(plain, picture), rtol=1e-4, atol=1e-4)
+
+
+def test_the_merge_is_rounded_once(release, base, write_lora):
+    """At bfloat16 the sum of float32 numbers is rounded, not a sum of rounded numbers."""
+    folder, merged = write_lora()
+    found = minillava.load(
+        folder, model_base=base, vision_tower=release["vision_tower"], device="cpu", dtype="bfloat16"
+    )
+    ours = found.model.language_model.layers[0].self_attn.q_proj.weight
+    assert torch.equal(ours, merged[f"{LAYER}.weight"].bfloat16())
+
+
+def test_an_adapter_goes_on_top_of_a_whole_model(release, base, write_lora, picture):
+    folder, _ = write_lora()
+    alone = logits(load(folder, model_base=base, vision_tower=release["vision_tower"]), picture)
+    assert torch.equal(logits(load(**release, adapter=folder), picture), alone)
+
+
+def test_an_adapter_without_a_base_names_it(write_lora, release):
+    folder, _ = write_lora()
+    with pytest.raises(FileNotFoundError, match=r"a LoRA adapter and no language model; .*\(lmsys/vicuna-7b-v1.5\)"):
+        load(folder, vision_tower=release["vision_tower"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda m: m.pop(f"base_model.model.{LAYER}.lora_B.weight"), "lora_A.weight, but no lora_B for it"),
+        (lambda m: m.update({f"base_model.model.{LAYER}x.lora_A.weight": torch.zeros(3, 4),
+                             f"base_model.model.{LAYER}x.lora_B.weight": torch.zeros(4, 3)}),
+         "q_projx.weight, which this model does not have"),
+        (lambda m: m.update({f"base_model.model.{LAYER}.lora_B.weight": torch.zeros(5, 3)}), r"make \[5, "),
+        (lambda m: m.update({f"base_model.model.{LAYER}.lora_B.weight": torch.zeros(5, 2)}), r"expected \[r, C\] and "),
+        (lambda m: m.update({"base_model.model.ghost": torch.zeros(2)}), "ghost is not part of this model"),
+        (lambda m: [m.pop(k) for k in list(m) if "down_proj" in k], "target_modules names down_proj, but it "),
+        (lambda m: m.clear(), "target_modules names q_proj, down_proj"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_does_not_fit_is_refused(release, base, write_lora, damage, found):
+    folder, _ = write_lora()
+    matrices = torch.load(folder / "adapter_model.bin")
+    damage(matrices)
+    torch.save(matrices, folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match=found):
+        load(folder, model_base=base, vision_tower=release["vision_tower"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', supported: LORA"),
+        ({"use_dora": True}, "use_dora is True"),
+        ({"lora_alpha": "much"}, "lora_alpha is 'much', expected a number"),
+    ],
+)
+def test_other_kinds_of_adapter_are_refused(release, base, write_lora, fields, found):
+    folder, _ = write_lora()
+    change(folder / "adapter_config.json", **fields)
+    with pytest.raises(ValueError, match=found):
+        load(folder, model_base=base, vision_tower=release["vision_tower"])
+
+
+def test_half_a_lora_run_is_refused(write_lora, base, release):
+    folder, _ = write_lora()
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"but no adapter_config\.json"):
+        load(folder, model_base=base, vision_tower=release["vision_tower"])
+    folder.joinpath("adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no adapter_model\.safetensors or adapter_model\.bin"):
+        load(folder, model_base=base, vision_tower=release["vision_tower"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+        {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "use_rslora": True},
+        {"r": 2, "lora_alpha": 5, "target_modules": ["k_proj"], "fan_in_fan_out": True},
+        {"r": 2, "lora_alpha": 5, "target_modules": ["q_proj", "up_proj"],
+         "rank_pattern": {"up_proj": 5}, "alpha_pattern": {"layers.0.mlp.up_proj": 7}},
+        {"r": 2, "target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT's own, about transformers
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True")
+def test_equals_peft(base, pretrain, release, tmp_path, settings):
+    """Adapter written by PEFT on transformers' Llama; merged by PEFT, and by us."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (extra: parity)")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: parity)")
+    model = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, peft.LoraConfig(**settings, init_lora_weights=False))
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    folder = tmp_path / "peft"
+    model.save_pretrained(folder)
+    for name in ("config.json", "mm_projector.bin"):
+        shutil.copy(pretrain / name, folder)
+    merged = model.merge_and_unload().state_dict()
+    checkpoint = gather(folder, release["vision_tower"], base)
+    language = [name for name in checkpoint.tensors if name.startswith("language_model.")]
+    assert len(language) == len(merged)
+    plain = Checkpoint(base)
+    changed = 0
+    for name in language:
+        rest = name.removeprefix("language_model.")
+        theirs = merged[rest if rest.startswith("lm_head") else f"model.{rest}"]
+        torch.testing.assert_close(checkpoint.read(name), theirs, rtol=1e-6, atol=1e-7, msg=name)
+        changed += not torch.equal(plain.read(name), theirs)
+    assert changed
+
+
+# --- tokens added to the vocabulary -------------------------------------------------------------------------------
+
+
+def test_new_rows_are_the_mean_of_the_old(release):
+    assistant = load(**release)
+    model, rows = assistant.model, assistant.model.config.text.vocab_size
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    ids = torch.tensor([[1, 5, 9]])
+    old_logits = model.language_model(ids).logits
+    model.resize_token_embeddings(rows + 3)
+    for name, w in model.state_dict().items():
+        if "embed_tokens" in name or "lm_head" in name:
+            assert torch.equal(w[:rows], before[name])
+            mean = before[name].double().mean(0).float()
+            torch.testing.assert_close(w[rows:], mean.expand(3, -1), rtol=1e-5, atol=1e-7)
+        else:
+            assert torch.equal(w, before[name])
+    new_logits = model.language_model(ids).logits
+    assert new_logits.shape[-1] == rows + 3 == model.config.text.vocab_size
+    torch.testing.assert_close(new_logits[..., :rows], old_logits)
+    with pytest.raises(ValueError, match=f"has {rows + 3} rows, asked for {rows}"):
+        model.resize_token_embeddings(rows)
+
+
+def test_growth_in_half_precision_is_the_mean_of_float32():
+    table = (torch.randn(1000, 8) + 3).bfloat16()
+    torch.testing.assert_close(grow_rows(table, 1001)[-1], table.double().mean(0).bfloat16(), rtol=0, atol=0)
+
+
+def test_tokens_around_pictures_grow_tokenizer_and_model(release, picture):
+    folder = release["weights"]
+    rows = read_json(folder / "config.json")["vocab_size"]
+    plain = load(**release)
+    change(folder / "config.json", mm_use_im_patch_token=True, mm_use_im_start_end=True)
+    assistant = load(**release)
+    assert assistant.tokenizer.added == {IM_PATCH: rows, IM_START: rows + 1, IM_END: rows + 2}
+    assert assistant.model.config.text.vocab_size == rows + 3
+    ids, before = (a.tokenizer.encode(a.prompt(QUESTION)) for a in (assistant, plain))
+    at = ids.index(IMAGE_TOKEN_INDEX)
+    assert ids[at - 1 : at + 2] == [rows + 1, IMAGE_TOKEN_INDEX, rows + 2]
+    assert [i for i in ids if i not in (rows + 1, rows + 2)] == before
+    assert logits(assistant, picture).shape[-1] == rows + 3
+    assert assistant.ask(picture, QUESTION, max_new_tokens=3) is not None
+
+
+def test_ids_come_from_added_tokens_json_when_they_are_there(release):
+    folder = release["weights"]
+    path = folder / "tokenizer.model"
+    pieces = Tokenizer(path).vocab_size
+    write_json({"[PAD]": pieces, IM_START: pieces + 5}, folder / "added_tokens.json")
+    found = Tokenizer(path, added=(IM_PATCH, IM_START, IM_END)).added
+    assert found == {IM_PATCH: pieces + 6, IM_START: pieces + 5, IM_END: pieces + 7}
+    assert Tokenizer(path).added == {}
+    write_json({IM_START: "many"}, folder / "added_tokens.json")
+    with pytest.raises(ValueError, match="<im_start> is 'many', expected a token id"):
+        Tokenizer(path, added=(IM_START,))
+
+
+@pytest.mark.parametrize("form", ["new rows", "full table", "none"])
+def test_a_pre_train_may_bring_rows_for_its_tokens(release, base, pretrain, picture, form):
+    """LLaVA's first stage with mm_use_im_start_end saves the two rows that it learned, or the whole table."""
+    rows = read_json(pretrain / "config.json")["vocab_size"]
+    change(pretrain / "config.json", mm_use_im_start_end=True, vocab_size=rows + 2)
+    content = torch.load(pretrain / "mm_projector.bin")
+    old, new = weights_of(base)[TABLE], torch.randn(2, weights_of(base)[TABLE].shape[1])
+    if form != "none":
+        content[TABLE] = new if form == "new rows" else torch.cat([old, new])
+    torch.save(content, pretrain / "mm_projector.bin")
+    model = load(pretrain, model_base=base, vision_tower=release["vision_tower"]).model.language_model
+    expected = old.mean(0).expand(2, -1) if form == "none" else new
+    torch.testing.assert_close(model.embed_tokens.weight[rows:], expected)
+    assert torch.equal(model.embed_tokens.weight[:rows], old)
+    assert len(model.lm_head.weight) == rows + 2
+
+
+# --- the hub's cache ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch, reference) -> str:
+    """The stored checkpoint in a hub cache: an id to load it by."""
+    home = tmp_path / "cache" / "models--someone--llava"
+    commit = "0123456789" * 4
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text(commit)
+    (home / "blobs").mkdir()
+    snapshot = home / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for i, path in enumerate(sorted((reference / "plain").iterdir())):
+        shutil.copy(path, home / "blobs" / str(i))
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(i)))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return "someone/llava"
+
+
+def test_an_id_finds_a_download(cached, picture, reference):
+    expected = logits(load(reference / "plain"), picture)
+    for revision in (None, "main", "0123456789" * 4):
+        assert torch.equal(logits(load(cached, revision=revision), picture), expected)
+
+
+def test_what_is_not_downloaded_says_how_to_get_it(cached, reference):
+    with pytest.raises(FileNotFoundError, match=r"hf download someone/other$"):
+        load("someone/other")
+    with pytest.raises(FileNotFoundError, match=r"hf download someone/llava --revision old"):
+        load(cached, revision="old")
+    with pytest.raises(ValueError, match=r"revision 'main' belongs to a model of the hub, but .* is a folder"):
+        load(reference / "plain", revision="main")
+
+
+def test_the_command_line_takes_ids_and_parts(cached, capfd, picture, pretrain, base, release, monkeypatch):
+    def run(*arguments: str) -> tuple[int, str]:
+        status = cli.answer(["-i", str(picture), "-n", "2", "--dtype", "float32", "--json", *arguments])
+        return status, capfd.readouterr().out
+
+    status, by_id = run("-m", cached)
+    assert status == 0
+    monkeypatch.setenv("MINILLAVA_WEIGHTS", cached)
+    assert json.loads(run()[1])["ids"] == json.loads(by_id)["ids"]
+    tower = ["--vision-tower", str(release["vision_tower"])]
+    status, whole = run("-m", str(release["weights"]), *tower)
+    assert status == 0
+    assert json.loads(run("-m", str(pretrain), "--model-base", str(base), *tower)[1])["ids"] == json.loads(whole)["ids"]
