@@ -1,5 +1,7 @@
 """The assistant: a model plus what it takes to talk to it, opened from a folder by `load`."""
 
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +30,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+FLOAT32_SHARE = 0.8  # of the machine's memory that weights may take as float32 where `auto` chooses
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -218,8 +221,8 @@ def load(
     """Open LLaVA weights in any of their layouts: a folder, or an id in the local hub cache (at `revision`).
 
     device: auto, cpu, cuda, mps. dtype: auto (the checkpoint's on a GPU; on a CPU bfloat16 where it is fast, else
-    float32) or a name. attention: fused, eager. vision_tower: a CLIP folder, for releases that hold none. model_base:
-    the language model that a projector or a LoRA in `weights` was trained on. adapter: a LoRA folder to merge.
+    float32 if it fits) or a name. attention: fused, eager. vision_tower: a CLIP folder, for releases that hold none.
+    model_base: the language model that a projector or a LoRA in `weights` was trained on. adapter: a LoRA to merge.
     template: a name of prompt.TEMPLATES (default llava_v1). image_aspect_ratio: pad or crop, instead of config.json's.
     Raises FileNotFoundError or ValueError in one line: file, finding, next step.
     """
@@ -248,7 +251,7 @@ def load(
     if config.text.tie_word_embeddings and "language_model.lm_head.weight" in checkpoint.tensors:
         config = replace(config, text=replace(config.text, tie_word_embeddings=False))  # a stored head is the head
     device = choose_device(str(device))
-    dtype = choose_dtype(str(dtype).removeprefix("torch."), device, checkpoint.dtype())
+    dtype = choose_dtype(str(dtype).removeprefix("torch."), device, checkpoint.dtype(), checkpoint.parameters())
     model = build_model(config, checkpoint, ATTENTION[attention], dtype=dtype, device=device)
     needed = max(tokenizer.added.values(), default=0) + 1
     if needed > model.config.text.vocab_size:
@@ -278,15 +281,25 @@ def choose_device(name: str) -> str:
     return name
 
 
-def choose_dtype(name: str, device: str, stored: torch.dtype) -> torch.dtype:
-    """`auto`: what is stored on a GPU; on a CPU bfloat16 if it has instructions for it, else float32."""
+def choose_dtype(name: str, device: str, stored: torch.dtype, parameters: int) -> torch.dtype:
+    """`auto`: what is stored on a GPU; on a CPU bfloat16 if it has instructions for it, or if so many parameters would
+    not fit into the machine's memory in float32; else float32."""
     if name == "auto":
         if not device.startswith("cpu"):
             return stored
-        return torch.bfloat16 if has_fast_bfloat16() else torch.float32
+        fits = parameters * torch.float32.itemsize <= FLOAT32_SHARE * physical_memory()
+        return torch.float32 if fits and not has_fast_bfloat16() else torch.bfloat16
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}, expected one of: auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def physical_memory() -> float:
+    """Bytes of this machine's memory, used or not; infinity where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def read_image_processor(folder: Path, config: LlavaConfig, aspect: str | None = None) -> ImageProcessor:

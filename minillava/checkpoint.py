@@ -139,6 +139,10 @@ class Checkpoint:
         """The dtype of the largest tensor, which is what people mean by the checkpoint's."""
         return self.stored_dtype(max(self.tensors, key=lambda name: math.prod(self.shape(name))))
 
+    def parameters(self) -> int:
+        """How many numbers the tensors hold."""
+        return sum(math.prod(self.shape(name)) for name in self.tensors)
+
     def set_aside(self, unneeded: Callable[[str], bool]) -> None:
         """Move the tensors whose name (ours) is not needed to `unused`."""
         for name in [n for n in self.tensors if unneeded(n)]:

@@ -66,7 +66,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", metavar="NAME", help=f"one of {', '.join(DEVICES)} (default: auto)")
     group.add_argument(
         "--dtype", default="auto", choices=["auto", *DTYPES],
-        help="precision (default: auto: the checkpoint's on a GPU; on a CPU bfloat16 where it is fast, else float32)",
+        help="precision (default: auto: the checkpoint's on a GPU; on a CPU bfloat16 where it is fast or float32 would "
+        "not fit, else float32)",
     )  # fmt: skip
     group.add_argument(
         "--attention", default="fused", choices=list(ATTENTION),

@@ -82,11 +82,12 @@ def environment() -> Finding:
     return Finding("environment", WARNING if crowded else OK, text, {**versions, **figures})
 
 
-def precision(device: str, dtype: torch.dtype, stored: torch.dtype) -> Finding:
+def precision(device: str, dtype: torch.dtype, stored: torch.dtype, parameters: int) -> Finding:
     """What `auto` chooses and why; a warning where device and dtype, as chosen, are slow here."""
     auto_device = choose_device("auto")
-    auto_dtype = choose_dtype("auto", auto_device, stored)
-    on_cpu = "this processor has instructions for it" if has_fast_bfloat16() else "bfloat16 would be emulated"
+    auto_dtype = choose_dtype("auto", auto_device, stored, parameters)
+    emulated = "bfloat16 would be emulated" if auto_dtype == torch.float32 else "float32 would not fit into memory"
+    on_cpu = "this processor has instructions for it" if has_fast_bfloat16() else emulated
     why = on_cpu if auto_device == "cpu" else "it is what is stored"
     found = "PyTorch finds no GPU" if auto_device == "cpu" else "PyTorch finds it"
     text = f"auto chooses {auto_device} ({found}) and {name_of(auto_dtype)} ({why}; stored: {name_of(stored)})"

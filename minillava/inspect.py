@@ -435,8 +435,9 @@ def _see_doctor(
         return
     largest = max(report.tensors, key=lambda tensor: math.prod(tensor["shape"]))
     stored, device = getattr(torch, largest["dtype"]), choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device, stored)
-    yield doctor.precision(device, dtype, stored)
+    parameters = sum(part["parameters"] for part in report.parts.values())
+    dtype = choose_dtype(args.dtype, device, stored, parameters)
+    yield doctor.precision(device, dtype, stored, parameters)
     table, half = report.memory["bfloat16"], dtype.itemsize / 2
     needed, cache = int(table["weights"] * half), int((table["full_context"] - table["weights"]) * half)
     mapped = device == "cpu" and set(report.dtypes) == {largest["dtype"]} and dtype == stored and not report.adapted

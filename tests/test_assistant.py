@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import minillava
-from minillava.assistant import choose_device, choose_dtype
+from minillava.assistant import choose_device, choose_dtype, physical_memory
 from minillava.contrast import M3ID, VCD
 from minillava.generate import generate
 from minillava.prompt import DEFAULT_PROMPT, TEMPLATES
@@ -128,7 +129,7 @@ def test_attention_and_precision_are_what_was_asked_for(reference):
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         model = minillava.load(reference / "plain", device="cpu", dtype=name).model
         assert {p.dtype for p in model.parameters()} == {dtype}
-    assert choose_dtype("auto", "cuda", torch.float16) == torch.float16
+    assert choose_dtype("auto", "cuda", torch.float16, 10**9) == torch.float16
     assert choose_device("cpu") == "cpu"
     model = minillava.load(reference / "plain", device=torch.device("cpu"), dtype=torch.float16).model
     assert next(model.parameters()).dtype == torch.float16
@@ -138,7 +139,22 @@ def test_attention_and_precision_are_what_was_asked_for(reference):
 def test_auto_on_a_cpu_is_bfloat16_where_that_is_fast(monkeypatch, fast, chosen):
     for question in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, question, lambda: fast)
-    assert choose_dtype("auto", "cpu", torch.float16) == chosen
+    assert choose_dtype("auto", "cpu", torch.float16, 1000) == chosen
+
+
+def test_auto_on_a_cpu_is_bfloat16_where_float32_does_not_fit(monkeypatch):
+    monkeypatch.setattr("minillava.assistant.has_fast_bfloat16", lambda: False)
+    monkeypatch.setattr("minillava.assistant.physical_memory", lambda: 16e9)
+    assert choose_dtype("auto", "cpu", torch.float16, 3_100_000_000) == torch.float32
+    assert choose_dtype("auto", "cpu", torch.float16, 3_300_000_000) == torch.bfloat16
+    assert choose_dtype("float32", "cpu", torch.float16, 3_300_000_000) == torch.float32
+
+
+def test_physical_memory_is_that_of_the_machine():
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        pytest.skip("no /proc/meminfo to compare with")
+    assert physical_memory() == int(meminfo.read_text().split()[1]) * 1024
 
 
 @pytest.mark.parametrize(("there", "chosen"), [((True, True), "cuda"), ((False, True), "mps"), ((False, False), "cpu")])
