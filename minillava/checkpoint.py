@@ -260,6 +260,10 @@ def build_model(
     At the checkpoint's own dtype on the CPU these stay memory-mapped; otherwise they are converted one by one.
     Raises ValueError listing every missing, unexpected and wrong-shaped tensor.
     """
+    depth = max(config.text.num_hidden_layers, config.vision.num_hidden_layers)
+    if depth > len(checkpoint.tensors) + len(checkpoint.unused):  # before anybody builds a billion layers
+        found = f"num_hidden_layers is {depth}, which is more than there are tensors ({len(checkpoint.tensors)})"
+        raise ValueError(f"{checkpoint.folder}: {found}; check that config.json belongs to these weights")
     with torch.device("meta"):
         model = Llava(config, attend)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

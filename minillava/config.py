@@ -7,6 +7,7 @@ the classes that wrote them, so those defaults live here, once.
 
 import json
 import math
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -115,12 +116,14 @@ _USE_LLAVA = f"use a LLaVA-1.5 checkpoint such as {RELEASE}"
 
 
 def one_line(error: Exception) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split())
+    """An error's message without line breaks or anything else that a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
 
 
 def read_json(path: Path) -> dict:
     """One JSON object from a file. Raises FileNotFoundError, or ValueError when it is not an object."""
+    if Path(path).exists() and not Path(path).is_file():  # opening a pipe would wait for somebody to write to it
+        raise ValueError(f"{path}: is a folder, pipe or device, expected a file; download it again")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -150,7 +153,7 @@ def read_config(folder: Path, vision_tower: Path | None = None) -> LlavaConfig:
         tower_path = Path(vision_tower) / "config.json"
         tower = _Reader(tower_path, read_json(tower_path))
         tower = tower.section("vision_config") or tower  # a whole CLIP, or its vision half alone
-    return _parse(reader, _Reader(generation, read_json(generation) if generation.exists() else {}), tower)
+    return _parse(reader, _Reader(generation, read_json(generation) if os.path.lexists(generation) else {}), tower)
 
 
 def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> LlavaConfig:
@@ -239,7 +242,7 @@ def _projector_layers(raw: "_Reader") -> int:
         return 1
     count = kind.removeprefix("mlp").removesuffix("x_gelu")
     if kind != f"mlp{count}x_gelu" or not count.isdecimal() or int(count) < 1:
-        raise ValueError(f"{raw.path}: mm_projector_type is {kind!r}, expected 'linear' or e.g. 'mlp2x_gelu'")
+        raise ValueError(f"{raw.path}: mm_projector_type is {kind!r:.80}, expected 'linear' or e.g. 'mlp2x_gelu'")
     return int(count)
 
 
@@ -276,16 +279,16 @@ class _Reader:
         found = self.raw.get(key)
         if found is None:
             return default
-        if kind is float and type(found) is int:
+        if kind is float and type(found) is int and abs(found) < 2**63:
             found = float(found)
-        if type(found) is not kind:
-            raise ValueError(f"{self.path}: {self.prefix}{key} is {found!r}, expected {_EXPECTED[kind]}")
+        if type(found) is not kind or (kind is int and abs(found) >= 2**63):
+            raise ValueError(f"{self.path}: {self.prefix}{key} is {found!r:.80}, expected {_EXPECTED[kind]}")
         return found
 
     def positive(self, key: str, kind: type, default: float | None = None) -> float:
         """A finite number above zero under `key`; required when there is no default."""
         number = self.value(key, kind, default)
-        if number is None or not 0 < number < math.inf:
+        if number is None or not 0 < number < (math.inf if kind is float else 2**31):
             raise ValueError(f"{self.path}: {self.prefix}{key} is {number}, expected a number above zero")
         return number
 
@@ -294,7 +297,7 @@ class _Reader:
         found = self.value(key, str, None)
         if found not in allowed and (found is not None or required):
             known = f"supported: {', '.join(allowed)}"
-            raise ValueError(f"{self.path}: {self.prefix}{key} is {found!r}, {known}; {_USE_LLAVA}")
+            raise ValueError(f"{self.path}: {self.prefix}{key} is {found!r:.80}, {known}; {_USE_LLAVA}")
         return found
 
     def section(self, key: str) -> "_Reader | None":
@@ -306,7 +309,7 @@ class _Reader:
         found = self.raw.get(key)
         ids = found if isinstance(found, list) else [] if found is None else [found]
         if not all(type(i) is int for i in ids):
-            raise ValueError(f"{self.path}: {self.prefix}{key} is {found!r}, expected a token id or a list of them")
+            raise ValueError(f"{self.path}: {self.prefix}{key} is {found!r:.80}, expected a token id or a list of them")
         return tuple(i for i in ids if i >= 0)
 
     def fill(self, cls: type, **known):

@@ -5,6 +5,8 @@ Both are memory-mapped: opening one reads names and shapes, and a tensor's bytes
 
 import pickle
 import re
+import warnings
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +69,7 @@ class TorchFile:
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
             raise ValueError(f"{path}: holds a {type(content).__name__}, expected tensors by name; {DOWNLOAD_AGAIN}")
         for name, value in content.items():
-            if not isinstance(value, Tensor) or value.layout != torch.strided:
+            if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
                 found = f"a tensor of layout {value.layout}" if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"{path}: {name} is {found}, expected a plain tensor; is this file a checkpoint?")
         self._tensors = content
@@ -91,7 +93,22 @@ _PREAMBLE = (
 def _unpickle(path: Path) -> object:
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\3\4"  # torch.save since 1.6; what was saved before cannot be memory-mapped
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    stored = 0
+    if zipped:  # torch maps as many bytes as the pickle says, whatever the zip's directory says lies there
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("a compressed zip")
+        stored = sum(entry.file_size for entry in entries if "/data/" in entry.filename)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that torch looks up in a damaged file
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    tensors = list(content.values()) if zipped and isinstance(content, dict) else []
+    if tensors and all(isinstance(value, Tensor) and value.layout == torch.strided for value in tensors):
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        if sum(storages.values()) != stored:
+            raise ValueError(f"holds {stored} bytes of data, expected {sum(storages.values())}")
+    return content
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
@@ -121,7 +138,12 @@ class Stored(NamedTuple):
 
 def open_file(path: Path) -> list[Stored]:
     """Every tensor of one file, .safetensors or else .bin. Raises FileNotFoundError or ValueError."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait for somebody to write to it
+        raise ValueError(f"{path}: is a folder, pipe or device, expected a file; {DOWNLOAD_AGAIN}")
     file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+    for name in file.names:
+        if not name.isprintable() or len(name) > 300:
+            raise ValueError(f"{path}: holds a tensor called {name!r:.80}, no name of a weight; {DOWNLOAD_AGAIN}")
     return [Stored(name, path, file) for name in file.names]
 
 
@@ -176,6 +198,9 @@ def _read_index(path: Path) -> dict[str, str]:
     placed = read_json(path).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(v, str) for v in placed.values()):
         raise ValueError(f"{path}: has no `weight_map` of tensor names to files; {DOWNLOAD_AGAIN}")
+    for name in (*placed, *placed.values()):
+        if not name.isprintable() or len(name) > 300:
+            raise ValueError(f"{path}: names {name!r:.80}, which no weight or file is called; {DOWNLOAD_AGAIN}")
     for name in placed.values():
         if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
             raise ValueError(f"{path}: names the file {name!r}, expected one beside it; {DOWNLOAD_AGAIN}")

@@ -6,6 +6,7 @@ newline after a picture is two ids, 29871 ("▁") and 13 ("\\n" as a byte).
 """
 
 import codecs
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,8 +37,10 @@ class Tokenizer:
             )
         try:
             self.sentencepiece = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a SentencePiece model ({one_line(error)}); download it again") from None
+        if self.sentencepiece.decode(self.sentencepiece.encode("a  b")) != "a  b":  # its end, the normaliser, is lost
+            raise ValueError(f"{path}: cut short (it merges spaces, which no Llama tokenizer does); download it again")
         self.bos_id, self.eos_id, self.vocab_size = (
             self.sentencepiece.bos_id(),
             self.sentencepiece.eos_id(),
@@ -176,9 +179,9 @@ def _ids_of_added(path: Path, wanted: Sequence[str], first: int) -> dict[str, in
 
 
 def _read_legacy(path: Path) -> bool:
-    if not path.exists():
+    if not os.path.lexists(path):
         return True
     legacy = read_json(path).get("legacy")
     if legacy is not None and not isinstance(legacy, bool):
-        raise ValueError(f"{path}: legacy is {legacy!r}, expected true or false")
+        raise ValueError(f"{path}: legacy is {legacy!r:.80}, expected true or false")
     return legacy is not False
