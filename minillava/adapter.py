@@ -19,14 +19,21 @@ CONFIG_NAME, WEIGHTS_NAMES = "adapter_config.json", ("adapter_model.safetensors"
 
 # <module path>.lora_A.weight as stored, <module path>.lora_A.default.weight as a live model names it
 _HALF = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-# What changes the formula above, and the value that does not.
+# Settings that change the formula above, and their values that do not; ways to begin a training that change the base.
 _PLAIN = {
     "use_dora": False,
+    "alora_invocation_tokens": None,
     "use_qalora": False,
     "lora_bias": False,
     "layer_replication": None,
     "megatron_config": None,
 }
+
+
+_MOVED = ("pissa", "olora", "corda", "loftq")
+_SPECIAL = re.compile(r"lora_embedding_[AB]|trainable_tokens_\w+|lora_magnitude_vector")
+# What PEFT puts into the name of a weight that it keeps whole.
+_WRAPPED = re.compile(r"\.(modules_to_save\.default|base_layer)\.")
 
 
 class Delta(NamedTuple):
@@ -47,16 +54,23 @@ class Delta(NamedTuple):
 
 class Adapter:
     """deltas: name of a weight in the model it was trained on -> what it gains. whole: weights that it replaces
-    (`modules_to_save`). Raises FileNotFoundError or ValueError, with the list of keys that are wrong."""
+    (`modules_to_save`). everywhere: whether it should change all layers alike. Raises FileNotFoundError or ValueError.
+    """
 
     def __init__(self, folder: Path):
         path = folder / CONFIG_NAME
+        if not path.exists():
+            raise FileNotFoundError(f"{folder}: holds no {CONFIG_NAME}, expected a LoRA as PEFT or LLaVA saves it")
         config = read_json(path)
         if config.get("peft_type", "LORA") != "LORA":
             raise ValueError(f"{path}: peft_type is {config['peft_type']!r}, supported: LORA")
         for key, plain in _PLAIN.items():
             if config.get(key, plain) not in (plain, None):
                 raise ValueError(f"{path}: {key} is {config[key]!r}, supported: {plain}; merge it with PEFT first")
+        start = str(config.get("init_lora_weights", True))
+        if start.startswith(_MOVED):
+            found = f"init_lora_weights is {start!r}, which also changes the base model"
+            raise ValueError(f"{path}: {found}; merge it with PEFT first")
         file = next((folder / name for name in WEIGHTS_NAMES if (folder / name).exists()), None)
         if file is None:
             raise FileNotFoundError(f"{folder}: holds {CONFIG_NAME}, but no {' or '.join(WEIGHTS_NAMES)}; download it")
@@ -66,12 +80,19 @@ class Adapter:
             name = stored.name.removeprefix("base_model.model.")
             if found := _HALF.fullmatch(name):
                 halves.setdefault(f"{found[1]}.weight", {})[found[2]] = stored
-            else:
-                self.whole[name.replace(".modules_to_save.default.", ".")] = stored
+            elif special := _SPECIAL.search(name):
+                raise ValueError(f"{file}: {stored.name}: {special[0]} is not supported; merge it with PEFT first")
+            elif ".original_module." not in name:  # what modules_to_save replaced
+                self.whole[_WRAPPED.sub(".", name)] = stored
         self.path = file
         self.base = config.get("base_model_name_or_path")
         self.deltas = {name: self._delta(name, pair, config, path) for name, pair in halves.items()}
-        self._check_targets(config.get("target_modules"))
+        if not self.deltas:
+            raise ValueError(f"{file}: holds no pair of lora_A and lora_B; download it again")
+        # What PEFT chooses by the end of a module's name it finds in every layer.
+        narrowed = any(config.get(key) for key in ("layers_to_transform", "exclude_modules", "target_parameters"))
+        targets = config.get("target_modules")
+        self.everywhere = isinstance(targets, list) and not narrowed and not any("." in str(t) for t in targets)
 
     def _delta(self, name: str, pair: dict[str, Stored], config: dict, path: Path) -> Delta:
         if len(pair) < 2:
@@ -86,17 +107,14 @@ class Adapter:
         alpha = config.get("lora_alpha", 8)
         patterns = config.get("alpha_pattern") or {}
         module = name.removesuffix(".weight")
-        alpha = next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)), alpha)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise ValueError(f"{path}: lora_alpha is {alpha!r}, expected a number")
+        try:
+            alpha = next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)), alpha)
+        except (AttributeError, re.error):
+            raise ValueError(f"{path}: alpha_pattern is {patterns!r:.80}, expected numbers by module") from None
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not -1e6 < alpha < 1e6:
+            raise ValueError(f"{path}: lora_alpha is {alpha!r:.80}, expected a number")
+        rslora = config.get("use_rslora")
+        if rslora not in (True, False, None):
+            raise ValueError(f"{path}: use_rslora is {rslora!r:.80}, expected true or false")
         rank = a.shape[0]
-        return Delta(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-
-    def _check_targets(self, targets: object) -> None:
-        """Every layer kind that the configuration names must be there; a text is a regular expression over paths."""
-        kinds = targets if isinstance(targets, list) else []
-        paths = ["." + name.removesuffix(".weight") for name in self.deltas]
-        absent = [kind for kind in kinds if not any(path.endswith(f".{kind}") for path in paths)]
-        if absent or not self.deltas:
-            what = f"target_modules names {', '.join(map(str, absent))}" if absent else "expected lora_A and lora_B"
-            raise ValueError(f"{self.path}: {what}, but it holds no such matrices; download it again")
+        return Delta(a, b, alpha / (math.sqrt(rank) if rslora else rank))

@@ -239,6 +239,11 @@ def load(
         """The folder of a file that a fine-tune may leave to its base."""
         return folder if model_base is None or (folder / name).exists() else model_base
 
+    if home("config.json") != folder and read_json(model_base / "config.json").get("model_type") == "llama":
+        raise FileNotFoundError(
+            f"{folder}: holds no config.json, and its base {model_base} is no LLaVA; copy the config.json that the "
+            "finished training saved"
+        )
     config = read_config(home("config.json"), vision_tower)
     tokenizer = Tokenizer(home("tokenizer.model") / "tokenizer.model", added=config.added_tokens)
     if tokenizer.vocab_size > config.text.vocab_size:

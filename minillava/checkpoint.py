@@ -63,13 +63,19 @@ class Checkpoint:
     what a LoRA adds. Raises FileNotFoundError or ValueError naming the file, what was found and what to do.
     """
 
-    def __init__(self, folder: str | Path, prefixes: dict[str, str] = PREFIXES, dropped: tuple[str, ...] = ()):
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | Path,
+        prefixes: dict[str, str] = PREFIXES,
+        dropped: tuple[str, ...] = (),
+        vocabulary: int | None = None,
+    ):
+        self.folder = Path(folder)  # the one that messages name
+        self.vocabulary = vocabulary  # rows that the two tables grow to, when they have fewer; None: they stay
         self.unused: list[str] = []
         self.tensors: dict[str, Stored] = {}
-        self.new_rows: dict[str, Stored] = {}  # rows to put below a table
+        self.new_rows: dict[str, Stored] = {}  # the last rows of a table: of tokens that the base does not know
         self.deltas: dict[str, Delta] = {}
-        self.may_grow = False  # whether a table may have fewer rows than config.json says: a base without new tokens
         for name, stored in self._named(_as_stored(open_folder(self.folder)), prefixes, dropped):
             if name in self.tensors:
                 twin = self.tensors[name].name
@@ -86,7 +92,8 @@ class Checkpoint:
                 yield _rename(name, prefixes), stored
 
     def lay_over(self, tensors: Iterable[tuple[str, Stored]]) -> None:
-        """Tensors, by a name of any dialect, that replace those of the same name; a table of fewer rows goes below."""
+        """Tensors, by a name of any dialect, that replace those of the same name. A table of fewer rows holds those of
+        new tokens, all that a training with its base frozen has to save: they become the last ones, as in LLaVA."""
         for name, stored in self._named(tensors, PREFIXES):
             before = self.tensors.get(name)
             if name in TABLES and before is not None and stored.shape[0] < before.shape[0]:
@@ -101,8 +108,12 @@ class Checkpoint:
         adapter = Adapter(folder)
         if (folder / REST_NAME).exists():
             self.lay_over(_plain_names(open_file(folder / REST_NAME)))
-        self.lay_over(adapter.whole.items())
         problems = []
+        for name, stored in self._named(adapter.whole.items(), PREFIXES):
+            if name in self.tensors and stored.shape != self.shape(name):
+                found, ours = list(stored.shape), list(self.shape(name))
+                problems.append(f"{stored.name} has shape {found}, the base model's {name} has {ours}")
+            self.tensors[name] = stored
         for stored_name, delta in adapter.deltas.items():
             name = _rename(stored_name, PREFIXES)
             found = [delta.b.shape[0], delta.a.shape[1]]
@@ -113,21 +124,33 @@ class Checkpoint:
             elif name in self.deltas:
                 problems.append(f"{delta.a.name} is a second adapter of {name}")
             self.deltas[name] = delta
+        if adapter.everywhere:
+            problems += [f"it holds no lora_A and lora_B for {name}" for name in self._left_out()]
         if problems:
-            first = f"{adapter.path}: {problems[0]}; {len(problems)} of {len(adapter.deltas)} do not fit"
+            first = f"{adapter.path}: {problems[0]}; {len(problems)} problem(s) with {len(adapter.deltas)} layers"
             raise ValueError("\n  ".join([f"{first}: use the base model it was trained on", *problems[1:]]))
+
+    def _left_out(self) -> list[str]:
+        """Weights of the language model that a LoRA leaves alone although it changes their like in other layers."""
+        layer = re.compile(r"language_model\.layers\.\d+\.")
+        kinds = {layer.sub("", name) for name in self.deltas if layer.match(name)}
+        return [n for n in self.tensors if layer.match(n) and layer.sub("", n) in kinds and n not in self.deltas]
 
     def shape(self, name: str) -> tuple[int, ...]:
         shape = self.tensors[name].shape
-        return (shape[0] + self.new_rows[name].shape[0], *shape[1:]) if name in self.new_rows else shape
+        if name not in TABLES or self.vocabulary is None:
+            return shape
+        new = self.new_rows[name].shape[0] if name in self.new_rows else 0
+        return (max(shape[0] + new, self.vocabulary), *shape[1:])
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor at `dtype` (None: as stored), memory-mapped where it is stored so. Raises ValueError when it is
         quantised."""
         tensor = self.tensors[name].read()
         dtype = tensor.dtype if dtype is None else dtype
-        if name in self.new_rows:
-            tensor = torch.cat([tensor, self.new_rows[name].read().to(tensor.dtype)])
+        if self.shape(name) != tensor.shape:
+            new = self.new_rows[name].read().to(tensor.dtype) if name in self.new_rows else tensor[:0]
+            tensor = torch.cat([grow_rows(tensor, self.shape(name)[0] - len(new)), new])
         if name in self.deltas:
             return self.deltas[name].add_to(tensor, dtype)
         return tensor.to(dtype)
@@ -154,18 +177,22 @@ def gather(
     vision_tower: str | Path | None = None,
     model_base: str | Path | None = None,
     adapter: str | Path | None = None,
+    vocabulary: int | None = None,
 ) -> Checkpoint:
     """The parts of one model from the folders that hold them; which is which is read from their files, not their names.
 
     folder: a whole model; or a projector (mm_projector.bin) or a LoRA (adapter_config.json), which need `model_base`,
-    the language model they were trained on. adapter: a LoRA on top of a whole model. vision_tower: a CLIP instead of
-    the tower in the folder. Raises FileNotFoundError or ValueError.
+    the language model they were trained on, whose tables grow to `vocabulary` rows. adapter: a LoRA on top of a whole
+    model. vision_tower: a CLIP instead of the tower in the folder. Raises FileNotFoundError or ValueError.
     """
     folder = Path(folder)
     check_base(folder, model_base)
     part = part_of_model(folder)
-    checkpoint = Checkpoint(folder if model_base is None else Path(model_base).expanduser())
-    checkpoint.folder, checkpoint.may_grow = folder, model_base is not None
+    if model_base is None:
+        checkpoint = Checkpoint(folder)
+    else:
+        checkpoint = Checkpoint(Path(model_base).expanduser(), vocabulary=vocabulary)
+        checkpoint.folder = folder
     if vision_tower is not None:
         checkpoint.set_aside(lambda name: name.startswith("vision_tower."))
         clip = Checkpoint(vision_tower, CLIP_PREFIXES, dropped=CLIP_TEXT_HALF)
@@ -193,6 +220,11 @@ def part_of_model(folder: Path) -> str | None:
 def check_base(folder: Path, model_base: Path | None) -> None:
     """A part needs a base, and a whole model none. Raises FileNotFoundError naming the base, or ValueError."""
     part = part_of_model(folder)
+    if holds_weights(folder) and (folder / ADAPTER_CONFIG_NAME).exists():
+        raise ValueError(
+            f"{folder}: holds a language model and a LoRA adapter ({ADAPTER_CONFIG_NAME}); remove the adapter if it is "
+            "merged already, else move it to a folder of its own and pass that with --adapter"
+        )
     if part and model_base is None:
         path = folder / ADAPTER_CONFIG_NAME
         base = read_json(path).get("base_model_name_or_path") if path.exists() else None
@@ -231,7 +263,7 @@ def open_checkpoint(
 
     Raises FileNotFoundError naming what to get when a part is missing: without values it would stay random.
     """
-    checkpoint = gather(folder, vision_tower, model_base, adapter)
+    checkpoint = gather(folder, vision_tower, model_base, adapter, config.text.vocab_size)
     if not any(name.startswith("vision_tower.") for name in checkpoint.tensors):
         wanted = config.vision_tower_name or CLIP_RELEASE
         raise FileNotFoundError(
@@ -268,10 +300,7 @@ def build_model(
         model = Llava(config, attend)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _compare(checkpoint, expected)
-    state = {}
-    for name, shape in expected.items():
-        tensor = checkpoint.read(name, dtype)
-        state[name] = (grow_rows(tensor, shape[0]) if name in TABLES else tensor).to(device)
+    state = {name: checkpoint.read(name, dtype).to(device) for name in expected}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
@@ -282,8 +311,6 @@ def _compare(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> No
     problems = []
     for name in sorted(set(expected) & set(checkpoint.tensors)):
         shape = checkpoint.shape(name)
-        if checkpoint.may_grow and name in TABLES and shape[0] < expected[name][0]:
-            shape = (expected[name][0], *shape[1:])
         if shape != expected[name]:
             found = f"{checkpoint.tensors[name].name} has shape {list(shape)}"
             problems.append((checkpoint.tensors[name].path, f"{found}, config.json expects {list(expected[name])}"))

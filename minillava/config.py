@@ -191,9 +191,10 @@ def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> Ll
             projector_bias=raw.value("multimodal_projector_bias", bool, True),
         )
     else:
-        # LLaVA takes an absent mm_use_im_patch_token for true; the token it then adds can never occur.
-        added = (IM_PATCH,) * raw.value("mm_use_im_patch_token", bool, False)
-        added += (IM_START, IM_END) * raw.value("mm_use_im_start_end", bool, False)
+        # LLaVA takes an absent mm_use_im_patch_token for true. The token it then adds is in no prompt: it matters only
+        # where others come after it.
+        around = raw.value("mm_use_im_start_end", bool, False)
+        added = (IM_PATCH,) * raw.value("mm_use_im_patch_token", bool, around) + (IM_START, IM_END) * around
         aspect = raw.expect("image_aspect_ratio", ("pad", "square"))  # `anyres` is LLaVA-1.6
         config = LlavaConfig(
             **shared,

@@ -7,6 +7,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +21,12 @@ INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 BIN_INDEX_NAME, BIN_NAME = "pytorch_model.bin.index.json", "pytorch_model.bin"
 DOWNLOAD_AGAIN = "download it again"
 
+_POINTER = b"version https://git-lfs"  # what a clone without Git LFS holds in the place of a large file
+
 # What torch.load says of a pickle that names anything but tensors.
 _FORBIDDEN = re.compile(r"(?:GLOBAL|unrecognized function|unrecognized class) ([\w.]+)")
 
-_HALVES = ((INDEX_NAME, SINGLE_NAME), (BIN_INDEX_NAME, BIN_NAME))  # where a folder has both, the first is taken
+_KINDS = ((INDEX_NAME, SINGLE_NAME), (BIN_INDEX_NAME, BIN_NAME))  # where a folder has both, the first is taken
 
 
 class SafetensorsFile:
@@ -69,9 +72,9 @@ class TorchFile:
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
             raise ValueError(f"{path}: holds a {type(content).__name__}, expected tensors by name; {DOWNLOAD_AGAIN}")
         for name, value in content.items():
-            if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-                found = f"a tensor of layout {value.layout}" if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{path}: {name} is {found}, expected a plain tensor; is this file a checkpoint?")
+            if not _is_plain(value):
+                kind = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{path}: {name} is {kind}, expected a plain tensor; is this file a checkpoint?")
         self._tensors = content
         self.names = list(content)
 
@@ -104,11 +107,15 @@ def _unpickle(path: Path) -> object:
         warnings.simplefilter("ignore")  # of names that torch looks up in a damaged file
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     tensors = list(content.values()) if zipped and isinstance(content, dict) else []
-    if tensors and all(isinstance(value, Tensor) and value.layout == torch.strided for value in tensors):
+    if tensors and all(_is_plain(value) for value in tensors):
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         if sum(storages.values()) != stored:
             raise ValueError(f"holds {stored} bytes of data, expected {sum(storages.values())}")
     return content
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
@@ -140,6 +147,9 @@ def open_file(path: Path) -> list[Stored]:
     """Every tensor of one file, .safetensors or else .bin. Raises FileNotFoundError or ValueError."""
     if path.exists() and not path.is_file():  # opening a pipe would wait for somebody to write to it
         raise ValueError(f"{path}: is a folder, pipe or device, expected a file; {DOWNLOAD_AGAIN}")
+    with suppress(OSError), path.open("rb") as head:  # what cannot be opened is reported below
+        if head.read(len(_POINTER)) == _POINTER:
+            raise ValueError(f"{path}: is a Git LFS pointer, not the file itself; get that with: git lfs pull")
     file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
     for name in file.names:
         if not name.isprintable() or len(name) > 300:
@@ -149,7 +159,7 @@ def open_file(path: Path) -> list[Stored]:
 
 def holds_weights(folder: Path) -> bool:
     """Whether the folder has a language model's files: safetensors or .bin, one or indexed shards."""
-    return any((folder / name).exists() for half in _HALVES for name in half)
+    return any((folder / name).exists() for kind in _KINDS for name in kind)
 
 
 def open_folder(folder: Path) -> list[Stored]:
@@ -160,15 +170,16 @@ def open_folder(folder: Path) -> list[Stored]:
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "no such folder"
         raise FileNotFoundError(f"{folder}: {found}; expected a folder with {SINGLE_NAME}")
-    for index, single in _HALVES:
+    for index, single in _KINDS:
         if (folder / index).exists():
             return _open_shards(folder / index)
         if (folder / single).exists():
             return open_file(folder / single)
+    for pattern, (index, single) in zip(("model*.safetensors", "pytorch_model*.bin"), _KINDS, strict=True):
+        for shard in sorted(folder.glob(pattern))[:1]:
+            found = f"found {shard.name}, expected {single} or {index}"
+            raise FileNotFoundError(f"{folder}: {found}; download the index")
     expected = f"expected {SINGLE_NAME} or {INDEX_NAME}"
-    shards = sorted(folder.glob("model*.safetensors")) + sorted(folder.glob("pytorch_model*.bin"))
-    if shards:
-        raise FileNotFoundError(f"{folder}: found {shards[0].name}, {expected}; download the index")
     raise FileNotFoundError(f"{folder}: holds no weights, {expected}, as in {RELEASE} on the hub")
 
 

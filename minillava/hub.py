@@ -24,8 +24,9 @@ _ABBREVIATED = re.compile(r"[0-9a-f]{4,40}")
 
 
 def is_repo_id(text: str) -> bool:
-    """Whether a text can only be meant as ORG/NAME on the hub: spelled like one, and no path that exists."""
-    return _is_name(str(text)) and not os.path.lexists(text)
+    """Whether a text can only be meant as ORG/NAME on the hub: spelled like one, and neither a path that exists nor one
+    in a folder that does."""
+    return _is_name(str(text)) and not os.path.lexists(text) and not os.path.isdir(os.path.dirname(text))
 
 
 def find_snapshot(repo: str, revision: str | None = None) -> Path:
@@ -50,7 +51,7 @@ def find_snapshot(repo: str, revision: str | None = None) -> Path:
         looked = f"no revision {revision!r} of it in the hub cache {home}{there}"
         raise FileNotFoundError(f"{repo}: {looked}; put it there with: {command}{size}")
     folder = home / "snapshots" / commit
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         found = "holds no config.json" if folder.is_dir() else "no such folder"
         raise FileNotFoundError(f"{folder}: {found}, the download is incomplete; finish it with: {command}{size}")
     return folder

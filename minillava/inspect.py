@@ -36,7 +36,7 @@ from minillava.files import BIN_INDEX_NAME, INDEX_NAME, Stored, open_file
 from minillava.image import open_image
 from minillava.llava import Llava
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, find_template, place_images, render
-from minillava.tokenizer import Tokenizer
+from minillava.tokenizer import Tokenizer, read_added_tokens
 
 HEAD = "language_model.lm_head.weight"
 FILES = {  # beside the weights -> what a missing one means
@@ -282,25 +282,14 @@ def _describe_tokenizer(report: Report, path: Path, config: LlavaConfig | None) 
     if tokenizer is None:
         return
     pieces = tokenizer.vocab_size
-    report.tokenizer = {"pieces": pieces, "legacy": tokenizer.legacy, "added": _added_tokens(path, pieces)}
-    report.tokenizer["added"] |= tokenizer.added
+    added = (report.attempt(read_added_tokens, path) or {}) | tokenizer.added
+    beyond = sorted((i, token) for token, i in added.items() if i >= pieces)
+    report.tokenizer = {"pieces": pieces, "legacy": tokenizer.legacy, "added": {token: i for i, token in beyond}}
     if config is not None and pieces > config.text.vocab_size:
         report.problems.append(
             f"{path}: has {pieces} pieces, config.json a vocabulary of {config.text.vocab_size}; "
             "copy the tokenizer.model that belongs to these weights"
         )
-
-
-def _added_tokens(path: Path, pieces: int) -> dict[str, int]:
-    """The tokens beyond the pieces of tokenizer.model that the files beside it name, in the order of their ids."""
-    found: dict[int, str] = {}
-    for name in ("added_tokens.json", "tokenizer_config.json"):
-        with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):  # these files are for other programs
-            raw = read_json(path.with_name(name))
-            if name == "tokenizer_config.json":
-                raw = {entry["content"]: int(i) for i, entry in raw["added_tokens_decoder"].items()}
-            found |= {i: token for token, i in raw.items() if i >= pieces}
-    return {found[i]: i for i in sorted(found)}
 
 
 def as_text(report: Report) -> str:

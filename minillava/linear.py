@@ -38,7 +38,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if half and rows == 1 and x.dtype == torch.bfloat16:
         out = torch.mv(weight, flat[0])  # reads the weight once, at nearly the speed of memory
     elif half and rows > FEW_HALF_ROWS and not has_fast_bfloat16():
-        out = torch.cat([few_rows(flat.float(), part.float()) for part in weight.split(BLOCK)], dim=1).to(x.dtype)
+        full = flat.float()
+        out = torch.cat([few_rows(full, part.float()) for part in weight.split(BLOCK)], dim=1).to(x.dtype)
     elif not half and 1 < rows <= FEW_ROWS:
         out = few_rows(flat, weight)
     else:

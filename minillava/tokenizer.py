@@ -24,8 +24,8 @@ class Tokenizer:
 
     legacy: what happens to text after `</s>` within a chunk. True, the first behaviour: it gets a "▁" again
     ("</s>USER" is 2 3148 1001). False, from transformers 4.34: it does not (2 11889). None reads it from the
-    tokenizer_config.json beside the model, where absent means True. added: tokens (config.added_tokens) whose ids are
-    those in added_tokens.json, or continue after the others'. Raises FileNotFoundError or ValueError.
+    tokenizer_config.json beside the model, where absent means True. added: tokens (config.added_tokens) whose ids the
+    files beside it name, or which continue after all others. Raises FileNotFoundError or ValueError.
     """
 
     def __init__(self, path: str | Path, legacy: bool | None = None, added: Sequence[str] = ()):
@@ -52,7 +52,7 @@ class Tokenizer:
         self._special = {
             self.sentencepiece.id_to_piece(i): i for i in (self.sentencepiece.unk_id(), self.bos_id, self.eos_id)
         }
-        self.added = _ids_of_added(path.with_name("added_tokens.json"), added, self.vocab_size)
+        self.added = _ids_of_added(path, added, self.vocab_size)
         self._special[IMAGE_MARKER] = IMAGE_TOKEN_INDEX
         # What stands for a picture: -200, in early models between two tokens of its own.
         self._around = [self.added[name] for name in (IM_START, IM_END) if name in self.added]
@@ -167,13 +167,28 @@ class TextDecoder:
         return rest
 
 
-def _ids_of_added(path: Path, wanted: Sequence[str], first: int) -> dict[str, int]:
-    """The ids of the wanted tokens; those not in added_tokens.json come after all others, as transformers adds them."""
-    known = read_json(path) if wanted and path.exists() else {}
-    for token, i in known.items():
-        if type(i) is not int or i < 0:
-            raise ValueError(f"{path}: {token} is {i!r}, expected a token id; download it again")
-    first = max([first - 1, *known.values()]) + 1
+def read_added_tokens(path: Path) -> dict[str, int]:
+    """Tokens and ids that the files beside a tokenizer.model name: added_tokens.json, tokenizer_config.json. Raises
+    ValueError."""
+    found: dict[str, int] = {}
+    for file, key in (("added_tokens.json", None), ("tokenizer_config.json", "added_tokens_decoder")):
+        beside = path.with_name(file)
+        raw = read_json(beside) if os.path.lexists(beside) else {}
+        try:
+            known = raw if key is None else {entry["content"]: int(i) for i, entry in (raw.get(key) or {}).items()}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(f"{beside}: {key} is not a token by id; download it again") from None
+        for token, i in known.items():
+            if type(i) is not int or not 0 <= i < 2**31:
+                raise ValueError(f"{beside}: {token!r:.80} is {i!r:.80}, expected a token id; download it again")
+        found |= known
+    return found
+
+
+def _ids_of_added(path: Path, wanted: Sequence[str], pieces: int) -> dict[str, int]:
+    """The ids of the wanted tokens; those that no file names come after all others, as transformers adds them."""
+    known = read_added_tokens(path) if wanted else {}
+    first = max([pieces - 1, *known.values()]) + 1
     new = [token for token in wanted if token not in known]
     return {token: known[token] if token in known else first + new.index(token) for token in wanted}
 

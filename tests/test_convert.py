@@ -244,7 +244,7 @@ def write_adapter(folder: Path) -> dict[str, torch.Tensor]:
     a, b = torch.randn(2, 64, generator=generator), torch.randn(96, 2, generator=generator)
     prefix = "base_model.model.model.layers.1.mlp.up_proj"
     save_file({f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["up_proj"]}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["up_proj"], "layers_to_transform": [1]}
     hf.write_json(config, folder / "adapter_config.json")
     return {"language_model.model.layers.1.mlp.up_proj.weight": (b @ a) * 3.0}
 
@@ -257,6 +257,15 @@ def test_an_adapter_is_merged_into_what_is_written(tmp_path):
     expected = stored | {name: stored[name] + delta for name, delta in added.items()}
     assert same(held(tmp_path / "hf"), expected)
     assert not same(expected, stored)
+
+
+def test_what_made_the_weights_does_not_come_along(tmp_path):
+    """Transformers would look for an adapter where there is an adapter_config.json."""
+    write_adapter(tmp_path / "adapter")
+    convert.convert(tmp_path / "adapter", tmp_path / "hf", "hf", model_base=REFERENCE / "plain")
+    names = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert "config.json" in names
+    assert not any(name.startswith("adapter") for name in names)
 
 
 def test_a_projector_and_its_base_become_one_folder(tmp_path, write_dialect):

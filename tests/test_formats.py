@@ -145,8 +145,10 @@ def test_a_pickle_that_runs_code_is_refused(release, tmp_path, zipped):
         ([torch.zeros(2)], "holds a list, expected tensors by name"),
         ({"w": 3}, "w is int, expected a plain tensor"),
         ({"model": {"w": torch.zeros(2)}}, "model is dict, expected a plain tensor"),
-        ({"w": torch.zeros(2, 2).to_sparse()}, "w is a tensor of layout torch.sparse_coo"),
+        ({"w": torch.zeros(2, 2).to_sparse()}, "w is torch.sparse_coo on cpu"),
         ({3: torch.zeros(2)}, "holds a dict, expected tensors by name"),
+        ({"w": torch.zeros(2, device="meta")}, "w is torch.strided on meta"),
+        ("pointer", "is a Git LFS pointer, not the file itself; get that with: git lfs pull"),
         ("truncated", "truncated or not a PyTorch file"),
         ("empty", "truncated or not a PyTorch file"),
         ("text", "truncated or not a PyTorch file"),
@@ -158,7 +160,12 @@ def test_a_bin_file_that_is_no_checkpoint_is_refused(tmp_path, content, found):
         torch.save({"w": torch.zeros(1000)}, path)
         whole = path.read_bytes()
         path.write_bytes(
-            {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"<html>not found</html>"}[content]
+            {
+                "truncated": whole[: len(whole) // 2],
+                "empty": b"",
+                "text": b"<html>not found</html>",
+                "pointer": b"version https://git-lfs.github.com/spec/v1",
+            }[content]
         )
     else:
         torch.save(content, path)
@@ -248,7 +255,7 @@ def write_lora(release, base, tmp_path):
         {"default": ".default"},
         {"file": "adapter_model.safetensors"},
         {"rest": ""},
-        {"rest": "base_model.model.model."},
+        {"rest": "base_model."},
         {"use_rslora": True},
         {"fan_in_fan_out": True},
         {"lora_alpha": 1},
@@ -256,8 +263,6 @@ def write_lora(release, base, tmp_path):
     ids=str,
 )
 def test_a_lora_is_its_merged_weights(release, base, write_lora, picture, form):
-    if form.get("rest") == "base_model.model.model.":  # one "model." too many on every name that has one
-        form = {"rest": "base_model.model."}
     folder, merged = write_lora(**form)
     found = load(folder, model_base=base, vision_tower=release["vision_tower"])
     store(merged, release["weights"])
@@ -316,8 +321,12 @@ def test_an_adapter_without_a_base_names_it(write_lora, release):
         (lambda m: m.update({f"base_model.model.{LAYER}.lora_B.weight": torch.zeros(5, 3)}), r"make \[5, "),
         (lambda m: m.update({f"base_model.model.{LAYER}.lora_B.weight": torch.zeros(5, 2)}), r"expected \[r, C\] and "),
         (lambda m: m.update({"base_model.model.ghost": torch.zeros(2)}), "ghost is not part of this model"),
-        (lambda m: [m.pop(k) for k in list(m) if "down_proj" in k], "target_modules names down_proj, but it "),
-        (lambda m: m.clear(), "target_modules names q_proj, down_proj"),
+        (lambda m: [m.pop(f"base_model.model.{LAYER}.lora_{half}.weight") for half in "AB"],
+         r"holds no lora_A and lora_B for language_model\.layers\.0\.self_attn\.q_proj\.weight"),
+        (lambda m: m.update({"base_model.model.lm_head.weight": torch.zeros(7, 64)}), r"has shape \[7, 64\], the base"),
+        (lambda m: m.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(3, 7)}),
+         "lora_embedding_A is not supported; merge it with PEFT first"),
+        (lambda m: m.clear(), "holds no pair of lora_A and lora_B"),
     ],
 )  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_refused(release, base, write_lora, damage, found):
@@ -334,7 +343,16 @@ def test_an_adapter_that_does_not_fit_is_refused(release, base, write_lora, dama
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3', supported: LORA"),
         ({"use_dora": True}, "use_dora is True"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "which also changes the base model",
+        ),
         ({"lora_alpha": "much"}, "lora_alpha is 'much', expected a number"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({"alpha_pattern": [1]}, "alpha_pattern is"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern is"),
+        ({"use_rslora": "no"}, "use_rslora is 'no', expected true or false"),
     ],
 )
 def test_other_kinds_of_adapter_are_refused(release, base, write_lora, fields, found):
@@ -342,6 +360,33 @@ def test_other_kinds_of_adapter_are_refused(release, base, write_lora, fields, f
     change(folder / "adapter_config.json", **fields)
     with pytest.raises(ValueError, match=found):
         load(folder, model_base=base, vision_tower=release["vision_tower"])
+
+
+def test_a_model_with_an_adapter_beside_it_is_refused(release, write_lora):
+    """Whether it is merged already cannot be seen."""
+    folder, _ = write_lora()
+    shutil.copy(folder / "adapter_config.json", release["weights"])
+    with pytest.raises(ValueError, match="remove the adapter if it is merged already, else move it"):
+        load(**release)
+
+
+def test_an_adapter_without_configuration_says_which_one_is_missing(write_lora, release, base):
+    folder, _ = write_lora()
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json, and its base .* is no LLaVA"):
+        load(folder, model_base=base, vision_tower=release["vision_tower"])
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json, expected a LoRA"):
+        load(**release, adapter=base)
+
+
+def test_some_layers_are_enough_where_the_configuration_says_so(write_lora, release, base):
+    folder, _ = write_lora(layers_to_transform=[1])
+    matrices = {k: w for k, w in torch.load(folder / "adapter_model.bin").items() if ".layers.1." in k}
+    torch.save(matrices, folder / "adapter_model.bin")
+    plain, found = load(**release), load(folder, model_base=base, vision_tower=release["vision_tower"])
+    for i, equal in ((0, True), (1, False)):
+        ours, theirs = (a.model.language_model.layers[i].self_attn.q_proj.weight for a in (found, plain))
+        assert torch.equal(ours, theirs) is equal
 
 
 def test_half_a_lora_run_is_refused(write_lora, base, release):
@@ -397,6 +442,32 @@ def test_equals_peft(base, pretrain, release, tmp_path, settings):
     assert changed
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "linear_2"]], ids=str)
+def test_equals_peft_on_the_hub_s_llava(reference, tmp_path, targets, picture):
+    """README's row for a LoRA on top of a whole model: its tower and projector may have one, too."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (extra: parity)")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: parity)")
+    hub = reference / "plain"
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(hub, dtype=torch.float32)
+    torch.manual_seed(0)
+    settings = {"r": 2, "lora_alpha": 6, "target_modules": targets, "modules_to_save": ["lm_head"]}
+    model = peft.get_peft_model(model, peft.LoraConfig(**settings, init_lora_weights=False))
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(tmp_path / "peft")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    shutil.copy(hub / "tokenizer.model", tmp_path / "merged")
+    found, expected, plain = load(hub, adapter=tmp_path / "peft"), load(tmp_path / "merged"), load(hub)
+    changed = 0
+    for name, theirs in expected.model.state_dict().items():
+        torch.testing.assert_close(found.model.state_dict()[name], theirs, rtol=1e-6, atol=1e-7, msg=name)
+        changed += not torch.equal(plain.model.state_dict()[name], theirs)
+    assert changed >= 4
+    torch.testing.assert_close(logits(found, picture), logits(expected, picture), rtol=1e-4, atol=1e-4)
+
+
 # --- tokens added to the vocabulary -------------------------------------------------------------------------------
 
 
@@ -439,7 +510,8 @@ def test_tokens_around_pictures_grow_tokenizer_and_model(release, picture):
     assert ids[at - 1 : at + 2] == [rows + 1, IMAGE_TOKEN_INDEX, rows + 2]
     assert [i for i in ids if i not in (rows + 1, rows + 2)] == before
     assert logits(assistant, picture).shape[-1] == rows + 3
-    assert assistant.ask(picture, QUESTION, max_new_tokens=3) is not None
+    change(folder / "config.json", mm_use_im_patch_token=None)  # LLaVA takes that for true
+    assert load(**release).tokenizer.added == assistant.tokenizer.added
 
 
 def test_ids_come_from_added_tokens_json_when_they_are_there(release):
@@ -450,26 +522,33 @@ def test_ids_come_from_added_tokens_json_when_they_are_there(release):
     found = Tokenizer(path, added=(IM_PATCH, IM_START, IM_END)).added
     assert found == {IM_PATCH: pieces + 6, IM_START: pieces + 5, IM_END: pieces + 7}
     assert Tokenizer(path).added == {}
+    write_json({"added_tokens_decoder": {str(pieces + 8): {"content": IM_END}}}, folder / "tokenizer_config.json")
+    found = Tokenizer(path, added=(IM_PATCH, IM_START, IM_END)).added
+    assert found == {IM_PATCH: pieces + 9, IM_START: pieces + 5, IM_END: pieces + 8}
     write_json({IM_START: "many"}, folder / "added_tokens.json")
-    with pytest.raises(ValueError, match="<im_start> is 'many', expected a token id"):
+    with pytest.raises(ValueError, match="'<im_start>' is 'many', expected a token id"):
         Tokenizer(path, added=(IM_START,))
 
 
+@pytest.mark.parametrize("patch", [False, True])
 @pytest.mark.parametrize("form", ["new rows", "full table", "none"])
-def test_a_pre_train_may_bring_rows_for_its_tokens(release, base, pretrain, picture, form):
-    """LLaVA's first stage with mm_use_im_start_end saves the two rows that it learned, or the whole table."""
+def test_a_pre_train_may_bring_rows_for_its_tokens(release, base, pretrain, form, patch):
+    """LLaVA's first stage with mm_use_im_start_end saves the two rows that it learned, or the whole table; the row of
+    <im_patch>, which comes before them, is the mean of the base's."""
     rows = read_json(pretrain / "config.json")["vocab_size"]
-    change(pretrain / "config.json", mm_use_im_start_end=True, vocab_size=rows + 2)
+    tokens = {"mm_use_im_start_end": True, "mm_use_im_patch_token": patch}
+    change(pretrain / "config.json", **tokens, vocab_size=rows + 2 + patch)
     content = torch.load(pretrain / "mm_projector.bin")
     old, new = weights_of(base)[TABLE], torch.randn(2, weights_of(base)[TABLE].shape[1])
+    mean = old.mean(0, keepdim=True)
     if form != "none":
-        content[TABLE] = new if form == "new rows" else torch.cat([old, new])
+        content[TABLE] = new if form == "new rows" else torch.cat([old, *[mean] * patch, new])
     torch.save(content, pretrain / "mm_projector.bin")
     model = load(pretrain, model_base=base, vision_tower=release["vision_tower"]).model.language_model
-    expected = old.mean(0).expand(2, -1) if form == "none" else new
-    torch.testing.assert_close(model.embed_tokens.weight[rows:], expected)
+    expected = mean.expand(2, -1) if form == "none" else new
+    torch.testing.assert_close(model.embed_tokens.weight[rows:], torch.cat([*[mean] * patch, expected]))
     assert torch.equal(model.embed_tokens.weight[:rows], old)
-    assert len(model.lm_head.weight) == rows + 2
+    assert len(model.lm_head.weight) == rows + 2 + patch
 
 
 # --- the hub's cache ----------------------------------------------------------------------------------------------

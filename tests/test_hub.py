@@ -186,11 +186,16 @@ def test_what_is_no_name_on_the_hub_is_refused(repo):
     assert "expected ORG/NAME" in refusal(ValueError, repo)
 
 
+def test_an_adapter_needs_no_config_json(cache):
+    folder = store(cache, files=("adapter_config.json",))
+    assert find_snapshot(REPO) == folder
+
+
 def test_a_path_that_exists_is_no_repo_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_repo_id("weights/mine")
     Path("weights").mkdir()
-    assert is_repo_id("weights/mine")
+    assert not is_repo_id("weights/mine")  # but a typing error, or a folder that is not there yet
     Path("weights/mine").symlink_to("nowhere")
     assert not is_repo_id("weights/mine")
     assert is_repo_id("liuhaotian/llava-v1.5-7b")

@@ -176,8 +176,9 @@ def _copy(source: Path, dtype: torch.dtype | None) -> Job:
 
 
 def _side_files(folder: Path) -> dict[str, bytes]:
-    """What a folder holds besides weights."""
+    """What a folder holds besides weights and what made them."""
     side = [p for p in folder.iterdir() if p.suffix in SIDE_FILES or p.name.startswith("LICENSE")]
+    side = [p for p in side if not p.name.startswith(("adapter_", "trainer_"))]
     return {p.name: p.read_bytes() for p in side if p.is_file() and not p.name.endswith(".index.json")}
 
 
@@ -189,7 +190,7 @@ def _rename(source: Path, to: str, parts: dict[str, Path | None], dtype: torch.d
         return source if (source / name).exists() else base
 
     config = read_config(home("config.json"), vision_tower)
-    checkpoint = gather(source, **parts)
+    checkpoint = gather(source, **parts, vocabulary=config.text.vocab_size)
     if "language_model.lm_head.weight" in checkpoint.tensors:  # then it is the head, whatever config.json says
         config = replace(config, text=replace(config.text, tie_word_embeddings=False))
     needed = open_checkpoint(source, config, **parts)  # `checkpoint`, less what only other layouts need
@@ -217,7 +218,7 @@ def _rename(source: Path, to: str, parts: dict[str, Path | None], dtype: torch.d
             f"tower that another replaces): {checkpoint.unused[0]} is one"
         )
     same_dialect = ("text_config" in read_json(home("config.json") / "config.json")) == (to == "hf")
-    files = _side_files(source) if same_dialect else {}
+    files = _side_files(base) if same_dialect else {}
     if "tokenizer_config.json" not in files or new.text.vocab_size > config.text.vocab_size:
         files["tokenizer_config.json"] = _json(_tokenizer_config(new, tokenizer, to))
     if to == "hf" and "tokenizer.json" not in files:
