@@ -22,6 +22,7 @@ from minillava.linear import has_fast_bfloat16, use_fast_linear
 from minillava.llava import Llava, Spliced
 from minillava.loop import Options, room_for_answer, steps
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, Prompt, Template, find_template, place_images, render
+from minillava.quantize import KINDS
 from minillava.tokenizer import Tokenizer, common_prefix, encode_answers
 
 DTYPES = {
@@ -211,6 +212,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     attention: str = "fused",
+    quantize: str | None = None,
     vision_tower: str | Path | None = None,
     model_base: str | Path | None = None,
     adapter: str | Path | None = None,
@@ -221,7 +223,8 @@ def load(
     """Open LLaVA weights in any of their layouts: a folder, or an id in the local hub cache (at `revision`).
 
     device: auto, cpu, cuda, mps. dtype: auto (the checkpoint's on a GPU; on a CPU bfloat16 where it is fast, else
-    float32 if it fits) or a name. attention: fused, eager. vision_tower: a CLIP folder, for releases that hold none.
+    float32 if it fits) or a name. attention: fused, eager. quantize: int8, int4: the language model's linear layers in
+    so many bits a weight, made as they are read. vision_tower: a CLIP folder, for releases that hold none.
     model_base: the language model that a projector or a LoRA in `weights` was trained on. adapter: a LoRA to merge.
     template: a name of prompt.TEMPLATES (default llava_v1). image_aspect_ratio: pad or crop, instead of config.json's.
     Raises FileNotFoundError or ValueError in one line: file, finding, next step.
@@ -232,6 +235,8 @@ def load(
     )
     if attention not in ATTENTION:
         raise ValueError(f"unknown attention {attention!r}, expected one of: {', '.join(ATTENTION)}")
+    if quantize is not None and quantize not in KINDS:
+        raise ValueError(f"unknown quantize {quantize!r}, expected one of: {', '.join(KINDS)}")
     template = find_template(DEFAULT_TEMPLATE if template is None else template)
     check_base(folder, model_base)
 
@@ -256,11 +261,12 @@ def load(
     if config.text.tie_word_embeddings and "language_model.lm_head.weight" in checkpoint.tensors:
         config = replace(config, text=replace(config.text, tie_word_embeddings=False))  # a stored head is the head
     device = choose_device(str(device))
-    dtype = choose_dtype(str(dtype).removeprefix("torch."), device, checkpoint.dtype(), checkpoint.parameters())
-    model = build_model(config, checkpoint, ATTENTION[attention], dtype=dtype, device=device)
-    needed = max(tokenizer.added.values(), default=0) + 1
-    if needed > model.config.text.vocab_size:
-        model.resize_token_embeddings(needed)
+    numbers = checkpoint.parameters() // (4 if quantize else 1)  # in float32's size: int8 takes a quarter of that
+    dtype = choose_dtype(str(dtype).removeprefix("torch."), device, checkpoint.dtype(), numbers)
+    tokens = max(tokenizer.added.values(), default=-1) + 1
+    model = build_model(
+        config, checkpoint, ATTENTION[attention], dtype=dtype, device=device, quantize=quantize, tokens=tokens
+    )
     if attention != "eager":  # which stays as transformers computes, to the last bit
         use_fast_linear(model)
     return Assistant(model, tokenizer, processor, template, checkpoint.unused)

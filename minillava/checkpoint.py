@@ -6,11 +6,12 @@ Weights are memory-mapped: opening a checkpoint at its own dtype reads nothing u
 import math
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillava.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from minillava.adapter import Adapter, Delta
@@ -18,6 +19,7 @@ from minillava.config import CLIP_RELEASE, LlavaConfig, read_json
 from minillava.files import Stored, holds_weights, open_file, open_folder
 from minillava.llama import grow_rows
 from minillava.llava import Llava
+from minillava.quantize import quantised_layer, quantize_tensor
 
 # Stored prefix -> ours; where several fit, the longest wins. After the prefix, every dialect of LLaVA
 # checkpoints uses the same names (`layers.0.self_attn.q_proj.weight`, ...), and so do we.
@@ -285,11 +287,19 @@ def open_checkpoint(
 
 
 def build_model(
-    config: LlavaConfig, checkpoint: Checkpoint, attend: Callable, *, dtype: torch.dtype, device: torch.device | str
+    config: LlavaConfig,
+    checkpoint: Checkpoint,
+    attend: Callable,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantize: str | None = None,
+    tokens: int = 0,
 ) -> Llava:
     """The network, built without memory of its own (meta device) and filled with the checkpoint's tensors.
 
     At the checkpoint's own dtype on the CPU these stay memory-mapped; otherwise they are converted one by one.
+    quantize: one of quantize.KINDS, for the language model's linear layers. tokens: rows its tables need at least.
     Raises ValueError listing every missing, unexpected and wrong-shaped tensor.
     """
     depth = max(config.text.num_hidden_layers, config.vision.num_hidden_layers)
@@ -300,7 +310,21 @@ def build_model(
         model = Llava(config, attend)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _compare(checkpoint, expected)
-    state = {name: checkpoint.read(name, dtype).to(device) for name in expected}
+    if tokens > config.text.vocab_size:
+        with torch.device("meta"):
+            model = Llava(replace(config, text=replace(config.text, vocab_size=tokens)), attend)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        module = name.rpartition(".")[0]
+        small = quantize and name.startswith("language_model.") and isinstance(model.get_submodule(module), nn.Linear)
+        whole = checkpoint.read(name, None if small else dtype)
+        whole = (grow_rows(whole, len(tensor)) if name in TABLES else whole).to(device)
+        if small:
+            layer = quantised_layer(quantize_tensor(whole, quantize))
+            model.set_submodule(module, layer)
+            state |= layer.state_dict(prefix=f"{module}.")
+        else:
+            state[name] = whole
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 

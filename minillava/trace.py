@@ -27,8 +27,8 @@ from minillava.recorder import DEPTHS, Consume, Record, Recorder, number_text, p
 from minillava.tokenizer import Tokenizer
 from minillava.trace_html import Page
 
-SETTINGS = ("weights", "revision", "model_base", "adapter", "vision_tower", "device", "dtype", "attention", "template",
-            "system", "image_aspect_ratio")  # fmt: skip
+SETTINGS = ("weights", "revision", "model_base", "adapter", "vision_tower", "device", "dtype", "attention",
+            "quantize", "template", "system", "image_aspect_ratio")  # fmt: skip
 """What the two runs of --compare may differ in: the flags of the model, by name."""
 
 

@@ -448,6 +448,7 @@ def test_verbose_tells_of_the_search(run):
 
 FLAGS = {
     "model": ["--weights", "-m", "--model", "--model-path", "--device", "--dtype", "--template", "--conv-mode"],
+    "quantized": ["--quantize"],
     "question": ["--image", "-i", "--image-aspect-ratio", "--prompt", "-p", "--query", "--system"],
     "several": ["--num-beams", "--length-penalty", "--early-stopping", "--num-return-sequences", "--logprobs"],
     "barred": ["--min-new-tokens", "--typical-p", "--no-repeat-ngram-size"],
@@ -524,6 +525,7 @@ def test_version(run):
         (["-p", "x", "--json", "--logprobs", "-1"], "is below 0"),
         (["-p", "x", "--seed", str(2**64)], "seed is"),
         (["-p", "x", "--dtype", "int4"], "int4"),
+        (["-p", "x", "--quantize", "int3"], "int3"),
         (["-p", "x", "--template", "v7"], "v7"),
         (["-p", "x", "--image-aspect-ratio", "anyres"], "anyres"),
         (["-i", "-", "-i", "-"], "stdin"),

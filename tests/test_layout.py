@@ -21,7 +21,7 @@ README = ROOT / "README.md"
 ORDER = [
     ["config"],
     ["attention", "linear", "files", "hub"],
-    ["image", "prompt", "tokenizer", "vision", "projector", "cache", "llama", "adapter"],
+    ["image", "prompt", "tokenizer", "vision", "projector", "cache", "llama", "adapter", "quantize"],
     ["llava"],
     ["checkpoint", "sampling"],
     ["loop"],

@@ -1,0 +1,156 @@
+"""The language model's linear layers in 8 or 4 bits a weight, for `--quantize`. A reader may skip this file.
+
+Decoding reads every weight once a token, so that fewer bytes are less time. Embeddings, norms, vision tower and
+projector stay; activations keep the model's dtype.
+
+r rows, K width before, N width after, G = GROUP.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from minillava.linear import BLOCK, FEW_ROWS, linear
+
+KINDS = ("int8", "int4")
+GROUP = 64  # weights of a row that share a scale and a zero in int4: 4.5 bits a weight
+ALIGNED = 16  # K must be a multiple: the int8 kernel reads so many numbers at once, also beyond a row's end
+TILE = 64  # N must be a multiple for int4: every processor packs so many rows, or a divisor, by one pattern
+NARROW = torch.bfloat16  # of scales, and of activations inside the kernels, which are slow for anything else
+SMALLEST = torch.finfo(NARROW).tiny  # a scale of zero would divide zero by zero
+
+
+class QuantisedLinear(nn.Module):
+    """x·weightᵀ: with few rows by a kernel that reads the small weights; else, on a device that is not a CPU, and where
+    a gradient is wanted, by blocks of weights made wide again: correct on a GPU, not fast."""
+
+    def __init__(self, weight: Tensor, shape: tuple[int, int]):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.out_features, self.in_features = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]"""
+        rows = x.numel() // self.in_features
+        graph = x.requires_grad and torch.is_grad_enabled()
+        if self.has_kernel and x.device.type == "cpu" and 0 < rows <= FEW_ROWS and not graph:
+            # Contiguous rows of ALIGNED numbers begin where the kernels' aligned loads may read.
+            flat = x.reshape(rows, -1).to(NARROW).contiguous()
+            return self.few_rows(flat).to(x.dtype).view(*x.shape[:-1], self.out_features)
+        starts = range(0, self.out_features, BLOCK)
+        return torch.cat([linear(x, self.dequantise(slice(i, i + BLOCK), x.dtype)) for i in starts], dim=-1)
+
+
+class Int8Linear(QuantisedLinear):
+    """weight int8 [N, K], scale bfloat16 [N]: w = weight · scale."""
+
+    def __init__(self, weight_int8: Tensor, scale: Tensor):
+        super().__init__(weight_int8, tuple(weight_int8.shape))
+        self.register_buffer("scale", scale)
+        self.has_kernel = self.in_features % ALIGNED == 0
+
+    def few_rows(self, x: Tensor) -> Tensor:
+        """[r, K] -> [r, N]"""
+        return torch._weight_int8pack_mm(x, self.weight, self.scale)
+
+    def dequantise(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows of the weights: [n, K]."""
+        between = torch.promote_types(dtype, NARROW)  # small scales are too small for float16
+        return self.weight[rows].to(between).mul_(self.scale[rows, None].to(between)).to(dtype)
+
+
+class Int4Linear(QuantisedLinear):
+    """weight uint8 [N, K/2], two numbers q from 0 to 15 a byte, on a CPU in the order its kernel wants; scale_zero
+    bfloat16 [K/G, N, 2]: w = (q - 8) · scale + zero."""
+
+    def __init__(self, weight_int4: Tensor, scale_zero: Tensor):
+        rows, half = weight_int4.shape
+        packed = weight_int4.device.type == "cpu"
+        if packed:
+            weight_int4 = torch.cat([pack(split(part)) for part in weight_int4.split(BLOCK)])
+        super().__init__(weight_int4, (rows, 2 * half))
+        self.register_buffer("scale_zero", scale_zero.transpose(0, 1).contiguous())
+        self.has_kernel = packed  # which stays so, should the layer move to another device
+
+    def few_rows(self, x: Tensor) -> Tensor:
+        """[r, K] -> [r, N]"""
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, GROUP, self.scale_zero)
+
+    def dequantise(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows of the weights, whole tiles: [n, K]."""
+        between = torch.promote_types(dtype, NARROW)
+        q = (unpack if self.has_kernel else split)(self.weight[rows]).view(torch.int8) - 8  # [n, K]
+        scale, zero = self.scale_zero[:, rows, :, None].transpose(0, 1).to(between).unbind(2)  # each [n, K/G, 1]
+        return q.unflatten(1, (-1, GROUP)).to(between).mul_(scale).add_(zero).flatten(1).to(dtype)
+
+
+def quantize_tensor(weight: Tensor, kind: str) -> dict[str, Tensor]:
+    """A weight [N, K] in the form to store, the same for every processor, by suffix of its name: `weight_int8` and
+    `scale` as in Int8Linear; or `weight_int4` uint8 [N, K/2], even columns in the low halves of the bytes, and
+    `scale_zero` [N, K/G, 2]. A shape that int4 cannot take, N not a multiple of TILE or K of GROUP, becomes int8."""
+    fits = len(weight) % TILE == 0 and weight.shape[1] % GROUP == 0
+    parts = [(to_int4 if kind == "int4" and fits else to_int8)(part.float()) for part in weight.split(BLOCK)]
+    return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
+
+
+def to_int8(weight: Tensor) -> dict[str, Tensor]:
+    """float32 [n, K], symmetric: a row's largest absolute value is 127."""
+    scale = (weight.abs().amax(1) / 127).clamp(min=SMALLEST).to(NARROW)  # [n]
+    return {"weight_int8": (weight / scale[:, None]).round_().to(torch.int8), "scale": scale}
+
+
+def to_int4(weight: Tensor) -> dict[str, Tensor]:
+    """float32 [n, K], from a group's smallest number to its largest."""
+    groups = weight.unflatten(1, (-1, GROUP))  # [n, K/G, G]
+    # With 0 in the range the zero is at most 8 scales, and its rounding a small part of one.
+    low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)  # [n, K/G]
+    scale = ((high - low) / 15).clamp(min=SMALLEST).to(NARROW)
+    zero = (low + 8 * scale).to(NARROW)
+    q = ((groups - zero[..., None]) / scale[..., None]).round_().add_(8).clamp_(0, 15).to(torch.uint8).flatten(1)
+    return {"weight_int4": q[:, ::2] | q[:, 1::2] << 4, "scale_zero": torch.stack([scale, zero], dim=-1)}
+
+
+def split(nibbles: Tensor) -> Tensor:
+    """As stored [n, K/2] -> one number a byte [n, K]"""
+    return torch.stack([nibbles & 15, nibbles >> 4], dim=-1).flatten(1)
+
+
+def pack(q: Tensor) -> Tensor:
+    """uint8 [n, K] -> as this processor's kernel wants it, uint8 [n, K/2]."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The inverse of `pack`: [n, K/2] -> [n, K]"""
+    order = packed_order().to(packed.device)
+    columns = packed.view(-1, 2 * packed.shape[1], len(order) // 2).transpose(1, 2)  # [n/R, R/2, K], R rows a tile
+    return torch.cat([columns & 15, columns >> 4], dim=1).index_select(1, order).flatten(0, 1)
+
+
+@cache
+def packed_order() -> Tensor:
+    """Where each of a tile's R rows lies in a packed column, low halves of its bytes before high ones: [R].
+
+    The layout is nowhere promised and differs between processors. So numbers that say where they came from are packed,
+    one bit at a time. Raises NotImplementedError where it is not tile after tile, and in a tile column after column."""
+    index = torch.arange(TILE * TILE).view(TILE, TILE)  # row · TILE + column
+    bits = range((TILE * TILE - 1).bit_length())
+    origin = sum(split(pack((index >> bit & 1).byte())).flatten().long() << bit for bit in bits)
+    rows = int((origin % TILE != 0).nonzero()[0])  # R: so many numbers of column 0 come first
+    order = origin[:rows] // TILE
+    known = rows % 2 == 0 == TILE % rows
+    if not known or not torch.equal(index.view(-1, rows, TILE)[:, order].transpose(1, 2).flatten(), origin):
+        raise NotImplementedError("this processor packs int4 in an order that minillava does not know; use int8")
+    return order.view(-1, 2).T.flatten().argsort()
+
+
+def quantised_layer(stored: dict[str, Tensor]) -> QuantisedLinear:
+    """The layer of what `quantize_tensor` made."""
+    return (Int4Linear if "weight_int4" in stored else Int8Linear)(**stored)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers the weights stand for, quantised or not."""
+    small = (m.out_features * m.in_features for m in model.modules() if isinstance(m, QuantisedLinear))
+    return sum(p.numel() for p in model.parameters()) + sum(small)
