@@ -261,7 +261,8 @@ def load(
     if config.text.tie_word_embeddings and "language_model.lm_head.weight" in checkpoint.tensors:
         config = replace(config, text=replace(config.text, tie_word_embeddings=False))  # a stored head is the head
     device = choose_device(str(device))
-    numbers = checkpoint.parameters() // (4 if quantize else 1)  # in float32's size: int8 takes a quarter of that
+    small = quantize or checkpoint.quantised
+    numbers = checkpoint.parameters() // (4 if small else 1)  # in float32's size: int8 takes a quarter of that
     dtype = choose_dtype(str(dtype).removeprefix("torch."), device, checkpoint.dtype(), numbers)
     tokens = max(tokenizer.added.values(), default=-1) + 1
     model = build_model(

@@ -19,7 +19,7 @@ from minillava.config import CLIP_RELEASE, LlavaConfig, read_json
 from minillava.files import Stored, holds_weights, open_file, open_folder
 from minillava.llama import grow_rows
 from minillava.llava import Llava
-from minillava.quantize import quantised_layer, quantize_tensor
+from minillava.quantize import PARTS, quantised_layer, quantize_tensor, whole_shape
 
 # Stored prefix -> ours; where several fit, the longest wins. After the prefix, every dialect of LLaVA
 # checkpoints uses the same names (`layers.0.self_attn.q_proj.weight`, ...), and so do we.
@@ -83,6 +83,25 @@ class Checkpoint:
                 twin = self.tensors[name].name
                 raise ValueError(f"{self.folder}: {twin} and {stored.name} are both {name}; remove one")
             self.tensors[name] = stored
+        self.quantised: dict[str, dict[str, Stored]] = {}  # our name -> the parts of quantize.py, by their suffixes
+        for name in [n for n in self.tensors if n.endswith(tuple(f".{suffix}" for suffix in PARTS))]:
+            self._join_parts(*name.rsplit(".", 1))
+
+    def _join_parts(self, module: str, suffix: str) -> None:
+        """A quantised weight and its scales become one tensor, `<module>.weight`. Raises ValueError."""
+        stored, name, other = self.tensors.pop(f"{module}.{suffix}"), f"{module}.weight", PARTS[suffix]
+        scales = self.tensors.pop(f"{module}.{other}", None)
+        if scales is None or name in self.tensors:
+            found = f"{self.tensors[name].name} besides" if name in self.tensors else f"no {other} for it"
+            raise ValueError(f"{stored.path}: holds {stored.name} and {found}; download it again")
+        self.tensors[name], self.quantised[name] = stored, {suffix: stored, other: scales}
+        dtype = stored.file.read(stored.name).dtype
+        try:
+            whole_shape({part: found.shape for part, found in self.quantised[name].items()})
+            if dtype != {"weight_int8": torch.int8, "weight_int4": torch.uint8}[suffix]:
+                raise ValueError(f"is {dtype}")
+        except ValueError as error:
+            raise ValueError(f"{stored.path}: {stored.name} {error}; download it again") from None
 
     def _named(
         self, tensors: Iterable[tuple[str, Stored]], prefixes: dict[str, str], dropped: tuple[str, ...] = ()
@@ -103,6 +122,7 @@ class Checkpoint:
             else:
                 self.tensors[name] = stored
                 self.new_rows.pop(name, None)
+                self.quantised.pop(name, None)
 
     def adapt(self, folder: Path) -> None:
         """A LoRA from its folder: what it adds, and what was trained besides. Raises ValueError listing what does not
@@ -121,6 +141,8 @@ class Checkpoint:
             found = [delta.b.shape[0], delta.a.shape[1]]
             if name not in self.tensors:
                 problems.append(f"{delta.a.name} is for {name}, which this model does not have")
+            elif name in self.quantised:
+                problems.append(f"{delta.a.name} is for {name}, which is quantised")
             elif found != list(self.shape(name)):
                 problems.append(f"{delta.a.name} and lora_B make {found}, {name} has shape {list(self.shape(name))}")
             elif name in self.deltas:
@@ -139,6 +161,8 @@ class Checkpoint:
         return [n for n in self.tensors if layer.match(n) and layer.sub("", n) in kinds and n not in self.deltas]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self.quantised:
+            return whole_shape({suffix: stored.shape for suffix, stored in self.quantised[name].items()})
         shape = self.tensors[name].shape
         if name not in TABLES or self.vocabulary is None:
             return shape
@@ -161,8 +185,9 @@ class Checkpoint:
         return self.tensors[name].read().dtype
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the largest tensor, which is what people mean by the checkpoint's."""
-        return self.stored_dtype(max(self.tensors, key=lambda name: math.prod(self.shape(name))))
+        """The dtype of the largest tensor that is not quantised, which is what people mean by the checkpoint's."""
+        plain = [name for name in self.tensors if name not in self.quantised]
+        return self.stored_dtype(max(plain, key=lambda name: math.prod(self.shape(name))))
 
     def parameters(self) -> int:
         """How many numbers the tensors hold."""
@@ -313,14 +338,23 @@ def build_model(
     if tokens > config.text.vocab_size:
         with torch.device("meta"):
             model = Llava(replace(config, text=replace(config.text, vocab_size=tokens)), attend)
+    if quantize and checkpoint.quantised:
+        raise ValueError(f"{checkpoint.folder}: is quantised already; leave --quantize out")
     state = {}
     for name, tensor in model.state_dict().items():
         module = name.rpartition(".")[0]
         small = quantize and name.startswith("language_model.") and isinstance(model.get_submodule(module), nn.Linear)
-        whole = checkpoint.read(name, None if small else dtype)
-        whole = (grow_rows(whole, len(tensor)) if name in TABLES else whole).to(device)
-        if small:
-            layer = quantised_layer(quantize_tensor(whole, quantize))
+        if name in checkpoint.quantised:
+            parts = {suffix: stored.file.read(stored.name) for suffix, stored in checkpoint.quantised[name].items()}
+            if checkpoint.shape(name) != tensor.shape:
+                found, wanted = list(checkpoint.shape(name)), list(tensor.shape)
+                raise ValueError(f"{checkpoint.folder}: {name} is quantised with shape {found}, expected {wanted}")
+        else:
+            whole = checkpoint.read(name, None if small else dtype)
+            whole = (grow_rows(whole, len(tensor)) if name in TABLES else whole).to(device)
+            parts = quantize_tensor(whole, quantize) if small else None
+        if parts:
+            layer = quantised_layer({suffix: part.to(device) for suffix, part in parts.items()})
             model.set_submodule(module, layer)
             state |= layer.state_dict(prefix=f"{module}.")
         else:

@@ -29,7 +29,7 @@ from minillava.image import ASPECTS, open_image
 from minillava.llava import Spliced
 from minillava.loop import Options, steps
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, TEMPLATES, place_images
-from minillava.quantize import KINDS, count_parameters
+from minillava.quantize import KINDS, count_parameters, quantised_kinds
 from minillava.tokenizer import Tokenizer
 
 WEIGHTS_VARIABLE = "MINILLAVA_WEIGHTS"
@@ -351,7 +351,7 @@ def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -
         messages.progress("")
     parameter = assistant.model.language_model.embed_tokens.weight
     count = count_parameters(assistant.model)
-    dtype = " and ".join(filter(None, [str(parameter.dtype).removeprefix("torch."), args.quantize]))
+    dtype = " and ".join([str(parameter.dtype).removeprefix("torch."), *quantised_kinds(assistant.model)])
     unused = sorted({re.sub(r"(layers\.\d+)\..*", r"\1.*", name) for name in assistant.unused})
     rest = f"; stored but not needed: {', '.join(unused)}" if unused else ""
     messages.stage("load", started, f"{weights}: {count:,} parameters, {dtype} on {parameter.device}{rest}")

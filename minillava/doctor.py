@@ -26,6 +26,7 @@ from minillava.config import LlavaConfig, one_line
 from minillava.linear import has_fast_bfloat16
 from minillava.llava import Spliced
 from minillava.loop import last_logits, room_for_answer
+from minillava.quantize import quantised_kinds
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 
@@ -189,7 +190,9 @@ def _ask(assistant: Assistant, picture: Image.Image, system: str | None) -> Iter
             for shown, look in {"picture": picture, "black": black, "noise": noise}.items():
                 logits[name][shown] = first_logits(assistant, assistant.prepare(look, prompt))
     eager, fused = logits["eager"], logits["fused"]
-    dtype = assistant.model.language_model.embed_tokens.weight.dtype
+    # Kernels of quantised layers take a row in bfloat16, prefill takes many as they are.
+    small = bool(quantised_kinds(assistant.model))
+    dtype = torch.bfloat16 if small else assistant.model.language_model.embed_tokens.weight.dtype
     yield same("eager and fused attention", eager["picture"], fused["picture"], dtype)
     yield same("cache and no cache", *cached_and_whole(assistant, assistant.prepare(picture, prompt)), dtype)
     rounding = {name: total_variation(eager[name], fused[name]) for name in fused}

@@ -47,6 +47,7 @@ FILES = {  # beside the weights -> what a missing one means
     "preprocessor_config.json": "pictures are then normalised by CLIP's own numbers",
 }
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+QUANTISED = {"uint8": "int4", "int8": "int8"}  # dtype in which the weights are stored -> row of the memory table
 SHOWN = 8  # lines of each kind of problem; --json has them all
 
 
@@ -113,7 +114,7 @@ def inspect_folder(
     report.files["preprocessor_config.json"] |= any(pictures.glob("p*rocessor_config.json"))
     config = report.attempt(read_config, home("config.json"), tower)
     checkpoint, tensors = _open_weights(report, folder, config, tower, base, lora)
-    _describe_tensors(report, tensors)
+    _describe_tensors(report, tensors, checkpoint)
     if config is not None:
         if config.text.tie_word_embeddings and any(stored["name"] == HEAD for stored in report.tensors):
             config = replace(config, text=replace(config.text, tie_word_embeddings=False))  # a stored head is the head
@@ -208,21 +209,27 @@ def _part_of(name: str) -> str:
     return "vision tower" if "vision_tower." in name or name.startswith("vision_model.") else "language model"
 
 
-def _describe_tensors(report: Report, tensors: dict[str, Stored]) -> None:
+def _describe_tensors(report: Report, tensors: dict[str, Stored], checkpoint: Checkpoint | None) -> None:
     """Numbers by part and by dtype, and the list of --keys."""
     report.parts = {part: {"tensors": 0, "parameters": 0} for part in ("language model", "projector", "vision tower")}
     headers = {f.path: safe_open(f.path, "pt") for f in tensors.values() if f.path.suffix == ".safetensors"}
+    quantised = {} if checkpoint is None else checkpoint.quantised
     for name, stored in tensors.items():
-        dtype = report.attempt(_dtype_of, stored, headers.get(stored.path))
+        if name in quantised:  # one weight in two tensors
+            parts = [part.file.read(part.name) for part in quantised[name].values()]
+            dtype, numbers = parts[0].dtype, math.prod(checkpoint.shape(name))
+            size = sum(part.nbytes for part in parts)
+        else:
+            dtype, numbers = report.attempt(_dtype_of, stored, headers.get(stored.path)), math.prod(stored.shape)
+            size = 0 if dtype is None else numbers * dtype.itemsize
         if dtype is None:
             continue
-        numbers = math.prod(stored.shape)
         part = report.parts.setdefault(_part_of(name), {"tensors": 0, "parameters": 0})
         kind = report.dtypes.setdefault(doctor.name_of(dtype), {"tensors": 0, "parameters": 0, "bytes": 0})
         for count in (part, kind):
             count["tensors"] += 1
             count["parameters"] += numbers
-        kind["bytes"] += numbers * dtype.itemsize
+        kind["bytes"] += size
         about = {"name": name, "stored": stored.name, "shape": list(stored.shape), "dtype": doctor.name_of(dtype)}
         report.tensors.append({**about, "file": str(stored.path)})
 
@@ -422,12 +429,14 @@ def _see_doctor(
     if not report.loadable:
         yield doctor.Finding("opening", doctor.FAILED, "not tried: the folder is not whole, see above")
         return
-    largest = max(report.tensors, key=lambda tensor: math.prod(tensor["shape"]))
+    plain = [tensor for tensor in report.tensors if tensor["dtype"] in map(doctor.name_of, DTYPES.values())]
+    largest = max(plain, key=lambda tensor: math.prod(tensor["shape"]))
     stored, device = getattr(torch, largest["dtype"]), choose_device(args.device)
     parameters = sum(part["parameters"] for part in report.parts.values())
     dtype = choose_dtype(args.dtype, device, stored, parameters)
     yield doctor.precision(device, dtype, stored, parameters)
-    table, half = report.memory["bfloat16"], dtype.itemsize / 2
+    kind = args.quantize or next((row for name, row in QUANTISED.items() if name in report.dtypes), None)
+    table, half = report.memory[kind or "bfloat16"], 1 if kind else dtype.itemsize / 2
     needed, cache = int(table["weights"] * half), int((table["full_context"] - table["weights"]) * half)
     mapped = device == "cpu" and set(report.dtypes) == {largest["dtype"]} and dtype == stored and not report.adapted
     memory = doctor.memory(needed, cache, device, mapped)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW_ROWS = 16  # up to here `weight @ x.T` is faster in float32 than `x @ weight.T`, by 2 to 4 times at 4 rows
-FEW_HALF_ROWS = 6  # up to here, emulated bfloat16 is faster than converting the weight
+FEW_NARROW_ROWS = 6  # up to here, emulated bfloat16 is faster than converting the weight
 BLOCK = 512  # rows of a weight converted at a time: 8 MB at 4096 columns, which stays in the cache
 
 
@@ -30,17 +30,16 @@ def use_fast_linear(model: nn.Module) -> None:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x·weightᵀ + bias. x [..., C], weight [N, C], bias [N] -> [..., N]."""
-    rows = x.numel() // x.shape[-1]
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    if x.device.type != "cpu" or rows == 0 or (x.dtype != torch.float32 and not half):
+    rows, narrow = x.numel() // x.shape[-1], x.dtype == torch.bfloat16
+    if x.device.type != "cpu" or rows == 0 or not (narrow or x.dtype == torch.float32):
         return F.linear(x, weight, bias)
     flat = x.reshape(rows, -1)
-    if half and rows == 1 and x.dtype == torch.bfloat16:
+    if narrow and rows == 1:
         out = torch.mv(weight, flat[0])  # reads the weight once, at nearly the speed of memory
-    elif half and rows > FEW_HALF_ROWS and not has_fast_bfloat16():
-        full = flat.float()
-        out = torch.cat([few_rows(full, part.float()) for part in weight.split(BLOCK)], dim=1).to(x.dtype)
-    elif not half and 1 < rows <= FEW_ROWS:
+    elif narrow and rows > FEW_NARROW_ROWS and not has_fast_bfloat16():
+        wide = flat.float()
+        out = torch.cat([few_rows(wide, part.float()) for part in weight.split(BLOCK)], dim=1).to(x.dtype)
+    elif not narrow and 1 < rows <= FEW_ROWS:
         out = few_rows(flat, weight)
     else:
         return F.linear(x, weight, bias)

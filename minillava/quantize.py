@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from minillava.linear import BLOCK, FEW_ROWS, linear
 
 KINDS = ("int8", "int4")
+PARTS = {"weight_int8": "scale", "weight_int4": "scale_zero"}  # names of what is stored of a weight
 GROUP = 64  # weights of a row that share a scale and a zero in int4: 4.5 bits a weight
 ALIGNED = 16  # K must be a multiple: the int8 kernel reads so many numbers at once, also beyond a row's end
 TILE = 64  # N must be a multiple for int4: every processor packs so many rows, or a divisor, by one pattern
@@ -46,6 +47,8 @@ class Int8Linear(QuantisedLinear):
     """weight int8 [N, K], scale bfloat16 [N]: w = weight · scale."""
 
     def __init__(self, weight_int8: Tensor, scale: Tensor):
+        if weight_int8.data_ptr() % 64:  # in the middle of a file; some processors' kernels load from whole lines
+            weight_int8 = weight_int8.clone()
         super().__init__(weight_int8, tuple(weight_int8.shape))
         self.register_buffer("scale", scale)
         self.has_kernel = self.in_features % ALIGNED == 0
@@ -92,6 +95,23 @@ def quantize_tensor(weight: Tensor, kind: str) -> dict[str, Tensor]:
     fits = len(weight) % TILE == 0 and weight.shape[1] % GROUP == 0
     parts = [(to_int4 if kind == "int4" and fits else to_int8)(part.float()) for part in weight.split(BLOCK)]
     return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
+
+
+def stored_shapes(shape: tuple[int, int], kind: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What `quantize_tensor` makes of a weight of this shape: shape and dtype by suffix."""
+    made = quantize_tensor(torch.empty(shape, device="meta"), kind)
+    return {suffix: (tuple(tensor.shape), tensor.dtype) for suffix, tensor in made.items()}
+
+
+def whole_shape(parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+    """[N, K] of a stored weight, from the shapes of its parts. Raises ValueError when they do not belong together."""
+    (weight, shape), (_, other) = parts.items()
+    n, k = (*shape, 0)[:2]
+    k, expected = (k, (n,)) if weight == "weight_int8" else (2 * k, (n, 2 * k // GROUP, 2))
+    fits = weight == "weight_int8" or (n % TILE == 0 and k % GROUP == 0)
+    if len(shape) != 2 or other != expected or not fits:
+        raise ValueError(f"has shape {list(shape)} and {PARTS[weight]} {list(other)}")
+    return n, k
 
 
 def to_int8(weight: Tensor) -> dict[str, Tensor]:
@@ -148,6 +168,12 @@ def packed_order() -> Tensor:
 def quantised_layer(stored: dict[str, Tensor]) -> QuantisedLinear:
     """The layer of what `quantize_tensor` made."""
     return (Int4Linear if "weight_int4" in stored else Int8Linear)(**stored)
+
+
+def quantised_kinds(model: nn.Module) -> list[str]:
+    """Which of KINDS its layers are."""
+    kinds = {Int8Linear: "int8", Int4Linear: "int4"}
+    return sorted({kinds[type(module)] for module in model.modules() if type(module) in kinds})
 
 
 def count_parameters(model: nn.Module) -> int:

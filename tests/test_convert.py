@@ -17,14 +17,18 @@ from conftest import REFERENCE
 from safetensors.torch import load_file, save_file
 
 import minillava
+from minillava import inspect
 from minillava.config import CLIP_RELEASE, read_config
 from minillava.files import INDEX_NAME, SINGLE_NAME
+from minillava.inspect import inspect_folder
 from minillava.llava import Llava
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import convert  # noqa: E402
+
+SHAPES = Path(__file__).parents[1] / "weights" / "shapes"
 
 TABLES = {
     "hf": ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
@@ -648,3 +652,84 @@ def test_sizes_and_layouts_are_checked_before_anything_happens(tmp_path, capsys)
         assert caught.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+# --- quantised ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("to", ["hf", "original"])
+def test_a_quantised_folder_is_what_loading_would_make(tmp_path, kind, to, capsys):
+    status, errors = command(SHAPES, tmp_path / "small", "--to", to, "--quantize", kind, capsys=capsys)
+    assert (status, f"note: {kind} in a form that only minillava reads" in errors) == (0, True)
+    ours, theirs = (
+        minillava.load(folder, device="cpu", dtype="float32", quantize=quantize)
+        for folder, quantize in ((tmp_path / "small", None), (SHAPES, kind))
+    )
+    for (name, found), (other, expected) in zip(
+        ours.model.state_dict().items(), theirs.model.state_dict().items(), strict=True
+    ):
+        assert (name, found.dtype) == (other, expected.dtype)
+        assert torch.equal(found, expected)
+    picture = SHAPES / "example-1.png"
+    assert ours.ask(picture, max_new_tokens=40) == theirs.ask(picture, max_new_tokens=40) != ""
+    weights, sizes = ((f, sum(p.stat().st_size for p in f.glob("*.safetensors"))) for f in (tmp_path / "small", SHAPES))
+    assert weights[1] < 0.9 * sizes[1]
+    report = inspect_folder(tmp_path / "small")
+    assert report.loadable
+    whole = {part: found["parameters"] for part, found in inspect_folder(SHAPES).parts.items()}
+    assert {part: found["parameters"] for part, found in report.parts.items()} == whole
+    assert report.dtypes["int8" if kind == "int8" else "uint8"]["tensors"] >= 20
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    convert.convert(SHAPES, tmp_path / "small", "hf", quantize="int8")
+    return tmp_path / "small"
+
+
+def test_the_doctor_finds_a_quantised_model_well(small, capsys):
+    assert inspect.main([str(small), "--doctor", "--device", "cpu", "--dtype", "float32"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\nok ") == 7
+    assert "stored as int8" in printed
+
+
+def test_what_is_quantised_is_not_changed_again(small, tmp_path):
+    with pytest.raises(ValueError, match="is quantised already; leave --quantize out"):
+        minillava.load(small, quantize="int4")
+    with pytest.raises(ValueError, match="is quantised; convert the weights that it was made from"):
+        convert.convert(small, tmp_path / "again", "original")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    matrices = {"lora_A": torch.zeros(2, 192), "lora_B": torch.zeros(192, 2)}
+    prefix = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
+    save_file({f"{prefix}.{name}.weight": w for name, w in matrices.items()}, folder / "adapter_model.safetensors")
+    hf.write_json({"peft_type": "LORA", "layers_to_transform": [0]}, folder / "adapter_config.json")
+    with pytest.raises(ValueError, match=r"q_proj\.weight, which is quantised"):
+        minillava.load(small, adapter=folder)
+
+
+@pytest.mark.parametrize("damage", ["no scale", "wrong scale", "wrong dtype", "weight besides", "wrong shape"])
+def test_damaged_parts_of_a_quantised_weight_are_named(small, damage):
+    index = small / "model.safetensors.index.json"
+    tensors = held(small)
+    for path in small.glob("*.safetensors"):
+        path.unlink()
+    index.unlink(missing_ok=True)
+    module = "language_model.model.layers.1.mlp.up_proj"
+    weight, scale = f"{module}.weight_int8", f"{module}.scale"
+    if damage == "no scale":
+        del tensors[scale]
+    elif damage == "wrong scale":
+        tensors[scale] = tensors[scale][:-1].clone()
+    elif damage == "wrong dtype":
+        tensors[weight] = tensors[weight].to(torch.uint8)
+    elif damage == "weight besides":
+        tensors[f"{module}.weight"] = tensors[weight].float()
+    else:
+        tensors |= {weight: tensors[weight][:64].clone(), scale: tensors[scale][:64].clone()}
+    save_file(tensors, small / SINGLE_NAME)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight") as error:
+        minillava.load(small)
+    assert str(error.value).startswith(str(small))

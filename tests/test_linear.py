@@ -7,10 +7,10 @@ from torch import nn
 
 import minillava
 from minillava import linear as home
-from minillava.linear import BLOCK, FEW_HALF_ROWS, FEW_ROWS, FastLinear, linear, use_fast_linear
+from minillava.linear import BLOCK, FEW_NARROW_ROWS, FEW_ROWS, FastLinear, linear, use_fast_linear
 
 WIDTH, WIDTH_AFTER = 96, BLOCK + 40  # more than one block, and the last one short
-ROWS = [1, 2, FEW_HALF_ROWS, FEW_HALF_ROWS + 1, FEW_ROWS, FEW_ROWS + 1, 40]
+ROWS = [1, 2, FEW_NARROW_ROWS, FEW_NARROW_ROWS + 1, FEW_ROWS, FEW_ROWS + 1, 40]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

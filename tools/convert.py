@@ -20,13 +20,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
@@ -49,6 +49,7 @@ from minillava.image import ImageProcessor
 from minillava.llama import grow_rows
 from minillava.llava import Llava
 from minillava.prompt import IMAGE_MARKER
+from minillava.quantize import KINDS, PARTS, quantize_tensor, stored_shapes
 from minillava.tokenizer import Tokenizer
 
 try:
@@ -102,11 +103,13 @@ def convert(
     model_base: Path | None = None,
     adapter: Path | None = None,
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
     shard_size: float = 4e9,
 ) -> list[str]:
     """Write `target`, which must not exist or be empty; returns what its owner should know, a line each.
 
-    dtype: of all weights, instead of the stored ones. shard_size: of a file, in bytes.
+    dtype: of all weights, instead of the stored ones. quantize: int8 or int4, the language model's linear layers in the
+    form of minillava/quantize.py, which other programs cannot read. shard_size: of a file, in bytes.
     Raises FileNotFoundError or ValueError in one line; what was written is then gone.
     """
     source = find_folder(source)
@@ -114,11 +117,11 @@ def convert(
     parts = {name: None if part is None else find_folder(part) for name, part in parts.items()}
     with _unfinished(target) as folder:
         if to == "safetensors":
-            if any(parts.values()):
-                raise ValueError("--to safetensors keeps the tensors of SRC alone; other folders need hf or original")
+            if any(parts.values()) or quantize:
+                raise ValueError("--to safetensors keeps the tensors of SRC as they are; use --to hf or --to original")
             job = _copy(source, dtype)
         else:
-            job = _rename(source, to, parts, dtype)
+            job = _rename(source, to, parts, dtype, quantize)
         needed = sum(p.nbytes for p in job.tensors.values()) + sum(map(len, job.files.values()))
         free = shutil.disk_usage(folder).free
         if needed > free:
@@ -182,7 +185,9 @@ def _side_files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in side if p.is_file() and not p.name.endswith(".index.json")}
 
 
-def _rename(source: Path, to: str, parts: dict[str, Path | None], dtype: torch.dtype | None) -> Job:
+def _rename(
+    source: Path, to: str, parts: dict[str, Path | None], dtype: torch.dtype | None, quantize: str | None
+) -> Job:
     """The whole network, under other names and in another dialect. parts: further folders, as `gather` takes them."""
     vision_tower, base = parts["vision_tower"], parts["model_base"] or source
 
@@ -191,11 +196,14 @@ def _rename(source: Path, to: str, parts: dict[str, Path | None], dtype: torch.d
 
     config = read_config(home("config.json"), vision_tower)
     checkpoint = gather(source, **parts, vocabulary=config.text.vocab_size)
+    if checkpoint.quantised:
+        raise ValueError(f"{source}: is quantised; convert the weights that it was made from")
     if "language_model.lm_head.weight" in checkpoint.tensors:  # then it is the head, whatever config.json says
         config = replace(config, text=replace(config.text, tie_word_embeddings=False))
     needed = open_checkpoint(source, config, **parts)  # `checkpoint`, less what only other layouts need
     needed.deltas.clear()  # which change no shape, and take time
-    build_model(config, needed, eager, dtype=needed.dtype(), device="meta")  # raises for what is missing or misshapen
+    model = build_model(config, needed, eager, dtype=needed.dtype(), device="meta")  # raises for what does not fit
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     tokenizer = Tokenizer(home("tokenizer.model") / "tokenizer.model", added=config.added_tokens)
     new, notes = (_for_hub if to == "hf" else _for_original)(config, tokenizer, source)
     planned = {}
@@ -203,6 +211,12 @@ def _rename(source: Path, to: str, parts: dict[str, Path | None], dtype: torch.d
         shape, kept = checkpoint.shape(name), dtype or checkpoint.stored_dtype(name)
         if name in TABLES:
             shape = (new.text.vocab_size, *shape[1:])
+        if quantize and name in linear and name.startswith("language_model."):
+            module, rows = name.removesuffix(".weight"), shape[0]
+            for suffix, (size, kind) in stored_shapes(shape, quantize).items():
+                make = partial(_make_part, checkpoint, name, rows, quantize, suffix)
+                planned[f"{module}.{suffix}"] = Planned(size, kind, make, name if suffix in PARTS else None)
+            continue
         planned[name] = Planned(shape, kept, partial(_make, checkpoint, name, kept, shape[0]), name)
     if to == "hf":
         made = _unused_tower(config, planned)
@@ -212,6 +226,8 @@ def _rename(source: Path, to: str, parts: dict[str, Path | None], dtype: torch.d
                 f"made {len(made)} tensors of the vision tower which transformers wants and LLaVA does not use: "
                 "blocks that pass their input on, and a norm"
             )
+    if quantize:
+        notes.append(f"{quantize} in a form that only minillava reads")
     if checkpoint.unused:
         notes.append(
             f"left out {len(checkpoint.unused)} stored tensors (tables that are computed, the text half of a CLIP, a "
@@ -255,6 +271,16 @@ def _stored_name(name: str, to: str, projector_layers: int) -> str:
 def _make(checkpoint: Checkpoint, name: str, dtype: torch.dtype, rows: int) -> Tensor:
     tensor = _narrow(partial(checkpoint.read, name), checkpoint.tensors[name].name, dtype)
     return grow_rows(tensor, rows) if name in TABLES else tensor
+
+
+def _make_part(checkpoint: Checkpoint, name: str, rows: int, kind: str, suffix: str) -> Tensor:
+    return _quantised(checkpoint, name, rows, kind)[suffix]
+
+
+@lru_cache(maxsize=1)  # the parts of a weight are wanted one after the other
+def _quantised(checkpoint: Checkpoint, name: str, rows: int, kind: str) -> dict[str, Tensor]:
+    tensor = checkpoint.read(name)
+    return quantize_tensor(grow_rows(tensor, rows) if name in TABLES else tensor, kind)
 
 
 def _narrow(read: Callable[[torch.dtype], Tensor], name: str, dtype: torch.dtype) -> Tensor:
@@ -504,6 +530,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--adapter", metavar="DIR", type=Path, help="folder of a LoRA adapter to merge")
     dtypes = ("float32", "float16", "bfloat16")
     parser.add_argument("--dtype", choices=dtypes, help="precision to convert to (default: as stored)")
+    parser.add_argument("--quantize", choices=KINDS, help="the language model's linear layers in 8 or 4 bits a weight")
     parser.add_argument("--shard-size", metavar="SIZE", type=read_size, default="4GB",
                         help="largest weight file (default: %(default)s)")  # fmt: skip
     parser.add_argument("-v", "--verbose", action="store_true", help="show where an error happened")
@@ -518,6 +545,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model_base=args.model_base,
             adapter=args.adapter,
             dtype=args.dtype and DTYPES[args.dtype],
+            quantize=args.quantize,
             shard_size=args.shard_size,
         )
         for note in notes:
