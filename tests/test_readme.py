@@ -31,8 +31,8 @@ PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 @pytest.fixture
 def folder(reference, tmp_path):
     """A folder as the README's reader has it, with the toy checkpoint under the name of the real one."""
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
-    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    for name in ("tests", "tools", "weights"):
+        (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "llava-1.5-7b-hf").symlink_to(reference / "plain")
     for name, picture in (("x.jpg", "landscape"), ("y.jpg", "portrait")):
         shutil.copy(reference / "pictures" / f"{picture}.png", tmp_path / name)
