@@ -118,7 +118,7 @@ def convert(
     with _unfinished(target) as folder:
         if to == "safetensors":
             if any(parts.values()) or quantize:
-                raise ValueError("--to safetensors keeps the tensors of SRC as they are; use --to hf or --to original")
+                raise ValueError("--to safetensors keeps the tensors of SRC alone; use --to hf or --to original")
             job = _copy(source, dtype)
         else:
             job = _rename(source, to, parts, dtype, quantize)
