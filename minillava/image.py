@@ -25,6 +25,8 @@ ASPECTS = ("pad", "crop")
 
 MAX_PIXELS = 2 * 89_478_485
 """Pillow's own limit against decompression bombs (about 179 million pixels), here also for the padded square."""
+MAX_SIDE = 65_535
+"""The longest side of a JPEG, which is the most of the common formats; a header that says more is damaged."""
 
 ImageSource = str | Path | bytes | BinaryIO | Image.Image
 Images = ImageSource | Sequence[ImageSource] | None
@@ -86,7 +88,7 @@ def open_image(source: ImageSource) -> Image.Image:
     """A picture from a path, a `data:` URL, bytes, a file or Pillow; upright (EXIF orientation applied) and RGB.
 
     The original LLaVA ignores EXIF, so phone photos lie on their side there. Raises FileNotFoundError, or
-    ValueError for what is not a picture, is damaged, or is larger than MAX_PIXELS.
+    ValueError for what is not a picture, is damaged, or is larger than MAX_PIXELS or MAX_SIDE.
     """
     name = _name(source)
     try:
@@ -168,6 +170,8 @@ class _NotAFile(ValueError):
 def _check_size(size: tuple[int, int], what: str) -> None:
     if size[0] * size[1] > MAX_PIXELS:
         raise _TooLarge(f"{what} is {size[0]} x {size[1]}, more than {MAX_PIXELS} pixels; make it smaller or cut it")
+    if max(size) > MAX_SIDE:
+        raise _TooLarge(f"{what} is {size[0]} x {size[1]}, with a side of more than {MAX_SIDE} pixels; make it smaller")
     if min(size) < 1:
         raise _TooLarge(f"{what} is {size[0]} x {size[1]}, which holds no pixels; choose another")
 
