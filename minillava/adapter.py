@@ -19,7 +19,7 @@ CONFIG_NAME, WEIGHTS_NAMES = "adapter_config.json", ("adapter_model.safetensors"
 
 # <module path>.lora_A.weight as stored, <module path>.lora_A.default.weight as a live model names it
 _HALF = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-# Settings that change the formula above, and their values that do not; ways to begin a training that change the base.
+# Settings that change the formula above, and their values that do not.
 _PLAIN = {
     "use_dora": False,
     "alora_invocation_tokens": None,
@@ -28,9 +28,7 @@ _PLAIN = {
     "layer_replication": None,
     "megatron_config": None,
 }
-
-
-_MOVED = ("pissa", "olora", "corda", "loftq")
+_MOVED = ("pissa", "olora", "corda", "loftq")  # ways to begin a training that change the base, too
 _SPECIAL = re.compile(r"lora_embedding_[AB]|trainable_tokens_\w+|lora_magnitude_vector")
 # What PEFT puts into the name of a weight that it keeps whole.
 _WRAPPED = re.compile(r"\.(modules_to_save\.default|base_layer)\.")
@@ -85,7 +83,6 @@ class Adapter:
             elif ".original_module." not in name:  # what modules_to_save replaced
                 self.whole[_WRAPPED.sub(".", name)] = stored
         self.path = file
-        self.base = config.get("base_model_name_or_path")
         self.deltas = {name: self._delta(name, pair, config, path) for name, pair in halves.items()}
         if not self.deltas:
             raise ValueError(f"{file}: holds no pair of lora_A and lora_B; download it again")

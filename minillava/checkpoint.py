@@ -117,7 +117,8 @@ class Checkpoint:
         new tokens, all that a training with its base frozen has to save: they become the last ones, as in LLaVA."""
         for name, stored in self._named(tensors, PREFIXES):
             before = self.tensors.get(name)
-            if name in TABLES and before is not None and stored.shape[0] < before.shape[0]:
+            grows = self.vocabulary is not None and name in TABLES and name not in self.quantised
+            if grows and before is not None and stored.shape[0] < before.shape[0]:
                 self.new_rows[name] = stored
             else:
                 self.tensors[name] = stored
@@ -136,6 +137,7 @@ class Checkpoint:
                 found, ours = list(stored.shape), list(self.shape(name))
                 problems.append(f"{stored.name} has shape {found}, the base model's {name} has {ours}")
             self.tensors[name] = stored
+            self.quantised.pop(name, None)
         for stored_name, delta in adapter.deltas.items():
             name = _rename(stored_name, PREFIXES)
             found = [delta.b.shape[0], delta.a.shape[1]]

@@ -101,7 +101,7 @@ def precision(device: str, dtype: torch.dtype, stored: torch.dtype, parameters: 
         "chosen": [device, name_of(dtype)],
         "stored": name_of(stored),
     }
-    text += ", which this processor emulates: float32 is faster where it fits" * slow
+    text += ", which this processor emulates: float32 reads prompts and batches faster, where it fits" * slow
     return Finding("device and dtype", WARNING if slow else OK, text, figures)
 
 

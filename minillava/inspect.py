@@ -170,7 +170,7 @@ def _open_weights(
     if report.dialect.startswith("a plain CLIP"):
         checkpoint = report.attempt(Checkpoint, folder, CLIP_PREFIXES, CLIP_TEXT_HALF)
     else:
-        checkpoint = report.attempt(gather, folder, *others)
+        checkpoint = report.attempt(gather, folder, *others, None if config is None else config.text.vocab_size)
     if checkpoint is not None:
         return checkpoint, checkpoint.tensors
     tensors, damaged = {}, []

@@ -710,6 +710,18 @@ def test_what_is_quantised_is_not_changed_again(small, tmp_path):
         minillava.load(small, adapter=folder)
 
 
+def test_a_weight_that_an_adapter_keeps_whole_replaces_a_quantised_one(small, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    matrices = {"lora_A": torch.zeros(2, 192), "lora_B": torch.zeros(192, 2)}
+    prefix, head = "base_model.model.multi_modal_projector.linear_1", torch.full((640, 192), 0.5)
+    tensors = {f"{prefix}.{name}.weight": w for name, w in matrices.items()}
+    save_file(tensors | {"base_model.model.language_model.lm_head.weight": head}, folder / "adapter_model.safetensors")
+    hf.write_json({"peft_type": "LORA", "layers_to_transform": [0]}, folder / "adapter_config.json")
+    model = minillava.load(small, adapter=folder, device="cpu", dtype="float32").model
+    assert torch.equal(model.language_model.lm_head.weight, head)
+
+
 @pytest.mark.parametrize("damage", ["no scale", "wrong scale", "wrong dtype", "weight besides", "wrong shape"])
 def test_damaged_parts_of_a_quantised_weight_are_named(small, damage):
     index = small / "model.safetensors.index.json"

@@ -389,6 +389,15 @@ def test_some_layers_are_enough_where_the_configuration_says_so(write_lora, rele
         assert torch.equal(ours, theirs) is equal
 
 
+def test_a_table_of_fewer_rows_is_not_lost_on_a_whole_model(release, write_lora):
+    """Only a base grows; a whole model's table that does not fit is an error, never left out."""
+    folder, _ = write_lora()
+    rest = torch.load(folder / "non_lora_trainables.bin") | {f"base_model.model.{TABLE}": torch.zeros(2, 64)}
+    torch.save(rest, folder / "non_lora_trainables.bin")
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight has shape \[2, 64\], config.json expects"):
+        load(**release, adapter=folder)
+
+
 def test_half_a_lora_run_is_refused(write_lora, base, release):
     folder, _ = write_lora()
     (folder / "adapter_config.json").unlink()
