@@ -1,6 +1,5 @@
 """The assistant: a model plus what it takes to talk to it, opened from a folder by `load`."""
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from torch import Tensor
 from minillava import beam
 from minillava.attention import ATTENTION
 from minillava.cache import KVCache
+from minillava.capture import compile_decode
 from minillava.checkpoint import build_model, check_base, open_checkpoint
 from minillava.config import DOWNLOAD, IGNORE_INDEX, LlavaConfig, read_config, read_json
 from minillava.generate import generate
@@ -31,7 +31,9 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-FLOAT32_SHARE = 0.8  # of the machine's memory that weights may take as float32 where `auto` chooses
+LARGE = (
+    10**9
+)  # parameters from which bfloat16 is faster on every CPU: decoding waits for memory, and it is half as much
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -213,6 +215,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     attention: str = "fused",
     quantize: str | None = None,
+    compile: bool = False,
     vision_tower: str | Path | None = None,
     model_base: str | Path | None = None,
     adapter: str | Path | None = None,
@@ -223,9 +226,10 @@ def load(
     """Open LLaVA weights in any of their layouts: a folder, or an id in the local hub cache (at `revision`).
 
     device: auto, cpu, cuda, mps. dtype: auto (the checkpoint's on a GPU; on a CPU bfloat16 where it is fast, else
-    float32 if it fits) or a name. attention: fused, eager. quantize: int8, int4: the language model's linear layers in
-    so many bits a weight, made as they are read. vision_tower: a CLIP folder, for releases that hold none.
-    model_base: the language model that a projector or a LoRA in `weights` was trained on. adapter: a LoRA to merge.
+    float32) or a name. attention: fused, eager. quantize: int8, int4: the language model's linear layers in
+    so many bits a weight, made as they are read. compile: the decoding step by torch.compile, for a GPU (capture.py).
+    vision_tower: a CLIP folder, for releases that hold none. model_base: the language model that a projector or a LoRA
+    in `weights` was trained on. adapter: a LoRA to merge.
     template: a name of prompt.TEMPLATES (default llava_v1). image_aspect_ratio: pad or crop, instead of config.json's.
     Raises FileNotFoundError or ValueError in one line: file, finding, next step.
     """
@@ -261,15 +265,15 @@ def load(
     if config.text.tie_word_embeddings and "language_model.lm_head.weight" in checkpoint.tensors:
         config = replace(config, text=replace(config.text, tie_word_embeddings=False))  # a stored head is the head
     device = choose_device(str(device))
-    small = quantize or checkpoint.quantised
-    numbers = checkpoint.parameters() // (4 if small else 1)  # in float32's size: int8 takes a quarter of that
-    dtype = choose_dtype(str(dtype).removeprefix("torch."), device, checkpoint.dtype(), numbers)
+    dtype = choose_dtype(str(dtype).removeprefix("torch."), device, checkpoint.dtype(), checkpoint.parameters())
     tokens = max(tokenizer.added.values(), default=-1) + 1
     model = build_model(
         config, checkpoint, ATTENTION[attention], dtype=dtype, device=device, quantize=quantize, tokens=tokens
     )
     if attention != "eager":  # which stays as transformers computes, to the last bit
         use_fast_linear(model)
+    if compile:
+        compile_decode(model)
     return Assistant(model, tokenizer, processor, template, checkpoint.unused)
 
 
@@ -294,24 +298,15 @@ def choose_device(name: str) -> str:
 
 
 def choose_dtype(name: str, device: str, stored: torch.dtype, parameters: int) -> torch.dtype:
-    """`auto`: what is stored on a GPU; on a CPU bfloat16 if it has instructions for it, or if so many parameters would
-    not fit into the machine's memory in float32; else float32."""
+    """`auto`: what is stored on a GPU; on a CPU bfloat16 if it has instructions for it, or if the parameters are so
+    many that it is faster in any case; else float32."""
     if name == "auto":
         if not device.startswith("cpu"):
             return stored
-        fits = parameters * torch.float32.itemsize <= FLOAT32_SHARE * physical_memory()
-        return torch.float32 if fits and not has_fast_bfloat16() else torch.bfloat16
+        return torch.bfloat16 if has_fast_bfloat16() or parameters >= LARGE else torch.float32
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}, expected one of: auto, {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def physical_memory() -> float:
-    """Bytes of this machine's memory, used or not; infinity where the system does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return math.inf
 
 
 def read_image_processor(folder: Path, config: LlavaConfig, aspect: str | None = None) -> ImageProcessor:

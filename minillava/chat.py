@@ -119,7 +119,7 @@ class Conversation:
         turn.prefilled = len(positions) - turn.reused
         self.cache.truncate(turn.reused)
         self.positions = positions
-        self._make_room(len(positions))
+        self._make_room(len(positions) + 1)
         self.turns.append(turn)
         self.waiting = []
         rest = replace(spliced, embeds=spliced.embeds[:, turn.reused :])  # [1, T, C] -> [1, T - reused, C]
@@ -128,7 +128,7 @@ class Conversation:
                 positions.append(int(step.token_ids[0]))
                 turn.answer += step.text[0]
                 turn.finish_reason = step.finish_reason[0]
-                self._make_room(len(positions))
+                self._make_room(len(positions) + 1)  # a GPU reads the next one before we are back here
                 yield step.text[0]
                 if self.positions is not positions and step.finish_reason[0] is None:
                     raise ValueError(f"the conversation went on without the answer to {question!r}; ask again")

@@ -67,8 +67,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", metavar="NAME", help=f"one of {', '.join(DEVICES)} (default: auto)")
     group.add_argument(
         "--dtype", default="auto", choices=["auto", *DTYPES],
-        help="precision (default: auto: the checkpoint's on a GPU; on a CPU bfloat16 where it is fast or float32 would "
-        "not fit, else float32)",
+        help="precision (default: auto: the checkpoint's on a GPU; on a CPU bfloat16 where it is fast, which for large "
+        "models it always is, else float32)",
     )  # fmt: skip
     group.add_argument(
         "--attention", default="fused", choices=list(ATTENTION),
@@ -77,7 +77,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantize", choices=KINDS,
         help="the language model in 8 or 4 bits a weight, made while loading: small and fast on a CPU, a little less "
-        "exact; on a GPU small, but slow (default: as --dtype)",
+        "exact; on a GPU small, and fast only with --compile (default: as --dtype)",
+    )  # fmt: skip
+    group.add_argument(
+        "--compile", action="store_true",
+        help="compile the decoding step: for a GPU and long or many answers, since the first token then takes up to a "
+        "minute; on a CPU it gains nothing",
     )  # fmt: skip
     group.add_argument(
         "--template", "--conv-mode", choices=list(TEMPLATES), metavar="NAME",
@@ -340,6 +345,7 @@ def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -
             dtype=args.dtype,
             attention=args.attention,
             quantize=args.quantize,
+            compile=args.compile,
             vision_tower=args.vision_tower,
             model_base=args.model_base,
             adapter=args.adapter,

@@ -87,21 +87,20 @@ def precision(device: str, dtype: torch.dtype, stored: torch.dtype, parameters: 
     """What `auto` chooses and why; a warning where device and dtype, as chosen, are slow here."""
     auto_device = choose_device("auto")
     auto_dtype = choose_dtype("auto", auto_device, stored, parameters)
-    emulated = "bfloat16 would be emulated" if auto_dtype == torch.float32 else "float32 would not fit into memory"
+    emulated = "bfloat16 would be emulated" if auto_dtype == torch.float32 else "so large, it is half as much to read"
     on_cpu = "this processor has instructions for it" if has_fast_bfloat16() else emulated
     why = on_cpu if auto_device == "cpu" else "it is what is stored"
     found = "PyTorch finds no GPU" if auto_device == "cpu" else "PyTorch finds it"
     text = f"auto chooses {auto_device} ({found}) and {name_of(auto_dtype)} ({why}; stored: {name_of(stored)})"
     if (device, dtype) != (auto_device, auto_dtype):
         text += f"; asked for: {device} and {name_of(dtype)}"
-    half = dtype in (torch.bfloat16, torch.float16)
-    slow = device.startswith("cpu") and half and not (dtype == torch.bfloat16 and has_fast_bfloat16())
+    slow = device.startswith("cpu") and dtype == torch.float16
     figures = {
         "auto": [auto_device, name_of(auto_dtype)],
         "chosen": [device, name_of(dtype)],
         "stored": name_of(stored),
     }
-    text += ", which this processor emulates: float32 reads prompts and batches faster, where it fits" * slow
+    text += ", which processors emulate: bfloat16 or float32 is faster" * slow
     return Finding("device and dtype", WARNING if slow else OK, text, figures)
 
 

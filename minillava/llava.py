@@ -59,6 +59,7 @@ class Llava(nn.Module):
         self.vision_tower = VisionTower(config, attend)
         self.projector = Projector(config)
         self.language_model = LanguageModel(config.text, attend)
+        self.decode_step: Callable | None = None  # a compiled one, of capture.py
 
     def forward(
         self,

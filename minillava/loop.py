@@ -7,6 +7,7 @@ V vocabulary.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from minillava import sampling
 from minillava.cache import KVCache
+from minillava.capture import CAPACITY_STEP, CapturedDecode
 from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.llama import LanguageOutput
 from minillava.llava import Llava, Spliced
@@ -150,30 +152,79 @@ def steps(
     rows_read, length, _ = spliced.embeds.shape
     batch = rows_read // streams
     budget = min(options.max_new_tokens, room_for_answer(model, spliced, 0 if cache is None else cache.length))
+    device = spliced.embeds.device
+    captured = model.decode_step is not None and not any(wanted.values())
     if cache is None:
-        # The last token is chosen but never fed back, so the cache can be one shorter.
-        dtype, device = spliced.embeds.dtype, spliced.embeds.device
-        cache = KVCache(model.config.text, rows_read, length + budget - 1, dtype=dtype, device=device)
+        capacity = length + budget - 1  # the last token is chosen but never fed back
+        if captured:
+            capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+        cache = KVCache(model.config.text, rows_read, capacity, dtype=spliced.embeds.dtype, device=device)
     choose = Chooser(model, spliced.input_ids[:batch], options)
     rows = [Row(model.config.eos_token_ids, tokenizer, options.stop) for _ in range(batch)]
+    done, known = torch.zeros(batch, dtype=torch.bool, device=device), [None] * batch  # [B]
 
-    output = prefill(model, spliced, cache, **wanted)
+    output, go_on = prefill(model, spliced, cache, **wanted), partial(decode, model, cache=cache, **wanted)
+    if captured:
+        go_on = CapturedDecode(model.decode_step, cache)
     for made in range(1, budget + 1):
-        done = torch.tensor([row.finish_reason is not None for row in rows], device=spliced.embeds.device)  # [B]
-        logits = last_logits(output)  # [streams·B, V]
+        logits = wide_logits(output)  # [streams·B, V]
+        finite = logits.isfinite().all()
         logits, other = (logits, None) if contrast is None else logits.chunk(2)  # [B, V]
-        token_ids, scores = choose(logits if contrast is None else contrast(logits, other, made - 1), done)
+        combined = logits if contrast is None else contrast(logits, other, made - 1)
+        token_ids, scores, empty = choose(combined.where(finite, 0))
         token_ids = token_ids.masked_fill(done, model.config.pad_token_id)  # [B]
         choose.remember(token_ids)
-        text = [row.feed(token, last=made == budget) for row, token in zip(rows, token_ids.tolist(), strict=True)]
+
+        # From here a GPU is a step ahead: it goes on with these tokens while we learn what they are.
+        arriving = Arriving(token_ids, finite, (empty & ~done).any())
+        ahead = go_on(token_ids.repeat(streams)) if made < budget and runs_ahead(device) else None
+        *ids, finite, stuck = arriving.wait()
+        if not finite:
+            raise ValueError(NOT_FINITE)
+        if stuck:
+            raise ValueError(
+                "no token is left to choose: contrast's cut, no_repeat_ngram_size, min_new_tokens and the filters "
+                "together remove all; loosen one of them"
+            )
+        text = [row.feed(token, last=made == budget) for row, token in zip(rows, ids, strict=True)]
         reasons = [row.finish_reason for row in rows]
         states, attentions = (
             recorded and tuple(t[:batch] for t in recorded) for recorded in (output.hidden_states, output.attentions)
         )
         yield Step(token_ids, text, reasons, logits, other, scores, states, attentions)
         if all(reasons):
+            if ahead is not None:
+                cache.truncate(cache.length - 1)
             return
-        output = decode(model, token_ids.repeat(streams), cache, **wanted)
+        if reasons != known:  # a row has finished: the one time when the device waits for what we know
+            done, known = torch.tensor([reason is not None for reason in reasons], device=device), reasons
+        output = go_on(token_ids.repeat(streams)) if ahead is None else ahead
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether a step is begun before it is known that the answer goes on: free where the processor that knows is not
+    the one that computes, and a whole step too many where it is."""
+    return device.type == "cuda"
+
+
+class Arriving:
+    """Numbers on their way from the device. To wait for them is not to wait for what the device was given to do since,
+    so that it never stands still."""
+
+    def __init__(self, *tensors: Tensor):
+        numbers, self.copied = torch.cat([tensor.flatten().long() for tensor in tensors]), None
+        if numbers.is_cuda:
+            self.numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self.numbers.copy_(numbers, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+        else:
+            self.numbers = numbers
+
+    def wait(self) -> list[int]:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.numbers.tolist()
 
 
 def check_wishes(options: Options, tokenizer: Tokenizer | None, record: Sequence[str]) -> None:
@@ -202,13 +253,21 @@ def decode(model: Llava, token_ids: Tensor, cache: KVCache, *, hidden_states: bo
     return model.language_model(token_ids[:, None], None, cache, hidden_states=hidden_states, attentions=attentions)
 
 
-def last_logits(output: LanguageOutput) -> Tensor:
-    """Those of the last position, [B, V] in float32 or better. Raises ValueError where they are no numbers."""
+NOT_FINITE = "the logits are not finite: damaged weights or a dtype too narrow; try --dtype float32"
+
+
+def wide_logits(output: LanguageOutput) -> Tensor:
+    """Those of the last position, [B, V] in float32 or better."""
     # What follows divides, exponentiates and sums over the whole vocabulary; in half precision it would round tokens
     # into ties that the model did not mean. transformers copies to float32 at the same place.
-    logits = output.logits[:, -1].to(torch.promote_types(output.logits.dtype, torch.float32))
+    return output.logits[:, -1].to(torch.promote_types(output.logits.dtype, torch.float32))
+
+
+def last_logits(output: LanguageOutput) -> Tensor:
+    """`wide_logits`. Raises ValueError where they are no numbers."""
+    logits = wide_logits(output)
     if not logits.isfinite().all():
-        raise ValueError("the logits are not finite: damaged weights or a dtype too narrow; try --dtype float32")
+        raise ValueError(NOT_FINITE)
     return logits
 
 
@@ -250,18 +309,14 @@ class Chooser:
         ends = [i for i in config.eos_token_ids if i < config.text.vocab_size]
         self.end_ids = torch.tensor(ends, dtype=torch.long, device=device)
 
-    def __call__(self, logits: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, V] float32 -> token ids [B] and the scores [B, V] they were chosen from. done: bool [B], rows whose
-        choice does not matter any more. Raises ValueError when nothing is left to choose."""
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, V] float32 -> token ids [B], the scores [B, V] they were chosen from, and bool [B]: rows of which nothing
+        is left to choose, and any token is chosen."""
         scores = self.process(logits)
         empty = ~(scores > sampling.REMOVED).any(-1)  # [B]
-        if (empty & ~done).any():
-            raise ValueError(
-                "no token is left to choose: contrast's cut, no_repeat_ngram_size, min_new_tokens and the filters "
-                "together remove all; loosen one of them"
-            )
-        scores = scores.masked_fill((empty & done)[:, None], 0)
-        return (scores.argmax(-1) if self.options.temperature == 0 else self.draw(scores, 1)[:, 0]), scores
+        scores = scores.masked_fill(empty[:, None], 0)
+        token_ids = scores.argmax(-1) if self.options.temperature == 0 else self.draw(scores, 1)[:, 0]
+        return token_ids, scores, empty
 
     def process(self, logits: Tensor) -> Tensor:
         """Logits or log-probabilities [B, V] -> the scores to choose from, in the order of transformers."""

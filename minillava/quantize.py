@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from minillava.linear import BLOCK, FEW_ROWS, linear
+from minillava.linear import BLOCK, blockwise, convert, has_fast_bfloat16, linear
 
 KINDS = ("int8", "int4")
 PARTS = {"weight_int8": "scale", "weight_int4": "scale_zero"}  # names of what is stored of a weight
@@ -19,12 +19,13 @@ GROUP = 64  # weights of a row that share a scale and a zero in int4: 4.5 bits a
 ALIGNED = 16  # K must be a multiple: the int8 kernel reads so many numbers at once, also beyond a row's end
 TILE = 64  # N must be a multiple for int4: every processor packs so many rows, or a divisor, by one pattern
 NARROW = torch.bfloat16  # of scales, and of activations inside the kernels, which are slow for anything else
+FEW_ROWS = 16  # up to here the kernels are faster than making the weights wide
 SMALLEST = torch.finfo(NARROW).tiny  # a scale of zero would divide zero by zero
 
 
 class QuantisedLinear(nn.Module):
-    """x·weightᵀ: with few rows by a kernel that reads the small weights; else, on a device that is not a CPU, and where
-    a gradient is wanted, by blocks of weights made wide again: correct on a GPU, not fast."""
+    """x·weightᵀ: with few rows by a kernel that reads the small weights; else, and where a gradient is wanted, by
+    weights made wide again: on a CPU in blocks that stay in its cache, on a GPU whole (or, compiled, nowhere)."""
 
     def __init__(self, weight: Tensor, shape: tuple[int, int]):
         super().__init__()
@@ -39,8 +40,14 @@ class QuantisedLinear(nn.Module):
             # Contiguous rows of ALIGNED numbers begin where the kernels' aligned loads may read.
             flat = x.reshape(rows, -1).to(NARROW).contiguous()
             return self.few_rows(flat).to(x.dtype).view(*x.shape[:-1], self.out_features)
-        starts = range(0, self.out_features, BLOCK)
-        return torch.cat([linear(x, self.dequantise(slice(i, i + BLOCK), x.dtype)) for i in starts], dim=-1)
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return linear(x, self.dequantise(slice(None), x.dtype))
+        # float32 is faster than half precision without instructions for it, and more exact.
+        emulated = x.dtype == torch.float16 or (x.dtype == NARROW and not has_fast_bfloat16())
+        dtype = torch.float32 if emulated else x.dtype
+        wide = x.reshape(-1, self.in_features).to(dtype)
+        out = blockwise(wide, self.out_features, lambda some, out: self.dequantise(some, dtype, out))
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
 class Int8Linear(QuantisedLinear):
@@ -57,10 +64,10 @@ class Int8Linear(QuantisedLinear):
         """[r, K] -> [r, N]"""
         return torch._weight_int8pack_mm(x, self.weight, self.scale)
 
-    def dequantise(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Some rows of the weights: [n, K]."""
+    def dequantise(self, rows: slice, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Some rows of the weights, written to `out` if given: [n, K]."""
         between = torch.promote_types(dtype, NARROW)  # small scales are too small for float16
-        return self.weight[rows].to(between).mul_(self.scale[rows, None].to(between)).to(dtype)
+        return convert(self.weight[rows], out, between).mul_(self.scale[rows, None].to(between)).to(dtype)
 
 
 class Int4Linear(QuantisedLinear):
@@ -80,12 +87,13 @@ class Int4Linear(QuantisedLinear):
         """[r, K] -> [r, N]"""
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, GROUP, self.scale_zero)
 
-    def dequantise(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Some rows of the weights, whole tiles: [n, K]."""
+    def dequantise(self, rows: slice, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Some rows of the weights, whole tiles, written to `out` if given: [n, K]."""
         between = torch.promote_types(dtype, NARROW)
         q = (unpack if self.has_kernel else split)(self.weight[rows]).view(torch.int8) - 8  # [n, K]
         scale, zero = self.scale_zero[:, rows, :, None].transpose(0, 1).to(between).unbind(2)  # each [n, K/G, 1]
-        return q.unflatten(1, (-1, GROUP)).to(between).mul_(scale).add_(zero).flatten(1).to(dtype)
+        whole = convert(q, out, between).unflatten(1, (-1, GROUP))  # [n, K/G, G]
+        return whole.mul_(scale).add_(zero).flatten(1).to(dtype)
 
 
 def quantize_tensor(weight: Tensor, kind: str) -> dict[str, Tensor]:

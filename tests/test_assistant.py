@@ -2,14 +2,13 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import minillava
-from minillava.assistant import choose_device, choose_dtype, physical_memory
+from minillava.assistant import LARGE, choose_device, choose_dtype
 from minillava.contrast import M3ID, VCD
 from minillava.generate import generate
 from minillava.prompt import DEFAULT_PROMPT, TEMPLATES
@@ -142,19 +141,11 @@ def test_auto_on_a_cpu_is_bfloat16_where_that_is_fast(monkeypatch, fast, chosen)
     assert choose_dtype("auto", "cpu", torch.float16, 1000) == chosen
 
 
-def test_auto_on_a_cpu_is_bfloat16_where_float32_does_not_fit(monkeypatch):
+def test_auto_on_a_cpu_is_bfloat16_for_large_models(monkeypatch):
     monkeypatch.setattr("minillava.assistant.has_fast_bfloat16", lambda: False)
-    monkeypatch.setattr("minillava.assistant.physical_memory", lambda: 16e9)
-    assert choose_dtype("auto", "cpu", torch.float16, 3_100_000_000) == torch.float32
-    assert choose_dtype("auto", "cpu", torch.float16, 3_300_000_000) == torch.bfloat16
-    assert choose_dtype("float32", "cpu", torch.float16, 3_300_000_000) == torch.float32
-
-
-def test_physical_memory_is_that_of_the_machine():
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        pytest.skip("no /proc/meminfo to compare with")
-    assert physical_memory() == int(meminfo.read_text().split()[1]) * 1024
+    assert choose_dtype("auto", "cpu", torch.float16, LARGE - 1) == torch.float32
+    assert choose_dtype("auto", "cpu", torch.float16, LARGE) == torch.bfloat16
+    assert choose_dtype("float32", "cpu", torch.float16, LARGE) == torch.float32
 
 
 @pytest.mark.parametrize(("there", "chosen"), [((True, True), "cuda"), ((False, True), "mps"), ((False, False), "cpu")])

@@ -33,6 +33,9 @@ def load(template: str | None = None, weights=WEIGHTS):
     return minillava.load(weights, device="cpu", dtype="float32", template=template)
 
 
+NOT_STUCK = torch.tensor([False])
+
+
 @pytest.fixture(scope="module")
 def assistant():
     return load()
@@ -119,7 +122,7 @@ def test_an_answer_that_is_written_as_it_was_generated_is_not_read_again(assista
     ids = assistant.tokenizer.encode(prompt + " " + said)[len(assistant.tokenizer.encode(prompt)) :]
     forced = iter([*ids, assistant.model.config.eos_token_ids[0]])
     monkeypatch.setattr(
-        "minillava.loop.Chooser.__call__", lambda self, logits, *_: (torch.tensor([next(forced)]), logits)
+        "minillava.loop.Chooser.__call__", lambda self, logits: (torch.tensor([next(forced)]), logits, NOT_STUCK)
     )
     assert conversation.ask("What?") == said
     forced = iter([assistant.model.config.eos_token_ids[0]])
@@ -178,7 +181,9 @@ def say_nothing(monkeypatch):
     @contextlib.contextmanager
     def silent():
         with monkeypatch.context() as patch:
-            patch.setattr("minillava.loop.Chooser.__call__", lambda self, logits, *_: (torch.tensor([1]), logits))
+            patch.setattr(
+                "minillava.loop.Chooser.__call__", lambda self, logits: (torch.tensor([1]), logits, NOT_STUCK)
+            )
             yield
 
     return silent

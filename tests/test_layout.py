@@ -23,7 +23,7 @@ ORDER = [
     ["attention", "linear", "files", "hub"],
     ["image", "prompt", "tokenizer", "vision", "projector", "cache", "llama", "adapter", "quantize"],
     ["llava"],
-    ["checkpoint", "sampling"],
+    ["checkpoint", "sampling", "capture"],
     ["loop"],
     ["beam"],
     ["generate"],

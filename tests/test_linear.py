@@ -1,5 +1,7 @@
 """linear.py: every way to the product gives the product, and `eager` takes none of them."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,10 +9,10 @@ from torch import nn
 
 import minillava
 from minillava import linear as home
-from minillava.linear import BLOCK, FEW_NARROW_ROWS, FEW_ROWS, FastLinear, linear, use_fast_linear
+from minillava.linear import BLOCK, FEW_NARROW_ROWS, MANY_ROWS, FastLinear, linear, product, use_fast_linear
 
 WIDTH, WIDTH_AFTER = 96, BLOCK + 40  # more than one block, and the last one short
-ROWS = [1, 2, FEW_NARROW_ROWS, FEW_NARROW_ROWS + 1, FEW_ROWS, FEW_ROWS + 1, 40]
+ROWS = [1, 2, FEW_NARROW_ROWS, FEW_NARROW_ROWS + 1, 4, 5, 40, MANY_ROWS + 1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -49,36 +51,69 @@ def test_each_way_is_taken(monkeypatch):
     """A fast path that is never reached would pass every test above."""
     weight = torch.randn(WIDTH_AFTER, WIDTH)
     seen = []
-    monkeypatch.setattr(torch, "mv", lambda *a, real=torch.mv: seen.append("mv") or real(*a))
-    monkeypatch.setattr(home, "few_rows", lambda *a, real=home.few_rows: seen.append(len(a[1])) or real(*a))
+    for name in ("mv", "bmm"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, name=name, real=real: seen.append(name) or real(*a))
+    monkeypatch.setattr(home, "product", lambda *a, real=product: seen.append(len(a[1])) or real(*a))
     monkeypatch.setattr(home, "has_fast_bfloat16", lambda: False)
-    for rows, dtype in (
-        (1, torch.float32),
-        (2, torch.float32),
-        (1, torch.bfloat16),
-        (2, torch.bfloat16),
-        (40, torch.bfloat16),
+    rest = WIDTH_AFTER - BLOCK
+    for rows, dtype, ways in (
+        (1, torch.float32, [WIDTH_AFTER, "bmm"]),
+        (2, torch.float32, [WIDTH_AFTER]),
+        (5, torch.float32, [WIDTH_AFTER, "bmm"]),
+        (1, torch.bfloat16, ["mv"]),
+        (FEW_NARROW_ROWS, torch.bfloat16, []),
+        (40, torch.bfloat16, [BLOCK, "bmm", rest, "bmm"]),
+        (MANY_ROWS + 1, torch.bfloat16, [WIDTH_AFTER, "bmm"]),
+        (40, torch.float16, []),
     ):
-        seen.append(f"{rows} {dtype}")
+        seen.clear()
         linear(torch.randn(rows, WIDTH).to(dtype), weight.to(dtype))
-    assert seen == ["1 torch.float32", "2 torch.float32", WIDTH_AFTER, "1 torch.bfloat16", "mv", "2 torch.bfloat16",
-                    "40 torch.bfloat16", BLOCK, 40]  # fmt: skip
-    seen.clear()
+        assert seen == ways, (rows, dtype)
     monkeypatch.setattr(home, "has_fast_bfloat16", lambda: True)
+    seen.clear()
     linear(torch.randn(40, WIDTH).bfloat16(), weight.bfloat16())
     assert seen == []
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+def test_any_number_of_threads_makes_the_product(monkeypatch, threads):
+    """Also where the rows of the weight cannot be shared out evenly."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for width in (512, 552, 7):
+        x, weight = torch.randn(9, WIDTH), torch.randn(width, WIDTH)
+        torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
+def test_memory_is_kept_from_block_to_block_and_between_threads_apart(monkeypatch):
+    monkeypatch.setattr(home, "has_fast_bfloat16", lambda: False)
+    x = torch.randn(5, WIDTH).bfloat16()
+    weights = [torch.randn(WIDTH_AFTER, WIDTH).bfloat16() for _ in range(8)]
+    with torch.no_grad():
+        alone = [linear(x, weight) for weight in weights]
+        first = home.kept(10, torch.float32).data_ptr()
+        assert home.kept(10, torch.float32).data_ptr() == first
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(no_grad_linear, [x] * 8, weights))
+            assert pool.submit(lambda: home.kept(10, torch.float32).data_ptr()).result() != first
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@torch.no_grad()
+def no_grad_linear(x, weight):
+    return linear(x, weight)
 
 
 def test_gradients_are_those_of_the_plain_product(processor):
     for rows in ROWS:
         grads = []
-        for product in (linear, F.linear):
+        for way in (linear, F.linear):
             generator = torch.Generator().manual_seed(rows)
             x, weight, b = (
                 torch.randn(*s, generator=generator, dtype=torch.float32).requires_grad_()
                 for s in ((rows, WIDTH), (50, WIDTH), (50,))
             )
-            product(x, weight, b).square().sum().backward()
+            way(x, weight, b).square().sum().backward()
             grads.append([p.grad for p in (x, weight, b)])
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-2)
 

@@ -14,9 +14,10 @@ from minillava import cli, quantize
 from minillava.attention import fused
 from minillava.checkpoint import build_model, open_checkpoint
 from minillava.config import read_config
-from minillava.linear import BLOCK, FEW_ROWS
+from minillava.linear import BLOCK
 from minillava.llama import grow_rows
-from minillava.quantize import (  # fmt: skip
+from minillava.quantize import (
+    FEW_ROWS,
     GROUP,
     KINDS,
     TILE,

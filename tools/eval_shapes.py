@@ -31,6 +31,7 @@ import minillava
 from minillava.contrast import METHODS, Contrast
 from minillava.generate import generate
 from minillava.prompt import place_images, render
+from minillava.quantize import KINDS
 
 MAX_NEW_TOKENS = 100
 Item = tuple[shapes.Dialogue, Image.Image]
@@ -108,9 +109,9 @@ class Worker:
     assistant = None
 
     @classmethod
-    def open(cls, weights: Path, dtype: str) -> None:
+    def open(cls, weights: Path, dtype: str, quantize: str | None) -> None:
         torch.set_num_threads(1)  # two processes of one thread each beat one process of two threads
-        cls.assistant = minillava.load(weights, dtype=dtype, device="cpu")
+        cls.assistant = minillava.load(weights, dtype=dtype, device="cpu", quantize=quantize)
 
     @classmethod
     def answer(cls, items: Sequence[Item], **options) -> list[str]:
@@ -223,11 +224,13 @@ def main() -> int:
     parser.add_argument("--weights", type=Path, default=default)
     parser.add_argument("--scenes", type=int, default=1000, help="unseen scenes; the other columns have a fifth of it")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--quantize", choices=KINDS)
     parser.add_argument("--contrast", action="store_true", help="compare ways to choose tokens, instead")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default 2)")
     options = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, spawn, Worker.open, (options.weights, options.dtype)) as pool:
+    opened = options.weights, options.dtype, options.quantize
+    with ProcessPoolExecutor(options.workers, spawn, Worker.open, opened) as pool:
         if options.contrast:
             ask = lambda items, chosen: answer_all(partial(Worker.answer, **chosen), items, map=pool.map)  # noqa: E731
             print(report_contrast(ask, options.scenes))

@@ -1,0 +1,151 @@
+"""capture.py: decoding with shapes that stay is decoding; and the loop that runs a step ahead of what it knows."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from minillava import capture, loop
+from minillava.assistant import load
+from minillava.cache import KVCache
+from minillava.capture import CAPACITY_STEP, CapturedDecode, compile_decode, step
+from minillava.chat import Conversation
+from minillava.contrast import VCD
+from minillava.generate import generate
+
+IDS = [[1, 30, -200, 41, 42], [1, -200, 41]]  # of unequal length: the second row is padded
+
+
+@pytest.fixture(params=["plain", "grouped"])
+def toy(request, reference):
+    return load(reference / request.param, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+
+
+def run_ahead(monkeypatch, runs: bool) -> None:
+    """The loop as on a GPU, or as on a CPU."""
+    monkeypatch.setattr(loop, "runs_ahead", lambda device: runs)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_captured_step_is_a_step(toy, pixels, rows):
+    """Over every token of an answer the logits are those of the plain step, up to the order of sums."""
+    spliced = toy.model.splice(IDS[:rows], pixels[:rows])
+    length, tokens = (
+        spliced.embeds.shape[1],
+        torch.randint(3, 90, (6, rows), generator=torch.Generator().manual_seed(1)),
+    )
+    wanted = {"hidden_states": False, "attentions": False}
+    caches = [KVCache(toy.model.config.text, rows, length + n, dtype=torch.float32, device="cpu") for n in (6, 20)]
+    for tensor in (*caches[1].keys, *caches[1].values):
+        tensor.fill_(float("nan"))  # what may lie in memory that nobody has written
+    for cache in caches:
+        loop.prefill(toy.model, spliced, cache, **wanted)
+    captured = CapturedDecode(partial(step, toy.model.language_model), caches[1])
+    for ids in tokens:
+        plain = loop.decode(toy.model, ids, caches[0], **wanted).logits
+        torch.testing.assert_close(captured(ids).logits, plain, rtol=1e-5, atol=1e-5)
+    assert caches[0].length == caches[1].length == length + 6
+    for a, b in zip(caches[0].keys, caches[1].keys, strict=True):
+        torch.testing.assert_close(a, b[:, :, : length + 6], rtol=1e-5, atol=1e-5)
+
+
+def test_a_full_cache_is_refused(toy):
+    cache = KVCache(toy.model.config.text, 1, 0, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="the cache holds 0 tokens: 0 are in it, 1 more do not fit"):
+        CapturedDecode(partial(step, toy.model.language_model), cache)(torch.tensor([5]))
+
+
+def test_the_step_can_be_compiled_whole(toy, pixels, monkeypatch):
+    """Without a compiler of C++: what torch.compile takes apart is put together again as it is."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(capture.torch, "compile", partial(_compile, torch.compile, backend))
+    plain = generate(toy.model, IDS, pixels, max_new_tokens=5).sequences
+    compile_decode(toy.model)
+    assert torch.equal(generate(toy.model, IDS, pixels, max_new_tokens=5).sequences, plain)
+    assert len(compiled) == 1  # for four steps
+    generate(toy.model, IDS, pixels, max_new_tokens=9)
+    assert len(compiled) == 1  # and for another answer, since both caches have the same capacity
+    recorded = generate(toy.model, IDS, pixels, max_new_tokens=5, record="attentions")
+    assert torch.equal(recorded.sequences, plain)
+    assert recorded.attentions[1][0].shape[-1] < CAPACITY_STEP  # what is recorded comes from the plain step
+
+
+def _compile(compile, backend, function, *, mode, fullgraph, dynamic):
+    return compile(function, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
+
+
+def test_what_cannot_be_compiled_is_one_line(toy, pixels, monkeypatch):
+    def backend(graph, inputs):
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(capture.torch, "compile", partial(_compile, torch.compile, backend))
+    compile_decode(toy.model)
+    with pytest.raises(ValueError, match=r"torch.compile does not work here \(.*\); leave --compile out"):
+        generate(toy.model, IDS, pixels, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_running_ahead_changes_no_answer(toy, pixels, captured, monkeypatch):
+    first, second = generate(toy.model, IDS, pixels, max_new_tokens=12).sequences.tolist()
+    end = next(i for i in first if [*first, i].index(i) != [*second, i].index(i))  # the rows end at different times
+    toy.model.config = replace(toy.model.config, eos_token_ids=(end,))
+    found = {False: [], True: []}
+    for runs, answers in found.items():
+        run_ahead(monkeypatch, runs)
+        if runs and captured:
+            toy.model.decode_step = partial(step, toy.model.language_model)
+        for options in ({}, {"max_new_tokens": 1}, {"temperature": 1.0, "seed": 3}, {"repetition_penalty": 1.3}):
+            made = generate(toy.model, IDS, pixels, **{"max_new_tokens": 12, **options})
+            answers.append((made.sequences.tolist(), made.finish_reason))
+        second = IDS, pixels.flip(0)
+        made = generate(toy.model, IDS, pixels, second=second, contrast=VCD(), max_new_tokens=4)
+        answers.append((made.sequences.tolist(), made.finish_reason))
+    assert found[True] == found[False]
+    assert found[True][0][1][0] == "stop"
+
+
+def test_the_step_too_many_is_forgotten(toy, pixels, monkeypatch):
+    spliced = toy.model.splice(IDS[:1], pixels[:1])
+    length, found = spliced.embeds.shape[1], []
+    end = int(generate(toy.model, IDS[:1], pixels[:1], max_new_tokens=6).sequences[0, 3])
+    toy.model.config = replace(toy.model.config, eos_token_ids=(end,))
+    for runs in (False, True):
+        run_ahead(monkeypatch, runs)
+        cache = KVCache(toy.model.config.text, 1, length + 8, dtype=torch.float32, device="cpu")
+        made = len(list(loop.steps(toy.model, spliced, loop.Options(max_new_tokens=8), cache=cache)))
+        found.append((made, cache.length))
+    assert found[0] == found[1]
+    assert found[0][0] <= 4
+
+
+def test_a_conversation_runs_ahead(toy, reference, monkeypatch):
+    """Its cache grows while the answer does."""
+    said = []
+    for runs in (False, True):
+        run_ahead(monkeypatch, runs)
+        conversation = Conversation(toy)
+        conversation.add_image(reference / "pictures" / "landscape.png")
+        said.append([conversation.ask("What?", max_new_tokens=7), conversation.ask("Why?", max_new_tokens=300)])
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("runs", [False, True])
+def test_numbers_that_are_none_are_one_line(toy, pixels, runs, temperature, monkeypatch):
+    """Before anything is drawn from them, which a GPU would not survive."""
+    run_ahead(monkeypatch, runs)
+    with torch.no_grad():
+        toy.model.language_model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        generate(toy.model, IDS, pixels, max_new_tokens=3, temperature=temperature)

@@ -1,0 +1,183 @@
+"""Checkpoints of true size with random weights, in the hub's layout, for tools/bench.py; and the same language model as
+GGUF, for llama.cpp."""
+
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+
+from convert import hub_config, preprocessor_config
+
+from minillava.checkpoint import Checkpoint
+from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig, read_config
+from minillava.files import INDEX_NAME
+from minillava.image import ImageProcessor
+from minillava.llava import Llava
+
+# hidden size, feed-forward size, layers, heads
+SIZES = {
+    "toy": (64, 128, 2, 4),
+    "0.5b": (1280, 3456, 24, 20),
+    "1b": (2048, 5632, 22, 16),
+    "7b": (4096, 11008, 32, 32),
+    "13b": (5120, 13824, 40, 40),
+}
+TOY_CLIP = VisionConfig(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14
+)
+TOKENIZER = Path(__file__).resolve().parents[1] / "weights" / "shapes" / "tokenizer.model"
+SHARD = 2e9  # bytes
+
+
+def config_of(size: str) -> LlavaConfig:
+    hidden, feed_forward, layers, heads = SIZES[size]
+    text = TextConfig(
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=32064,  # as llava-hf pads it
+        max_position_embeddings=4096,
+    )
+    return LlavaConfig(vision=TOY_CLIP if size == "toy" else CLIP_LARGE_336, text=text)
+
+
+def random_tensors(config: LlavaConfig) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a checkpoint by its name on the hub, float32, one after the other: products keep the size of
+    what goes in, so that logits stay finite and no number is too small for the processor to be quick with."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Llava(config).state_dict().items()}
+    # transformers builds CLIP to its end; minillava leaves out the last block.
+    last = config.vision.num_hidden_layers - 1
+    for name, shape in list(shapes.items()):
+        if name.startswith("vision_tower.encoder.layers.0."):
+            shapes[name.replace("layers.0.", f"layers.{last}.")] = shape
+    for part in ("weight", "bias"):
+        shapes[f"vision_tower.post_layernorm.{part}"] = torch.Size([config.vision.hidden_size])
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            tensor = torch.full(shape, float("norm" in name and name.endswith("weight")))
+        else:
+            width = 50 if "embed" in name else math.prod(shape[1:])
+            tensor = torch.empty(shape).normal_(0, width**-0.5, generator=generator)
+        part, _, rest = name.partition(".")
+        yield PREFIXES[part, rest.startswith("lm_head.")] + rest, tensor
+
+
+PREFIXES = {
+    ("vision_tower", False): "vision_tower.vision_model.",
+    ("projector", False): "multi_modal_projector.",
+    ("language_model", False): "language_model.model.",
+    ("language_model", True): "language_model.",
+}
+
+
+def make_checkpoint(folder: Path, size: str, dtype: torch.dtype) -> None:
+    """Write it, unless it is there: to a temporary name first, so that what is there is whole."""
+    if folder.exists():
+        return
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config, shard, index = config_of(size), {}, {}
+
+    def flush() -> None:
+        name = f"model-{len(set(index.values())) + 1:05}.safetensors"
+        save_file(shard, partial / name, metadata={"format": "pt"})
+        index.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, tensor in random_tensors(config):
+        shard[name] = tensor.to(dtype)
+        if sum(t.nbytes for t in shard.values()) > SHARD:
+            flush()
+    flush()
+    (partial / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (partial / "config.json").write_text(json.dumps(hub_config(config, dtype)))
+    (partial / "preprocessor_config.json").write_text(
+        json.dumps(preprocessor_config(ImageProcessor(config.vision.image_size)))
+    )
+    shutil.copy(TOKENIZER, partial)
+    partial.rename(folder)
+
+
+def make_gguf(folder: Path, kind: str) -> None:
+    """The language model of a checkpoint as `kind`.gguf in its folder, unless it is there: bf16, or made of that by
+    llama.cpp itself. Raises ImportError naming what to install."""
+    path = folder / f"{kind}.gguf"
+    if path.exists():
+        return
+    partial = path.with_suffix(".partial")
+    if kind == "bf16":
+        _write_gguf(folder, partial)
+    else:
+        import llama_cpp
+
+        make_gguf(folder, "bf16")
+        settings = llama_cpp.llama_model_quantize_default_params()
+        settings.ftype = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}[kind]
+        source = str(folder / "bf16.gguf").encode()
+        if llama_cpp.llama_model_quantize(source, str(partial).encode(), settings):
+            raise RuntimeError(f"llama.cpp cannot make {path}")
+    partial.rename(path)
+
+
+def _write_gguf(folder: Path, path: Path) -> None:
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError(
+            "llama.cpp needs its weights as GGUF; install what writes them with: pip install gguf"
+        ) from None
+    checkpoint = Checkpoint(folder)
+    text = read_config(folder).text
+    writer = gguf.GGUFWriter(path, "llama", use_temp_file=False)
+    writer.add_context_length(text.max_position_embeddings)
+    writer.add_embedding_length(text.hidden_size)
+    writer.add_block_count(text.num_hidden_layers)
+    writer.add_feed_forward_length(text.intermediate_size)
+    writer.add_head_count(text.num_attention_heads)
+    writer.add_head_count_kv(text.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(text.rms_norm_eps)
+    writer.add_rope_dimension_count(text.head_dim)
+    writer.add_rope_freq_base(text.rope_theta)
+    writer.add_vocab_size(text.vocab_size)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_tokenizer_model("llama")  # of which it wants to see every token, though it is given ids
+    writer.add_token_list([f"<{i}>".encode() for i in range(text.vocab_size)])
+    writer.add_token_scores([0.0] * text.vocab_size)
+    writer.add_token_types([int(gguf.TokenType.NORMAL)] * text.vocab_size)
+    names = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+    names |= {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
+    names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
+    names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    for name in checkpoint.tensors:
+        if not name.startswith("language_model."):
+            continue
+        tensor, layer = checkpoint.read(name), re.match(r"language_model\.layers\.(\d+)\.(.*)\.weight", name)
+        stem = layer[2] if layer else name.removeprefix("language_model.").removesuffix(".weight")
+        if stem.endswith(("q_proj", "k_proj")):  # Meta's order of a head's rows: the pairs that turn lie side by side
+            heads = tensor.view(-1, 2, text.head_dim // 2, tensor.shape[1])
+            tensor = heads.transpose(1, 2).reshape(tensor.shape)
+        prefix = f"blk.{layer[1]}." if layer else ""
+        if tensor.dim() == 1:
+            writer.add_tensor(f"{prefix}{names[stem]}.weight", tensor.float().numpy())
+        else:
+            bits = tensor.view(torch.int16).numpy().view("uint8")
+            kind = gguf.GGMLQuantizationType.BF16
+            writer.add_tensor(f"{prefix}{names[stem]}.weight", bits, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
