@@ -171,10 +171,10 @@ class Checkpoint:
         new = self.new_rows[name].shape[0] if name in self.new_rows else 0
         return (max(shape[0] + new, self.vocabulary), *shape[1:])
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor at `dtype` (None: as stored), memory-mapped where it is stored so. Raises ValueError when it is
-        quantised."""
-        tensor = self.tensors[name].read()
+    def read(self, name: str, dtype: torch.dtype | None = None, passing: bool = False) -> Tensor:
+        """The tensor at `dtype` (None: as stored), memory-mapped where it is stored so; passing: it will be made into
+        another soon. Raises ValueError when it is quantised."""
+        tensor = self.tensors[name].read(passing or dtype not in (None, self.stored_dtype(name)))
         dtype = tensor.dtype if dtype is None else dtype
         if self.shape(name) != tensor.shape:
             new = self.new_rows[name].read().to(tensor.dtype) if name in self.new_rows else tensor[:0]
@@ -347,12 +347,16 @@ def build_model(
         module = name.rpartition(".")[0]
         small = quantize and name.startswith("language_model.") and isinstance(model.get_submodule(module), nn.Linear)
         if name in checkpoint.quantised:
-            parts = {suffix: stored.file.read(stored.name) for suffix, stored in checkpoint.quantised[name].items()}
+            parts = {  # int4 is packed anew
+                suffix: stored.file.read(stored.name, passing=suffix == "weight_int4")
+                for suffix, stored in checkpoint.quantised[name].items()
+            }
             if checkpoint.shape(name) != tensor.shape:
                 found, wanted = list(checkpoint.shape(name)), list(tensor.shape)
                 raise ValueError(f"{checkpoint.folder}: {name} is quantised with shape {found}, expected {wanted}")
         else:
-            whole = checkpoint.read(name, None if small else dtype)
+            passing = bool(small) or torch.device(device).type != "cpu"
+            whole = checkpoint.read(name, None if small else dtype, passing)
             whole = (grow_rows(whole, len(tensor)) if name in TABLES else whole).to(device)
             parts = quantize_tensor(whole, quantize) if small else None
         if parts:

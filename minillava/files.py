@@ -40,13 +40,18 @@ class SafetensorsFile:
         except (SafetensorError, OSError) as error:
             what = one_line(error)
             raise ValueError(f"{path}: truncated or not a safetensors file ({what}); {DOWNLOAD_AGAIN}") from None
-        self.names = list(self._file.keys())
+        self.path, self.names = path, list(self._file.keys())
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file.get_slice(name).get_shape())
 
-    def read(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
+    def read(self, name: str, passing: bool = False) -> Tensor:
+        """passing: for a tensor that is soon let go. What was read of the file then leaves memory with it; the file's
+        own mapping stays until the last of its tensors goes."""
+        if not passing:
+            return self._file.get_tensor(name)
+        with safe_open(self.path, framework="pt") as mapped_anew:
+            return mapped_anew.get_tensor(name)
 
 
 class TorchFile:
@@ -81,7 +86,7 @@ class TorchFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, passing: bool = False) -> Tensor:
         return self._tensors[name].detach()
 
 
@@ -134,9 +139,10 @@ class Stored(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         return self.file.shape(self.name)
 
-    def read(self) -> Tensor:
-        """The tensor, memory-mapped. Raises ValueError for whole numbers, which is how others store quantised ones."""
-        tensor = self.file.read(self.name)
+    def read(self, passing: bool = False) -> Tensor:
+        """The tensor, memory-mapped; passing: as in SafetensorsFile. Raises ValueError for whole numbers, which is how
+        others store quantised ones."""
+        tensor = self.file.read(self.name, passing)
         if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
             found = f"{self.name} is {tensor.dtype}, expected float32, float16, bfloat16 or float64"
             raise ValueError(f"{self.path}: {found}; use a release that is not quantised")

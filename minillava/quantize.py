@@ -17,6 +17,7 @@ KINDS = ("int8", "int4")
 PARTS = {"weight_int8": "scale", "weight_int4": "scale_zero"}  # names of what is stored of a weight
 GROUP = 64  # weights of a row that share a scale and a zero in int4: 4.5 bits a weight
 ALIGNED = 16  # K must be a multiple: the int8 kernel reads so many numbers at once, also beyond a row's end
+LINE = 64  # bytes: what a processor loads of memory at once
 TILE = 64  # N must be a multiple for int4: every processor packs so many rows, or a divisor, by one pattern
 NARROW = torch.bfloat16  # of scales, and of activations inside the kernels, which are slow for anything else
 FEW_ROWS = 16  # up to here the kernels are faster than making the weights wide
@@ -54,7 +55,7 @@ class Int8Linear(QuantisedLinear):
     """weight int8 [N, K], scale bfloat16 [N]: w = weight · scale."""
 
     def __init__(self, weight_int8: Tensor, scale: Tensor):
-        if weight_int8.data_ptr() % 64:  # in the middle of a file; some processors' kernels load from whole lines
+        if weight_int8.data_ptr() % LINE:  # in the middle of a file; some processors' kernels load from whole lines
             weight_int8 = weight_int8.clone()
         super().__init__(weight_int8, tuple(weight_int8.shape))
         self.register_buffer("scale", scale)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from minillava import attention, linear
 from minillava.attention import eager, fused
 
 
@@ -62,3 +63,30 @@ def test_eager_returns_weights_that_sum_to_one_and_see_nothing_masked():
 def test_half_precision_stays_finite_with_large_scores(attend, dtype):
     q, k, v = inputs(dtype=dtype)
     assert attend(q * 30, k * 30, v, ragged_mask())[0].isfinite().all()
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("cached", [1, 64, 1 << 21])
+@torch.no_grad()
+def test_one_query_in_float32_is_nearer_than_in_bfloat16(monkeypatch, heads, cached):
+    """The way of processors that emulate bfloat16, for any number of heads that their cache holds."""
+    monkeypatch.setattr(attention, "CACHED", cached)
+    taken = []
+    monkeypatch.setattr(attention, "one_query", lambda *a, real=attention.one_query: taken.append(1) or real(*a))
+    q, k, v = inputs(heads=heads[0], kv_heads=heads[1], queries=1, keys=30, dtype=torch.bfloat16)
+    for mask in (None, ragged_mask(queries=1, keys=30), ragged_mask(queries=1, keys=30)[1:]):
+        exact = formula(q.double(), k.double(), v.double(), mask)
+        errors = []
+        for fast in (True, False):
+            monkeypatch.setattr(linear, "has_fast_bfloat16", lambda fast=fast: fast)
+            found, none = fused(q, k, v, mask)
+            assert (found.dtype, found.shape, none) == (torch.bfloat16, q.shape, None)
+            errors.append((found.double() - exact).norm())
+        assert errors[1] <= errors[0]
+    assert len(taken) == 3
+
+
+def test_a_query_that_sees_nothing_makes_no_nan_in_one_query_either():
+    q, k, v = inputs(queries=1, keys=5, dtype=torch.bfloat16)
+    mask = torch.zeros(1, 1, 1, 5, dtype=torch.bool)
+    assert attention.one_query(q, k, v, mask).isfinite().all()

@@ -579,7 +579,7 @@ def bytes_read():
     return int(Path("/proc/self/io").read_text().splitlines()[0].split()[1])
 
 def load(folder):
-    return minillava.load(folder, device="cpu", dtype="bfloat16", attention="eager")
+    return minillava.load(folder, device="cpu", **json.loads(sys.argv[3]))
 
 def run(model):
     with torch.no_grad():
@@ -592,8 +592,8 @@ model = load(sys.argv[2]).model
 loaded = {"peak": status("VmHWM"), "anonymous": status("RssAnon"), "read": bytes_read()}
 run(model)
 ran = {"peak": status("VmHWM"), "anonymous": status("RssAnon"), "read": bytes_read()}
-weights = sum(p.nbytes for p in model.parameters())
-largest = max(p.nbytes for p in model.parameters())
+weights = sum(p.nbytes for p in model.state_dict().values())
+largest = max(p.nbytes for p in model.state_dict().values())
 growth = lambda after: {key: after[key] - before[key] for key in before}
 print(json.dumps({"weights": weights, "largest": largest, "loaded": growth(loaded), "ran": growth(ran)}))
 """
@@ -635,19 +635,38 @@ def stored_name(name: str) -> str:
     return name.replace("vision_tower.", TOWER).replace("projector.", "multi_modal_projector.")
 
 
-def test_loading_copies_nothing_and_reads_nothing(tmp_path):
-    """Measured on a checkpoint of 300 MB in a process of its own. The yardstick is the largest tensor: had a single
-    one of its size been copied or read, let alone all, one of these numbers would be above it."""
+@pytest.fixture(scope="module")
+def measure(tmp_path_factory):
+    """`measure(**settings)`: what loading and running a checkpoint of 300 MB takes, in a process of its own."""
     status = Path("/proc/self/status")
     if not status.exists() or "RssAnon" not in status.read_text(encoding="utf-8"):
         pytest.skip("needs Linux's /proc to measure memory and reads")
-    write_large(tmp_path / "large")
-    command = [sys.executable, "-c", MEASURE, str(REFERENCE / "plain"), str(tmp_path / "large")]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    folder = tmp_path_factory.mktemp("large") / "large"
+    write_large(folder)
+
+    def measured(**settings):
+        command = [sys.executable, "-c", MEASURE, str(REFERENCE / "plain"), str(folder), json.dumps(settings)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return measured
+
+
+@pytest.mark.parametrize("settings", [{"quantize": "int4", "dtype": "bfloat16"}, {"dtype": "float32"}], ids=str)
+def test_what_is_converted_is_let_go(measure, settings):
+    """Resident memory of any kind, the mapped file included, holds the new weights and a few tensors at a time, not the
+    300 MB they were made of."""
+    found = measure(**settings)
+    assert found["weights"] > (80e6 if "quantize" in settings else 500e6)
+    assert found["loaded"]["peak"] < found["weights"] + 200e6
+
+
+def test_loading_copies_nothing_and_reads_nothing(measure):
+    """The yardstick is the largest tensor: had a single one of its size been copied or read, let alone all, one of
+    these numbers would be above it."""
+    found = measure(dtype="bfloat16", attention="eager")
     assert found["weights"] > 250e6
     assert found["loaded"]["peak"] < found["largest"]  # resident memory of any kind, at its highest
     assert found["loaded"]["anonymous"] < found["largest"]

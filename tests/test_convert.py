@@ -14,14 +14,16 @@ import hf
 import pytest
 import torch
 from conftest import REFERENCE
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minillava
 from minillava import inspect
 from minillava.config import CLIP_RELEASE, read_config
-from minillava.files import INDEX_NAME, SINGLE_NAME
+from minillava.files import INDEX_NAME, SINGLE_NAME, SafetensorsFile
 from minillava.inspect import inspect_folder
 from minillava.llava import Llava
+from minillava.quantize import LINE, Int8Linear
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -655,6 +657,21 @@ def test_sizes_and_layouts_are_checked_before_anything_happens(tmp_path, capsys)
 
 
 # --- quantised ----------------------------------------------------------------------------------------------------
+
+
+def test_int8_weights_lie_where_the_kernel_can_read_them(tmp_path):
+    """So that opening them copies nothing."""
+    tensors = {"a.weight_int8": torch.ones(64, 64, dtype=torch.int8), "a.scale": torch.ones(64), "b": torch.ones(32)}
+    for name in ("x", "name of another length"):
+        convert._save({**tensors, name: torch.ones(32)}, tmp_path / "x.safetensors")
+        with (tmp_path / "x.safetensors").open("rb") as file:
+            assert (8 + int.from_bytes(file.read(8), "little")) % LINE == 0
+        weight = SafetensorsFile(tmp_path / "x.safetensors").read("a.weight_int8")
+        layer = Int8Linear(weight, torch.ones(64, dtype=torch.bfloat16))
+        assert layer.weight.data_ptr() == weight.data_ptr()
+    convert._save({"b": torch.ones(32)}, tmp_path / "plain.safetensors")
+    with safe_open(tmp_path / "plain.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

@@ -20,7 +20,8 @@ README = ROOT / "README.md"
 # Each row may import from the rows above it. Files that stand in one row do not know each other, but for SIDEWAYS.
 ORDER = [
     ["config"],
-    ["attention", "linear", "files", "hub"],
+    ["linear", "files", "hub"],
+    ["attention"],
     ["image", "prompt", "tokenizer", "vision", "projector", "cache", "llama", "adapter", "quantize"],
     ["llava"],
     ["checkpoint", "sampling", "capture"],

@@ -118,6 +118,19 @@ def test_gradients_are_those_of_the_plain_product(processor):
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-2)
 
 
+def test_pictures_are_cut_into_patches_in_float32(monkeypatch):
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(3, 8, 4, stride=4, bias=False).bfloat16(), torch.randn(2, 3, 16, 16).bfloat16()
+    plain, exact = conv(x), nn.functional.conv2d(x.double(), conv.weight.double(), stride=4)
+    use_fast_linear(conv)
+    monkeypatch.setattr(home, "has_fast_bfloat16", lambda: True)
+    assert torch.equal(conv(x), plain)
+    monkeypatch.setattr(home, "has_fast_bfloat16", lambda: False)
+    assert torch.equal(conv(x), exact.bfloat16())
+    conv(x).sum().backward()
+    assert conv.weight.grad.isfinite().all()
+
+
 def test_load_takes_it_and_eager_does_not(reference):
     def kinds(attention):
         model = minillava.load(reference / "plain", attention=attention).model

@@ -52,6 +52,8 @@ ROWS = {  # by the name that --rows takes: peer, dtype, compiled
     "int8": ("minillava", "int8", False),
     "int4": ("minillava", "int4", False),
     "bfloat16-compiled": ("minillava", "bfloat16", True),
+    "int8-compiled": ("minillava", "int8", True),
+    "int4-compiled": ("minillava", "int4", True),
     "transformers-float32": ("transformers", "float32", False),
     "transformers-bfloat16": ("transformers", "bfloat16", False),
     "transformers-float32-compiled": ("transformers", "float32", True),
@@ -134,8 +136,9 @@ class Limits:
             ways.append(lambda: large[: LARGE // 2].copy_(large[LARGE // 2 :]))
         bandwidth = large.nbytes / min(best(way, 5) for way in ways)
         rates = []
+        width = LARGE >> 17 if device == "cpu" else 8192
         for dtype in (torch.float32, torch.bfloat16):
-            x, weight = (torch.ones(rows, 4096, dtype=dtype, device=device) for rows in (640, LARGE >> 17))
+            x, weight = (torch.ones(rows, width, dtype=dtype, device=device) for rows in (max(640, width // 8), width))
             rates.append(2 * x.numel() * len(weight) / best(lambda x=x, weight=weight: x @ weight.T, 5))
         return cls(bandwidth, max(rates))
 

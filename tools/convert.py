@@ -49,7 +49,7 @@ from minillava.image import ImageProcessor
 from minillava.llama import grow_rows
 from minillava.llava import Llava
 from minillava.prompt import IMAGE_MARKER
-from minillava.quantize import KINDS, PARTS, quantize_tensor, stored_shapes
+from minillava.quantize import KINDS, LINE, PARTS, quantize_tensor, stored_shapes
 from minillava.tokenizer import Tokenizer
 
 try:
@@ -279,7 +279,7 @@ def _make_part(checkpoint: Checkpoint, name: str, rows: int, kind: str, suffix: 
 
 @lru_cache(maxsize=1)  # the parts of a weight are wanted one after the other
 def _quantised(checkpoint: Checkpoint, name: str, rows: int, kind: str) -> dict[str, Tensor]:
-    tensor = checkpoint.read(name)
+    tensor = checkpoint.read(name, passing=True)
     return quantize_tensor(grow_rows(tensor, rows) if name in TABLES else tensor, kind)
 
 
@@ -485,12 +485,23 @@ def _write_weights(tensors: dict[str, Planned], folder: Path, shard_size: float)
     files = [SINGLE_NAME] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     for file, names in tqdm(list(zip(files, shards, strict=True)), desc="write", unit="file"):
         # Clones, since a .bin may hold two tensors in the same bytes, which safetensors refuses.
-        save_file({n: tensors[n].make().clone(memory_format=torch.contiguous_format) for n in names}, folder / file,
-                  metadata={"format": "pt"})  # fmt: skip
+        _save({n: tensors[n].make().clone(memory_format=torch.contiguous_format) for n in names}, folder / file)
     if count > 1:
         placed = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(planned.nbytes for planned in tensors.values())
         (folder / INDEX_NAME).write_bytes(_json({"metadata": {"total_size": total}, "weight_map": placed}))
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    metadata = {"format": "pt"}
+    save_file(tensors, path, metadata=metadata)
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little")).rstrip(b" ")
+    if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
+        # Its kernel loads whole lines of memory: with a header that ends where a line does, so do all tensors of usual
+        # shapes, and need not be copied when they are opened.
+        padding = -(8 + len(header) + len(',"padding":""')) % LINE
+        save_file(tensors, path, metadata={**metadata, "padding": "-" * padding})
 
 
 def _verify_weights(tensors: dict[str, Planned], folder: Path) -> None:
