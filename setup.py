@@ -27,5 +27,8 @@ setup(
         "parity": ["transformers>=5.23", "protobuf", "peft>=0.21"],
         # tools/train_shapes.py: the progress bar
         "tools": ["tqdm>=4.60"],
+        # tools/bench.py: whom it compares with, and what draws its pictures; llama.cpp, where it can be built, by
+        # pip install llama-cpp-python gguf
+        "bench": ["transformers>=5.23", "matplotlib>=3.7"],
     },
 )

@@ -8,23 +8,27 @@ its few hundred kernels as one CUDA graph, which starts at once instead of kerne
 B batch, S capacity of the cache, C width, K key/value heads, D head width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from minillava.cache import KVCache
+from minillava.config import one_line
 from minillava.llama import LanguageModel, LanguageOutput, rotary_tables
 from minillava.llava import Llava
 
 CAPACITY_STEP = 512  # a cache's capacity is a multiple: each other capacity is compiled anew
+RECOMPILE_LIMIT = 64  # for so many capacities and numbers of rows; torch's own limit is 8
 
 
 def compile_decode(model: Llava) -> None:
     """Let the loop decode by `CapturedDecode`. Compiling happens at the first token, and takes from seconds to a
     minute."""
     on_gpu = model.language_model.embed_tokens.weight.is_cuda
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     model.decode_step = torch.compile(
         partial(step, model.language_model),
         mode="reduce-overhead" if on_gpu else "default",
@@ -33,25 +37,41 @@ def compile_decode(model: Llava) -> None:
     )
 
 
+@contextmanager
+def spare_cache(model: Llava, rows: int, capacity: int, like: Tensor) -> Iterator[KVCache]:
+    """An empty cache of at least this capacity, given back afterwards: the next answer uses the same memory, since for
+    memory at another address the graph would be recorded anew. One is kept. like: gives dtype and device."""
+    capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+    key = rows, capacity, like.dtype, like.device
+    cache = model.spare_caches.pop(key, None)
+    cache = cache or KVCache(model.config.text, rows, capacity, dtype=like.dtype, device=like.device)
+    try:
+        yield cache
+    finally:
+        cache.truncate(0)
+        cache.attention_mask = None
+        model.spare_caches = {key: cache}
+
+
 class CapturedDecode:
     """`decode`, one new position per row behind what a cache holds; the same tokens, added up in another order."""
 
     def __init__(self, decode_step: Callable, cache: KVCache):
         """decode_step: `step`, compiled or not, for one model."""
-        self.decode_step, self.cache, self.cleared = decode_step, cache, 0
+        self.decode_step, self.cache, self.cleared = decode_step, cache, None
         self.position = torch.tensor([cache.length], device=cache.keys[0].device)
 
     def __call__(self, token_ids: Tensor) -> LanguageOutput:
         """token ids [B] -> logits [B, 1, V]. Raises ValueError where nothing can compile, or the cache is full."""
         cache = self.cache
         cache.reserve(len(token_ids), 1, None)
-        if self.cleared != cache.capacity:  # new, or grown meanwhile
+        if self.cleared is not cache.keys[0]:  # new, or grown meanwhile
             self._clear()
         try:
             logits = self.decode_step(token_ids[:, None], self.position, cache.attention_mask, cache.keys, cache.values)
-        except RuntimeError as error:
+        except Exception as error:
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                reason = str(error).strip().splitlines()[0][:200]
+                reason = one_line(error)[:200]
                 raise ValueError(f"torch.compile does not work here ({reason}); leave --compile out") from error
             raise
         self.position += 1
@@ -64,7 +84,7 @@ class CapturedDecode:
             tensor[:, :, self.cache.length :] = 0
             if tensor.is_cuda:
                 torch._dynamo.mark_static_address(tensor)  # or the graph would copy the cache at every step
-        self.cleared = self.cache.capacity
+        self.cleared = self.cache.keys[0]
 
 
 def step(

@@ -125,7 +125,7 @@ class Conversation:
         rest = replace(spliced, embeds=spliced.embeds[:, turn.reused :])  # [1, T, C] -> [1, T - reused, C]
         try:
             for step in steps(model, rest, chosen, tokenizer=assistant.tokenizer, cache=self.cache):
-                positions.append(int(step.token_ids[0]))
+                positions.append(step.ids[0])
                 turn.answer += step.text[0]
                 turn.finish_reason = step.finish_reason[0]
                 self._make_room(len(positions) + 1)  # a GPU reads the next one before we are back here
@@ -168,8 +168,8 @@ class Conversation:
         return {"system": self.assistant.template.system if self.system is None else self.system, "turns": turns}
 
     def _make_room(self, length: int) -> None:
-        if length > self.cache.capacity:
-            context = self.assistant.model.config.text.max_position_embeddings
+        context = self.assistant.model.config.text.max_position_embeddings
+        if min(length, context) > self.cache.capacity:
             self.cache.grow(min(-(-length // GROWTH) * GROWTH, context))
 
 

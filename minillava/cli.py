@@ -461,7 +461,7 @@ def _follow(
         made += 1
         for row, answer in enumerate(answers):
             if answer["finish_reason"] is None:
-                answer["ids"].append(int(step.token_ids[row]))
+                answer["ids"].append(step.ids[row])
                 answer["text"] += step.text[row]
                 answer["finish_reason"] = step.finish_reason[row]
                 if args.logprobs is not None:

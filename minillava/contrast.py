@@ -153,7 +153,7 @@ def describe(contrast: Contrast, step: Step, number: int, tokenizer: Tokenizer, 
         found = logits[0].softmax(-1).topk(best)
         top[name] = [[piece(int(i)) if i < tokenizer.vocab_size else f"<{int(i)}>", round(float(p), 6)]
                      for p, i in zip(found.values, found.indices, strict=True) if p > 0]  # fmt: skip
-    chosen = int(step.token_ids[0])
+    chosen = step.ids[0]
     return {"step": number, "id": chosen, "text": step.text[0], **top, "cut": int(contrast.cut(step.logits)[0].sum())}
 
 

@@ -48,10 +48,8 @@ class SafetensorsFile:
     def read(self, name: str, passing: bool = False) -> Tensor:
         """passing: for a tensor that is soon let go. What was read of the file then leaves memory with it; the file's
         own mapping stays until the last of its tensors goes."""
-        if not passing:
-            return self._file.get_tensor(name)
-        with safe_open(self.path, framework="pt") as mapped_anew:
-            return mapped_anew.get_tensor(name)
+        file = SafetensorsFile(self.path)._file if passing else self._file
+        return file.get_tensor(name)
 
 
 class TorchFile:
@@ -87,6 +85,7 @@ class TorchFile:
         return tuple(self._tensors[name].shape)
 
     def read(self, name: str, passing: bool = False) -> Tensor:
+        """passing: makes no difference here; the file is mapped until the last of its tensors goes."""
         return self._tensors[name].detach()
 
 
@@ -140,7 +139,7 @@ class Stored(NamedTuple):
         return self.file.shape(self.name)
 
     def read(self, passing: bool = False) -> Tensor:
-        """The tensor, memory-mapped; passing: as in SafetensorsFile. Raises ValueError for whole numbers, which is how
+        """The tensor, memory-mapped; passing: as for its file. Raises ValueError for whole numbers, which is how
         others store quantised ones."""
         tensor = self.file.read(self.name, passing)
         if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:

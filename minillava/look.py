@@ -212,7 +212,7 @@ def look(
     decoder, answer, ids, pieces, maps, patches, states = TextDecoder(tokenizer), "", [], [], [], [], []
     for step, rows in watch(model, spliced, chosen, tokenizer, ("hidden_states",) * lens):
         maps.append(rows[layers][:, heads].mean((0, 1)).cpu().numpy())  # [P]
-        ids.append(int(step.token_ids[0]))
+        ids.append(step.ids[0])
         pieces.append(decoder.feed(ids[-1]))
         answer += step.text[0]
         if lens:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minillava import sampling
 from minillava.cache import KVCache
-from minillava.capture import CAPACITY_STEP, CapturedDecode
+from minillava.capture import CapturedDecode, spare_cache
 from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.llama import LanguageOutput
 from minillava.llava import Llava, Spliced
@@ -112,6 +112,7 @@ class Step:
     """One new token per row. Rows that had already finished get the pad token and no text."""
 
     token_ids: Tensor  # [B]
+    ids: list[int]  # the same numbers, here: to read them from a GPU is to wait for the step that it has begun
     text: list[str]  # per row, the text that can now be shown; "" without a tokenizer
     finish_reason: list[str | None]  # per row: None while it goes on, "stop" (end token or stop text), "length"
     logits: Tensor  # [B, V] float32, as the model gave them
@@ -157,7 +158,11 @@ def steps(
     if cache is None:
         capacity = length + budget - 1  # the last token is chosen but never fed back
         if captured:
-            capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+            with spare_cache(model, rows_read, capacity, spliced.embeds) as cache:
+                yield from steps(
+                    model, spliced, options, tokenizer=tokenizer, record=record, contrast=contrast, cache=cache
+                )
+            return
         cache = KVCache(model.config.text, rows_read, capacity, dtype=spliced.embeds.dtype, device=device)
     choose = Chooser(model, spliced.input_ids[:batch], options)
     rows = [Row(model.config.eos_token_ids, tokenizer, options.stop) for _ in range(batch)]
@@ -168,15 +173,16 @@ def steps(
         go_on = CapturedDecode(model.decode_step, cache)
     for made in range(1, budget + 1):
         logits = wide_logits(output)  # [streams·B, V]
-        finite = logits.isfinite().all()
+        all_finite = logits.isfinite().all()
         logits, other = (logits, None) if contrast is None else logits.chunk(2)  # [B, V]
         combined = logits if contrast is None else contrast(logits, other, made - 1)
-        token_ids, scores, empty = choose(combined.where(finite, 0))
+        # A GPU that draws from what is no number is lost, and what it was is known only later.
+        token_ids, scores, empty = choose(combined.where(all_finite, 0))
         token_ids = token_ids.masked_fill(done, model.config.pad_token_id)  # [B]
         choose.remember(token_ids)
 
         # From here a GPU is a step ahead: it goes on with these tokens while we learn what they are.
-        arriving = Arriving(token_ids, finite, (empty & ~done).any())
+        arriving = Arriving(token_ids, all_finite, (empty & ~done).any())
         ahead = go_on(token_ids.repeat(streams)) if made < budget and runs_ahead(device) else None
         *ids, finite, stuck = arriving.wait()
         if not finite:
@@ -191,10 +197,10 @@ def steps(
         states, attentions = (
             recorded and tuple(t[:batch] for t in recorded) for recorded in (output.hidden_states, output.attentions)
         )
-        yield Step(token_ids, text, reasons, logits, other, scores, states, attentions)
+        if all(reasons) and ahead is not None:
+            cache.truncate(cache.length - 1)
+        yield Step(token_ids, ids, text, reasons, logits, other, scores, states, attentions)
         if all(reasons):
-            if ahead is not None:
-                cache.truncate(cache.length - 1)
             return
         if reasons != known:  # a row has finished: the one time when the device waits for what we know
             done, known = torch.tensor([reason is not None for reason in reasons], device=device), reasons

@@ -47,7 +47,7 @@ class QuantisedLinear(nn.Module):
         emulated = x.dtype == torch.float16 or (x.dtype == NARROW and not has_fast_bfloat16())
         dtype = torch.float32 if emulated else x.dtype
         wide = x.reshape(-1, self.in_features).to(dtype)
-        out = blockwise(wide, self.out_features, lambda some, out: self.dequantise(some, dtype, out))
+        out = blockwise(wide, self.out_features, lambda some, memory: self.dequantise(some, dtype, memory))
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 

@@ -92,7 +92,7 @@ def trace(
         recorder.add("splice", "attention_mask", mask, Llava.splice, words)
         for step in steps(model, spliced, options, tokenizer=tokenizer):
             _record_choice(recorder, step, tokenizer)
-            made.append(int(step.token_ids))
+            made += step.ids
             text, reason = text + step.text[0], step.finish_reason[0]
             if len(made) > max(traced):
                 recorder.close()
@@ -113,7 +113,7 @@ def _record_choice(recorder: Recorder, step: Step, tokenizer: Tokenizer) -> None
     likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     top = [[i, piece_of(tokenizer, i), round(p, 4)] for i, p in likely]
     recorder.add("choice", "top", None, Chooser.process, top)
-    chosen = int(step.token_ids)
+    (chosen,) = step.ids
     recorder.add("choice", "token", step.token_ids, Chooser.__call__, [[chosen, piece_of(tokenizer, chosen)]])
 
 

@@ -115,10 +115,10 @@ def test_growth_is_drawn(tmp_path):
 
 
 def test_quality_is_the_distance_to_float64():
-    lines = bench.quality(shapes=((128, 256),)).splitlines()
-    for line in lines[2:]:
-        float32, bfloat16, int8, int4 = map(float, line.strip("| ").split(" | ")[1:])
-        assert 0 < float32 < 1e-3 < bfloat16 < int8 < int4 < 20
+    found = bench.quality(shapes=((128, 256),))
+    for row in found:
+        assert 0 < row["float32"] < 1e-5 < row["bfloat16"] < row["int8"] < row["int4"] < 0.2
+    assert len(bench.quality_table(found).splitlines()) == 2 + len(found) == 4
 
 
 def test_contrast_makes_a_table(capsys):
@@ -137,6 +137,8 @@ def test_contrast_makes_a_table(capsys):
         (["contrast", "--tokens", "0"], "--rounds, --tokens and --questions need at least 1"),
         (["compare", "--rows", "float32,gpt"], "--rows: unknown gpt, expected some of: float32, bfloat16, int8"),
         (["growth", "--dtypes", "int3"], "--dtypes: unknown int3"),
+        (["growth", "--device", "cuda"], "--device cuda is for compare: growth measures the processor"),
+        (["growth", "--tokens", "128"], "--tokens is 128, expected less than the shortest context, 128"),
         (["growth", "--png", "/no/such/folder/x.png"], "no such folder"),
     ],
 )

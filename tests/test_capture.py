@@ -1,7 +1,9 @@
 """capture.py: decoding with shapes that stay is decoding; and the loop that runs a step ahead of what it knows."""
 
+import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from minillava.chat import Conversation
 from minillava.contrast import VCD
 from minillava.generate import generate
 
+ROOT = Path(__file__).parents[1]
 IDS = [[1, 30, -200, 41, 42], [1, -200, 41]]  # of unequal length: the second row is padded
 
 
@@ -149,3 +152,30 @@ def test_numbers_that_are_none_are_one_line(toy, pixels, runs, temperature, monk
         toy.model.language_model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="the logits are not finite"):
         generate(toy.model, IDS, pixels, max_new_tokens=3, temperature=temperature)
+
+
+def test_the_next_answer_takes_the_same_memory(toy, pixels):
+    """Each other address would be a graph of its own on a GPU. Two loops at once have a cache each."""
+    toy.model.decode_step = partial(step, toy.model.language_model)
+    generate(toy.model, IDS, pixels, max_new_tokens=3)
+    ((_, cache),) = toy.model.spare_caches.items()
+    first = generate(toy.model, IDS, pixels, max_new_tokens=5).sequences
+    assert list(toy.model.spare_caches.values()) == [cache]
+    assert (cache.length, cache.attention_mask) == (0, None)
+    spliced, options = toy.model.splice(IDS, pixels), loop.Options(max_new_tokens=5)
+    pairs = list(zip(loop.steps(toy.model, spliced, options), loop.steps(toy.model, spliced, options), strict=True))
+    for made in zip(*pairs, strict=True):
+        assert torch.equal(torch.stack([s.token_ids for s in made], dim=1), first)
+
+
+def test_nobody_reads_from_the_device_what_the_step_says_here():
+    """`Step.ids` are there; `int(step.token_ids)` would make a GPU wait."""
+    for path in [*(ROOT / "minillava").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
+        assert not re.search(
+            r"(int|bool|float)\(step\.token_ids|step\.token_ids[^)]*\.tolist", path.read_text("utf-8")
+        ), path
+
+
+def test_the_ids_of_a_step_are_its_tokens(toy, pixels):
+    for made in loop.steps(toy.model, toy.model.splice(IDS, pixels), loop.Options(max_new_tokens=4)):
+        assert made.ids == made.token_ids.tolist()

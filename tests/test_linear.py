@@ -146,3 +146,12 @@ def test_names_and_weights_stay():
     use_fast_linear(model)
     assert list(model.state_dict()) == list(before)
     assert all(after.data_ptr() == before[name].data_ptr() for name, after in model.state_dict().items())
+
+
+def test_memory_kept_from_inference_mode_can_be_written_to_later(monkeypatch):
+    monkeypatch.setattr(home, "has_fast_bfloat16", lambda: False)
+    x, weight = torch.randn(5, WIDTH).bfloat16(), torch.randn(WIDTH_AFTER, WIDTH).bfloat16()
+    home._kept.memory = None
+    with torch.inference_mode():
+        first = linear(x, weight)
+    assert torch.equal(no_grad_linear(x, weight), first)

@@ -3,7 +3,7 @@
 
     python tools/bench.py compare --size 1b              # a table: ours, transformers, and llama.cpp where installed
     python tools/bench.py growth --size 1b --png x.png   # time per token by context and by batch
-    python tools/bench.py quality                        # what int8 and int4 cost: answers, and error of a layer
+    python tools/bench.py quality                        # how far int8 and int4 are from float64, layer by layer
     python tools/bench.py contrast --size 0.5b           # what a second row of logits costs
 
 Weights are random, of the true shapes. All variants take turns, round after round, and a figure is the median of its
@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,6 +47,7 @@ LARGE = 1 << 29  # numbers, 2 GiB in float32: more than any cache holds
 RUN = Path(__file__).with_name("bench_run.py")
 PICTURE = Path(__file__).resolve().parents[1] / "weights" / "shapes" / "example-1.png"
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4.5, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5}  # a weight
+HEAD_BITS = {"q4_0": 6.5625}  # what llama.cpp leaves the head where it has no wish
 ROWS = {  # by the name that --rows takes: peer, dtype, compiled
     "float32": ("minillava", "float32", False),
     "bfloat16": ("minillava", "bfloat16", False),
@@ -62,7 +64,7 @@ ROWS = {  # by the name that --rows takes: peer, dtype, compiled
     "llama.cpp-q8_0": ("llama.cpp", "q8_0", False),
     "llama.cpp-q4_0": ("llama.cpp", "q4_0", False),
 }
-PACKAGES = {"transformers": "transformers", "llama.cpp": "llama_cpp"}
+PACKAGES = {"transformers": ["transformers"], "llama.cpp": ["llama_cpp", "gguf"]}
 
 
 @dataclass
@@ -175,6 +177,7 @@ def compare(
                     continue
                 for path in folder.iterdir():
                     with path.open("rb") as file:
+                        os.fsync(file.fileno())  # what is not on disk yet cannot be dropped
                         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 found, _ = run(job | {"questions": 0, "touch": True})
                 row.cold = found["open"] + found["touch"]
@@ -231,9 +234,11 @@ def table(rows: Sequence[Measured], config: LlavaConfig, limits: Limits, tokens:
             row.timing(key) for key in ("process", "open", "vision", "first", "decode")
         )
         prompt = first.median - (vision.median if vision else 0)
-        cache = cache_size(config, PROMPT + tokens // 2) * (4 if row.dtype == "float32" else 2)
+        cache = cache_size(config, PROMPT + tokens // 2) * row.rounds[0].get("width", 2)
+        bits = (read - head) * BITS[row.dtype] + head * HEAD_BITS.get(row.dtype, BITS[row.dtype])
+        compiled = ROWS[row.name][2]
         cells = [
-            f"{process.median:.1f}",
+            "" if compiled else f"{process.median:.1f}",  # it compiles at the second token, or at the first
             f"{opened.median:.2f}",
             f"{row.cold:.1f}" if row.cold else "",
             f"{max(found['peak'] for found in row.rounds) / 1e9:.2f}",
@@ -242,11 +247,10 @@ def table(rows: Sequence[Measured], config: LlavaConfig, limits: Limits, tokens:
             f"{operations / prompt / limits.rate:.0%}",
             f"{1 / step.median:.2f}",
             f"±{step.spread:.0%}",
-            f"{(read * BITS[row.dtype] / 8 + cache) / step.median / limits.bandwidth:.0%}",
+            f"{(bits / 8 + cache) / step.median / limits.bandwidth:.0%}",
             f"{statistics.median(row.others):.2f}",
         ]
-        compiled = ", compiled" if ROWS[row.name][2] else ""
-        lines.append(f"| {row.peer} {row.dtype}{compiled} | {' | '.join(cells)} |")
+        lines.append(f"| {row.peer} {row.dtype}{', compiled' * compiled} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -313,7 +317,7 @@ def random_model(size: str, dtype: torch.dtype, quantize: str | None = None) -> 
         if p.dim() == 1:
             p.fill_(1)
         else:
-            p.copy_(torch.randn(p.shape[-1], generator=generator).roll(7) * 0.02)  # one random row, and ...
+            p.copy_(torch.randn(p.shape[-1], generator=generator) * 0.02)  # one random row, and ...
             p.mul_(torch.randn(p.shape[0], 1, generator=generator))  # ... a factor for each: quick to make
     if quantize:
         for name, layer in list(model.named_modules()):
@@ -392,20 +396,32 @@ def growth_plot(found: dict[tuple[str, str, int], Timing], title: str, path: Pat
     temporary.replace(path)
 
 
-def quality(shapes: Sequence[tuple[int, int]] = ((4096, 4096), (11008, 4096), (4096, 11008))) -> str:
-    """Markdown: a layer of random weights at each precision, its distance to float64 as a fraction of what it makes,
-    for one row and for many."""
+def quality(shapes: Sequence[tuple[int, int]] = ((4096, 4096), (11008, 4096), (4096, 11008))) -> list[dict]:
+    """Layers [N, C] of random weights at each precision: the distance to float64 as a fraction of what they make, for
+    one row and for many."""
     generator = torch.Generator().manual_seed(0)
-    lines = ["| error of a layer, % | float32 | bfloat16 | int8 | int4 |", "|---|---:|---:|---:|---:|"]
-    for n, k in shapes:
-        weight, x = (torch.randn(rows, k, generator=generator) for rows in (n, 32))
-        small = {kind: quantised_layer(quantize_tensor(weight, kind)) for kind in KINDS}
+    found = []
+    for n, c in shapes:
+        weight, x = (torch.randn(rows, c, generator=generator) for rows in (n, 32))
+        narrow = weight.bfloat16()
+        layers = {
+            "float32": partial(linear, weight=weight),
+            "bfloat16": lambda x, narrow=narrow: linear(x.bfloat16(), narrow),
+        }
+        layers |= {kind: quantised_layer(quantize_tensor(weight, kind)) for kind in KINDS}
         for rows in (1, 32):
             exact = x[:rows].double() @ weight.double().T
-            found = [linear(x[:rows], weight), linear(x[:rows].bfloat16(), weight.bfloat16())]
-            found += [layer(x[:rows]) for layer in small.values()]
-            cells = [f"{100 * float((y - exact).norm() / exact.norm()):.2g}" for y in found]
-            lines.append(f"| {n} × {k}, {rows} row(s) | {' | '.join(cells)} |")
+            errors = {name: float((layer(x[:rows]) - exact).norm() / exact.norm()) for name, layer in layers.items()}
+            found.append({"shape": [n, c], "rows": rows, **errors})
+    return found
+
+
+def quality_table(found: Sequence[dict]) -> str:
+    kinds = list(found[0])[2:]
+    lines = [f"| error of a layer, % | {' | '.join(kinds)} |", "|---|" + "---:|" * len(kinds)]
+    for row in found:
+        cells = [f"{100 * row[kind]:.2g}" for kind in kinds]
+        lines.append(f"| {row['shape'][0]} × {row['shape'][1]}, {row['rows']} row(s) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -477,7 +493,7 @@ def machine(device: str) -> str:
 
 def default_rows(device: str) -> list[str]:
     """Ours at every precision, and every peer that is installed."""
-    there = {peer for peer, package in PACKAGES.items() if find_spec(package)} | {"minillava"}
+    there = {"minillava", *(peer for peer, packages in PACKAGES.items() if all(map(find_spec, packages)))}
     compiled = device != "cpu"  # on a CPU compiling gains nothing, and takes a minute
     return [name for name, (peer, _, extra) in ROWS.items() if peer in there and (compiled or not extra)]
 
@@ -503,12 +519,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--rounds, --tokens and --questions need at least 1")
     if options.png and (not options.png.name or not options.png.absolute().parent.is_dir()):
         parser.error(f"--png {options.png}: no such folder")
+    if options.device != "cpu" and options.what != "compare":
+        parser.error(f"--device {options.device} is for compare: {options.what} measures the processor")
+    if options.what == "growth" and options.tokens >= min(CONTEXTS):
+        parser.error(f"--tokens is {options.tokens}, expected less than the shortest context, {min(CONTEXTS)}")
     command = " ".join(["python tools/bench.py", *(sys.argv[1:] if argv is None else argv)])
     head = f"`{command}`, {date.today()}, {machine(options.device)}"
     if options.what == "compare":
         return _compare(parser, options, head)
     if options.what == "quality":
-        print(f"{head}\n\n{quality()}")
+        found = quality()
+        print(json.dumps(found) if options.json else f"{head}\n\n{quality_table(found)}")
         return 0
     if options.what == "growth":
         dtypes = options.dtypes.split(",")

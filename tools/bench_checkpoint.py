@@ -119,6 +119,14 @@ def make_gguf(folder: Path, kind: str) -> None:
     if path.exists():
         return
     partial = path.with_suffix(".partial")
+    try:
+        _make_gguf(folder, kind, partial)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _make_gguf(folder: Path, kind: str, partial: Path) -> None:
     if kind == "bf16":
         _write_gguf(folder, partial)
     else:
@@ -129,8 +137,7 @@ def make_gguf(folder: Path, kind: str) -> None:
         settings.ftype = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}[kind]
         source = str(folder / "bf16.gguf").encode()
         if llama_cpp.llama_model_quantize(source, str(partial).encode(), settings):
-            raise RuntimeError(f"llama.cpp cannot make {path}")
-    partial.rename(path)
+            raise RuntimeError(f"llama.cpp cannot make {kind} of {source.decode()}")
 
 
 def _write_gguf(folder: Path, path: Path) -> None:

@@ -39,7 +39,7 @@ class Minillava:
         options = Options(max_new_tokens=tokens, min_new_tokens=tokens)
         made, times = [], []
         for step in steps(model, spliced, options):
-            made.append(int(step.token_ids))
+            made += step.ids
             times.append(clock())
         return {"started": started, "vision": vision, "times": times, "ids": made}
 
@@ -54,8 +54,11 @@ class Transformers:
         self.imported = clock()
         self.processor = AutoImageProcessor.from_pretrained(folder)
         self.model = LlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation=attention, device_map=None
-        ).to(device)
+            folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            device_map=None if device == "cpu" else device,
+        )
         self.weights, self.compile = list(self.model.state_dict().values()), compile
 
     def answer(self, picture: str, ids: list[int], tokens: int) -> dict:
@@ -110,7 +113,7 @@ class LlamaCpp:
 
         from llama_cpp import Llama
 
-        self.imported, threads = clock(), len(os.sched_getaffinity(0))
+        self.imported, threads = clock(), len(os.sched_getaffinity(0))  # as many as torch takes
         layers = 0 if device == "cpu" else -1
         self.model = Llama(
             f"{folder}/{dtype}.gguf", n_ctx=2048, n_batch=1024, n_ubatch=1024, n_threads=threads,
@@ -147,8 +150,12 @@ def after(tensor) -> float:
     return clock()
 
 
-def peak_memory() -> int:
-    """Bytes, at most, that this process had in memory, mapped files included."""
+def peak_memory(device: str) -> int:
+    """Bytes, at most, that this process had in memory, mapped files included; of a GPU, what torch had there."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
@@ -176,7 +183,7 @@ def main() -> int:
         steps = [after - before for before, after in zip(last["times"], last["times"][1:], strict=False)]
         result["decode"] = sum(steps) / len(steps) if steps else None
         result["ids"] = last["ids"]
-    result["peak"] = peak_memory()
+    result["peak"] = peak_memory(job["device"])
     if model.weights:  # bytes of the weights, and of one number of the cache
         result["weights"] = sum({tensor.data_ptr(): tensor.nbytes for tensor in model.weights}.values())
         result["width"] = model.weights[0].itemsize

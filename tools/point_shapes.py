@@ -35,7 +35,7 @@ def rows_by_word(assistant: Assistant, picture) -> list[tuple[str, Tensor]]:
     spliced = assistant.prepare(picture, assistant.prompt(QUESTION))
     options, decoder, pieces, rows = assistant.options(max_new_tokens=100), TextDecoder(assistant.tokenizer), [], []
     for step, row in look.watch(assistant.model, spliced, options, assistant.tokenizer):
-        pieces.append(decoder.feed(int(step.token_ids[0])))
+        pieces.append(decoder.feed(step.ids[0]))
         rows.append(row)
     words = look.join_words(pieces)
     return [(text.strip(".,"), torch.stack([rows[i] for i in tokens]).mean(0)) for text, tokens in words]
