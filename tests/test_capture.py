@@ -64,9 +64,9 @@ def test_a_full_cache_is_refused(toy):
         CapturedDecode(partial(step, toy.model.language_model), cache)(torch.tensor([5]))
 
 
-def test_the_step_can_be_compiled_whole(toy, pixels, monkeypatch):
+def test_the_step_can_be_compiled_whole(reference, pixels, monkeypatch):
     """Without a compiler of C++: what torch.compile takes apart is put together again as it is."""
-    compiled = []
+    toy, compiled = load(reference / "plain", device="cpu", dtype="float32"), []
 
     def backend(graph, inputs):
         compiled.append(graph)

@@ -47,7 +47,7 @@ PICTURE = REFERENCE / "pictures" / "tiny.png"
 SINGLE, INDEX, BIN = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 SIDE = 56
 FULL = os.environ.get("MINILLAVA_FUZZ") == "full"
-SAMPLE = 3  # cases of each category by default
+SAMPLE = 2  # cases of each category by default
 SECONDS = 60  # a case takes some hundredths of one; this is for a busy machine
 SLACK = 64 << 20  # what a first time costs besides: decoders' tables, the allocator's arenas
 ADDRESS_SPACE = 4 << 30  # beyond what the process has when it starts; a belt, should a case ask for everything

@@ -246,7 +246,7 @@ def table(rows: Sequence[Measured], config: LlavaConfig, limits: Limits, tokens:
             f"{prompt:.2f}",
             f"{operations / prompt / limits.rate:.0%}",
             f"{1 / step.median:.2f}",
-            f"±{step.spread:.0%}",
+            f"±{step.spread:.0%}" if len(step.seconds) > 1 else "",
             f"{(bits / 8 + cache) / step.median / limits.bandwidth:.0%}",
             f"{statistics.median(row.others):.2f}",
         ]
