@@ -39,18 +39,19 @@ def compile_decode(model: Llava) -> None:
 
 @contextmanager
 def spare_cache(model: Llava, rows: int, capacity: int, like: Tensor) -> Iterator[KVCache]:
-    """An empty cache of at least this capacity, given back afterwards: the next answer uses the same memory, since for
+    """An empty cache of at least this capacity, given back at the end: the next answer uses the same memory, since for
     memory at another address the graph would be recorded anew. One is kept. like: gives dtype and device."""
     capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
     key = rows, capacity, like.dtype, like.device
     cache = model.spare_caches.pop(key, None)
-    cache = cache or KVCache(model.config.text, rows, capacity, dtype=like.dtype, device=like.device)
-    try:
-        yield cache
-    finally:
-        cache.truncate(0)
-        cache.attention_mask = None
-        model.spare_caches = {key: cache}
+    model.spare_caches.clear()  # before there is another
+    if cache is None:
+        with torch.inference_mode(False):  # memory that began in that mode could not be written to outside of it
+            cache = KVCache(model.config.text, rows, capacity, dtype=like.dtype, device=like.device)
+    yield cache
+    cache.truncate(0)
+    cache.attention_mask = None
+    model.spare_caches = {key: cache}
 
 
 class CapturedDecode:

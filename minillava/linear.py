@@ -83,8 +83,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def blockwise(x: Tensor, n: int, make: Callable[[slice, Tensor | None], Tensor]) -> Tensor:
-    """x [r, C] times a weight that is made block by block, [r, n]. make: from which rows, and memory for them [m, C]
-    (None: new memory, as gradients want), to these rows in the dtype of x."""
+    """x [r, C] times a weight that is made block by block, [r, n], n > 0. make: from which rows, and memory for them
+    [m, C] (None: new memory, as gradients want), to these rows in the dtype of x."""
     step = BLOCK if len(x) <= MANY_ROWS else 4 * BLOCK
     memory = None if torch.is_grad_enabled() else kept(step * x.shape[1], x.dtype).view(step, -1)
     return torch.cat([product(x, make(slice(i, min(i + step, n)), memory)) for i in range(0, n, step)], dim=1)

@@ -59,8 +59,8 @@ class Llava(nn.Module):
         self.vision_tower = VisionTower(config, attend)
         self.projector = Projector(config)
         self.language_model = LanguageModel(config.text, attend)
-        self.decode_step: Callable | None = None  # a compiled one, and the cache it was recorded with: of capture.py
-        self.spare_caches: dict[tuple, KVCache] = {}
+        self.decode_step: Callable | None = None  # a compiled one, of capture.py
+        self.spare_caches: dict[tuple, KVCache] = {}  # the one that it was recorded with
 
     def forward(
         self,

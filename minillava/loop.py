@@ -138,7 +138,7 @@ def steps(
     """The loop, one Step per token: the first costs the whole prompt, each further one a single position.
 
     contrast: makes one [B, V] of the logits of two rows and the number of the step, where `spliced` holds 2 B rows: B
-    that answer and B that read along and see something else. They are one batch, so they cost little more than one.
+    that answer and B that read along and see something else. They are one batch, so weights are read once for both.
     cache: what was read before this prompt, which goes on from there; it needs room for prompt and answer.
     Everything it needs to go on lives in its local variables, so any number of loops can share one model.
     Stops without another forward pass when every row has finished. Raises ValueError as `generate`.

@@ -122,6 +122,14 @@ def test_quality_is_the_distance_to_float64():
     assert len(bench.quality_table(found).splitlines()) == 2 + len(found) == 4
 
 
+def test_kernels_are_timed_one_by_one(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "ROW_COUNTS", (1, 3))
+    found = bench.kernels(rounds=2, n=128, c=64)
+    assert len(found) == 6 * 2
+    assert all(len(timing.seconds) == 2 and min(timing.seconds) > 0 for timing in found.values())
+    assert bench.kernels_table(found).splitlines()[0] == "| ms, rows | 1 | 3 |"
+
+
 def test_contrast_makes_a_table(capsys):
     assert bench.main(["contrast", "--size", "toy", "--dtype", "float32", "--tokens", "1", "--rounds", "2"]) == 0
     assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[-3:]] == [

@@ -179,3 +179,10 @@ def test_nobody_reads_from_the_device_what_the_step_says_here():
 def test_the_ids_of_a_step_are_its_tokens(toy, pixels):
     for made in loop.steps(toy.model, toy.model.splice(IDS, pixels), loop.Options(max_new_tokens=4)):
         assert made.ids == made.token_ids.tolist()
+
+
+def test_a_cache_from_inference_mode_serves_later_answers(toy, pixels):
+    toy.model.decode_step = partial(step, toy.model.language_model)
+    with torch.inference_mode():
+        first = generate(toy.model, IDS, pixels, max_new_tokens=4).sequences
+    assert torch.equal(generate(toy.model, IDS, pixels, max_new_tokens=4).sequences, first)

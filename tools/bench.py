@@ -3,6 +3,7 @@
 
     python tools/bench.py compare --size 1b              # a table: ours, transformers, and llama.cpp where installed
     python tools/bench.py growth --size 1b --png x.png   # time per token by context and by batch
+    python tools/bench.py kernels                        # one product of a layer: ours, and torch's own
     python tools/bench.py quality                        # how far int8 and int4 are from float64, layer by layer
     python tools/bench.py contrast --size 0.5b           # what a second row of logits costs
 
@@ -28,6 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
@@ -47,7 +49,7 @@ LARGE = 1 << 29  # numbers, 2 GiB in float32: more than any cache holds
 RUN = Path(__file__).with_name("bench_run.py")
 PICTURE = Path(__file__).resolve().parents[1] / "weights" / "shapes" / "example-1.png"
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4.5, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5}  # a weight
-HEAD_BITS = {"q4_0": 6.5625}  # what llama.cpp leaves the head where it has no wish
+HEAD_BITS = {"q4_0": 6.5625}  # q6_K, in which llama.cpp leaves the head
 ROWS = {  # by the name that --rows takes: peer, dtype, compiled
     "float32": ("minillava", "float32", False),
     "bfloat16": ("minillava", "bfloat16", False),
@@ -175,7 +177,7 @@ def compare(
             if number < 0:
                 if peer == "llama.cpp":  # its weights cannot be touched from here
                     continue
-                for path in folder.iterdir():
+                for path in folder.glob("*.safetensors"):
                     with path.open("rb") as file:
                         os.fsync(file.fileno())  # what is not on disk yet cannot be dropped
                         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -271,8 +273,9 @@ def ratios(rows: Sequence[Measured], config: LlavaConfig, tokens: int) -> str:
         for peer in peers:
             if ours in known and ours in peer:
                 a, b = known[ours], known[peer]
-                whole = a.timing("process").median / b.timing("process").median
-                lines.append(f"| {ours}: start to first token, to {peer}'s | {whole:.2f} |")
+                if not ROWS[peer][2]:  # it compiles in the midst of it
+                    whole = a.timing("process").median / b.timing("process").median
+                    lines.append(f"| {ours}: start to first token, to {peer}'s | {whole:.2f} |")
                 both = b.timing("first").median / a.timing("first").median
                 lines.append(f"| {ours}: speed of reading picture and prompt, to {peer}'s | {both:.2f} |")
                 lines.append(f"| {ours}: tokens/s, to {peer}'s | {speed(a) / speed(b):.2f} |")
@@ -425,6 +428,53 @@ def quality_table(found: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+ROW_COUNTS = (1, 2, 4, 8, 16, 32, 625)
+
+
+def kernels(rounds: int, n: int = 11008, c: int = 4096) -> dict[tuple[str, int], Timing]:
+    """Seconds that one product of a layer [N, C] takes, by (way, how many rows); each weight is read from memory."""
+    weight = torch.randn(n, c, generator=torch.Generator().manual_seed(0))
+    variants = {}
+    for name, dtype, bits in (("float32", torch.float32, 32), ("bfloat16", torch.bfloat16, 16)):
+        copies = [weight.to(dtype).clone() for _ in range(copies_of(n * c * bits // 8))]
+        for way, product in ((f"{name}, torch's", F.linear), (name, linear)):
+            variants |= {
+                (way, rows): partial(one_product, product, copies, torch.randn(rows, c).to(dtype))
+                for rows in ROW_COUNTS
+            }
+    for kind in KINDS:
+        stored = quantize_tensor(weight, kind)
+        small = {suffix: tensor.nbytes for suffix, tensor in stored.items()}
+        layers = [
+            quantised_layer({suffix: tensor.clone() for suffix, tensor in stored.items()})
+            for _ in range(copies_of(sum(small.values())))
+        ]
+        call = lambda x, layer: layer(x)  # noqa: E731
+        variants |= {(kind, rows): partial(one_product, call, layers, torch.randn(rows, c)) for rows in ROW_COUNTS}
+    with torch.no_grad():
+        return take_turns(variants, rounds)
+
+
+def copies_of(size: int) -> int:
+    """So many that the first is in no cache any more when its turn comes again: four times 64 MB."""
+    return -(-(LARGE >> 1) // size)
+
+
+def one_product(product: Callable, weights: list, x: torch.Tensor) -> float:
+    weights.append(weights.pop(0))
+    started = time.perf_counter()
+    product(x, weights[0])
+    return time.perf_counter() - started
+
+
+def kernels_table(found: dict[tuple[str, int], Timing]) -> str:
+    counts = list(dict.fromkeys(rows for _, rows in found))
+    lines = [f"| ms, rows | {' | '.join(map(str, counts))} |", "|---|" + "---:|" * len(counts)]
+    for way in dict.fromkeys(way for way, _ in found):
+        lines.append(f"| {way} | {' | '.join(f'{1000 * found[way, rows].median:.1f}' for rows in counts)} |")
+    return "\n".join(lines)
+
+
 def contrast(model: Llava, tokens: int, rounds: int, prompt: int) -> dict[str, Timing]:
     """Seconds per decoded token after a prompt of so many positions: plain, with a second row in the same batch, and
     with a second pass of its own."""
@@ -500,7 +550,7 @@ def default_rows(device: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["compare", "growth", "quality", "contrast"])
+    parser.add_argument("what", choices=["compare", "growth", "kernels", "quality", "contrast"])
     parser.add_argument("--size", choices=SIZES, default="1b", help="random weights of this shape (default 1b)")
     parser.add_argument("--rows", metavar="NAMES", help=f"compare: some of {','.join(ROWS)} (default: all installed)")
     parser.add_argument("--folder", type=Path, help="compare: keep the checkpoints here (default: made and removed)")
@@ -539,6 +589,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.png:
             growth_plot(found, f"{options.size}, random weights, {machine(options.device)}", options.png)
         timings, text = found, growth_table(found)
+    elif options.what == "kernels":
+        timings = kernels(options.rounds)
+        text = kernels_table(timings)
     else:
         model = random_model(options.size, DTYPES[options.dtype])
         timings = contrast(model, options.tokens, options.rounds, options.prompt)
