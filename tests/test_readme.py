@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,23 @@ PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 
 @pytest.fixture
 def folder(reference, tmp_path):
+    return furnish(tmp_path, reference)
+
+
+@pytest.fixture(scope="module")
+def done(reference, tmp_path_factory):
+    """What became of every command: two at a time, for most of their time is spent on imports, on one core."""
+    commands = [f"set -e\n{commands}" for commands in SHELL] + [command for command, _ in CONSOLE]
+    with ThreadPoolExecutor(2) as pool:
+        folders = [furnish(tmp_path_factory.mktemp("readme"), reference) for _ in commands]
+        started = {
+            command: pool.submit(run, command, folder) for command, folder in zip(commands, folders, strict=True)
+        }
+        yield lambda command: started[command].result()
+        pool.shutdown(cancel_futures=True)
+
+
+def furnish(tmp_path, reference):
     """A folder as the README's reader has it, with the toy checkpoint under the name of the real one."""
     for name in ("tests", "tools", "weights"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -51,6 +69,7 @@ def run(command, folder):
         "PATH": f"{path}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
     }
     return subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -60,17 +79,17 @@ def test_there_is_something_to_run():
 
 
 @pytest.mark.parametrize("commands", SHELL)
-def test_commands_run(commands, folder):
+def test_commands_run(commands, done):
     """Those of a block one after the other, in one folder."""
-    done = run(f"set -e\n{commands}", folder)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.strip()
+    found = done(f"set -e\n{commands}")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout.strip()
 
 
 @pytest.mark.parametrize(("command", "output"), CONSOLE)
-def test_commands_print_what_the_readme_says(command, output, folder):
-    done = run(command, folder)
-    assert (done.returncode, (done.stderr + done.stdout).rstrip("\n")) == (0, output)
+def test_commands_print_what_the_readme_says(command, output, done):
+    found = done(command)
+    assert (found.returncode, (found.stderr + found.stdout).rstrip("\n")) == (0, output)
 
 
 @pytest.mark.parametrize("code", PYTHON)
