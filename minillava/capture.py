@@ -25,8 +25,8 @@ RECOMPILE_LIMIT = 64  # for so many capacities and numbers of rows; torch's own 
 
 
 def compile_decode(model: Llava) -> None:
-    """Let the loop decode by `CapturedDecode`. Compiling happens at the first token, and takes from seconds to a
-    minute."""
+    """Let the loop decode by `CapturedDecode`. Compiling happens at an answer's second token, the first that is
+    decoded, and takes from seconds to a minute."""
     on_gpu = model.language_model.embed_tokens.weight.is_cuda
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     model.decode_step = torch.compile(

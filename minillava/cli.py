@@ -81,8 +81,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--compile", action="store_true",
-        help="compile the decoding step: for a GPU and long or many answers, since the first token then takes up to a "
-        "minute; on a CPU it gains nothing",
+        help="compile the decoding step: for a GPU and long or many answers, since compiling takes up to a minute; on "
+        "a CPU it gains nothing",
     )  # fmt: skip
     group.add_argument(
         "--template", "--conv-mode", choices=list(TEMPLATES), metavar="NAME",

@@ -141,7 +141,8 @@ def steps(
     that answer and B that read along and see something else. They are one batch, so weights are read once for both.
     cache: what was read before this prompt, which goes on from there; it needs room for prompt and answer.
     Everything it needs to go on lives in its local variables, so any number of loops can share one model.
-    Stops without another forward pass when every row has finished. Raises ValueError as `generate`.
+    Stops when every row has finished: on a CPU without another forward pass, on a GPU with one begun and forgotten.
+    Raises ValueError as `generate`.
     """
     if options.num_beams > 1:
         raise ValueError(
