@@ -9,6 +9,8 @@ projector, cache, llama, llava, checkpoint, sampling, loop, beam, generate, assi
 questions that people ask on the way, and exercises.
 """
 
+import sys
+
 __version__ = "0.1.0"
 __all__ = ["Assistant", "__version__", "load"]
 
@@ -21,3 +23,40 @@ def __getattr__(name: str):
 
         return vars(assistant)[name]
     raise AttributeError(f"module 'minillava' has no attribute {name!r}")
+
+
+_FILES = {"minillava.inspect": "minillava.inspection", "minillava.trace": "minillava.tracing"}
+
+
+class _Renamed:
+    """Finds and loads `minillava.inspect` and `minillava.trace`, whose files have other names.
+
+    Python puts the folder of a script first on its path, and the current folder for `python -m`: there a file
+    `inspect.py` would be what the standard library, and so torch, gets for `import inspect`. Both names of a module
+    are one module object. Python asks this finder last, and only for what nobody else has.
+    """
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in _FILES:
+            return None
+        from importlib.util import find_spec  # here, since importing minillava costs nothing
+
+        real = find_spec(_FILES[name])
+        return type(real)(name, self, origin=real.origin)
+
+    def create_module(self, spec):
+        module = __import__(_FILES[spec.name], fromlist=["*"])
+        spec.loader_state = module.__spec__  # Python is about to write the spec of the other name over it
+        return module
+
+    def exec_module(self, module):
+        module.__spec__ = module.__spec__.loader_state
+
+    def get_code(self, name):
+        """What `python -m` runs."""
+        from importlib.util import find_spec
+
+        return find_spec(_FILES[name]).loader.get_code(_FILES[name])
+
+
+sys.meta_path.append(_Renamed())

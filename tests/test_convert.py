@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minillava
-from minillava import inspect
+from minillava import inspection
 from minillava.config import CLIP_RELEASE, read_config
 from minillava.files import INDEX_NAME, SINGLE_NAME, SafetensorsFile
-from minillava.inspect import inspect_folder
+from minillava.inspection import inspect_folder
 from minillava.llava import Llava
 from minillava.quantize import LINE, Int8Linear
 
@@ -706,7 +706,7 @@ def small(tmp_path) -> Path:
 
 
 def test_the_doctor_finds_a_quantised_model_well(small, capsys):
-    assert inspect.main([str(small), "--doctor", "--device", "cpu", "--dtype", "float32"]) == 0
+    assert inspection.main([str(small), "--doctor", "--device", "cpu", "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("\nok ") == 7
     assert "stored as int8" in printed

@@ -122,20 +122,76 @@ def test_only_the_declared_packages_are_imported(name):
     for found in imports_of(name, FILES[name].read_text(encoding="utf-8")):
         package = found.module.split(".")[0]
         assert package == "minillava" or package in ALLOWED or package in sys.stdlib_module_names, found
-        assert package not in ("importlib", "transformers"), found  # the first would hide the second
+        # importlib would hide transformers; two files have names beside their own, which __init__ finds
+        assert package != "transformers" and (package != "importlib" or name == "__init__"), found
+
+
+def in_a_fresh_python(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def names_taken() -> set[str]:
+    """What `import NAME` means to the standard library and to the packages we need."""
+    return {*sys.stdlib_module_names, *ALLOWED}
+
+
+def test_no_file_or_folder_hides_a_module_of_the_standard_library():
+    """With minillava/ first on the path (`python minillava/generate.py`, or `python -m` in that folder) a file
+    inspect.py was what dataclasses got for `import inspect`: nothing of torch could be imported."""
+    found = {path.stem for path in (ROOT / "minillava").rglob("*") if path.suffix == ".py" or path.is_dir()}
+    assert found >= set(FILES)
+    assert found & names_taken() == set()
+    assert "inspect" in names_taken() and "torch" in names_taken()
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("minillava.inspect", "minillava.inspection"), ("minillava.trace", "minillava.tracing")]
+)
+def test_the_two_names_of_a_renamed_file_are_one_module(name, file):
+    """Two copies would be two classes of one name: isinstance and pickle would fail between them."""
+    script = f"""if 1:
+        import importlib, pickle, sys
+        import {name}
+        from minillava import {name.split(".")[1]} as short
+        other = importlib.import_module({file!r})
+        assert short is other is sys.modules[{name!r}] is {name} is importlib.import_module({name!r})
+        assert other.__name__ == other.__spec__.name == {file!r}
+        function = pickle.loads(pickle.dumps(other.main))
+        assert function is other.main is {name}.main
+        assert importlib.reload({name}) is other
+        from {name} import main"""
+    done = in_a_fresh_python("-W", "error", "-c", script)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_our_own_files_import_a_renamed_file_by_its_own_name():
+    """The map of imports above knows files by their stems."""
+    used = {i.module for name in FILES for i in imports_of(name, FILES[name].read_text(encoding="utf-8"))}
+    assert used & {"minillava.inspect", "minillava.trace"} == set()
+
+
+@pytest.mark.parametrize("door", ["inspect", "trace", "look"])
+def test_a_door_opens_from_inside_the_package_folder(door):
+    """Who reads the source stands there."""
+    done = in_a_fresh_python("-W", "error", "-m", f"minillava.{door}", "--version", folder=ROOT / "minillava")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("minillava ")
+
+
+def test_a_door_runs_as_a_script():
+    """What an editor's Run button does."""
+    done = in_a_fresh_python("-W", "error", str(ROOT / "minillava" / "generate.py"), "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("minillava ")
 
 
 def test_setup_declares_the_same_packages():
     declared = re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(encoding="utf-8"), re.DOTALL)[1]
     packages = set(re.findall(r'"([a-z]+)', declared))
     assert packages == {"pillow" if name == "PIL" else name for name in ALLOWED}
-
-
-def in_a_fresh_python(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
 
 
 def test_importing_minillava_alone_imports_nothing_heavy():

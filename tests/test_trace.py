@@ -28,7 +28,7 @@ from minillava.loop import Options
 from minillava.prompt import DEFAULT_PROMPT, TEMPLATES
 from minillava.recorder import Record, Recorder, summarise
 from minillava.tokenizer import Tokenizer
-from minillava.trace import difference, main, trace
+from minillava.tracing import difference, main, trace
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = REFERENCE / "plain"
