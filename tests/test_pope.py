@@ -18,7 +18,8 @@ def write(tmp_path):
 
     def written(name, records):
         path = tmp_path / name
-        path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8")
+        text = "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records)
+        path.write_bytes(text.encode())  # a "\r" of a record stays
         return str(path)
 
     return written
@@ -157,7 +158,7 @@ def test_nothing_is_dropped_in_silence(score):
         (1, "No"),
         {"question_id": 2, "error": "x.jpg: no such picture"},
         {"line": 7, "error": "not JSON"},
-        {"question_id": 3, "text": "No", "prompt": "Is 3? Please answer this question with one word."},
+        {"question_id": 3, "text": "No", "prompt": "Is 3 black? Please answer this question with one word."},
         (99, "Yes"),
         {"question_id": 4, "error": "killed"},
         (4, "No"),
@@ -166,18 +167,18 @@ def test_nothing_is_dropped_in_silence(score):
     status, out, err = score(QUESTIONS, answers)
     assert (status, err) == (1, "")
     for line in (
-        "answers: 3 in ",
-        "missing: 3 questions have no answer and are not in the figures (2, 5, 6)\n",
+        "answers: 2 in ",
+        "missing: 4 questions have no answer and are not in the figures (2, 3, 5, 6)\n",
         'errors: 3 lines are errors instead of answers (2, {"line": 7}, 4)\n',
-        "duplicate: 1 further answers to a question that had one; the first counts (1)\n",
+        "duplicate: 1 further answers to a question that had one; the first is in the figures (1)\n",
         "unknown: 1 answers to questions that are not in the file (99)\n",
-        "another prompt: 1 answers name another prompt than the question's text (3)\n",
-        "| llava | random | 3 | 100.00 | 100.00 | 100.00 | 100.00 | 33.33 |\n",
+        "another prompt: 1 answers name another prompt, picture or category and are not in the figures (3)\n",
+        "| llava | random | 2 | 100.00 | 100.00 | 100.00 | 100.00 | 50.00 |\n",
         "| llava | popular | 0 | – | – | – | – | – |\n",
     ):
         assert line in out
     result = json.loads(score(QUESTIONS, answers, "--json")[1])
-    assert (result["missing"], result["unknown"], result["errors"]) == ([2, 5, 6], [99], [2, {"line": 7}, 4])
+    assert (result["missing"], result["unknown"], result["errors"]) == ([2, 3, 5, 6], [99], [2, {"line": 7}, 4])
 
 
 def test_no_answers_at_all(score):
@@ -191,11 +192,20 @@ def test_no_answers_at_all(score):
     ("questions", "answers", "message"),
     [
         (["{"], [], "questions.jsonl, line 1: not JSON"),
-        (["[]"], [], "questions.jsonl, line 1: found list, expected an object"),
+        (["[]"], [], "questions.jsonl: holds no questions"),
+        (["[[]]"], [], "questions.jsonl, entry 1: found list, expected an object"),
+        (["["], [], "questions.jsonl, line 1: not JSON"),
+        (["[" * 100_000], [], "questions.jsonl, line 1: not JSON"),
+        ([{"question_id": True, "text": "Is 1?", "label": "yes"}], [], "question_id is True, expected a number"),
+        ([{"question_id": 1, "text": ["Is 1?"], "label": "yes"}], [], "text is ['Is 1?'], expected the question"),
         ([], [], "questions.jsonl: holds no questions"),
         ([(1, "yes"), (2,)], [], "questions.jsonl, line 2: has no label; give the POPE file that has it"),
         ([(1, "maybe")], [], "line 1: label is 'maybe', expected yes or no"),
-        ([(1, "yes"), (1, "no")], [], "line 2: question_id 1 for the second time; score each POPE file by itself"),
+        (
+            [(1, "yes"), (1, "no")],
+            [],
+            "question_id 1 for the second time among the questions; give the file that was asked",
+        ),
         ([([1], "yes")], [], "line 1: question_id is [1], expected a number or a text"),
         ([(1, "yes")], ["nonsense"], "answers.jsonl, line 1: not JSON"),
         ([(1, "yes")], [{"question_id": 1}], "answers.jsonl, line 1: expected question_id and text, or an error"),
@@ -208,5 +218,191 @@ def test_a_damaged_file_is_one_line(score, questions, answers, message):
 
 
 def test_a_file_that_is_not_there(capsys, tmp_path):
+    """It was an error number without a next step."""
     assert pope.main(["--questions", str(tmp_path / "no.jsonl"), "--answers", "no.jsonl"]) == 1
-    assert "no.jsonl" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: {tmp_path / 'no.jsonl'}: no such file; check the name\n"
+
+
+def test_answers_that_batch_has_not_finished(score, write, capsys, tmp_path):
+    write("answers.jsonl.partial", [])
+    questions = write("questions.jsonl", [{"question_id": 1, "text": "Is 1?", "label": "yes"}])
+    assert pope.main(["--questions", questions, "--answers", str(tmp_path / "answers.jsonl")]) == 1
+    assert "no such file; minillava.batch has not finished it: give its command again\n" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_utf_8(capsys, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1}', encoding="utf-16")
+    assert pope.main(["--questions", str(tmp_path / "q.jsonl"), "--answers", "no.jsonl"]) == 1
+    assert "q.jsonl: not UTF-8 (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "same"),
+    [
+        ("Is it red?", "Is it red?", True),
+        ("Is it red?\nAnswer the question using a single word or phrase.", "Is it red?", True),
+        ("Is it red? Please answer this question with one word.", "Is it red?", True),
+        ("Is it red?", "Is it red?\nAnswer the question using a single word or phrase.", True),
+        ("<image>\nIs it red?\r\nYes or no?", "Is it red?\r\n", True),
+        ("Is it red\nYes or no?", "Is it red", True),
+        ("Is it redder?", "Is it red", False),
+        ("Is it red hot?", "Is it red", False),
+        ("Is it blue?", "Is it red?", False),
+        ("Is it red?", "", False),
+    ],
+)
+def test_an_instruction_is_no_part_of_a_question(prompt, text, same):
+    assert pope.same_question(prompt, text) is same
+
+
+@pytest.mark.parametrize("ids", ["unique", "repeated"])
+def test_answers_to_other_prompts_are_no_answers(score, ids):
+    """They were scored, with exit status 0."""
+    answers = [{"question_id": i, "prompt": f"Is {i + (i > 1)}?", "text": "No"} for i in range(1, 7)]
+    answers += [{"question_id": 1, "prompt": "Is 1?", "text": "Yes"}] * (ids == "repeated")
+    status, out, _ = score(QUESTIONS, answers)
+    assert status == 1
+    assert "another prompt: 5 answers" in out
+    assert "| llava | overall | 1 | 0.00 |" in out
+    assert f"duplicate: {int(ids == 'repeated')} further" in out
+    assert out.endswith("exit status 1.\n")
+
+
+@pytest.mark.parametrize(("key", "value"), [("image", "other/y.jpg"), ("category", "popular")])
+def test_answers_about_another_picture_or_category_are_no_answers(score, key, value):
+    answers = [{"question_id": 1, "text": "Yes", key: value}]
+    result = score([(1, "yes", "random")], answers, "--json")
+    assert (result[0], json.loads(result[1])["another_prompt"]) == (1, [1])
+    answers[0][key] = {"image": "any\\folder/x.jpg", "category": "random"}[key]
+    assert score([(1, "yes", "random")], answers)[0] == 0
+
+
+OBJECTS = {"red star": "yes", "red circle": "no", "blue circle": "yes"}
+
+
+class Llava:
+    """LLaVA's form: one file asked, with ids 1.., 10000001.., 20000001..; a file of labels from 1
+    for each category. Every answer is right but those of adversarial, which are wrong."""
+
+    categories = ("adversarial", "popular", "random")
+
+    def __init__(self, write):
+        self.asked, self.answers, self.write, self.labels = [], [], write, {}
+        for start, category in zip((0, 10_000_000, 20_000_000), self.categories, strict=True):
+            labels = []
+            for i, (what, label) in enumerate(OBJECTS.items(), start=1):
+                text, picture = f"Is there a {what} in the image?", "x.jpg"
+                labels.append({"question_id": i, "image": f"val/{picture}", "text": text, "label": label})
+                prompt = f"{text}\nAnswer the question using a single word or phrase."
+                one = {"question_id": start + i, "image": picture, "text": prompt, "category": category}
+                self.asked.append(one)
+                said = label if category != "adversarial" else "no" if label == "yes" else "yes"
+                self.answers.append({"question_id": start + i, "prompt": prompt, "text": said.title()})
+            self.labels[category] = labels
+
+    def arguments(self, *categories, asked=True):
+        files = [self.write(f"coco_pope_{name}.json", self.labels[name]) for name in categories]
+        given = ["--asked", self.write("asked.jsonl", self.asked)] if asked else []
+        return ["--questions", *files, *given, "--answers", self.write("answers.jsonl", self.answers), "--json"]
+
+
+@pytest.fixture
+def of_llava(write):
+    return Llava(write)
+
+
+def scored(arguments, capsys):
+    """(exit status, accuracy by category)."""
+    status, (out, err) = pope.main(arguments), capsys.readouterr()
+    assert (out == "") == bool(err)
+    return status, {name: row["accuracy"] for name, row in json.loads(out)["scores"]["llava"].items()} if out else err
+
+
+@pytest.mark.parametrize("category", Llava.categories)
+def test_ids_that_begin_anew_in_each_file_of_labels_are_refused(of_llava, capsys, category):
+    """The answers to adversarial, ids 1 to 3, were scored against every file, with exit status
+    0."""
+    status, found = scored(of_llava.arguments(category, asked=False), capsys)
+    assert status == 1
+    assert "6 answers have ids that the questions have not, and prompts that they have (question_id 10000001" in found
+    assert "--asked" in found
+
+
+@pytest.mark.parametrize("category", Llava.categories)
+def test_with_what_was_asked_each_answer_finds_its_label(of_llava, capsys, category):
+    right = float(category != "adversarial")
+    assert scored(of_llava.arguments(category), capsys) == (0, {category: right, "overall": right})
+
+
+def test_all_files_of_labels_at_once(of_llava, capsys):
+    status, found = scored(of_llava.arguments(*Llava.categories), capsys)
+    assert (status, found) == (0, {"adversarial": 0, "popular": 1, "random": 1, "overall": pytest.approx(2 / 3)})
+    status, found = scored(of_llava.arguments(*Llava.categories, asked=False), capsys)
+    assert (status, "for the second time among the questions" in found) == (1, True)
+
+
+def test_labels_in_another_order_and_other_forms_of_file(of_llava, write, capsys):
+    """An array, a byte order mark, carriage returns, a category as a field instead of the file's
+    name."""
+    labels = [{**label, "category": "popular"} for label in of_llava.labels["popular"][::-1]]
+    of_llava.labels["popular"] = of_llava.labels["popular"][::-1]
+    arguments = of_llava.arguments("popular")
+    expected = (0, {"popular": 1, "overall": 1})
+    assert scored(arguments, capsys) == expected
+    for lines in (["\ufeff" + json.dumps(labels, indent=1)], [json.dumps(label) + "\r" for label in labels]):
+        arguments[1] = write("labels.json", lines)
+        assert scored(arguments, capsys) == expected
+
+
+def test_one_file_with_all_labels_whose_ids_repeat(of_llava, write, capsys):
+    labels = [{**label, "category": name} for name in Llava.categories for label in of_llava.labels[name]]
+    arguments = of_llava.arguments("random")
+    arguments[1] = write("labels.json", labels)
+    assert scored(arguments, capsys)[1] == {
+        "adversarial": 0,
+        "popular": 1,
+        "random": 1,
+        "overall": pytest.approx(2 / 3),
+    }
+
+
+def test_labels_whose_category_nothing_says(of_llava, write, capsys):
+    arguments = of_llava.arguments("random")
+    arguments[1] = write("labels.json", of_llava.labels["random"])
+    status, found = scored(arguments, capsys)
+    assert (status, "of which category are its labels (adversarial, popular, random)?" in found) == (1, True)
+
+
+def test_labels_of_a_category_that_was_not_asked(of_llava, capsys):
+    of_llava.asked = [one for one in of_llava.asked if one["category"] == "adversarial"]
+    of_llava.answers = of_llava.answers[:3]
+    status, found = scored(of_llava.arguments("random"), capsys)
+    assert (status, "asks none of the questions that have labels" in found) == (1, True)
+
+
+def test_what_was_asked_without_categories(of_llava, write, capsys):
+    of_llava.asked = [{k: v for k, v in one.items() if k != "category"} for one in of_llava.asked]
+    status, found = scored(of_llava.arguments("random"), capsys)
+    assert (status, "no category says which has the label" in found) == (1, True)
+    of_llava.asked, of_llava.answers = of_llava.asked[3:6], of_llava.answers[3:6]
+    assert scored(of_llava.arguments("random"), capsys) == (0, {"random": 1, "overall": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "kinds"),
+    [
+        (lambda found: found.answers.pop(), {"missing"}),
+        (lambda found: found.labels["random"].pop(), {"unknown"}),
+        (lambda found: found.asked.pop(), {"missing", "unknown"}),
+        (lambda found: found.answers.append(found.answers[-1]), {"duplicate"}),
+        (lambda found: found.answers.append({"question_id": 7, "text": "Yes"}), {"unknown"}),
+        (lambda found: found.answers[-1].update(prompt="Is there a dog?"), {"missing", "another_prompt"}),
+        (lambda found: found.answers.pop(0), set()),  # of another category, whose labels are not given
+        (lambda found: found.answers.reverse(), set()),
+    ],
+)
+def test_whatever_does_not_fit_ends_with_status_1(of_llava, capsys, change, kinds):
+    change(of_llava)
+    status, result = pope.main(of_llava.arguments("random")), json.loads(capsys.readouterr().out)
+    found = {name for name in ("missing", "unknown", "duplicate", "another_prompt") if result[name]}
+    assert (status, result["complete"], found) == (int(bool(kinds)), not kinds, kinds)
