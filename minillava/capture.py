@@ -48,10 +48,12 @@ def spare_cache(model: Llava, rows: int, capacity: int, like: Tensor) -> Iterato
     if cache is None:
         with torch.inference_mode(False):  # memory that began in that mode could not be written to outside of it
             cache = KVCache(model.config.text, rows, capacity, dtype=like.dtype, device=like.device)
-    yield cache
-    cache.truncate(0)
-    cache.attention_mask = None
-    model.spare_caches = {key: cache}
+    try:
+        yield cache
+    finally:  # also where somebody stopped listening: what the GPU still does with it comes before what is asked next
+        cache.truncate(0)
+        cache.attention_mask = None
+        model.spare_caches = {key: cache}
 
 
 class CapturedDecode:
@@ -84,7 +86,9 @@ class CapturedDecode:
         for tensor in (*self.cache.keys, *self.cache.values):
             tensor[:, :, self.cache.length :] = 0
             if tensor.is_cuda:
-                torch._dynamo.mark_static_address(tensor)  # or the graph would copy the cache at every step
+                # Or the graph would copy the cache at every step. Without the guard, another cache of this shape is
+                # another recording, not compiled anew, and its memory is not held by what was compiled.
+                torch._dynamo.mark_static_address(tensor, guard=False)
         self.cleared = self.cache.keys[0]
 
 

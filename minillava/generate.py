@@ -65,7 +65,7 @@ def generate(
         if len({some.shape[1:] for some in both}) > 1:
             shapes = " and ".join(str(list(some.shape)) for some in both)
             raise ValueError(f"images and those of the second rows are {shapes}; encode both or neither")
-        images = torch.cat(both) if both else None
+        images = torch.cat([some.to(both[0].device) for some in both]) if both else None
     with torch.no_grad():
         spliced = model.splice(input_ids, images)
     if chosen.num_beams > 1 and contrast is None:

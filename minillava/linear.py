@@ -28,13 +28,26 @@ class FastLinear(nn.Linear):
 
 
 class FastConv2d(nn.Conv2d):
-    """nn.Conv2d, in float32 where bfloat16 is emulated, which takes a fiftieth of the time."""
+    """nn.Conv2d, in float32 where bfloat16 is emulated, which takes a fiftieth of the time; and on a GPU float32 as it
+    says, where cuDNN's default is TF32, factors of 10 bits."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and x.dtype == torch.float32:
+            return self.as_product(x)
         if not is_emulated(x):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.float()
         return self._conv_forward(x.float(), self.weight.float(), bias).to(x.dtype)
+
+    def as_product(self, x: Tensor) -> Tensor:
+        """Where the steps are as large as the kernel, each patch is a row of one product; torch's default for products
+        is not TF32. [n, C, H, W] -> [n, N, H', W']"""
+        assert self.stride == self.kernel_size, "patches that overlap"
+        assert self.padding == (0, 0), "patches beyond the picture"
+        rows, columns = (side // step for side, step in zip(x.shape[2:], self.stride, strict=True))
+        patches = F.unfold(x, self.kernel_size, stride=self.stride)  # [n, C·k·k, H'·W']
+        out = F.linear(patches.transpose(1, 2), self.weight.flatten(1), self.bias)  # [n, H'·W', N]
+        return out.transpose(1, 2).unflatten(2, (rows, columns))
 
 
 FAST = {nn.Linear: FastLinear, nn.Conv2d: FastConv2d}

@@ -224,7 +224,8 @@ class Arriving:
             self.numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             self.numbers.copy_(numbers, non_blocking=True)
             self.copied = torch.cuda.Event()
-            self.copied.record()
+            # By itself it would note the work of the current GPU, which need not be the model's.
+            self.copied.record(torch.cuda.current_stream(numbers.device))
         else:
             self.numbers = numbers
 

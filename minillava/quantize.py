@@ -20,6 +20,7 @@ ALIGNED = 16  # K must be a multiple: the int8 kernel reads so many numbers at o
 LINE = 64  # bytes: what a processor loads of memory at once
 TILE = 64  # N must be a multiple for int4: every processor packs so many rows, or a divisor, by one pattern
 NARROW = torch.bfloat16  # of scales, and of activations inside the kernels, which are slow for anything else
+FUSED_ROWS = 2  # up to here compiled code reads the small weights for each row; one of contrast has two
 FEW_ROWS = 16  # up to here the kernels are faster than making the weights wide
 SMALLEST = torch.finfo(NARROW).tiny  # a scale of zero would divide zero by zero
 
@@ -41,6 +42,8 @@ class QuantisedLinear(nn.Module):
             # Contiguous rows of ALIGNED numbers begin where the kernels' aligned loads may read.
             flat = x.reshape(rows, -1).to(NARROW).contiguous()
             return self.few_rows(flat).to(x.dtype).view(*x.shape[:-1], self.out_features)
+        if torch.compiler.is_compiling() and rows <= FUSED_ROWS:
+            return self.as_sum(x)
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return linear(x, self.dequantise(slice(None), x.dtype))
         # float32 is faster than half precision without instructions for it, and more exact.
@@ -49,6 +52,13 @@ class QuantisedLinear(nn.Module):
         wide = x.reshape(-1, self.in_features).to(dtype)
         out = blockwise(wide, self.out_features, lambda some, memory: self.dequantise(some, dtype, memory))
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def as_sum(self, x: Tensor) -> Tensor:
+        """The product written as a sum. A compiler makes the weights wide inside a sum, number by number as it adds; in
+        front of a product it would write all of them to memory, and read twice the bytes of bfloat16's."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = self.dequantise(slice(None), wide)  # [N, K]
+        return (x[..., None, :].to(wide) * weight).sum(-1).to(x.dtype)  # [..., N]
 
 
 class Int8Linear(QuantisedLinear):
@@ -95,6 +105,17 @@ class Int4Linear(QuantisedLinear):
         scale, zero = self.scale_zero[:, rows, :, None].transpose(0, 1).to(between).unbind(2)  # each [n, K/G, 1]
         whole = convert(q, out, between).unflatten(1, (-1, GROUP))  # [n, K/G, G]
         return whole.mul_(scale).add_(zero).flatten(1).to(dtype)
+
+    def as_sum(self, x: Tensor) -> Tensor:
+        if self.has_kernel:
+            return super().as_sum(x)
+        # Both columns of a byte at once: taken apart into one number a byte, the weights would go through memory.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale, zero = self.scale_zero.transpose(0, 1)[..., None].to(wide).unbind(2)  # each [N, K/G, 1]
+        pairs = x.to(wide).unflatten(-1, (-1, GROUP // 2, 2))[..., None, :, :, :]  # [..., 1, K/G, G/2, 2]
+        weight = self.weight.unflatten(1, (-1, GROUP // 2))  # [N, K/G, G/2]
+        even, odd = (((q.to(wide) - 8) * scale + zero) for q in (weight & 15, weight >> 4))
+        return (even * pairs[..., 0] + odd * pairs[..., 1]).sum((-2, -1)).to(x.dtype)
 
 
 def quantize_tensor(weight: Tensor, kind: str) -> dict[str, Tensor]:

@@ -168,6 +168,54 @@ def test_the_next_answer_takes_the_same_memory(toy, pixels):
         assert torch.equal(torch.stack([s.token_ids for s in made], dim=1), first)
 
 
+def test_an_abandoned_answer_gives_its_memory_back(toy, pixels):
+    """It did not: on a GPU the answer after it was recorded anew."""
+    toy.model.decode_step = partial(step, toy.model.language_model)
+    spliced, options = toy.model.splice(IDS, pixels), loop.Options(max_new_tokens=5)
+    for made in (0, 2):
+        answer = loop.steps(toy.model, spliced, options)
+        for _ in range(made):
+            next(answer)
+        answer.close()
+    ((_, cache),) = toy.model.spare_caches.items()
+    assert (cache.length, cache.attention_mask) == (0, None)
+    with pytest.raises(RuntimeError, match="listener"):
+        for _ in loop.steps(toy.model, spliced, options):
+            raise RuntimeError("a listener that fails")
+    assert list(toy.model.spare_caches.values()) == [cache]
+
+
+def test_what_arrives_is_waited_for_on_its_own_gpu(monkeypatch):
+    """On a second GPU the wait was for the first, and the numbers were those that lay in the memory before."""
+    here = torch.tensor([5, 6])
+
+    class Elsewhere:
+        is_cuda, device, shape, dtype = True, torch.device("cuda", 1), here.shape, here.dtype
+
+    class Event:
+        def record(self, stream):
+            self.stream = stream
+
+        def synchronize(self):
+            assert self.stream == "the work of cuda:1"
+            memory.numbers = here
+
+    class Memory:
+        def copy_(self, numbers, non_blocking):
+            assert isinstance(numbers, Elsewhere)
+            assert non_blocking
+
+        def tolist(self):
+            return self.numbers.tolist()
+
+    memory = Memory()
+    monkeypatch.setattr(loop.torch, "cat", lambda tensors: Elsewhere())
+    monkeypatch.setattr(loop.torch, "empty", lambda shape, *, dtype, pin_memory: memory)
+    monkeypatch.setattr(loop.torch.cuda, "Event", Event)
+    monkeypatch.setattr(loop.torch.cuda, "current_stream", lambda device=None: f"the work of {device}")
+    assert loop.Arriving(here).wait() == [5, 6]
+
+
 def test_nobody_reads_from_the_device_what_the_step_says_here():
     """`Step.ids` are there; `int(step.token_ids)` would make a GPU wait."""
     for path in [*(ROOT / "minillava").glob("*.py"), *(ROOT / "tools").glob("*.py")]:

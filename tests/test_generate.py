@@ -305,6 +305,15 @@ def test_the_penalty_reaches_pictures_only_where_they_have_an_id(toy, pixels):
     assert (logits != penalised).nonzero().flatten().tolist() == sorted(i for i in set(IDS) if i >= 0)
 
 
+def test_second_pictures_follow_the_first_to_their_device(toy, pixels, monkeypatch):
+    """Those that contrast makes lie on the CPU; beside pictures on a GPU they were a RuntimeError."""
+    seen = []
+    monkeypatch.setattr(toy.model, "splice", lambda ids, images: seen.append(images) or toy.model.no_such_step)
+    with pytest.raises(AttributeError, match="no_such_step"):
+        generate(toy.model, [IDS], pixels[:1].to("meta"), second=([IDS], pixels[:1]), contrast=lambda a, b, step: a)
+    assert (seen[0].device.type, len(seen[0])) == ("meta", 2)
+
+
 def test_no_token_left_is_an_error(toy, pixels):
     """A cut that leaves one token and a bar on all tokens said before: nothing to choose, not id 0."""
     only = lambda logits, other, step: torch.full_like(logits, -float("inf")).index_fill(1, torch.tensor([30]), 0)  # noqa: E731

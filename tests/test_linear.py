@@ -1,5 +1,6 @@
 """linear.py: every way to the product gives the product, and `eager` takes none of them."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -129,6 +130,19 @@ def test_pictures_are_cut_into_patches_in_float32(monkeypatch):
     assert torch.equal(conv(x), exact.bfloat16())
     conv(x).sum().backward()
     assert conv.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_patches_as_rows_of_a_product_are_the_convolution(bias):
+    """As on a GPU in float32, where the convolution itself would round to TF32."""
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(3, 8, (4, 2), stride=(4, 2), bias=bias), torch.randn(2, 3, 19, 16)
+    exact = copy.deepcopy(conv).double()(x.double())
+    use_fast_linear(conv)
+    found = conv.as_product(x)
+    assert found.shape == exact.shape
+    limit = x.abs().amax() * conv.weight.abs().flatten(1).sum(1).amax()
+    assert (found - exact).abs().amax() <= 32 * torch.finfo(torch.float32).eps * limit
 
 
 def test_load_takes_it_and_eager_does_not(reference):

@@ -226,6 +226,25 @@ def kernels(monkeypatch):
     return seen
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_for_a_gpu_a_row_is_a_sum(kind, packed, dtype, monkeypatch):
+    """A product would have its weights written out wide at every token, twice the bytes of bfloat16's."""
+    stored = quantize_tensor(torch.randn(N, K, generator=torch.Generator().manual_seed(1)) * 1e-3, kind)
+    layer, x = quantised_layer(stored), torch.randn(2, 1, K, generator=torch.Generator().manual_seed(2)).to(dtype)
+    if not packed:
+        layer.weight, layer.has_kernel = next(iter(stored.values())), False
+    right = x.double() @ exact(stored)[0].T
+    found = layer.as_sum(x)
+    assert (found.dtype, found.shape) == (dtype, right.shape)
+    eps = torch.finfo(dtype).eps
+    assert apart(found, right) < (eps / 2 if eps > 1e-6 else 4 * eps)
+    if not packed:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert torch.equal(layer(x), found)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_rows_take_the_kernel_and_many_do_not(kind, kernels):
     layer = quantised_layer(quantize_tensor(weights(), kind))
