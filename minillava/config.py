@@ -110,7 +110,7 @@ IM_START, IM_END, IM_PATCH = "<im_start>", "<im_end>", "<im_patch>"
 RELEASE = "llava-hf/llava-1.5-7b-hf"
 """The checkpoint that messages recommend, by its name on the Hugging Face hub."""
 
-DOWNLOAD = f"hf download {RELEASE} --local-dir {RELEASE.split('/')[1]}"
+DOWNLOAD = f"hf download {RELEASE} --local-dir weights/{RELEASE.split('/')[1]}"
 
 _USE_LLAVA = f"use a LLaVA-1.5 checkpoint such as {RELEASE}"
 

@@ -100,6 +100,13 @@ def test_the_questions_follow_the_reading_order_and_leave_no_file_out():
     assert all(QUESTIONS.values())
 
 
+def test_readme_has_the_same_reading_order():
+    """There were three: README's, the package's and this page's."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = readme.partition("| file | what to learn there |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| \[`(\w+\.py)`\]", first, re.MULTILINE) == core()
+
+
 @pytest.mark.parametrize("file", core())
 def test_every_question_has_its_answer_in_the_file(file):
     source = (PACKAGE / file).read_text(encoding="utf-8")

@@ -1,102 +1,188 @@
-"""README: every block marked `<!-- run -->` runs, and prints what it says it prints."""
+"""README: its blocks, typed one after another into one shell, do and print what it says.
+
+Marked `<!-- run -->` is what runs here; `<!-- ci: NAME -->` makes the environment, which .ci/run does.
+"""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig
+from minillava.config import CLIP_LARGE_336, DOWNLOAD, LlavaConfig, TextConfig
 from minillava.llava import Llava
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"<!-- run -->\n```(\w+)\n(.*?)\n```", README, re.DOTALL)
-SHELL = [text for kind, text in BLOCKS if kind == "sh"]
-CONSOLE = [
-    tuple(part.rstrip("\n").split("\n", 1))
-    for kind, text in BLOCKS
-    if kind == "console"
-    for part in text.split("$ ")
-    if part
-]
-PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 
 
-@pytest.fixture
-def folder(reference, tmp_path):
-    return furnish(tmp_path, reference)
+class Typed(NamedTuple):
+    kind: str  # of the block: sh, console or python
+    text: str  # a whole block, or one command of a console
+    output: str | None  # what README shows, on both streams
+
+
+def typed_blocks(text: str) -> list[Typed]:
+    found = []
+    for kind, block in re.findall(r"<!-- run -->\n```(\w+)\n(.*?)\n```", text, re.DOTALL):
+        if kind == "console":
+            parts = re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]
+            found += [Typed(kind, *part.rstrip("\n").split("\n", 1)) for part in parts]
+        else:
+            found.append(Typed(kind, block, None))
+    return found
+
+
+TYPED = typed_blocks(README)
+
+# Importing torch takes two seconds of each command. This process has imported it, and is forked for
+# every `python` that the shell starts, which is a client that sends its arguments and streams.
+SERVER = """
+import json, os, runpy, signal, socket, sys, traceback
+import minillava.generate, minillava.assistant, minillava.cli
+def run(argv):
+    if argv[0] == "-m":
+        sys.path.insert(0, os.getcwd())
+        sys.modules.pop(argv[1], None)
+        sys.argv = argv[1:]
+        return runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    if argv[0] in ("-c", "-"):
+        sys.path.insert(0, os.getcwd())
+        sys.argv = [argv[0], *argv[2:]]
+        code = argv[1] if argv[0] == "-c" else sys.stdin.read()
+        return exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    sys.path.insert(0, os.path.dirname(os.path.abspath(argv[0])))
+    sys.argv = argv
+    return runpy.run_path(argv[0], run_name="__main__")
+server = socket.socket(socket.AF_UNIX)
+server.bind(sys.argv[1])
+server.listen()
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+print("ready", flush=True)
+while True:
+    connection, _ = server.accept()
+    if os.fork():
+        connection.close()
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    message, streams, _, _ = socket.recv_fds(connection, 2**20, 3)
+    argv, folder, environment = json.loads(message)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    status = 1
+    try:
+        run(argv)
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    connection.sendall(bytes([status]))
+    os._exit(0)
+"""
+CLIENT = """
+import json, os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect(sys.argv[1])
+message = json.dumps([sys.argv[2:], os.getcwd(), dict(os.environ)]).encode()
+socket.send_fds(server, [message], [0, 1, 2])
+sys.exit(server.recv(1)[0])
+"""
 
 
 @pytest.fixture(scope="module")
 def done(reference, tmp_path_factory):
-    """What became of every command: two at a time, for most of their time is spent on imports, on one core."""
-    commands = [f"set -e\n{commands}" for commands in SHELL] + [command for command, _ in CONSOLE]
-    with ThreadPoolExecutor(2) as pool:
-        folders = [furnish(tmp_path_factory.mktemp("readme"), reference) for _ in commands]
-        started = {
-            command: pool.submit(run, command, folder) for command, folder in zip(commands, folders, strict=True)
-        }
-        yield lambda command: started[command].result()
-        pool.shutdown(cancel_futures=True)
+    """`done[i]` -> (exit status, stdout, stderr) of what `TYPED[i]` does, all in one shell and folder."""
+    folder, short = tmp_path_factory.mktemp("readme"), tempfile.mkdtemp()  # a socket's path has 100 characters
+    furnish(folder, reference, address := f"{short}/python")
+    own = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "MINILLAVA_WEIGHTS"} | own
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    server = subprocess.Popen([sys.executable, "-c", SERVER, address], env=environment, stdout=subprocess.PIPE)
+    try:
+        assert server.stdout.readline() == b"ready\n"
+        subprocess.run(
+            ["bash", "--norc", "-c", script(TYPED)],
+            cwd=folder,
+            env=environment | {"PATH": path},
+            timeout=300,
+            check=True,
+        )
+    finally:
+        server.terminate()
+        server.communicate()
+        shutil.rmtree(short)
+    read = lambda i: [(folder / f"{name}.{i}").read_text(encoding="utf-8") for name in ("status", "out", "err")]  # noqa: E731
+    yield [(int(status), out, err) for status, out, err in map(read, range(len(TYPED)))]
 
 
-def furnish(tmp_path, reference):
-    """A folder as the README's reader has it, with the toy checkpoint under the name of the real one."""
-    for name in ("tests", "tools", "weights"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "llava-1.5-7b-hf").symlink_to(reference / "plain")
+def script(typed: list[Typed]) -> str:
+    lines = []
+    for i, (kind, text, _) in enumerate(typed):
+        text = f"python - <<'END_OF_BLOCK'\n{text}\nEND_OF_BLOCK" if kind == "python" else text
+        lines.append(f"{{ {text}\n}} < /dev/null > out.{i} 2> err.{i}; echo $? > status.{i}")
+    return "\n".join(lines)
+
+
+def furnish(folder: Path, reference: Path, address: str) -> None:
+    """A checkout after README's first command: an environment that is not active yet, with a toy under the name of the
+    real model and two pictures of the reader's."""
+    for name in ("tests", "tools"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "weights").mkdir()
+    (folder / "weights" / "shapes").symlink_to(ROOT / "weights" / "shapes")
+    (folder / "weights" / "llava-1.5-7b-hf").symlink_to(reference / "plain")
     for name, picture in (("x.jpg", "landscape"), ("y.jpg", "portrait")):
-        shutil.copy(reference / "pictures" / f"{picture}.png", tmp_path / name)
-    questions = re.search(r"\$ cat questions.jsonl\n(.*?)\n\$", README, re.DOTALL)[1]
-    (tmp_path / "questions.jsonl").write_text(f"{questions}\n", encoding="utf-8")
-    return tmp_path
+        shutil.copy(reference / "pictures" / f"{picture}.png", folder / name)
+    (folder / "client.py").write_text(CLIENT, encoding="utf-8")
+    environment = folder / ".venv" / "bin"
+    environment.mkdir(parents=True)
+    (environment / "activate").write_text('PATH="$PWD/.venv/bin:$PATH"\n')
+    client = f'exec "{sys.executable}" -IS "{folder}/client.py" "{address}" "$@"'
+    (folder / "bin").mkdir()
+    for path, does in ((environment, client), (folder / "bin", 'echo "python: not found" >&2; exit 127')):
+        (path / "python").write_text(f"#!/bin/sh\n{does}\n")
+        (path / "python").chmod(0o755)
 
 
-def run(command, folder):
-    """Through a shell in `folder`, with `python` being this one, without a device or precision of its own choosing."""
-    path = folder / "bin"
-    path.mkdir()
-    (path / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (path / "python").chmod(0o755)
-    environment = os.environ | {
-        "PATH": f"{path}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+def test_there_is_something_to_type():
+    """The tests below would pass on an empty list."""
+    assert {block.kind for block in TYPED} == {"sh", "console", "python"}
+    assert len(TYPED) >= 20
+    text = "<!-- run -->\n```console\n$ a 'b'\nc\n$ d\ne\nf\n```\n<!-- run -->\n```sh\ng\nh\n```\n"
+    assert typed_blocks(text) == [
+        Typed("console", "a 'b'", "c"),
+        Typed("console", "d", "e\nf"),
+        Typed("sh", "g\nh", None),
+    ]
 
 
-def test_there_is_something_to_run():
-    assert (len(SHELL) >= 3, len(CONSOLE) >= 1, len(PYTHON) >= 1) == (True, True, True)
-
-
-@pytest.mark.parametrize("commands", SHELL)
-def test_commands_run(commands, done):
-    """Those of a block one after the other, in one folder."""
-    found = done(f"set -e\n{commands}")
-    assert (found.returncode, found.stderr) == (0, "")
-    assert found.stdout.strip()
-
-
-@pytest.mark.parametrize(("command", "output"), CONSOLE)
-def test_commands_print_what_the_readme_says(command, output, done):
-    found = done(command)
-    assert (found.returncode, (found.stderr + found.stdout).rstrip("\n")) == (0, output)
-
-
-@pytest.mark.parametrize("code", PYTHON)
-def test_python_runs(code, folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out.strip()
+@pytest.mark.parametrize("i", range(len(TYPED)), ids=lambda i: f"{i}-{TYPED[i].text[:40]}")
+def test_typed_after_all_before_it(i, done):
+    """Blocks that each ran in a folder of its own hid that one needed another's name for its answers,
+    and that nothing had made `python` known to the shell."""
+    kind, text, output = TYPED[i]
+    status, out, err = done[i]
+    if kind == "console":
+        assert (status, (err + out).rstrip("\n")) == (0, output)
+    else:
+        answers = kind == "python" or "python -m" in text
+        assert (status, err, bool(out.strip())) == (0, "", answers)
 
 
 def test_the_memory_table_is_true():
@@ -124,3 +210,11 @@ def test_links_lead_somewhere():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_page_puts_the_download_into_the_folder_that_git_ignores():
+    """README's own folder was one in the checkout, whose 14 GB git offered to add."""
+    weights = (ROOT / "weights" / "README.md").read_text(encoding="utf-8")
+    assert " --local-dir weights/" in DOWNLOAD
+    assert DOWNLOAD in README and DOWNLOAD in weights
+    assert "weights/*\n" in (ROOT / ".gitignore").read_text(encoding="utf-8")
