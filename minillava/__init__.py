@@ -25,6 +25,11 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'minillava' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    # for help(), and for the Tab key of a prompt, which would find nothing: `load` is fetched on first use
+    return sorted({*globals(), *__all__})
+
+
 _FILES = {"minillava.inspect": "minillava.inspection", "minillava.trace": "minillava.tracing"}
 
 

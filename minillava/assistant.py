@@ -20,21 +20,14 @@ from minillava.hub import find_snapshot, is_repo_id
 from minillava.image import ImageProcessor, Images, ImageSource, as_list, open_image
 from minillava.linear import has_fast_bfloat16, use_fast_linear
 from minillava.llava import Llava, Spliced
-from minillava.loop import Options, room_for_answer, steps
+from minillava.loop import room_for_answer, steps
+from minillava.options import DEVICES, DTYPES, KINDS, Options
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, Prompt, Template, find_template, place_images, render
-from minillava.quantize import KINDS
 from minillava.tokenizer import Tokenizer, common_prefix, encode_answers
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 # Parameters from which `auto` is bfloat16 also on a CPU that emulates it: it decodes as fast there as float32, takes
 # half the memory, and needs no copy that is made first.
 LARGE = 10**9
-DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 class Assistant:
@@ -62,7 +55,7 @@ class Assistant:
         **options,
     ) -> str | list[str]:
         """The answer as text. image: a path, a Pillow image, a list of them, or None. system: as for `prompt`.
-        contrast: a method of contrast.py. options: the fields of `loop.Options` by name; others are a TypeError.
+        contrast: a method of contrast.py. options: the fields of `options.Options` by name; others are a TypeError.
 
         question may be a list, answered as one batch, in order: image is then one picture for all, or a list with what
         it may be for each; ValueError where lengths differ. The longest prompt decides how much room the context has.
@@ -306,7 +299,7 @@ def choose_dtype(name: str, device: str, stored: torch.dtype, parameters: int) -
         return torch.bfloat16 if has_fast_bfloat16() or parameters >= LARGE else torch.float32
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}, expected one of: auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return getattr(torch, name)
 
 
 def read_image_processor(folder: Path, config: LlavaConfig, aspect: str | None = None) -> ImageProcessor:

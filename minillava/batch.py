@@ -6,6 +6,11 @@ all questions are answered, the answers appear under their name at once, in orde
 what became an error, and nothing else.
 """
 
+if __name__ == "__main__":  # flags are read before torch is imported, below
+    from minillava import doors
+
+    doors.begin("batch")
+
 import argparse
 import hashlib
 import json
@@ -20,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from minillava import cli
+from minillava import cli, doors
 from minillava.assistant import Assistant, choose_device, find_folder
 
 WINDOW = 16
@@ -211,62 +216,6 @@ def _stamp(folder: Path) -> list:
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
-def batch_parser() -> cli.Parser:
-    parser = cli.Parser(
-        prog="python -m minillava.batch",
-        description="Answer a file of questions about pictures, in the format of LLaVA's evaluation.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="""questions: one JSON object per line, with question_id, text and, if it is about one, image
-answers:   in the same order, question_id, prompt, text, answer_id, model_id, metadata; or question_id and error
-
-A run that was killed goes on where it was when the same command is given again. Once it is finished, the same command
-asks again only what became an error; --images may then be another.
-
-With a temperature, the question on line N is sampled with seed S + N, whatever shares its batch; S is 0 without --seed.
-
-exit status: 0 all answered, 1 some could not be, or an error in one line, 2 wrong usage, 130 Ctrl-C""",
-    )
-    group = parser.add_argument_group("files")
-    group.add_argument(
-        "--questions", "--question-file", required=True, type=Path, metavar="FILE", help="questions, JSON lines"
-    )
-    group.add_argument(
-        "--images", "--image-folder", default=".", metavar="DIR",
-        help="folder of the pictures that questions name (default: the current one)",
-    )  # fmt: skip
-    group.add_argument(
-        "--answers", "--answers-file", required=True, type=Path, metavar="FILE",
-        help="answers, JSON lines; FILE.partial while it runs",
-    )  # fmt: skip
-    group.add_argument("--overwrite", action="store_true", help="start anew, whatever is answered already")
-    group = parser.add_argument_group("speed")
-    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions at a time (default: 8)")
-    group.add_argument(
-        "--image-cache", type=int, default=32, metavar="N",
-        help="encoded pictures kept, 5 MB each at 7B in 16 bits (default: 32)",
-    )  # fmt: skip
-    cli.add_model_arguments(parser)
-    cli.add_generation_arguments(parser)
-    cli.add_search_arguments(parser)
-    cli.add_contrast_arguments(parser)
-    cli.add_output_arguments(parser)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; the exit status."""
-    parser = batch_parser()
-    args = parser.parse_args(argv)
-    options = cli.read_options(parser, args) | {"contrast": cli.read_contrast(parser, args), "system": args.system}
-    for name, least in (("batch_size", 1), ("image_cache", 0)):
-        if vars(args)[name] < least:
-            parser.error(f"{name} is {vars(args)[name]}, expected at least {least}")
-    if args.answers.resolve() == args.questions.resolve():
-        parser.error("--questions and --answers are the same file")
-    return cli.run(lambda: ask_file(args, options), args.verbose)
-
-
 def ask_file(args: argparse.Namespace, options: dict) -> int:
     """Every question of the file that the journal does not answer; then the journal becomes the answers file."""
     messages = cli.Messages(args.verbose, args.quiet)
@@ -341,5 +290,6 @@ def ask_file(args: argparse.Namespace, options: dict) -> int:
     return 1 if errors else 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m minillava.batch`; the exit status."""
+    return doors.enter("batch", argv)

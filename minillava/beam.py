@@ -12,7 +12,8 @@ from torch import Tensor
 
 from minillava.cache import KVCache
 from minillava.llava import Llava, Spliced
-from minillava.loop import Chooser, Options, Row, check_wishes, decode, last_logits, prefill, room_for_answer
+from minillava.loop import Chooser, Row, check_wishes, decode, last_logits, prefill, room_for_answer
+from minillava.options import Options
 from minillava.tokenizer import Tokenizer
 
 OUT = -1e9

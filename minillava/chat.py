@@ -3,6 +3,11 @@
 P patches of a picture, C width, T positions of the prompt.
 """
 
+if __name__ == "__main__":  # flags are read before torch is imported, below
+    from minillava import doors
+
+    doors.begin("chat")
+
 import argparse
 import io
 import json
@@ -17,12 +22,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillava import __version__, cli
+from minillava import __version__, cli, doors
 from minillava.assistant import Assistant
 from minillava.cache import KVCache
 from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.image import ImageSource, open_image
-from minillava.loop import Options, steps
+from minillava.loop import steps
+from minillava.options import Options
+from minillava.parsers import CHAT_COMMANDS
 from minillava.prompt import DEFAULT_TEMPLATE, place_images, render
 from minillava.tokenizer import common_prefix
 
@@ -80,7 +87,7 @@ class Conversation:
         return self.waiting[-1]
 
     def ask(self, question: str, **options) -> str:
-        """The answer to the next question. options: the fields of `loop.Options` by name."""
+        """The answer to the next question. options: the fields of `options.Options` by name."""
         return "".join(self.stream(question, **options))
 
     def stream(self, question: str, **options) -> Iterator[str]:
@@ -176,13 +183,6 @@ class Conversation:
 # --- the door -------------------------------------------------------------------------------------------------
 
 PROMPT = "> "
-HELP = """\
-/image PATH   add a picture to the next question; <image> in the question places it
-/clear        forget the conversation and its pictures
-/save FILE    write the conversation as JSON; a file that this session did not write is not overwritten
-/help         this list
-/quit, /exit  leave, as the end of the input does
-Ctrl-C stops an answer, which keeps what it has said; at the prompt, or in a script, it leaves."""
 
 
 class Session:
@@ -204,7 +204,7 @@ class Session:
         if command in ("/quit", "/exit"):
             return False
         if command == "/help":
-            print(HELP, file=sys.stderr)
+            print(CHAT_COMMANDS, file=sys.stderr)
         elif command == "/clear":
             self.conversation.clear()
             self.messages.note("conversation and pictures are forgotten; /image PATH adds a picture")
@@ -259,44 +259,7 @@ class Session:
         self.messages.note(f"{len(self.conversation.turns)} turn(s) written to {path}")
 
 
-def chat_parser() -> cli.Parser:
-    parser = cli.Parser(
-        prog="python -m minillava.chat",
-        description="Talk with LLaVA-1.5 about pictures. Each line of stdin is a question; the answers go to stdout, "
-        "everything else to stderr.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog=f"""commands:
-{HELP}
-
-examples:
-  python -m minillava.chat --weights llava-1.5-7b-hf --image cat.jpg
-  printf 'What is it?\\nWhat colour is it?\\n' | python -m minillava.chat -m DIR -i cat.jpg
-
-exit status: 0 the end, 1 an error in one line (at a terminal only one that ends the session), 2 wrong usage,
-130 Ctrl-C at the prompt, or where stdin is no terminal""",
-    )
-    parser.add_argument_group("question").add_argument(
-        "-i", "--image", action="append", default=[], metavar="FILE",
-        help="picture for the first question: a path or a data: URL; repeat for several",
-    )  # fmt: skip
-    cli.add_model_arguments(parser)
-    cli.add_generation_arguments(parser)
-    cli.add_output_arguments(parser)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m minillava.chat`; the exit status."""
-    parser = chat_parser()
-    args = parser.parse_args(argv)
-    options = cli.read_options(parser, args)
-    if "-" in args.image:
-        parser.error("--image - would read stdin, where the questions come from: give a path")
-    return cli.run(lambda: _chat(args, options), args.verbose)
-
-
-def _chat(args: argparse.Namespace, options: dict) -> int:
+def run(args: argparse.Namespace, options: dict) -> int:
     messages = cli.Messages(args.verbose, args.quiet)
     weights = cli.find_weights(args.weights, messages)
     images = [open_image(image) for image in args.image]  # what is wrong with one is found before gigabytes are opened
@@ -355,5 +318,6 @@ def _lines(terminal: bool) -> Iterator[str]:
         yield line.removesuffix("\n")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m minillava.chat`; the exit status."""
+    return doors.enter("chat", argv)

@@ -1,12 +1,13 @@
-"""What the command lines share: arguments, messages on stderr, errors in one line; and the door `generate`.
+"""What the command lines share: arguments, messages on stderr, errors in one line.
 
 stdout carries the answer and nothing else. Exit status: 0 an answer, 1 an error of input or model in one
 line, 2 wrong usage, 130 Ctrl-C (what was printed stays), 0 when the reader of a pipe went away.
 """
 
+from __future__ import annotations
+
 import argparse
 import io
-import json
 import os
 import re
 import sys
@@ -15,22 +16,19 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
-from torch import Tensor
-
-from minillava import __version__, beam
-from minillava.assistant import DEVICES, DTYPES, Assistant, bundled_weights, load
-from minillava.attention import ATTENTION
+from minillava import __version__
 from minillava.config import DOWNLOAD
-from minillava.contrast import METHODS, Contrast, describe
+from minillava.contrast import METHODS, Contrast
 from minillava.hub import is_repo_id
-from minillava.image import ASPECTS, open_image
-from minillava.llava import Spliced
-from minillava.loop import Options, steps
+from minillava.options import ASPECTS, ATTENTION, DEVICES, DTYPES, KINDS, Options
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, TEMPLATES, place_images
-from minillava.quantize import KINDS, count_parameters, quantised_kinds
-from minillava.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # flags are read before these, which import torch, are
+    from PIL import Image
+
+    from minillava.assistant import Assistant
 
 WEIGHTS_VARIABLE = "MINILLAVA_WEIGHTS"
 
@@ -71,7 +69,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "models it always is, else float32)",
     )  # fmt: skip
     group.add_argument(
-        "--attention", default="fused", choices=list(ATTENTION),
+        "--attention", default="fused", choices=ATTENTION,
         help="fused is fast; eager is written out and bit-identical to Hugging Face's eager (default: fused)",
     )  # fmt: skip
     group.add_argument(
@@ -135,6 +133,20 @@ def add_search_arguments(parser: argparse.ArgumentParser):
         "(default: false)",
     )  # fmt: skip
     return group
+
+
+def number_list(text: str) -> list[int] | None:
+    """A flag's list of numbers from 0: "0,2-4" -> [0, 2, 3, 4]; "all" -> None."""
+    if text.strip() == "all":
+        return None
+    found = []
+    for part in text.split(","):
+        ends = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
+        numbers = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
+        if not numbers:
+            raise argparse.ArgumentTypeError(f"{text!r} is not like 3 or 0,2-4 or all")
+        found += numbers
+    return sorted(set(found))
 
 
 def read_options(parser: Parser, args: argparse.Namespace) -> dict:
@@ -289,6 +301,8 @@ def check_stdin(parser: Parser, args: argparse.Namespace) -> None:
 def read_question(args: argparse.Namespace) -> tuple[str, list[Image.Image]]:
     """--prompt and --image, `-` from stdin. What can be wrong with them is found here, before gigabytes are opened:
     raises as `open_image` and `place_images`."""
+    from minillava.image import open_image
+
     question = DEFAULT_PROMPT if args.prompt is None else args.prompt
     if question == "-":
         question = sys.stdin.read().removesuffix("\n")
@@ -321,6 +335,8 @@ def check_outputs(parser: Parser, paths: Sequence[str]) -> None:
 def find_weights(given: str | None, messages: Messages) -> str:
     """--weights, else $MINILLAVA_WEIGHTS, else the bundled model, with a note that says so. Raises ValueError where
     there is nothing."""
+    from minillava.assistant import bundled_weights
+
     weights = given or os.environ.get(WEIGHTS_VARIABLE)
     if weights and not given and not os.path.isdir(weights) and not is_repo_id(weights):
         raise ValueError(f"{weights}: no such folder; {WEIGHTS_VARIABLE} names it: correct that, or pass --weights DIR")
@@ -336,6 +352,9 @@ def find_weights(given: str | None, messages: Messages) -> str:
 
 def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -> Assistant:
     """What the flags of `add_model_arguments` ask for, opened and reported."""
+    from minillava.assistant import load
+    from minillava.quantize import count_parameters, quantised_kinds
+
     started = time.perf_counter()
     messages.progress(f"loading {weights} ...")
     try:
@@ -364,166 +383,7 @@ def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -
     return assistant
 
 
-def generate_parser() -> Parser:
-    parser = Parser(
-        prog="python -m minillava.generate",
-        description="Ask LLaVA-1.5 about a picture. The answer goes to stdout, everything else to stderr.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="""examples:
-  python -m minillava.generate --image weights/shapes/example-1.png
-  python -m minillava.generate --weights llava-1.5-7b-hf --image cat.jpg --prompt "What is the cat doing?"
-  python -m minillava.generate -m DIR -i a.png -i b.png -p "<image> or <image>: which is brighter?"
-  cat x.jpg | python -m minillava.generate -m DIR -i - --json
-  python -m minillava.generate -m DIR -i x.jpg --temperature 0.7 --top-p 0.9 --seed 1 --verbose
+if __name__ == "__main__":  # who looks for the command line finds the doors
+    from minillava.doors import main
 
-exit status: 0 answered, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
-    )
-    group = parser.add_argument_group("question")
-    group.add_argument(
-        "-i", "--image", action="append", default=[], metavar="FILE",
-        help="picture: a path, a data: URL, or - for stdin; repeat for several",
-    )  # fmt: skip
-    group.add_argument(
-        "-p", "--prompt", "--query", default=None, metavar="TEXT",
-        help=f"question, or - for stdin; <image> in it places a picture (default: {DEFAULT_PROMPT!r})",
-    )  # fmt: skip
-    add_model_arguments(parser)
-    add_generation_arguments(parser)
-    add_search_arguments(parser).add_argument(
-        "--num-return-sequences", type=int, default=Options.num_return_sequences, metavar="N",
-        help=f"N answers, an empty line between them, the best beam first (default: {Options.num_return_sequences})",
-    )  # fmt: skip
-    add_contrast_arguments(parser).add_argument(
-        "--contrast-log", metavar="FILE", help="write what each token was chosen from, one JSON object a line"
-    )
-    group = add_output_arguments(parser)
-    group.add_argument("--json", action="store_true", help="one JSON object: text, ids, finish reason, timings")
-    group.add_argument(
-        "--logprobs", type=int, metavar="K",
-        help="with --json: of each token id, piece and log-probability, and the K most likely ones in its place; by "
-        "the raw logits, before penalties, temperature and filters",
-    )  # fmt: skip
-    group.add_argument("--print-prompt", action="store_true", help="show the exact prompt on stderr")
-    return parser
-
-
-def answer(argv: Sequence[str] | None = None) -> int:
-    """`python -m minillava.generate`: one question, one answer. Returns the exit status."""
-    parser = generate_parser()
-    args = parser.parse_args(argv)
-    options, contrast = read_options(parser, args), read_contrast(parser, args)
-    if args.contrast_log and contrast is None:
-        parser.error("--contrast-log needs --contrast")
-    if args.contrast_log and not Path(args.contrast_log).absolute().parent.is_dir():
-        parser.error(f"--contrast-log {args.contrast_log}: no such folder; make it first")
-    if args.contrast_log and args.num_return_sequences > 1:
-        parser.error("--contrast-log follows one answer: leave --num-return-sequences out")
-    if args.logprobs is not None and (not args.json or args.logprobs < 0):
-        parser.error(f"--logprobs {args.logprobs}: " + ("is below 0" if args.json else "needs --json"))
-    if contrast is not None and not args.image:
-        parser.error(f"--contrast {args.contrast} contrasts two views of a picture: give one with --image")
-    if not args.image and args.prompt is None:
-        parser.error("nothing to answer: give a picture with --image, or a question with --prompt")
-    check_stdin(parser, args)
-    return run(lambda: _answer(args, options, contrast), args.verbose)
-
-
-def _logprobs(token_id: int, logits: Tensor, count: int, tokenizer: Tokenizer) -> dict:
-    """A token and the `count` most likely ones in its place, with their log-probabilities by the logits [V]."""
-    log_p = logits.log_softmax(-1)
-
-    def described(i: int) -> dict:
-        piece = tokenizer.sentencepiece.id_to_piece(i) if i < tokenizer.vocab_size else f"<{i}>"
-        return {"id": i, "piece": piece, "logprob": round(float(log_p[i]), 6)}
-
-    return described(token_id) | {"top": [described(i) for i in log_p.topk(min(count, len(log_p))).indices.tolist()]}
-
-
-def _follow(
-    args: argparse.Namespace,
-    assistant: Assistant,
-    spliced: Spliced,
-    chosen: Options,
-    contrast: Contrast | None,
-    messages: Messages,
-) -> list[dict]:
-    """Token after token; printed as text unless --json, a single answer as it is made."""
-    count, length, started = chosen.num_return_sequences, spliced.embeds.shape[1], time.perf_counter()
-    answers = [{"text": "", "ids": [], "finish_reason": None} for _ in range(count)]
-    spliced, tokenizer, log, made = spliced.repeat_rows(count), assistant.tokenizer, [], 0
-    for step in steps(assistant.model, spliced, chosen, tokenizer=tokenizer, contrast=contrast):
-        if not made:
-            messages.stage("prefill", started, f"{length} positions, first token")
-            started = time.perf_counter()
-        if args.contrast_log:
-            log.append(json.dumps(describe(contrast, step, made, tokenizer), ensure_ascii=False) + "\n")
-        made += 1
-        for row, answer in enumerate(answers):
-            if answer["finish_reason"] is None:
-                answer["ids"].append(step.ids[row])
-                answer["text"] += step.text[row]
-                answer["finish_reason"] = step.finish_reason[row]
-                if args.logprobs is not None:
-                    token = _logprobs(answer["ids"][-1], step.logits[row], args.logprobs, tokenizer)
-                    answer.setdefault("tokens", []).append(token)
-        if not args.json and count == 1:
-            print(step.text[0], end="", flush=True)
-    if not args.json:
-        print("" if count == 1 else "\n\n".join(answer["text"] for answer in answers), flush=True)
-    more, reasons = made - 1, ", ".join(answer["finish_reason"] for answer in answers)
-    speed = f", {more / (time.perf_counter() - started):.1f} per second" if more else ""
-    messages.stage("decode", started, f"{more} more token(s){speed}; ended by {reasons}, seed {chosen.seed}")
-    if args.contrast_log:
-        write_whole(args.contrast_log, "".join(log))
-    return answers
-
-
-def _search(
-    args: argparse.Namespace, assistant: Assistant, spliced: Spliced, chosen: Options, messages: Messages
-) -> list[dict]:
-    """Beam search; printed as text unless --json."""
-    started, tokenizer = time.perf_counter(), assistant.tokenizer
-    record = () if args.logprobs is None else ("logits",)
-    found = beam.search(assistant.model, spliced, chosen, tokenizer=tokenizer, record=record)
-    answers = []
-    for row, length in enumerate(found.lengths):
-        ids, score = found.sequences[row, :length].tolist(), round(float(found.scores[row]), 6)
-        answer = {"text": found.text[row], "ids": ids, "finish_reason": found.finish_reason[row], "score": score}
-        if record:
-            logits = (step[row] for step in found.recorded["logits"][:length])
-            answer["tokens"] = [_logprobs(i, x, args.logprobs, tokenizer) for i, x in zip(ids, logits, strict=True)]
-        answers.append(answer)
-    if not args.json:
-        print("\n\n".join(found.text), flush=True)
-    messages.stage("search", started, f"{chosen.num_beams} beams, best score {answers[0]['score']}")
-    return answers
-
-
-def _answer(args: argparse.Namespace, options: dict, contrast: Contrast | None) -> int:
-    messages = Messages(args.verbose, args.quiet)
-    weights = find_weights(args.weights, messages)
-    question, images = read_question(args)
-    assistant = open_assistant(args, weights, messages)
-    prompt = assistant.prompt(question, images=len(images), system=args.system)
-    if args.print_prompt:
-        print(prompt, file=sys.stderr)
-    chosen = assistant.options(**options)
-    started = time.perf_counter()
-    spliced = assistant.prepare(images, prompt, contrast, chosen.seed)
-    length, words = spliced.embeds.shape[1], len(spliced.input_ids[0])
-    messages.stage("encode", started, f"{len(images)} picture(s), {words} ids -> {length} positions")
-
-    if chosen.num_beams > 1:
-        answers = _search(args, assistant, spliced, chosen, messages)
-    else:
-        answers = _follow(args, assistant, spliced, chosen, contrast, messages)
-    if args.json:
-        result = {
-            **(answers[0] if len(answers) == 1 else {"answers": answers}),
-            "prompt": prompt,
-            "seed": chosen.seed,
-            "timings": {name: round(seconds, 6) for name, seconds in messages.timings.items()},
-        }
-        print(json.dumps(result, ensure_ascii=False))
-    return 0
+    main()

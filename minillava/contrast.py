@@ -6,21 +6,23 @@ arXiv 2403.14003, as the code of RITUAL has it). A method of your own is a subcl
 B rows, n pictures, R their side in pixels, V vocabulary.
 """
 
+from __future__ import annotations  # Tensor and the like are names for the reader: see TYPE_CHECKING
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageEnhance, ImageOps
-from torch import Generator, Tensor
+from typing import TYPE_CHECKING
 
 from minillava.config import IMAGE_TOKEN_INDEX
-from minillava.image import ImageProcessor
-from minillava.loop import Step
-from minillava.sampling import REMOVED
-from minillava.tokenizer import Tokenizer
+from minillava.options import NOISE_STEPS, TRANSFORMS
+
+if TYPE_CHECKING:  # the flags of a method are read here, before torch is imported
+    from PIL import Image
+    from torch import Generator, Tensor
+
+    from minillava.image import ImageProcessor
+    from minillava.loop import Step
+    from minillava.tokenizer import Tokenizer
 
 Rows = Sequence[Sequence[int]]
 
@@ -50,14 +52,13 @@ class Contrast:
 
     def __call__(self, logits: Tensor, other: Tensor, step: int) -> Tensor:
         """Combine, then cut. [B,V] twice -> [B,V]"""
-        return self.combine(logits, other, step).masked_fill(self.cut(logits), REMOVED)
+        return self.combine(logits, other, step).masked_fill(self.cut(logits), -math.inf)
 
     def cut(self, logits: Tensor) -> Tensor:
         """Which tokens are out of the question, bool [B,V]. By the first row's raw logits: a combination that makes an
         unlikely token look good is just what this guards against."""
-        if self.beta == 0:
-            return torch.zeros_like(logits, dtype=torch.bool)
-        return logits < math.log(self.beta) + logits.amax(-1, keepdim=True)
+        least = math.log(self.beta) if self.beta else -math.inf  # nothing is less
+        return logits < least + logits.amax(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class VCD(Contrast):
 
     def second(self, input_ids, pictures, processor, generator):
         _need_pictures("vcd", pictures)
+        from minillava.transforms import add_noise
+
         return input_ids, add_noise(processor(pictures), self.noise_step, generator)
 
     def combine(self, logits, other, step):
@@ -101,10 +104,9 @@ class RITUAL(Contrast):
 
     def change(self, picture: Image.Image, side: int, generator: Generator) -> Image.Image:
         """The transformed picture; side: what `crop` scales to, in pixels."""
-        name = self.transform
-        if name is None:
-            name = tuple(TRANSFORMS)[int(torch.randint(len(TRANSFORMS), (), generator=generator))]
-        return TRANSFORMS[name](picture.convert("RGB"), side, generator)
+        from minillava.transforms import transform
+
+        return transform(self.transform, picture.convert("RGB"), side, generator)
 
     def combine(self, logits, other, step):
         return logits + self.alpha * other
@@ -160,103 +162,6 @@ def describe(contrast: Contrast, step: Step, number: int, tokenizer: Tokenizer, 
 def without_pictures(input_ids: Rows) -> list[list[int]]:
     """The same ids without any -200: what the text alone says."""
     return [[int(i) for i in row if i != IMAGE_TOKEN_INDEX] for row in input_ids]
-
-
-# ---------------------------------------------------------------------------------------------- VCD's noise
-
-NOISE_STEPS = 1000
-
-
-def noise_scales(step: int) -> tuple[float, float]:
-    """The weights of picture and noise after `step` (from 0) of 1,000 diffusion steps, as in VCD's code."""
-    betas = torch.linspace(-6, 6, NOISE_STEPS, dtype=torch.float64).sigmoid() * (0.005 - 0.00001) + 0.00001
-    kept = float((1 - betas).cumprod(0)[step])
-    return kept**0.5, (1 - kept) ** 0.5
-
-
-def add_noise(pixels: Tensor, step: int, generator: Generator) -> Tensor:
-    """Normalised pixels float32 [n,3,R,R] diffused `step` steps; the same shape."""
-    picture, noise = noise_scales(step)
-    return picture * pixels + noise * torch.randn(pixels.shape, generator=generator)
-
-
-# -------------------------------------------------------------------------------------- RITUAL's transforms
-# Those of its evaluation scripts, with torchvision's parameters and Pillow's operations: each takes the picture
-# (RGB), the side of the pictures that the model reads, and a generator.
-
-
-def _uniform(low: float, high: float, generator: Generator) -> float:
-    return low + (high - low) * float(torch.rand((), generator=generator))
-
-
-def _flip(picture, side, generator):
-    return ImageOps.mirror(picture)
-
-
-def _flip_upside_down(picture, side, generator):
-    return ImageOps.flip(picture)
-
-
-def _rotate(picture, side, generator):
-    return picture.rotate(_uniform(-180, 180, generator), Image.Resampling.NEAREST, fillcolor=(0, 0, 0))
-
-
-def _jitter(picture, side, generator):
-    """Brightness, contrast, saturation and hue, in random order."""
-    enhancers = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
-    factors = [_uniform(0, 2, generator) for _ in enhancers]
-    turn = _uniform(-0.5, 0.5, generator)  # of the colour circle
-    for i in torch.randperm(4, generator=generator).tolist():
-        picture = enhancers[i](picture).enhance(factors[i]) if i < 3 else _turn_hue(picture, turn)
-    return picture
-
-
-def _turn_hue(picture: Image.Image, turn: float) -> Image.Image:
-    hue, saturation, value = picture.convert("HSV").split()
-    hue = hue.point([(i + int(turn * 255)) % 256 for i in range(256)])
-    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-
-
-def _blur(picture, side, generator):
-    """A 13 x 13 Gaussian, the edges reflected."""
-    sigma, reach = _uniform(1.5, 2.0, generator), 6
-    if min(picture.size) <= reach:
-        raise ValueError(
-            f"the picture is {picture.width} x {picture.height}, blur needs more than {reach} pixels a side"
-        )
-    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
-    kernel = (kernel / kernel.sum())[None, None, None]  # [1, 1, 1, 13]
-    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[:, None].float()  # [3, 1, height, width]
-    x = F.pad(x, (reach, reach, reach, reach), mode="reflect")
-    x = F.conv2d(F.conv2d(x, kernel), kernel.transpose(2, 3))
-    return Image.fromarray(x[:, 0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
-
-
-def _crop(picture, side, generator):
-    """A part of 8 to 100 % of the area, its shape between 3:4 and 4:3, scaled to side x side."""
-    width, height = picture.size
-    for _ in range(10):
-        area = width * height * _uniform(0.08, 1, generator)
-        aspect = math.exp(_uniform(math.log(3 / 4), math.log(4 / 3), generator))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            left = int(torch.randint(width - w + 1, (), generator=generator))
-            top = int(torch.randint(height - h + 1, (), generator=generator))
-            break
-    else:  # a long strip: the middle of it, as wide as the shapes above allow
-        w, h = min(width, round(height * 4 / 3)), min(height, round(width / (3 / 4)))
-        left, top = (width - w) // 2, (height - h) // 2
-    return picture.resize((side, side), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
-
-
-TRANSFORMS = {
-    "flip": _flip,
-    "upside down": _flip_upside_down,
-    "rotate": _rotate,
-    "jitter": _jitter,
-    "blur": _blur,
-    "crop": _crop,
-}
 
 
 def _need_pictures(method: str, pictures: Sequence) -> None:

@@ -4,7 +4,11 @@ B rows: prompts times num_return_sequences. m new tokens, n pictures, R their si
 V vocabulary.
 """
 
-import sys
+if __name__ == "__main__":  # flags are read before torch is imported, below
+    from minillava import doors
+
+    doors.begin("generate")
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +17,8 @@ from torch import Tensor
 
 from minillava import beam
 from minillava.llava import Llava, Spliced
-from minillava.loop import Options, steps
+from minillava.loop import steps
+from minillava.options import Options
 from minillava.tokenizer import Tokenizer
 
 
@@ -103,14 +108,7 @@ def _beam_search(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: an answer on stdout, everything else on stderr; the exit status."""
-    from minillava import cli  # a door: it may know every room, the call above may not
+    """`python -m minillava.generate`; the exit status."""
+    from minillava import doors  # a door knows every file that a command needs, the function above may not
 
-    return cli.answer(argv)
-
-
-if __name__ == "__main__":
-    # Run the imported module rather than this copy of it, so that there is one of each class.
-    from minillava.generate import main as imported_main
-
-    sys.exit(imported_main())
+    return doors.enter("generate", argv)

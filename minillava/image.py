@@ -18,10 +18,10 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
+from minillava.options import ASPECTS
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-ASPECTS = ("pad", "crop")
 
 MAX_PIXELS = 2 * 89_478_485
 """Pillow's own limit against decompression bombs (about 179 million pixels), here also for the padded square."""

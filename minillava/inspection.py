@@ -4,11 +4,15 @@ Names, shapes and dtypes stand at the beginning of a file, and no more is read, 
 takes minutes. With --doctor the model is opened and asked, too (doctor.py).
 """
 
+if __name__ == "__main__":  # flags are read before torch is imported, below
+    from minillava import doors
+
+    doors.begin("inspect")
+
 import argparse
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from minillava import cli, doctor
+from minillava import cli, doctor, doors
 from minillava.assistant import choose_device, choose_dtype, find_folder, read_image_processor
 from minillava.attention import fused
 from minillava.checkpoint import (
@@ -359,46 +363,7 @@ def keys_text(report: Report) -> str:
     return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def inspect_parser() -> cli.Parser:
-    parser = cli.Parser(
-        prog="python -m minillava.inspect",
-        description="Say what a folder of weights holds and lacks, and what it needs in memory, from the headers of "
-        "its files.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="""examples:
-  python -m minillava.inspect weights/shapes
-  python -m minillava.inspect llava-v1.5-7b --vision-tower clip-vit-large-patch14-336 --keys
-  python -m minillava.inspect llava-1.5-7b-hf --doctor --image cat.jpg
-
-exit status: 0 it can be opened (and no check FAILED), 1 it cannot, 2 wrong usage, 130 Ctrl-C""",
-    )
-    parser.add_argument("folder", nargs="?", metavar="DIR", help="the weights, as for --weights")
-    group = parser.add_argument_group("what to say")
-    group.add_argument("--keys", action="store_true", help="list every tensor: names, shape, dtype, file")
-    group.add_argument("--json", action="store_true", help="one JSON object instead, with everything")
-    group.add_argument(
-        "--doctor", action="store_true",
-        help="also open the model and check it here: memory, NaN, two ways to compute the same, whether it sees",
-    )  # fmt: skip
-    group.add_argument("-i", "--image", metavar="FILE", help="with --doctor: show it this picture, not a drawn one")
-    cli.add_model_arguments(parser)
-    cli.add_output_arguments(parser)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; the exit status."""
-    parser = inspect_parser()
-    args = parser.parse_args(argv)
-    if args.folder is not None and args.weights is not None:
-        parser.error(f"DIR and --weights are the same: give {args.folder} or {args.weights}")
-    if args.image is not None and not args.doctor:
-        parser.error("--image is what --doctor shows the model: give both")
-    return cli.run(lambda: _inspect(args), args.verbose)
-
-
-def _inspect(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     messages = cli.Messages(args.verbose, args.quiet)
     picture = None if args.image is None else open_image(args.image)
     weights = cli.find_weights(args.folder or args.weights, messages)
@@ -445,5 +410,6 @@ def _see_doctor(
         yield from doctor.examine(cli.open_assistant(args, weights, messages), picture, args.system)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m minillava.inspect`; the exit status."""
+    return doors.enter("inspect", argv)

@@ -8,13 +8,17 @@ chosen layers and heads. Each number is a patch's share of all attention, of whi
 L layers, H heads, P patches, G = √P patches a side, T queries, S keys, C width, V vocabulary.
 """
 
+if __name__ == "__main__":  # flags are read before torch is imported, below
+    from minillava import doors
+
+    doors.begin("look")
+
 import argparse
 import io
 import json
 import math
 import os
 import re
-import sys
 import time
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -26,13 +30,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minillava import cli, look_draw, look_html
+from minillava import cli, doors, look_draw, look_html
 from minillava.assistant import Assistant
 from minillava.attention import eager
 from minillava.image import ImageProcessor, ImageSource, open_image
 from minillava.llama import LanguageModel
 from minillava.llava import Llava, Spliced
-from minillava.loop import Options, Step, steps
+from minillava.loop import Step, steps
+from minillava.options import Options
 from minillava.prompt import DEFAULT_PROMPT
 from minillava.recorder import piece_of
 from minillava.tokenizer import TextDecoder, Tokenizer
@@ -201,7 +206,7 @@ def look(
     **options,
 ) -> Look:
     """Answer, and where each word looked. layers, heads: counted from 0, those averaged over (default: the upper
-    half, all heads). options: the fields of `loop.Options`. Raises ValueError for a layer or head out of range."""
+    half, all heads). options: the fields of `options.Options`. Raises ValueError for a layer or head out of range."""
     text, picture = assistant.model.config.text, open_image(image)
     layers = _check("layer", default_layers(text.num_hidden_layers) if layers is None else layers,
                     text.num_hidden_layers)  # fmt: skip
@@ -247,18 +252,6 @@ def _check(what: str, chosen: Sequence[int], count: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------- door
 
 
-def _numbers(text: str) -> list[int] | None:
-    """ "0,2-4" -> [0, 2, 3, 4]; "all" -> None."""
-    if text == "all":
-        return None
-    number = r"\d{1,4}"
-    parts = [part.split("-") for part in text.split(",")] if re.fullmatch(rf"({number}[-,])*{number}", text) else []
-    ranges = [range(int(ends[0]), int(ends[-1]) + 1) for ends in parts if len(ends) < 3]
-    if not ranges or len(ranges) < len(parts) or not all(ranges):
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 3 or 0,2-4 or all")
-    return sorted({i for part in ranges for i in part})
-
-
 def _plain(text: str) -> str:
     """A word for comparison: small letters, without the punctuation around it."""
     return re.sub(r"^\W+|\W+$", "", text).casefold()
@@ -296,73 +289,7 @@ def _picture_bytes(image: Image.Image, path: str) -> bytes:
     return file.getvalue()
 
 
-def look_parser() -> cli.Parser:
-    parser = cli.Parser(
-        prog="python -m minillava.look",
-        description="Show what each word of an answer looked at. The answer goes to stdout.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="""examples:
-  python -m minillava.look --image weights/shapes/example-1.png --out look.png --html look.html
-  python -m minillava.look -m DIR -i x.jpg -p "What is the cat doing?" --word cat --layers 14-20 --out cat.png
-
-exit status: 0 written, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
-    )
-    group = parser.add_argument_group("question")
-    group.add_argument(
-        "-i", "--image", action="append", required=True, metavar="FILE",
-        help="picture: a path, a data: URL, or - for stdin",
-    )  # fmt: skip
-    group.add_argument(
-        "-p", "--prompt", "--query", default=DEFAULT_PROMPT, metavar="TEXT",
-        help=f"question, or - for stdin (default: {DEFAULT_PROMPT!r})",
-    )  # fmt: skip
-    group = parser.add_argument_group("what to write, at least one")
-    group.add_argument("--out", metavar="FILE.png", help="the picture with a heat map for each word")
-    group.add_argument("--html", metavar="FILE", help="a page: hover a word for its map, a patch for its words")
-    group.add_argument("--json", metavar="FILE", help="the maps as numbers, with words and token ids")
-    group.add_argument("--npy", metavar="FILE", help="the maps as one float32 array [words, rows, columns]")
-    group.add_argument("--grid", metavar="FILE.png", help="the picture as the model sees it, cut into patches")
-    group.add_argument("--lens", metavar="FILE", help="a page: the token each patch and layer would decode to")
-    group = parser.add_argument_group("which attention")
-    group.add_argument("--word", action="append", default=[], metavar="WORD", help="only this word; repeatable")
-    group.add_argument(
-        "--layers", type=_numbers, default=(), metavar="LIST",
-        help="layers to average, from 0, like 3 or 0,2-4 or all (default: the upper half)",
-    )  # fmt: skip
-    group.add_argument(
-        "--heads", type=_numbers, default=(), metavar="LIST",
-        help="heads to average, likewise (default: all)",
-    )  # fmt: skip
-    cli.add_model_arguments(parser)
-    cli.add_generation_arguments(parser)
-    cli.add_output_arguments(parser)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; the exit status."""
-    parser = look_parser()
-    args = parser.parse_args(argv)
-    options = cli.read_options(parser, args)
-    paths = [path for path in (args.out, args.html, args.json, args.npy, args.grid, args.lens) if path is not None]
-    if not paths:
-        parser.error("nothing to write: give --out, --html, --json, --npy, --grid or --lens")
-    if len(args.image) > 1:
-        parser.error(f"--image is given {len(args.image)} times: it looks at one picture")
-    cli.check_stdin(parser, args)
-    cli.check_outputs(parser, paths)
-    chosen = {"--word": args.word, "--layers": args.layers != (), "--heads": args.heads != ()}
-    if not any((args.out, args.html, args.json, args.npy)) and any(chosen.values()):
-        flag = next(flag for flag, given in chosen.items() if given)
-        parser.error(f"{flag} is about the maps: give --out, --html, --json or --npy")
-    for flag, path in (("--out", args.out), ("--grid", args.grid)):
-        if path is not None and not path.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
-            parser.error(f"{flag} {path}: the name must end in .png, .jpg or .webp")
-    return cli.run(lambda: _write(args, options), args.verbose)
-
-
-def _write(args: argparse.Namespace, options: dict) -> int:
+def run(args: argparse.Namespace, options: dict) -> int:
     messages = cli.Messages(args.verbose, args.quiet)
     question, (picture,) = cli.read_question(args)
     assistant = cli.open_assistant(args, cli.find_weights(args.weights, messages), messages)
@@ -405,5 +332,6 @@ def _write(args: argparse.Namespace, options: dict) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m minillava.look`; the exit status."""
+    return doors.enter("look", argv)

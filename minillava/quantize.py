@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from minillava.linear import BLOCK, blockwise, convert, has_fast_bfloat16, linear
 
-KINDS = ("int8", "int4")
 PARTS = {"weight_int8": "scale", "weight_int4": "scale_zero"}  # names of what is stored of a weight
 GROUP = 64  # weights of a row that share a scale and a zero in int4: 4.5 bits a weight
 ALIGNED = 16  # K must be a multiple: the int8 kernel reads so many numbers at once, also beyond a row's end

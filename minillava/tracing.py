@@ -3,10 +3,14 @@
 t ids of the prompt, T positions after the splice, C width, n pictures, R their side in pixels, V vocabulary.
 """
 
+if __name__ == "__main__":  # flags are read before torch is imported, below
+    from minillava import doors
+
+    doors.begin("trace")
+
 import argparse
 import json
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -16,20 +20,17 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from minillava import cli
+from minillava import cli, doors
 from minillava.assistant import Assistant
 from minillava.config import read_config
 from minillava.image import ImageProcessor, open_image
 from minillava.llava import Llava
-from minillava.loop import Chooser, Options, Step, steps
-from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, place_images, render
-from minillava.recorder import DEPTHS, Consume, Record, Recorder, number_text, piece_of, source_of, summarise
+from minillava.loop import Chooser, Step, steps
+from minillava.options import Options
+from minillava.prompt import DEFAULT_TEMPLATE, place_images, render
+from minillava.recorder import Consume, Record, Recorder, number_text, piece_of, source_of, summarise
 from minillava.tokenizer import Tokenizer
 from minillava.trace_html import Page
-
-SETTINGS = ("weights", "revision", "model_base", "adapter", "vision_tower", "device", "dtype", "attention",
-            "quantize", "template", "system", "image_aspect_ratio")  # fmt: skip
-"""What the two runs of --compare may differ in: the flags of the model, by name."""
 
 
 @torch.no_grad()
@@ -235,128 +236,10 @@ def difference(a: Tensor, b: Tensor) -> dict:
 # --- the door -------------------------------------------------------------------------------------------------
 
 
-def numbers_from(text: str) -> tuple[int, ...]:
-    """`0,31` -> (0, 31)"""
-    found = text.split(",")
-    if not all(re.fullmatch(r"\d+", number.strip()) for number in found):
-        raise argparse.ArgumentTypeError(f"expected whole numbers such as 0,31, found {text!r}")
-    return tuple(map(int, found))
-
-
-def _tolerance(text: str) -> float:
-    """A number that is not negative."""
-    number = float(text)
-    if not number >= 0:  # nan neither
-        raise argparse.ArgumentTypeError(f"expected a number from 0, found {text!r}")
-    return number
-
-
-def trace_parser() -> cli.Parser:
-    parser = cli.Parser(
-        prog="python -m minillava.trace",
-        description="Run one question and print every stage on the way to the answer: name, shape, dtype, the source "
-        "line that made it, min, mean, max, first values. Or compare two runs.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog=f"""step 0 is the picture and the prompt (prefill), step 1 the first cached token. A * marks a shape that
-changed since the step traced before.
-
---compare takes settings, or a file that --save wrote (or anybody else: safetensors, named as --save names them):
-  {", ".join(SETTINGS)}
-
-examples:
-  python -m minillava.trace -m DIR -i x.jpg --depth outline
-  python -m minillava.trace -m DIR -i x.jpg --depth everything --layer 0,31 --html trace.html
-  python -m minillava.trace -m DIR -i x.jpg --compare attention=eager attention=fused
-  python -m minillava.trace -m DIR -i x.jpg --compare device=cpu,dtype=float32 device=cuda,dtype=float16
-  python -m minillava.trace -m DIR -i x.jpg --compare reference.safetensors dtype=float32
-
-exit status: 0 traced or compared, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
-    )
-    group = parser.add_argument_group("question")
-    group.add_argument(
-        "-i", "--image", action="append", default=[], metavar="FILE",
-        help="picture: a path, a data: URL, or - for stdin; repeat for several",
-    )  # fmt: skip
-    group.add_argument(
-        "-p", "--prompt", "--query", default=DEFAULT_PROMPT, metavar="TEXT",
-        help=f"question, or - for stdin; <image> in it places a picture (default: {DEFAULT_PROMPT!r})",
-    )  # fmt: skip
-    group = parser.add_argument_group("trace")
-    group.add_argument(
-        "--depth", choices=list(DEPTHS), default="modules",
-        help="outline: the stages; modules: every layer's parts; everything: every module (default: modules)",
-    )  # fmt: skip
-    group.add_argument(
-        "--layer", type=numbers_from, metavar="N,N",
-        help="which layers of tower and language model (default: all)",
-    )  # fmt: skip
-    group.add_argument(
-        "--step", type=numbers_from, default=(0, 1), metavar="N,N", help="which steps of the loop (default: 0,1)"
-    )
-    group.add_argument("--html", metavar="FILE", help="write one page with pictures; stdout then has the answer")
-    group.add_argument(
-        "--save",
-        metavar="FILE",
-        help="keep the tensors as well, all in memory at once: safetensors, for --compare",
-    )
-    group.add_argument(
-        "--compare", nargs=2, metavar=("A", "B"),
-        help="two runs of this question, each a list of settings such as dtype=float32,device=cpu, or a --save file",
-    )  # fmt: skip
-    group.add_argument(
-        "--tolerance", type=_tolerance, metavar="R",
-        help="with --compare: relative difference that counts as equal (default: 0)",
-    )  # fmt: skip
-    cli.add_model_arguments(parser)
-    cli.add_generation_arguments(parser)
-    cli.add_output_arguments(parser).add_argument("--json", action="store_true", help="one JSON object a line")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m minillava.trace`; the exit status."""
-    parser = trace_parser()
-    given = list(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(given)
-    options = cli.read_options(parser, args)
-    if options["seed"] is None:
-        options["seed"] = Options().seed  # one for both runs of a comparison
-    cli.check_stdin(parser, args)
-    cli.check_outputs(parser, [path for path in (args.html, args.save) if path is not None])
-    if args.compare is None:
-        if args.tolerance is not None:
-            parser.error("--tolerance is about two runs: give --compare")
-        if args.html and args.json:
-            parser.error("--html and --json do not go together: leave one of them out")
-        return cli.run(lambda: _trace(args, options), args.verbose)
-    if args.html or args.save:
-        parser.error("--html and --save are about one run: leave --compare out")
-    sides = [_read_side(parser, given, side) for side in args.compare]
-    if all(isinstance(side, Path) for side in sides):
-        parser.error("--compare has two files, and nothing to run: give settings such as dtype=float32 for one of them")
-    return cli.run(lambda: _compare(args, options, sides), args.verbose)
-
-
-def _read_side(parser: cli.Parser, given: list[str], side: str) -> Path | argparse.Namespace:
-    """A or B of --compare: a stored file, or the arguments of a run."""
-    if "=" not in side:
-        return Path(side)
-    flags = []
-    for setting in side.split(","):
-        name, _, value = setting.partition("=")
-        name = name.strip().replace("-", "_")
-        if name not in SETTINGS:
-            parser.error(
-                f"--compare: unknown setting {setting!r}, expected NAME=VALUE with one of: {', '.join(SETTINGS)}"
-            )
-        flags.append(f"--{name}={value}")
-    return parser.parse_args([*given, *flags])
-
-
 def _run(args: argparse.Namespace, options: dict, asked: tuple, consume: Consume, messages, whole: bool) -> Assistant:
     """asked: question and pictures."""
     question, images = asked
+    traced = range(options["max_new_tokens"]) if args.steps is None else args.steps
     assistant = cli.open_assistant(args, cli.find_weights(args.weights, messages), messages)
     made = trace(
         assistant,
@@ -365,15 +248,20 @@ def _run(args: argparse.Namespace, options: dict, asked: tuple, consume: Consume
         assistant.options(**options),
         consume,
         depth=args.depth,
-        layers=args.layer,
-        traced=args.step,
+        layers=args.layers,
+        traced=traced,
         system=args.system,
         template=args.template or DEFAULT_TEMPLATE,
         whole=whole,
     )
-    if made <= max(args.step):
-        messages.note(f"the answer ended after {made} token(s): there is no step {max(args.step)}")
+    if args.steps and made <= max(args.steps):
+        messages.note(f"the answer ended after {made} token(s): there is no step {max(args.steps)}")
     return assistant
+
+
+def run(args: argparse.Namespace, options: dict, sides: Sequence[Path | argparse.Namespace]) -> int:
+    """What `trace` does with its flags; the exit status. sides: the two of --compare, or none."""
+    return _compare(args, options, sides) if sides else _trace(args, options)
 
 
 def _trace(args: argparse.Namespace, options: dict) -> int:
@@ -433,5 +321,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a safetensors file ({error}); write one with --save") from None
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m minillava.trace`; the exit status."""
+    return doors.enter("trace", argv)

@@ -15,7 +15,7 @@ import torch
 from conftest import REFERENCE
 
 import minillava
-from minillava import batch, cli
+from minillava import batch, cli, parsers
 
 WEIGHTS, PICTURES = str(REFERENCE / "plain"), str(REFERENCE / "pictures")
 NAMES = ("square.png", "grey.png", "landscape.png", "portrait.png")
@@ -263,7 +263,7 @@ def test_the_questions_are_never_overwritten_by_the_answers(run, tmp_path):
 
 
 def test_help_describes_every_flag_and_offers_none_that_cannot_be_used():
-    parser = batch.batch_parser()
+    parser = parsers.batch_parser()
     assert all(action.help for action in parser._actions)
     assert "--num-beams" in parser.format_help()
     assert "--num-return-sequences" not in parser.format_help()

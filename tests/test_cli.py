@@ -21,7 +21,7 @@ from conftest import REFERENCE
 from safetensors.torch import load_file, save_file
 
 import minillava
-from minillava import cli
+from minillava import cli, parsers
 from minillava.contrast import METHODS
 from minillava.generate import main
 from minillava.loop import Options
@@ -277,7 +277,7 @@ def test_weights_from_the_environment_unless_given(result, monkeypatch, tmp_path
 
 @pytest.mark.parametrize("bundled", [Path(WEIGHTS), None])
 def test_without_weights_it_takes_the_bundled_ones_and_says_how_to_get_others(run, monkeypatch, bundled):
-    monkeypatch.setattr(cli, "bundled_weights", lambda: bundled)
+    monkeypatch.setattr("minillava.assistant.bundled_weights", lambda: bundled)
     status, out, err = run("-i", PICTURE, weights=None)
     assert (status, bool(out)) == ((1, False) if bundled is None else (0, True))
     assert err.count("\n") == 1
@@ -469,12 +469,12 @@ def test_help_names_every_flag(run):
 
 
 def test_every_flag_has_a_help_text():
-    for action in cli.generate_parser()._actions:
+    for action in parsers.generate_parser()._actions:
         assert action.help, action.option_strings
 
 
 def test_the_defaults_are_those_of_options_and_help_shows_them(run):
-    arguments = vars(cli.generate_parser().parse_args([]))
+    arguments = vars(parsers.generate_parser().parse_args([]))
     defaults = Options()
     for name in Options.__dataclass_fields__:
         assert arguments[name] == vars(Options)[name] or (name == "stop" and not arguments[name]), name
@@ -492,7 +492,7 @@ def test_the_examples_of_help_are_valid_commands(run):
     assert len(lines) >= 3
     for line in lines:
         words = shlex.split(line.split("python -m minillava.generate")[1])
-        arguments = cli.generate_parser().parse_args(words)
+        arguments = parsers.generate_parser().parse_args(words)
         Options(**{name: getattr(arguments, name) for name in Options.__dataclass_fields__})
 
 
@@ -786,7 +786,7 @@ def test_a_bug_says_that_it_is_one(run, monkeypatch):
     def broken(*_, **__):
         raise KeyError("oops")
 
-    monkeypatch.setattr("minillava.cli.load", broken)
+    monkeypatch.setattr("minillava.assistant.load", broken)
     status, out, err = run("-i", PICTURE)
     assert (status, out) == (1, "")
     assert err == "error: KeyError: 'oops' (unexpected: --verbose shows where)\n"

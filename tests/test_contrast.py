@@ -9,11 +9,13 @@ import torch
 from PIL import Image, ImageEnhance
 
 import minillava
-from minillava import contrast
-from minillava.contrast import M3ID, METHODS, RITUAL, TRANSFORMS, VCD, Contrast, add_noise, describe, noise_scales
+from minillava import transforms
+from minillava.contrast import M3ID, METHODS, RITUAL, VCD, Contrast, describe
 from minillava.generate import generate
 from minillava.loop import Options, steps
+from minillava.options import TRANSFORMS
 from minillava.sampling import top_p
+from minillava.transforms import add_noise, noise_scales
 
 INF = float("inf")
 # One row of logits and what the other stream says, over four tokens.
@@ -204,7 +206,7 @@ def uniform(monkeypatch):
             asked.append((low, high))
             return next(given)
 
-        monkeypatch.setattr(contrast, "_uniform", drawn)
+        monkeypatch.setattr(transforms, "_uniform", drawn)
         return asked
 
     return draw
@@ -243,7 +245,7 @@ def test_jitter_is_in_random_order(monkeypatch):
     done = []
     for i, kind in enumerate((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)):
         monkeypatch.setattr(kind, "enhance", lambda self, factor, i=i: done.append(i) or self.image)
-    monkeypatch.setattr(contrast, "_turn_hue", lambda picture, turn: done.append(3) or picture)
+    monkeypatch.setattr(transforms, "_turn_hue", lambda picture, turn: done.append(3) or picture)
     for seed in range(100):
         transformed("jitter", Image.new("RGB", (9, 9)), seed)
     orders = {tuple(done[i : i + 4]) for i in range(0, 400, 4)}

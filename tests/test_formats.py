@@ -11,10 +11,10 @@ from hf import read_json, write_json
 from safetensors.torch import load_file, save_file
 
 import minillava
-from minillava import cli
 from minillava.checkpoint import Checkpoint, gather
 from minillava.config import IM_END, IM_PATCH, IM_START, IMAGE_TOKEN_INDEX
 from minillava.files import BIN_INDEX_NAME, BIN_NAME, SINGLE_NAME, TorchFile
+from minillava.generate import main
 from minillava.llama import grow_rows
 from minillava.tokenizer import Tokenizer
 
@@ -598,7 +598,7 @@ def test_what_is_not_downloaded_says_how_to_get_it(cached, reference):
 
 def test_the_command_line_takes_ids_and_parts(cached, capfd, picture, pretrain, base, release, monkeypatch):
     def run(*arguments: str) -> tuple[int, str]:
-        status = cli.answer(["-i", str(picture), "-n", "2", "--dtype", "float32", "--json", *arguments])
+        status = main(["-i", str(picture), "-n", "2", "--dtype", "float32", "--json", *arguments])
         return status, capfd.readouterr().out
 
     status, by_id = run("-m", cached)

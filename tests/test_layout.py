@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+
+from minillava import doors, options, parsers
+from minillava.attention import ATTENTION
+from minillava.recorder import DEPTHS
 
 ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "minillava").glob("*.py"))}
@@ -19,7 +24,7 @@ README = ROOT / "README.md"
 
 # Each row may import from the rows above it. Files that stand in one row do not know each other, but for SIDEWAYS.
 ORDER = [
-    ["config"],
+    ["config", "options"],
     ["linear", "files", "hub"],
     ["attention"],
     ["image", "prompt", "tokenizer", "vision", "projector", "cache", "llama", "adapter", "quantize"],
@@ -28,14 +33,16 @@ ORDER = [
     ["loop"],
     ["beam"],
     ["generate"],
-    ["assistant", "contrast"],
+    ["assistant", "contrast", "transforms"],
     ["cli"],
 ]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
-SIDEWAYS = {("tokenizer", "prompt"), ("llama", "cache")}
+SIDEWAYS = {("tokenizer", "prompt"), ("llama", "cache"), ("contrast", "transforms")}
 # Upwards, inside a function, for the sake of who runs or imports them.
 EXCEPTIONS = {
-    ("generate", "main", "cli"),  # `python -m minillava.generate` is a door of this name
+    ("generate", "main", "doors"),  # `python -m minillava.generate` is a door of this name
+    ("generate", None, "doors"),
+    ("cli", None, "doors"),  # who looks for the command line finds the doors
     ("__init__", "__getattr__", "assistant"),  # `minillava.load`
 }
 ALLOWED = {"torch", "safetensors", "sentencepiece", "PIL", "numpy"}
@@ -186,6 +193,45 @@ def test_a_door_runs_as_a_script():
     done = in_a_fresh_python("-W", "error", str(ROOT / "minillava" / "generate.py"), "--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("minillava ")
+
+
+def test_the_doors_are_those_that_the_files_open():
+    """One table: each door has flags, a file with a guard of its name, and a line in README."""
+    guarded = {}
+    for stem, path in FILES.items():
+        for name in re.findall(r'^    doors\.begin\("(\w+)"\)$', path.read_text(encoding="utf-8"), re.MULTILINE):
+            guarded[name] = stem
+    assert set(guarded) == set(doors.DOORS)
+    for name, (line, stem, function) in doors.DOORS.items():
+        assert f"{name}_parser" in vars(parsers) and f"read_{name}" in vars(parsers)
+        assert function in vars(importlib.import_module(f"minillava.{stem}"))
+        assert importlib.import_module(f"minillava.{name}").main.__module__ == f"minillava.{guarded[name]}"
+        assert line[0].islower() and not line.endswith("."), line
+
+
+def test_the_readme_names_every_door(readme):
+    assert set(doors.DOORS) <= {module for module, _ in commands(readme)}
+
+
+def test_the_words_that_flags_offer_are_those_that_the_code_takes():
+    """options.py has them so that --help need not import torch."""
+    assert tuple(ATTENTION) == options.ATTENTION
+    assert tuple(DEPTHS) == options.DEPTHS
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in options.DTYPES)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["--no-such-flag"]])
+@pytest.mark.parametrize("door", doors.DOORS)
+def test_flags_are_read_before_torch_is_imported(door, arguments):
+    """It took 1.7 s to say that a flag is wrong."""
+    script = (
+        f"import sys\nsys.argv[1:] = {arguments}\nfrom minillava import doors\n"
+        f"try:\n    doors.enter({door!r})\n"
+        "finally:\n    assert not {'torch', 'numpy', 'PIL', 'sentencepiece'} & set(sys.modules)"
+    )
+    done = in_a_fresh_python("-c", script)
+    assert done.returncode == (2 if arguments == ["--no-such-flag"] else 0), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_setup_declares_the_same_packages():

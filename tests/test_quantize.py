@@ -10,16 +10,17 @@ from torch import nn
 
 import minillava
 from minillava import checkpoint as reader
-from minillava import cli, quantize
+from minillava import quantize
 from minillava.attention import fused
 from minillava.checkpoint import build_model, open_checkpoint
 from minillava.config import read_config
+from minillava.generate import main
 from minillava.linear import BLOCK
 from minillava.llama import grow_rows
+from minillava.options import KINDS
 from minillava.quantize import (
     FEW_ROWS,
     GROUP,
-    KINDS,
     TILE,
     Int4Linear,
     Int8Linear,
@@ -334,14 +335,14 @@ def test_an_unknown_kind_names_the_known_ones(capsys):
     with pytest.raises(ValueError, match="unknown quantize 'int3', expected one of: int8, int4"):
         minillava.load(WEIGHTS, quantize="int3")
     with pytest.raises(SystemExit) as stopped:
-        cli.answer(["-i", str(WEIGHTS / "example-1.png"), "--quantize", "int3"])
+        main(["-i", str(WEIGHTS / "example-1.png"), "--quantize", "int3"])
     assert stopped.value.code == 2
     assert "int8" in capsys.readouterr().err
 
 
 def test_the_command_line_says_what_it_loaded(capsys):
     arguments = ["-m", str(WEIGHTS), "-i", str(WEIGHTS / "example-2.png"), "--dtype", "float32", "--device", "cpu"]
-    assert cli.answer([*arguments, "--quantize", "int4", "--verbose"]) == 0
+    assert main([*arguments, "--quantize", "int4", "--verbose"]) == 0
     out, err = capsys.readouterr()
     assert out == shapes.describe(shapes.EXAMPLES[1]) + "\n"
     assert ", float32 and int4 on cpu" in err

@@ -581,8 +581,8 @@ def test_a_stored_reference(rows, out, tmp_path):
     ("arguments", "status", "message"),
     [
         (["--layer", "0,2"], 1, "there is no layer 2: the language model has layers 0 to 1"),
-        (["--layer", "x"], 2, "expected whole numbers such as 0,31, found 'x'"),
-        (["--step", ""], 2, "expected whole numbers"),
+        (["--layer", "x"], 2, "'x' is not like 3 or 0,2-4 or all"),
+        (["--step", ""], 2, "'' is not like 3"),
         (["--compare", "nothing.safetensors", "dtype=float32"], 1, "nothing.safetensors: neither settings"),
         (["--compare", str(PICTURES / "tiny.png"), "dtype=float32"], 1, "tiny.png: not a safetensors file"),
         (

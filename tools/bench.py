@@ -35,14 +35,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from bench_checkpoint import SIZES, config_of, make_checkpoint, make_gguf
 
-from minillava.assistant import DTYPES
 from minillava.cache import KVCache
 from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig, TextConfig
 from minillava.contrast import VCD
 from minillava.linear import linear, use_fast_linear
 from minillava.llava import Llava, Spliced
 from minillava.loop import Options, decode, prefill, steps
-from minillava.quantize import KINDS, quantised_layer, quantize_tensor
+from minillava.options import DTYPES, KINDS
+from minillava.quantize import quantised_layer, quantize_tensor
 
 PROMPT = 625  # positions of the walk-through's picture question: the default
 LARGE = 1 << 29  # numbers, 2 GiB in float32: more than any cache holds
@@ -351,7 +351,7 @@ def growth(size: str, dtypes: Sequence[str], tokens: int, rounds: int) -> dict[t
 
     found = {}
     for name in dtypes:  # one model at a time; what is compared is the same model with more to do
-        dtype = DTYPES.get(name, torch.bfloat16)
+        dtype = getattr(torch, name) if name in DTYPES else torch.bfloat16
         model = random_model(size, dtype, None if name in DTYPES else name)
         variants = {(name, "context", n): lambda n=n, m=model: step_time(m, 1, n - tokens) for n in CONTEXTS}
         variants |= {(name, "batch", n): lambda n=n, m=model: step_time(m, n, PROMPT) for n in BATCHES}
@@ -593,7 +593,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         timings = kernels(options.rounds)
         text = kernels_table(timings)
     else:
-        model = random_model(options.size, DTYPES[options.dtype])
+        model = random_model(options.size, getattr(torch, options.dtype))
         timings = contrast(model, options.tokens, options.rounds, options.prompt)
         text = contrast_table(timings)
     if options.json:

@@ -18,7 +18,7 @@ class Minillava:
     def __init__(self, folder: str, dtype: str, device: str, compile: bool):
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
         import minillava
-        from minillava.quantize import KINDS
+        from minillava.options import KINDS
 
         self.imported = clock()
         quantize, dtype = (dtype, "auto") if dtype in KINDS else (None, dtype)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
-from minillava.assistant import DTYPES, find_folder, read_image_processor
+from minillava.assistant import find_folder, read_image_processor
 from minillava.attention import eager
 from minillava.checkpoint import COMPUTED, PREFIXES, TABLES, Checkpoint, build_model, gather, open_checkpoint
 from minillava.cli import Parser, run
@@ -48,8 +48,9 @@ from minillava.files import INDEX_NAME, SINGLE_NAME, open_folder
 from minillava.image import ImageProcessor
 from minillava.llama import grow_rows
 from minillava.llava import Llava
+from minillava.options import KINDS
 from minillava.prompt import IMAGE_MARKER
-from minillava.quantize import KINDS, LINE, PARTS, quantize_tensor, stored_shapes
+from minillava.quantize import LINE, PARTS, quantize_tensor, stored_shapes
 from minillava.tokenizer import Tokenizer
 
 try:
@@ -555,7 +556,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             vision_tower=args.vision_tower,
             model_base=args.model_base,
             adapter=args.adapter,
-            dtype=args.dtype and DTYPES[args.dtype],
+            dtype=args.dtype and getattr(torch, args.dtype),
             quantize=args.quantize,
             shard_size=args.shard_size,
         )

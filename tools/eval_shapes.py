@@ -30,8 +30,8 @@ import shapes
 import minillava
 from minillava.contrast import METHODS, Contrast
 from minillava.generate import generate
+from minillava.options import KINDS
 from minillava.prompt import place_images, render
-from minillava.quantize import KINDS
 
 MAX_NEW_TOKENS = 100
 Item = tuple[shapes.Dialogue, Image.Image]
