@@ -216,11 +216,13 @@ class Messages:
     def __init__(self, verbose: bool, quiet: bool):
         self.verbose, self.quiet = verbose, quiet
         self.timings: dict[str, float] = {}  # seconds per stage
+        self._noted: set[str] = set()
 
     def note(self, text: str) -> None:
-        """What a person should know, in one line."""
-        if not self.quiet:
+        """What a person should know, in one line, said once."""
+        if not self.quiet and text not in self._noted:
             print(f"note: {text}", file=sys.stderr)
+        self._noted.add(text)
 
     def progress(self, text: str) -> None:
         """A line that the next one overwrites; only where a person watches."""

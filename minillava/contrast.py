@@ -153,7 +153,7 @@ def describe(contrast: Contrast, step: Step, number: int, tokenizer: Tokenizer, 
     top = {}
     for name, logits in streams.items():
         found = logits[0].softmax(-1).topk(best)
-        top[name] = [[piece(int(i)) if i < tokenizer.vocab_size else f"<{int(i)}>", round(float(p), 6)]
+        top[name] = [[piece(int(i)) if i < tokenizer.vocab_size else f"<{int(i)}>", float(f"{float(p):.6g}")]
                      for p, i in zip(found.values, found.indices, strict=True) if p > 0]  # fmt: skip
     chosen = step.ids[0]
     return {"step": number, "id": chosen, "text": step.text[0], **top, "cut": int(contrast.cut(step.logits)[0].sum())}

@@ -39,7 +39,7 @@ from minillava.llava import Llava, Spliced
 from minillava.loop import Step, steps
 from minillava.options import Options
 from minillava.prompt import DEFAULT_PROMPT
-from minillava.recorder import piece_of
+from minillava.recorder import piece_of, significant
 from minillava.tokenizer import TextDecoder, Tokenizer
 
 DEPTH = 0.5, 1.0
@@ -186,7 +186,7 @@ def _lens_words(model: Llava, states: Sequence[Tensor], tokenizer: Tokenizer) ->
         logits = language.head(state if i == len(states) - 1 else language.norm(state))  # [positions, V]
         likely = logits.float().softmax(-1).max(-1)
         pairs = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
-        found.append([(piece_of(tokenizer, token), round(p, 4)) for token, p in pairs])
+        found.append([(piece_of(tokenizer, token), significant(p)) for token, p in pairs])
     return found
 
 

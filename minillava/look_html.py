@@ -12,30 +12,43 @@ from minillava.look_draw import BLACK_STAYS, SCALE, listed, remarks
 MAX_SIDE = 1024
 """Of the picture in a page, in pixels."""
 
+THEME = """
+:root { color-scheme: light dark; --ink: #19191e; --paper: #fff; --faint: #60606a; --line: #8884; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --ink: #ececf1; --paper: #16161a; --faint: #a3a3ae; }
+}
+@media print { :root { color-scheme: light; } body { max-width: none; padding: 0; } }
+* { box-sizing: border-box; -webkit-print-color-adjust: exact; print-color-adjust: exact; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; }
+"""
+"""The style of all pages: bright or dark as the reader's system is, always bright on paper. A browser
+leaves background colours out when it prints, unless a page says that they must stay."""
+
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>TITLE</title>
 <style>
-:root { --scale: linear-gradient(to right, COLOURS); color: #19191e; background: #fff; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 0 auto; padding: 20px; }
+THEME:root { --scale: linear-gradient(to right, COLOURS); }
+@media screen { body { max-width: 1180px; padding: 20px; } }
 h1 { font-size: 22px; margin: 0; }
 p { margin: 8px 0; }
-.faint { color: #60606a; font-size: 14px; }
+.faint { color: var(--faint); font-size: 14px; }
 main { display: grid; grid-template-columns: minmax(0, 11fr) minmax(0, 9fr); gap: 28px; margin-top: 16px; }
-@media (max-width: 760px) { main { grid-template-columns: minmax(0, 1fr); gap: 14px; } body { padding: 14px; } }
+@media (max-width: 760px) { main { grid-template-columns: minmax(0, 1fr); gap: 14px; } }
 .picture { position: relative; overflow: hidden; touch-action: manipulation; }
 .picture img { width: 100%; height: 100%; display: block; }
 .patches { position: absolute; display: grid; }
-.patch { cursor: crosshair; min-width: 0; overflow: hidden; }
+.patch { cursor: crosshair; min-width: 0; overflow: hidden; outline: 0; }
 .patch.here { outline: 2px solid #fff; box-shadow: inset 0 0 0 2px #19191e; z-index: 1; }
 .key { margin-top: 10px; max-width: 420px; font-size: 14px; }
-.key i { display: block; height: 14px; background: var(--scale); border: 1px solid #60606a; }
+.key i { display: block; height: 14px; background: var(--scale); border: 1px solid var(--faint); }
 .key span { display: flex; justify-content: space-between; }
 button { font: inherit; color: inherit; background: none; border: 0; border-radius: 4px; padding: 3px 4px;
   margin: 0 1px; cursor: pointer; }
-button.here { outline: 2px solid #19191e; }
+button.here { outline: 2px solid var(--ink); }
+@media print { .picture { max-width: 120mm !important; break-inside: avoid; } }
 STYLE</style>
 <h1>TITLE</h1>
 BODY
@@ -50,16 +63,30 @@ function colour(v) {
   const at = Math.min(Math.max(v, 0), 1) * (scale.length - 1), i = Math.min(at | 0, scale.length - 2);
   return scale[i].map((c, k) => Math.round(c + (scale[i + 1][k] - c) * (at - i)));
 }
-const paint = (e, v) => { e.style.backgroundColor = `rgb(${colour(v)})`; e.style.color = v > 0.55 ? "#fff" : ""; };
+const paint = (e, v) => Object.assign(e.style,
+  {backgroundColor: `rgb(${colour(v)})`, color: v > 0.55 ? "#fff" : "#19191e"});
 const percent = v => (100 * v).toFixed(v < 0.01 ? 2 : 1) + " %";
-// One element per patch, row by row, over the picture; `act` gets the patch that the pointer is on.
-function patches(grid, act) {
+const steps = grid => ({ArrowLeft: -1, ArrowRight: 1, ArrowUp: -grid, ArrowDown: grid});
+// One element per patch, row by row, over the picture; `act` gets the patch that the pointer or the
+// focus is on. Tab reaches one of them, the arrow keys the others; Escape leaves them by `leave`.
+function patches(grid, act, leave) {
   const all = [];
   by("patches").style.gridTemplate = `repeat(${grid}, 1fr) / repeat(${grid}, 1fr)`;
   for (let i = 0; i < grid * grid; i++) {
-    const e = make("div", by("patches"));
+    const e = make("div", by("patches")), row = i / grid | 0, column = i % grid;
     e.className = "patch";
-    for (const kind of ["pointerenter", "click"]) e.addEventListener(kind, () => act(i));
+    e.tabIndex = i ? -1 : 0;
+    e.role = "button";
+    e.ariaLabel = `patch in row ${row}, column ${column}`;
+    for (const kind of ["pointerenter", "click", "focus"]) e.addEventListener(kind, () => act(i));
+    e.addEventListener("focus", () => all.forEach((other, k) => { other.tabIndex = k === i ? 0 : -1; }));
+    e.addEventListener("keydown", event => {
+      const step = steps(grid)[event.key], to = i + step;
+      if (event.key === "Escape") leave();
+      else if (step === undefined) return;
+      else if (to >= 0 && to < all.length && (row === (to / grid | 0) || column === to % grid)) all[to].focus();
+      event.preventDefault();
+    });
     all.push(e);
   }
   return all;
@@ -81,14 +108,17 @@ LOOK_BODY = """<p id="question"></p>
 <main>
 <div>
 <div class="picture" id="picture"><img id="img" alt="the picture"><div class="patches" id="patches"></div></div>
-<div class="key"><i></i><span><b>0</b><b id="most"></b></span></div>
+<div class="key" id="key"><i></i><span><b>0</b><b id="most"></b></span></div>
 </div>
 <div>
 <p class="answer" id="answer"></p>
 <p id="said" aria-live="polite"></p>
 <table><tbody id="table"></tbody></table>
-<p class="faint">Point at a word: what it looked at. Point at a patch: the words that used it. Numbers are shares of a
-word's attention; what is not on the picture went to the text before it. <span id="averaged"></span></p>
+<p class="faint" id="hint">Point at a word: what it looked at. Point at a patch: the words that used
+it. With keys: Tab to a word or to the picture, arrows from patch to patch, Escape back to the word.
+Rows and columns count from 0, from the top left. Numbers are shares of a word's attention; what is
+not on the picture went to the text before it.
+<span id="averaged"></span></p>
 </div>
 </main>"""
 
@@ -102,14 +132,15 @@ by("picture").style.aspectRatio = `${w} / ${h}`;
 by("picture").style.maxWidth = `calc(78vh * ${w / h})`;
 Object.assign(by("patches").style, {left: 100 * left / w + "%", top: 100 * top_ / h + "%",
   width: 100 * (right - left) / w + "%", height: 100 * (bottom - top_) / h + "%"});
-const cells = patches(grid, showPatch);
+const cells = words.length ? patches(grid, showPatch, () => buttons[word].focus()) : [];
 const buttons = words.map((word, i) => {
   const e = make("button", by("answer"), word.text);
   for (const kind of ["pointerenter", "focus", "click"]) e.addEventListener(kind, () => showWord(i));
   by("answer").append(" ");
   return e;
 });
-let word = 0;
+// The one that used the picture most explains the page best; the first is often "I".
+let word = words.reduce((best, one, i) => one.share > words[best].share ? i : best, 0);
 function mark(elements, at) { elements.forEach((e, i) => e.classList.toggle("here", i === at)); }
 function showWord(i) {
   word = i;
@@ -136,13 +167,17 @@ function showPatch(p) {
   });
 }
 by("picture").addEventListener("pointerleave", event => { if (event.pointerType === "mouse") showWord(word); });
-if (words.length) showWord(0);
+if (words.length) showWord(word);
+else {
+  by("said").textContent = "The answer has no words: there is nothing to point at.";
+  by("key").hidden = by("hint").hidden = true;
+}
 """
 
 LENS_STYLE = """
 main { grid-template-columns: minmax(0, 3fr) minmax(0, 1fr); }
 @media (max-width: 760px) { main { grid-template-columns: minmax(0, 1fr); } }
-.picture { aspect-ratio: 1; max-width: 88vh; }
+.picture { aspect-ratio: 1; max-width: 88vh; color: #19191e; background: #fff; }
 .picture img { opacity: .45; }
 .patches { inset: 0; }
 .patch { font-size: SIZE; line-height: 1.05; text-align: center; word-break: break-all; display: grid;
@@ -150,15 +185,22 @@ main { grid-template-columns: minmax(0, 3fr) minmax(0, 1fr); }
 .scroll { overflow-x: auto; margin-top: 10px; }
 table { border-collapse: collapse; font-size: 14px; }
 td, th { padding: 2px 7px; white-space: nowrap; text-align: left; font-weight: normal; }
-thead th { font-weight: bold; border-bottom: 2px solid #19191e; }
-tr > :first-child { position: sticky; left: 0; background: #fff; }
+thead th { font-weight: bold; border-bottom: 2px solid var(--ink); }
+tr > :first-child { position: sticky; left: 0; background: var(--paper); }
 h2 { font-size: 18px; margin: 26px 0 0; }
 input { width: min(100%, 420px); }
+@media print {
+  .scroll { overflow: visible; }
+  h2, #question { break-after: avoid; }
+  #tokens { break-inside: avoid; table-layout: fixed; width: 100%; font-size: 8px; }
+  #tokens td, #tokens th { white-space: normal; overflow-wrap: anywhere; padding: 1px 2px; }
+}
 """
 
-LENS_BODY = """<p class="faint">After each layer the state is sent through the last norm and the head, as if no layer
-followed: the most likely token, and how likely. Layer 0 is what goes into the first. A patch was never trained to say
-anything, so expect noise where the layers have not yet made words of it.</p>
+LENS_BODY = """<p class="faint">After each layer the state is sent through the last norm and the head, as if no
+layer followed: the most likely token, and how likely. Layer 0 is what goes into the first. A patch
+was never trained to say anything, so expect noise where the layers have not yet made words of it.
+\u2581 is a space: what begins with it begins a word.</p>
 <h2>What each patch would decode to</h2>
 <main>
 <div>
@@ -166,7 +208,8 @@ anything, so expect noise where the layers have not yet made words of it.</p>
 <div class="picture" id="picture"><img id="img" alt="the picture as the model sees it">
 <div class="patches" id="patches"></div></div>
 </div>
-<div><p id="said">Point at a patch for all its layers.</p><table><tbody id="patch"></tbody></table></div>
+<div><p id="said">Point at a patch, or go to it with Tab and the arrow keys, for all its layers. Rows and columns count
+from 0, from the top left.</p><table><tbody id="patch"></tbody></table></div>
 </main>
 <h2>What each layer would have answered</h2>
 <p id="question" class="faint"></p>
@@ -175,17 +218,16 @@ anything, so expect noise where the layers have not yet made words of it.</p>
 
 LENS_SCRIPT = """
 const last = data.patches.length - 1, grid = Math.round(Math.sqrt(data.patches[0].length));
-const plain = text => text.replace(/^\\u2581/, "");
 by("img").src = data.image;
 by("question").textContent = `${data.question} \\u2013 ${data.answer}`;
-const cells = patches(grid, showPatch);
+const cells = patches(grid, showPatch, () => by("layer").focus());
 by("layer").max = by("layer").value = last;
 function showLayer(layer) {
   by("at").textContent = `after layer ${layer} of ${last}`;
-  cells.forEach((e, p) => { e.textContent = plain(data.patches[layer][p][0]); });
+  cells.forEach((e, p) => { e.textContent = data.patches[layer][p][0]; });
 }
 function fill(row, [text, likely]) {
-  const e = make("td", row, plain(text));
+  const e = make("td", row, text);
   e.title = `${text} ${percent(likely)}`;
   paint(e, likely);
 }
@@ -204,7 +246,7 @@ by("layer").addEventListener("input", () => showLayer(+by("layer").value));
 showLayer(last);
 const head = make("tr", make("thead", by("tokens")));
 make("th", head, "layer");
-data.chosen.forEach(text => make("th", head, plain(text)));
+data.chosen.forEach(text => make("th", head, text));
 const body = make("tbody", by("tokens"));
 data.tokens.forEach((layer, i) => {
   const row = make("tr", body);
@@ -223,7 +265,7 @@ def look_page(picture: Image.Image, found: dict) -> str:
     note = f"Averaged over layers {listed(found['layers'])} and heads {listed(found['heads'])}, counted from 0. "
     maps = [(word["text"], np.array(word["map"])) for word in found["words"]]
     note += remarks(maps, found["picture"]["box"], found["picture"]["size"])
-    grid = len(found["words"][0]["map"]) if found["words"] else 1
+    grid = len(found["words"][0]["map"]) if found["words"] else 0
     data = found | {"image": data_url(picture), "note": note, "grid": grid}
     return _page("What it looked at", style, LOOK_BODY, data, LOOK_SCRIPT)
 
@@ -248,7 +290,7 @@ def _page(title: str, style: str, body: str, data: dict, script: str) -> str:
     # "<" would let a question or an answer end the script.
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     colours = ", ".join(f"rgb{colour}" for colour in SCALE)
-    parts = {"TITLE": title, "COLOURS": colours, "STYLE": style, "BODY": body, "SCRIPT": script}
+    parts = {"TITLE": title, "THEME": THEME, "COLOURS": colours, "STYLE": style, "BODY": body, "SCRIPT": script}
     page = PAGE
     for name, part in parts.items():
         page = page.replace(name, part)

@@ -5,6 +5,7 @@ with. Wrong usage ends the process with status 2.
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -341,10 +342,10 @@ def read_trace(parser: cli.Parser, argv: Sequence[str]) -> tuple:
 
 def _read_side(parser: cli.Parser, given: Sequence[str], side: str) -> Path | argparse.Namespace:
     """A or B of --compare: a stored file, or the arguments of a run."""
-    if "=" not in side:
+    if "=" not in side or Path(side).is_file():
         return Path(side)
     flags = []
-    for setting in side.split(","):
+    for setting in re.split(r",(?=\s*[\w-]+\s*=)", side):  # a path may have commas
         name, _, value = setting.partition("=")
         name = name.strip().replace("-", "_")
         if name not in SETTINGS:

@@ -210,6 +210,11 @@ def _number(x: float) -> float | str:
     return x if math.isfinite(x) else str(x)
 
 
+def significant(x: float) -> float:
+    """Four digits of a number: rounding at a decimal place makes 0.0 of a small probability."""
+    return float(f"{x:.4g}")
+
+
 def number_text(x: float | int | str | None) -> str:
     return f"{x:.4g}" if isinstance(x, float) else "" if x is None else str(x)
 

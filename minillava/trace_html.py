@@ -9,28 +9,31 @@ from PIL import Image
 from torch import Tensor
 
 from minillava.config import IMAGE_TOKEN_INDEX
+from minillava.look_html import THEME
 from minillava.recorder import Record, number_text
 
 OPEN = ("question", "picture", "splice", "choice", "answer")
 """Stages that are not folded at first."""
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --mark: #d9480f; --hint: #666; }
-@media (prefers-color-scheme: dark) { :root { --mark: #ff922b; --hint: #aaa; } }
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 0 auto; padding: 1rem; }
+STYLE = (
+    f"""{THEME}
+:root {{ --soft: #8881; --mark: #d9480f; }}
+@media screen and (prefers-color-scheme: dark) {{ :root {{ --mark: #ff922b; }} }}
+@media screen {{ body {{ max-width: 80rem; padding: 1rem; }} }}
+"""
+    + """
 h1 { font-size: 1.3rem; margin: 0 0 .5rem; }
-dl { margin: 0; } dt { color: var(--hint); } dd { margin: 0 0 .75rem; }
-figure { margin: 0; flex: 1 1 18rem; max-width: 32rem; } figcaption { color: var(--hint); }
+dl { margin: 0; } dt { color: var(--faint); } dd { margin: 0 0 .75rem; }
+figure { margin: 0; flex: 1 1 18rem; max-width: 32rem; } figcaption { color: var(--faint); }
 figure img, svg { width: 100%; height: auto; display: block; }
 svg rect { fill: transparent; stroke: #fff9; stroke-width: .4; } svg rect:hover { fill: #fff6; stroke: #000; }
 .pictures, .ids { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
 .ids { gap: .25rem; } .ids span { background: var(--soft); padding: 0 .4em; border-radius: .25em; }
-.ids small { color: var(--hint); } .ids .image { outline: 2px solid var(--mark); }
+.ids small { color: var(--faint); } .ids .image { outline: 2px solid var(--mark); }
 details { border-top: 1px solid var(--line); } summary { padding: .5rem 0; cursor: pointer; font-weight: 600; }
-summary small { font-weight: 400; color: var(--hint); }
+summary small { font-weight: 400; color: var(--faint); }
 table { border-collapse: collapse; table-layout: fixed; width: 100%; margin-bottom: 1rem; font-size: .875rem; }
-th { text-align: left; color: var(--hint); font-weight: 400; }
+th { text-align: left; color: var(--faint); font-weight: 400; }
 td, th { padding: .2rem .5rem .2rem 0; vertical-align: top; overflow-wrap: anywhere; }
 td { border-top: 1px solid var(--line); } td.n, td.s, td.w { font-family: ui-monospace, monospace; }
 
@@ -42,9 +45,10 @@ td.v { border: 0; white-space: pre-wrap; } td.w b { color: var(--mark); }
   tr { border-top: 1px solid var(--line); padding: .3rem 0; } tr.below { border: 0; padding-top: 0; }
   td { padding: 0; display: inline-block; margin-right: .75rem; } td:empty { display: none; }
   td.s { display: block; font-weight: 600; }
-  td[data-label]::before { content: attr(data-label) " "; color: var(--hint); font-family: system-ui; }
+  td[data-label]::before { content: attr(data-label) " "; color: var(--faint); font-family: system-ui; }
 }
 """
+)
 
 COLUMNS = ("name", "shape", "dtype", "min", "mean", "max", "first values", "source")
 
@@ -88,7 +92,7 @@ class Page:
 <p>The prompt's ids; a picture stands for one id, and the splice puts its patches there:</p>
 {_ids(named["input_ids"])}
 <p>Every tensor in order, with the source line that made it; <b style="color:var(--mark)">shapes in this colour</b>
-are not what they were at the step before.</p>
+are not what they were at the step before. Rows and columns of patches count from 0, from the top left.</p>
 {sections}</body></html>
 """
 

@@ -10,6 +10,7 @@ if __name__ == "__main__":  # flags are read before torch is imported, below
 
 import argparse
 import json
+import math
 import re
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,7 +29,7 @@ from minillava.llava import Llava
 from minillava.loop import Chooser, Step, steps
 from minillava.options import Options
 from minillava.prompt import DEFAULT_TEMPLATE, place_images, render
-from minillava.recorder import Consume, Record, Recorder, number_text, piece_of, source_of, summarise
+from minillava.recorder import Consume, Record, Recorder, number_text, piece_of, significant, source_of, summarise
 from minillava.tokenizer import Tokenizer
 from minillava.trace_html import Page
 
@@ -112,7 +113,7 @@ def _record_choice(recorder: Recorder, step: Step, tokenizer: Tokenizer) -> None
         recorder.add("choice", "scores", step.scores, Chooser.process)
     best = step.scores[0].softmax(-1).topk(min(5, step.scores.shape[1]))
     likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    top = [[i, piece_of(tokenizer, i), round(p, 4)] for i, p in likely]
+    top = [[i, piece_of(tokenizer, i), significant(p)] for i, p in likely]
     recorder.add("choice", "top", None, Chooser.process, top)
     (chosen,) = step.ids
     recorder.add("choice", "token", step.token_ids, Chooser.__call__, [[chosen, piece_of(tokenizer, chosen)]])
@@ -149,9 +150,10 @@ class Printer:
 
 
 class Comparison:
-    """A consumer that holds each tensor against the one of the same name in `stored`, and prints how far apart they
-    are. relative: |difference| / |the larger of both|, as norms. After another token was chosen, or read, the runs are
-    about different texts, so nothing later is compared."""
+    """A consumer that holds each tensor against the one of the same name in `stored`, and prints how
+    far apart they are. relative: |difference| / |the larger of both|, as norms; of whole numbers,
+    ids and positions, how many differ. After another token was chosen, or read, the runs are about
+    different texts, so nothing later is compared."""
 
     def __init__(self, stored: Mapping[str, Tensor], swapped: bool, tolerance: float, as_json: bool):
         self.stored, self.swapped, self.tolerance, self.as_json = stored, swapped, tolerance, as_json
@@ -186,7 +188,9 @@ class Comparison:
             return
         name = re.sub(r"^(\d+/)?(language_model|vision_tower)\.", r"\1", record.key)
         shape, apart = str(row["shapes"][0]), f"{row['max']!s:>10} {row['relative']!s:>9}"
-        if row["relative"] is None:
+        if row.get("different"):
+            apart = f"{row['different']} of {math.prod(row['shapes'][0])} differ"
+        elif row["relative"] is None:
             apart = f"B is {row['shapes'][1]}"
         elif row["relative"] == 0:
             apart = f"{'equal':>10}"
@@ -218,11 +222,14 @@ class Comparison:
 
 
 def difference(a: Tensor, b: Tensor) -> dict:
-    """Shapes, dtypes, the largest and the relative difference of two tensors: 0 where they are equal, None where
-    their shapes are not, a text where they are not finite."""
+    """Shapes, dtypes, the largest and the relative difference of two tensors: 0 if they are equal, None
+    if their shapes are not, a text if they are not finite. Whole numbers stand for things, so of those
+    that are not equal it is `different`, how many; max and relative are None."""
     found = {"shapes": [list(a.shape), list(b.shape)], "dtypes": [str(x.dtype).removeprefix("torch.") for x in (a, b)]}
     if a.shape != b.shape:
         return {**found, "max": None, "relative": None}
+    if not (a.is_floating_point() or b.is_floating_point()) and (different := int((a != b).sum())):
+        return {**found, "max": None, "relative": None, "different": different}
     a, b = a.double(), b.double()
     if torch.equal(a, b):
         return {**found, "max": 0.0, "relative": 0.0}

@@ -19,7 +19,7 @@ import minillava
 from minillava import cli, generate, look, look_draw, look_html
 from minillava.image import ImageProcessor
 from minillava.loop import Options, steps
-from minillava.recorder import piece_of
+from minillava.recorder import piece_of, significant
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -383,10 +383,44 @@ def test_the_page_holds_the_numbers_and_loads_nothing(plain, picture):
     for text in (page, lens):
         assert text.count("</script>") == 1
         assert not re.search(r"https?://|src=\"(?!data:)|@import|\burl\(", text)
-        assert not re.search(r"\b(TITLE|COLOURS|STYLE|BODY|SCRIPT|SIZE|CONTRAST)\b", text.replace("DATA TITLE", ""))
+        assert not re.search(
+            r"\b(TITLE|THEME|COLOURS|STYLE|BODY|SCRIPT|SIZE|CONTRAST)\b", text.replace("DATA TITLE", "")
+        )
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script")
+DOCUMENT = """
+const elements = {};
+let focus = null;
+const element = () => { const e = {style: {}, children: [], on: {}, append() {}};
+  e.classList = {add() {}, toggle() {}};
+  e.addEventListener = (kind, act) => { const old = e.on[kind]; e.on[kind] = old ? x => { old(x); act(x); } : act; };
+  e.appendChild = child => { e.children.push(child); return child; };
+  e.replaceChildren = () => { e.children = []; };
+  e.focus = () => { focus = e; e.on.focus?.(); };
+  return e; };
+globalThis.document = {getElementById: id => elements[id] ??= element(), createElement: element};
+"""
+
+
+def in_page(page: str, script: str):
+    """What `script` prints as JSON behind the page's own, on a document of its own."""
+    own = re.search(r"<script>(.*)</script>", page, re.DOTALL)[1]
+    given = f"{DOCUMENT}\n{own}\n{script}"
+    ran = subprocess.run(["node", "-"], input=given, capture_output=True, text=True, encoding="utf-8", timeout=60)
+    assert ran.stderr == ""
+    return json.loads(ran.stdout)
+
+
+def made_page(words: dict[str, np.ndarray], size=(100, 100), box=(0, 0, 100, 100)) -> str:
+    words = [look.Word(text, [1], heat) for text, heat in words.items()]
+    found = look.Look(Image.new("RGB", size), box, "why", " ".join(w.text for w in words), [0], [0], words, None)
+    return look_html.look_page(found.picture, look.as_json(found, words))
+
+
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script")
+
+
+@needs_node
 @pytest.mark.parametrize(
     ("size", "box", "place"),
     [((200, 100), (0, -50, 200, 150), [0, -50, 100, 200]), ((100, 200), (-50, 0, 150, 200), [-50, 0, 200, 100])],
@@ -394,32 +428,99 @@ def test_the_page_holds_the_numbers_and_loads_nothing(plain, picture):
 def test_the_page_paints_a_patch_where_it_lies(size, box, place):
     heat = np.zeros((4, 4))
     heat[2, 0], heat[1, 3] = 0.5, 0.25  # patches 8 and 7
-    found = look.Look(Image.new("RGB", size), box, "why", "so", [0], [0], [look.Word("so", [1], heat)], None)
-    page = look_html.look_page(found.picture, look.as_json(found, found.words))
     script = """
-const elements = {};
-const element = () => { const e = {style: {}, children: [], on: {}, append() {}};
-  e.classList = {add() {}, toggle() {}};
-  e.addEventListener = (kind, act) => { e.on[kind] = act; };
-  e.appendChild = child => { e.children.push(child); return child; };
-  e.replaceChildren = () => { e.children = []; };
-  return e; };
-globalThis.document = {getElementById: id => elements[id] ??= element(), createElement: element};
-"""
-    script += re.search(r"<script>(.*)</script>", page, re.DOTALL)[1]
-    script += """
 const painted = cells.map(e => e.style.backgroundColor);
 cells[8].on.click();
 const {left: l, top: t, width, height} = elements.patches.style;
 console.log(JSON.stringify({place: [l, t, width, height], painted, said: elements.said.textContent}));
 """
-    ran = subprocess.run(["node", "-"], input=script, capture_output=True, text=True, encoding="utf-8", timeout=60)
-    assert ran.stderr == ""
-    said = json.loads(ran.stdout)
+    said = in_page(made_page({"so": heat}, size, box), script)
     assert [float(x.removesuffix("%")) for x in said["place"]] == place
     colours = ["rgb({},{},{})".format(*look_draw.SCALE[i]) for i in (-1, 2, 0)]
     assert [said["painted"].index(colour) for colour in colours] == [8, 7, 0]
     assert said["said"].startswith("Patch in row 2, column 0,")
+
+
+@needs_node
+def test_the_page_opens_on_the_word_that_used_the_picture_most():
+    """It opened on the first, whose map says little: an answer begins with "I"."""
+    page = made_page({"I": np.full((2, 2), 0.01), "see": np.full((2, 2), 0.2), "it": np.full((2, 2), 0.1)})
+    assert in_page(page, "console.log(JSON.stringify(elements.said.textContent));") == (
+        "\u201csee\u201d: 80.0 % of its attention on the picture"
+    )
+
+
+@needs_node
+def test_the_patches_can_be_reached_with_keys():
+    """They listened to the pointer alone. Tab reaches one, arrows the others, Escape leaves for the word."""
+    page = made_page({"a": np.eye(3) / 10, "b": np.eye(3) / 5})
+    script = """
+const reached = () => cells.map((e, i) => e.tabIndex === 0 ? i : -1).filter(i => i >= 0);
+const found = [reached()];
+cells[0].focus();
+for (const key of ["ArrowLeft", "ArrowUp", "ArrowRight", "ArrowDown", "ArrowRight", "ArrowRight", "ArrowDown",
+  "ArrowDown", "a", "Tab", "ArrowLeft"]) {
+  let kept = true;
+  focus.on.keydown({key, preventDefault() { kept = false; }});
+  found.push([...reached(), cells.indexOf(focus), kept]);
+}
+const said = elements.said.textContent, name = focus.ariaLabel;
+focus.on.keydown({key: "Escape", preventDefault() {}});
+console.log(JSON.stringify({found, said, name, back: buttons.indexOf(focus), word: elements.said.textContent}));
+"""
+    said = in_page(page, script)
+    path = [(0, False), (0, False), (1, False), (4, False), (5, False), (5, False), (8, False), (8, False),
+            (8, True), (8, True), (7, False)]  # fmt: skip
+    assert said["found"] == [[0], *([at, at, kept] for at, kept in path)]
+    assert said["said"] == "Patch in row 2, column 1, used most by"
+    assert said["name"] == "patch in row 2, column 1"
+    assert (said["back"], said["word"].startswith("\u201cb\u201d: 60.0 %")) == (1, True)
+
+
+@needs_node
+def test_a_page_without_words_says_so():
+    """It had one patch, an empty list, and a hint to point at words."""
+    script = """
+const {said, key, hint} = elements;
+console.log(JSON.stringify([cells.length, said.textContent, key.hidden, hint.hidden]));
+"""
+    said = "The answer has no words: there is nothing to point at."
+    assert in_page(made_page({}), script) == [0, said, True, True]
+
+
+@needs_node
+def test_the_lens_shows_pieces_whole_and_has_keys(plain, picture):
+    """A piece inside a word, "ass" of "assistant", stood there like a word."""
+    found = look.look(plain, picture, QUESTION, max_new_tokens=4, lens=True)
+    found.lens.patches[-1][0] = ("\u2581star", 1e-9)
+    page = look_html.lens_page(plain.image_processor.square(picture), vars(found.lens), found.question, found.answer)
+    script = """
+cells[0].focus();
+const text = cells[0].textContent;
+cells[0].on.keydown({key: "Escape", preventDefault() {}});
+console.log(JSON.stringify([text, elements.said.textContent, focus === elements.layer]));
+"""
+    assert in_page(page, script) == ["\u2581star", "Row 0, column 0, layer by layer:", True]
+
+
+@pytest.mark.parametrize("page", ["look", "lens"])
+def test_pages_keep_their_colours_on_paper_and_in_the_dark(plain, picture, page):
+    """Printed, the map was grey and the lens white on white; both stayed bright in a dark room."""
+    if page == "look":
+        text = made_page({"a": np.eye(2)})
+    else:
+        found = look.look(plain, picture, QUESTION, max_new_tokens=2, lens=True)
+        text = look_html.lens_page(picture, vars(found.lens), found.question, found.answer)
+    assert "print-color-adjust: exact" in text
+    assert re.search(r"@media screen and \(prefers-color-scheme: dark\) \{\s*:root", text)
+    fixed = re.findall(
+        r"(?<!-)\b(?:color|background(?:-color)?): *(#\w+)", text.replace("color: #19191e; background: #fff;", "")
+    )
+    assert fixed == []  # but for the text on the lens's picture, every colour is one of the theme's
+
+
+def test_small_probabilities_are_not_rounded_to_nothing():
+    assert [significant(x) for x in (0.123456, 1.23456e-9, 0.0, 1.0)] == [0.1235, 1.235e-9, 0.0, 1.0]
 
 
 def test_each_page_has_its_own_picture(run, tmp_path, plain, picture):

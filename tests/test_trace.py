@@ -456,6 +456,9 @@ def test_the_page_is_whole_and_needs_nothing(out, tmp_path, assistant):
     assert "language_model" not in re.sub(r"<title>.*?</title>", "", text)  # short names
     assert answer.strip()
     assert 'name="viewport"' in text
+    assert "print-color-adjust: exact" in text
+    assert "prefers-color-scheme: dark" in text
+    assert "count from 0, from the top left" in text
 
 
 # --- two runs -------------------------------------------------------------------------------------------------
@@ -514,6 +517,52 @@ def test_differences_are_the_largest_and_of_the_larger():
         found = difference(a, other)
         assert isinstance(found["max"], str)
         assert isinstance(found["relative"], str)
+
+
+def test_whole_numbers_are_equal_or_not():
+    """Between ids, "max |A-B| 116, relative 0.28" says nothing."""
+    a, b = torch.tensor([[1, 500, 7]]), torch.tensor([[1, 3, 8]])
+    found = difference(a, b)
+    assert (found["different"], found["max"], found["relative"]) == (2, None, None)
+    assert difference(a, a.int()) | {"dtypes": 0, "shapes": 0} == {
+        "dtypes": 0,
+        "shapes": 0,
+        "max": 0.0,
+        "relative": 0.0,
+    }
+    assert "different" not in difference(a, b[:, :2])
+    assert "different" not in difference(a.float(), b.float())
+
+
+def test_ids_that_differ_are_counted(out, rows):
+    """A tolerance is about numbers: one id of fifty was within 0.05."""
+    flags = ["-p", "Is it red?", "--depth", "outline", "--compare", "system=Be 1", "system=Be 2"]
+    line = next(line for line in out(*flags).splitlines() if line.startswith("input_ids"))
+    assert re.search(r" (\d+) of (\d+) differ  <- first$", line)
+    row = rows(*flags, "--tolerance", "0.9")[0]
+    assert (row["name"], row["max"]) == ("input_ids", None)
+    assert 0 < row["different"] < row["shapes"][0][1]
+
+
+def test_a_path_in_a_setting_may_have_commas(out, tmp_path):
+    folder = tmp_path / "a,b, c"
+    folder.symlink_to(WEIGHTS)
+    text = out("--depth", "outline", "--compare", f"weights={folder},dtype=float32", f"dtype=float32,weights={folder}")
+    assert re.search(r"^(\d+) of \1 tensors equal$", text, re.MULTILINE)
+
+
+def test_a_file_may_have_the_sign_of_a_setting_in_its_name(out, tmp_path):
+    path = tmp_path / "seed=1.safetensors"
+    out("--depth", "outline", "--save", path)
+    assert re.search(r"^(\d+) of \1 tensors equal$", out("--depth", "outline", "--compare", path, "dtype=float32"),
+                     re.MULTILINE)  # fmt: skip
+
+
+def test_what_there_is_to_know_about_the_weights_is_said_once(capsys):
+    """Two runs said it twice."""
+    picture = ["-i", str(PICTURES / "landscape.png")]
+    assert main([*picture, "-n", "2", "--depth", "outline", "--compare", "attention=eager", "attention=fused"]) == 0
+    assert capsys.readouterr().err.count("bundled demo model") == 1
 
 
 def test_scores_behind_a_filter_are_compared(rows):
