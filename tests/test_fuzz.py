@@ -17,6 +17,7 @@ import os
 import pickle
 import queue
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -36,7 +37,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import REFERENCE
-from PIL import Image
+from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 import minillava
@@ -57,7 +59,8 @@ class Case(NamedTuple):
     """One corruption.
 
     damage: spoils a folder, or makes what is to be opened as a picture in it. names: what an error must name.
-    must: "error" or "load", where one of the two would be wrong; "same" means the undamaged pixels or an error.
+    must: "error" or "load", where one of the two would be wrong; "same" means the undamaged pixels or an error,
+    "turned" the undamaged ones, upright or as they are stored, or an error.
     """
 
     category: str
@@ -539,6 +542,48 @@ def pictures() -> dict[str, bytes]:
     }
 
 
+def described_pictures() -> dict[str, tuple[bytes, int, int]]:
+    """The same picture with all that cameras write beside it, which says that it lies on its side; and from where to
+    where that stands in the file."""
+    x, y = np.meshgrid(np.arange(40), np.arange(30))
+    image = Image.fromarray(np.stack([x * 6, y * 8, (x * y) % 256], axis=-1).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112], exif[0x011A] = "A camera's maker", 6, 72.5
+    exif.get_ifd(0x8769)[0x9003] = "2020:01:01 00:00:00"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    text = PngInfo()
+    text.add_text("Author", "Somebody")
+    text.add_text("Comment", "long " * 99, zip=True)
+    text.add_itxt("Title", "ü" * 9, zip=True)
+    jpg = encoded(image, "JPEG", exif=exif, icc_profile=profile, comment=b"Hello")
+    png = encoded(image, "PNG", exif=exif, icc_profile=profile, pnginfo=text)
+    webp = encoded(image, "WEBP", lossless=True, exif=exif)
+    return {
+        "described.jpg": (jpg, 2, jpg.index(b"\xff\xdb")),
+        "described.png": (png, 33, png.index(b"IDAT") - 4),
+        "described.webp": (webp, webp.index(b"EXIF"), len(webp)),
+    }
+
+
+def metadata_cases() -> Iterator[Case]:
+    """Bytes of metadata changed, save those of the orientation itself."""
+    dice = random.Random("metadata")
+    for name, (content, low, high) in described_pictures().items():
+        entry = re.search(rb"\x01\x12\x00\x03\x00{3}\x01|\x12\x01\x03\x00\x01\x00{3}", content)
+        for _ in range(40):
+            damaged = bytearray(content)
+            for _ in range(dice.choice([1, 1, 2, 20])):
+                damaged[dice.randrange(low, high)] ^= dice.choice([1 << dice.randrange(8), 0xFF])
+            damaged[entry.start() : entry.end() + 4] = content[entry.start() : entry.end() + 4]
+            text = f"{name} {sum(a != b for a, b in zip(damaged, content, strict=True))} bytes of its metadata"
+
+            def make(to: Path, name=name, damaged=bytes(damaged)) -> Path:
+                write(to / name, damaged)
+                return to / name
+
+            yield Case("picture metadata", text, make, name, "turned")
+
+
 def claiming(width: int, height: int) -> bytes:
     """A PNG of a few bytes that says it is large."""
     small = encoded(Image.new("L", (1, 1)), "PNG")
@@ -576,7 +621,9 @@ def picture_cases() -> Iterator[Case]:
             return to / "x.png"
 
         yield Case("picture no file", f"x.png is {name}", make, "x.png", "error")
-    for width, height in ((1, 1), (1, 2), (3, 1), (10_000, 1), (1, 10_000), (2000, 2000)):
+    yield from metadata_cases()
+    for width, height in ((1, 1), (1, 2), (3, 1), (10_000, 1), (1, 10_000), (2000, 2000), (13_400, 100), (60_000, 30),
+                          (30, 60_000), (600, 20_000), (65_535, 1)):  # fmt: skip
         image = Image.new("RGB", (width, height), (200, 100, 50))
         yield made("picture sizes", f"{width}x{height}.png", encoded(image, "PNG"), "load")
     for width, height in ((0, 0), (0, 5), (60_000, 60_000), (13_000, 13_000), (2**31 - 1, 1), (1, 2**31 - 1),
@@ -598,18 +645,24 @@ def picture_cases() -> Iterator[Case]:
     prefix = "data:image/png;base64,"
     for name, url in {
         "no comma": "data:image/png;base64", "nothing": "data:", "no base64": "data:image/png," + good, "empty": prefix,
-        "spaces": prefix + good[:40] + " " + good[40:], "not base64": prefix + "é",
-        "odd length": prefix + good[:-3] + "A",
-        "no padding": prefix + good.rstrip("="), "cut": prefix + good[:80], "twice": prefix + prefix + good,
+        "not base64": prefix + "é",
+        "odd length": prefix + good[:-4] + "A",
+        "cut": prefix + good[:80], "twice": prefix + prefix + good,
         "text": prefix + base64.b64encode(b"hello").decode(), "percent": prefix + "%89PNG",
         "surrogate": prefix + "\udc80",
-        "url alphabet": prefix + "-_-_", "line break": prefix + good[:40] + "\n" + good[40:],
+        "url alphabet": prefix + "-_-_", "percent cut": prefix + good[:40] + "%2" + good[40:],
         "no mime cut": "data:;base64," + good[:40],
         "a NUL": prefix + "\0", "a list": "data:image/png;base64,,,,", "only padding": prefix + "====",
     }.items():  # fmt: skip
         yield Case("data: URLs", f"data: URL, {name}", lambda to, u=url: u, "data: URL", "error")
     for mime in ("image/jpeg", "text/plain", "", "image/png;charset=utf-8"):
         yield Case("data: URLs", f"data: URL of {mime!r}", lambda to, m=mime: f"data:{m};base64,{good}", must="load")
+    for name, payload in {
+        "spaces": good[:40] + " " + good[40:], "line breaks": good[:40] + "\r\n" + good[40:] + "\n",
+        "no padding": good.rstrip("="), "escapes": good.replace("+", "%2B").replace("=", "%3D"),
+        "the alphabet of URLs": good.replace("+", "-").replace("/", "_"),
+    }.items():  # fmt: skip
+        yield Case("data: URLs", f"data: URL, {name}", lambda to, u=prefix + payload: u, must="load")
     for i in range(20):
         place = dice.randrange(len(good))
         broken = prefix + good[:place] + dice.choice("=%\n A/+") + good[place + 1 :]
@@ -643,6 +696,7 @@ class Bench:
         write(self.victims["bin"] / BIN, saved(load_file(VICTIM / SINGLE)))
         self.processor = ImageProcessor(SIDE)
         self.undamaged = {name: self.processor(content) for name, content in pictures().items()}
+        self.upright = {name: open_image(content) for name, (content, _, _) in described_pictures().items()}
 
     def cases(self, group: str) -> list[Case]:
         makers = {
@@ -717,6 +771,12 @@ class Bench:
             return "pixels are not finite"
         if case.must == "same" and not torch.equal(pixels, self.undamaged[case.name.split()[0]]):
             return "opened, with other pixels than the whole picture"
+        if case.must == "turned":
+            upright = self.upright[case.names]
+            if not any(
+                np.array_equal(image, known) for known in (upright, upright.transpose(Image.Transpose.ROTATE_90))
+            ):
+                return "opened, neither upright nor as it is stored"
         if case.category == "picture undamaged":
             wanted = (30, 40) if case.name == "rgb.jpg" else (40, 30)  # lies on its side, EXIF says
             return None if image.size == wanted else f"size {image.size}, expected {wanted}"
@@ -739,7 +799,7 @@ def complaint(error: Exception, case: Case, folder: str) -> tuple[str, str]:
 
 
 def claimed_bytes(source) -> int:
-    """What the picture that a header claims takes at four bytes a pixel, alone and padded to a square."""
+    """What the picture that a header claims takes at four bytes a pixel; its margin takes nothing."""
     if not isinstance(source, Path) or not source.is_file():
         return 0
     try:
@@ -749,7 +809,7 @@ def claimed_bytes(source) -> int:
                 width, height = image.size
     except Exception:
         return 0
-    return 4 * sum(pixels for pixels in (width * height, max(width, height) ** 2) if pixels < 180e6)
+    return 4 * width * height if width * height < 180e6 else 0
 
 
 def memory(key: str) -> int:
