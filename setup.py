@@ -22,8 +22,8 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "safetensors>=0.4.3", "sentencepiece>=0.1.99", "pillow>=10.1", "numpy>=1.24"],
     extras_require={
-        # nbclient and ipykernel run minillava/walkthrough.ipynb
-        "test": ["pytest>=7", "nbclient>=0.8", "ipykernel>=6"],
+        # pytest reads .pytest.ini from 7.2 on; nbclient and ipykernel run minillava/walkthrough.ipynb
+        "test": ["pytest>=7.2", "nbclient>=0.8", "ipykernel>=6"],
         # the implementations that the parity tests and tools/make_reference.py compare with; transformers reads
         # tokenizer.model with protobuf
         "parity": ["transformers>=5.23", "protobuf", "peft>=0.21"],

@@ -28,7 +28,8 @@ def compile_decode(model: Llava) -> None:
     """Let the loop decode by `CapturedDecode`. Compiling happens at an answer's second token, the first that is
     decoded, and takes from seconds to a minute."""
     on_gpu = model.language_model.embed_tokens.weight.is_cuda
-    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    # torch's name before 2.7, which later ones still know, for what is now called recompile_limit
+    torch._dynamo.config.cache_size_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.cache_size_limit)
     model.decode_step = torch.compile(
         partial(step, model.language_model),
         mode="reduce-overhead" if on_gpu else "default",

@@ -4,8 +4,10 @@ The model says `nn.Linear`, and that is what `attention="eager"` runs, bit for b
 the same layers this `forward`: the same product, added up in another order. r rows, C width before, N width after.
 """
 
+import os
 import threading
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 FEW_NARROW_ROWS = 3  # up to here, emulated bfloat16 is faster than converting the weight
 BLOCK = 512  # rows of a weight that are made wide at a time, for few rows of x: 8 MB at C = 4096, about a cache
 MANY_ROWS = 64  # above, four times as many: the product takes longer than the memory, and likes them large
+# Values of ONEDNN_MAX_CPU_ISA that stand for processors without instructions for bfloat16.
+WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 
 _kept = threading.local()
 
@@ -123,7 +127,11 @@ def is_emulated(x: Tensor) -> bool:
     return slow and not has_fast_bfloat16()
 
 
+@cache
 def has_fast_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16 (AVX512-BF16, AMX); without, they are emulated
-    at an eighth of float32's speed."""
+    """Whether products of bfloat16 run on instructions for them (AVX512-BF16, AMX); without, they are emulated at an
+    eighth of float32's speed. oneDNN, which computes them, may have been told to leave the instructions alone."""
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT"
+    if cap.upper() in WITHOUT_BFLOAT16:
+        return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,5 +1,6 @@
 """What several test files share: the stored reference, the files that lie beside the repository, checkpoint folders."""
 
+import os
 from pathlib import Path
 
 import hf
@@ -9,7 +10,8 @@ from safetensors.torch import load_file
 
 # Toy networks gain nothing from a second thread, and on a busy machine threads that wait for one another take ten times
 # as long as one that does not.
-torch.set_num_threads(1)
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)
 
 REFERENCE = Path(__file__).parent / "reference"
 SHARED = Path(__file__).parents[2] / "shared"
