@@ -5,8 +5,8 @@
     print(assistant.ask("x.jpg", "What is in this image?"))
 
 Reading order, which is the order of the data: config, image, prompt, tokenizer, attention, vision,
-projector, cache, llama, llava, checkpoint, sampling, loop, beam, generate, assistant. CLASSROOM.md has the
-questions that people ask on the way, and exercises.
+projector, cache, llama, llava, checkpoint, options, sampling, loop, beam, generate, assistant.
+CLASSROOM.md has the questions that people ask on the way, and exercises.
 """
 
 import sys

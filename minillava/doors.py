@@ -7,7 +7,6 @@ Ctrl-C leaves no traceback of somebody else's import. So this file imports next 
 import os
 import signal
 import sys
-from collections.abc import Sequence
 
 DOORS = {  # in the order in which people need them: what it is for, and the function it calls, with its file
     "generate": ("answer a question about a picture", "answer", "answer"),
@@ -19,7 +18,7 @@ DOORS = {  # in the order in which people need them: what it is for, and the fun
 }
 
 
-def enter(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run a door with these flags (those of the process by default); the exit status."""
     from minillava import cli, parsers
 
@@ -36,7 +35,7 @@ def enter(name: str, argv: Sequence[str] | None = None, prog: str | None = None)
     return cli.run(body, asked[0].verbose)
 
 
-def begin(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+def begin(name: str, argv: list[str] | None = None, prog: str | None = None) -> None:
     """A door as a process, which ends here."""
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else who started us wants it ignored
     if ours:
@@ -72,7 +71,7 @@ def listing(prog: str) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """`python -m minillava` and the command `minillava`: a door by its name, or the list of them."""
     given = sys.argv[1:] if argv is None else list(argv)
     prog = "minillava" if os.path.basename(sys.argv[0]).startswith("minillava") else "python -m minillava"

@@ -1,0 +1,149 @@
+"""The doors: how they are found, and that Ctrl-C ends one at any moment without a traceback."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minillava
+from minillava import cli, doors
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = ROOT / "weights" / "shapes"
+
+
+@pytest.fixture
+def front(capsys, monkeypatch):
+    """`front(*words)`: status, stdout and stderr of `python -m minillava WORDS`, in this process."""
+    monkeypatch.delenv(cli.WEIGHTS_VARIABLE, raising=False)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/minillava/__main__.py"])
+    before = signal.getsignal(signal.SIGINT)
+
+    def in_process(*words: str) -> tuple[int, str, str]:
+        try:
+            doors.main(list(words))
+            status = 0
+        except SystemExit as stopped:
+            status = stopped.code
+        return (status, *capsys.readouterr())
+
+    yield in_process
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("words", [(), ("--help",), ("-h",), ("help",)])
+def test_without_a_door_they_are_listed(front, words):
+    """It said "cannot be directly executed", and nothing listed the doors."""
+    status, out, err = front(*words)
+    assert (status, err) == (0, "")
+    lines = [line for line in out.splitlines() if line.startswith("  ")]
+    assert [line.split()[0] for line in lines] == list(doors.DOORS)
+    assert all(line.endswith(doors.DOORS[line.split()[0]][0]) for line in lines)
+
+
+def test_a_door_by_its_name_answers_as_the_door_does(front):
+    picture = str(WEIGHTS / "example-1.png")
+    status, out, err = front("generate", "-q", "--weights", str(WEIGHTS), "-i", picture, "-p", "Is there a red star?")
+    assert (status, out, err) == (0, "Yes.\n", "")
+
+
+@pytest.mark.parametrize("door", doors.DOORS)
+def test_help_and_errors_of_a_door_name_the_command_that_was_typed(front, door):
+    status, out, err = front(door, "--help")
+    assert (status, err) == (0, "")
+    assert out.startswith(f"usage: python -m minillava {door} ")
+    status, out, err = front(door, "--no-such-flag")
+    assert (status, out) == (2, "")
+    assert err.endswith(f"(see python -m minillava {door} --help)\n")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("generat", "no door 'generat'; did you mean generate?"),
+        ("tarce", "no door 'tarce'; did you mean trace?"),
+        ("xyzzy", "no door 'xyzzy'; there are: generate, chat,"),
+        ("--image", "--image stands where the name of a door should; there are: generate,"),
+        ("", "no door ''; there are: generate,"),
+    ],
+)
+def test_an_unknown_door_is_wrong_usage(front, word, message):
+    status, out, err = front(word, "x.jpg")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_version(front):
+    assert front("--version") == (0, f"minillava {minillava.__version__}\n", "")
+
+
+def test_an_installed_package_has_the_command():
+    script = re.search(r'"console_scripts": \["minillava = minillava\.(\w+):(\w+)"\]', (ROOT / "setup.py").read_text())
+    assert script.groups() == (doors.main.__module__.split(".")[1], doors.main.__name__)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=100
+    )
+
+
+def test_the_shared_file_of_the_command_lines_lists_the_doors_too():
+    """`python -m minillava.cli` did nothing, and said nothing."""
+    done = run("-m", "minillava.cli")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "  generate  " in done.stdout
+
+
+def test_python_shows_what_the_package_has():
+    """The Tab key and help() found nothing, since `load` is fetched on first use."""
+    assert {"Assistant", "load", "__version__"} <= set(dir(minillava))
+    done = run("-c", "import minillava; help(minillava)")
+    assert "load(weights" in done.stdout and "class Assistant" in done.stdout
+
+
+ASKED = ["-i", str(WEIGHTS / "example-1.png")]
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+sys.argv[1:] = {words}
+runpy.run_module("minillava.{door}", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("door", "module"),
+    [
+        ("generate", "argparse"),
+        ("generate", "torch"),
+        ("generate", "torch.nn"),
+        ("chat", "minillava.prompt"),
+        ("look", "numpy"),
+        ("trace", "PIL"),
+        ("inspect", "torch._C"),
+    ],
+)
+def test_ctrl_c_while_something_is_imported_leaves_no_traceback(door, module):
+    """Python's signal handler raises KeyboardInterrupt in the middle of whatever runs: for 1.7 s that was torch."""
+    words = {"chat": [], "inspect": [], "look": [*ASKED, "--npy", os.devnull]}.get(door, ASKED)
+    done = run("-c", INTERRUPTED.format(module=module, door=door, words=words))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_who_starts_a_door_with_ctrl_c_ignored_is_obeyed():
+    """As `nohup` and a shell's `&` do."""
+    script = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + INTERRUPTED
+    done = run("-c", script.format(module="torch", door="generate", words=ASKED))
+    assert (done.returncode, done.stderr.count("Traceback")) == (0, 0)
+    assert done.stdout.startswith("I see a large red star")
