@@ -248,9 +248,9 @@ def test_a_shared_picture_trains_as_if_each_conversation_had_its_own(train_shape
 def test_training_survives_being_killed(train_shapes, tmp_path, monkeypatch, capsys):
     """Stopped in the second stage and started again, it ends with the very same weights."""
 
-    def run(folder):
+    def run(folder, *more):
         threads = torch.get_num_threads()
-        small = ["--scale", "0", "--pictures", "2", "--workers", "1", "--save-every", "1"]
+        small = ["--scale", "0", "--pictures", "2", "--workers", "1", "--save-every", "1", *more]
         try:
             assert train_shapes.main(["--out", str(folder), *small]) == 0
         finally:
@@ -276,6 +276,31 @@ def test_training_survives_being_killed(train_shapes, tmp_path, monkeypatch, cap
         assert path.read_bytes() == (tmp_path / "pieces" / path.name).read_bytes(), path.name
     assistant = minillava.load(tmp_path / "pieces", device="cpu", dtype="float32")
     assert assistant.model.config.tokens_per_image == 81
+
+    # The same command on what is finished trained again from nothing, over the model.
+    whole = tmp_path / "whole"
+    before = {path: path.read_bytes() for path in whole.iterdir()}
+    asked = f"Ask it with: python -m minillava.generate -m {whole} -i {whole}/example-1.png\n"
+    trained = []
+    monkeypatch.setattr(train_shapes, "train", lambda *arguments: trained.append(arguments))
+    capsys.readouterr()
+    run(whole)
+    assert capsys.readouterr().out == f"{whole} holds a finished model; --restart trains it anew. {asked}"
+    assert {path: path.read_bytes() for path in whole.iterdir()} == before
+    assert trained == []
+    run(whole, "--restart")
+    assert capsys.readouterr().out == f"{whole} holds the model. {asked}"
+    assert len(trained) == 1
+
+
+def test_the_card_says_how_many_turns_were_trained():
+    """A third question gets nonsense, and nothing said why."""
+    rng = random.Random(0)
+    asked = [dialogue for seed in range(20) for dialogue in shapes.ask_any(scene(seed), 8, rng)]
+    turns = max(len(dialogue.turns) for dialogue in asked)
+    card = (WEIGHTS / "README.md").read_text(encoding="utf-8")
+    assert turns == 2
+    assert "Conversations of one or two questions" in card
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the workers in /proc")

@@ -11,8 +11,9 @@
     4 answer   projector and language model learn from the answers alone. (LLaVA, stage 2, visual instruction tuning.
                As in the paper, the vision tower stays as it is.)
 
-Killed, it goes on from its last checkpoint when started again. A batch is a function of (seed, stage, step, worker), so
-the same seed and --workers give the same weights on the same kind of machine.
+Killed, it goes on from its last checkpoint when started again; finished, it says so and leaves the
+model as it is. A batch is a function of (seed, stage, step, worker), so the same seed and --workers
+give the same weights on the same kind of machine.
 
 B pictures, P patches, N conversations, S tokens before and T tokens after their picture, C width.
 """
@@ -22,6 +23,7 @@ import io
 import json
 import math
 import random
+import shlex
 import signal
 import sys
 import tempfile
@@ -100,6 +102,8 @@ BUCKETS = 4  # conversations of a step are sorted by length into so many batches
 WARMUP = 100  # steps until the full rate
 SAVE_EVERY = 100  # steps
 CHECKPOINT = "training.pt"
+FINISHED = "config.json"
+"""What a folder has besides, once training has ended."""
 
 
 # ------------------------------------------------------------------------------------------- tokenizer
@@ -650,9 +654,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="times the steps of every stage, to try things out")
     parser.add_argument("--pictures", type=int, help="per step, over all workers, instead of each stage's own number")
     parser.add_argument("--save-every", type=int, default=SAVE_EVERY, help=f"steps (default {SAVE_EVERY})")
+    parser.add_argument("--restart", action="store_true", help="begin anew, and replace what --out holds")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.restart:
+        for name in (CHECKPOINT, FINISHED):
+            (options.out / name).unlink(missing_ok=True)
     if not (options.out / CHECKPOINT).exists():
+        if (options.out / FINISHED).exists():
+            print(f"{options.out} holds a finished model; --restart trains it anew. {how_to_ask(options.out)}")
+            return 0
         train_tokenizer(options.out / "tokenizer.model", options.seed, max(100, round(4000 * min(1, options.scale))))
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = f"file://{folder}/rendezvous"
@@ -660,7 +671,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(0, options, rendezvous)
         else:
             torch.multiprocessing.spawn(train, (options, rendezvous), nprocs=options.workers)
+    print(f"{options.out} holds the model. {how_to_ask(options.out)}")
     return 0
+
+
+def how_to_ask(out: Path) -> str:
+    weights, picture = (shlex.quote(str(path)) for path in (out, out / "example-1.png"))
+    return f"Ask it with: python -m minillava.generate -m {weights} -i {picture}"
 
 
 if __name__ == "__main__":
