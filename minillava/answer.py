@@ -34,8 +34,9 @@ def _follow(
     chosen: Options,
     contrast: Contrast | None,
     messages: cli.Messages,
-) -> list[dict]:
-    """Token after token; printed as text unless --json, a single answer as it is made."""
+) -> tuple[list[dict], str]:
+    """Token after token; printed as text unless --json, a single answer as it is made. Returns the
+    answers, and what --contrast-log asks for."""
     count, length, started = chosen.num_return_sequences, spliced.embeds.shape[1], time.perf_counter()
     answers = [{"text": "", "ids": [], "finish_reason": None} for _ in range(count)]
     spliced, tokenizer, log, made = spliced.repeat_rows(count), assistant.tokenizer, [], 0
@@ -61,9 +62,7 @@ def _follow(
     more, reasons = made - 1, ", ".join(answer["finish_reason"] for answer in answers)
     speed = f", {more / (time.perf_counter() - started):.1f} per second" if more else ""
     messages.stage("decode", started, f"{more} more token(s){speed}; ended by {reasons}, seed {chosen.seed}")
-    if args.contrast_log:
-        cli.write_whole(args.contrast_log, "".join(log))
-    return answers
+    return answers, "".join(log)
 
 
 def _search(
@@ -103,9 +102,9 @@ def answer(args: argparse.Namespace, options: dict, contrast: Contrast | None) -
     messages.stage("encode", started, f"{len(images)} picture(s), {words} ids -> {length} positions")
 
     if chosen.num_beams > 1:
-        answers = _search(args, assistant, spliced, chosen, messages)
+        answers, log = _search(args, assistant, spliced, chosen, messages), ""
     else:
-        answers = _follow(args, assistant, spliced, chosen, contrast, messages)
+        answers, log = _follow(args, assistant, spliced, chosen, contrast, messages)
     if args.json:
         result = {
             **(answers[0] if len(answers) == 1 else {"answers": answers}),
@@ -113,5 +112,5 @@ def answer(args: argparse.Namespace, options: dict, contrast: Contrast | None) -
             "seed": chosen.seed,
             "timings": {name: round(seconds, 6) for name, seconds in messages.timings.items()},
         }
-        print(json.dumps(result, ensure_ascii=False))
-    return 0
+        cli.print_json(result)
+    return cli.write_outputs({args.contrast_log: log} if args.contrast_log else {})

@@ -15,7 +15,7 @@ from minillava.cache import KVCache
 from minillava.capture import compile_decode
 from minillava.checkpoint import build_model, check_base, open_checkpoint
 from minillava.config import DOWNLOAD, IGNORE_INDEX, LlavaConfig, read_config, read_json
-from minillava.generate import generate
+from minillava.generate import Generation, generate
 from minillava.hub import find_snapshot, is_repo_id
 from minillava.image import ImageProcessor, Images, ImageSource, as_list, open_image
 from minillava.linear import has_fast_bfloat16, use_fast_linear
@@ -61,7 +61,7 @@ class Assistant:
         it may be for each; ValueError where lengths differ. The longest prompt decides how much room the context has.
         """
         if not isinstance(question, str):
-            return self._ask_each(image, question, system, contrast, self._one_answer(options))
+            return self.ask_each(image, question, system=system, contrast=contrast, **options).text
         return "".join(self.stream(image, question, system=system, contrast=contrast, **options))
 
     def stream(
@@ -78,12 +78,22 @@ class Assistant:
             if step.text[0]:
                 yield step.text[0]
 
-    def _ask_each(self, image, questions: Sequence[str], system: str | None, contrast, chosen: Options) -> list[str]:
+    def ask_each(
+        self,
+        image: Images | Sequence[Images],
+        questions: Sequence[str],
+        *,
+        system: str | None = None,
+        contrast=None,
+        **options,
+    ) -> Generation:
+        """Several questions as one batch, and how each answer ended. Arguments as for `ask`."""
+        chosen = self._one_answer(options)
         given = list(image) if isinstance(image, (list, tuple)) else [image] * len(questions)
         if len(given) != len(questions):
             raise ValueError(f"{len(questions)} question(s) but {len(given)} picture(s); give one per question, or one")
         if not questions:
-            return []
+            return Generation(torch.empty(0, 0, dtype=torch.long), [], [], [], chosen.seed)
         pictures = [as_list(images) for images in given]
         ids = [
             self.tokenizer.encode(self.prompt(question, images=len(own), system=system))
@@ -103,10 +113,9 @@ class Assistant:
                 changed += [] if pixels is None else self._encode(pixels)
             second = others, torch.stack(changed) if changed else None
         patches = torch.stack(patches) if patches else None  # [n, P, C]
-        answers = generate(
+        return generate(
             self.model, ids, patches, second=second, contrast=contrast, tokenizer=self.tokenizer, **vars(chosen)
         )
-        return answers.text
 
     def _one_answer(self, options: dict) -> Options:
         chosen = self.options(**options)

@@ -26,6 +26,7 @@ from minillava import __version__, cli, doors
 from minillava.assistant import Assistant
 from minillava.cache import KVCache
 from minillava.config import IMAGE_TOKEN_INDEX
+from minillava.disk import is_stream, read_lines, write_whole
 from minillava.image import ImageSource, open_image
 from minillava.loop import steps
 from minillava.options import Options
@@ -250,11 +251,10 @@ class Session:
     def save(self, path: Path) -> None:
         """As JSON. What stands there is replaced only by a complete file, and only if this session wrote it."""
         path = path.absolute()
-        if path.exists() and path not in self.saved:
+        if path.exists() and path not in self.saved and not is_stream(path):
             raise ValueError(f"{path}: exists already; choose another name")
         text = json.dumps({**self.about, **self.conversation.record()}, ensure_ascii=False, indent=2)
-        # In a file name, what is not UTF-8 becomes JSON's \udc.., which reads back as the same name.
-        cli.write_whole(path, f"{text}\n".encode(errors="backslashreplace"))
+        write_whole(path, f"{text}\n")
         self.saved.add(path)
         self.messages.note(f"{len(self.conversation.turns)} turn(s) written to {path}")
 
@@ -296,6 +296,9 @@ def run(args: argparse.Namespace, options: dict) -> int:
 
 def _lines(terminal: bool) -> Iterator[str]:
     """The lines of stdin without their ends; at a terminal each is asked for, with line editing where Python has it."""
+    if not terminal and hasattr(sys.stdin, "buffer"):
+        yield from read_lines(sys.stdin.buffer, "stdin")
+        return
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 spoils its own question only
     editing = terminal and sys.stdout.isatty()

@@ -7,20 +7,31 @@ line, 2 wrong usage, 130 Ctrl-C (what was printed stays), 0 when the reader of a
 from __future__ import annotations
 
 import argparse
+import errno
 import io
+import json
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from minillava import __version__
 from minillava.config import DOWNLOAD
 from minillava.contrast import METHODS, Contrast
+from minillava.disk import (
+    check_writable,
+    decode,
+    explain,
+    is_stream,
+    same_file,
+    unify_line_ends,
+    write_whole,
+)
 from minillava.hub import is_repo_id
 from minillava.options import ASPECTS, ATTENTION, DEVICES, DTYPES, KINDS, Options
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, TEMPLATES, place_images
@@ -31,6 +42,8 @@ if TYPE_CHECKING:  # flags are read before these, which import torch, are
     from minillava.assistant import Assistant
 
 WEIGHTS_VARIABLE = "MINILLAVA_WEIGHTS"
+MODEL_FILES = (".json", ".model", ".safetensors", ".bin", ".pth")
+"""How the names of the files end that make a model."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -236,11 +249,73 @@ class Messages:
             print(f"{name:<8} {self.timings[name]:8.3f} s  {detail}", file=sys.stderr)
 
 
-def run(body: Callable[[], int], verbose: bool) -> int:
-    """Run a command; every error becomes one line on stderr and an exit status (module docstring)."""
+class _Forgiving:
+    """stderr without errors of its own: a full disk under a log must not cost the answer."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            _discard(self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def _discard(stream: TextIO) -> None:
+    """What waits to be written, and all that follows, goes nowhere. Python would complain when it flushes at exit."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def open_streams() -> None:
+    """A stdin, stdout or stderr that is closed, as some launchers start programs, becomes the null
+    device; stdout one that cannot be written, so that an answer printed there is an error.
+
+    Otherwise the next file that is opened gets the free number, and what is meant for stderr ends in
+    that file. And print(file=None) writes to stdout."""
+    flags = {"stdin": os.O_RDONLY, "stdout": os.O_RDONLY, "stderr": os.O_WRONLY}
+    for number, flag in enumerate(flags.values()):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, flag)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+    for name, flag in flags.items():  # in numbers of their own: another file may have had the free one
+        if getattr(sys, name) is None:
+            null = io.FileIO(os.open(os.devnull, flag), "r" if name == "stdin" else "w")
+            buffer = io.BufferedReader(null) if name == "stdin" else io.BufferedWriter(null)
+            setattr(sys, name, io.TextIOWrapper(buffer, encoding="utf-8", errors="replace"))
+
+
+LOST = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+"""Why what was printed may not have arrived."""
+
+
+def run(body: Callable[[], int], verbose: bool, prints: bool = False) -> int:
+    """Run a command; every error becomes one line on stderr and an exit status (module docstring).
+    prints: its answer goes to stdout, so that a closed one is an error before the work."""
+    closed = sys.stdout is None
+    open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" rather than an error
+    stderr = sys.stderr
+    sys.stderr = _Forgiving(stderr)
     try:
+        if closed and prints:
+            raise ValueError("stdout is closed, so the answer has nowhere to go; redirect it to a file or a pipe")
         status = body()
         sys.stdout.flush()
         return status
@@ -248,19 +323,24 @@ def run(body: Callable[[], int], verbose: bool) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader has what it wanted. Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)  # whose reader has what it wanted
         return 0
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in LOST:
+            error.filename = "stdout"  # every other file that we write says its name
+            _discard(sys.stdout)
         report(error, verbose)
         return 1
+    finally:
+        sys.stderr = stderr
 
 
 def report(error: Exception, verbose: bool) -> None:
     """An error as one line on stderr."""
     if verbose:
         traceback.print_exception(error)
-    first, *more = str(error).splitlines() or [type(error).__name__]
+    text = explain(error) if isinstance(error, OSError) else str(error)
+    first, *more = text.splitlines() or [type(error).__name__]
     expected = isinstance(error, (ValueError, OSError))
     hint = f" ({len(more)} more like it: --verbose lists them)" if more and expected else ""
     unexpected = "" if expected else f"{type(error).__name__}: "
@@ -268,30 +348,30 @@ def report(error: Exception, verbose: bool) -> None:
     print(f"error: {unexpected}{first}{hint}{where}", file=sys.stderr)
 
 
-def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """A file that is there whole or not at all, and on disk when this returns: written under another name, then
-    renamed. Raises OSError."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+def print_json(value) -> None:
+    """One line of JSON that reads back whole: as letters if stdout's encoding has them all, else
+    escaped."""
+    text = json.dumps(value, ensure_ascii=False)
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+        text.encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        text = json.dumps(value)
+    print(text)
 
 
-def sync_folder(path: Path) -> None:
-    """A new or changed name is on disk when its folder is; where folders cannot be synced, the system decides when."""
-    with suppress(OSError):
-        folder = os.open(path, os.O_RDONLY)
+def write_outputs(files: dict[str, str | bytes]) -> int:
+    """Write each name's content by `write_whole`. A file that cannot be written is reported, and the
+    others are written nevertheless; returns the exit status."""
+    status = 0
+    for path, content in files.items():
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            write_whole(path, content)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            report(error, verbose=False)
+            status = 1
+    return status
 
 
 def check_stdin(parser: Parser, args: argparse.Namespace) -> None:
@@ -305,33 +385,72 @@ def read_question(args: argparse.Namespace) -> tuple[str, list[Image.Image]]:
     raises as `open_image` and `place_images`."""
     from minillava.image import open_image
 
-    question = DEFAULT_PROMPT if args.prompt is None else args.prompt
-    if question == "-":
-        question = sys.stdin.read().removesuffix("\n")
+    if args.prompt == "-":
+        question = decode(_read_bytes(), "stdin", sys.stdin.encoding).removesuffix("\n")
+    else:  # $(cat question.txt) leaves the byte order mark and the "\r" of Windows
+        question = DEFAULT_PROMPT if args.prompt is None else args.prompt
+        question = unify_line_ends(question.removeprefix("\ufeff").removesuffix("\r"))
     images = [open_image(_read_stdin() if image == "-" else image) for image in args.image]
     place_images(question, len(images))
     return question, images
 
 
+def _read_bytes() -> bytes:
+    """All of stdin. Raises OSError with its name."""
+    try:
+        return sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "stdin") from error
+
+
 def _read_stdin() -> io.BytesIO:
     """A picture from stdin, as a file with a name for messages."""
-    file = io.BytesIO(sys.stdin.buffer.read())
+    file = io.BytesIO(_read_bytes())
     file.name = "stdin"
     return file
 
 
-def check_outputs(parser: Parser, paths: Sequence[str]) -> None:
-    """Names of files to write: an empty one, a folder, one in a folder that is not there and one given twice are wrong
-    usage."""
-    for path in paths:
+def check_outputs(parser: Parser, args: argparse.Namespace, paths: Sequence[str | None], inputs: Sequence = ()) -> None:
+    """Check the files to write before the work begins.
+
+    Wrong usage: an empty name, a folder, a file in a folder that does not exist, the same file twice,
+    or a file that is read (a picture of --image, a file of the model, one of `inputs`), by whatever
+    spelling. A file that the system does not let us write is an error."""
+    paths = [os.fspath(path) for path in paths if path is not None]
+    inputs = [*inputs, *_inputs(args)] if any(map(os.path.exists, paths)) else []
+    for i, path in enumerate(paths):
         if not path:
             parser.error("a file to write has an empty name")
         if os.path.isdir(path):
             parser.error(f"{path}: is a folder, expected the name of a file")
-        if not os.path.isdir(os.path.dirname(path) or "."):
+        if not os.path.isdir(os.path.dirname(os.path.realpath(path))) and not is_stream(path):
             parser.error(f"{path}: no such folder; make it first")
-        if [os.path.realpath(other) for other in paths].count(os.path.realpath(path)) > 1:
-            parser.error(f"{path} is given twice; each file needs a name of its own")
+        for other in paths[:i]:
+            if same_file(path, other):
+                parser.error(f"{path} is given twice; each file needs a name of its own")
+        for given in inputs:
+            if same_file(path, given):
+                parser.error(f"{path} is read, as {given}: what is written needs a name of its own")
+    for path in paths:
+        try:
+            check_writable(path)
+        except OSError as error:
+            parser.exit(1, f"error: {explain(error)}\n")
+
+
+def _inputs(args: argparse.Namespace) -> Iterator[str | Path]:
+    """What a command reads: pictures, stdin, and the files of the model's folders."""
+    from minillava.assistant import bundled_weights, find_folder
+
+    for image in vars(args).get("image") or ():
+        yield from ("/dev/stdin",) if image == "-" else (image, os.path.expanduser(image))
+    if vars(args).get("prompt") == "-":
+        yield "/dev/stdin"
+    for name in ("weights", "vision_tower", "model_base", "adapter"):
+        given = vars(args).get(name) or (name == "weights" and (os.environ.get(WEIGHTS_VARIABLE) or bundled_weights()))
+        with suppress(ValueError, OSError):  # what is wrong with it is told when it is opened
+            folder = find_folder(given, vars(args).get("revision")) if given else None
+            yield from () if folder is None else (path for path in folder.glob("*") if path.suffix in MODEL_FILES)
 
 
 def find_weights(given: str | None, messages: Messages) -> str:

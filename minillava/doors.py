@@ -17,6 +17,8 @@ DOORS = {  # in the order in which people need them: what it is for, and the fun
     "inspect": ("say what a folder of weights holds, and whether it is well", "inspection", "run"),
 }
 
+PRINTING = {"generate", "chat", "look", "trace", "inspect"}  # whose answer goes to stdout, so that it must be open
+
 
 def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run a door with these flags (those of the process by default); the exit status."""
@@ -32,7 +34,7 @@ def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
             signal.signal(signal.SIGINT, signal.default_int_handler)
         return vars(module)[function](*asked)
 
-    return cli.run(body, asked[0].verbose)
+    return cli.run(body, asked[0].verbose, prints=name in PRINTING)
 
 
 def begin(name: str, argv: list[str] | None = None, prog: str | None = None) -> None:

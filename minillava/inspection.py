@@ -10,7 +10,6 @@ if __name__ == "__main__":  # flags are read before torch is imported, below
     doors.begin("inspect")
 
 import argparse
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -381,7 +380,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{lead}{finding.status:<8} {finding.check}: {finding.text}", flush=True)
     if args.json:
         report.doctor = [asdict(finding) for finding in findings]
-        print(json.dumps({"loadable": report.loadable, **asdict(report)}, ensure_ascii=False))
+        cli.print_json({"loadable": report.loadable, **asdict(report)})
     failed = any(finding.status == doctor.FAILED for finding in findings)
     return int(failed or not report.loadable)
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from minillava import cli, doors, look_draw, look_html
 from minillava.assistant import Assistant
 from minillava.attention import eager
+from minillava.disk import is_stdout
 from minillava.image import ImageProcessor, ImageSource, open_image
 from minillava.llama import LanguageModel
 from minillava.llava import Llava, Spliced
@@ -325,11 +326,11 @@ def run(args: argparse.Namespace, options: dict) -> int:
         files[args.grid] = _picture_bytes(look_draw.draw_grid(square, side), args.grid)
     if lens:
         files[args.lens] = look_html.lens_page(square, vars(found.lens), question, found.answer)
-    for path, content in files.items():
-        cli.write_whole(path, content)
+    if not any(map(is_stdout, files)):  # which then has that file alone
+        print(found.answer, flush=True)
+    status = cli.write_outputs(files)
     messages.stage("write", started, ", ".join(files))
-    print(found.answer)
-    return 0
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -76,8 +76,6 @@ def read_generate(parser: cli.Parser, argv: Sequence[str]) -> tuple:
     options, contrast = cli.read_options(parser, args), cli.read_contrast(parser, args)
     if args.contrast_log and contrast is None:
         parser.error("--contrast-log needs --contrast")
-    if args.contrast_log and not Path(args.contrast_log).absolute().parent.is_dir():
-        parser.error(f"--contrast-log {args.contrast_log}: no such folder; make it first")
     if args.contrast_log and args.num_return_sequences > 1:
         parser.error("--contrast-log follows one answer: leave --num-return-sequences out")
     if args.logprobs is not None and (not args.json or args.logprobs < 0):
@@ -87,6 +85,7 @@ def read_generate(parser: cli.Parser, argv: Sequence[str]) -> tuple:
     if not args.image and args.prompt is None:
         parser.error("nothing to answer: give a picture with --image, or a question with --prompt")
     cli.check_stdin(parser, args)
+    cli.check_outputs(parser, args, [args.contrast_log])
     return args, options, contrast
 
 
@@ -184,7 +183,8 @@ def read_batch(parser: cli.Parser, argv: Sequence[str]) -> tuple:
 def look_parser(prog: str = "python -m minillava.look") -> cli.Parser:
     parser = cli.Parser(
         prog=prog,
-        description="Show what each word of an answer looked at. The answer goes to stdout.",
+        description="Show what each word of an answer looked at. The answer goes to stdout, unless a "
+        "file is /dev/stdout.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog="""examples:
@@ -235,7 +235,7 @@ def read_look(parser: cli.Parser, argv: Sequence[str]) -> tuple:
     if len(args.image) > 1:
         parser.error(f"--image is given {len(args.image)} times: it looks at one picture")
     cli.check_stdin(parser, args)
-    cli.check_outputs(parser, paths)
+    cli.check_outputs(parser, args, paths)
     chosen = {"--word": args.word, "--layers": args.layers != (), "--heads": args.heads != ()}
     if not any((args.out, args.html, args.json, args.npy)) and any(chosen.values()):
         flag = next(flag for flag, given in chosen.items() if given)
@@ -325,7 +325,7 @@ def read_trace(parser: cli.Parser, argv: Sequence[str]) -> tuple:
     if options["seed"] is None:
         options["seed"] = Options().seed  # one for both runs of a comparison
     cli.check_stdin(parser, args)
-    cli.check_outputs(parser, [path for path in (args.html, args.save) if path is not None])
+    cli.check_outputs(parser, args, [args.html, args.save])
     if args.compare is None:
         if args.tolerance is not None:
             parser.error("--tolerance is about two runs: give --compare")

@@ -6,7 +6,6 @@ B batch, T new tokens, S cached and new tokens, H heads, K key/value heads, D he
 """
 
 import inspect
-import json
 import math
 import os
 import re
@@ -80,8 +79,9 @@ class Record:
             return "  ".join(" ".join(map(str, row)) for row in self.value)
         return "" if self.value is None else repr(self.value) if "\n" in self.value else self.value
 
-    def json(self) -> str:
-        return json.dumps({k: v for k, v in asdict(self).items() if v is not None}, ensure_ascii=False)
+    def json(self) -> dict:
+        """As JSON's kinds of values."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
 
 
 Consume = Callable[[Record, Tensor | None], None]

@@ -9,7 +9,6 @@ if __name__ == "__main__":  # flags are read before torch is imported, below
     doors.begin("trace")
 
 import argparse
-import json
 import math
 import re
 import textwrap
@@ -24,6 +23,7 @@ from torch import Tensor
 from minillava import cli, doors
 from minillava.assistant import Assistant
 from minillava.config import read_config
+from minillava.disk import is_stdout
 from minillava.image import ImageProcessor, open_image
 from minillava.llava import Llava
 from minillava.loop import Chooser, Step, steps
@@ -184,7 +184,7 @@ class Comparison:
         if first:
             self.first = row
         if self.as_json:
-            print(json.dumps(row))
+            cli.print_json(row)
             return
         name = re.sub(r"^(\d+/)?(language_model|vision_tower)\.", r"\1", record.key)
         shape, apart = str(row["shapes"][0]), f"{row['max']!s:>10} {row['relative']!s:>9}"
@@ -206,7 +206,7 @@ class Comparison:
         if self.as_json:
             counts = {"compared": self.rows, "equal": self.equal}
             alone = {"only_in_run": self.missing, "only_in_reference": unmatched}
-            print(json.dumps({"first": self.first, **counts, **alone, "other_token_at_step": self.parted_at}))
+            cli.print_json({"first": self.first, **counts, **alone, "other_token_at_step": self.parted_at})
             return
         print()
         for keys, where in ((self.missing, "run"), (unmatched, "reference")):
@@ -282,18 +282,20 @@ def _trace(args: argparse.Namespace, options: dict) -> int:
             kept[record.key] = tensor.detach().to("cpu", copy=True).contiguous()
 
     assistant = _run(args, options, asked, consume, messages, whole=True)
+    files = {}
     if args.html:
         images = asked[1]
         squares = [assistant.image_processor.square(image) for image in images]
-        cli.write_whole(args.html, page.render(images, squares, assistant.model.config.vision.patch_size))
-        print(page.answer)
+        files[args.html] = page.render(images, squares, assistant.model.config.vision.patch_size)
+        if not is_stdout(args.html):  # which then has the page alone
+            print(page.answer, flush=True)
     if args.save:
-        cli.write_whole(args.save, save(kept))
-    return 0
+        files[args.save] = save(kept)
+    return cli.write_outputs(files)
 
 
 def print_json(record: Record, tensor: Tensor | None) -> None:
-    print(record.json())
+    cli.print_json(record.json())
 
 
 def _compare(args: argparse.Namespace, options: dict, sides: list) -> int:

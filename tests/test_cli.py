@@ -1,6 +1,8 @@
 """The command line: what it prints where, what it accepts, how it exits, and what it says when something is wrong."""
 
+import argparse
 import base64
+import contextlib
 import io
 import json
 import os
@@ -802,6 +804,182 @@ def test_a_terminal_without_the_answers_characters_gets_question_marks(run, monk
     status = main(["-m", WEIGHTS, *BASE, "-i", PICTURE, "-p", QUESTION, "-n", "60"])
     sys.stdout.flush()
     assert (status, raw.getvalue()) == (0, expected.encode(encoding, "replace"))
+
+
+# --- streams that are closed, full, or in another encoding -----------------------------------------------------
+
+
+@pytest.mark.parametrize("question", [QUESTION, f"{QUESTION}\r", f"\ufeff{QUESTION}"])
+def test_a_question_of_windows_is_the_question_typed(result, stdin, question):
+    """The carriage return, and a byte order mark, went into the prompt. A shell's $(cat file) leaves both."""
+    expected = result("-i", PICTURE, "-p", QUESTION)["prompt"]
+    assert result("-i", PICTURE, "-p", question)["prompt"] == expected
+    for content in (f"{question}\n".encode(), f"{question}\n".lstrip("\ufeff").encode("utf-16")):
+        stdin(content)
+        assert result("-i", PICTURE, "-p", "-")["prompt"] == expected
+
+
+def test_lines_inside_a_question_end_as_ours_do(result, stdin):
+    expected = result("-i", PICTURE, "-p", "one\ntwo\nthree\n")["prompt"]
+    stdin(b"one\r\ntwo\rthree\r\n\r\n")
+    assert result("-i", PICTURE, "-p", "-")["prompt"] == expected
+
+
+@pytest.mark.parametrize("content", [b"What\0?", b"caf\xe9?", "What?".encode("utf-16-le"), b"\xff\xfe?"])
+def test_stdin_that_is_not_text_is_one_line(run, stdin, content):
+    stdin(content)
+    status, out, err = run("-i", PICTURE, "-p", "-")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("error: stdin: ")
+    assert "save it as UTF-8" in err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
+def test_json_reads_back_whole_in_every_encoding(monkeypatch, encoding, capsys):
+    """Letters that stdout's encoding lacks became question marks."""
+    value = {"prompt": "Où est 星?", "name": "not UTF-8: \udcff"}
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="replace"))
+    cli.print_json(value)
+    cli.print_json({"plain": "Où"})
+    sys.stdout.flush()
+    first, second = raw.getvalue().decode(encoding).splitlines()
+    assert json.loads(first) == value
+    assert json.loads(second) == {"plain": "Où"}
+    assert ("Où" in second) == (encoding != "ascii")
+
+
+def test_without_stderr_the_answer_is_alone_on_stdout(answer, capsys, monkeypatch):
+    """print(file=None) writes to stdout, so that notes went there."""
+    expected = answer("-i", PICTURE, "-p", QUESTION)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["-m", WEIGHTS, *BASE, "-i", PICTURE, "-p", QUESTION, "-v"]) == 0
+    assert capsys.readouterr().out == expected
+    assert main(["-m", WEIGHTS, *BASE, "-i", "nowhere.png"]) == 1
+    assert capsys.readouterr().out == ""
+    sys.stderr.close()
+
+
+def test_without_stdout_there_is_one_line_and_no_work(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr("minillava.assistant.load", lambda *_, **__: pytest.fail("opened the model"))
+    assert main(["-m", WEIGHTS, *BASE, "-i", PICTURE]) == 1
+    assert capsys.readouterr().err.startswith("error: stdout is closed, so the answer has nowhere to go; ")
+    with contextlib.suppress(OSError):
+        sys.stdout.close()
+
+
+def test_without_stdin_the_question_is_empty(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    status, out, err = run("-i", PICTURE, "-p", "-")
+    assert (status, out, "the question is empty" in err) == (1, "", True)
+    sys.stdin.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_under_stderr_costs_nothing_and_under_stdout_the_answer(answer, capsys, monkeypatch):
+    expected = answer("-i", PICTURE, "-p", QUESTION)
+    arguments = ["-m", WEIGHTS, *BASE, "-i", PICTURE, "-p", QUESTION, "-v"]
+    with monkeypatch.context() as patch, open("/dev/full", "w") as full:
+        patch.setattr(sys, "stderr", full)
+        assert main(arguments) == 0
+    assert capsys.readouterr().out == expected
+    for more in ([], ["--json"]):
+        with monkeypatch.context() as patch, open("/dev/full", "w") as full:
+            patch.setattr(sys, "stdout", full)
+            assert main([*arguments[:-1], *more]) == 1
+        assert capsys.readouterr().err.startswith("error: stdout: No space left on device; make room")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes what a shell closes")
+def test_closed_streams_are_not_the_numbers_of_the_next_files(tmp_path, answer):
+    """What is meant for stderr went into whatever file was opened next."""
+    log, code = tmp_path / "log", "from minillava import cli, generate; cli.open_streams(); import sys, os; "
+    code += "file = open(sys.argv.pop(1), 'w'); print('note', file=sys.stderr, flush=True); os.write(2, b'more'); "
+    code += "file.write(str(file.fileno() > 2)); file.close(); sys.exit(generate.main())"
+    command = [sys.executable, "-c", code, str(log), "-m", WEIGHTS, *BASE, "-i", PICTURE, "-p", QUESTION]
+    shell = subprocess.run(
+        ["sh", "-c", f"exec {shlex.join(command)} <&- 2>&-"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert (shell.returncode, shell.stdout.decode()) == (0, answer("-i", PICTURE, "-p", QUESTION))
+    assert log.read_text() == "True"
+
+
+# --- files to write -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def check(capsys):
+    """`check(outputs, inputs, **arguments)`: (exit status, stderr) of cli.check_outputs; 0 where it is content."""
+
+    def checked(outputs: list, inputs: list = (), **arguments) -> tuple[int, str]:
+        parser = cli.Parser(prog="test")
+        try:
+            cli.check_outputs(parser, argparse.Namespace(**arguments), [*map(str, outputs), None], inputs)
+        except SystemExit as exit:
+            return exit.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return checked
+
+
+def test_what_is_written_is_never_what_is_read(check, folder, tmp_path):
+    """`look -i mine.png --out mine.png` destroyed the user's picture without a word."""
+    picture = tmp_path / "mine.png"
+    picture.write_bytes(Path(PICTURE).read_bytes())
+    (tmp_path / "link.png").symlink_to(picture)
+    os.link(picture, tmp_path / "hard.png")
+    spellings = [picture, f"{folder}/../mine.png", tmp_path / "link.png", tmp_path / "hard.png"]
+    for output in spellings:
+        for given in map(str, spellings):
+            status, err = check([tmp_path / "new", output], image=[OTHER, given])
+            assert (status, "what is written needs a name of its own" in err) == (2, True)
+        assert check([output], [picture])[0] == 2
+        assert check([output], image=[OTHER, "data:,x"], weights=str(folder)) == (0, "")
+    for name in ("config.json", "model.safetensors", "tokenizer.model"):
+        assert check([folder / name], weights=str(folder))[0] == 2
+        assert check([folder / name], weights=WEIGHTS, adapter=str(folder))[0] == 2
+        assert check([folder / name], weights=WEIGHTS) == (0, "")
+    assert picture.read_bytes() == Path(PICTURE).read_bytes()
+
+
+def test_two_outputs_are_two_files(check, tmp_path):
+    (tmp_path / "there").write_text("")
+    os.link(tmp_path / "there", tmp_path / "hard")
+    (tmp_path / "dangling").symlink_to("absent")
+    for one, other in (("there", "hard"), ("absent", "dangling"), ("new", "./new")):
+        status, err = check([f"{tmp_path}/{one}", f"{tmp_path}/{other}"])
+        assert (status, "is given twice" in err) == (2, True)
+    assert check([os.devnull, os.devnull]) == (0, "")
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "hard", "there"]
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_that_a_file_can_be_written_is_known_before_the_work(check, tmp_path):
+    (tmp_path / "closed").mkdir(0o555)
+    status, err = check([tmp_path / "closed" / "a.json"])
+    assert (status, err.count("\n")) == (1, 1)
+    assert err.startswith(f"error: {tmp_path}/closed/a.json: Permission denied; ")
+    (tmp_path / "closed").chmod(0o755)
+
+
+def test_an_output_that_fails_keeps_neither_the_answer_nor_the_others(run, tmp_path, monkeypatch):
+    """The disk is full when the log is written: the answer is there, the old log too, and the exit status is 1."""
+    (tmp_path / "log").write_text("old")
+
+    def full(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(cli, "write_whole", full)
+    log = ["--contrast", "vcd", "--contrast-log", tmp_path / "log"]
+    expected = run("-i", PICTURE, "-p", QUESTION, "--contrast", "vcd")[1]
+    status, out, err = run("-i", PICTURE, "-p", QUESTION, *log)
+    assert (status, out) == (1, expected)
+    assert err == f"error: {tmp_path}/log: No space left on device; make room there, then repeat the command\n"
+    status, out, _ = run("-i", PICTURE, "-p", QUESTION, *log, "--json")
+    assert (status, json.loads(out)["text"] + "\n") == (1, expected)
+    assert cli.write_outputs({"a": "", "b": ""}) == 1
 
 
 # --- in a process of its own ----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ README = ROOT / "README.md"
 # Each row may import from the rows above it. Files that stand in one row do not know each other, but for SIDEWAYS.
 ORDER = [
     ["config", "options"],
-    ["linear", "files", "hub", "metadata"],
+    ["linear", "files", "hub", "metadata", "disk"],
     ["attention"],
     ["image", "prompt", "tokenizer", "vision", "projector", "cache", "llama", "adapter", "quantize"],
     ["llava"],
