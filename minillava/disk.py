@@ -84,7 +84,8 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
             if old is not None and old.st_nlink > 1:
-                _overwrite(target, content)  # a rename would part the name from the file's other names
+                _overwrite(target, content)  # a rename would part it from its other names
+                _remove(file, temporary)
             else:
                 _rename(file, temporary, target, content)
         sync_folder(target.parent)
@@ -102,8 +103,8 @@ def check_writable(path: str | os.PathLike) -> None:
         target = Path(os.path.realpath(path))
         _existing(target)
         remove_leftovers(target)
-        with _beside(target, 0o600):
-            pass
+        with _beside(target, 0o600) as (file, temporary):
+            _remove(file, temporary)
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
@@ -162,7 +163,8 @@ def remove_leftovers(target: Path) -> None:
                     continue
                 with suppress(OSError), path.open("rb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink()
+                    if os.path.samestat(os.stat(path), os.fstat(file.fileno())):  # else renamed since
+                        path.unlink()
 
 
 @contextmanager
@@ -198,7 +200,8 @@ def _stem(target: Path) -> str:
 
 @contextmanager
 def _beside(target: Path, mode: int) -> Iterator[tuple[BinaryIO, Path]]:
-    """A new file in the same folder, locked while it is ours, and gone afterwards unless renamed."""
+    """A new file in the same folder, locked while it is ours. The body removes or renames it; an error
+    does as well."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     for attempt in count():
         temporary = target.with_name(f"{_stem(target)}.{os.getpid()}{attempt or ''}.new")
@@ -217,10 +220,9 @@ def _beside(target: Path, mode: int) -> Iterator[tuple[BinaryIO, Path]]:
     with open(number, "wb") as file:
         try:
             yield file, temporary
-        finally:
-            if fcntl is None:
-                file.close()
-            temporary.unlink(missing_ok=True)
+        except BaseException:
+            _remove(file, temporary)
+            raise
 
 
 def _keep_owner(number: int, old: os.stat_result) -> None:
@@ -228,6 +230,12 @@ def _keep_owner(number: int, old: os.stat_result) -> None:
         with suppress(OSError):  # only root gives files away
             os.fchown(number, old.st_uid, old.st_gid)
         os.fchmod(number, stat.S_IMODE(old.st_mode))
+
+
+def _remove(file: BinaryIO, temporary: Path) -> None:
+    if fcntl is None:
+        file.close()
+    temporary.unlink(missing_ok=True)
 
 
 def _rename(file: BinaryIO, temporary: Path, target: Path, content: bytes) -> None:
@@ -239,6 +247,7 @@ def _rename(file: BinaryIO, temporary: Path, target: Path, content: bytes) -> No
         if error.errno != errno.EBUSY:
             raise
         _overwrite(target, content)  # mounted as a single file, as containers do
+        _remove(file, temporary)
 
 
 def _overwrite(target: Path, content: bytes) -> None:

@@ -192,6 +192,7 @@ def test_what_another_run_is_writing_is_not_a_leftover(tmp_path):
     with disk._beside(tmp_path / "a", 0o666) as (_, temporary):
         disk.write_whole(tmp_path / "a", "of another run")
         assert temporary.exists()
+        temporary.unlink()
     assert names(tmp_path) == ["a"]
 
 
