@@ -27,8 +27,14 @@ _PLAIN = {
     "lora_bias": False,
     "layer_replication": None,
     "megatron_config": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
 }
-_MOVED = ("pissa", "olora", "corda", "loftq")  # ways to begin a training that change the base, too
+# How a training began does not matter afterwards: `init_lora_weights` is not looked at, unless ...
+_BEGAN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
+_MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ... it changed the base, too. PEFT adds pissa_niter_16.
+# Settings of how it began; what PEFT's other settings of such names switch on changes the formula (KaSA, BD-LoRA, ...).
+_ONLY_BEGAN = {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"}
 _SPECIAL = re.compile(r"lora_embedding_[AB]|trainable_tokens_\w+|lora_magnitude_vector")
 # What PEFT puts into the name of a weight that it keeps whole.
 _WRAPPED = re.compile(r"\.(modules_to_save\.default|base_layer)\.")
@@ -62,13 +68,7 @@ class Adapter:
         config = read_json(path)
         if config.get("peft_type", "LORA") != "LORA":
             raise ValueError(f"{path}: peft_type is {config['peft_type']!r}, supported: LORA")
-        for key, plain in _PLAIN.items():
-            if config.get(key, plain) not in (plain, None):
-                raise ValueError(f"{path}: {key} is {config[key]!r}, supported: {plain}; merge it with PEFT first")
-        start = str(config.get("init_lora_weights", True))
-        if start.startswith(_MOVED):
-            found = f"init_lora_weights is {start!r}, which also changes the base model"
-            raise ValueError(f"{path}: {found}; merge it with PEFT first")
+        _check_formula(path, config)
         file = next((folder / name for name in WEIGHTS_NAMES if (folder / name).exists()), None)
         if file is None:
             raise FileNotFoundError(f"{folder}: holds {CONFIG_NAME}, but no {' or '.join(WEIGHTS_NAMES)}; download it")
@@ -115,3 +115,24 @@ class Adapter:
             raise ValueError(f"{path}: use_rslora is {rslora!r:.80}, expected true or false")
         rank = a.shape[0]
         return Delta(a, b, alpha / (math.sqrt(rank) if rslora else rank))
+
+
+def _check_formula(path: Path, config: dict) -> None:
+    """Raises ValueError naming a setting that makes W' something else than the module's docstring says, or that this
+    file does not know and which may do so."""
+    for key, value in config.items():
+        variant = key.startswith("use_") or key.endswith("_config")
+        if key in _PLAIN:
+            wrong = value is not None and value != _PLAIN[key]
+        else:
+            wrong = variant and bool(value) and key != "use_rslora" and key not in _ONLY_BEGAN
+        if wrong:
+            plain = _PLAIN.get(key, False if key.startswith("use_") else None)
+            raise ValueError(f"{path}: {key} is {value!r:.80}, supported: {plain}; merge it with PEFT first")
+    began = config.get("init_lora_weights", True)
+    if str(began).lower().startswith(_MOVED):
+        found = f"init_lora_weights is {began!r:.80}, which also changes the base model"
+        raise ValueError(f"{path}: {found}; merge it with PEFT first")
+    if str(began).lower() not in _BEGAN:
+        found = f"init_lora_weights is {began!r:.80}, which may change the base model, too; known: {', '.join(_BEGAN)}"
+        raise ValueError(f"{path}: {found}; merge it with PEFT first")

@@ -98,7 +98,7 @@ def plan(assistant: Assistant, questions: list[Question], system: str | None, lo
     The same batches every time, whatever is answered already: the last digits, and so now and then a word, depend on
     who shares a batch.
     """
-    context, each = assistant.model.config.text.max_position_embeddings, assistant.model.config.tokens_per_image
+    context, each = assistant.model.config.text.context, assistant.model.config.tokens_per_image
     lengths: dict[int, int] = {}
     for question in questions:
         if question.error is None:

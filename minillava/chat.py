@@ -80,7 +80,7 @@ class Conversation:
     @property
     def room(self) -> int:
         """How many more positions fit the model's context."""
-        return self.assistant.model.config.text.max_position_embeddings - len(self.positions)
+        return self.assistant.model.config.text.context - len(self.positions)
 
     def add_image(self, source: ImageSource, name: str | None = None) -> Picture:
         """Encode a picture, for the next question. name: for `record`. Raises as `image.open_image`."""
@@ -111,7 +111,7 @@ class Conversation:
         positions = []
         for i in ids:
             positions += [next(following)] * model.config.tokens_per_image if i == IMAGE_TOKEN_INDEX else [i]
-        context = model.config.text.max_position_embeddings
+        context = model.config.text.context
         if len(positions) >= context:
             raise ValueError(
                 f"with this question the conversation takes {len(positions)} positions, the model's context holds "
@@ -176,7 +176,7 @@ class Conversation:
         return {"system": self.assistant.template.system if self.system is None else self.system, "turns": turns}
 
     def _make_room(self, length: int) -> None:
-        context = self.assistant.model.config.text.max_position_embeddings
+        context = self.assistant.model.config.text.context
         if min(length, context) > self.cache.capacity:
             self.cache.grow(min(-(-length // GROWTH) * GROWTH, context))
 

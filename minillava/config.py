@@ -75,6 +75,11 @@ class TextConfig:
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
+    @property
+    def context(self) -> int:
+        """Positions that prompt and answer may take: as many as divide to positions of the training."""
+        return int(self.max_position_embeddings * self.rope_factor)
+
 
 @dataclass(frozen=True)
 class LlavaConfig:
@@ -215,20 +220,32 @@ def _text(raw: "_Reader", tied: bool) -> TextConfig:
     for flag in ("attention_bias", "mlp_bias"):
         if raw.value(flag, bool, False):
             raise ValueError(f"{raw.path}: {raw.prefix}{flag} is True, supported: False (Llama has no biases)")
-    theta, factor = _rope(raw)
-    return raw.fill(TextConfig, tie_word_embeddings=tied, rope_theta=theta, rope_factor=factor)
+    return raw.fill(TextConfig, tie_word_embeddings=tied, **_rope(raw))
 
 
-def _rope(raw: "_Reader") -> tuple[float, float]:
-    """(theta, linear factor). transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 one
+def _rope(raw: "_Reader") -> dict[str, float]:
+    """The fields about positions. transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 one
     `rope_parameters`; when both are there a non-null `rope_scaling` wins, as in transformers 5."""
-    rope = raw.section("rope_scaling") or raw.section("rope_parameters")
+    rope = raw.section("rope_scaling" if raw.raw.get("rope_scaling") else "rope_parameters")
     theta = raw.positive("rope_theta", float, TextConfig.rope_theta)
+    stated = raw.positive("max_position_embeddings", int, TextConfig.max_position_embeddings)
     if rope is None:
-        return theta, TextConfig.rope_factor
+        return {"rope_theta": theta, "max_position_embeddings": stated}
     kind = rope.expect("rope_type", ("default", "linear")) or rope.expect("type", ("default", "linear"))
-    factor = rope.positive("factor", float) if kind == "linear" else TextConfig.rope_factor
-    return rope.positive("rope_theta", float, theta), factor
+    theta = rope.positive("rope_theta", float, theta)
+    if kind != "linear":
+        return {"rope_theta": theta, "max_position_embeddings": stated}
+    factor = rope.positive("factor", float)
+    if not 1e-6 < factor < 1e6:
+        raise ValueError(f"{raw.path}: {rope.prefix}factor is {factor}, expected a number such as 4.0")
+    # Before or after stretching? max_position_embeddings is the training's (LLaVA, FastChat, vLLM) unless other fields
+    # say so: the training's own, or FastChat's, which is the whole length.
+    trained = rope.value("original_max_position_embeddings", int, None)
+    trained = trained or raw.value("original_max_position_embeddings", int, None)
+    whole = raw.value("max_sequence_length", int, None)
+    if trained is None:
+        trained = stated if whole is None else int(max(whole, stated) / factor)
+    return {"rope_theta": theta, "rope_factor": factor, "max_position_embeddings": trained}
 
 
 def _vision(raw: "_Reader") -> VisionConfig:
@@ -254,6 +271,8 @@ def _check(config: LlavaConfig, path: Path) -> None:
         (text.num_attention_heads % text.num_key_value_heads, "num_attention_heads", text.num_attention_heads,
          "a multiple of num_key_value_heads", text.num_key_value_heads),
         (text.head_dim % 2, "head_dim", text.head_dim, "even for rotary embedding, a multiple of", 2),
+        (not 0 < text.context < 2**31, "the context, rope_factor times max_position_embeddings,", text.context,
+         "above zero and below", 2**31),
         (vision.hidden_size % vision.num_attention_heads, "vision hidden_size", vision.hidden_size,
          "a multiple of its num_attention_heads", vision.num_attention_heads),
         (vision.image_size < vision.patch_size, "image_size", vision.image_size,

@@ -130,7 +130,7 @@ def cache_bytes(config: LlavaConfig, positions: int, bytes_each: int = 2) -> int
 def memory_table(config: LlavaConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict]:
     """dtype -> bytes of weights, of the cache per 1,000 positions, and of both at full context. The cache has 16 bits,
     in float32 32, as the loop makes it."""
-    context, table = config.text.max_position_embeddings, {}
+    context, table = config.text.context, {}
     for row, each in MEMORY.items():
         weights = weight_bytes(shapes, row)
         full = weights + cache_bytes(config, context, each)

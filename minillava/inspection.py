@@ -252,7 +252,7 @@ def _network(config: LlavaConfig) -> dict:
         "heads": text.num_attention_heads,
         "key_value_heads": text.num_key_value_heads,
         "vocabulary": text.vocab_size,
-        "context": text.max_position_embeddings,
+        "context": text.context,
         "vision_layers": config.vision_layers_needed,
         "positions_per_picture": config.tokens_per_image,
     }

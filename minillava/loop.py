@@ -199,7 +199,7 @@ def last_logits(output: LanguageOutput) -> Tensor:
 def room_for_answer(model: Llava, spliced: Spliced, before: int = 0) -> int:
     """How many tokens the context has left after `before` positions read earlier and the prompt. Raises ValueError
     with the numbers when they fill it."""
-    context, length = model.config.text.max_position_embeddings, before + spliced.embeds.shape[1]
+    context, length = model.config.text.context, before + spliced.embeds.shape[1]
     if length >= context:
         pictures, each = max(len(spans) for spans in spliced.image_spans), model.config.tokens_per_image
         raise ValueError(

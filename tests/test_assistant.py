@@ -40,6 +40,21 @@ def test_ask_stream_and_generate_say_the_same(toy, picture):
     assert result.text == [answer]
 
 
+def test_ask_and_score_use_the_context_that_linear_scaling_makes(copy, picture):
+    """`ask` refused a prompt of more positions than max_position_embeddings, which scaling by 4 makes 512."""
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    config["text_config"] |= {"max_position_embeddings": 128, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    stretched = minillava.load(copy, device="cpu", dtype="float32")
+    question = "What is in this picture? " * 8
+    length = stretched.prepare(picture, stretched.prompt(question)).embeds.shape[1]
+    assert 128 < length < 500
+    assert len(stretched.tokenizer.encode(stretched.ask(picture, question, max_new_tokens=5))) > 1
+    assert stretched.score(picture, question, ["Yes."])[0] < 0
+    with pytest.raises(ValueError, match="context holds 512"):
+        stretched.ask(picture, question * 8)
+
+
 def test_the_picture_matters(toy, picture):
     question = "What is in this picture?"
     other = Image.new("RGB", (60, 60), (200, 30, 30))

@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 
+from minillava import config as config_module
 from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig, read_config, read_json
 from minillava.llava import Llava
 
@@ -491,6 +493,48 @@ def test_every_number_of_the_dataclasses_is_in_the_table_above():
         *TEXT_COUNTS, "rms_norm_eps", "rope_theta", "rope_factor", "tie_word_embeddings",
     }  # fmt: skip
     assert {f.name for f in fields(VisionConfig)} == {*VISION_COUNTS, "layer_norm_eps"}
+
+
+LINEAR = {"type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize("dialect", [HUB, ORIGINAL])
+@pytest.mark.parametrize(
+    ("fields", "context"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"rope_scaling": LINEAR}, 4 * 2048),  # the default of LlamaConfig, stretched
+        ({"rope_scaling": LINEAR, "max_position_embeddings": 4096}, 16384),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.5}, "max_position_embeddings": 4096}, 10240),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}, "max_position_embeddings": 4096}, 16384),
+        ({"rope_scaling": {}, "rope_parameters": LINEAR, "max_position_embeddings": 4096}, 16384),
+        ({"rope_scaling": {"type": "default", "factor": 4.0}, "max_position_embeddings": 4096}, 4096),
+        # FastChat's 16k models say the whole length, too; others have stretched max_position_embeddings already
+        ({"rope_scaling": LINEAR, "max_position_embeddings": 4096, "max_sequence_length": 16384}, 16384),
+        ({"rope_scaling": LINEAR, "max_position_embeddings": 16384, "max_sequence_length": 16384}, 16384),
+        ({"rope_scaling": {**LINEAR, "original_max_position_embeddings": 4096}, "max_position_embeddings": 16384},
+         16384),
+        ({"rope_scaling": LINEAR, "original_max_position_embeddings": 4096, "max_position_embeddings": 16384}, 16384),
+    ],
+)  # fmt: skip
+def test_the_context_is_what_linear_scaling_makes_of_the_trained_positions(read, dialect, fields, context):
+    """max_position_embeddings alone was taken, so that a model trained for 16,384 positions refused its 4,097th."""
+    prefix = "text_config." if dialect == HUB else ""
+    fields = {"max_position_embeddings": None} | fields
+    assert read(changed(FULL[dialect], {prefix + key: value for key, value in fields.items()})).text.context == context
+
+
+def test_the_context_has_one_home():
+    """Whoever reads max_position_embeddings instead forgets that scaling multiplies it."""
+    package = Path(config_module.__file__).parent
+    readers = {p.name for p in package.glob("*.py") if "max_position_embeddings" in p.read_text(encoding="utf-8")}
+    assert readers == {"config.py"}
+
+
+@pytest.mark.parametrize("factor", [1e-300, 1e300])
+def test_a_factor_that_no_training_has_is_refused(read, factor):
+    with pytest.raises(ValueError, match=r"rope_scaling\.factor is .*, expected"):
+        read(changed(HUB_7B, {"text_config.rope_scaling": {"type": "linear", "factor": factor}}))
 
 
 @pytest.mark.parametrize(

@@ -450,7 +450,7 @@ def _tokenizer_config(config: LlavaConfig, tokenizer: Tokenizer, to: str) -> dic
         "bos_token": bos,
         "eos_token": eos,
         "legacy": tokenizer.legacy,
-        "model_max_length": config.text.max_position_embeddings,
+        "model_max_length": config.text.context,
         "pad_token": special[config.pad_token_id] if to == "hf" else unk,
         "padding_side": "left" if to == "hf" else "right",
         "tokenizer_class": "LlamaTokenizer",
