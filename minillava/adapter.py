@@ -13,31 +13,29 @@ import torch
 from torch import Tensor
 
 from minillava.config import read_json
-from minillava.files import Stored, open_file
+from minillava.files import Stored, open_file, several_sets
 
 CONFIG_NAME, WEIGHTS_NAMES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
 # <module path>.lora_A.weight as stored, <module path>.lora_A.default.weight as a live model names it
-_HALF = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-# Settings that change the formula above, and their values that do not.
-_PLAIN = {
-    "use_dora": False,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "lora_bias": False,
-    "layer_replication": None,
-    "megatron_config": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
+_HALF = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
+# Settings that change the formula above when they are switched on; so does whatever is called use_* or *_config.
+_VARIANTS = {
+    "alora_invocation_tokens",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
 }
 # How a training began does not matter afterwards: `init_lora_weights` is not looked at, unless ...
 _BEGAN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 _MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ... it changed the base, too. PEFT adds pissa_niter_16.
-# Settings of how it began; what PEFT's other settings of such names switch on changes the formula (KaSA, BD-LoRA, ...).
-_ONLY_BEGAN = {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"}
-_SPECIAL = re.compile(r"lora_embedding_[AB]|trainable_tokens_\w+|lora_magnitude_vector")
+# ... save for the scale, which is computed below, and how the training began.
+_KNOWN = {"use_rslora", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"}
+# Tensors of such variants (lora_embedding_A, lora_magnitude_vector, lora_diag, ...).
+_SPECIAL = re.compile(r"lora_(?:\w*[a-z]\w*|[AB]\.(?:\w+\.)?bias)|trainable_tokens_\w+")
 # What PEFT puts into the name of a weight that it keeps whole.
-_WRAPPED = re.compile(r"\.(modules_to_save\.default|base_layer)\.")
+_WRAPPED = re.compile(r"\.(modules_to_save\.[^.]+|base_layer)\.")
 
 
 class Delta(NamedTuple):
@@ -57,7 +55,7 @@ class Delta(NamedTuple):
 
 
 class Adapter:
-    """deltas: name of a weight in the model it was trained on -> what it gains. whole: weights that it replaces
+    """deltas: name of a weight, as the run called it -> what it gains. whole: weights that it replaces
     (`modules_to_save`). everywhere: whether it should change all layers alike. Raises FileNotFoundError or ValueError.
     """
 
@@ -69,25 +67,30 @@ class Adapter:
         if config.get("peft_type", "LORA") != "LORA":
             raise ValueError(f"{path}: peft_type is {config['peft_type']!r}, supported: LORA")
         _check_formula(path, config)
-        file = next((folder / name for name in WEIGHTS_NAMES if (folder / name).exists()), None)
+        there = [folder / name for name in WEIGHTS_NAMES if (folder / name).exists()]
+        file = next(iter(there), None)
         if file is None:
             raise FileNotFoundError(f"{folder}: holds {CONFIG_NAME}, but no {' or '.join(WEIGHTS_NAMES)}; download it")
         halves: dict[str, dict[str, Stored]] = {}
         self.whole: dict[str, Stored] = {}
         for stored in open_file(file):
-            name = stored.name.removeprefix("base_model.model.")
+            name = stored.name
             if found := _HALF.fullmatch(name):
-                halves.setdefault(f"{found[1]}.weight", {})[found[2]] = stored
+                pair = halves.setdefault(f"{found[1]}.weight", {})
+                if found[2] in pair:
+                    raise ValueError(f"{file}: {pair[found[2]].name} and {name} are two adapters; save one of them")
+                pair[found[2]] = stored
             elif special := _SPECIAL.search(name):
                 raise ValueError(f"{file}: {stored.name}: {special[0]} is not supported; merge it with PEFT first")
             elif ".original_module." not in name:  # what modules_to_save replaced
                 self.whole[_WRAPPED.sub(".", name)] = stored
         self.path = file
+        self.notes = [several_sets(file, there[1:])] if there[1:] else []
         self.deltas = {name: self._delta(name, pair, config, path) for name, pair in halves.items()}
         if not self.deltas:
             raise ValueError(f"{file}: holds no pair of lora_A and lora_B; download it again")
         # What PEFT chooses by the end of a module's name it finds in every layer.
-        narrowed = any(config.get(key) for key in ("layers_to_transform", "exclude_modules", "target_parameters"))
+        narrowed = any(config.get(key) for key in ("layers_to_transform", "exclude_modules"))
         targets = config.get("target_modules")
         self.everywhere = isinstance(targets, list) and not narrowed and not any("." in str(t) for t in targets)
 
@@ -103,7 +106,7 @@ class Adapter:
         # As in PEFT, a pattern fits the end of a module's path and its number goes before the general one.
         alpha = config.get("lora_alpha", 8)
         patterns = config.get("alpha_pattern") or {}
-        module = name.removesuffix(".weight")
+        module = name.removesuffix(".weight").rpartition("base_model.model.")[2]
         try:
             alpha = next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)), alpha)
         except (AttributeError, re.error):
@@ -121,14 +124,9 @@ def _check_formula(path: Path, config: dict) -> None:
     """Raises ValueError naming a setting that makes W' something else than the module's docstring says, or that this
     file does not know and which may do so."""
     for key, value in config.items():
-        variant = key.startswith("use_") or key.endswith("_config")
-        if key in _PLAIN:
-            wrong = value is not None and value != _PLAIN[key]
-        else:
-            wrong = variant and bool(value) and key != "use_rslora" and key not in _ONLY_BEGAN
-        if wrong:
-            plain = _PLAIN.get(key, False if key.startswith("use_") else None)
-            raise ValueError(f"{path}: {key} is {value!r:.80}, supported: {plain}; merge it with PEFT first")
+        variant = key in _VARIANTS or ((key.startswith("use_") or key.endswith("_config")) and key not in _KNOWN)
+        if variant and value:
+            raise ValueError(f"{path}: {key} is {value!r:.80}, which is not supported; merge it with PEFT first")
     began = config.get("init_lora_weights", True)
     if str(began).lower().startswith(_MOVED):
         found = f"init_lora_weights is {began!r:.80}, which also changes the base model"

@@ -1,6 +1,7 @@
 """The assistant: a model plus what it takes to talk to it, opened from a folder by `load`."""
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -233,7 +234,8 @@ def load(
     vision_tower: a CLIP folder, for releases that hold none. model_base: the language model that a projector or a LoRA
     in `weights` was trained on. adapter: a LoRA to merge.
     template: a name of prompt.TEMPLATES (default llava_v1). image_aspect_ratio: pad or crop, instead of config.json's.
-    Raises FileNotFoundError or ValueError in one line: file, finding, next step.
+    Warns where a folder holds other weights than those that are read. Raises FileNotFoundError, OSError or ValueError
+    in one line: file, finding, next step.
     """
     folder = find_folder(weights, revision)
     vision_tower, model_base, adapter = (
@@ -262,10 +264,8 @@ def load(
             f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, config.json a vocabulary of "
             f"{config.text.vocab_size}; copy the tokenizer.model that belongs to these weights"
         )
+    checkpoint, config = open_checkpoint(folder, config, vision_tower, model_base, adapter)
     processor = read_image_processor(vision_tower or home("preprocessor_config.json"), config, image_aspect_ratio)
-    checkpoint = open_checkpoint(folder, config, vision_tower, model_base, adapter)
-    if config.text.tie_word_embeddings and "language_model.lm_head.weight" in checkpoint.tensors:
-        config = replace(config, text=replace(config.text, tie_word_embeddings=False))  # a stored head is the head
     device = choose_device(str(device))
     dtype = choose_dtype(str(dtype).removeprefix("torch."), device, checkpoint.dtype(), checkpoint.parameters())
     tokens = max(tokenizer.added.values(), default=-1) + 1
@@ -276,6 +276,8 @@ def load(
         use_fast_linear(model)
     if compile:
         compile_decode(model)
+    for note in checkpoint.notes:
+        warnings.warn(note, stacklevel=2)
     return Assistant(model, tokenizer, processor, template, checkpoint.unused)
 
 

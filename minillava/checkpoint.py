@@ -5,7 +5,7 @@ Weights are memory-mapped: opening a checkpoint at its own dtype reads nothing u
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,8 +15,17 @@ from torch import Tensor, nn
 
 from minillava.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from minillava.adapter import Adapter, Delta
-from minillava.config import CLIP_RELEASE, LlavaConfig, read_json
-from minillava.files import Stored, holds_weights, open_file, open_folder
+from minillava.config import CLIP_RELEASE, LlavaConfig, VisionConfig, check_config, read_json
+from minillava.files import (
+    OtherObjects,
+    Stored,
+    holds_weights,
+    open_file,
+    open_folder,
+    several_sets,
+    weight_files,
+)
+from minillava.foreign import quantised, refuse_quantised, stated_method
 from minillava.llama import grow_rows
 from minillava.llava import Llava
 from minillava.quantize import PARTS, quantised_layer, quantize_tensor, whole_shape
@@ -48,10 +57,22 @@ PREFIXES = {
 PROJECTOR = re.compile(r"(?:model\.)?mm_projector\.(\d*[02468])\.")
 CLIP_PREFIXES = {"vision_model.": "vision_tower.", "": "vision_tower."}  # a CLIP folder of its own
 
+CLIP_DEPTHS = {768: 12, 1024: 24}  # width -> blocks of OpenAI's ViT-B and ViT-L
+OTHER_TOWERS = re.compile(r"laion|open_?clip|datacomp|siglip|eva|dfn|metaclip|dino|intern", re.IGNORECASE)
+
 # Stored names that are never weights of ours, by the end of the name: tables that are computed from the config.
 COMPUTED = (".position_ids", ".inv_freq")
 # The other half of a whole CLIP: its text tower and the heads that compare the two.
 CLIP_TEXT_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+
+# What wraps a model in training and then stands in its names: data parallel, torch.compile, FSDP, Fabric, PEFT.
+WRAPPERS = {"module", "_module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+PEFT_PREFIX = "base_model.model."
+# How names begin that no wrapper stands in front of ...
+STARTS = {prefix.partition(".")[0] for prefix in (*PREFIXES, *CLIP_PREFIXES, *CLIP_TEXT_HALF, PEFT_PREFIX)} - {""}
+STARTS |= {"embeddings", "encoder", "pre_layrnorm", "post_layernorm"}  # the vision half of a CLIP alone
+# ... but for a model that another one holds as its `model`.
+TWO_MODELS = ("model.model.", "model.lm_head.", "model.language_model.model.", "model.language_model.lm_head.")
 
 # What comes beside a language model: a projector trained alone, and what a LoRA run trained besides its adapter.
 PROJECTOR_NAME, REST_NAME = "mm_projector.bin", "non_lora_trainables.bin"
@@ -62,7 +83,8 @@ class Checkpoint:
     """The tensors of one model, in the files of one folder or of several; opened but not read.
 
     tensors: our name -> where it is stored. unused: stored names that this network does not need. deltas: our name ->
-    what a LoRA adds. Raises FileNotFoundError or ValueError naming the file, what was found and what to do.
+    what a LoRA adds. notes: sentences about what lies there and is not read.
+    Raises FileNotFoundError or ValueError naming the file, what was found and what to do.
     """
 
     def __init__(
@@ -73,12 +95,14 @@ class Checkpoint:
         vocabulary: int | None = None,
     ):
         self.folder = Path(folder)  # the one that messages name
+        self.rows: int | None = None  # of the two tables, where an adapter enlarged them
         self.vocabulary = vocabulary  # rows that the two tables grow to, when they have fewer; None: they stay
         self.unused: list[str] = []
         self.tensors: dict[str, Stored] = {}
         self.new_rows: dict[str, Stored] = {}  # the last rows of a table: of tokens that the base does not know
         self.deltas: dict[str, Delta] = {}
-        for name, stored in self._named(_as_stored(open_folder(self.folder)), prefixes, dropped):
+        self.notes: list[str] = []
+        for name, stored in self._named(self._open(), prefixes, dropped):
             if name in self.tensors:
                 twin = self.tensors[name].name
                 raise ValueError(f"{self.folder}: {twin} and {stored.name} are both {name}; remove one")
@@ -86,6 +110,31 @@ class Checkpoint:
         self.quantised: dict[str, dict[str, Stored]] = {}  # our name -> the parts of quantize.py, by their suffixes
         for name in [n for n in self.tensors if n.endswith(tuple(f".{suffix}" for suffix in PARTS))]:
             self._join_parts(*name.rsplit(".", 1))
+
+    def _open(self) -> list[tuple[str, Stored]]:
+        """The tensors of the folder by their names without wrappers. Raises as the class says."""
+        try:
+            tensors = open_folder(self.folder)
+        except OtherObjects as error:
+            if not (method := stated_method(self.folder)):
+                raise
+            raise quantised(self.folder, method, str(error).removeprefix(f"{self.folder}/")) from None
+        except FileNotFoundError:
+            for file in sorted(self.folder.glob("*.gguf"))[:1]:
+                raise quantised(self.folder, "llama.cpp", f"holds {file.name}") from None
+            raise
+        for stored in tensors:
+            if re.search(r"\.lora_[AB]\.", stored.name):
+                found = f"holds a LoRA that was not merged ({stored.name})"
+                raise ValueError(f"{stored.path}: {found}; save what PEFT's merge_and_unload() returns")
+        refuse_quantised(
+            self.folder, tensors, COMPUTED, tuple(f".{suffix}" for pair in PARTS.items() for suffix in pair)
+        )
+        read, others = weight_files(self.folder)
+        others += [self.folder / name for name in (PROJECTOR_NAME, REST_NAME) if (self.folder / name).exists()]
+        if others:
+            self.notes.append(several_sets(read[0], others))
+        return unwrapped(tensors)
 
     def _join_parts(self, module: str, suffix: str) -> None:
         """A quantised weight and its scales become one tensor, `<module>.weight`. Raises ValueError."""
@@ -129,22 +178,35 @@ class Checkpoint:
         """A LoRA from its folder: what it adds, and what was trained besides. Raises ValueError listing what does not
         fit this model."""
         adapter = Adapter(folder)
+        self.notes += adapter.notes
         if (folder / REST_NAME).exists():
-            self.lay_over(_plain_names(open_file(folder / REST_NAME)))
-        problems = []
-        for name, stored in self._named(adapter.whole.items(), PREFIXES):
-            if name in self.tensors and stored.shape != self.shape(name):
-                found, ours = list(stored.shape), list(self.shape(name))
+            self.lay_over(unwrapped(open_file(folder / REST_NAME)))
+        problems, grown = [], ""
+        plain = dict(zip([*adapter.whole, *adapter.deltas], unwrap([*adapter.whole, *adapter.deltas]), strict=True))
+        for name, stored in self._named([(plain[name], stored) for name, stored in adapter.whole.items()], PREFIXES):
+            before = self.shape(name) if name in self.tensors else stored.shape
+            if name in TABLES and stored.shape[1:] == before[1:] and stored.shape > before:
+                grown = f"its run enlarged the vocabulary from {before[0]} to {stored.shape[0]}"
+                self.rows = stored.shape[0]
+            elif stored.shape != before:
+                found, ours = list(stored.shape), list(before)
                 problems.append(f"{stored.name} has shape {found}, the base model's {name} has {ours}")
             self.tensors[name] = stored
             self.quantised.pop(name, None)
+            self.new_rows.pop(name, None)
+        for name in TABLES:
+            if grown and name in self.tensors and self.shape(name)[0] != self.rows:
+                raise ValueError(f"{adapter.path}: {grown}, but it does not hold {name}; merge it with PEFT first")
         for stored_name, delta in adapter.deltas.items():
-            name = _rename(stored_name, PREFIXES)
+            name = _rename(plain[stored_name], PREFIXES)
             found = [delta.b.shape[0], delta.a.shape[1]]
             if name not in self.tensors:
                 problems.append(f"{delta.a.name} is for {name}, which this model does not have")
             elif name in self.quantised:
                 problems.append(f"{delta.a.name} is for {name}, which is quantised")
+            elif name in TABLES and found[0] > self.shape(name)[0]:
+                rows = f"from {self.shape(name)[0]} to {found[0]}"
+                raise ValueError(f"{adapter.path}: its run enlarged the vocabulary {rows}; merge it with PEFT first")
             elif found != list(self.shape(name)):
                 problems.append(f"{delta.a.name} and lora_B make {found}, {name} has shape {list(self.shape(name))}")
             elif name in self.deltas:
@@ -227,8 +289,9 @@ def gather(
         clip = Checkpoint(vision_tower, CLIP_PREFIXES, dropped=CLIP_TEXT_HALF)
         checkpoint.tensors.update(clip.tensors)
         checkpoint.unused += clip.unused
+        checkpoint.notes += clip.notes
     if part and (folder / PROJECTOR_NAME).exists():
-        checkpoint.lay_over(_as_stored(open_file(folder / PROJECTOR_NAME)))
+        checkpoint.lay_over(unwrapped(open_file(folder / PROJECTOR_NAME)))
     if part and (folder / ADAPTER_CONFIG_NAME).exists():
         checkpoint.adapt(folder)
     elif part and (folder / REST_NAME).exists():
@@ -267,17 +330,36 @@ def check_base(folder: Path, model_base: Path | None) -> None:
         raise ValueError(f"{folder}: holds {found}, so --model-base has nothing to complete; leave it out")
 
 
-def _as_stored(tensors: Iterable[Stored]) -> Iterable[tuple[str, Stored]]:
-    return ((stored.name, stored) for stored in tensors)
+def unwrapped(tensors: Sequence[Stored]) -> list[tuple[str, Stored]]:
+    """Tensors by their names without wrappers (`unwrap`). Raises ValueError naming the file."""
+    try:
+        return list(zip(unwrap([stored.name for stored in tensors]), tensors, strict=True))
+    except ValueError as error:
+        raise ValueError(f"{tensors[0].path}: {error}") from None
 
 
-def _plain_names(tensors: Iterable[Stored]) -> list[tuple[str, Stored]]:
-    """As LLaVA reads non_lora_trainables.bin (model/builder.py): without PEFT's "base_model.", and without one
-    "model." if any name has two."""
-    named = [(stored.name.removeprefix("base_model."), stored) for stored in tensors]
-    if any(name.startswith("model.model.") for name, _ in named):
-        named = [(name.removeprefix("model."), stored) for name, stored in named]
-    return named
+def unwrap(names: Sequence[str]) -> list[str]:
+    """Names without what training programs put around a model: `module.` and the like wherever they stand, and before
+    all names one component that no dialect begins with.
+
+    Raises ValueError where only some names begin with a wrapper: they may be of two trainings.
+    """
+    names, before = list(names), None
+    while names != before:
+        before, first = names, {name.partition(".")[0] for name in names}
+        if all(name.startswith(PEFT_PREFIX) for name in names):
+            names = [name.removeprefix(PEFT_PREFIX) for name in names]
+        elif len(first) == 1 and not first & STARTS and all("." in name for name in names):
+            names = [name.partition(".")[2] for name in names]
+        elif first == {"model"} and any(name.startswith(TWO_MODELS) for name in names):
+            names = [name.removeprefix("model.") for name in names]
+        else:
+            wrapped = [name for name in names if name.partition(".")[0] in WRAPPERS or name.startswith(PEFT_PREFIX)]
+            if wrapped:
+                found = f"{len(wrapped)} of {len(names)} names begin with a wrapper, such as {wrapped[0]}"
+                raise ValueError(f"{found}, the others do not; save the tensors of one model, unwrapped")
+            names = [".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names]
+    return names
 
 
 def open_checkpoint(
@@ -286,9 +368,9 @@ def open_checkpoint(
     vision_tower: str | Path | None = None,
     model_base: str | Path | None = None,
     adapter: str | Path | None = None,
-) -> Checkpoint:
+) -> tuple[Checkpoint, LlavaConfig]:
     """`gather`, and see that vision tower and projector are there; what the selected features do not need (the tower's
-    last block, `post_layernorm`) is set aside as unused.
+    last block, `post_layernorm`) is set aside as unused. Also returns the config as the tensors complete it (`settle`).
 
     Raises FileNotFoundError naming what to get when a part is missing: without values it would stay random.
     """
@@ -304,13 +386,63 @@ def open_checkpoint(
             f"{folder}: holds no projector, without which the model cannot see; expected multi_modal_projector or "
             f"mm_projector tensors, or {PROJECTOR_NAME} or {REST_NAME} beside them; is this a language model alone?"
         )
+    config = settle(config, checkpoint)
 
     def beyond(name: str) -> bool:
         block = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
         return bool(block) and config.vision_layers_needed <= int(block[1]) < config.vision.num_hidden_layers
 
     checkpoint.set_aside(lambda name: name.startswith("vision_tower.post_layernorm.") or beyond(name))
-    return checkpoint
+    return checkpoint, config
+
+
+def settle(config: LlavaConfig, checkpoint: Checkpoint) -> LlavaConfig:
+    """The config as the tensors complete it. A stored head is the head, whatever `tie_word_embeddings` says; tables
+    that an adapter enlarged are the vocabulary; a tower that no file describes is as large as its tensors.
+    Raises ValueError for a tower whose other properties cannot be known."""
+    text = config.text
+    if TABLES[1] in checkpoint.tensors:
+        text = replace(text, tie_word_embeddings=False)
+    if checkpoint.rows is not None:
+        text = replace(text, vocab_size=checkpoint.rows)
+    vision = config.vision if config.vision_stated else _measure_tower(config, checkpoint)
+    config = replace(config, text=text, vision=vision)
+    check_config(config, checkpoint.folder / "config.json")
+    return config
+
+
+def _measure_tower(config: LlavaConfig, checkpoint: Checkpoint) -> VisionConfig:
+    """OpenAI's CLIP of the size that the stored tensors have: its heads are 64 wide. Raises ValueError for others."""
+    embeddings, first_layer = "vision_tower.embeddings.", "vision_tower.encoder.layers.0.mlp.fc1.weight"
+    names = f"{embeddings}position_embedding.weight", f"{embeddings}patch_embedding.weight", first_layer
+    if not all(name in checkpoint.tensors for name in names):
+        return config.vision  # what is missing will be said
+    positions, patches, mlp = map(checkpoint.shape, names)  # [P + 1, C], [C, 3, p, p], [F, C]
+    name = config.vision_tower_name or "that lies there"
+    advice = f"{checkpoint.folder}: config.json does not describe the vision tower {name}"
+    step = "add the `vision_config` that it was trained with, or pass its own folder with --vision-tower"
+    if OTHER_TOWERS.search(config.vision_tower_name or ""):
+        raise ValueError(f"{advice}, which is not one of OpenAI's CLIPs; {step}")
+    side = math.isqrt(max(positions[0] - 1, 0))
+    if len(patches) != 4 or patches[2] != patches[3] or side < 1 or side * side != positions[0] - 1:
+        found = f"{positions[0]} positions and patches of shape {list(patches)}"
+        raise ValueError(f"{advice}, and {found} do not say how large its pictures are; {step}")
+    width = patches[0]
+    if width % 64 or width > 1024:
+        raise ValueError(f"{advice}, and its width {width} does not say how many heads it has; {step}")
+    blocks = (re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name) for name in checkpoint.tensors)
+    depth = 1 + max(int(block[1]) for block in blocks if block)
+    return replace(
+        config.vision,
+        hidden_size=width,
+        intermediate_size=mlp[0],
+        # The last blocks may have been left out, since no feature needs them: the index of a layer counts them.
+        num_hidden_layers=max(depth, CLIP_DEPTHS.get(width, 0)),
+        num_attention_heads=width // 64,
+        image_size=side * patches[2],
+        patch_size=patches[2],
+        num_channels=patches[1],
+    )
 
 
 def build_model(

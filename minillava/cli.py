@@ -15,6 +15,7 @@ import re
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -479,22 +480,26 @@ def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -
     started = time.perf_counter()
     messages.progress(f"loading {weights} ...")
     try:
-        assistant = load(
-            weights,
-            device=args.device,
-            dtype=args.dtype,
-            attention=args.attention,
-            quantize=args.quantize,
-            compile=args.compile,
-            vision_tower=args.vision_tower,
-            model_base=args.model_base,
-            adapter=args.adapter,
-            revision=args.revision,
-            template=args.template,
-            image_aspect_ratio=args.image_aspect_ratio,
-        )
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            assistant = load(
+                weights,
+                device=args.device,
+                dtype=args.dtype,
+                attention=args.attention,
+                quantize=args.quantize,
+                compile=args.compile,
+                vision_tower=args.vision_tower,
+                model_base=args.model_base,
+                adapter=args.adapter,
+                revision=args.revision,
+                template=args.template,
+                image_aspect_ratio=args.image_aspect_ratio,
+            )
     finally:
         messages.progress("")
+    for note in notes:
+        messages.note(str(note.message))
     parameter = assistant.model.language_model.embed_tokens.weight
     count = count_parameters(assistant.model)
     dtype = " and ".join([str(parameter.dtype).removeprefix("torch."), *quantised_kinds(assistant.model)])

@@ -5,9 +5,11 @@ is one flat Llama config with `mm_*` fields. Both leave most numbers out and rel
 the classes that wrote them, so those defaults live here, once.
 """
 
+import errno
 import json
 import math
 import os
+import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -97,6 +99,7 @@ class LlavaConfig:
     image_aspect_ratio: str = "pad"
     vision_tower_name: str | None = None  # where the original dialect says its tower comes from
     added_tokens: tuple[str, ...] = ()  # tokens after the tokenizer's own: IM_PATCH, or IM_START and IM_END
+    vision_stated: bool = True  # False: nothing describes the tower but its tensors (checkpoint.py), or it is CLIP's
 
     @property
     def tokens_per_image(self) -> int:
@@ -125,16 +128,46 @@ def one_line(error: Exception) -> str:
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
 
 
+_STEPS = {
+    errno.EIO: "the disk failed, or the connection to it: copy the file to another one",
+    errno.ELOOP: "this link leads back to itself: remove it and download the file again",
+    errno.ENAMETOOLONG: "use a shorter path",
+    errno.EMFILE: "allow more open files with: ulimit -n 4096",
+    errno.ENOSPC: "make room on the disk, then run the same command again",
+    errno.EDQUOT: "make room within your quota, then run the same command again",
+    errno.EROFS: "this disk can only be read: choose another place",
+}
+
+
+def system_error(path: str | os.PathLike, error: OSError, writing: bool = False) -> OSError:
+    """What to raise for a file that the system refuses to read or write: its own words and a step that helps, since
+    downloading again does not."""
+    path, kind, step = Path(path), OSError, _STEPS.get(error.errno, "check the disk")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        # A folder that may not be searched hides what is in it, whatever that allows.
+        closed = [folder for folder in path.absolute().parents if not os.access(folder, os.X_OK)]
+        if closed:
+            denied, rights = closed[-1], "x"
+        elif writing:
+            denied, rights = (path, "w") if path.is_file() else (path.absolute().parent, "wx")
+        else:
+            denied, rights = path, "rx" if path.is_dir() else "r"
+        kind, step = PermissionError, f"its owner can allow it with: chmod u+{rights} {shlex.quote(str(denied))}"
+    verb = f"{'may not' if kind is PermissionError else 'cannot'} be {'written' if writing else 'read'}"
+    return kind(f"{path}: {verb} ({error.strerror}); {step}")
+
+
 def read_json(path: Path) -> dict:
-    """One JSON object from a file. Raises FileNotFoundError, or ValueError when it is not an object."""
-    if Path(path).exists() and not Path(path).is_file():  # opening a pipe would wait for somebody to write to it
+    """One JSON object from a file. Raises FileNotFoundError, OSError for what the system refuses, or ValueError when it
+    is not an object."""
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for somebody to write to it
         raise ValueError(f"{path}: is a folder, pipe or device, expected a file; download it again")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: not found; check that this is the folder of a LLaVA checkpoint") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); download the file again") from None
+        raise system_error(path, error) from None
     except (ValueError, RecursionError) as error:
         # Not only bad JSON: also bad UTF-8, a number of thousands of digits, endless nesting.
         raise ValueError(f"{path}: not valid JSON ({error}); download the file again") from None
@@ -178,6 +211,7 @@ def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> Ll
     text_config = _text(text, tied)
     shared = {
         "vision": CLIP_LARGE_336 if vision is None else _vision(vision),
+        "vision_stated": vision is not None,
         "text": text_config,
         "eos_token_ids": eos,
         # Some configs name a pad token that their embedding table does not have; any id will do after the end.
@@ -210,7 +244,7 @@ def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> Ll
             vision_tower_name=raw.value("mm_vision_tower", str, None),
             added_tokens=added,
         )
-    _check(config, raw.path)
+    check_config(config, raw.path)
     return config
 
 
@@ -264,7 +298,7 @@ def _projector_layers(raw: "_Reader") -> int:
     return int(count)
 
 
-def _check(config: LlavaConfig, path: Path) -> None:
+def check_config(config: LlavaConfig, path: Path) -> None:
     """What the fields must say together. Raises ValueError with the numbers that disagree."""
     text, vision = config.text, config.vision
     problems = [

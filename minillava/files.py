@@ -3,11 +3,12 @@
 Both are memory-mapped: opening one reads names and shapes, and a tensor's bytes when a layer first uses them.
 """
 
+import os
 import pickle
 import re
 import warnings
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minillava.config import RELEASE, one_line, read_json
+from minillava.config import RELEASE, one_line, read_json, system_error
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 BIN_INDEX_NAME, BIN_NAME = "pytorch_model.bin.index.json", "pytorch_model.bin"
@@ -26,7 +27,19 @@ _POINTER = b"version https://git-lfs"  # what a clone without Git LFS holds in t
 # What torch.load says of a pickle that names anything but tensors.
 _FORBIDDEN = re.compile(r"(?:GLOBAL|unrecognized function|unrecognized class) ([\w.]+)")
 
-_KINDS = ((INDEX_NAME, SINGLE_NAME), (BIN_INDEX_NAME, BIN_NAME))  # where a folder has both, the first is taken
+# The sets of weights that a folder may have; of several the first is read, as in transformers.
+_SETS = (SINGLE_NAME, INDEX_NAME, BIN_NAME, BIN_INDEX_NAME)
+_SHARDS = ("model*.safetensors", "pytorch_model*.bin")
+
+# How a safetensors header spells the dtypes that weights have when they are not quantised.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# What training programs put a state dict into, beside their optimizer's.
+_NESTS = ("state_dict", "model_state_dict", "model", "module")
+
+
+class OtherObjects(ValueError):
+    """A file of `torch.save` that holds more than tensors by name, as some quantised ones do."""
 
 
 class SafetensorsFile:
@@ -44,6 +57,10 @@ class SafetensorsFile:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """By the header, where that can say it: reading would load a first page of the tensor."""
+        return DTYPES.get(self._file.get_slice(name).get_dtype()) or self.read(name).dtype
 
     def read(self, name: str, passing: bool = False) -> Tensor:
         """passing: for a tensor that is soon let go. What was read of the file then leaves memory with it; the file's
@@ -69,20 +86,25 @@ class TorchFile:
             if code is None:
                 raise _damaged(path, error) from None
             found = f"holds more than tensors, namely {code[1]}, which opening it would run: refused"
-            raise ValueError(f"{path}: {found}; get these weights as safetensors") from None
+            raise OtherObjects(f"{path}: {found}; get these weights as safetensors") from None
         except Exception as error:  # damaged bytes raise nearly anything: EOFError, KeyError, RuntimeError, ...
             raise _damaged(path, error) from None
+        nested = [content[nest] for nest in _NESTS if isinstance(content, dict) and isinstance(content.get(nest), dict)]
+        content = nested[0] if len(nested) == 1 else content
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
             raise ValueError(f"{path}: holds a {type(content).__name__}, expected tensors by name; {DOWNLOAD_AGAIN}")
         for name, value in content.items():
             if not _is_plain(value):
                 kind = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{path}: {name} is {kind}, expected a plain tensor; is this file a checkpoint?")
+                raise OtherObjects(f"{path}: {name} is {kind}, expected a plain tensor; is this file a checkpoint?")
         self._tensors = content
         self.names = list(content)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
 
     def read(self, name: str, passing: bool = False) -> Tensor:
         """passing: makes no difference here; the file is mapped until the last of its tensors goes."""
@@ -110,12 +132,21 @@ def _unpickle(path: Path) -> object:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that torch looks up in a damaged file
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    tensors = list(content.values()) if zipped and isinstance(content, dict) else []
+    tensors = list(_tensors_in(content)) if zipped else []
     if tensors and all(_is_plain(value) for value in tensors):
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         if sum(storages.values()) != stored:
             raise ValueError(f"holds {stored} bytes of data, expected {sum(storages.values())}")
     return content
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """Every tensor in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(inner)
 
 
 def _is_plain(value: object) -> bool:
@@ -138,6 +169,10 @@ class Stored(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         return self.file.shape(self.name)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.file.dtype(self.name)
+
     def read(self, passing: bool = False) -> Tensor:
         """The tensor, memory-mapped; passing: as for its file. Raises ValueError for whole numbers, which is how
         others store quantised ones."""
@@ -149,12 +184,18 @@ class Stored(NamedTuple):
 
 
 def open_file(path: Path) -> list[Stored]:
-    """Every tensor of one file, .safetensors or else .bin. Raises FileNotFoundError or ValueError."""
-    if path.exists() and not path.is_file():  # opening a pipe would wait for somebody to write to it
+    """Every tensor of one file, .safetensors or else .bin. Raises FileNotFoundError, OSError or ValueError."""
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for somebody to write to it
         raise ValueError(f"{path}: is a folder, pipe or device, expected a file; {DOWNLOAD_AGAIN}")
-    with suppress(OSError), path.open("rb") as head:  # what cannot be opened is reported below
-        if head.read(len(_POINTER)) == _POINTER:
-            raise ValueError(f"{path}: is a Git LFS pointer, not the file itself; get that with: git lfs pull")
+    try:
+        with path.open("rb") as head:
+            begins = head.read(len(_POINTER))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: not found; download this file") from None
+    except OSError as error:
+        raise system_error(path, error) from None
+    if begins == _POINTER:
+        raise ValueError(f"{path}: is a Git LFS pointer, not the file itself; get that with: git lfs pull")
     file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
     for name in file.names:
         if not name.isprintable() or len(name) > 300:
@@ -164,7 +205,7 @@ def open_file(path: Path) -> list[Stored]:
 
 def holds_weights(folder: Path) -> bool:
     """Whether the folder has a language model's files: safetensors or .bin, one or indexed shards."""
-    return any((folder / name).exists() for kind in _KINDS for name in kind)
+    return any((folder / name).exists() for name in _SETS)
 
 
 def open_folder(folder: Path) -> list[Stored]:
@@ -175,17 +216,36 @@ def open_folder(folder: Path) -> list[Stored]:
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "no such folder"
         raise FileNotFoundError(f"{folder}: {found}; expected a folder with {SINGLE_NAME}")
-    for index, single in _KINDS:
-        if (folder / index).exists():
-            return _open_shards(folder / index)
-        if (folder / single).exists():
-            return open_file(folder / single)
-    for pattern, (index, single) in zip(("model*.safetensors", "pytorch_model*.bin"), _KINDS, strict=True):
+    chosen = next((name for name in _SETS if (folder / name).exists()), None)
+    if chosen is not None:
+        return _open_shards(folder / chosen) if chosen.endswith(".json") else open_file(folder / chosen)
+    for pattern, (single, index) in zip(_SHARDS, (_SETS[:2], _SETS[2:]), strict=True):
         for shard in sorted(folder.glob(pattern))[:1]:
             found = f"found {shard.name}, expected {single} or {index}"
             raise FileNotFoundError(f"{folder}: {found}; download the index")
     expected = f"expected {SINGLE_NAME} or {INDEX_NAME}"
     raise FileNotFoundError(f"{folder}: holds no weights, {expected}, as in {RELEASE} on the hub")
+
+
+def weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of weights that `open_folder` reads, and those that it leaves alone: other sets, and shards that the
+    index does not name. Raises ValueError for an index that cannot be read."""
+    sets = [name for name in _SETS if (folder / name).exists()]
+    shards = {path.name for pattern in _SHARDS for path in folder.glob(pattern)}
+    chosen = sets[:1]
+    if chosen and chosen[0].endswith(".json"):
+        chosen += sorted(set(_read_index(folder / chosen[0]).values()))
+    rest = [*sets, *sorted(shards.difference(sets))]
+    return [folder / name for name in chosen], [folder / name for name in rest if name not in chosen]
+
+
+def several_sets(read: Path, others: Sequence[Path]) -> str:
+    """A sentence about files of which one is read and the others are not."""
+    names = [path.name for path in others]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"{read.parent}: weights are read from {read.name}, not from {', '.join(names[:3])}{more}, which lie beside it"
+    )
 
 
 def _open_shards(index: Path) -> list[Stored]:

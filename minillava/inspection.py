@@ -14,12 +14,11 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import safe_open
 
 from minillava import cli, doctor, doors
 from minillava.assistant import choose_device, choose_dtype, find_folder, read_image_processor
@@ -33,15 +32,15 @@ from minillava.checkpoint import (
     gather,
     open_checkpoint,
     part_of_model,
+    settle,
 )
 from minillava.config import CLIP_RELEASE, DOWNLOAD, LlavaConfig, read_config, read_json
-from minillava.files import BIN_INDEX_NAME, INDEX_NAME, Stored, open_file
+from minillava.files import DTYPES, Stored, open_file, weight_files
 from minillava.image import open_image
 from minillava.llava import Llava
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, find_template, place_images, render
 from minillava.tokenizer import Tokenizer, read_added_tokens
 
-HEAD = "language_model.lm_head.weight"
 FILES = {  # beside the weights -> what a missing one means
     "config.json": "needed",
     "tokenizer.model": "needed",
@@ -49,7 +48,6 @@ FILES = {  # beside the weights -> what a missing one means
     "generation_config.json": "the end and pad tokens are then those of config.json",
     "preprocessor_config.json": "pictures are then normalised by CLIP's own numbers",
 }
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTISED = {"uint8": "int4", "int8": "int8"}  # dtype in which the weights are stored -> row of the memory table
 SHOWN = 8  # lines of each kind of problem; --json has them all
 
@@ -69,6 +67,8 @@ class Report:
     parts: dict[str, dict] = field(default_factory=dict)
     files: dict[str, bool] = field(default_factory=dict)
     dtypes: dict[str, dict] = field(default_factory=dict)
+    read: list[str] = field(default_factory=list)  # files of weights
+    notes: list[str] = field(default_factory=list)  # about files that lie there and are not read
     adapted: int = 0  # weights that a LoRA changes when the model is opened
     network: dict = field(default_factory=dict)
     picture: dict = field(default_factory=dict)
@@ -116,11 +116,10 @@ def inspect_folder(
     pictures = tower or home("preprocessor_config.json")  # transformers 5 writes processor_config.json instead
     report.files["preprocessor_config.json"] |= any(pictures.glob("p*rocessor_config.json"))
     config = report.attempt(read_config, home("config.json"), tower)
-    checkpoint, tensors = _open_weights(report, folder, config, tower, base, lora)
+    checkpoint, tensors, config = _open_weights(report, folder, config, tower, base, lora)
     _describe_tensors(report, tensors, checkpoint)
+    report.read = sorted({str(stored.path) for stored in tensors.values()})
     if config is not None:
-        if config.text.tie_word_embeddings and any(stored["name"] == HEAD for stored in report.tensors):
-            config = replace(config, text=replace(config.text, tie_word_embeddings=False))  # a stored head is the head
         shapes = weight_shapes(config)
         report.network = _network(config)
         report.memory = doctor.memory_table(config, shapes)
@@ -131,6 +130,7 @@ def inspect_folder(
             _compare(report, checkpoint, shapes)
     if checkpoint is not None:
         report.adapted, report.unneeded = len(checkpoint.deltas), checkpoint.unused
+        report.notes = checkpoint.notes
         _say_what_to_get(report, checkpoint, None if config is None else config.vision_tower_name)
     _describe_tokenizer(report, home("tokenizer.model") / "tokenizer.model", config)
     style = find_template(template or DEFAULT_TEMPLATE)
@@ -160,13 +160,13 @@ def dialect_of(folder: Path, base: Path | None = None) -> str:
 
 def _open_weights(
     report: Report, folder: Path, config: LlavaConfig | None, *others: Path | None
-) -> tuple[Checkpoint | None, dict[str, Stored]]:
-    """The checkpoint, and its tensors by our names: as `load` opens it, else without asking whether it is whole. Where
-    not even that works: None, and what is in those of its files that can be opened, by stored names."""
+) -> tuple[Checkpoint | None, dict[str, Stored], LlavaConfig | None]:
+    """The checkpoint, its tensors by our names, and the config: as `load` opens it, else without asking whether it is
+    whole. Where not even that works: None, and what is in those of its files that can be opened, by stored names."""
     try:
         if config is not None:
-            checkpoint = open_checkpoint(folder, config, *others)
-            return checkpoint, checkpoint.tensors
+            checkpoint, config = open_checkpoint(folder, config, *others)
+            return checkpoint, checkpoint.tensors, config
     except (ValueError, OSError):
         pass  # what is wrong is found again below, part by part
     known = len(report.problems)
@@ -175,7 +175,8 @@ def _open_weights(
     else:
         checkpoint = report.attempt(gather, folder, *others, None if config is None else config.text.vocab_size)
     if checkpoint is not None:
-        return checkpoint, checkpoint.tensors
+        settled = None if config is None else report.attempt(settle, config, checkpoint)
+        return checkpoint, checkpoint.tensors, settled or config
     tensors, damaged = {}, []
     for path in _weight_files(folder):
         try:
@@ -184,14 +185,15 @@ def _open_weights(
             damaged.append(str(error))
     if damaged:
         report.problems[known:] = damaged  # `gather` stops at the first
-    return None, tensors
+    return None, tensors, config
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that an index names, or else those that are there."""
-    for index in (INDEX_NAME, BIN_INDEX_NAME):
-        with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):  # no index, or one that says nothing
-            return [folder / Path(name).name for name in sorted(set(read_json(folder / index)["weight_map"].values()))]
+    """The files that are read, where that can be told, or else those that are there."""
+    with suppress(OSError, ValueError):
+        read, _ = weight_files(folder)
+        if read:
+            return [path for path in read if path.suffix != ".json"]
     patterns = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*", PROJECTOR_NAME, REST_NAME)
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
@@ -215,7 +217,6 @@ def _part_of(name: str) -> str:
 def _describe_tensors(report: Report, tensors: dict[str, Stored], checkpoint: Checkpoint | None) -> None:
     """Numbers by part and by dtype, and the list of --keys."""
     report.parts = {part: {"tensors": 0, "parameters": 0} for part in ("language model", "projector", "vision tower")}
-    headers = {f.path: safe_open(f.path, "pt") for f in tensors.values() if f.path.suffix == ".safetensors"}
     quantised = {} if checkpoint is None else checkpoint.quantised
     for name, stored in tensors.items():
         if name in quantised:  # one weight in two tensors
@@ -223,10 +224,10 @@ def _describe_tensors(report: Report, tensors: dict[str, Stored], checkpoint: Ch
             dtype, numbers = parts[0].dtype, math.prod(checkpoint.shape(name))
             size = sum(part.nbytes for part in parts)
         else:
-            dtype, numbers = report.attempt(_dtype_of, stored, headers.get(stored.path)), math.prod(stored.shape)
-            size = 0 if dtype is None else numbers * dtype.itemsize
-        if dtype is None:
-            continue
+            dtype, numbers = stored.dtype, math.prod(stored.shape)
+            size = numbers * dtype.itemsize
+            if checkpoint is not None and dtype not in DTYPES.values():
+                report.attempt(stored.read)  # which says what is wrong with it
         part = report.parts.setdefault(_part_of(name), {"tensors": 0, "parameters": 0})
         kind = report.dtypes.setdefault(doctor.name_of(dtype), {"tensors": 0, "parameters": 0, "bytes": 0})
         for count in (part, kind):
@@ -235,13 +236,6 @@ def _describe_tensors(report: Report, tensors: dict[str, Stored], checkpoint: Ch
         kind["bytes"] += size
         about = {"name": name, "stored": stored.name, "shape": list(stored.shape), "dtype": doctor.name_of(dtype)}
         report.tensors.append({**about, "file": str(stored.path)})
-
-
-def _dtype_of(stored: Stored, header: safe_open | None) -> torch.dtype:
-    """By the header of a safetensors file: `read` would load a first page of each tensor. Raises ValueError for a
-    quantised tensor, as `read` does."""
-    kind = header and header.get_slice(stored.name).get_dtype()
-    return DTYPES[kind] if kind in DTYPES else stored.read().dtype
 
 
 def _network(config: LlavaConfig) -> dict:
@@ -327,6 +321,11 @@ def as_text(report: Report) -> str:
     for name, kind in report.dtypes.items():
         count = f"{kind['parameters']:,} parameters in {kind['tensors']:,} tensors, {doctor.gigabytes(kind['bytes'])}"
         lines.append(f"  {'stored as ' + name:<24} {count}")
+    read = [Path(path).name for path in report.read]
+    if read:
+        more = f" ... {read[-1]}, {len(read)} files" if len(read) > 3 else ", ".join(["", *read[1:]])
+        lines.append(f"  {'weights are read from':<24} {read[0]}{more}")
+    lines += [f"  {'note':<24} {note}" for note in report.notes]
     unneeded = sorted({re.sub(r"(layers\.\d+)\..*", r"\1.*", name) for name in report.unneeded})
     if unneeded:
         lines.append(f"  {'stored but not needed':<24} {', '.join(unneeded)}")

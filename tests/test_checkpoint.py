@@ -42,7 +42,7 @@ def sharded(tmp_path, write_dialect) -> Path:
 
 def build(folder: Path, clip: Path | None = None, dtype: torch.dtype = torch.float32):
     config = read_config(folder, clip)
-    checkpoint = open_checkpoint(folder, config, clip)
+    checkpoint, config = open_checkpoint(folder, config, clip)
     return build_model(config, checkpoint, fused, dtype=dtype, device="cpu"), checkpoint
 
 

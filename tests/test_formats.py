@@ -144,7 +144,7 @@ def test_a_pickle_that_runs_code_is_refused(release, tmp_path, zipped):
     [
         ([torch.zeros(2)], "holds a list, expected tensors by name"),
         ({"w": 3}, "w is int, expected a plain tensor"),
-        ({"model": {"w": torch.zeros(2)}}, "model is dict, expected a plain tensor"),
+        ({"optimizer": {"w": torch.zeros(2)}}, "optimizer is dict, expected a plain tensor"),
         ({"w": torch.zeros(2, 2).to_sparse()}, "w is torch.sparse_coo on cpu"),
         ({3: torch.zeros(2)}, "holds a dict, expected tensors by name"),
         ({"w": torch.zeros(2, device="meta")}, "w is torch.strided on meta"),

@@ -206,13 +206,13 @@ def test_text_that_may_become_a_stop_text_is_held_back():
 
 
 def test_a_prompt_that_fills_the_context_is_refused_with_its_numbers(toy, pixels):
-    context = toy.model.config.text.max_position_embeddings
+    context = toy.model.config.text.context
     with pytest.raises(ValueError, match=rf"prompt takes {context} positions \(1 picture.*context holds {context}"):
         generate(toy.model, [[1] * (context - 16) + [-200]], pixels[:1])
 
 
 def test_an_answer_ends_where_the_context_does(toy):
-    context = toy.model.config.text.max_position_embeddings
+    context = toy.model.config.text.context
     result = generate(toy.model, [[1] * (context - 3)], max_new_tokens=50)
     assert (result.sequences.shape[1], result.finish_reason) == (3, ["length"])
 

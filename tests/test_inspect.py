@@ -96,7 +96,7 @@ def test_the_memory_table_is_what_the_model_takes(reference):
         model = minillava.load(reference / "grouped", device="cpu", dtype=dtype).model
         weights = sum(tensor.nbytes for tensor in model.state_dict().values())
         text, sizes = model.config.text, {}
-        for positions in (1000, text.max_position_embeddings):
+        for positions in (1000, text.context):
             cache = KVCache(text, 1, positions, dtype=getattr(torch, dtype), device="cpu")
             sizes[positions] = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
         small, full = sizes.values()

@@ -26,7 +26,7 @@ README = ROOT / "README.md"
 ORDER = [
     ["config", "options"],
     ["linear", "files", "hub", "metadata", "disk"],
-    ["attention"],
+    ["attention", "foreign"],
     ["image", "prompt", "tokenizer", "vision", "projector", "cache", "llama", "adapter", "quantize"],
     ["llava"],
     ["checkpoint", "sampling", "capture"],

@@ -373,7 +373,7 @@ def test_weights_are_let_go_one_by_one(monkeypatch):
 def test_new_tokens_get_their_rows_before(reference):
     folder = reference / "plain"
     config = read_config(folder)
-    stored = open_checkpoint(folder, config)
+    stored, _ = open_checkpoint(folder, config)
     tokens = config.text.vocab_size + 3
     settings = {"dtype": torch.float32, "device": "cpu", "quantize": "int8", "tokens": tokens}
     model = build_model(config, stored, fused, **settings)

@@ -199,13 +199,12 @@ def _rename(
     checkpoint = gather(source, **parts, vocabulary=config.text.vocab_size)
     if checkpoint.quantised:
         raise ValueError(f"{source}: is quantised; convert the weights that it was made from")
-    if "language_model.lm_head.weight" in checkpoint.tensors:  # then it is the head, whatever config.json says
-        config = replace(config, text=replace(config.text, tie_word_embeddings=False))
-    needed = open_checkpoint(source, config, **parts)  # `checkpoint`, less what only other layouts need
+    needed, config = open_checkpoint(source, config, **parts)  # `checkpoint`, less what only other layouts need
     needed.deltas.clear()  # which change no shape, and take time
     model = build_model(config, needed, eager, dtype=needed.dtype(), device="meta")  # raises for what does not fit
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     tokenizer = Tokenizer(home("tokenizer.model") / "tokenizer.model", added=config.added_tokens)
+    config = replace(config, vision_stated=True)  # as the config.json that is written will do
     new, notes = (_for_hub if to == "hf" else _for_original)(config, tokenizer, source)
     planned = {}
     for name in checkpoint.tensors:
