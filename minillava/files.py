@@ -9,6 +9,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -231,12 +232,15 @@ def weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """The files of weights that `open_folder` reads, and those that it leaves alone: other sets, and shards that the
     index does not name. Raises ValueError for an index that cannot be read."""
     sets = [name for name in _SETS if (folder / name).exists()]
-    shards = {path.name for pattern in _SHARDS for path in folder.glob(pattern)}
-    chosen = sets[:1]
-    if chosen and chosen[0].endswith(".json"):
-        chosen += sorted(set(_read_index(folder / chosen[0]).values()))
-    rest = [*sets, *sorted(shards.difference(sets))]
-    return [folder / name for name in chosen], [folder / name for name in rest if name not in chosen]
+    shards = sorted({path.name for pattern in _SHARDS for path in folder.glob(pattern)}.difference(sets))
+    read = sets[:1]
+    if read and read[0].endswith(".json"):
+        read += sorted(set(_read_index(folder / read[0]).values()))
+    others = [name for name in (*sets, *shards) if name not in read]
+    with suppress(ValueError, OSError):  # an index of what is read is no other set
+        if INDEX_NAME in others and set(_read_index(folder / INDEX_NAME).values()) <= set(read):
+            others.remove(INDEX_NAME)
+    return [folder / name for name in read], [folder / name for name in others]
 
 
 def several_sets(read: Path, others: Sequence[Path]) -> str:

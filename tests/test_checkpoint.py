@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,11 @@ from conftest import REFERENCE
 from safetensors.torch import load_file, save_file
 
 import minillava
+from minillava import inspection
 from minillava.attention import fused
-from minillava.checkpoint import Checkpoint, build_model, open_checkpoint
-from minillava.config import read_config
-from minillava.files import INDEX_NAME, SINGLE_NAME
+from minillava.checkpoint import Checkpoint, build_model, open_checkpoint, settle
+from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig, read_config
+from minillava.files import BIN_INDEX_NAME, BIN_NAME, INDEX_NAME, SINGLE_NAME
 
 ROOT = Path(__file__).parents[1]
 HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
@@ -674,3 +676,236 @@ def test_loading_copies_nothing_and_reads_nothing(measure):
     assert found["ran"]["anonymous"] < found["largest"]  # a forward pass touches the file's pages, copies none
     assert found["ran"]["read"] < found["largest"]
     assert found["ran"]["peak"] < found["weights"] + found["largest"]
+
+
+# --- two sets of weights in one folder ------------------------------------------------------------------------
+
+
+def zero_head(folder: Path, name: str) -> None:
+    """Another set: the whole model under `name`, its head zeros."""
+    tensors = stored(REFERENCE / "plain") | {HEAD: torch.zeros_like(stored(REFERENCE / "plain")[HEAD])}
+    torch.save(tensors, folder / name) if name.endswith(".bin") else save_file(tensors, folder / name)
+
+
+def other_index(folder: Path, name: str) -> None:
+    (folder / name).write_text(json.dumps({"weight_map": dict.fromkeys(stored(REFERENCE / "plain"), "other.bin")}))
+    zero_head(folder, "other.bin")
+
+
+@pytest.mark.parametrize(
+    ("shards", "add", "read"),
+    [
+        (3, lambda to: zero_head(to, SINGLE_NAME), SINGLE_NAME),  # the last save wins, as in transformers
+        (1, lambda to: other_index(to, BIN_INDEX_NAME), SINGLE_NAME),
+        (1, lambda to: zero_head(to, BIN_NAME), SINGLE_NAME),
+        (3, lambda to: zero_head(to, BIN_NAME), INDEX_NAME),
+        (3, lambda to: zero_head(to, "model-00001-of-00009.safetensors"), INDEX_NAME),  # of an earlier save
+        (1, lambda to: zero_head(to, "model-00001-of-00009.safetensors"), SINGLE_NAME),
+        (1, lambda to: zero_head(to, "mm_projector.bin"), SINGLE_NAME),
+    ],
+)
+def test_of_several_sets_of_weights_one_is_read_and_a_note_names_both(tmp_path, write_dialect, shards, add, read):
+    """A folder with model.safetensors and an index was opened as the older of the two without a word."""
+    folder = write_dialect("hub", tmp_path / "model", shards=shards)["weights"]
+    before = {path.name for path in folder.iterdir()}
+    add(folder)
+    added = next(iter({path.name for path in folder.iterdir()} - before - {"other.bin"}))
+    with pytest.warns(UserWarning, match=f"weights are read from {read}, not from ") as told:
+        head = load(folder, dtype="float32").model.language_model.lm_head.weight
+    other = INDEX_NAME if added == SINGLE_NAME else added
+    assert len(told) == 1 and other in str(told[0].message)
+    assert (head.abs().max() == 0) == (added == read)
+    report = inspection.inspect_folder(folder)
+    assert report.notes == [str(told[0].message)]
+    assert f"note                     {report.notes[0]}" in inspection.as_text(report)
+    files = {Path(path).name for path in report.read}
+    assert files == {SINGLE_NAME} if read == SINGLE_NAME else len(files) == 3
+
+
+def test_the_bin_index_gives_way_to_the_single_bin(folder):
+    zero_head(folder, BIN_NAME)
+    (folder / SINGLE_NAME).unlink()
+    other_index(folder, BIN_INDEX_NAME)
+    with pytest.warns(UserWarning, match=f"read from {BIN_NAME}, not from {BIN_INDEX_NAME}"):
+        load(folder)
+
+
+def test_an_index_of_the_file_that_is_read_is_no_other_set(folder, recwarn):
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": dict.fromkeys(stored(folder), SINGLE_NAME)}))
+    load(folder)
+    assert not recwarn.list
+
+
+def test_transformers_reads_the_same_set(tmp_path, write_dialect):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: parity)")
+    folder = write_dialect("hub", tmp_path / "model", shards=3)["weights"]
+    zero_head(folder, SINGLE_NAME)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="not from"):
+        ours = load(folder, dtype="float32").model
+    assert torch.equal(ours.language_model.lm_head.weight, theirs.lm_head.weight)
+
+
+# --- what training wraps around a model -------------------------------------------------------------------------
+
+
+def renamed(folder: Path, change) -> Path:
+    store({change(name): tensor for name, tensor in stored(folder).items()}, folder)
+    return folder
+
+
+@pytest.mark.parametrize("dialect", ["hub", "original"])
+@pytest.mark.parametrize(
+    "wrapper",
+    ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "_fsdp_wrapped_module.", "_forward_module.",
+     "base_model.model.", "module.base_model.model.", "llava.", "student.net."],
+)  # fmt: skip
+def test_wrappers_before_all_names_are_taken_off(tmp_path, write_dialect, wrapper, dialect):
+    """They led to the advice to download a vision tower, which was there."""
+    folder = write_dialect(dialect, tmp_path / "model")["weights"]
+    plain = load(folder, dtype="float32").model
+    assert same_weights(load(renamed(folder, lambda name: wrapper + name), dtype="float32").model, plain)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: name.replace("layers.1.", "layers.1._checkpoint_wrapped_module."),
+        lambda name: name.replace("language_model.", "language_model._orig_mod.", 1),
+        lambda name: "_fsdp_wrapped_module." + name.replace("layers.1.", "layers.1._fsdp_wrapped_module."),
+        lambda name: "model." + name,
+        lambda name: "model.module." + name,
+        lambda name: "module.model." + name,
+    ],
+)
+def test_wrappers_inside_names_are_taken_out(folder, change):
+    plain = load(REFERENCE / "plain", dtype="float32").model
+    assert same_weights(load(renamed(folder, change), dtype="float32").model, plain)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "base_model.model."])
+def test_a_wrapper_before_some_names_is_refused(folder, wrapper):
+    renamed(folder, lambda name: wrapper + name if "layers.1." in name else name)
+    message = refusal(folder)
+    assert message.startswith(f"{folder / SINGLE_NAME}: ")
+    assert f" names begin with a wrapper, such as {wrapper}" in message
+    assert "\n" not in message
+
+
+def test_two_names_that_are_one_without_wrappers_are_refused(folder):
+    tensors = stored(folder)
+    tensors[QUERY.replace("layers.1.", "layers.1._orig_mod.")] = tensors[QUERY]
+    store(tensors, folder)
+    assert "are both language_model.layers.1.self_attn.q_proj.weight; remove one" in refusal(folder)
+
+
+@pytest.mark.parametrize("nest", ["state_dict", "model_state_dict", "model", "module"])
+def test_a_bin_may_hold_its_state_dict_inside_another(folder, nest):
+    tensors = stored(folder)
+    (folder / SINGLE_NAME).unlink()
+    rest = {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.zeros(5)}}, "lr": [1e-3]}}
+    torch.save({nest: {f"module.{name}": w for name, w in tensors.items()}, **rest}, folder / BIN_NAME)
+    assert same_weights(load(folder, dtype="float32").model, load(REFERENCE / "plain", dtype="float32").model)
+
+
+def test_a_lora_inside_the_weights_is_not_called_unknown_tensors(folder):
+    store(stored(folder) | {QUERY.replace(".weight", ".lora_A.default.weight"): torch.zeros(2, 64)}, folder)
+    assert "holds a LoRA that was not merged" in refusal(folder)
+
+
+# --- a tower that only its tensors describe -----------------------------------------------------------------------
+
+BLOCK = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"}
+
+
+def tower_of(width: int, depth: int, mlp: int, patch: int, side: int) -> dict[str, torch.Tensor]:
+    """CLIP's vision half by the original's names, without memory: one number, seen many times."""
+    shapes = {"embeddings.class_embedding": (width,), "embeddings.patch_embedding.weight": (width, 3, patch, patch)}
+    shapes["embeddings.position_embedding.weight"] = ((side // patch) ** 2 + 1, width)
+    for norm in ("pre_layrnorm", "post_layernorm"):
+        shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
+    for i in range(depth):
+        for name in BLOCK:
+            n, c = {"mlp.fc1": (mlp, width), "mlp.fc2": (width, mlp)}.get(name, (width, width))
+            shapes |= {f"encoder.layers.{i}.{name}.weight": (n, c), f"encoder.layers.{i}.{name}.bias": (n,)}
+        for norm in ("layer_norm1", "layer_norm2"):
+            shapes |= {f"encoder.layers.{i}.{norm}.{kind}": (width,) for kind in ("weight", "bias")}
+    return {f"vision_tower.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+class Shapes:
+    """As much of a Checkpoint as `settle` asks for."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self.tensors, self.folder, self.rows = tensors, Path("folder"), None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+
+def unstated(**fields) -> LlavaConfig:
+    return LlavaConfig(vision=CLIP_LARGE_336, text=TextConfig(), vision_stated=False, **fields)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "patches"),
+    [
+        ((768, 12, 3072, 32, 224), 49),  # ViT-B/32
+        ((768, 12, 3072, 16, 224), 196),  # ViT-B/16
+        ((1024, 24, 4096, 14, 224), 256),  # ViT-L/14
+        ((1024, 24, 4096, 14, 336), 576),  # ViT-L/14-336
+    ],
+)
+def test_a_tower_that_config_json_does_not_describe_is_measured(sizes, patches):
+    """One of 224 pixels was refused as having another shape than config.json says, which said nothing."""
+    width, depth, mlp, patch, side = sizes
+    vision = settle(unstated(), Shapes(tower_of(*sizes))).vision
+    assert vision == VisionConfig(width, mlp, depth, width // 64, side, patch)
+    assert vision.num_patches == patches
+
+
+def test_blocks_that_no_feature_needs_may_be_absent():
+    tower = {k: v for k, v in tower_of(1024, 23, 4096, 14, 336).items() if "post_layernorm" not in k}
+    assert settle(unstated(), Shapes(tower)).vision == CLIP_LARGE_336
+
+
+def test_what_config_json_says_of_a_tower_stands():
+    config = replace(unstated(), vision_stated=True)
+    assert settle(config, Shapes(tower_of(768, 12, 3072, 32, 224))).vision == CLIP_LARGE_336
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fields", "found"),
+    [
+        ((1280, 2, 5120, 14, 224), {}, "its width 1280 does not say how many heads"),
+        ((100, 2, 400, 14, 224), {}, "its width 100 does not say how many heads"),
+        ((768, 12, 3072, 16, 224), {"vision_tower_name": "laion/CLIP-ViT-B-16"}, "laion/CLIP-ViT-B-16, which is not"),
+        ((768, 12, 3072, 16, 224), {"feature_layer": 20}, "vision feature layer is 20"),
+    ],
+)
+def test_what_a_tower_s_tensors_do_not_say_is_refused(sizes, fields, found):
+    with pytest.raises(ValueError, match=found):
+        settle(unstated(**fields), Shapes(tower_of(*sizes)))
+
+
+def test_positions_that_are_no_square_are_refused():
+    tower = tower_of(768, 1, 3072, 16, 224)
+    tower["vision_tower.embeddings.position_embedding.weight"] = torch.empty(196, 768, device="meta")
+    with pytest.raises(ValueError, match=r"196 positions and patches of shape .* do not say how large"):
+        settle(unstated(), Shapes(tower))
+
+
+def test_a_folder_without_vision_config_is_opened_by_its_tower_s_shapes(tmp_path, write_dialect):
+    """Of the toy's 32 numbers nobody knows how many heads they are: the line says what config.json lacks."""
+    folder = write_dialect("original", tmp_path / "model")["weights"]
+    change_config(folder, vision_config=None)
+    assert f"config.json does not describe the vision tower {CLIP_NAME}, and its width 32" in refusal(folder)
+    wide = {name.replace("vision_tower.", "model.vision_tower.vision_tower.vision_model."): torch.zeros(t.shape)
+            for name, t in tower_of(64, 3, 96, 14, 56).items()}  # fmt: skip
+    tensors = {name: t for name, t in stored(folder).items() if "vision_tower" not in name} | wide
+    first = next(name for name in tensors if "mm_projector.0.weight" in name)
+    store(tensors | {first: torch.zeros(len(tensors[first]), 64)}, folder)
+    (folder / "preprocessor_config.json").unlink(missing_ok=True)
+    vision = load(folder).model.config.vision
+    assert vision == VisionConfig(64, 96, 3, 1, 56, 14)
+    assert inspection.inspect_folder(folder).picture == {"side": 56, "aspect": "pad"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hf import read_json, write_json
 from safetensors.torch import load_file, save_file
 
 import minillava
+from minillava import adapter, inspection
 from minillava.checkpoint import Checkpoint, gather
 from minillava.config import IM_END, IM_PATCH, IM_START, IMAGE_TOKEN_INDEX
 from minillava.files import BIN_INDEX_NAME, BIN_NAME, SINGLE_NAME, TorchFile
@@ -344,10 +346,15 @@ def test_an_adapter_that_does_not_fit_is_refused(release, base, write_lora, dama
         ({"peft_type": "IA3"}, "peft_type is 'IA3', supported: LORA"),
         ({"use_dora": True}, "use_dora is True"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is"),
-        (
-            {"init_lora_weights": "pissa_niter_4"},
-            "which also changes the base model",
-        ),
+        ({"use_qalora": True}, "use_qalora is True"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication is"),
+        ({"megatron_config": {"a": 1}}, "megatron_config is"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices is"),
+        ({"target_parameters": ["q_proj.weight"]}, "target_parameters is"),
+        ({"kasa_config": {"a": 1}}, "kasa_config is"),
+        ({"use_bdlora": {"a": 1}}, "use_bdlora is"),
+        ({"use_what_comes_next": True}, "use_what_comes_next is True"),
         ({"lora_alpha": "much"}, "lora_alpha is 'much', expected a number"),
         ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
         ({"alpha_pattern": [1]}, "alpha_pattern is"),
@@ -359,6 +366,85 @@ def test_other_kinds_of_adapter_are_refused(release, base, write_lora, fields, f
     folder, _ = write_lora()
     change(folder / "adapter_config.json", **fields)
     with pytest.raises(ValueError, match=found):
+        load(folder, model_base=base, vision_tower=release["vision_tower"])
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "LoftQ", "lora_ga"])
+def test_a_beginning_that_moved_the_base_is_refused_in_any_spelling(release, base, write_lora, start):
+    """LoRA-GA and OLoRA in capitals were opened as plain LoRA: the logits were off by 7."""
+    folder, _ = write_lora()
+    change(folder / "adapter_config.json", init_lora_weights=start)
+    with pytest.raises(ValueError, match=f"init_lora_weights is '{start}', which also changes the base model; merge"):
+        load(folder, model_base=base, vision_tower=release["vision_tower"])
+
+
+@pytest.mark.parametrize("start", ["tomorrow", 3, ["pissa"]])
+def test_a_beginning_that_nobody_knows_is_refused_by_name(release, base, write_lora, start):
+    folder, _ = write_lora()
+    change(folder / "adapter_config.json", init_lora_weights=start)
+    with pytest.raises(ValueError, match=r"init_lora_weights is .*, which may change the base model, too; known: true"):
+        load(folder, model_base=base, vision_tower=release["vision_tower"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"init_lora_weights": s} for s in (True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica")),
+        {"eva_config": {"rho": 2.0}},
+        {"loftq_config": {}, "use_dora": None, "runtime_config": {"ephemeral_gpu_offload": False}},
+    ],
+    ids=str,
+)
+def test_a_beginning_that_left_the_base_alone_is_plain_lora(release, base, write_lora, fields):
+    folder, merged = write_lora()
+    change(folder / "adapter_config.json", **fields)
+    found = load(folder, model_base=base, vision_tower=release["vision_tower"]).model.state_dict()
+    ours = found["language_model.layers.0.self_attn.q_proj.weight"]
+    torch.testing.assert_close(ours, merged[f"{LAYER}.weight"], rtol=1e-6, atol=1e-6)
+
+
+def test_the_beginnings_are_those_of_peft():
+    """A way to begin that PEFT learns must be sorted into the two lists of adapter.py."""
+    config = pytest.importorskip("peft.tuners.lora.config", reason="PEFT is not installed (extra: parity)")
+    hint = config.LoraConfig.__dataclass_fields__["init_lora_weights"].type
+    words = [word for word in re.findall(r"'(\w+)'|\"(\w+)\"", str(hint)) for word in word if word]
+    assert "gaussian" in words
+    for word in words:
+        assert word.lower() in adapter._BEGAN or word.lower().startswith(adapter._MOVED), word
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "_fsdp_wrapped_module."])
+def test_adapter_and_projector_may_be_wrapped_too(release, base, pretrain, write_lora, wrapper):
+    lora, _ = write_lora()
+    files = {lora: ("adapter_model.bin", "non_lora_trainables.bin"), pretrain: ("mm_projector.bin",)}
+    for folder, names in files.items():
+        plain = load(folder, model_base=base, vision_tower=release["vision_tower"]).model.state_dict()
+        plain = {name: tensor.clone() for name, tensor in plain.items()}  # which are mapped from the files below
+        for name in names:
+            torch.save({wrapper + key: w for key, w in torch.load(folder / name).items()}, folder / name)
+        found = load(folder, model_base=base, vision_tower=release["vision_tower"]).model.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
+
+
+def test_two_files_of_an_adapter_are_told(release, base, write_lora):
+    """PEFT reads the safetensors; the .bin may be of another day."""
+    folder, _ = write_lora()
+    matrices = torch.load(folder / "adapter_model.bin")
+    save_file({name: w * 2 for name, w in matrices.items()}, folder / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match=r"read from adapter_model\.safetensors, not from adapter_model\.bin"):
+        found = load(folder, model_base=base, vision_tower=release["vision_tower"]).model
+    (folder / "adapter_model.bin").unlink()
+    alone = load(folder, model_base=base, vision_tower=release["vision_tower"]).model
+    name = "language_model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(found.state_dict()[name], alone.state_dict()[name])
+
+
+def test_two_adapters_in_one_file_are_refused(release, base, write_lora):
+    folder, _ = write_lora(default=".default")
+    matrices = torch.load(folder / "adapter_model.bin")
+    more = {name.replace(".default.", ".second."): w for name, w in matrices.items()}
+    torch.save(matrices | more, folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match="are two adapters; save one of them"):
         load(folder, model_base=base, vision_tower=release["vision_tower"])
 
 
@@ -475,6 +561,52 @@ def test_equals_peft_on_the_hub_s_llava(reference, tmp_path, targets, picture):
         changed += not torch.equal(plain.model.state_dict()[name], theirs)
     assert changed >= 4
     torch.testing.assert_close(logits(found, picture), logits(expected, picture), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers")
+def test_equals_peft_where_a_run_added_tokens(reference, tmp_path, picture):
+    """Its tables are larger than the base's: it was refused with the advice to use another base, and there is none."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (extra: parity)")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: parity)")
+    hub = reference / "plain"
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(hub, dtype=torch.float32)
+    before = model.config.text_config.vocab_size
+    torch.manual_seed(0)
+    model.resize_token_embeddings(before + 24)
+    settings = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    model = peft.get_peft_model(model, peft.LoraConfig(**settings, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "peft")
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    shutil.copy(hub / "tokenizer.model", tmp_path / "merged")
+    found, expected = load(hub, adapter=tmp_path / "peft"), load(tmp_path / "merged")
+    assert found.model.config.text.vocab_size == expected.model.config.text.vocab_size == before + 24
+    for name, theirs in expected.model.state_dict().items():
+        torch.testing.assert_close(found.model.state_dict()[name], theirs, rtol=1e-6, atol=1e-7, msg=name)
+    assert isinstance(found.ask(picture, QUESTION, max_new_tokens=3), str)
+    assert inspection.inspect_folder(hub, adapter=tmp_path / "peft").loadable
+
+
+@pytest.mark.parametrize("name", [TABLE, HEAD])
+def test_one_table_that_grew_without_the_other_is_refused_with_both_numbers(release, base, write_lora, name):
+    folder, _ = write_lora()
+    matrices = torch.load(folder / "adapter_model.bin")
+    rows, width = weights_of(release["weights"])[name].shape
+    torch.save(matrices | {f"base_model.model.{name}": torch.zeros(rows + 8, width)}, folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match=f"enlarged the vocabulary from {rows} to {rows + 8}, but it does not hold"):
+        load(folder, model_base=base, vision_tower=release["vision_tower"])
+
+
+def test_a_lora_of_a_larger_head_says_what_its_run_did(release, base, write_lora):
+    folder, _ = write_lora()
+    matrices = torch.load(folder / "adapter_model.bin")
+    rows, width = weights_of(release["weights"])[HEAD].shape
+    key = "base_model.model.lm_head.lora_%s.weight"
+    more = {key % "A": torch.zeros(2, width), key % "B": torch.zeros(rows + 8, 2)}
+    torch.save(matrices | more, folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match=f"enlarged the vocabulary from {rows} to {rows + 8}; merge it with PEFT"):
+        load(folder, model_base=base, vision_tower=release["vision_tower"])
 
 
 # --- tokens added to the vocabulary -------------------------------------------------------------------------------
