@@ -121,6 +121,9 @@ def search(
         finished = finished.take(finished.score.topk(n).indices)
 
         # Could the best running beam, at this length or ("never") at the length that flatters it most, still get in?
+        # Scores are negative, so a longer answer divides its sum by more and looks better: with a penalty of 1, a sum
+        # of -6 after 3 tokens is hoped to be worth -6 / 3 = -2; flattered, with 12 tokens to come to, -6 / 12 = -0.5.
+        # Against a worst finished answer of -1.5 the first has lost, the second goes on.
         flattered = options.early_stopping == "never" and options.length_penalty > 0
         hoped = running.score[:, :1] / (budget if flattered else made + 1) ** options.length_penalty  # [B, 1]
         worst = finished.score.amin(1, keepdim=True).where(finished.ended, OUT)  # [B, n]

@@ -15,7 +15,10 @@ class KVCache:
     queries: a query is used once, by its own token, but every later token looks at its key and reads its value.
 
     keys, values: per layer [B, K, capacity, D], rotary embedding already applied, not repeated for grouped heads.
-    length: how many positions are filled. One number says where we are; nothing about it is stored on a layer.
+    length: how many positions are filled, one number for all layers. While a step runs, the layers that
+    have written are one position ahead of the others; lengths of their own would differ just then, the
+    mask and the positions could be asked of the wrong one, and a step that fails half way would leave
+    them apart for good. So `update` writes behind the length, and `advance` moves it once for all.
     attention_mask: bool [B, capacity], False where a row is padding; None as long as no row has any.
     """
 

@@ -107,7 +107,9 @@ class LlavaConfig:
 
     @property
     def vision_layers_needed(self) -> int:
-        """How many blocks of the tower the selected features need: 23 of 24 for LLaVA-1.5."""
+        """How many blocks of the tower the selected features need: 23 of 24 for LLaVA-1.5, whose layer
+        is -2. The last block was trained for the class token, which CLIP compares with a caption; what
+        it makes of the patches nobody looked at. Nothing reads its output here, so it is not built."""
         depth = self.vision.num_hidden_layers
         return self.feature_layer if self.feature_layer >= 0 else depth + 1 + self.feature_layer
 

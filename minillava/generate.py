@@ -109,6 +109,8 @@ def _beam_search(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m minillava.generate`; the exit status."""
-    from minillava import doors  # a door knows every file that a command needs, the function above may not
+    # A door, what a person types, needs the command line and all behind it; who calls `generate` from
+    # Python needs none of that. So the core imports no door but here, when one is opened.
+    from minillava import doors
 
     return doors.enter("generate", argv)

@@ -1,5 +1,18 @@
 """The generation loop: prefill once, then one token per step; how each is chosen, and when to stop.
 
+What is left of `steps` for one prompt, the most likely tokens and nobody who watches:
+
+    def plain(model, spliced, cache, most):
+        output = prefill(model, spliced, cache, hidden_states=False, attentions=False)
+        for _ in range(most):
+            token = last_logits(output).argmax(-1)  # [1]
+            if int(token) in model.config.eos_token_ids:
+                return
+            yield int(token)
+            output = decode(model, token, cache, hidden_states=False, attentions=False)
+
+Everything else is for more rows, other choices, text, what is recorded, and a GPU that must not wait.
+
 B batch, T prompt positions after the splice, S with those cached before, C width, H attention heads, L layers,
 V vocabulary.
 """

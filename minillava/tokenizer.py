@@ -91,7 +91,8 @@ class Tokenizer:
 
     def _encode_run(self, run: list[Segment], prefix: bool) -> list[int]:
         """Text without special tokens. Neighbouring stretches are encoded as one, since words may cross them,
-        except for spelled ones: letter by letter."""
+        except for spelled ones: letter by letter. ("a ", text), ("sta", text), ("r", text) is one piece,
+        "a star", whose ids are not those of its parts; with ("r", spelled) it is "a sta" and "r"."""
         pieces: list[str] = []
         joining = False
         for text, kind in run:

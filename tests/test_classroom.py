@@ -7,10 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+
+import minillava
+from minillava import loop
+from minillava.cache import KVCache
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minillava"
@@ -29,13 +35,17 @@ class Exercise(NamedTuple):
     test: tuple[str, str]  # file and name
 
 
+FOLDED = r"```(?:sh|python)\n([^`]*)\n```\n\n<details>\n<summary>[^\n]*</summary>\n\n```text\n([^`]*)\n```\n"
+
+
 def runs_of(text: str) -> list[tuple[str, str]]:
+    """Commands or Python code and what they print, shown as in a terminal or folded below the command."""
     found = [
         tuple(part.rstrip("\n").split("\n", 1))
         for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL)
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]
     ]
-    return found + re.findall(r"```python\n(.*?)```\n```text\n(.*?)\n```", text, re.DOTALL)
+    return found + re.findall(FOLDED, text)
 
 
 def exercises(page: str) -> list[Exercise]:
@@ -95,19 +105,27 @@ def places(source: str) -> dict[str, str]:
     return found
 
 
+def readme_tables() -> list[list[str]]:
+    """The files of README's two tables: the core, and what stands around it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tables = [part.partition("\n\n")[0] for part in readme.split("| file | what to learn there |")[1:]]
+    return [re.findall(r"^\| \[`(\w+\.py)`\]", table, re.MULTILINE) for table in tables]
+
+
 def test_the_questions_follow_the_reading_order_and_leave_no_file_out():
-    assert list(QUESTIONS) == core()
+    around = list(QUESTIONS)[len(core()) :]
+    assert list(QUESTIONS)[: len(core())] == core()
+    assert around == [name for name in readme_tables()[1] if name in around]
+    assert {"linear.py", "quantize.py", "capture.py", "files.py", "hub.py", "adapter.py"} <= set(around)
     assert all(QUESTIONS.values())
 
 
 def test_readme_has_the_same_reading_order():
     """There were three: README's, the package's and this page's."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    first = readme.partition("| file | what to learn there |")[2].partition("\n\n")[0]
-    assert re.findall(r"^\| \[`(\w+\.py)`\]", first, re.MULTILINE) == core()
+    assert readme_tables()[0] == core()
 
 
-@pytest.mark.parametrize("file", core())
+@pytest.mark.parametrize("file", QUESTIONS)
 def test_every_question_has_its_answer_in_the_file(file):
     source = (PACKAGE / file).read_text(encoding="utf-8")
     known = places(source)
@@ -137,6 +155,33 @@ def test_an_exercise_changes_one_line_and_names_a_test(exercise):
     path, test = exercise.test
     assert f"\ndef {test}(" in (PACKAGE / path).read_text(encoding="utf-8")
     assert exercise.runs
+
+
+@pytest.mark.parametrize("exercise", CHANGES, ids=lambda e: e.title)
+def test_an_answer_is_folded_below_its_question(exercise):
+    """It stood four lines below "guess what the model will say"."""
+    body = PAGE.partition(f"### {exercise.title}\n")[2].partition("\n### ")[0]
+    seen, folded, _ = re.split(r"</?details>", body)
+    ((command, answer),) = exercise.runs
+    assert command in seen and answer not in seen
+    assert answer in folded and f"`{exercise.test[1]}`" in folded
+
+
+def test_the_plain_loop_answers_as_the_real_one(reference):
+    """loop.py's docstring shows what is left of it; it is code, and runs."""
+    docstring = ast.get_docstring(ast.parse((PACKAGE / "loop.py").read_text(encoding="utf-8")))
+    code = textwrap.dedent("\n".join(re.findall(r"^(?: {4}.*)?$", docstring, re.MULTILINE)))
+    names = dict(vars(loop))
+    exec(code, names)
+    assert len(code.strip().splitlines()) <= 10
+    toy = minillava.load(reference / "plain", device="cpu", dtype="float32")
+    spliced = toy.prepare(reference / "pictures" / "landscape.png", toy.prompt("What is it?", images=1))
+    cache = KVCache(toy.model.config.text, 1, 200, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        plain = list(names["plain"](toy.model, spliced, cache, 12))
+    real = [step.ids[0] for step in loop.steps(toy.model, spliced, toy.options(max_new_tokens=12))]
+    assert plain == [token for token in real if token not in toy.model.config.eos_token_ids]
+    assert len(plain) > 3
 
 
 def test_there_are_exercises():
