@@ -27,6 +27,7 @@ import torch
 
 from minillava import cli, doors
 from minillava.assistant import Assistant, choose_device, find_folder
+from minillava.disk import sync_folder
 
 WINDOW = 16
 """Batches sorted by length together. Not all: questions on one picture, neighbours in most files, would drift apart."""
@@ -173,7 +174,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         if new:
-            cli.sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
 
     def _differences(self, content: bytes) -> str:
         try:
