@@ -7,7 +7,6 @@ the same layers this `forward`: the same product, added up in another order. r r
 import os
 import threading
 from collections.abc import Callable
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +126,6 @@ def is_emulated(x: Tensor) -> bool:
     return slow and not has_fast_bfloat16()
 
 
-@cache
 def has_fast_bfloat16() -> bool:
     """Whether products of bfloat16 run on instructions for them (AVX512-BF16, AMX); without, they are emulated at an
     eighth of float32's speed. oneDNN, which computes them, may have been told to leave the instructions alone."""

@@ -255,19 +255,20 @@ ANSWERS = ["Yes.", "No, there is none in it.", "Yes. And more"]
 @pytest.mark.parametrize("template", ["llava_v1", "llava_v0", "llava_llama_2", "chatml_direct", "hf"])
 def test_score_is_minus_the_loss(reference, picture, template):
     """Of the whole conversation, answer by answer, with the picture encoded anew each time."""
-    toy = minillava.load(reference / "plain", device="cpu", dtype="float32", template=template)
-    question = "<image>\nIs it there?"
+    toy = minillava.load(reference / "plain", device="cpu", dtype="float64", template=template)
+    question, eps = "<image>\nIs it there?", torch.finfo(torch.float32).eps
     scores = toy.score(picture, question, ANSWERS)
     means = toy.score(picture, question, ANSWERS, per_token=True)
     for answer, score, mean in zip(ANSWERS, scores, means, strict=True):
         ids, labels = encode_answers(toy.tokenizer, toy.template, [(question, answer)])
         loss = float(toy.model([ids], toy.image_processor(picture), labels=[labels]).loss.detach())
-        assert mean == pytest.approx(-loss, rel=2e-6)
-        assert score == pytest.approx(-loss * sum(label != -100 for label in labels), rel=2e-6)
+        assert mean == pytest.approx(-loss, rel=eps)
+        assert score == pytest.approx(-loss * sum(label != -100 for label in labels), rel=eps)
 
 
-def test_score_of_the_models_own_answer_is_the_best_of_its_length(toy, picture):
+def test_score_of_the_models_own_answer_is_the_best_of_its_length(reference, picture):
     """Greedy decoding picks the likeliest first token: no other one-token beginning scores higher."""
+    toy = minillava.load(reference / "plain", device="cpu", dtype="float64")
     first = generate(
         toy.model,
         [toy.tokenizer.encode(toy.prompt("Hm?"))],
@@ -279,13 +280,15 @@ def test_score_of_the_models_own_answer_is_the_best_of_its_length(toy, picture):
     word = toy.tokenizer.decode([int(log_p.argmax())])
     ids, labels = encode_answers(toy.tokenizer, toy.template, [("<image>\nHm?", word)])
     start = next(i for i, label in enumerate(labels) if label != -100)
-    assert toy.score(picture, "Hm?", [word])[0] <= float(log_p[ids[start]]) + 1e-5
+    most = float(log_p[ids[start]])
+    assert toy.score(picture, "Hm?", [word])[0] <= most + torch.finfo(torch.float32).eps * abs(most)
 
 
-def test_score_edges(reference, toy, picture):
+def test_score_edges(reference, picture):
+    toy = minillava.load(reference / "plain", device="cpu", dtype="float64")
     assert toy.score(picture, "Hm?", []) == []
     alone = [toy.score(picture, "Hm?", [answer])[0] for answer in ANSWERS]
-    assert toy.score(picture, "Hm?", ANSWERS) == pytest.approx(alone, rel=1e-6)
+    assert toy.score(picture, "Hm?", ANSWERS) == pytest.approx(alone, rel=torch.finfo(torch.float32).eps)
     assert toy.score(None, "Hm?", ["Yes."]) != toy.score(picture, "Hm?", ["Yes."])
     assert toy.score(picture, "Hm?", ["Yes."]) != toy.score(picture, "Hm?", ["Yes."], system="Be brief.")
     with pytest.raises(ValueError, match="context has room for"):

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from bounds import assert_same_in_float64
 
 from minillava import beam
 from minillava.assistant import load
@@ -12,6 +13,8 @@ from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.generate import generate
 from minillava.llava import Llava
 from minillava.loop import Options, steps
+
+pytestmark = pytest.mark.numeric
 
 V, END, PAD = 5, 2, 0
 VISION = VisionConfig(16, 24, 2, 2, image_size=28, patch_size=14)
@@ -33,7 +36,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def toy(reference):
-    return load(reference / "plain", device="cpu", dtype="float32")
+    return load(reference / "plain", device="cpu", dtype="float64")
 
 
 @pytest.fixture
@@ -120,7 +123,7 @@ def test_a_row_of_a_batch_equals_the_row_alone(toy, ends, early, options):
         mine, width = slice(2 * i, 2 * i + 2), alone.sequences.shape[1]
         assert torch.equal(together.sequences[mine, :width], alone.sequences)
         assert (together.sequences[mine, width:] == toy.model.config.pad_token_id).all()
-        torch.testing.assert_close(together.sequences_scores[mine], alone.sequences_scores)
+        assert_same_in_float64(together.sequences_scores[mine], alone.sequences_scores)
         assert (together.text[mine], together.finish_reason[mine]) == (alone.text, alone.finish_reason)
     assert together.image_spans == [[(2, 18)], [(2, 18)], [], [], [], []]
     assert set(together.finish_reason) == {"stop", "length"} or early is True
@@ -133,13 +136,13 @@ def test_scores_are_the_sums_of_what_was_recorded_along_each_answer(toy):
     )  # fmt: skip
     rows = torch.arange(6)
     scores = torch.stack([step[rows, ids] for step, ids in zip(found.scores, found.sequences.T, strict=True)])
-    torch.testing.assert_close(scores.sum(0) / 6**0.7, found.sequences_scores)
+    assert_same_in_float64(scores.sum(0) / 6**0.7, found.sequences_scores)
     assert not torch.equal(found.scores[3], found.logits[3].log_softmax(-1))  # the penalty stands between them
     for step, (states, weights) in enumerate(zip(found.hidden_states, found.attentions, strict=True)):
-        torch.testing.assert_close(toy.model.language_model.head(states[-1])[:, -1], found.logits[step])
+        assert_same_in_float64(toy.model.language_model.head(states[-1])[:, -1], found.logits[step])
         assert {tuple(w.shape[2:]) for w in weights} == {(3, 3) if step == 0 else (1, 3 + step)}
     whole = toy.model([[1, 30, 41, *found.sequences[1].tolist()]]).logits[0, 2:-1]
-    torch.testing.assert_close(torch.stack([step[1] for step in found.logits]), whole, rtol=1e-4, atol=1e-4)
+    assert_same_in_float64(torch.stack([step[1] for step in found.logits]), whole)
 
 
 def test_an_end_in_the_first_step_is_an_answer_like_others(toy, ends):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bounds import assert_same_in_float64
 
 from minillava import capture, loop
 from minillava.assistant import load
@@ -15,6 +16,8 @@ from minillava.capture import CAPACITY_STEP, CapturedDecode, compile_decode, ste
 from minillava.chat import Conversation
 from minillava.contrast import VCD
 from minillava.generate import generate
+
+pytestmark = pytest.mark.numeric
 
 ROOT = Path(__file__).parents[1]
 IDS = [[1, 30, -200, 41, 42], [1, -200, 41]]  # of unequal length: the second row is padded
@@ -36,15 +39,17 @@ def run_ahead(monkeypatch, runs: bool) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_captured_step_is_a_step(toy, pixels, rows):
+@pytest.mark.parametrize("name", ["plain", "grouped"])
+def test_a_captured_step_is_a_step(reference, name, pixels, rows):
     """Over every token of an answer the logits are those of the plain step, up to the order of sums."""
+    toy = load(reference / name, device="cpu", dtype="float64")
     spliced = toy.model.splice(IDS[:rows], pixels[:rows])
     length, tokens = (
         spliced.embeds.shape[1],
         torch.randint(3, 90, (6, rows), generator=torch.Generator().manual_seed(1)),
     )
     wanted = {"hidden_states": False, "attentions": False}
-    caches = [KVCache(toy.model.config.text, rows, length + n, dtype=torch.float32, device="cpu") for n in (6, 20)]
+    caches = [KVCache(toy.model.config.text, rows, length + n, dtype=torch.float64, device="cpu") for n in (6, 20)]
     for tensor in (*caches[1].keys, *caches[1].values):
         tensor.fill_(float("nan"))  # what may lie in memory that nobody has written
     for cache in caches:
@@ -52,10 +57,10 @@ def test_a_captured_step_is_a_step(toy, pixels, rows):
     captured = CapturedDecode(partial(step, toy.model.language_model), caches[1])
     for ids in tokens:
         plain = loop.decode(toy.model, ids, caches[0], **wanted).logits
-        torch.testing.assert_close(captured(ids).logits, plain, rtol=1e-5, atol=1e-5)
+        assert_same_in_float64(captured(ids).logits, plain)
     assert caches[0].length == caches[1].length == length + 6
     for a, b in zip(caches[0].keys, caches[1].keys, strict=True):
-        torch.testing.assert_close(a, b[:, :, : length + 6], rtol=1e-5, atol=1e-5)
+        assert_same_in_float64(a, b[:, :, : length + 6])
 
 
 def test_a_full_cache_is_refused(toy):

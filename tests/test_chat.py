@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bounds import assert_same_in_float64
 from conftest import REFERENCE
 from test_cli import ROOT, change_config
 
@@ -83,10 +84,9 @@ def watch(monkeypatch):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_every_turn_is_that_of_a_fresh_start_and_reads_only_what_is_new(watch, template):
-    assistant = load(template)
-    conversation = Conversation(assistant)
+    assistant, again = (minillava.load(WEIGHTS, device="cpu", dtype="float64", template=template) for _ in range(2))
+    conversation, fresh_model = Conversation(assistant), again.model
     pixels = assistant.image_processor([PICTURE])
-    fresh_model = load().model
     seen = watch(assistant.model)
     conversation.add_image(PICTURE)
     before = 0
@@ -102,7 +102,7 @@ def test_every_turn_is_that_of_a_fresh_start_and_reads_only_what_is_new(watch, t
         assert answer == turn.answer == fresh.text[0]
         ids = [int(logits.argmax()) for logits in seen["logits"]]
         assert ids == fresh.sequences[0].tolist()
-        torch.testing.assert_close(torch.stack(seen["logits"]), torch.stack(fresh.logits), rtol=1e-4, atol=1e-4)
+        assert_same_in_float64(torch.stack(seen["logits"]), torch.stack(fresh.logits))
 
         total = fresh.image_spans[0][0][1] + len(seen["ids"]) - seen["ids"].index(-200) - 1
         assert (seen["lengths"][0], turn.reused + turn.prefilled) == (turn.prefilled, total)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from bounds import assert_same_in_float64
 from PIL import Image, ImageEnhance
 
 import minillava
@@ -16,6 +17,8 @@ from minillava.loop import Options, steps
 from minillava.options import TRANSFORMS
 from minillava.sampling import top_p
 from minillava.transforms import add_noise, noise_scales
+
+pytestmark = pytest.mark.numeric
 
 INF = float("inf")
 # One row of logits and what the other stream says, over four tokens.
@@ -28,7 +31,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(scope="module", params=["eager", "fused"])
 def toy(request, reference):
-    return minillava.load(reference / "plain", device="cpu", dtype="float32", attention=request.param)
+    return minillava.load(reference / "plain", device="cpu", dtype="float64", attention=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -351,8 +354,8 @@ def test_two_rows_equal_two_separate_runs_without_a_cache(toy, picture, method):
         with torch.no_grad():
             first = toy.model([ids[0] + said], pixels).logits[:, -1]
             second = toy.model([rows[0] + said], images).logits[:, -1]
-        torch.testing.assert_close(step.logits, first, rtol=0, atol=2e-5)
-        torch.testing.assert_close(step.other_logits, second, rtol=0, atol=2e-5)
+        assert_same_in_float64(step.logits, first)
+        assert_same_in_float64(step.other_logits, second)
         assert int(step.token_ids[0]) == int(method(first, second, number).argmax())
         said.append(int(step.token_ids[0]))
 
@@ -374,7 +377,7 @@ def test_a_batch_of_two_questions_equals_each_alone(toy, picture):
     for row, (some, shown) in enumerate(zip(ids, (picture, flipped), strict=True)):
         alone = run([some], [shown])
         assert torch.equal(together.sequences[row], alone.sequences[0])
-        torch.testing.assert_close(together.logits[0][row], alone.logits[0][0], rtol=0, atol=2e-5)
+        assert_same_in_float64(together.logits[0][row], alone.logits[0][0])
     assert len(together.finish_reason) == len(together.image_spans) == len(together.attentions[0][0]) == 2
 
 

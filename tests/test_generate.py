@@ -5,10 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bounds import assert_same_in_float64, assert_within, gamma
 
 from minillava.assistant import load
 from minillava.generate import generate
 from minillava.loop import RECORDABLE, Options, Row, steps
+
+pytestmark = pytest.mark.numeric
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,8 @@ def test_shapes_of_what_is_recorded(toy, pixels):
         assert [tuple(s.shape) for s in states] == [(1, queries, config.text.hidden_size)] * (layers + 1)
         assert [tuple(w.shape) for w in weights] == [(1, heads, queries, keys)] * layers
         for w in weights:
-            torch.testing.assert_close(w.sum(-1), torch.ones(1, heads, queries))
+            one = torch.ones(1, heads, queries, dtype=torch.float64)
+            assert_within(w.sum(-1), (one, gamma(2 * w.shape[-1] + 1, w.dtype) * one))
             assert w.triu(1 + keys - queries).count_nonzero() == 0
     assert torch.equal(toy.model.language_model.head(states[-1])[:, -1], result.logits[-1])
 
@@ -60,12 +64,12 @@ def test_what_was_not_asked_for_is_none(toy, pixels):
     assert (result.scores, result.logits, result.hidden_states, result.attentions, result.text) == (None,) * 5
 
 
-def test_a_fused_model_records_the_weights_of_eager(reference, toy):
-    fused = load(reference / "plain", device="cpu", dtype="float32", attention="fused")
-    first, second = (generate(a.model, [[1, 30, 41]], max_new_tokens=2, record=("attentions",)) for a in (fused, toy))
+def test_a_fused_model_records_the_weights_of_eager(reference):
+    models = [load(reference / "plain", device="cpu", dtype="float64", attention=a).model for a in ("fused", "eager")]
+    first, second = (generate(model, [[1, 30, 41]], max_new_tokens=2, record=("attentions",)) for model in models)
     for ours, theirs in zip(first.attentions, second.attentions, strict=True):
         for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            assert_same_in_float64(a, b)
 
 
 def test_the_end_token_stops_its_row_and_the_rest_is_padding(toy, pixels):
@@ -163,14 +167,15 @@ def test_what_must_not_repeat_counts_the_pictures_patches_and_no_padding(toy, pi
     assert barred([1, 30], 2) == []
 
 
-def test_several_samples_stand_in_adjacent_rows(toy, pixels):
+def test_several_samples_stand_in_adjacent_rows(reference, pixels):
+    toy = load(reference / "plain", device="cpu", dtype="float64", attention="eager")
     rows = [[1, 99, -200, 12], IDS]
     options = {"temperature": 1.2, "seed": 4, "max_new_tokens": 6, "tokenizer": toy.tokenizer}
     found = generate(toy.model, rows, pixels, num_return_sequences=3, record="logits", **options)
     assert (len(found.sequences), len(found.text), len(found.finish_reason), len(found.image_spans)) == (6, 6, 6, 6)
     assert len(set(found.text)) > 2
     for prompt in (found.logits[0][:3], found.logits[0][3:]):
-        torch.testing.assert_close(prompt, prompt[:1].expand(3, -1))
+        assert_same_in_float64(prompt, prompt[:1].expand(3, -1))
     repeated = generate(toy.model, [rows[0]] * 3 + [rows[1]] * 3, pixels.repeat_interleave(3, 0), **options)
     assert torch.equal(found.sequences, repeated.sequences)
 

@@ -2,10 +2,14 @@
 
 import math
 
+import pytest
 import torch
+from bounds import assert_within, gamma, unit
 
 from minillava.config import TextConfig
 from minillava.llama import RMSNorm, apply_rotary, positions_and_mask, rotary_tables
+
+pytestmark = pytest.mark.numeric
 
 CONFIG = TextConfig(hidden_size=32, num_attention_heads=4, rope_theta=100.0)
 
@@ -15,7 +19,7 @@ def test_rms_norm_is_the_formula_and_rounds_before_the_weight():
     norm = RMSNorm(8, 1e-5).double()
     norm.weight.data = torch.arange(1.0, 9.0, dtype=torch.float64)
     expected = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5) * norm.weight
-    torch.testing.assert_close(norm(x), expected, rtol=1e-14, atol=1e-14)
+    assert_within(norm(x), (expected, 2 * gamma(8 + 6, torch.float64) * expected.abs()))  # of it and of the formula
     half, weight = x.bfloat16(), norm.weight.bfloat16()
     exact = half.float() * torch.rsqrt(half.float().pow(2).mean(-1, keepdim=True) + 1e-5)
     assert torch.equal(norm.bfloat16()(half), weight * exact.bfloat16())
@@ -35,7 +39,10 @@ def test_rotary_turns_each_pair_by_position_times_frequency():
             angle = position * 100.0 ** (-2 * i / 8)
             a, b = x[0, 0, 0, i].item(), x[0, 0, 0, i + 4].item()
             expected = (a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle))
-            torch.testing.assert_close(turned[[i, i + 4]], torch.tensor(expected))
+            # An angle of four roundings, its cosine and sine of a few more, and two products and a sum.
+            bound = gamma(8, torch.float32) * (1 + angle) * (abs(a) + abs(b))
+            expected = torch.tensor(expected, dtype=torch.float64)
+            assert_within(turned[[i, i + 4]], (expected, torch.full((2,), bound).double()))
 
 
 def test_rotary_scores_depend_on_distance_only():
@@ -46,22 +53,27 @@ def test_rotary_scores_depend_on_distance_only():
         tables = [rotary_tables(torch.tensor([[p]]), CONFIG, torch.float32) for p in (query_at, key_at)]
         return (apply_rotary(q, *tables[0]) * apply_rotary(k, *tables[1])).sum()
 
-    torch.testing.assert_close(score(7, 3), score(104, 100))
+    # Each pair of q and of k is turned as above, and the products of both added up.
+    size = (q.abs().view(2, 4).sum(0) * k.abs().view(2, 4).sum(0)).sum().double()
+    bound = 2 * (2 * gamma(8, torch.float32) * (1 + 104) + gamma(8, torch.float32)) * 2 * size
+    assert_within(score(7, 3), (score(104, 100).double(), bound))
     assert abs(score(7, 3) - score(3, 7)) > 1e-2  # and on its sign
 
 
 def test_half_precision_angles_are_rounded_once():
     """At position 4000 an angle computed in bfloat16 is off by whole turns."""
     cos, _ = rotary_tables(torch.tensor([[4000]]), CONFIG, torch.bfloat16)
-    exact = torch.tensor([math.cos(4000 * 100.0 ** (-2 * i / 8)) for i in range(4)])
-    assert ((cos[0, 0, 0, :4].float() - exact).abs() < 2**-8).all()
+    exact = torch.tensor([math.cos(4000 * 100.0 ** (-2 * i / 8)) for i in range(4)], dtype=torch.float64)
+    # Rounded once, to bfloat16, and in float32 the angle itself, four times.
+    bound = unit(torch.bfloat16) + gamma(8, torch.float32) * (1 + 4000)
+    assert_within(cos[0, 0, 0, :4], (exact, torch.full((4,), bound).double()))
 
 
 def test_linear_scaling_divides_positions():
     scaled = TextConfig(hidden_size=32, num_attention_heads=4, rope_theta=100.0, rope_factor=4.0)
     at_8 = rotary_tables(torch.tensor([[8]]), scaled, torch.float32)
     at_2 = rotary_tables(torch.tensor([[2]]), CONFIG, torch.float32)
-    torch.testing.assert_close(at_8, at_2)
+    assert all(map(torch.equal, at_8, at_2))  # to the bit: 4 is a power of two
 
 
 def test_prefill_without_padding_uses_the_causal_path():

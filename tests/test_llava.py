@@ -3,11 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from bounds import assert_same_in_float64
 
 from minillava.attention import ATTENTION
 from minillava.cache import KVCache
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.llava import Llava, next_token_loss
+
+pytestmark = pytest.mark.numeric
 
 VISION = VisionConfig(
     hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
@@ -29,17 +32,13 @@ PER_ROW = [PICTURES[:0], PICTURES[:1], PICTURES[1:3], PICTURES[3:]]
 
 @pytest.fixture(params=ATTENTION)
 def model(request):
-    """float64, so that "equal" can mean 1e-12: differences of order, not of value."""
+    """float64, where differences of order and differences of value lie far apart (see bounds.py)."""
     torch.manual_seed(0)
     made = Llava(LlavaConfig(VISION, TEXT), ATTENTION[request.param]).double().eval()
     for name, parameter in made.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm.weight" in name), std=0.3)
     with torch.no_grad():
         yield made
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 def test_the_splice_puts_each_picture_in_its_place(model):
@@ -54,7 +53,7 @@ def test_the_splice_puts_each_picture_in_its_place(model):
         features[2],
         words(torch.tensor([9, 3])),
     ]
-    close(row, torch.cat(expected))
+    assert_same_in_float64(row, torch.cat(expected))
     assert spliced.attention_mask.sum(-1).tolist() == [3, 4 + P, 4 + 2 * P, 1 + P]
     assert spliced.attention_mask[0].tolist() == [False] * 9 + [True] * 3
 
@@ -65,7 +64,7 @@ def test_image_spans_point_at_the_pictures(model):
     features = iter(model.encode_images(PICTURES))
     for embeds, spans in zip(spliced.embeds, spliced.image_spans, strict=True):
         for start, end in spans:
-            close(embeds[start:end], next(features))
+            assert_same_in_float64(embeds[start:end], next(features))
 
 
 def test_rows_without_padding_need_no_mask(model):
@@ -76,15 +75,15 @@ def test_a_batch_equals_its_rows_alone(model):
     together = model(ROWS, PICTURES)
     for i, (row, pictures) in enumerate(zip(ROWS, PER_ROW, strict=True)):
         alone = model([row], pictures).logits[0]
-        close(together.logits[i, -len(alone) :], alone)
+        assert_same_in_float64(together.logits[i, -len(alone) :], alone)
 
 
 def test_padding_in_the_input_stays_where_it_is(model):
     alone = model([[1, -200, 7]], PICTURES[:1]).logits[0]
     right = model(torch.tensor([[1, -200, 7, 0, 0]]), PICTURES[:1], attention_mask=torch.tensor([[1, 1, 1, 0, 0]]))
-    close(right.logits[0, : len(alone)], alone)
+    assert_same_in_float64(right.logits[0, : len(alone)], alone)
     left = model(torch.tensor([[0, 0, 1, -200, 7]]), PICTURES[:1], attention_mask=torch.tensor([[0, 0, 1, 1, 1]]))
-    close(left.logits[0, 2:], alone)
+    assert_same_in_float64(left.logits[0, 2:], alone)
     assert left.image_spans == [[(3, 7)]]
 
 
@@ -94,7 +93,7 @@ def test_cached_decoding_equals_uncached_token_by_token(model):
     cached = [model([row], PICTURES[:1], cache=cache).logits[:, -1]]
     cached += [model([[token]], cache=cache).logits[:, -1] for token in new]
     for n in range(len(new) + 1):
-        close(cached[n], model([row + new[:n]], PICTURES[:1]).logits[:, -1])
+        assert_same_in_float64(cached[n], model([row + new[:n]], PICTURES[:1]).logits[:, -1])
 
 
 def test_cached_decoding_of_a_padded_batch_equals_its_rows_alone(model):
@@ -103,20 +102,20 @@ def test_cached_decoding_of_a_padded_batch_equals_its_rows_alone(model):
     model(ROWS, PICTURES, cache=cache)
     together = model(new, cache=cache).logits[:, -1]
     for i, (row, pictures) in enumerate(zip(ROWS, PER_ROW, strict=True)):
-        close(together[i], model([row + new[i].tolist()], pictures).logits[0, -1])
+        assert_same_in_float64(together[i], model([row + new[i].tolist()], pictures).logits[0, -1])
 
 
 def test_several_tokens_behind_a_cache(model):
     cache = KVCache(TEXT, 1, 20, dtype=torch.float64, device="cpu")
     model([[1, 5, 6]], cache=cache)
-    close(model([[7, 8, 9]], cache=cache).logits, model([[1, 5, 6, 7, 8, 9]]).logits[:, 3:])
+    assert_same_in_float64(model([[7, 8, 9]], cache=cache).logits, model([[1, 5, 6, 7, 8, 9]]).logits[:, 3:])
 
 
 def test_a_truncated_cache_continues_as_if_the_rest_had_never_been(model):
     cache = KVCache(TEXT, 1, 20, dtype=torch.float64, device="cpu")
     model([[1, 5, 6, 7, 8]], cache=cache)
     cache.truncate(3)
-    close(model([[9]], cache=cache).logits[:, -1], model([[1, 5, 6, 9]]).logits[:, -1])
+    assert_same_in_float64(model([[9]], cache=cache).logits[:, -1], model([[1, 5, 6, 9]]).logits[:, -1])
 
 
 def test_two_generations_on_one_model_interleave(model):
@@ -126,7 +125,7 @@ def test_two_generations_on_one_model_interleave(model):
         for i in (0, 1):
             mixed[i].append(model([prompts[i] if token is None else [token]], cache=caches[i]).logits[:, -1])
     for prompt, logits in zip(prompts, mixed, strict=True):
-        close(torch.cat(logits), model([[*prompt, 11, 12, 13]]).logits[0, len(prompt) - 1 :])
+        assert_same_in_float64(torch.cat(logits), model([[*prompt, 11, 12, 13]]).logits[0, len(prompt) - 1 :])
 
 
 def test_any_embeddings_can_be_a_prefix(model):
@@ -136,7 +135,9 @@ def test_any_embeddings_can_be_a_prefix(model):
     model.language_model(prefix, cache=cache)
     word = torch.tensor([[7]])
     whole = torch.cat([prefix, model.language_model.embed_tokens(word)], dim=1)
-    close(model.language_model(word, cache=cache).logits[:, -1], model.language_model(whole).logits[:, -1])
+    assert_same_in_float64(
+        model.language_model(word, cache=cache).logits[:, -1], model.language_model(whole).logits[:, -1]
+    )
 
 
 def test_labels_move_with_the_splice_and_pictures_are_never_predicted(model):
@@ -153,7 +154,7 @@ def test_the_loss_is_the_mean_over_what_is_not_ignored(model):
     last = out.logits.shape[1] - 1
     wanted = [(0, last - 2, 5), (0, last - 1, 6), (1, last - 2, 8), (1, last - 1, 9),
               (2, P, 7), (2, last - 2, 9), (2, last - 1, 3)]  # fmt: skip
-    close(out.loss, -torch.stack([log_p[b, t, v] for b, t, v in wanted]).mean())
+    assert_same_in_float64(out.loss, -torch.stack([log_p[b, t, v] for b, t, v in wanted]).mean())
     assert model(ROWS, PICTURES).loss is None
 
 
@@ -215,8 +216,8 @@ def test_wrong_pictures_labels_and_ranks_are_named(model):
 
 
 def test_one_flat_row_is_a_batch_of_one(model):
-    close(model([1, 5, 6]).logits, model([[1, 5, 6]]).logits)
-    close(model(torch.tensor([1, 5, 6])).logits, model([[1, 5, 6]]).logits)
+    assert_same_in_float64(model([1, 5, 6]).logits, model([[1, 5, 6]]).logits)
+    assert_same_in_float64(model(torch.tensor([1, 5, 6])).logits, model([[1, 5, 6]]).logits)
 
 
 def test_the_last_block_of_the_tower_and_its_final_norm_are_not_built(model):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bounds import assert_same_in_float64
 from PIL import Image
 
 import minillava
@@ -35,7 +36,7 @@ SHORT = Options(max_new_tokens=7)
 @pytest.fixture(scope="module", params=["eager", "fused"])
 def toy(request, reference):
     """Two query heads share a key/value head."""
-    return minillava.load(reference / "grouped", device="cpu", dtype="float32", attention=request.param)
+    return minillava.load(reference / "grouped", device="cpu", dtype="float64", attention=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_a_tokens_row_is_that_of_the_position_before_it(toy, picture):
     (start, end), length = spliced.image_spans[0][0], spliced.embeds.shape[1]
     for i, (_, rows) in enumerate(watched):
         expected = torch.stack([layer[0, :, length - 1 + i, start:end] for layer in all_at_once])  # [L, H, P]
-        torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-6)
+        assert_same_in_float64(rows.double(), expected.double())
         other = torch.stack([layer[0, :, length + i, start:end] for layer in all_at_once])
         assert (rows - other).abs().max() > 1e-3, "the rows are too alike to tell them apart"
 
@@ -78,7 +79,7 @@ def test_the_rows_are_those_that_the_loop_records(toy, picture):
     watched = look.watch(toy.model, spliced, SHORT, toy.tokenizer)
     for step, (_, rows) in zip(recorded, watched, strict=True):
         expected = torch.stack([layer[0, :, -1, start:end] for layer in step.attentions])
-        torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-6)
+        assert_same_in_float64(rows.double(), expected.double())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -104,7 +105,7 @@ def test_padding_changes_no_row(toy, picture):
     padded = toy.model.splice([[0, 0, 0, *ids]], pixels, [[0] * 3 + [1] * len(ids)])
     both = (look.watch(toy.model, spliced, SHORT, toy.tokenizer) for spliced in (alone, padded))
     for (_, expected), (_, rows) in zip(*both, strict=True):
-        torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-6)
+        assert_same_in_float64(rows.double(), expected.double())
 
 
 def test_two_can_be_watched_in_turn(toy, picture):

@@ -30,6 +30,8 @@ from minillava.tokenizer import Tokenizer, encode_answers
 
 pytest.importorskip("transformers", minversion="5", reason="live parity needs transformers 5")
 
+pytestmark = pytest.mark.numeric
+
 SEED = os.environ.get("MINILLAVA_PARITY_SEED") or str(random.SystemRandom().randrange(10**9))
 KINDS = ("plain", "grouped", "multi-query", "tied", "linear")
 DTYPES = ("float32", "bfloat16", "float16")

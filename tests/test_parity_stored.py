@@ -20,12 +20,15 @@ from itertools import product
 import hf
 import pytest
 import torch
+from bounds import assert_within, network
 from conftest import REFERENCE
 from safetensors.torch import load_file
 
 import minillava
 from minillava.generate import generate
 from minillava.loop import Options, steps
+
+pytestmark = pytest.mark.numeric
 
 TOYS = ("plain", "grouped", "tied")
 COUNTERPART = {"eager": "eager", "fused": "sdpa"}
@@ -180,22 +183,24 @@ def test_every_dialect_is_the_same_model(dialect, written, write_dialect, tmp_pa
 @pytest.mark.parametrize("name", TOYS)
 @torch.no_grad()
 def test_decoding_with_a_cache_is_decoding_without(name, attention):
-    """Logits of each step against one pass over prompt and answer, by the distance of that pass to float64."""
+    """Logits of each step against one pass over prompt and answer, in float64: as near as float32 allows in such a
+    network, on any processor. Another pass in float32 would be no measure, it may be right by luck."""
     ids, images = one(name)
     model = assistant(name, attention=attention).model
     answer = generate(model, ids, images, max_new_tokens=NEW_TOKENS, record=["logits"])
     whole = [ids[0] + answer.sequences[0, :-1].tolist()]
     new = answer.sequences.shape[1]
-    truth = assistant(name, "float64").model(whole, images).logits[:, -new:]
-    uncached = model(whole, images).logits[:, -new:]
-    assert distance(torch.stack(answer.logits, dim=1), truth) <= 2 * distance(uncached, truth)
+    exactly = assistant(name, "float64").model
+    allowed = network(exactly, lambda: {"logits": exactly(whole, images).logits[:, -new:]})["logits"]
+    assert_within(torch.stack(answer.logits, dim=1), allowed)
+    assert_within(model(whole, images).logits[:, -new:], allowed)
 
 
 @pytest.mark.parametrize("attention", COUNTERPART)
 @pytest.mark.parametrize("name", TOYS)
 @torch.no_grad()
 def test_a_batch_is_its_rows_alone(name, attention):
-    """Rows with no, one and two pictures, padded on the left; by the distance of the rows alone to float64."""
+    """Rows with no, one and two pictures, padded on the left; by what float32 allows the row alone."""
     ids, images = batch(name)
     model, exactly = assistant(name, attention=attention).model, assistant(name, "float64").model
     together = generate(model, ids, images, max_new_tokens=NEW_TOKENS, record=["logits"])
@@ -203,8 +208,9 @@ def test_a_batch_is_its_rows_alone(name, attention):
     for i, row in enumerate(ids):
         mine = images[first : first + row.count(hf.IMAGE)]
         first += len(mine)
-        alone, truth = model([row], mine).logits[0], exactly([row], mine).logits[0]
-        assert distance(logits[i, -len(alone) :], truth) <= 2 * distance(alone, truth)
+        allowed = network(exactly, lambda row=row, mine=mine: {"logits": exactly([row], mine).logits[0]})["logits"]
+        assert_within(logits[i, -len(allowed[0]) :], allowed)
+        assert_within(model([row], mine).logits[0], allowed)
         answer = generate(model, [row], mine, max_new_tokens=NEW_TOKENS)
         n = answer.sequences.shape[1]
         assert answer.sequences[0].tolist() == together.sequences[i, :n].tolist()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bounds import assert_same_in_float64
 from conftest import REFERENCE
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -202,7 +203,8 @@ def test_records_come_in_the_order_of_the_data(assistant, picture):
     assert names[-1] == "answer"
 
 
-def test_numbers_are_those_of_the_tensors(assistant, picture):
+def test_numbers_are_those_of_the_tensors(picture):
+    assistant = minillava.load(WEIGHTS, device="cpu", dtype="float64")
     made = generate(
         assistant.model,
         [assistant.tokenizer.encode(assistant.prompt("What is it?"))],
@@ -212,7 +214,7 @@ def test_numbers_are_those_of_the_tensors(assistant, picture):
     )
     tensors = {}
     trace(
-        minillava.load(WEIGHTS, device="cpu", dtype="float32", attention="eager"),
+        minillava.load(WEIGHTS, device="cpu", dtype="float64", attention="eager"),
         [picture],
         "What is it?",
         Options(max_new_tokens=3),
@@ -221,9 +223,9 @@ def test_numbers_are_those_of_the_tensors(assistant, picture):
     for step in (0, 1):
         for layer in (0, 1):
             seen = tensors[f"{step}/language_model.layers.{layer}.self_attn.attention_weights"]
-            torch.testing.assert_close(seen, made.attentions[step][layer])
-        torch.testing.assert_close(tensors[f"{step}/language_model.layers.0"], made.hidden_states[step][1])
-        torch.testing.assert_close(tensors[f"{step}/logits"][:, -1], made.logits[step])
+            assert_same_in_float64(seen, made.attentions[step][layer])
+        assert_same_in_float64(tensors[f"{step}/language_model.layers.0"], made.hidden_states[step][1])
+        assert_same_in_float64(tensors[f"{step}/logits"][:, -1], made.logits[step])
         assert int(tensors[f"{step}/token"]) == int(made.sequences[0, step])
     assert tensors["0/positions"].tolist() == [list(range(tensors["0/positions"].shape[1]))]
     cached = tensors["1/language_model.layers.1.cache.keys"]
