@@ -197,9 +197,11 @@ class Assistant:
         with torch.no_grad():
             return self.model.splice(rows, pixels)
 
-    def options(self, **options) -> Options:
-        """Options by name; the template's own stop texts are added."""
-        chosen = Options(**options)
+    def options(self, given: Options | None = None, /, **options) -> Options:
+        """Options by name, in place of those given; the template's own stop texts are added."""
+        chosen = Options(**options) if given is None else replace(given, **options)
+        if set(self.template.stop) <= set(chosen.stop):
+            return chosen
         return replace(chosen, stop=(*chosen.stop, *self.template.stop))
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -34,7 +34,7 @@ from minillava.disk import (
     write_whole,
 )
 from minillava.hub import is_repo_id
-from minillava.options import ASPECTS, ATTENTION, DEVICES, DTYPES, KINDS, Options
+from minillava.options import ASPECTS, ATTENTION, DEVICES, DTYPES, KINDS, TRANSFORMS, Options
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, TEMPLATES, place_images
 
 if TYPE_CHECKING:  # flags are read before these, which import torch, are
@@ -51,15 +51,39 @@ class Parser(argparse.ArgumentParser):
     """Errors in one line; `--max_new_tokens` is `--max-new-tokens`."""
 
     def error(self, message: str):
+        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # it quotes what was typed
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+    @property
+    def flags(self) -> Collection[str]:
+        """All spellings of them."""
+        return self._option_string_actions
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None):
         given = list(sys.argv[1:] if args is None else args)
         for i, argument in enumerate(given):
             name, equals, value = argument.partition("=")
-            if name.replace("_", "-") in self._option_string_actions:
+            if name.replace("_", "-") in self.flags:
                 given[i] = name.replace("_", "-") + equals + value
-        return super().parse_args(given, namespace)
+            elif re.match("-[a-z]{2}", name) and f"-{name}" in self.flags:
+                self.error(f"{name} is read as {name[:2]} with the value {name[2:]!r}: did you mean -{name}?")
+        found, unknown = self.parse_known_args(given, namespace)
+        if unknown:
+            self.error(self._about_unknown(unknown))
+        return found
+
+    def _about_unknown(self, unknown: list[str]) -> str:
+        """What is wrong with arguments that no flag takes, with the nearest flag."""
+        name, *_ = unknown[0].partition("=")
+        if not name.startswith("-"):
+            places = {"--prompt": "a question", "--image": "a picture", "--questions": "a file of questions"}
+            hint = "; ".join(f"{what} goes behind {flag}" for flag, what in places.items() if flag in self.flags)
+            return f"unrecognized argument {unknown[0]!r}" + (f": {hint}" if hint else "")
+        from difflib import get_close_matches
+
+        name, flags = name.replace("_", "-"), [flag for flag in self.flags if flag.startswith("--")]
+        near = [flag for flag in flags if flag.startswith(name)] or get_close_matches(name, flags, 1)
+        return f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,13 +197,29 @@ def read_options(parser: Parser, args: argparse.Namespace) -> dict:
     return options
 
 
+def _name(text: str) -> str:
+    """A name of two words, as one can type it without quotes."""
+    return text.replace("-", " ")
+
+
 # flag, kind, metavar, the methods it belongs to, their field, help
 CONTRAST_FLAGS = (
     ("--cd-alpha", float, "A", ("vcd",), "alpha", "weight of the difference in vcd"),
     ("--cd-beta", float, "B", tuple(METHODS), "beta", "cut tokens less than B times as likely as the best; 0: none"),
     ("--noise-step", int, "N", ("vcd",), "noise_step", "how noisy the second picture of vcd is, 0 to 999"),
     ("--ritual-alpha", float, "A", ("ritual",), "alpha", "weight of the transformed picture in ritual"),
+    (
+        "--ritual-transform",
+        _name,
+        "NAME",
+        ("ritual",),
+        "transform",
+        f"one of: {', '.join(TRANSFORMS)}",
+    ),
+    ("--m3id-rate", float, "R", ("m3id",), "rate", "how fast m3id leaves what the text alone says, per token"),
+    ("--m3id-unsure", float, "P", ("m3id",), "unsure", "m3id only while no token is as likely as P"),
 )
+NO_DEFAULT = {"--ritual-transform": "drawn for each picture", "--m3id-unsure": "always"}
 
 
 def add_contrast_arguments(parser: argparse.ArgumentParser):
@@ -191,7 +231,8 @@ def add_contrast_arguments(parser: argparse.ArgumentParser):
     )  # fmt: skip
     for flag, kind, metavar, methods, field, text in CONTRAST_FLAGS:
         default = vars(METHODS[methods[0]])[field] if len(methods) == 1 else METHODS[methods[0]].beta
-        group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {default})")
+        shown = NO_DEFAULT.get(flag, default)
+        group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {shown})")
     return group
 
 
@@ -210,8 +251,10 @@ def read_contrast(parser: Parser, args: argparse.Namespace) -> Contrast | None:
         given[field] = value
     try:
         return METHODS[args.contrast](**given) if args.contrast else None
-    except ValueError as error:
-        parser.error(str(error))
+    except ValueError as error:  # which names the field
+        flags = {row[4]: row[0] for row in CONTRAST_FLAGS if args.contrast in row[3]}
+        flag = flags.get(str(error).partition(" is ")[0])
+        parser.error(f"{flag}: {error}" if flag else str(error))
 
 
 def add_output_arguments(parser: argparse.ArgumentParser):
@@ -387,13 +430,23 @@ def read_question(args: argparse.Namespace) -> tuple[str, list[Image.Image]]:
     from minillava.image import open_image
 
     if args.prompt == "-":
+        _say_what_is_awaited(args, "the question")
         question = decode(_read_bytes(), "stdin", sys.stdin.encoding).removesuffix("\n")
     else:  # $(cat question.txt) leaves the byte order mark and the "\r" of Windows
         question = DEFAULT_PROMPT if args.prompt is None else args.prompt
         question = unify_line_ends(question.removeprefix("\ufeff").removesuffix("\r"))
+    if "-" in args.image:
+        _say_what_is_awaited(args, "a picture's file")
     images = [open_image(_read_stdin() if image == "-" else image) for image in args.image]
     place_images(question, len(images))
     return question, images
+
+
+def _say_what_is_awaited(args: argparse.Namespace, what: str) -> None:
+    """At a terminal it would wait without a word."""
+    if sys.stdin is not None and sys.stdin.isatty():
+        end = "Ctrl-Z and Enter end" if os.name == "nt" else "Ctrl-D at the start of a line ends"
+        Messages(args.verbose, args.quiet).note(f"- reads {what} from here; {end} it")
 
 
 def _read_bytes() -> bytes:

@@ -34,7 +34,7 @@ from minillava import cli, doors, look_draw, look_html
 from minillava.assistant import Assistant
 from minillava.attention import eager
 from minillava.disk import is_stdout
-from minillava.image import ImageProcessor, ImageSource, open_image
+from minillava.image import ImageProcessor, Images, as_list, open_image
 from minillava.llama import LanguageModel
 from minillava.llava import Llava, Spliced
 from minillava.loop import Step, steps
@@ -197,24 +197,28 @@ def _lens_words(model: Llava, states: Sequence[Tensor], tokenizer: Tokenizer) ->
 @torch.no_grad()
 def look(
     assistant: Assistant,
-    image: ImageSource,
+    image: Images,
     question: str = DEFAULT_PROMPT,
+    options: Options | None = None,
     *,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     system: str | None = None,
     lens: bool = False,
-    **options,
+    **settings,
 ) -> Look:
     """Answer, and where each word looked. layers, heads: counted from 0, those averaged over (default: the upper
-    half, all heads). options: the fields of `options.Options`. Raises ValueError for a layer or head out of range."""
-    text, picture = assistant.model.config.text, open_image(image)
+    half, all heads). options: an `Options`, or its fields by name. Raises ValueError for a layer or head out of
+    range."""
+    if len(as_list(image)) != 1:
+        raise ValueError(f"look at one picture, found {len(as_list(image))} pictures")
+    text, picture = assistant.model.config.text, open_image(*as_list(image))
     layers = _check("layer", default_layers(text.num_hidden_layers) if layers is None else layers,
                     text.num_hidden_layers)  # fmt: skip
     heads = _check("head", range(text.num_attention_heads) if heads is None else heads, text.num_attention_heads)
     spliced = assistant.prepare(picture, assistant.prompt(question, images=1, system=system))
     start, end = patch_span(assistant.model, spliced)
-    model, tokenizer, chosen = assistant.model, assistant.tokenizer, assistant.options(**options)
+    model, tokenizer, chosen = assistant.model, assistant.tokenizer, assistant.options(options, **settings)
     decoder, answer, ids, pieces, maps, patches, states = TextDecoder(tokenizer), "", [], [], [], [], []
     for step, rows in watch(model, spliced, chosen, tokenizer, ("hidden_states",) * lens):
         maps.append(rows[layers][:, heads].mean((0, 1)).cpu().numpy())  # [P]
@@ -316,7 +320,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
         files[args.out] = _picture_bytes(sheet, args.out)
     if args.html is not None:
         files[args.html] = look_html.look_page(picture, as_json(found, words))
-    if args.json is not None:
+    if args.json not in (None, "-"):
         files[args.json] = json.dumps(as_json(found, words), ensure_ascii=False) + "\n"
     if args.npy is not None:
         file = io.BytesIO()
@@ -326,7 +330,9 @@ def run(args: argparse.Namespace, options: dict) -> int:
         files[args.grid] = _picture_bytes(look_draw.draw_grid(square, side), args.grid)
     if lens:
         files[args.lens] = look_html.lens_page(square, vars(found.lens), question, found.answer)
-    if not any(map(is_stdout, files)):  # which then has that file alone
+    if args.json == "-":
+        cli.print_json(as_json(found, words))
+    elif not any(map(is_stdout, files)):  # which then has that file alone
         print(found.answer, flush=True)
     status = cli.write_outputs(files)
     messages.stage("write", started, ", ".join(files))

@@ -39,6 +39,11 @@ def generate_parser(prog: str = "python -m minillava.generate") -> cli.Parser:
   cat x.jpg | python -m minillava.generate -m DIR -i - --json
   python -m minillava.generate -m DIR -i x.jpg --temperature 0.7 --top-p 0.9 --seed 1 --verbose
 
+--json: text, ids (the new ones), finish_reason (stop, length), with beams score, with --logprobs tokens (of each id:
+  id, piece, logprob, and top, a list of the same three for the likeliest); where --num-return-sequences asks for
+  several, a list of such objects as answers. Then prompt, seed, and timings: seconds of load, encode, prefill
+  (up to the first token) and decode (the rest), with beams search.
+
 exit status: 0 answered, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
     )
     group = parser.add_argument_group("question")
@@ -205,7 +210,10 @@ exit status: 0 written, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
     group = parser.add_argument_group("what to write, at least one")
     group.add_argument("--out", metavar="FILE.png", help="the picture with a heat map for each word")
     group.add_argument("--html", metavar="FILE", help="a page: hover a word for its map, a patch for its words")
-    group.add_argument("--json", metavar="FILE", help="the maps as numbers, with words and token ids")
+    group.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE",
+        help="the maps as numbers, with words and token ids; without FILE on stdout, instead of the answer",
+    )  # fmt: skip
     group.add_argument("--npy", metavar="FILE", help="the maps as one float32 array [words, rows, columns]")
     group.add_argument("--grid", metavar="FILE.png", help="the picture as the model sees it, cut into patches")
     group.add_argument("--lens", metavar="FILE", help="a page: the token each patch and layer would decode to")
@@ -235,7 +243,7 @@ def read_look(parser: cli.Parser, argv: Sequence[str]) -> tuple:
     if len(args.image) > 1:
         parser.error(f"--image is given {len(args.image)} times: it looks at one picture")
     cli.check_stdin(parser, args)
-    cli.check_outputs(parser, args, paths)
+    cli.check_outputs(parser, args, [path for path in paths if path is not args.json or path != "-"])
     chosen = {"--word": args.word, "--layers": args.layers != (), "--heads": args.heads != ()}
     if not any((args.out, args.html, args.json, args.npy)) and any(chosen.values()):
         flag = next(flag for flag, given in chosen.items() if given)
@@ -312,6 +320,9 @@ exit status: 0 traced or compared, 1 an error in one line, 2 wrong usage, 130 Ct
         "--tolerance", type=_tolerance, metavar="R",
         help="with --compare: relative difference that counts as equal (default: 0)",
     )  # fmt: skip
+    group.add_argument(
+        "--exit-code", action="store_true", help="with --compare: exit with 1 where the two differ, for scripts"
+    )
     cli.add_model_arguments(parser)
     cli.add_generation_arguments(parser)
     cli.add_output_arguments(parser).add_argument("--json", action="store_true", help="one JSON object a line")
@@ -329,6 +340,8 @@ def read_trace(parser: cli.Parser, argv: Sequence[str]) -> tuple:
     if args.compare is None:
         if args.tolerance is not None:
             parser.error("--tolerance is about two runs: give --compare")
+        if args.exit_code:
+            parser.error("--exit-code is about two runs: give --compare")
         if args.html and args.json:
             parser.error("--html and --json do not go together: leave one of them out")
         return args, options, ()

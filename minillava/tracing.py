@@ -16,19 +16,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from minillava import cli, doors
+from minillava import cli, doors, loop
 from minillava.assistant import Assistant
 from minillava.config import read_config
 from minillava.disk import is_stdout
-from minillava.image import ImageProcessor, open_image
+from minillava.image import ImageProcessor, Images, as_list, open_image
 from minillava.llava import Llava
-from minillava.loop import Chooser, Step, steps
+from minillava.loop import Chooser, Step
 from minillava.options import Options
-from minillava.prompt import DEFAULT_TEMPLATE, place_images, render
+from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, place_images, render
 from minillava.recorder import Consume, Record, Recorder, number_text, piece_of, significant, source_of, summarise
 from minillava.tokenizer import Tokenizer
 from minillava.trace_html import Page
@@ -37,21 +36,26 @@ from minillava.trace_html import Page
 @torch.no_grad()
 def trace(
     assistant: Assistant,
-    images: Sequence[Image.Image],
-    question: str,
-    options: Options,
-    consume: Consume,
+    images: Images,
+    question: str = DEFAULT_PROMPT,
+    options: Options | None = None,
+    consume: Consume | None = None,
     *,
     depth: str = "modules",
     layers: Collection[int] | None = None,
+    steps: Collection[int] | None = None,
     traced: Collection[int] = (0, 1),
     system: str | None = None,
     template: str = DEFAULT_TEMPLATE,
     whole: bool = True,
+    **settings,
 ) -> int:
-    """One question, and each record to `consume` as it is made; depth, layers, traced as for Recorder. template: its
-    name. whole: go on to the end of the answer, and record that. Returns the number of tokens made.
+    """One question, and each record to `consume` (by default: printed) as it is made; depth, layers, steps as for
+    Recorder; traced: an older name of steps. options: an `Options`, or its fields by name. template: its name. whole:
+    go on to the end of the answer, and record that. Returns the number of tokens made.
     Raises ValueError for a layer that is not there, and as `Assistant.ask`."""
+    images, options = [open_image(image) for image in as_list(images)], assistant.options(options, **settings)
+    consume, traced = consume or Printer(), traced if steps is None else steps
     model, tokenizer, processor = assistant.model, assistant.tokenizer, assistant.image_processor
     config = model.config
     decoder, tower = config.text.num_hidden_layers, config.vision_layers_needed
@@ -92,7 +96,7 @@ def trace(
         mask = spliced.attention_mask  # [1, T] or None
         words = "none: nothing is padding" if mask is None else None
         recorder.add("splice", "attention_mask", mask, Llava.splice, words)
-        for step in steps(model, spliced, options, tokenizer=tokenizer):
+        for step in loop.steps(model, spliced, options, tokenizer=tokenizer):
             _record_choice(recorder, step, tokenizer)
             made += step.ids
             text, reason = text + step.text[0], step.finish_reason[0]
@@ -103,7 +107,7 @@ def trace(
     summary = {"text": text, "ids": made, "finish_reason": reason, "prompt_positions": spliced.embeds.shape[1]}
     if options.temperature:
         summary["seed"] = options.seed
-    say("answer", "answer", steps, summary)
+    say("answer", "answer", loop.steps, summary)
     return len(made)
 
 
@@ -198,16 +202,19 @@ class Comparison:
             apart = f"{row['max']:>10.3g} {row['relative']:>9.2g}"
         print(f"{name:<42} {shape:<20} {row['dtypes'][0]:<8} {row['dtypes'][1]:<8} {apart}{'  <- first' * first}")
 
-    def finish(self) -> None:
-        """The summary, on stdout. Raises ValueError when the two have no tensor in common."""
+    def finish(self) -> bool:
+        """The summary, on stdout; whether all is equal, and on both sides. Raises ValueError when the
+        two have no tensor in common."""
         if not self.rows:
-            raise ValueError("the two have no tensor in common; compare traces of the same --depth, --layer and --step")
+            alike = "the same --depth, --layers and --steps"
+            raise ValueError(f"the two have no tensor in common; compare traces of {alike}")
         unmatched = [key for key in self.stored if key not in self.seen] if self.parted_at is None else []
+        same = self.first is None and not self.missing and not unmatched
         if self.as_json:
             counts = {"compared": self.rows, "equal": self.equal}
             alone = {"only_in_run": self.missing, "only_in_reference": unmatched}
             cli.print_json({"first": self.first, **counts, **alone, "other_token_at_step": self.parted_at})
-            return
+            return same
         print()
         for keys, where in ((self.missing, "run"), (unmatched, "reference")):
             if keys:
@@ -219,6 +226,7 @@ class Comparison:
         row = self.first
         where = "" if row is None else f"{row['name']}" + ("" if row["step"] is None else f", step {row['step']}")
         print("" if row is None else f"; they part first at {where} ({row['source']})")
+        return same
 
 
 def difference(a: Tensor, b: Tensor) -> dict:
@@ -256,7 +264,7 @@ def _run(args: argparse.Namespace, options: dict, asked: tuple, consume: Consume
         consume,
         depth=args.depth,
         layers=args.layers,
-        traced=traced,
+        steps=traced,
         system=args.system,
         template=args.template or DEFAULT_TEMPLATE,
         whole=whole,
@@ -316,8 +324,7 @@ def _compare(args: argparse.Namespace, options: dict, sides: list) -> int:
         _run(stored, options, asked, keep, messages, whole=False)
     comparison = Comparison(kept, swapped, args.tolerance or 0.0, args.json)
     _run(run, options, asked, comparison, messages, whole=False)
-    comparison.finish()
-    return 0
+    return int(not comparison.finish() and args.exit_code)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -324,7 +324,12 @@ def test_the_contrast_log_tells_what_each_token_was_chosen_from(run, tmp_path):
     [
         (["--cd-alpha", "1"], ["--cd-alpha", "--contrast vcd", "no --contrast"]),
         (["--contrast", "m3id", "--noise-step", "3"], ["--noise-step", "--contrast vcd", "m3id"]),
-        (["--contrast", "vcd", "--noise-step", "1000"], ["noise_step is 1000", "0 to 999"]),
+        (["--contrast", "vcd", "--noise-step", "1000"], ["--noise-step: noise_step is 1000", "0 to 999"]),
+        (["--contrast", "vcd", "--cd-beta", "5"], ["--cd-beta: beta is 5.0"]),
+        (["--contrast", "m3id", "--m3id-rate", "-1"], ["--m3id-rate: rate is -1.0"]),
+        (["--contrast", "m3id", "--m3id-unsure", "2"], ["--m3id-unsure: unsure is 2.0"]),
+        (["--contrast", "vcd", "--m3id-rate", "1"], ["--m3id-rate belongs to --contrast m3id, found vcd"]),
+        (["--contrast", "ritual", "--ritual-transform", "turn"], ["'turn'", "upside down, rotate"]),
         (["--contrast", "dola"], ["dola", "vcd"]),
         (["--contrast-log", "x"], ["--contrast-log needs --contrast"]),
     ],
@@ -496,6 +501,45 @@ def test_the_examples_of_help_are_valid_commands(run):
         words = shlex.split(line.split("python -m minillava.generate")[1])
         arguments = parsers.generate_parser().parse_args(words)
         Options(**{name: getattr(arguments, name) for name in Options.__dataclass_fields__})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--max-tokens", "5"], "did you mean --max-new-tokens?"),
+        (["--max_tokens=5"], "did you mean --max-new-tokens?"),
+        (["--temper", "0.5"], "did you mean --temperature?"),
+        (["--tem", "0.5"], "did you mean --template or --temperature?"),
+        (["--pictures", "x.jpg", "--topk", "3"], "unrecognized arguments: --pictures x.jpg --topk 3"),
+        (["-image", "x.jpg"], "-image is read as -i with the value 'mage': did you mean --image?"),
+        (["-prompt=What?"], "did you mean --prompt?"),
+        (["-i", "x.jpg", "What is it?"], "'What is it?': a question goes behind --prompt; a picture goes behind"),
+        (["--two\nlines\x1b[31m"], "--two\\nlines\\x1b[31m"),
+    ],
+)
+def test_wrong_words_get_the_nearest_flag(run, arguments, hint):
+    """ "unrecognized arguments: --max-tokens 5" leaves one to read four screens of help; and what was typed is shown
+    so that it stays in its line."""
+    status, out, err = run(*arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert hint in err
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("3", [3]), ("0,31", [0, 31]), ("0,2-4", [0, 2, 3, 4]), ("4-5,0-1,5", [0, 1, 4, 5]), ("2-2", [2]),
+        (" 0, 2 - 3 ", [0, 2, 3]), ("all", None),
+    ],
+)  # fmt: skip
+def test_lists_of_numbers(text, numbers):
+    assert cli.number_list(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "x", "1,", ",1", "3-2", "-1", "1-2-3", "1.5", "0-99999999", "1;2", "all,1"])
+def test_what_is_no_list_of_numbers(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not like 3 or 0,2-4 or all"):
+        cli.number_list(text)
 
 
 def test_version(run):

@@ -588,6 +588,15 @@ def test_picture_and_question_come_from_stdin_too(run, reference, monkeypatch, t
         assert path.read_bytes() == (tmp_path / "a.json").read_bytes()
 
 
+def test_json_without_a_file_goes_to_stdout(run, tmp_path):
+    """As in every other command; the answer is in it, so that stdout is one JSON object."""
+    path = tmp_path / "a.json"
+    assert run("--json", path)[0] == 0
+    status, out, _ = run("--json")
+    assert (status, out) == (0, path.read_text(encoding="utf-8"))
+    assert run("--json", "-") == run("--json", "--layers", "all", "--layers", "1")  # a flag behind it is no file
+
+
 def test_one_word_of_chosen_layers_and_heads(run, tmp_path):
     path = tmp_path / "look.json"
     assert run("--json", path)[0] == 0

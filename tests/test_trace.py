@@ -25,6 +25,7 @@ from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConf
 from minillava.generate import generate
 from minillava.image import ImageProcessor
 from minillava.llava import Llava
+from minillava.look import look
 from minillava.loop import Options
 from minillava.prompt import DEFAULT_PROMPT, TEMPLATES
 from minillava.recorder import Record, Recorder, summarise
@@ -92,6 +93,25 @@ def record(assistant, picture, **options) -> list[Record]:
     chosen = assistant.options(max_new_tokens=3)
     trace(assistant, [picture], "What is it?", chosen, lambda one, _: records.append(one), **options)
     return records
+
+
+def test_python_takes_what_look_takes(assistant, picture, tmp_path, capsys):
+    """It wanted opened pictures and an Options, `look` a path and keywords."""
+    path = tmp_path / "x.png"
+    picture.save(path)
+    expected, found = record(assistant, picture), []
+    same = [lambda one, _: found.append(one)]
+    trace(assistant, path, "What is it?", consume=same[0], max_new_tokens=3)
+    assert found == expected
+    found.clear()
+    trace(assistant, str(path), "What is it?", Options(max_new_tokens=8), same[0], max_new_tokens=3, steps=(0, 1))
+    assert found == expected
+    trace(assistant, path, "What is it?", max_new_tokens=3)
+    assert "input_ids" in capsys.readouterr().out
+    by_name = look(assistant, path, "What is it?", max_new_tokens=3)
+    assert look(assistant, [picture], "What is it?", Options(max_new_tokens=3)).answer == by_name.answer
+    with pytest.raises(ValueError, match="2 pictures"):
+        look(assistant, [picture, picture], "What is it?")
 
 
 def shapes(records, step=0) -> dict[str, list[int]]:
@@ -628,6 +648,24 @@ def test_a_stored_reference(rows, out, tmp_path):
     assert turned[-1]["only_in_reference"]
 
 
+def test_the_exit_code_says_whether_two_runs_differ(run):
+    """Scripts had to read the table."""
+    same, other = ["--compare", "dtype=float32", "dtype=float32"], ["--compare", "dtype=float32", "dtype=bfloat16"]
+    assert run(*same, "--exit-code")[0] == 0
+    assert run(*other)[0] == 0
+    status, out, err = run(*other, "--exit-code")
+    assert (status, "<- first" in out, "error" in err) == (1, True, False)
+    assert run(*other, "--tolerance", "2", "--exit-code")[0] == 0
+
+
+def test_layers_and_steps_are_lists_with_ranges(rows):
+    """`--layer 0-1` was refused here, and needed in look."""
+    expected = rows("--layer", "0,1", "--step", "0,1,2")
+    assert rows("--layers", "0-1", "--steps", "0-2") == expected
+    assert rows("--layers", "all", "--steps", "0-2") == expected
+    assert max(row.get("step") or 0 for row in rows("--steps", "all")) >= 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -650,6 +688,7 @@ def test_a_stored_reference(rows, out, tmp_path):
         (["--html", "x", "--save", "./x"], 2, "x is given twice"),
         (["--save", str(PICTURES)], 2, "is a folder"),
         (["--html", ""], 2, "an empty name"),
+        (["--exit-code"], 2, "--exit-code is about two runs: give --compare"),
         (["--tolerance", "0.1"], 2, "--tolerance is about two runs: give --compare"),
         (["--compare", "dtype=float32", "dtype=float32", "--tolerance", "nan"], 2, "expected a number from 0"),
         (["--compare", "dtype=float32", "dtype=float32", "--tolerance", "-1"], 2, "expected a number from 0"),
