@@ -430,26 +430,26 @@ def read_question(args: argparse.Namespace) -> tuple[str, list[Image.Image]]:
     from minillava.image import open_image
 
     if args.prompt == "-":
-        _say_what_is_awaited(args, "the question")
-        question = decode(_read_bytes(), "stdin", sys.stdin.encoding).removesuffix("\n")
+        say_what_is_awaited(args, "the question")
+        question = decode(read_stdin(), "stdin", sys.stdin.encoding).removesuffix("\n")
     else:  # $(cat question.txt) leaves the byte order mark and the "\r" of Windows
         question = DEFAULT_PROMPT if args.prompt is None else args.prompt
         question = unify_line_ends(question.removeprefix("\ufeff").removesuffix("\r"))
     if "-" in args.image:
-        _say_what_is_awaited(args, "a picture's file")
+        say_what_is_awaited(args, "a picture's file")
     images = [open_image(_read_stdin() if image == "-" else image) for image in args.image]
     place_images(question, len(images))
     return question, images
 
 
-def _say_what_is_awaited(args: argparse.Namespace, what: str) -> None:
+def say_what_is_awaited(args: argparse.Namespace, what: str) -> None:
     """At a terminal it would wait without a word."""
     if sys.stdin is not None and sys.stdin.isatty():
         end = "Ctrl-Z and Enter end" if os.name == "nt" else "Ctrl-D at the start of a line ends"
         Messages(args.verbose, args.quiet).note(f"- reads {what} from here; {end} it")
 
 
-def _read_bytes() -> bytes:
+def read_stdin() -> bytes:
     """All of stdin. Raises OSError with its name."""
     try:
         return sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
@@ -459,7 +459,7 @@ def _read_bytes() -> bytes:
 
 def _read_stdin() -> io.BytesIO:
     """A picture from stdin, as a file with a name for messages."""
-    file = io.BytesIO(_read_bytes())
+    file = io.BytesIO(read_stdin())
     file.name = "stdin"
     return file
 

@@ -306,15 +306,15 @@ _MARKS = (  # of four bytes before those of two, which they begin with
 )
 
 
-def decode(content: bytes, name: str, other: str | None = None) -> str:
+def decode(content: bytes, name: str, other: str | None = None, errors: str = "strict") -> str:
     """Text of any program: by its byte order mark (as PowerShell writes), else UTF-8, else in the
     encoding `other`; lines end with "\\n". name: of the file, for messages. Raises ValueError for what
-    is not text."""
+    is not text; errors: of UTF-8, as `bytes.decode` takes them."""
     encoding = next((encoding for mark, encoding in _MARKS if content.startswith(mark)), "utf-8")
     others = [other] if other is not None and encoding == "utf-8" else []
     for candidate in (encoding, *others):
         try:
-            text = content.decode(candidate)
+            text = content.decode(candidate, errors if candidate.startswith("utf-8") else "strict")
             break
         except UnicodeDecodeError as error:
             byte = f"byte 0x{content[error.start]:02x} at {error.start:,}"

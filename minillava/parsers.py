@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minillava import cli
+from minillava.disk import is_stream, same_file
 from minillava.options import DEPTHS, Options
 from minillava.prompt import DEFAULT_PROMPT
 
@@ -136,8 +137,10 @@ def batch_parser(prog: str = "python -m minillava.batch") -> cli.Parser:
         description="Answer a file of questions about pictures, in the format of LLaVA's evaluation.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="""questions: one JSON object per line, with question_id, text and, if it is about one, image
-answers:   in the same order, question_id, prompt, text, answer_id, model_id, metadata; or question_id and error
+        epilog="""questions: one JSON object per line, or one JSON array of them, with question_id, text and, if it is
+           about one, image
+answers:   in the same order, question_id, prompt, text, answer_id, model_id, metadata with the finish_reason ("stop",
+           or "length" for an answer that -n cut); or question_id and error
 
 A run that was killed goes on where it was when the same command is given again. Once it is finished, the same command
 asks again only what became an error; --images may then be another.
@@ -148,7 +151,7 @@ exit status: 0 all answered, 1 some could not be, or an error in one line, 2 wro
     )
     group = parser.add_argument_group("files")
     group.add_argument(
-        "--questions", "--question-file", required=True, type=Path, metavar="FILE", help="questions, JSON lines"
+        "--questions", "--question-file", required=True, type=Path, metavar="FILE", help="questions, - for stdin"
     )
     group.add_argument(
         "--images", "--image-folder", default=".", metavar="DIR",
@@ -158,7 +161,9 @@ exit status: 0 all answered, 1 some could not be, or an error in one line, 2 wro
         "--answers", "--answers-file", required=True, type=Path, metavar="FILE",
         help="answers, JSON lines; FILE.partial while it runs",
     )  # fmt: skip
-    group.add_argument("--overwrite", action="store_true", help="start anew, whatever is answered already")
+    group.add_argument(
+        "--overwrite", action="store_true", help="start anew; old answers stay until the new are complete"
+    )
     group = parser.add_argument_group("speed")
     group.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions at a time (default: 8)")
     group.add_argument(
@@ -180,8 +185,11 @@ def read_batch(parser: cli.Parser, argv: Sequence[str]) -> tuple:
     for name, least in (("batch_size", 1), ("image_cache", 0)):
         if vars(args)[name] < least:
             parser.error(f"{name} is {vars(args)[name]}, expected at least {least}")
-    if args.answers.resolve() == args.questions.resolve():
+    if same_file(args.answers, args.questions):
         parser.error("--questions and --answers are the same file")
+    journal = [] if is_stream(args.answers) else [args.answers.with_name(f"{args.answers.name}.partial")]
+    given = "/dev/stdin" if str(args.questions) == "-" else args.questions
+    cli.check_outputs(parser, args, [args.answers, *journal], [given])
     return args, options
 
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import threading
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from conftest import REFERENCE
 
 import minillava
-from minillava import batch, cli, parsers
+from minillava import batch, cli, disk, parsers
 
 WEIGHTS, PICTURES = str(REFERENCE / "plain"), str(REFERENCE / "pictures")
 NAMES = ("square.png", "grey.png", "landscape.png", "portrait.png")
@@ -80,21 +81,21 @@ def expected(assistant, question: dict, **options) -> str:
 def test_the_records_are_those_that_llavas_scripts_read_and_nothing_else_is_left(run, tmp_path):
     questions = [{"question_id": 7, "image": "grey.png", "text": "Was ist das für ein Bild?", "label": "no"}]
     status, records, err = run(questions)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, f"note: 1 answer in {tmp_path}/a.jsonl\n")
     assert [list(record) for record in records] == [
         ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
     ]
     record = records[0]
     assert (record["question_id"], record["prompt"], record["model_id"]) == (7, questions[0]["text"], "plain")
-    assert record["metadata"] == {}
+    assert record["metadata"] == {"finish_reason": "length"}  # an answer that -n cut
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl"]
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 50])
-def test_batches_answer_as_one_by_one_and_in_the_order_of_the_questions(run, assistant, size):
+def test_batches_answer_as_one_by_one_and_in_the_order_of_the_questions(run, assistant, size, tmp_path):
     questions = lines(23)
     status, records, err = run(questions, "--batch-size", size)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, f"note: 23 answers in {tmp_path}/a.jsonl\n")
     assert [record["question_id"] for record in records] == [question["question_id"] for question in questions]
     assert [record["text"] for record in records] == [expected(assistant, question) for question in questions]
     assert len({record["answer_id"] for record in records}) == len(questions)
@@ -244,7 +245,7 @@ def test_a_broken_picture(run, tmp_path):
         (["--contrast", "vcd", "--num-beams", "2"], 2, "leave one"),
         (["--num-return-sequences", "1"], 2, "unrecognized"),  # a line of the answers file holds one answer
         (["--images", "nowhere"], 1, "nowhere: no such folder of pictures"),
-        (["--answers", "nowhere/a.jsonl"], 1, "nowhere: no such folder"),
+        (["--answers", "nowhere/a.jsonl"], 2, "nowhere/a.jsonl: no such folder"),
         (["--questions", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file of questions"),
         (["-m", "nowhere"], 1, "nowhere: no such folder of weights"),
     ],
@@ -274,7 +275,7 @@ def test_a_full_gpu_says_what_to_do(run, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("minillava.assistant.Assistant.ask", full)
+    monkeypatch.setattr("minillava.assistant.Assistant.ask_each", full)
     status, records, err = run(lines(1))
     assert (status, records) == (1, None)
     assert "smaller --batch-size" in err
@@ -332,7 +333,9 @@ def test_after_ctrl_c_only_the_rest_is_asked(run, stopped, whole, tmp_path, monk
     assert not (tmp_path / "a.jsonl").exists()
     asked = count_asked(monkeypatch)
     status, _, err = run(None, "--batch-size", "4")
-    assert (status, err) == (0, "note: 8 of 20 answered before; going on\n")
+    ready, written, _ = err.split("\n")
+    assert (status, ready) == (0, "note: 8 of 20 answered before; going on")
+    assert written == f"note: 20 answers in {tmp_path}/a.jsonl"
     assert len(asked) == 12
     assert (tmp_path / "a.jsonl").read_bytes() == whole
     assert not (tmp_path / "a.jsonl.partial").exists()
@@ -492,7 +495,7 @@ def test_errors_are_asked_again_and_nothing_else(run, tmp_path, monkeypatch, who
     found = count_asked(monkeypatch)
     status, _, err = run(None, "--batch-size", "4")
     assert (status, (tmp_path / "a.jsonl").read_bytes()) == (0, whole)
-    assert err in {f"note: {n} of 20 answered before; going on\n" for n in (5, 6)}
+    assert err.splitlines(keepends=True)[0] in {f"note: {n} of 20 answered before; going on\n" for n in (5, 6)}
     assert not set(asked) & set(found)
     assert run(None, "--batch-size", "4")[2].endswith("nothing to do (--overwrite starts anew)\n")
     assert not (tmp_path / "a.jsonl.partial").exists()
@@ -577,3 +580,190 @@ def test_verbose_tells_how_far_it_is(run):
     _, _, err = run(lines(3), "--verbose")
     assert "3 answered, 0 to go, " in err
     assert "per second" in err
+
+
+# --- forms of the questions file ------------------------------------------------------------------------------
+
+SOME = [{"question_id": 1, "image": "grey.png", "text": "Où est 星?"}, {"question_id": "b", "text": "Hello?"}]
+FORMS = {
+    "an array over several lines": json.dumps(SOME, indent=2).encode(),
+    "an array in one line": json.dumps(SOME).encode(),
+    "an array, a question a line": ("[\n" + ",\n".join(map(json.dumps, SOME)) + "\n]\n").encode(),
+    "objects over several lines": "\n".join(json.dumps(question, indent=1) for question in SOME).encode(),
+    "objects in one line": " ".join(map(json.dumps, SOME)).encode(),
+    "a byte order mark": json.dumps(SOME, ensure_ascii=False, indent=1).encode("utf-8-sig"),
+    "PowerShell's encoding": "\r\n".join(json.dumps(question, ensure_ascii=False) for question in SOME).encode(
+        "utf-16"
+    ),
+    "ends of line of old systems": "\r".join(map(json.dumps, SOME)).encode(),
+}
+
+
+@pytest.mark.parametrize("content", FORMS.values(), ids=FORMS)
+def test_every_form_of_questions_gets_the_answers_of_json_lines(run, tmp_path, assistant, content):
+    """An array over several lines became a file of errors, after minutes at 7B."""
+    (tmp_path / "q.jsonl").write_bytes(content)
+    status, records, _ = run(None)
+    assert status == 0
+    assert [record["text"] for record in records] == [expected(assistant, question) for question in SOME]
+
+
+def test_a_bad_object_of_an_array_is_named_by_its_place(run, tmp_path):
+    (tmp_path / "q.jsonl").write_text(json.dumps([SOME[1], 7], indent=2))
+    status, records, err = run(None)
+    assert (status, records[1]["question"]) == (1, 2)
+    assert "question 2 is int, expected an object" in err
+
+
+REFUSED = {
+    "ScienceQA": (
+        json.dumps([{"id": "4", "conversations": [{"from": "human", "value": "?"}]}]),
+        "LLaVA's conversation",
+    ),
+    "training lines": ('{"id": "4", "conversations": []}\n' * 2, "LLaVA's conversations"),
+    "an object": (json.dumps({"info": {}, "questions": SOME}, indent=1), 'a list "questions" inside an object'),
+    "CSV": ("question_id,image,text\n1,a.png,What?\n", "comma-separated values"),
+    "TSV": ("question_id\timage\ttext\n1\ta.png\tWhat?\n", "tab-separated values"),
+    "a torn array": (json.dumps(SOME, indent=2)[:-9], "begins as a JSON array, but is not JSON"),
+    "a torn array, a question a line": ("[" + ",\n".join(map(json.dumps, SOME * 2)), "begins as a JSON array"),
+    "brackets": ("[" * 100_000, "begins as a JSON array"),
+    "text": ("What is it?\n", "line 1 is not JSON"),
+    "other names": ('{"id": 1, "question": "What?"}', "question_id is null"),
+    "no encoding": (b'{"question_id": 1, "text": "caf\xe9"}', "it is not UTF-8"),
+    "UTF-16 without a mark": (json.dumps(SOME[0]).encode("utf-16-le"), "UTF-16 without a byte order mark"),
+    "a picture": ((REFERENCE / "pictures" / "grey.png").read_bytes(), "save it as UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("content", "found"), REFUSED.values(), ids=REFUSED)
+def test_a_file_without_questions_is_refused_before_the_model_is_opened(run, tmp_path, monkeypatch, content, found):
+    monkeypatch.setattr("minillava.assistant.load", lambda *_, **__: pytest.fail("opened the model"))
+    (tmp_path / "q.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    status, records, err = run(None)
+    assert (status, records, err.count("\n")) == (1, None, 1)
+    assert err.startswith(f"error: {tmp_path}/q.jsonl: ")
+    assert found in err
+    assert [path.name for path in tmp_path.iterdir()] == ["q.jsonl"]
+
+
+def test_questions_from_stdin_and_from_a_pipe(run, tmp_path, monkeypatch, assistant):
+    questions = lines(2)
+    content = b"".join(json.dumps(question).encode() + b"\n" for question in questions)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    _, records, _ = run(None, "--questions", "-")
+    assert [record["text"] for record in records] == [expected(assistant, question) for question in questions]
+    read, write = os.pipe()
+    with open(write, "wb") as file:
+        file.write(content)
+    status, _, err = run(None, "--questions", f"/dev/fd/{read}")
+    os.close(read)
+    assert (status, "finished already" in err) == (0, True)  # the same questions
+
+
+# --- where the answers go -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of open files, links and modes")
+def test_answers_go_through_pipes_and_links(run, tmp_path, assistant):
+    read, write = os.pipe()
+    assert run(lines(1), "--answers", f"/dev/fd/{write}")[:2] == (0, None)
+    os.close(write)
+    with open(read, encoding="utf-8") as file:
+        assert [json.loads(line)["text"] for line in file] == [expected(assistant, lines(1)[0])]
+    (tmp_path / "real").touch(0o600)
+    (tmp_path / "a.jsonl").symlink_to("real")
+    assert run(lines(1))[0] == 0
+    assert run(lines(2), "--overwrite")[0] == 0
+    assert os.readlink(tmp_path / "a.jsonl") == "real"
+    assert (tmp_path / "real").read_bytes().count(b"\n") == 2
+    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl", "real"]
+
+
+def test_answers_never_replace_what_is_read(run, tmp_path):
+    picture = tmp_path / "mine.png"
+    picture.write_bytes((REFERENCE / "pictures" / "grey.png").read_bytes())
+    before = picture.read_bytes()
+    question = {"question_id": 1, "image": str(picture), "text": "What?"}
+    status, _, err = run([question], "--answers", picture, "--overwrite")
+    assert (status, "is a picture of the questions" in err, picture.read_bytes()) == (1, True, before)
+    (tmp_path / "x.partial").write_bytes(json.dumps(question).encode())
+    status, _, err = run(None, "--questions", tmp_path / "x.partial", "--answers", tmp_path / "x", "--overwrite")
+    assert (status, "x.partial is read" in err) == (2, True)
+
+
+def test_overwriting_keeps_the_old_answers_until_the_new_are_whole(run, whole, stopped, tmp_path, monkeypatch):
+    """Killed in the middle, the same command without --overwrite goes on with the new ones."""
+    (tmp_path / "a.jsonl").write_text('"old"\n')
+    asked, calls = batch.ask, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return asked(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "ask", interrupted)
+        assert run([*lines(20)], "--batch-size", "4", "--overwrite", "--answers", tmp_path / "a.jsonl")[0] == 130
+    assert (tmp_path / "a.jsonl").read_text() == '"old"\n'
+    counted = count_asked(monkeypatch)
+    assert run(None, "--batch-size", "4")[0] == 0
+    assert (len(counted), (tmp_path / "a.jsonl").read_bytes()) == (12, whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl"]
+
+
+def test_a_full_disk_says_what_is_kept_and_the_same_command_goes_on(run, tmp_path, monkeypatch):
+    def full(path, _):
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "write_whole", full)
+        status, records, err = run(lines(3))
+    assert (status, records, err.count("\n")) == (1, None, 1)
+    assert err.startswith(f"error: {tmp_path}/a.jsonl: No space left on device; ")
+    assert f"{tmp_path}/a.jsonl.partial keeps 3 answer(s), and the same command goes on" in err
+    status, records, err = run(None)
+    assert (status, len(records), "3 of 3 answered before" in err) == (0, 3, True)
+
+
+def test_what_a_killed_run_left_beside_its_answers_goes_with_the_next(run, tmp_path):
+    assert run(lines(2))[0] == 0
+    for name in ("a.jsonl.123.new", "a.jsonl.partial.123.new"):
+        (tmp_path / name).write_text("torn")
+    assert run(None)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl"]
+
+
+@pytest.mark.skipif(disk.fcntl is None, reason="there are no such locks")
+def test_a_second_run_waits_and_goes_on_with_what_the_first_leaves(run, stopped, whole, tmp_path, monkeypatch):
+    """Both did all the work. The first is killed here, which gives its lock back."""
+    stopped(2)
+    noted, busy = [], threading.Event()
+    note = cli.Messages.note
+
+    def listened(messages, text):
+        noted.append(text)
+        if "another run is at" in text:
+            busy.set()
+        note(messages, text)
+
+    monkeypatch.setattr(cli.Messages, "note", listened)
+    asked, found = count_asked(monkeypatch), []
+    with batch.Journal(tmp_path / "a.jsonl.partial", {}).alone(lambda: pytest.fail("nobody else is here")):
+        second = threading.Thread(target=lambda: found.append(run(None, "--batch-size", "4")[0]))
+        second.start()
+        assert busy.wait(timeout=60)
+        assert not asked
+    second.join(timeout=60)
+    assert (found, len(asked), (tmp_path / "a.jsonl").read_bytes()) == ([0], 12, whole)
+
+
+def test_the_time_left_is_never_0_minutes():
+    assert [batch._duration(seconds) for seconds in (0, 29.6, 89, 90, 600)] == [
+        "0 s",
+        "30 s",
+        "89 s",
+        "2 min",
+        "10 min",
+    ]
