@@ -1,9 +1,11 @@
 """The assistant: a model plus what it takes to talk to it, opened from a folder by `load`."""
 
+import errno
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from minillava.cache import KVCache
 from minillava.capture import compile_decode
 from minillava.checkpoint import build_model, check_base, open_checkpoint
 from minillava.config import DOWNLOAD, IGNORE_INDEX, LlavaConfig, read_config, read_json
+from minillava.disk import nearest_folder, refused
 from minillava.generate import Generation, generate
 from minillava.hub import find_snapshot, is_repo_id
 from minillava.image import ImageProcessor, Images, ImageSource, as_list, open_image
@@ -352,14 +355,31 @@ def find_folder(weights: str | Path, revision: str | None = None) -> Path:
     command that gets it."""
     folder = Path(weights).expanduser()
     if is_repo_id(str(weights)):
-        return find_snapshot(str(weights), revision)
+        try:
+            return find_snapshot(str(weights), revision)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}{_meant(folder)}") from None
     if revision is not None:
         raise ValueError(f"revision {revision!r} belongs to a model of the hub, but {folder} is a folder: leave it out")
     get = f"get one with: {DOWNLOAD}"
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder}: no such folder of weights; {get}")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: is a file, expected the folder it is in")
-    if not any(folder.iterdir()):
+    try:
+        names = os.listdir(folder)
+    except NotADirectoryError:
+        raise FileNotFoundError(f"{folder}: is a file, expected the folder it is in") from None
+    except (FileNotFoundError, ValueError):  # ValueError: a name with a NUL
+        raise FileNotFoundError(f"{folder}: no such folder of weights{_meant(folder)}; {get}") from None
+    except OSError as error:
+        raise refused(folder, error) from None
+    if not names:
         raise FileNotFoundError(f"{folder}: is empty; {get}")
+    if not os.access(folder, os.X_OK):
+        raise refused(folder / names[0], PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     return folder
+
+
+def _meant(folder: Path) -> str:
+    """A hint at the folder that a mistyped one is most like, or at the bundled model."""
+    near, bundled = nearest_folder(folder), bundled_weights()
+    if near is None and bundled is not None and get_close_matches(folder.name, [bundled.name]):
+        near = bundled
+    return "" if near is None else f"; did you mean {near}?"

@@ -556,8 +556,7 @@ def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -
     parameter = assistant.model.language_model.embed_tokens.weight
     count = count_parameters(assistant.model)
     dtype = " and ".join([str(parameter.dtype).removeprefix("torch."), *quantised_kinds(assistant.model)])
-    unused = sorted({re.sub(r"(layers\.\d+)\..*", r"\1.*", name) for name in assistant.unused})
-    rest = f"; stored but not needed: {', '.join(unused)}" if unused else ""
+    rest = f"; {len(assistant.unused)} stored tensors are not needed" if assistant.unused else ""
     messages.stage("load", started, f"{weights}: {count:,} parameters, {dtype} on {parameter.device}{rest}")
     return assistant
 

@@ -5,13 +5,13 @@ is one flat Llama config with `mm_*` fields. Both leave most numbers out and rel
 the classes that wrote them, so those defaults live here, once.
 """
 
-import errno
 import json
 import math
 import os
-import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+from minillava.disk import refused
 
 IMAGE_TOKEN_INDEX = -200
 """The id that stands for one picture in `input_ids`. Negative, so that it can never be a word: the
@@ -130,35 +130,6 @@ def one_line(error: Exception) -> str:
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
 
 
-_STEPS = {
-    errno.EIO: "the disk failed, or the connection to it: copy the file to another one",
-    errno.ELOOP: "this link leads back to itself: remove it and download the file again",
-    errno.ENAMETOOLONG: "use a shorter path",
-    errno.EMFILE: "allow more open files with: ulimit -n 4096",
-    errno.ENOSPC: "make room on the disk, then run the same command again",
-    errno.EDQUOT: "make room within your quota, then run the same command again",
-    errno.EROFS: "this disk can only be read: choose another place",
-}
-
-
-def system_error(path: str | os.PathLike, error: OSError, writing: bool = False) -> OSError:
-    """What to raise for a file that the system refuses to read or write: its own words and a step that helps, since
-    downloading again does not."""
-    path, kind, step = Path(path), OSError, _STEPS.get(error.errno, "check the disk")
-    if error.errno in (errno.EACCES, errno.EPERM):
-        # A folder that may not be searched hides what is in it, whatever that allows.
-        closed = [folder for folder in path.absolute().parents if not os.access(folder, os.X_OK)]
-        if closed:
-            denied, rights = closed[-1], "x"
-        elif writing:
-            denied, rights = (path, "w") if path.is_file() else (path.absolute().parent, "wx")
-        else:
-            denied, rights = path, "rx" if path.is_dir() else "r"
-        kind, step = PermissionError, f"its owner can allow it with: chmod u+{rights} {shlex.quote(str(denied))}"
-    verb = f"{'may not' if kind is PermissionError else 'cannot'} be {'written' if writing else 'read'}"
-    return kind(f"{path}: {verb} ({error.strerror}); {step}")
-
-
 def read_json(path: Path) -> dict:
     """One JSON object from a file. Raises FileNotFoundError, OSError for what the system refuses, or ValueError when it
     is not an object."""
@@ -169,7 +140,7 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: not found; check that this is the folder of a LLaVA checkpoint") from None
     except OSError as error:
-        raise system_error(path, error) from None
+        raise refused(path, error) from None
     except (ValueError, RecursionError) as error:
         # Not only bad JSON: also bad UTF-8, a number of thousands of digits, endless nesting.
         raise ValueError(f"{path}: not valid JSON ({error}); download the file again") from None

@@ -4,13 +4,15 @@ import codecs
 import errno
 import os
 import re
+import shlex
 import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 try:
     import fcntl
@@ -56,6 +58,41 @@ def explain(error: OSError, name: str | os.PathLike | None = None) -> str:
     parts = [str(name)] if name is not None else []
     advice = ADVICE.get(error.errno, "check it, then repeat the command")
     return ": ".join([*parts, f"{error.strerror or os.strerror(error.errno)}; {advice}"])
+
+
+def refused(path: str | os.PathLike, error: OSError, writing: bool = False) -> OSError:
+    """What to raise where the system refuses to read (or write) a file or folder. Missing rights are not
+    mended by downloading again: it names the file or folder that lacks them, and the command."""
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return OSError(explain(OSError(error.errno, error.strerror, os.fspath(path))))
+    real = Path(os.path.realpath(path))
+    # A folder that may not be searched hides what is in it, whatever that allows.
+    closed = [folder for folder in real.parents if not os.access(folder, os.X_OK)]
+    if closed:
+        denied, rights = closed[-1], "x"
+    elif writing:
+        denied, rights = (real, "w") if real.is_file() else (real.parent, "wx")
+    else:
+        denied, rights = real, "rx" if real.is_dir() else "r"
+    step = f"its owner can allow it with: chmod u+{rights} {shlex.quote(str(denied))}"
+    return PermissionError(f"{path}: may not be {'written' if writing else 'read'} ({error.strerror}); {step}")
+
+
+def nearest_folder(path: str | os.PathLike) -> Path | None:
+    """The folder that a mistyped path may have meant: each part that is not there is taken for the one
+    most like it. None where nothing is."""
+    found, given = Path(), Path(path).expanduser()
+    for part in given.parts:
+        if not (found / part).is_dir():
+            try:
+                names = [entry.name for entry in os.scandir(found) if entry.is_dir()]
+            except OSError:
+                return None
+            part = next(iter(get_close_matches(part, names, n=1)), None)
+            if part is None:
+                return None
+        found /= part
+    return found if found != given else None
 
 
 # --- writing --------------------------------------------------------------------------------------------------
@@ -165,6 +202,16 @@ def remove_leftovers(target: Path) -> None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if os.path.samestat(os.stat(path), os.fstat(file.fileno())):  # else renamed since
                         path.unlink()
+
+
+def lock(file: BinaryIO | TextIO) -> bool:
+    """Whether the file is ours alone from now on, until it is closed or our process ends. False if another
+    one has it, or where the system has no such locks."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
 
 
 @contextmanager

@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minillava.config import RELEASE, one_line, read_json, system_error
+from minillava.config import RELEASE, one_line, read_json
+from minillava.disk import refused
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 BIN_INDEX_NAME, BIN_NAME = "pytorch_model.bin.index.json", "pytorch_model.bin"
@@ -194,7 +195,7 @@ def open_file(path: Path) -> list[Stored]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: not found; download this file") from None
     except OSError as error:
-        raise system_error(path, error) from None
+        raise refused(path, error) from None
     if begins == _POINTER:
         raise ValueError(f"{path}: is a Git LFS pointer, not the file itself; get that with: git lfs pull")
     file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)

@@ -17,6 +17,8 @@ SIZES = {
 }
 """What the weights of a release weigh, for the message that recommends to download them."""
 
+_ORGANISATIONS = {"llava-hf", "liuhaotian", "lmsys", "openai"}  # LLaVA, its language models and its vision towers
+
 _REPO = re.compile(r"\b[A-Za-z0-9._-]{1,96}\b/\b[A-Za-z0-9._-]{1,96}\b")  # as huggingface_hub's validate_repo_id
 _REVISION = re.compile(r"[^\s\\:~^?*\[]{1,200}")  # what git allows in the name of a branch
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -33,7 +35,8 @@ def find_snapshot(repo: str, revision: str | None = None) -> Path:
     """The folder of a model ("ORG/NAME") that `hf download` has put into the cache.
 
     revision: a branch, a tag, or a commit, which may be abbreviated; None is "main", as for `hf download`.
-    Raises FileNotFoundError with the command that downloads it, or ValueError for names that lead elsewhere.
+    Raises FileNotFoundError, with the command that downloads it if the name is one that we know, or
+    ValueError for names that lead elsewhere.
     """
     if not _is_name(repo):
         raise ValueError(f"{repo!r} is no model on the hub, expected ORG/NAME such as {next(iter(SIZES))}")
@@ -41,10 +44,16 @@ def find_snapshot(repo: str, revision: str | None = None) -> Path:
     revision = "main" if revision is None else revision
     if not _REVISION.fullmatch(revision) or {"", ".", ".."} & set(revision.split("/")):
         raise ValueError(f"{repo}: {revision!r} is no revision, expected a branch, a tag or a commit")
-    home = cache_folder() / f"models--{repo.replace('/', '--')}"
+    cache = cache_folder()
+    home = cache / f"models--{repo.replace('/', '--')}"
     size = f" ({SIZES[repo]})" if repo in SIZES else ""
     command = f"hf download {repo}{option}"
     commit = _commit(home, revision)
+    if commit is None and not (home.is_dir() or option or repo.partition("/")[0] in _ORGANISATIONS):
+        # More likely a folder's name, which anybody may have registered on the hub.
+        raise FileNotFoundError(
+            f"{repo}: no such folder here, and no such model in the hub cache {cache}; check the name"
+        )
     if commit is None:
         known = ", ".join(path.name[:8] for path in sorted(home.glob("snapshots/*")))
         there = f", which holds other revisions ({known})" if known else ""

@@ -14,6 +14,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from minillava.config import IGNORE_INDEX, IM_END, IM_START, IMAGE_TOKEN_INDEX, one_line, read_json
+from minillava.disk import refused
 from minillava.prompt import IMAGE_MARKER, Prompt, Segment, Template, render
 
 _SPACE = "▁"
@@ -35,6 +36,10 @@ class Tokenizer:
                 f"{path}: not found; copy tokenizer.model from the original checkpoint (liuhaotian/llava-v1.5-7b or "
                 "lmsys/vicuna-7b-v1.5 on the hub): a tokenizer.json alone is not enough"
             )
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise refused(path, error) from None
         try:
             self.sentencepiece = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError, UnicodeDecodeError) as error:

@@ -1,5 +1,7 @@
 """Checkpoint folders: strict about files, names, shapes and dtypes; nothing copied that need not be."""
 
+import errno
+import io
 import json
 import os
 import re
@@ -909,3 +911,66 @@ def test_a_folder_without_vision_config_is_opened_by_its_tower_s_shapes(tmp_path
     vision = load(folder).model.config.vision
     assert vision == VisionConfig(64, 96, 3, 1, 56, 14)
     assert inspection.inspect_folder(folder).picture == {"side": 56, "aspect": "pad"}
+
+
+# --- what the system refuses --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cannot_open(monkeypatch):
+    """`cannot_open(path, number)`: the system refuses to open one file, also to root, who may read everything."""
+
+    def arrange(path: Path, number: int) -> None:
+        opening = io.open
+
+        def refuse(file, *rest, **named):
+            if file == path:
+                raise OSError(number, os.strerror(number), str(file))
+            return opening(file, *rest, **named)
+
+        monkeypatch.setattr(io, "open", refuse)
+        monkeypatch.setattr(Path, "open", refuse)  # Python 3.10 has made it of io.open before
+
+    return arrange
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", SINGLE_NAME, "tokenizer.model", "tokenizer_config.json", "preprocessor_config.json"]
+)
+def test_a_file_that_may_not_be_read_is_not_called_damaged(folder, cannot_open, name):
+    """The advice was to download it again."""
+    path = folder / name
+    cannot_open(path, errno.EACCES)
+    message = refusal(folder, PermissionError)
+    assert message == f"{path}: may not be read (Permission denied); its owner can allow it with: chmod u+r {path}"
+    assert inspection.inspect_folder(folder).problems == [message]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of Unix")
+@pytest.mark.parametrize("name", ["config.json", SINGLE_NAME, "tokenizer.model", ""])
+@pytest.mark.parametrize("mode", [0o600, 0o300, 0])
+def test_missing_rights_say_where_and_what_to_do(folder, name, mode):
+    path = folder / name
+    mode = mode & 0o300 if name else mode
+    path.chmod(mode)
+    try:
+        if os.access(path, os.R_OK | (0 if name else os.X_OK)):
+            pytest.skip("root may read everything")
+        message = refusal(folder, PermissionError)
+    finally:
+        path.chmod(0o700)
+    assert "may not be read" in message
+    assert re.search(rf"chmod u\+r?x? {re.escape(str(path))}$", message)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ELOOP, errno.ENAMETOOLONG])
+def test_a_failing_disk_is_not_a_damaged_file(folder, cannot_open, number):
+    cannot_open(folder / SINGLE_NAME, number)
+    message = refusal(folder, OSError)
+    assert message.startswith(f"{folder / SINGLE_NAME}: {os.strerror(number)}; ")
+    assert "download" not in message
+
+
+def test_a_name_that_is_too_long_is_no_missing_folder():
+    message = refusal(Path("x" * 300), OSError)
+    assert message.startswith("x" * 300 + ": File name too long; ")

@@ -1,5 +1,6 @@
 """tools/convert.py: every layout to every other, compared with safetensors' own reader; and what interrupts it."""
 
+import errno
 import json
 import os
 import shutil
@@ -577,6 +578,44 @@ def test_a_conversion_that_is_killed_leaves_no_folder_that_loads(tmp_path):
     assert len(list(partial.glob("*.safetensors"))) == 1
     with pytest.raises(FileNotFoundError, match=r"config\.json: not found"):
         minillava.load(partial)
+
+
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path):
+    """It had to be removed by hand, after SIGTERM, too."""
+    target = tmp_path / "target"
+    arguments = [str(REFERENCE / "plain"), str(target), "--to", "hf"]
+    assert run_python(KILL, *arguments, "--shard-size", "200KB").returncode == -signal.SIGKILL
+    assert (tmp_path / "target.partial" / convert.OWNER).exists()
+    convert.main(arguments)
+    assert not (tmp_path / "target.partial").exists()
+    assert not (target / convert.OWNER).exists()
+    assert set(held(REFERENCE / "plain")) <= set(held(target))
+
+
+def test_what_a_living_run_is_writing_is_left_alone(tmp_path, capsys):
+    with convert._unfinished(tmp_path / "target") as folder:
+        (folder / "a").touch()
+        assert convert.main([str(REFERENCE / "plain"), str(tmp_path / "target"), "--to", "hf"]) == 1
+        assert f"process {os.getpid()} is converting to it; wait until it ends" in capsys.readouterr().err
+        assert (folder / "a").exists()
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "found"),
+    [
+        (errno.EACCES, PermissionError, r"may not be written .*chmod"),
+        (errno.ENOSPC, OSError, "No space left on device; make room there, then repeat the command"),
+    ],
+)
+def test_a_system_that_does_not_let_us_write_is_told_with_a_step(tmp_path, monkeypatch, number, kind, found):
+    def refuse(tensors, path, metadata):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(convert, "save_file", refuse)
+    with pytest.raises(kind, match=found):
+        convert.convert(REFERENCE / "plain", tmp_path / "target", "hf")
+    assert list(tmp_path.iterdir()) == []
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:

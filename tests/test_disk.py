@@ -20,6 +20,36 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+# --- what may not be read -------------------------------------------------------------------------------------
+
+
+@posix
+def test_missing_rights_name_the_file_that_lacks_them_and_the_command(tmp_path, monkeypatch):
+    """They were called a damaged or missing file, to be downloaded again."""
+    closed, file = tmp_path / "closed", tmp_path / "closed" / "x y.json"
+    closed.mkdir()
+    file.touch()
+    error = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    told = str(disk.refused(file, error))
+    assert told == f"{file}: may not be read (Permission denied); its owner can allow it with: chmod u+r '{file}'"
+    assert str(disk.refused(closed, error)).endswith(f"chmod u+rx {closed}")
+    assert str(disk.refused(file, error, writing=True)).endswith(f"chmod u+w '{file}'")
+    assert str(disk.refused(closed / "new", error, writing=True)).endswith(f"chmod u+wx {closed}")
+    may = os.access  # root may search every folder
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and may(path, mode))
+    assert str(disk.refused(file, error)).endswith(f"chmod u+x {closed}")
+
+
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [(errno.EIO, "the disk or the network failed"), (errno.ELOOP, "its links lead in a circle"),
+     (errno.ENAMETOOLONG, "choose a shorter name"), (errno.EMFILE, "too many files are open")],
+)  # fmt: skip
+def test_other_refusals_keep_the_system_s_words_and_get_a_step(number, step):
+    told = str(disk.refused("a.json", OSError(number, os.strerror(number))))
+    assert told.startswith(f"a.json: {os.strerror(number)}; {step}")
+
+
 # --- writing --------------------------------------------------------------------------------------------------
 
 

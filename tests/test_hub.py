@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from minillava.assistant import bundled_weights, find_folder
 from minillava.hub import SIZES, cache_folder, find_snapshot, is_repo_id
 
 REPO = "org/name"
@@ -106,8 +107,39 @@ def test_what_is_not_there_names_the_folder_the_size_and_the_one_command(cache):
     )
     assert refusal(FileNotFoundError, repo, "v2").endswith(f"{command} --revision v2 (14.1 GB)")
     assert refusal(FileNotFoundError, repo, "$(v2)").endswith(f"{command} --revision '$(v2)' (14.1 GB)")
-    assert refusal(FileNotFoundError, REPO).endswith("; put it there with: hf download org/name")
+    for known in ("lmsys/vicuna-7b-v1.5", "openai/clip-vit-large-patch14-336"):
+        assert refusal(FileNotFoundError, known).endswith(f"; put it there with: hf download {known}")
     assert all(is_repo_id(name) and re.match(r"\d+\.\d GB", size) for name, size in SIZES.items())
+
+
+def test_a_mistyped_folder_does_not_become_advice_to_download_a_strangers_model(cache):
+    """Anybody may register weights/shapes on the hub."""
+    found = f"no such folder here, and no such model in the hub cache {cache}; check the name"
+    assert refusal(FileNotFoundError, "weights/shapes") == f"weights/shapes: {found}"
+    # but for one of which something was downloaded before, or whose revision was named: it is meant
+    assert refusal(FileNotFoundError, REPO, "v2").endswith("hf download org/name --revision v2")
+    store(cache, refs=())
+    assert refusal(FileNotFoundError, REPO).endswith("; put it there with: hf download org/name")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("weights/shape", "weights/shapes"),
+        ("weigths/shapes", "weights/shapes"),
+        ("./weight/shaps", "weights/shapes"),
+        ("other/shapes", None),  # but for the bundled model, which is not far
+        ("weights/llava-7b", "weights/llava-1.5-7b"),
+    ],
+)
+def test_a_mistyped_folder_leads_to_the_one_most_like_it(tmp_path, monkeypatch, given, meant):
+    monkeypatch.chdir(tmp_path)
+    for name in ("shapes", "llava-1.5-7b", "empty"):
+        (tmp_path / "weights" / name).mkdir(parents=True)
+    meant = bundled_weights() if meant is None else Path(meant)
+    with pytest.raises(FileNotFoundError, match=re.escape(f"; did you mean {meant}?")) as caught:
+        find_folder(given)
+    assert "hf download weights" not in str(caught.value)
 
 
 @pytest.mark.parametrize("revision", ["v2", SECOND, "ffff", "ff", "refs", "refs/pr"])

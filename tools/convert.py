@@ -14,6 +14,7 @@ called DST.partial.
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -22,9 +23,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -41,9 +43,11 @@ from minillava.config import (
     IM_START,
     LlavaConfig,
     TextConfig,
+    one_line,
     read_config,
     read_json,
 )
+from minillava.disk import lock, refused
 from minillava.files import INDEX_NAME, SINGLE_NAME, open_folder
 from minillava.image import ImageProcessor
 from minillava.llama import grow_rows
@@ -71,6 +75,7 @@ LAYOUTS = {
 }
 SIDE_FILES = (".json", ".jinja", ".md", ".model", ".txt")
 PAD_MARKER = "<pad>"
+OWNER = "convert.pid"  # in a folder that is not finished: the process that makes it
 
 
 class Planned(NamedTuple):
@@ -140,23 +145,55 @@ def convert(
 
 @contextmanager
 def _unfinished(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that takes its name when the body succeeds, and goes when it fails."""
+    """A new folder beside `target` that takes its name when the body succeeds, and goes when it fails. Raises
+    ValueError, or OSError where the system does not let us write."""
     target = Path(target).expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: exists and is not an empty folder; name a new one")
     folder = target.with_name(f"{target.name}.partial")
     try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise ValueError(f"{folder}: left by an interrupted conversion, or another is at it; remove it") from None
+        owner = _claim(folder)
+    except OSError as error:
+        raise refused(folder, error, writing=True) from None
     try:
         yield folder
+        (folder / OWNER).unlink()
         if target.exists():
             target.rmdir()
         folder.rename(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder)
+        if isinstance(error, OSError) and error.errno and str(error.filename or folder).startswith(str(folder)):
+            raise refused(target, error, writing=True) from None
         raise
+    finally:
+        owner.close()
+
+
+def _claim(folder: Path) -> TextIO:
+    """Make the folder; in it lies a file that is locked while we live, so that the next run can tell what a killed one
+    left, which it removes, from what another is writing: ValueError."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        left = f"{folder}: left by an interrupted conversion, or another is at it; remove it"
+        try:
+            with (folder / OWNER).open(encoding="utf-8") as file:
+                if not lock(file):
+                    found = f"process {file.read(20)} is converting to it; wait until it ends"
+                    raise ValueError(f"{folder}: {found}, or remove it if it has ended") from None
+                shutil.rmtree(folder)
+        except FileNotFoundError:
+            raise ValueError(left) from None
+        folder.mkdir(parents=True)
+    owner = (folder / f"{OWNER}.new").open("w", encoding="utf-8")
+    locked = lock(owner)
+    owner.write(str(os.getpid()))
+    owner.flush()
+    if not locked:  # Windows, which renames nothing that is open
+        owner.close()
+    (folder / f"{OWNER}.new").rename(folder / OWNER)  # which nobody sees unlocked
+    return owner
 
 
 # --------------------------------------------------------------------------------------------- what to write
@@ -228,6 +265,7 @@ def _rename(
             )
     if quantize:
         notes.append(f"{quantize} in a form that only minillava reads")
+    notes += checkpoint.notes
     if checkpoint.unused:
         notes.append(
             f"left out {len(checkpoint.unused)} stored tensors (tables that are computed, the text half of a CLIP, a "
@@ -494,7 +532,11 @@ def _write_weights(tensors: dict[str, Planned], folder: Path, shard_size: float)
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     metadata = {"format": "pt"}
-    save_file(tensors, path, metadata=metadata)
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # which says in words what the system said in numbers
+        found = f"cannot be written ({one_line(error)}); make room there, then repeat the command"
+        raise ValueError(f"{path}: {found}") from None
     with path.open("rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little")).rstrip(b" ")
     if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
