@@ -18,14 +18,15 @@ from minillava.cache import KVCache
 from minillava.capture import compile_decode
 from minillava.checkpoint import build_model, check_base, open_checkpoint
 from minillava.config import DOWNLOAD, IGNORE_INDEX, LlavaConfig, read_config, read_json
+from minillava.contrast import Contrast, find_method
 from minillava.disk import nearest_folder, refused
 from minillava.generate import Generation, generate
 from minillava.hub import find_snapshot, is_repo_id
 from minillava.image import ImageProcessor, Images, ImageSource, as_list, open_image
 from minillava.linear import has_fast_bfloat16, use_fast_linear
 from minillava.llava import Llava, Spliced
-from minillava.loop import room_for_answer, steps
-from minillava.options import DEVICES, DTYPES, KINDS, Options
+from minillava.loop import Process, check_room, room_for_answer, steps
+from minillava.options import DEVICES, DTYPES, KINDS, WEIGHTS_VARIABLE, Options, read_options
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, Prompt, Template, find_template, place_images, render
 from minillava.tokenizer import Tokenizer, common_prefix, encode_answers
 
@@ -55,30 +56,40 @@ class Assistant:
         question: str | Sequence[str] = DEFAULT_PROMPT,
         *,
         system: str | None = None,
-        contrast=None,
+        contrast: Contrast | str | None = None,
+        process: Process | None = None,
         **options,
     ) -> str | list[str]:
-        """The answer as text. image: a path, a Pillow image, a list of them, or None. system: as for `prompt`.
-        contrast: a method of contrast.py. options: the fields of `options.Options` by name; others are a TypeError.
+        """The answer as text. image: a path, a Pillow image, a list of them (one prompt with them all, which LLaVA-1.5
+        was not trained for), or None. system: as for `prompt`. contrast: a method of contrast.py, or its name. process:
+        as for `generate`. options: the fields of `Options` by name; another name is a TypeError.
 
         question may be a list, answered as one batch, in order: image is then one picture for all, or a list with what
         it may be for each; ValueError where lengths differ. The longest prompt decides how much room the context has.
         """
         if not isinstance(question, str):
-            return self.ask_each(image, question, system=system, contrast=contrast, **options).text
-        return "".join(self.stream(image, question, system=system, contrast=contrast, **options))
+            asked = self.ask_each(image, question, system=system, contrast=contrast, process=process, **options)
+            return asked.text
+        return "".join(self.stream(image, question, system=system, contrast=contrast, process=process, **options))
 
     def stream(
-        self, image: Images, question: str = DEFAULT_PROMPT, *, system: str | None = None, contrast=None, **options
+        self,
+        image: Images,
+        question: str = DEFAULT_PROMPT,
+        *,
+        system: str | None = None,
+        contrast: Contrast | str | None = None,
+        process: Process | None = None,
+        **options,
     ) -> Iterator[str]:
         """The answer piece by piece, as it is made; with beams whole, once it is known. Arguments as for `ask`."""
-        chosen = self._one_answer(options)
+        chosen, contrast = self._one_answer(options), find_method(contrast)
         prompt = self.prompt(question, images=len(as_list(image)), system=system)
         spliced = self.prepare(image, prompt, contrast, chosen.seed)
         if chosen.num_beams > 1 and contrast is None:
-            yield beam.search(self.model, spliced, chosen, tokenizer=self.tokenizer).text[0]
+            yield beam.search(self.model, spliced, chosen, tokenizer=self.tokenizer, process=process).text[0]
             return
-        for step in steps(self.model, spliced, chosen, tokenizer=self.tokenizer, contrast=contrast):
+        for step in steps(self.model, spliced, chosen, tokenizer=self.tokenizer, contrast=contrast, process=process):
             if step.text[0]:
                 yield step.text[0]
 
@@ -88,11 +99,12 @@ class Assistant:
         questions: Sequence[str],
         *,
         system: str | None = None,
-        contrast=None,
+        contrast: Contrast | str | None = None,
+        process: Process | None = None,
         **options,
     ) -> Generation:
         """Several questions as one batch, and how each answer ended. Arguments as for `ask`."""
-        chosen = self._one_answer(options)
+        chosen, contrast = self._one_answer(options), find_method(contrast)
         given = list(image) if isinstance(image, (list, tuple)) else [image] * len(questions)
         if len(given) != len(questions):
             raise ValueError(f"{len(questions)} question(s) but {len(given)} picture(s); give one per question, or one")
@@ -100,7 +112,7 @@ class Assistant:
             return Generation(torch.empty(0, 0, dtype=torch.long), [], [], [], chosen.seed)
         pictures = [as_list(images) for images in given]
         ids = [
-            self.tokenizer.encode(self.prompt(question, images=len(own), system=system))
+            self.tokenize(self.prompt(question, images=len(own), system=system))
             for question, own in zip(questions, pictures, strict=True)
         ]
         flat = [picture for own in pictures for picture in own]
@@ -118,8 +130,9 @@ class Assistant:
             second = others, torch.stack(changed) if changed else None
         patches = torch.stack(patches) if patches else None  # [n, P, C]
         return generate(
-            self.model, ids, patches, second=second, contrast=contrast, tokenizer=self.tokenizer, **vars(chosen)
-        )
+            self.model, ids, patches, second=second, contrast=contrast, process=process, tokenizer=self.tokenizer,
+            **vars(chosen),
+        )  # fmt: skip
 
     def _one_answer(self, options: dict) -> Options:
         chosen = self.options(**options)
@@ -154,6 +167,9 @@ class Assistant:
             raise ValueError(f"answers is the text {answers!r}, expected a list of texts")
         pictures = as_list(image)
         asked = place_images(question, len(pictures))
+        self.tokenize(self.prompt(question, len(pictures), system))  # what is too long is refused before it is read
+        for answer in answers:
+            self.check_text(answer)
         labelled = [encode_answers(self.tokenizer, self.template, [(asked, answer)], system) for answer in answers]
         if not labelled:
             return []
@@ -187,13 +203,33 @@ class Assistant:
         """The exact prompt: the question, its pictures placed, in the template. system: instead of the template's."""
         return render(self.template, [(place_images(question, images), None)], system)
 
-    def prepare(self, image: Images, prompt: str, contrast=None, seed: int | Sequence[int] = 0) -> Spliced:
+    def tokenize(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, -200 for each picture. Raises ValueError, before anything is computed, if it leaves
+        the model's context no room for an answer."""
+        self.check_text(prompt)
+        ids = self.tokenizer.encode(prompt)
+        check_room(self.model, [ids])
+        return ids
+
+    def check_text(self, text: str) -> None:
+        """Raises ValueError for a text that cannot fit the context, whatever its tokens are: to cut tens of megabytes
+        into tokens, only to count them, would take gigabytes."""
+        context, longest = self.model.config.text.context, self.tokenizer.longest_piece
+        if len(text) > longest * context:
+            raise ValueError(
+                f"the prompt has {len(text)} characters, at least {len(text) // longest} tokens; the model's context "
+                f"holds {context} with the answer; shorten the prompt"
+            )
+
+    def prepare(
+        self, image: Images, prompt: str, contrast: Contrast | None = None, seed: int | Sequence[int] = 0
+    ) -> Spliced:
         """Pictures and prompt as the vectors that the language model reads: a batch of one row, or two for `contrast`,
-        the second with what it sees (noise and the like by `seed`)."""
-        pictures = as_list(image)
+        the second with what it sees (noise and the like by `seed`). Raises ValueError as `tokenize`."""
+        rows, pictures = [self.tokenize(prompt)], as_list(image)
         if contrast is not None:
             pictures = [open_image(picture) for picture in pictures]
-        rows, pixels = [self.tokenizer.encode(prompt)], self.image_processor(pictures)  # [n, 3, R, R], R their side
+        pixels = self.image_processor(pictures)  # [n, 3, R, R], R their side
         if contrast is not None:
             others, changed = contrast.second(rows, pictures, self.image_processor, *_generators(seed, 1))
             rows, pixels = [*rows, *others], pixels if changed is None else torch.cat([pixels, changed])
@@ -202,7 +238,7 @@ class Assistant:
 
     def options(self, given: Options | None = None, /, **options) -> Options:
         """Options by name, in place of those given; the template's own stop texts are added."""
-        chosen = Options(**options) if given is None else replace(given, **options)
+        chosen = read_options(options, given)
         if set(self.template.stop) <= set(chosen.stop):
             return chosen
         return replace(chosen, stop=(*chosen.stop, *self.template.stop))
@@ -217,7 +253,7 @@ def _generators(seed: int | Sequence[int], rows: int) -> list[torch.Generator]:
 
 
 def load(
-    weights: str | Path,
+    weights: str | Path | None = None,
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -231,7 +267,8 @@ def load(
     template: str | None = None,
     image_aspect_ratio: str | None = None,
 ) -> Assistant:
-    """Open LLaVA weights in any of their layouts: a folder, or an id in the local hub cache (at `revision`).
+    """Open LLaVA weights in any of their layouts: a folder, or an id in the local hub cache (at `revision`); None as
+    `default_weights`.
 
     device: auto, cpu, cuda, mps. dtype: auto (the checkpoint's on a GPU; on a CPU bfloat16 where it is fast, else
     float32) or a name. attention: fused, eager. quantize: int8, int4: the language model's linear layers in
@@ -242,7 +279,7 @@ def load(
     Warns where a folder holds other weights than those that are read. Raises FileNotFoundError, OSError or ValueError
     in one line: file, finding, next step.
     """
-    folder = find_folder(weights, revision)
+    folder = find_folder(default_weights() if weights is None else weights, revision)
     vision_tower, model_base, adapter = (
         None if other is None else find_folder(other) for other in (vision_tower, model_base, adapter)
     )
@@ -286,6 +323,23 @@ def load(
     return Assistant(model, tokenizer, processor, template, checkpoint.unused)
 
 
+def default_weights() -> str:
+    """What is opened where no weights are named: those of $MINILLAVA_WEIGHTS, else the bundled demo model. Raises
+    ValueError where there is neither."""
+    named = os.environ.get(WEIGHTS_VARIABLE)
+    if named:
+        if not os.path.isdir(os.path.expanduser(named)) and not is_repo_id(named):
+            raise ValueError(f"{named}: no such folder; {WEIGHTS_VARIABLE} names it; correct that, or name weights")
+        return named
+    bundled = bundled_weights()
+    if bundled is None:
+        raise ValueError(f"no weights are named, and the bundled model was left out; {HOW_TO_GET_WEIGHTS}")
+    return str(bundled)
+
+
+HOW_TO_GET_WEIGHTS = f"get LLaVA-1.5 (14 GB) with: {DOWNLOAD}; then --weights or {WEIGHTS_VARIABLE} names its folder"
+
+
 def bundled_weights() -> Path | None:
     """The folder of the demo model that comes with minillava; None where somebody left it out."""
     package = Path(__file__).parent
@@ -302,7 +356,8 @@ def choose_device(name: str) -> str:
     if kind not in available or (index and not index.isdecimal()):
         raise ValueError(f"unknown device {name!r}, expected one of: {', '.join(DEVICES)}")
     if not available[kind]:
-        raise ValueError(f"device {name!r} is not available to this PyTorch ({torch.__version__}); use --device cpu")
+        found = f"device {name!r} is not available to this PyTorch ({torch.__version__})"
+        raise ValueError(f"{found}; use device cpu (a command: --device cpu)")
     return name
 
 

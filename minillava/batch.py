@@ -180,10 +180,8 @@ def plan(assistant: Assistant, questions: list[Question], system: str | None, lo
         if question.error is None:
             pictures = len(question.images)
             try:
-                ids = assistant.tokenizer.encode(assistant.prompt(question.text, images=pictures, system=system))
-                lengths[question.line] = length = len(ids) + pictures * (each - 1)
-                if length >= context:
-                    raise ValueError(f"the prompt takes {length} positions, the model's context holds {context}")
+                ids = assistant.tokenize(assistant.prompt(question.text, images=pictures, system=system))
+                lengths[question.line] = len(ids) + pictures * (each - 1)
             except ValueError as error:
                 question.error = _one_line(error)
     good, batches = [question for question in questions if question.error is None], []

@@ -12,8 +12,19 @@ from torch import Tensor
 
 from minillava.cache import KVCache
 from minillava.llava import Llava, Spliced
-from minillava.loop import Chooser, Row, check_wishes, decode, last_logits, prefill, room_for_answer
+from minillava.loop import (
+    NOTHING_LEFT,
+    Chooser,
+    Process,
+    Row,
+    check_wishes,
+    decode,
+    last_logits,
+    prefill,
+    room_for_answer,
+)
 from minillava.options import Options
+from minillava.sampling import REMOVED
 from minillava.tokenizer import Tokenizer
 
 OUT = -1e9
@@ -60,11 +71,13 @@ def search(
     *,
     tokenizer: Tokenizer | None = None,
     record: Sequence[str] = (),
+    process: Process | None = None,
 ) -> Found:
     """The num_return_sequences best answers to each prompt; with a temperature, transformers' beam sampling.
 
     The prompt is read once and its cache repeated for the beams. Stop texts do not steer the search: they are cut from
-    finished answers, whose ids and scores stay whole. Raises ValueError as `generate`.
+    finished answers, whose ids and scores stay whole. process: as for `generate`, given the log-probabilities of every
+    beam [B·n, V]. Raises ValueError as `generate`.
     """
     check_wishes(options, tokenizer, record)
     wanted = {name: name in record for name in ("hidden_states", "attentions")}
@@ -72,7 +85,7 @@ def search(
     budget = min(options.max_new_tokens, room_for_answer(model, spliced))
     end_ids = torch.tensor(model.config.eos_token_ids, dtype=torch.long, device=device)
     count = max(2, 1 + len(end_ids)) * n  # K: even if every beam ends in every way there is, n remain to go on
-    choose = Chooser(model, spliced.input_ids, options, keep=1 + len(end_ids))
+    choose = Chooser(model, spliced.input_ids, options, keep=1 + len(end_ids), process=process)
     cache = KVCache(model.config.text, prompts, length + budget - 1, dtype=spliced.embeds.dtype, device=device)
 
     output = prefill(model, spliced, cache, **wanted)
@@ -99,6 +112,8 @@ def search(
             recorded[name].append(now[name])
 
         total = (scores.view(prompts, n, -1) + running.score[:, :, None]).flatten(1)  # [B, n·V]
+        if (total.amax(1) == REMOVED).any():
+            raise ValueError(NOTHING_LEFT)
         best = total.topk(count).indices if options.temperature == 0 else choose.draw(total, count)  # [B, K]
         beam, token_ids = best // scores.shape[1], best % scores.shape[1]  # [B, K]
         candidates = running.take(beam)

@@ -105,6 +105,7 @@ class Conversation:
             raise ValueError(f"num_return_sequences is {chosen.num_return_sequences}, a conversation goes on from one")
         turn = Turn(place_images(question, len(self.waiting)), tuple(self.waiting), chosen)
         said = [(before.question, before.answer) for before in self.turns]
+        assistant.check_text(question)
         ids = assistant.tokenizer.encode(render(assistant.template, [*said, (turn.question, None)], self.system))
         pictures = [picture for each in (*self.turns, turn) for picture in each.pictures]
         following = iter(pictures)

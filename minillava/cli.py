@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from minillava import __version__
-from minillava.config import DOWNLOAD
 from minillava.contrast import METHODS, Contrast
 from minillava.disk import (
     check_writable,
@@ -33,8 +32,7 @@ from minillava.disk import (
     unify_line_ends,
     write_whole,
 )
-from minillava.hub import is_repo_id
-from minillava.options import ASPECTS, ATTENTION, DEVICES, DTYPES, KINDS, TRANSFORMS, Options
+from minillava.options import ASPECTS, ATTENTION, DEVICES, DTYPES, KINDS, TRANSFORMS, WEIGHTS_VARIABLE, Options
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, TEMPLATES, place_images
 
 if TYPE_CHECKING:  # flags are read before these, which import torch, are
@@ -42,7 +40,6 @@ if TYPE_CHECKING:  # flags are read before these, which import torch, are
 
     from minillava.assistant import Assistant
 
-WEIGHTS_VARIABLE = "MINILLAVA_WEIGHTS"
 MODEL_FILES = (".json", ".model", ".safetensors", ".bin", ".pth")
 """How the names of the files end that make a model."""
 
@@ -494,35 +491,28 @@ def check_outputs(parser: Parser, args: argparse.Namespace, paths: Sequence[str 
 
 def _inputs(args: argparse.Namespace) -> Iterator[str | Path]:
     """What a command reads: pictures, stdin, and the files of the model's folders."""
-    from minillava.assistant import bundled_weights, find_folder
+    from minillava.assistant import default_weights, find_folder
 
     for image in vars(args).get("image") or ():
         yield from ("/dev/stdin",) if image == "-" else (image, os.path.expanduser(image))
     if vars(args).get("prompt") == "-":
         yield "/dev/stdin"
     for name in ("weights", "vision_tower", "model_base", "adapter"):
-        given = vars(args).get(name) or (name == "weights" and (os.environ.get(WEIGHTS_VARIABLE) or bundled_weights()))
         with suppress(ValueError, OSError):  # what is wrong with it is told when it is opened
+            given = vars(args).get(name) or (default_weights() if name == "weights" else None)
             folder = find_folder(given, vars(args).get("revision")) if given else None
             yield from () if folder is None else (path for path in folder.glob("*") if path.suffix in MODEL_FILES)
 
 
 def find_weights(given: str | None, messages: Messages) -> str:
-    """--weights, else $MINILLAVA_WEIGHTS, else the bundled model, with a note that says so. Raises ValueError where
-    there is nothing."""
-    from minillava.assistant import bundled_weights
+    """--weights, else the default ones; where those are the bundled model, a note says so. Raises ValueError as
+    `default_weights`."""
+    from minillava.assistant import HOW_TO_GET_WEIGHTS, default_weights
 
-    weights = given or os.environ.get(WEIGHTS_VARIABLE)
-    if weights and not given and not os.path.isdir(weights) and not is_repo_id(weights):
-        raise ValueError(f"{weights}: no such folder; {WEIGHTS_VARIABLE} names it: correct that, or pass --weights DIR")
-    if weights:
-        return weights
-    get = f"get LLaVA-1.5 (14 GB) with: {DOWNLOAD}; then --weights or {WEIGHTS_VARIABLE} names its folder"
-    bundled = bundled_weights()
-    if bundled is None:
-        raise ValueError(f"no weights, and the bundled model was left out; {get}")
-    messages.note(f"this is the bundled demo model, which knows only coloured shapes; {get}")
-    return str(bundled)
+    weights = given or default_weights()
+    if not given and not os.environ.get(WEIGHTS_VARIABLE):
+        messages.note(f"this is the bundled demo model, which knows only coloured shapes; {HOW_TO_GET_WEIGHTS}")
+    return weights
 
 
 def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -> Assistant:

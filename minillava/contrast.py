@@ -143,6 +143,16 @@ class M3ID(Contrast):
 METHODS = {"vcd": VCD, "ritual": RITUAL, "m3id": M3ID}
 
 
+def find_method(contrast: Contrast | str | None) -> Contrast | None:
+    """A method, or one by its name with its defaults. Raises ValueError for what is neither."""
+    if contrast is None or hasattr(contrast, "second"):
+        return contrast
+    if not isinstance(contrast, str) or contrast not in METHODS:
+        names = ", ".join(METHODS)
+        raise ValueError(f"contrast is {contrast!r}, expected one of: {names}, or a contrast.Contrast such as VCD()")
+    return METHODS[contrast]()
+
+
 def describe(contrast: Contrast, step: Step, number: int, tokenizer: Tokenizer, best: int = 5) -> dict:
     """What a contrasted step of one row did, for a log: the token that was chosen, the `best` tokens of the first row,
     of the second and of their combination (before penalties, temperature and filters), with probabilities; and how

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from minillava import beam
 from minillava.llava import Llava, Spliced
-from minillava.loop import steps
-from minillava.options import Options
+from minillava.loop import Process, check_room, steps
+from minillava.options import Options, read_options
 from minillava.tokenizer import Tokenizer
 
 
@@ -45,6 +45,7 @@ def generate(
     *,
     second: tuple[Tensor | Sequence[Sequence[int]], Tensor | None] | None = None,
     contrast: Callable[[Tensor, Tensor, int], Tensor] | None = None,
+    process: Process | None = None,
     record: Sequence[str] = (),
     tokenizer: Tokenizer | None = None,
     **options,
@@ -55,10 +56,15 @@ def generate(
     second, contrast: (input_ids, images) that see something else, and what makes one row of logits of two (`steps`;
     contrast.py has both). record: any of "scores", "logits", "hidden_states", "attentions" (shapes as Hugging Face's
     generate). options: the fields of `Options` by name; any other name is a TypeError.
+    process: f(scores [B,V], history [B,S]) -> scores [B,V], for sampling of your own: after contrast and penalties,
+    before temperature and filters. history: the ids of prompt and answer, a picture as its id in each of its positions,
+    padding on the left as -1.
     num_beams above 1 is beam search (beam.py), without contrast; stop texts are then cut from the finished answers.
     Raises ValueError for options out of range or a prompt that does not fit the model's context.
     """
-    chosen = Options(**options)
+    chosen = read_options(options)
+    if isinstance(contrast, str):
+        raise ValueError(f"contrast is {contrast!r}, expected a method with the rows of `second`; ask() takes names")
     if (second is None) != (contrast is None):
         raise ValueError("second and contrast belong together: what else is seen, and how the two are combined")
     record = (record,) if isinstance(record, str) else record
@@ -71,13 +77,14 @@ def generate(
             shapes = " and ".join(str(list(some.shape)) for some in both)
             raise ValueError(f"images and those of the second rows are {shapes}; encode both or neither")
         images = torch.cat([some.to(both[0].device) for some in both]) if both else None
+    check_room(model, input_ids)
     with torch.no_grad():
         spliced = model.splice(input_ids, images)
     if chosen.num_beams > 1 and contrast is None:
-        return _beam_search(model, spliced, chosen, tokenizer, record)
+        return _beam_search(model, spliced, chosen, tokenizer, record, process)
     spliced = spliced.repeat_rows(chosen.num_return_sequences)
     token_ids, text, kept = [], None, {name: [] for name in record}
-    for step in steps(model, spliced, chosen, tokenizer=tokenizer, record=record, contrast=contrast):
+    for step in steps(model, spliced, chosen, tokenizer=tokenizer, record=record, contrast=contrast, process=process):
         token_ids.append(step.token_ids)
         text = [before + new for before, new in zip(text or [""] * len(step.text), step.text, strict=True)]
         for name in record:
@@ -93,9 +100,14 @@ def generate(
 
 
 def _beam_search(
-    model: Llava, spliced: Spliced, chosen: Options, tokenizer: Tokenizer | None, record: Sequence[str]
+    model: Llava,
+    spliced: Spliced,
+    chosen: Options,
+    tokenizer: Tokenizer | None,
+    record: Sequence[str],
+    process: Process | None,
 ) -> Generation:
-    found = beam.search(model, spliced, chosen, tokenizer=tokenizer, record=record)
+    found = beam.search(model, spliced, chosen, tokenizer=tokenizer, record=record, process=process)
     return Generation(
         sequences=found.sequences,
         text=None if tokenizer is None else found.text,

@@ -105,11 +105,11 @@ class Llava(nn.Module):
         are padded on the left, so that every row ends where its answer begins.
         """
         device = self.language_model.embed_tokens.weight.device
-        rows = _rows("input_ids", input_ids, device)
-        masks = _rows(
+        rows = as_rows("input_ids", input_ids, device)
+        masks = as_rows(
             "attention_mask", [[1] * len(r) for r in rows] if attention_mask is None else attention_mask, device
         )
-        targets = _rows("labels", [[IGNORE_INDEX] * len(r) for r in rows] if labels is None else labels, device)
+        targets = as_rows("labels", [[IGNORE_INDEX] * len(r) for r in rows] if labels is None else labels, device)
         self._check(rows, masks, targets, images)
         if images is not None and images.dim() == 4:
             images = self.encode_images(images.to(device))
@@ -187,8 +187,8 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=IGNORE_INDEX)
 
 
-def _rows(name: str, ids: Tensor | Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
-    """A batch as a list of 1-D tensors; one flat row is taken as a batch of one."""
+def as_rows(name: str, ids: Tensor | Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    """A batch as a list of 1-D tensors; one flat row is taken as a batch of one. Raises ValueError for other shapes."""
     rows = [torch.as_tensor(r, dtype=torch.long, device=device) for r in ids]
     if rows and all(r.dim() == 0 for r in rows):
         rows = [torch.stack(rows)]

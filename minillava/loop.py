@@ -17,6 +17,7 @@ B batch, T prompt positions after the splice, S with those cached before, C widt
 V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,9 +31,12 @@ from minillava.cache import KVCache
 from minillava.capture import CapturedDecode, spare_cache
 from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.llama import LanguageOutput
-from minillava.llava import Llava, Spliced
+from minillava.llava import Llava, Spliced, as_rows
 from minillava.options import Options
 from minillava.tokenizer import TextDecoder, Tokenizer
+
+Process = Callable[[Tensor, Tensor], Tensor]
+"""Somebody's own sampling: scores [B, V] and history [B, S] -> scores [B, V]."""
 
 RECORDABLE = ("scores", "logits", "hidden_states", "attentions")
 
@@ -63,12 +67,14 @@ def steps(
     tokenizer: Tokenizer | None = None,
     record: Sequence[str] = (),
     contrast: Callable[[Tensor, Tensor, int], Tensor] | None = None,
+    process: Process | None = None,
     cache: KVCache | None = None,
 ) -> Iterator[Step]:
     """The loop, one Step per token: the first costs the whole prompt, each further one a single position.
 
     contrast: makes one [B, V] of the logits of two rows and the number of the step, where `spliced` holds 2 B rows: B
     that answer and B that read along and see something else. They are one batch, so weights are read once for both.
+    process: changes scores before temperature and filters (see Chooser).
     cache: what was read before this prompt, which goes on from there; it needs room for prompt and answer.
     Everything it needs to go on lives in its local variables, so any number of loops can share one model.
     Stops when every row has finished: on a CPU without another forward pass, on a GPU with one begun and forgotten.
@@ -91,11 +97,12 @@ def steps(
         if captured:
             with spare_cache(model, rows_read, capacity, spliced.embeds) as cache:
                 yield from steps(
-                    model, spliced, options, tokenizer=tokenizer, record=record, contrast=contrast, cache=cache
-                )
+                    model, spliced, options, tokenizer=tokenizer, record=record, contrast=contrast, process=process,
+                    cache=cache,
+                )  # fmt: skip
             return
         cache = KVCache(model.config.text, rows_read, capacity, dtype=spliced.embeds.dtype, device=device)
-    choose = Chooser(model, spliced.input_ids[:batch], options)
+    choose = Chooser(model, spliced.input_ids[:batch], options, process=process)
     rows = [Row(model.config.eos_token_ids, tokenizer, options.stop) for _ in range(batch)]
     done, known = torch.zeros(batch, dtype=torch.bool, device=device), [None] * batch  # [B]
 
@@ -119,10 +126,7 @@ def steps(
         if not finite:
             raise ValueError(NOT_FINITE)
         if stuck:
-            raise ValueError(
-                "no token is left to choose: contrast's cut, no_repeat_ngram_size, min_new_tokens and the filters "
-                "together remove all; loosen one of them"
-            )
+            raise ValueError(NOTHING_LEFT)
         text = [row.feed(token, last=made == budget) for row, token in zip(rows, ids, strict=True)]
         reasons = [row.finish_reason for row in rows]
         states, attentions = (
@@ -191,7 +195,26 @@ def decode(model: Llava, token_ids: Tensor, cache: KVCache, *, hidden_states: bo
     return model.language_model(token_ids[:, None], None, cache, hidden_states=hidden_states, attentions=attentions)
 
 
-NOT_FINITE = "the logits are not finite: damaged weights or a dtype too narrow; try --dtype float32"
+NOTHING_LEFT = (
+    "no token is left to choose: contrast's cut, no_repeat_ngram_size, min_new_tokens, process and the filters "
+    "together remove all; loosen one of them"
+)
+NOT_FINITE = (
+    "the logits are not finite: damaged weights or a dtype too narrow; try float32 (a command: --dtype float32)"
+)
+
+
+def check_scores(found: Tensor, given: Tensor) -> Tensor:
+    """What `process` made of the given scores [B, V]. Raises ValueError for what cannot be chosen from."""
+    expected = f"{list(given.shape)} {str(given.dtype).removeprefix('torch.')} on {given.device}"
+    if not isinstance(found, Tensor):
+        raise ValueError(f"process returned {type(found).__name__}, expected a tensor {expected}")
+    if (found.shape, found.dtype, found.device) != (given.shape, given.dtype, given.device):
+        shape, dtype = list(found.shape), str(found.dtype).removeprefix("torch.")
+        raise ValueError(f"process returned a tensor {shape} {dtype} on {found.device}, expected {expected}")
+    if not (found < math.inf).all():  # nor is NaN
+        raise ValueError("process returned NaN or +inf, expected finite scores, and -inf for a token to remove")
+    return found
 
 
 def wide_logits(output: LanguageOutput) -> Tensor:
@@ -212,9 +235,22 @@ def last_logits(output: LanguageOutput) -> Tensor:
 def room_for_answer(model: Llava, spliced: Spliced, before: int = 0) -> int:
     """How many tokens the context has left after `before` positions read earlier and the prompt. Raises ValueError
     with the numbers when they fill it."""
-    context, length = model.config.text.context, before + spliced.embeds.shape[1]
+    length = before + spliced.embeds.shape[1]
+    return _room(model, length, max(map(len, spliced.image_spans)))
+
+
+def check_room(model: Llava, input_ids: Tensor | Sequence[Sequence[int]]) -> None:
+    """Raises ValueError as `room_for_answer`, but before a word is looked up or a picture encoded: for a prompt of
+    megabytes that takes gigabytes. input_ids: rows, with -200 for each picture."""
+    for ids in as_rows("input_ids", input_ids, "cpu"):
+        pictures = int((ids == IMAGE_TOKEN_INDEX).sum())
+        _room(model, len(ids) + pictures * (model.config.tokens_per_image - 1), pictures)
+
+
+def _room(model: Llava, length: int, pictures: int) -> int:
+    """What the context has left after `length` positions."""
+    context, each = model.config.text.context, model.config.tokens_per_image
     if length >= context:
-        pictures, each = max(len(spans) for spans in spliced.image_spans), model.config.tokens_per_image
         raise ValueError(
             f"the prompt takes {length} positions ({pictures} picture(s) of {each} each), the model's context holds "
             f"{context} with the answer; shorten the prompt or give fewer pictures"
@@ -228,9 +264,17 @@ class Chooser:
     history: [B, S] the ids of prompt and answer, a picture as one image id per patch, -1 where a row is padding.
     """
 
-    def __init__(self, model: Llava, input_ids: Sequence[Tensor], options: Options, keep: int = 1):
-        """input_ids: per row, the prompt with its -200. keep: how many tokens the filters leave at least."""
-        self.options, self.keep = options, keep
+    def __init__(
+        self,
+        model: Llava,
+        input_ids: Sequence[Tensor],
+        options: Options,
+        keep: int = 1,
+        process: Process | None = None,
+    ):
+        """input_ids: per row, the prompt with its -200. keep: how many tokens the filters leave at least. process: is
+        given the scores after the penalties and returns others, -inf for a token that must not be chosen."""
+        self.options, self.keep, self.custom = options, keep, process
         device = input_ids[0].device
         seeds = options.seed if isinstance(options.seed, tuple) else (options.seed,)
         if not seeds or len(input_ids) % len(seeds):
@@ -265,6 +309,8 @@ class Chooser:
             scores = sampling.no_repeat_ngram(scores, self.history, o.no_repeat_ngram_size)
         if self.history.shape[1] - self.prompt_length < o.min_new_tokens:
             scores = scores.index_fill(1, self.end_ids, sampling.REMOVED)
+        if self.custom is not None:
+            scores = check_scores(self.custom(scores.clone(), self.history.clone()), scores)
         if o.temperature == 0:
             return scores
         if o.temperature != 1:

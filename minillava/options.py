@@ -2,9 +2,11 @@
 
 import math
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
+WEIGHTS_VARIABLE = "MINILLAVA_WEIGHTS"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 KINDS = ("int8", "int4")  # of quantised weights
@@ -96,3 +98,34 @@ class Options:
         if self.seed is None:
             # Greedy decoding draws nothing, but contrast may: the same question gets the same answer.
             object.__setattr__(self, "seed", 0 if self.temperature == 0 else secrets.randbelow(2**32))
+
+
+OTHER_NAMES = {
+    "do_sample": "set temperature above 0 to sample (1.0 changes nothing)",
+    "max_length": "max_new_tokens counts the answer's tokens alone",
+    "record": "minillava.generate.generate records",
+    "return_dict_in_generate": "minillava.generate.generate has record=",
+    "output_scores": "minillava.generate.generate has record=",
+    "output_attentions": "minillava.generate.generate has record=",
+    "output_hidden_states": "minillava.generate.generate has record=",
+    "logits_processor": "process=f changes scores",
+    "stop_strings": "stop takes texts",
+    "second": "ask and stream make the second row themselves; minillava.generate.generate takes it",
+    "n": "num_return_sequences is how many answers generate() returns",
+    "images": "pictures come before the question",
+}
+"""What people who know other libraries ask for, and what does it here."""
+
+
+def read_options(given: Mapping[str, object], others: Options | None = None) -> Options:
+    """Options by name, the rest as in `others`. Raises TypeError for a name that is none, with the nearest one, and
+    ValueError as Options."""
+    known = list(Options.__dataclass_fields__)
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, 1, 0.5)
+            hint = OTHER_NAMES.get(name) or (
+                f"did you mean {near[0]}?" if near else f"expected some of: {', '.join(known)}"
+            )
+            raise TypeError(f"there is no option {name!r}: {hint}")
+    return Options(**given) if others is None else replace(others, **given)

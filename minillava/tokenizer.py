@@ -9,6 +9,7 @@ import codecs
 import os
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -62,6 +63,12 @@ class Tokenizer:
         # What stands for a picture: -200, in early models between two tokens of its own.
         self._around = [self.added[name] for name in (IM_START, IM_END) if name in self.added]
         self._marker = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
+
+    @cached_property
+    def longest_piece(self) -> int:
+        """The most characters that one token stands for."""
+        pieces = map(self.sentencepiece.id_to_piece, range(self.vocab_size))
+        return max(len(text) for text in (*pieces, *self._special))
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids, the begin token first and -200 for each `<image>`.

@@ -74,7 +74,7 @@ def trace(
     asked = place_images(question, len(images))
     said = {"system": assistant.template.system if system is None else system, "user": asked, "assistant": None}
     prompt = assistant.prompt(question, images=len(images), system=system)
-    ids = tokenizer.encode(prompt)
+    ids = assistant.tokenize(prompt)
     say("question", "question", place_images, question)
     ends = {"end_tokens": config.eos_token_ids, "stop": options.stop}
     say("question", "conversation", render, {"template": template, **said, **ends})

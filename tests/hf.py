@@ -512,8 +512,11 @@ def forward(model, rows, pixels=None, labels=None) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def generate(model, rows, pixels=None, *, seed=None, max_new_tokens=16, record=True, eos=(2,), **settings):
+def generate(
+    model, rows, pixels=None, *, seed=None, max_new_tokens=16, record=True, eos=(2,), process=None, **settings
+):
     """transformers' generate() with our names of the settings: what is not set is off (its own top-k default is 50).
+    process: f(scores, ids so far), as a LogitsProcessor.
 
     Returns its output with one more field, `new`: the new ids [B, n].
     """
@@ -549,7 +552,8 @@ def generate(model, rows, pixels=None, *, seed=None, max_new_tokens=16, record=T
     )
     if seed is not None:
         torch.manual_seed(seed)
-    out = model.generate(**given, pixel_values=pixels, generation_config=options)
+    own = [] if process is None else [lambda input_ids, scores: process(scores, input_ids)]
+    out = model.generate(**given, pixel_values=pixels, generation_config=options, logits_processor=own)
     out.new = out.sequences[:, given["input_ids"].shape[1] :]
     return out
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 import minillava
 from minillava.assistant import LARGE, choose_device, choose_dtype
+from minillava.chat import Conversation
 from minillava.contrast import M3ID, VCD
 from minillava.generate import generate
 from minillava.prompt import DEFAULT_PROMPT, TEMPLATES
@@ -323,3 +324,85 @@ def test_one_seed_shows_every_row_something_else(toy, picture, monkeypatch):
 def test_score_refuses(toy, picture):
     with pytest.raises(ValueError, match="list of texts"):
         toy.score(picture, "Hm?", "Yes.")
+
+
+# --- weights that nobody names --------------------------------------------------------------------------------
+
+
+def test_without_weights_load_takes_what_the_commands_take(reference, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("MINILLAVA_WEIGHTS", str(reference / "plain"))
+    assert minillava.load(device="cpu").model.config == minillava.load(reference / "plain", device="cpu").model.config
+    monkeypatch.setenv("MINILLAVA_WEIGHTS", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"nowhere: no such folder; MINILLAVA_WEIGHTS names it"):
+        minillava.load()
+    monkeypatch.delenv("MINILLAVA_WEIGHTS")
+    monkeypatch.setattr("minillava.assistant.bundled_weights", lambda: reference / "tied")
+    assert minillava.load(device="cpu").model.config.text.tie_word_embeddings
+    monkeypatch.setattr("minillava.assistant.bundled_weights", lambda: None)
+    with pytest.raises(ValueError, match="no weights are named, and the bundled model was left out; get LLaVA"):
+        minillava.load()
+    assert capsys.readouterr() == ("", "")  # a library prints nothing
+
+
+# --- lengths and options --------------------------------------------------------------------------------------
+
+
+def test_what_cannot_fit_is_refused_before_pictures_are_opened(toy, picture, monkeypatch):
+    """Twenty pictures, or megabytes of text, were opened, encoded and looked up first."""
+
+    def computed(*args):
+        raise AssertionError("this was computed")
+
+    monkeypatch.setattr(type(toy.model), "splice", computed)
+    monkeypatch.setattr("minillava.image.ImageProcessor.square", computed)
+    context = toy.model.config.text.context
+    many, text = [picture] * (context // toy.model.config.tokens_per_image + 1), "a b " * context
+    for ask in (
+        lambda: toy.ask(many, "Why?"),
+        lambda: toy.ask([many, picture], ["Why?", "How?"]),
+        lambda: toy.ask(picture, text, contrast="vcd"),
+        lambda: toy.ask(picture, ["Why?", text]),
+        lambda: toy.score(many, "Why?", ["Yes."]),
+        lambda: toy.score(None, text, ["Yes."]),
+    ):
+        with pytest.raises(ValueError, match=r"the prompt takes \d+ positions"):
+            ask()
+
+
+def test_megabytes_of_text_are_not_cut_into_tokens(toy, monkeypatch):
+    """To count the tokens of 50 MB takes gigabytes; that there are too many follows from the longest token."""
+    context, longest = toy.model.config.text.context, toy.tokenizer.longest_piece
+    (first,) = toy.tokenizer.encode("a")[1:]  # before which a decoder drops a space
+    assert longest >= max(len(toy.tokenizer.decode([first, i])) - 1 for i in range(toy.tokenizer.vocab_size))
+    monkeypatch.setattr(toy.tokenizer, "encode", None)
+    text = "a" * (context * longest + 1)
+    for ask in (
+        lambda: toy.ask(None, text),
+        lambda: toy.ask(None, [text, "Why?"]),
+        lambda: toy.score(None, text, ["Yes."]),
+        lambda: Conversation(toy).ask(text),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"the prompt has \d+ characters, at least \d+ tokens; .* holds {context}"
+        ):
+            ask()
+
+
+def test_contrast_by_name_and_process(toy, picture):
+    options = {"max_new_tokens": 4}
+    assert toy.ask(picture, "Why?", contrast="vcd", **options) == toy.ask(picture, "Why?", contrast=VCD(), **options)
+    for wrong in ("vdc", 3):
+        with pytest.raises(
+            ValueError, match=r"contrast is .*, expected one of: vcd, ritual, m3id, or a contrast.Contrast"
+        ):
+            toy.ask(picture, "Why?", contrast=wrong)
+    (word,) = toy.tokenizer.encode("a")[1:]
+
+    def always(scores, history):
+        return torch.full_like(scores, -float("inf")).index_fill(1, torch.tensor([word]), 0)
+
+    expected = toy.tokenizer.decode([word] * 4)
+    for more in ({}, {"contrast": "m3id"}, {"num_beams": 2}, {"temperature": 1.0, "top_p": 0.5}):
+        assert toy.ask(picture, "Why?", process=always, **options, **more) == expected
+        assert toy.ask(picture, ["Why?", "How is it?"], process=always, **options, **more) == [expected] * 2
+    assert list(toy.stream(picture, "Why?", process=always, max_new_tokens=1)) == [toy.tokenizer.decode([word])]

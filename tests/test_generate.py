@@ -1,5 +1,6 @@
 """The loop: when it stops, what it returns, what it refuses. Which tokens it chooses is in the parity tests."""
 
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -327,3 +328,102 @@ def test_no_token_left_is_an_error(toy, pixels):
             toy.model, [IDS], pixels[:1], second=([IDS], pixels[:1]), contrast=only,
             no_repeat_ngram_size=1, max_new_tokens=2,
         )  # fmt: skip
+
+
+# --- sampling of one's own ------------------------------------------------------------------------------------
+
+
+def only(*allowed):
+    """A process that leaves these tokens."""
+    return lambda scores, history: torch.full_like(scores, -float("inf")).index_copy(
+        1, torch.tensor(allowed), scores[:, list(allowed)]
+    )
+
+
+def test_process_sees_scores_after_penalties_and_before_temperature(toy, pixels):
+    seen = []
+
+    def watch(scores, history):
+        seen.append((scores.clone(), history.clone()))
+        scores.zero_(), history.zero_()  # it may work in place: nobody else reads its copies
+        return seen[-1][0]
+
+    options = {"max_new_tokens": 3, "temperature": 0.5, "repetition_penalty": 1.5, "seed": 1, "record": "scores"}
+    plain = generate(toy.model, [IDS, IDS[:1]], pixels[:1], **options)
+    watched = generate(toy.model, [IDS, IDS[:1]], pixels[:1], process=watch, **options)
+    assert watched.sequences.tolist() == plain.sequences.tolist()
+    assert all(torch.equal(scores / 0.5, after) for (scores, _), after in zip(seen, plain.scores, strict=True))
+    image, patches = toy.model.config.image_token_id, toy.model.config.tokens_per_image
+    assert seen[2][1].tolist() == [
+        [1, 30, *[image] * patches, 41, 42, *plain.sequences[0, :2].tolist()],
+        [*[-1] * (patches + 3), 1, *plain.sequences[1, :2].tolist()],
+    ]
+
+
+def test_process_decides_with_filters_beams_and_contrast(toy, pixels):
+    for options in (
+        {},
+        {"temperature": 1.0, "top_k": 1, "seed": 3},
+        {"num_beams": 3},
+        {"second": ([IDS], pixels[1:]), "contrast": lambda logits, other, step: 2 * logits - other},
+    ):
+        found = generate(toy.model, [IDS], pixels[:1], max_new_tokens=4, process=only(50, 60), **options)
+        assert set(found.sequences.flatten().tolist()) <= {50, 60}
+
+
+@pytest.mark.parametrize(
+    ("process", "message"),
+    [
+        (lambda scores, history: None, r"process returned NoneType, expected a tensor \[1, \d+\] float32"),
+        (lambda scores, history: scores[0], r"process returned a tensor \[\d+\] float32 on cpu, expected \[1, \d+\]"),
+        (lambda scores, history: scores.double(), "float64 on cpu, expected .* float32 on cpu"),
+        (lambda scores, history: scores.abs() / 0, r"process returned NaN or \+inf"),
+        (lambda scores, history: scores * float("nan"), r"process returned NaN or \+inf"),
+        (lambda scores, history: scores - float("inf"), "no token is left to choose: .*process"),
+    ],
+)
+def test_what_process_may_not_return(toy, pixels, process, message):
+    for options in ({}, {"num_beams": 2}):
+        with pytest.raises(ValueError, match=message.replace("[1,", "[[12],") if options else message) as caught:
+            generate(toy.model, [IDS], pixels[:1], max_new_tokens=2, process=process, **options)
+        assert "\n" not in str(caught.value)
+
+
+# --- lengths and options are known before anything is computed ------------------------------------------------
+
+
+def test_a_prompt_too_long_is_refused_before_anything_is_computed(toy, pixels, monkeypatch):
+    """It took gigabytes to look up megabytes of ids, and seconds to encode pictures, before the refusal."""
+
+    def computed(*args):
+        raise AssertionError("this was computed")
+
+    monkeypatch.setattr(type(toy.model), "encode_images", computed)
+    monkeypatch.setattr(type(toy.model.language_model.embed_tokens), "forward", computed)
+    context, each = toy.model.config.text.context, toy.model.config.tokens_per_image
+    pictures = context // each + 1
+    with pytest.raises(
+        ValueError, match=rf"{1 + pictures * each} positions \({pictures} picture\(s\) of {each} each\)"
+    ):
+        generate(toy.model, [[1], [1, *[-200] * pictures]], torch.zeros(pictures, 3, 56, 56))
+    for ids in ([[1] * context], torch.ones(1, context, dtype=torch.long), [1] * context):
+        with pytest.raises(
+            ValueError, match=f"the prompt takes {context} positions .* holds {context} with the answer"
+        ):
+            generate(toy.model, ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("max_tokens", "'max_tokens': did you mean max_new_tokens?"),
+        ("temprature", "did you mean temperature?"),
+        ("topk", "did you mean top_k?"),
+        ("do_sample", "set temperature above 0 to sample"),
+        ("max_length", "max_new_tokens counts the answer's tokens alone"),
+        ("xyz", "expected some of: max_new_tokens, min_new_tokens, temperature"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(toy, name, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        generate(toy.model, [[1]], **{name: 1})

@@ -33,8 +33,8 @@ ORDER = [
     ["checkpoint", "sampling", "capture"],
     ["loop"],
     ["beam"],
-    ["generate"],
-    ["assistant", "contrast", "transforms"],
+    ["generate", "contrast", "transforms"],
+    ["assistant"],
     ["cli"],
 ]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}

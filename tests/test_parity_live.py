@@ -308,6 +308,37 @@ def test_several_samples_are_the_same(drawn, prompt):
     assert len({tuple(row) for row in ours.sequences.tolist()}) > len(rows)
 
 
+def own_sampling(scores, history):
+    """What is neither linear nor blind to what was said: its place among penalties, temperature and filters shows."""
+    best = scores.amax(-1, keepdim=True)
+    scores = scores.masked_fill(scores < best - 1.5 * scores.std(-1, keepdim=True), -float("inf"))
+    return scores.scatter_add(1, history[:, -1:] + 1, torch.full_like(scores[:, :1], 0.5))
+
+
+@pytest.mark.parametrize("prompt", ["one", "batch"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"repetition_penalty": 1.3},
+        {"temperature": 0.7, "top_k": 5, "repetition_penalty": 0.8},
+        {"temperature": 1.3, "top_p": 0.8, "num_return_sequences": 2},
+        {"num_beams": 3, "repetition_penalty": 1.2},
+        {"num_beams": 2, "temperature": 1.4},
+    ],
+    ids=lambda settings: " ".join(settings) or "greedy",
+)
+def test_sampling_of_ones_own_stands_where_a_logits_processor_does(drawn, both, settings, prompt):
+    choose = random.Random(f"{SEED} {settings} {prompt}")
+    kind, seed = choose.choice(KINDS), choose.randrange(2**32)
+    rows, pixels = drawn(kind).prompts[prompt]
+    model, mine = both(kind)
+    options = {**settings, "seed": seed, "max_new_tokens": 10}
+    theirs = hf.generate(model, rows, pixels, process=own_sampling, **options)
+    ours = generate(mine, rows, pixels, process=own_sampling, **options)
+    assert ours.sequences.tolist() == theirs.new.tolist()
+
+
 BEAMS = [
     {"num_beams": beams, "num_return_sequences": returned, "early_stopping": early, "length_penalty": penalty}
     for (beams, returned), early, penalty in product([(2, 1), (4, 3)], [False, True, "never"], [-1.5, 0.0, 1.0, 2.5])
