@@ -21,8 +21,7 @@ def _logprobs(token_id: int, logits: Tensor, count: int, tokenizer: Tokenizer) -
     log_p = logits.log_softmax(-1)
 
     def described(i: int) -> dict:
-        piece = tokenizer.sentencepiece.id_to_piece(i) if i < tokenizer.vocab_size else f"<{i}>"
-        return {"id": i, "piece": piece, "logprob": round(float(log_p[i]), 6)}
+        return {"id": i, "piece": tokenizer.piece(i), "logprob": round(float(log_p[i]), 6)}
 
     return described(token_id) | {"top": [described(i) for i in log_p.topk(min(count, len(log_p))).indices.tolist()]}
 

@@ -28,7 +28,7 @@ from minillava.llava import Llava, Spliced
 from minillava.loop import Process, check_room, room_for_answer, steps
 from minillava.options import DEVICES, DTYPES, KINDS, WEIGHTS_VARIABLE, Options, read_options
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, Prompt, Template, find_template, place_images, render
-from minillava.tokenizer import Tokenizer, common_prefix, encode_answers
+from minillava.tokenizer import Tokenizer, common_prefix, encode_answers, open_tokenizer
 
 # Parameters from which `auto` is bfloat16 also on a CPU that emulates it: it decodes as fast there as float32, takes
 # half the memory, and needs no copy that is made first.
@@ -300,17 +300,12 @@ def load(
             "finished training saved"
         )
     config = read_config(home("config.json"), vision_tower)
-    tokenizer = Tokenizer(home("tokenizer.model") / "tokenizer.model", added=config.added_tokens)
-    if tokenizer.vocab_size > config.text.vocab_size:
-        raise ValueError(
-            f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, config.json a vocabulary of "
-            f"{config.text.vocab_size}; copy the tokenizer.model that belongs to these weights"
-        )
     checkpoint, config = open_checkpoint(folder, config, vision_tower, model_base, adapter)
+    tokenizer = open_tokenizer([f for f in (adapter, folder, model_base) if f is not None], config)
     processor = read_image_processor(vision_tower or home("preprocessor_config.json"), config, image_aspect_ratio)
     device = choose_device(str(device))
     dtype = choose_dtype(str(dtype).removeprefix("torch."), device, checkpoint.dtype(), checkpoint.parameters())
-    tokens = max(tokenizer.added.values(), default=-1) + 1
+    tokens = max((tokenizer.added[token] + 1 for token in config.added_tokens), default=0)
     model = build_model(
         config, checkpoint, ATTENTION[attention], dtype=dtype, device=device, quantize=quantize, tokens=tokens
     )

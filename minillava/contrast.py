@@ -157,14 +157,13 @@ def describe(contrast: Contrast, step: Step, number: int, tokenizer: Tokenizer, 
     """What a contrasted step of one row did, for a log: the token that was chosen, the `best` tokens of the first row,
     of the second and of their combination (before penalties, temperature and filters), with probabilities; and how
     many tokens were cut."""
-    piece = tokenizer.sentencepiece.id_to_piece
     streams = {"first": step.logits, "second": step.other_logits}
     streams["combined"] = contrast(step.logits, step.other_logits, number)
     top = {}
     for name, logits in streams.items():
         found = logits[0].softmax(-1).topk(best)
-        top[name] = [[piece(int(i)) if i < tokenizer.vocab_size else f"<{int(i)}>", float(f"{float(p):.6g}")]
-                     for p, i in zip(found.values, found.indices, strict=True) if p > 0]  # fmt: skip
+        likely = zip(found.values.tolist(), found.indices.tolist(), strict=True)
+        top[name] = [[tokenizer.piece(i), float(f"{p:.6g}")] for p, i in likely if p > 0]
     chosen = step.ids[0]
     return {"step": number, "id": chosen, "text": step.text[0], **top, "cut": int(contrast.cut(step.logits)[0].sum())}
 

@@ -39,7 +39,8 @@ from minillava.files import DTYPES, Stored, open_file, weight_files
 from minillava.image import open_image
 from minillava.llava import Llava
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, find_template, place_images, render
-from minillava.tokenizer import Tokenizer, read_added_tokens
+from minillava.tokenizer import open_tokenizer
+from minillava.tokenizer_files import find_tokenizer
 
 FILES = {  # beside the weights -> what a missing one means
     "config.json": "needed",
@@ -113,6 +114,10 @@ def inspect_folder(
 
     report = Report(str(folder), dialect_of(folder, base))
     report.files = {name: (home(name) / name).exists() for name in FILES}
+    homes = [f for f in (lora, folder, base) if f is not None]
+    model, beside = find_tokenizer(homes)
+    for path in (model, beside / "tokenizer_config.json"):
+        report.files[path.name] = path.exists()
     pictures = tower or home("preprocessor_config.json")  # transformers 5 writes processor_config.json instead
     report.files["preprocessor_config.json"] |= any(pictures.glob("p*rocessor_config.json"))
     config = report.attempt(read_config, home("config.json"), tower)
@@ -132,7 +137,7 @@ def inspect_folder(
         report.adapted, report.unneeded = len(checkpoint.deltas), checkpoint.unused
         report.notes = checkpoint.notes
         _say_what_to_get(report, checkpoint, None if config is None else config.vision_tower_name)
-    _describe_tokenizer(report, home("tokenizer.model") / "tokenizer.model", config)
+    _describe_tokenizer(report, homes, config)
     style = find_template(template or DEFAULT_TEMPLATE)
     prompt = render(style, [(place_images(DEFAULT_PROMPT, 1), None)], system)
     report.template = {"name": template or DEFAULT_TEMPLATE, "default": template is None, "prompt": str(prompt)}
@@ -280,20 +285,14 @@ def _say_what_to_get(report: Report, checkpoint: Checkpoint, tower: str | None) 
         report.problems.append(f"missing: {part}; get it with: {get}")
 
 
-def _describe_tokenizer(report: Report, path: Path, config: LlavaConfig | None) -> None:
-    added = () if config is None else config.added_tokens
-    tokenizer = report.attempt(lambda: Tokenizer(path, added=added))
-    if tokenizer is None:
-        return
-    pieces = tokenizer.vocab_size
-    added = (report.attempt(read_added_tokens, path) or {}) | tokenizer.added
-    beyond = sorted((i, token) for token, i in added.items() if i >= pieces)
-    report.tokenizer = {"pieces": pieces, "legacy": tokenizer.legacy, "added": {token: i for i, token in beyond}}
-    if config is not None and pieces > config.text.vocab_size:
-        report.problems.append(
-            f"{path}: has {pieces} pieces, config.json a vocabulary of {config.text.vocab_size}; "
-            "copy the tokenizer.model that belongs to these weights"
-        )
+def _describe_tokenizer(report: Report, folders: Sequence[Path], config: LlavaConfig | None) -> None:
+    tokenizer = report.attempt(open_tokenizer, folders, config)
+    if tokenizer is None:  # what does not fit the weights can be described
+        with suppress(ValueError, OSError):
+            tokenizer = open_tokenizer(folders)
+    if tokenizer is not None:
+        about = {"pieces": tokenizer.vocab_size, "legacy": tokenizer.legacy, "added": tokenizer.added}
+        report.tokenizer = about
 
 
 def as_text(report: Report) -> str:

@@ -40,7 +40,7 @@ from minillava.llava import Llava, Spliced
 from minillava.loop import Step, steps
 from minillava.options import Options
 from minillava.prompt import DEFAULT_PROMPT
-from minillava.recorder import piece_of, significant
+from minillava.recorder import significant
 from minillava.tokenizer import TextDecoder, Tokenizer
 
 DEPTH = 0.5, 1.0
@@ -187,7 +187,7 @@ def _lens_words(model: Llava, states: Sequence[Tensor], tokenizer: Tokenizer) ->
         logits = language.head(state if i == len(states) - 1 else language.norm(state))  # [positions, V]
         likely = logits.float().softmax(-1).max(-1)
         pairs = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
-        found.append([(piece_of(tokenizer, token), significant(p)) for token, p in pairs])
+        found.append([(tokenizer.piece(token), significant(p)) for token, p in pairs])
     return found
 
 
@@ -241,7 +241,7 @@ def look(
     seen = None
     if lens:
         by_layer = [torch.stack(layer) for layer in zip(*states, strict=True)]  # L + 1 times [tokens, C]
-        said = [piece_of(tokenizer, i) for i in ids]
+        said = [tokenizer.piece(i) for i in ids]
         seen = Lens(patches, said, _lens_words(model, by_layer, tokenizer))
     box = seen_box(picture.size, assistant.image_processor)
     return Look(picture, box, question, answer, layers, heads, words, seen)

@@ -18,11 +18,8 @@ import torch
 from torch import Tensor
 
 from minillava.attention import eager
-from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.llama import LanguageModel, apply_rotary, positions_and_mask, rotary_tables
 from minillava.llava import Llava
-from minillava.prompt import IMAGE_MARKER
-from minillava.tokenizer import Tokenizer
 
 FIRST = 4
 """How many values of each tensor are shown."""
@@ -217,13 +214,6 @@ def significant(x: float) -> float:
 
 def number_text(x: float | int | str | None) -> str:
     return f"{x:.4g}" if isinstance(x, float) else "" if x is None else str(x)
-
-
-def piece_of(tokenizer: Tokenizer, token_id: int) -> str:
-    """An id as the tokenizer writes it ("▁star"); <image> for a picture, <id> for a row behind its vocabulary."""
-    if token_id == IMAGE_TOKEN_INDEX:
-        return IMAGE_MARKER
-    return tokenizer.sentencepiece.id_to_piece(token_id) if token_id < tokenizer.vocab_size else f"<{token_id}>"
 
 
 def source_of(function: Callable) -> str:

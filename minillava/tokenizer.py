@@ -6,125 +6,232 @@ newline after a picture is two ids, 29871 ("▁") and 13 ("\\n" as a byte).
 """
 
 import codecs
-import os
 import re
-from collections.abc import Iterable, Sequence
+import sys
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor
-
-from minillava.config import IGNORE_INDEX, IM_END, IM_START, IMAGE_TOKEN_INDEX, one_line, read_json
-from minillava.disk import refused
+from minillava.config import IGNORE_INDEX, IM_END, IM_START, IMAGE_TOKEN_INDEX, LlavaConfig
 from minillava.prompt import IMAGE_MARKER, Prompt, Segment, Template, render
+from minillava.tokenizer_files import (
+    PAD_MARKER,
+    AddedToken,
+    TokenizerFiles,
+    check_model_is_there,
+    check_pieces,
+    check_vocabulary,
+    find_tokenizer,
+    open_model,
+)
 
 _SPACE = "▁"
 
 
 class Tokenizer:
-    """A Llama tokenizer.model.
+    """A Llama tokenizer.model, with the tokens that the files in `beside` (default: its own folder) add to it.
 
-    legacy: what happens to text after `</s>` within a chunk. True, the first behaviour: it gets a "▁" again
-    ("</s>USER" is 2 3148 1001). False, from transformers 4.34: it does not (2 11889). None reads it from the
-    tokenizer_config.json beside the model, where absent means True. added: tokens (config.added_tokens) whose ids the
-    files beside it name, or which continue after all others. Raises FileNotFoundError or ValueError.
+    legacy: what happens to text after a token within a chunk. True, the first behaviour: it gets a "▁" again
+    ("</s>USER" is 2 3148 1001). False, from transformers 4.34: it does not (2 11889). None reads it from those files.
+    added: further tokens (config.added_tokens), which come after all others unless a file names their ids.
+    vocabulary: rows of the embedding table, to check against. Raises FileNotFoundError or ValueError.
     """
 
-    def __init__(self, path: str | Path, legacy: bool | None = None, added: Sequence[str] = ()):
+    def __init__(
+        self,
+        path: str | Path,
+        legacy: bool | None = None,
+        added: Sequence[str] = (),
+        beside: str | Path | None = None,
+        vocabulary: int | None = None,
+    ):
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: not found; copy tokenizer.model from the original checkpoint (liuhaotian/llava-v1.5-7b or "
-                "lmsys/vicuna-7b-v1.5 on the hub): a tokenizer.json alone is not enough"
-            )
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise refused(path, error) from None
-        try:
-            self.sentencepiece = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a SentencePiece model ({one_line(error)}); download it again") from None
-        if self.sentencepiece.decode(self.sentencepiece.encode("a  b")) != "a  b":  # its end, the normaliser, is lost
-            raise ValueError(f"{path}: cut short (it merges spaces, which no Llama tokenizer does); download it again")
+        files = TokenizerFiles(path.parent if beside is None else Path(beside))
+        check_model_is_there(path, files, vocabulary)
+        self.sentencepiece = open_model(path)
+        check_pieces(path, self.sentencepiece, files)
         self.bos_id, self.eos_id, self.vocab_size = (
             self.sentencepiece.bos_id(),
             self.sentencepiece.eos_id(),
             self.sentencepiece.vocab_size(),
         )
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise ValueError(f"{path}: has no <s> or </s>, which every Llama tokenizer has; is it another model's?")
-        self.legacy = _read_legacy(path.with_name("tokenizer_config.json")) if legacy is None else legacy
-        self._special = {
-            self.sentencepiece.id_to_piece(i): i for i in (self.sentencepiece.unk_id(), self.bos_id, self.eos_id)
-        }
-        self.added = _ids_of_added(path, added, self.vocab_size)
-        self._special[IMAGE_MARKER] = IMAGE_TOKEN_INDEX
-        # What stands for a picture: -200, in early models between two tokens of its own.
-        self._around = [self.added[name] for name in (IM_START, IM_END) if name in self.added]
-        self._marker = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
+        self.legacy = files.legacy() if legacy is None else legacy
+        tokens = files.tokens(self.sentencepiece, added)
+        if vocabulary is not None:
+            rows = max([vocabulary, *(tokens[text].id + 1 for text in added)])  # the model grows by those
+            check_vocabulary(path, self.vocab_size, tokens, rows, files)
+        self.by_id = {token.id: token for token in sorted(tokens.values(), key=lambda token: token.id)}
+        self.added = {token.text: i for i, token in self.by_id.items() if i >= self.vocab_size}
+        # What no text becomes: a picture is -200, and padding is nothing to be written.
+        self._tokens = {text: token for text, token in tokens.items() if text not in (IMAGE_MARKER, PAD_MARKER)}
+        lengths: dict[str, set[int]] = {}  # first character -> how long tokens are that begin with it
+        for text in self._tokens:
+            lengths.setdefault(text[0], set()).add(len(text))
+        self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
+        self._first = re.compile("[" + re.escape("".join(lengths)) + "]")
+        # Early models have two tokens of their own around each picture.
+        around = tuple(text for text in (IM_START, IM_END) if text in added)
+        self._around = tuple(Segment(text, "template") for text in around) or (None, None)
+        self._newline = self.sentencepiece.encode("\n")
 
     @cached_property
     def longest_piece(self) -> int:
-        """The most characters that one token stands for."""
+        """The most characters that one token stands for; any number where one takes the whitespace beside it."""
+        if any(token.lstrip or token.rstrip for token in self._tokens.values()):
+            return sys.maxsize
         pieces = map(self.sentencepiece.id_to_piece, range(self.vocab_size))
-        return max(len(text) for text in (*pieces, *self._special))
+        return max(len(text) for text in (*pieces, *self._tokens, IMAGE_MARKER))
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids, the begin token first and -200 for each `<image>`.
 
-        In a plain string `<s>`, `</s>`, `<unk>` and `<image>` are tokens, as in Hugging Face. In a `Prompt`
-        they are tokens only where the template wrote them (and `<image>` where the user asked for a picture).
+        Tokens that a fine-tune added are tokens wherever they stand. `<s>`, `</s>`, `<unk>` and `<image>` are tokens
+        in a plain string, as in Hugging Face, but in a `Prompt` only where the template wrote them (and `<image>`
+        where the user asked for a picture).
         """
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt is not UTF-8 text at character {error.start}; write it as UTF-8") from None
         segments = prompt.segments if isinstance(prompt, Prompt) else (Segment(prompt, "template"),)
-        ids, run = [self.bos_id], []  # run: segments since the last special token
-        prefix = True  # whether the run is a text of its own, which SentencePiece begins with "▁"
-        for segment in segments:
-            parts = self._marker.split(segment.text) if segment.kind == "template" else [segment.text]
-            for i, part in enumerate(parts):
-                if i % 2 == 0:
-                    run.append(Segment(part, segment.kind))
-                    continue
-                special = self._special[part]
-                is_image = special == IMAGE_TOKEN_INDEX
-                ids += self._encode_run(run, prefix)
-                ids += [*self._around[:1], special, *self._around[1:]] if is_image else [special]
-                run, prefix = [], self.legacy or (is_image and not self._around)
-        return ids + self._encode_run(run, prefix)
+        ids, chunk = [self.bos_id], []  # chunk: a text of its own, from one picture to the next
+        before, after = self._around
+        for text, kind in segments:
+            first, *others = text.split(IMAGE_MARKER) if kind == "template" else [text]
+            chunk.append(Segment(first, kind))
+            for other in others:
+                ids += [*self._encode_chunk([*chunk, before] if before else chunk), IMAGE_TOKEN_INDEX]
+                chunk = [*([after] if after else []), Segment(other, kind)]
+        return ids + self._encode_chunk(chunk)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, without the special ones and without the space before the first word."""
         decoder = TextDecoder(self)
         return "".join(decoder.feed(i) for i in ids) + decoder.flush()
 
-    def _encode_run(self, run: list[Segment], prefix: bool) -> list[int]:
-        """Text without special tokens. Neighbouring stretches are encoded as one, since words may cross them,
-        except for spelled ones: letter by letter. ("a ", text), ("sta", text), ("r", text) is one piece,
-        "a star", whose ids are not those of its parts; with ("r", spelled) it is "a sta" and "r"."""
-        pieces: list[str] = []
-        joining = False
-        for text, kind in run:
-            if kind == "spelled":
-                pieces += text
-            elif joining and text:
-                pieces[-1] += text
-            elif text:
-                pieces.append(text)
-            joining = kind != "spelled" and (joining or bool(text))
-        ids = []
-        for i, piece in enumerate(pieces):
-            ids += self.sentencepiece.encode(piece) if prefix and i == 0 else self._encode_continuation(piece)
+    def piece(self, token_id: int) -> str:
+        """An id as people are shown it: as the tokenizer writes it ("▁star"), `<image>` for a picture, "<704>" for a
+        row without a token."""
+        if token_id == IMAGE_TOKEN_INDEX:
+            return IMAGE_MARKER
+        if token_id in self.by_id:
+            return self.by_id[token_id].text
+        in_model = 0 <= token_id < self.vocab_size
+        return self.sentencepiece.id_to_piece(token_id) if in_model else f"<{token_id}>"
+
+    def _encode_chunk(self, chunk: list[Segment]) -> list[int]:
+        """The ids of a text without pictures, as the slow Llama tokenizer of transformers makes them."""
+        chunk = [segment for segment in chunk if segment.text]
+        if not chunk:
+            return []
+        if not self.legacy:  # the "▁" before a text is a part of it
+            chunk = [Segment(text.replace(_SPACE, " "), kind) for text, kind in chunk]
+            if chunk[0].kind != "spelled":
+                chunk[0] = Segment(_SPACE + chunk[0].text, chunk[0].kind)
+        ids: list[int] = []
+        letters: dict[str, list[int]] = {}  # ids of those that were spelled already
+        fresh = self.legacy or chunk[0].kind == "spelled"  # whether SentencePiece puts a "▁" before what comes next
+        for spelled, run in groupby(chunk, lambda segment: segment.kind == "spelled"):
+            segments = list(run)
+            parts = [letter for text, _ in segments for letter in text] if spelled else self._cut(segments)
+            if not self.legacy and not ids and parts[0] == _SPACE and len(parts) > 1:
+                second = parts[1]
+                if isinstance(second, AddedToken) and second.listed:
+                    del parts[0]
+            for part in parts:
+                if isinstance(part, AddedToken):
+                    ids.append(part.id)
+                elif fresh:
+                    ids += self.sentencepiece.encode(part)
+                elif not spelled:
+                    ids += self._encode_continuation(part)
+                else:
+                    if part not in letters:
+                        letters[part] = self._encode_continuation(part)
+                    ids += letters[part]
+                fresh = self.legacy and not spelled
+            if parts and not isinstance(parts[-1], AddedToken):
+                fresh = False
         return ids
+
+    def _cut(self, run: list[Segment]) -> list[str | AddedToken]:
+        """The tokens in neighbouring stretches, and the text around them, which is one text: words may cross from one
+        stretch to the next. ("a ", text), ("sta", text), ("r", text) is "a star", whose ids are not those of its
+        parts; with ("r", spelled) it is "a sta" and "r"."""
+        texts: list[str] = []
+        ours: list[int] = []  # where the text begins to be the template's, ceases to be, begins again, ...
+        length = 0
+        for text, kind in run:
+            if (kind == "template") != len(ours) % 2:
+                ours.append(length)
+            texts.append(text)
+            length += len(text)
+        return self._cut_text("".join(texts), ours)
+
+    def _cut_text(self, text: str, ours: list[int]) -> list[str | AddedToken]:
+        """Text around the tokens in it; what a token's flags say of its neighbours is done as in transformers, which
+        goes from left to right and takes for a token what then reads like one."""
+        texts, controls, end = [], [], 0
+        for at, token in self._find(text, ours):
+            texts += [text[end:at], token.text]
+            controls += [None, token if token.control else None]
+            end = at + len(token.text)
+        pairs = [(t, control) for t, control in zip([*texts, text[end:]], [*controls, None], strict=True) if t]
+        texts = [t for t, _ in pairs]
+
+        def token_at(i: int) -> AddedToken | None:
+            token = self._tokens.get(texts[i])
+            return token if token is None or not token.control else pairs[i][1]
+
+        for i in range(len(texts)):
+            token = token_at(i)
+            if token is None:
+                continue
+            left, right = texts[i - 1] if i else "", texts[i + 1] if i + 1 < len(texts) else ""
+            if token.rstrip and right:
+                texts[i + 1] = right.lstrip()
+            if token.lstrip and left:
+                texts[i - 1] = left.rstrip()
+            if token.single_word and left and left[-1] != " ":
+                texts[i - 1], texts[i] = texts[i - 1] + token.text, ""
+            elif token.single_word and right and right[0] != " ":
+                texts[i], texts[i + 1] = "", token.text + texts[i + 1]
+        return [token_at(i) or t for i, t in enumerate(texts) if t]
+
+    def _find(self, text: str, ours: list[int]) -> Iterator[tuple[int, AddedToken]]:
+        """The tokens in a text and where they begin: the first, at one place the longest. Control tokens are found
+        only within what the template wrote."""
+        at = 0
+        while found := self._first.search(text, at):
+            start = found.start()
+            at = start + 1
+            for length in self._lengths[text[start]]:
+                token = self._tokens.get(text[start : start + length])
+                if token and (not token.control or self._is_ours(start, start + length, ours)):
+                    yield start, token
+                    at = start + length
+                    break
+
+    @staticmethod
+    def _is_ours(start: int, end: int, ours: list[int]) -> bool:
+        place = bisect_right(ours, start)
+        return place % 2 == 1 and (place == len(ours) or end <= ours[place])
 
     def _encode_continuation(self, text: str) -> list[int]:
         """Encode without the leading "▁". SentencePiece cannot switch it off, so the text goes behind a newline,
         which is a byte in Llama's vocabulary and so never merges with what follows; its ids are cut off."""
-        before = self.sentencepiece.encode("\n")
-        return self.sentencepiece.encode("\n" + text)[len(before) :]
+        return self.sentencepiece.encode("\n" + text)[len(self._newline) :]
+
+
+def open_tokenizer(folders: Sequence[Path], config: LlavaConfig | None = None) -> Tokenizer:
+    """The tokenizer of a model whose files lie in several folders, the first that has them first; checked against its
+    config. Raises as Tokenizer does."""
+    path, beside = find_tokenizer(folders)
+    if config is None:
+        return Tokenizer(path, beside=beside)
+    return Tokenizer(path, added=config.added_tokens, beside=beside, vocabulary=config.text.vocab_size)
 
 
 def encode_answers(
@@ -153,21 +260,25 @@ class TextDecoder:
     """Decoding one id at a time, for streaming: a character of several bytes comes out once it is whole."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._model = tokenizer.sentencepiece
+        self._model, self._tokens = tokenizer.sentencepiece, tokenizer.by_id
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._started = False
 
     def feed(self, token_id: int) -> str:
-        """The text that this id completes; "" for special ids and half characters. Ids outside the tokenizer's
-        vocabulary (-200, the hub's padding rows) have no text."""
+        """The text that this id completes; "" for special ids and half characters. Ids without a token (-200, the rows
+        that pad a table) have no text."""
         model, token_id = self._model, int(token_id)
-        if not 0 <= token_id < model.vocab_size() or model.is_control(token_id) or model.is_unknown(token_id):
+        token = self._tokens.get(token_id)
+        if token is not None:
+            if token.special:
+                return ""
+            text = self.flush() + token.text.replace(_SPACE, " ")
+        elif not 0 <= token_id < model.vocab_size() or model.is_control(token_id) or model.is_unknown(token_id):
             return ""
-        piece = model.id_to_piece(token_id)
-        if model.is_byte(token_id):  # "<0x0A>"
-            text = self._bytes.decode(bytes([int(piece[3:-1], 16)]))
+        elif model.is_byte(token_id):  # "<0x0A>"
+            text = self._bytes.decode(bytes([int(model.id_to_piece(token_id)[3:-1], 16)]))
         else:
-            text = self.flush() + piece.replace(_SPACE, " ")
+            text = self.flush() + model.id_to_piece(token_id).replace(_SPACE, " ")
         if not self._started:
             self._started = True
             text = text.removeprefix(" ")
@@ -178,38 +289,3 @@ class TextDecoder:
         rest = self._bytes.decode(b"", final=True)
         self._bytes.reset()
         return rest
-
-
-def read_added_tokens(path: Path) -> dict[str, int]:
-    """Tokens and ids that the files beside a tokenizer.model name: added_tokens.json, tokenizer_config.json. Raises
-    ValueError."""
-    found: dict[str, int] = {}
-    for file, key in (("added_tokens.json", None), ("tokenizer_config.json", "added_tokens_decoder")):
-        beside = path.with_name(file)
-        raw = read_json(beside) if os.path.lexists(beside) else {}
-        try:
-            known = raw if key is None else {entry["content"]: int(i) for i, entry in (raw.get(key) or {}).items()}
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise ValueError(f"{beside}: {key} is not a token by id; download it again") from None
-        for token, i in known.items():
-            if type(i) is not int or not 0 <= i < 2**31:
-                raise ValueError(f"{beside}: {token!r:.80} is {i!r:.80}, expected a token id; download it again")
-        found |= known
-    return found
-
-
-def _ids_of_added(path: Path, wanted: Sequence[str], pieces: int) -> dict[str, int]:
-    """The ids of the wanted tokens; those that no file names come after all others, as transformers adds them."""
-    known = read_added_tokens(path) if wanted else {}
-    first = max([pieces - 1, *known.values()]) + 1
-    new = [token for token in wanted if token not in known]
-    return {token: known[token] if token in known else first + new.index(token) for token in wanted}
-
-
-def _read_legacy(path: Path) -> bool:
-    if not os.path.lexists(path):
-        return True
-    legacy = read_json(path).get("legacy")
-    if legacy is not None and not isinstance(legacy, bool):
-        raise ValueError(f"{path}: legacy is {legacy!r:.80}, expected true or false")
-    return legacy is not False

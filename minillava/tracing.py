@@ -28,7 +28,7 @@ from minillava.llava import Llava
 from minillava.loop import Chooser, Step
 from minillava.options import Options
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, place_images, render
-from minillava.recorder import Consume, Record, Recorder, number_text, piece_of, significant, source_of, summarise
+from minillava.recorder import Consume, Record, Recorder, number_text, significant, source_of, summarise
 from minillava.tokenizer import Tokenizer
 from minillava.trace_html import Page
 
@@ -79,7 +79,7 @@ def trace(
     ends = {"end_tokens": config.eos_token_ids, "stop": options.stop}
     say("question", "conversation", render, {"template": template, **said, **ends})
     say("question", "prompt", render, str(prompt))
-    say("question", "input_ids", Tokenizer.encode, [[i, piece_of(tokenizer, i)] for i in ids], torch.tensor([ids]))
+    say("question", "input_ids", Tokenizer.encode, [[i, tokenizer.piece(i)] for i in ids], torch.tensor([ids]))
     for i, image in enumerate(images):
         square = processor.square(image)
         say("picture", f"picture.{i}", open_image, f"{image.width} x {image.height} {image.mode}")
@@ -117,10 +117,10 @@ def _record_choice(recorder: Recorder, step: Step, tokenizer: Tokenizer) -> None
         recorder.add("choice", "scores", step.scores, Chooser.process)
     best = step.scores[0].softmax(-1).topk(min(5, step.scores.shape[1]))
     likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    top = [[i, piece_of(tokenizer, i), significant(p)] for i, p in likely]
+    top = [[i, tokenizer.piece(i), significant(p)] for i, p in likely]
     recorder.add("choice", "top", None, Chooser.process, top)
     (chosen,) = step.ids
-    recorder.add("choice", "token", step.token_ids, Chooser.__call__, [[chosen, piece_of(tokenizer, chosen)]])
+    recorder.add("choice", "token", step.token_ids, Chooser.__call__, [[chosen, tokenizer.piece(chosen)]])
 
 
 # --- text -----------------------------------------------------------------------------------------------------

@@ -307,11 +307,11 @@ def test_a_clip_of_other_colours_keeps_them(tmp_path, write_dialect):
 def test_tokens_of_early_models_stay_where_they_were(tmp_path, write_dialect, capsys):
     source = write_dialect("original", tmp_path / "source")["weights"]
     hf.write_json({**hf.read_json(source / "config.json"), "mm_use_im_start_end": True}, source / "config.json")
-    hf.write_json({"<im_start>": 437, "<im_end>": 439}, source / "added_tokens.json")
+    hf.write_json({"<im_start>": 441, "<im_end>": 440}, source / "added_tokens.json")
     convert.convert(source, tmp_path / "original", "original")
     assert changed(source, tmp_path / "original") == {}
     tokenizer = minillava.load(tmp_path / "original", device="cpu").tokenizer
-    assert tokenizer.encode("<image>") == [1, 437, hf.IMAGE, 439]
+    assert tokenizer.encode("<image>") == [1, 441, hf.IMAGE, 440]
     status, errors = command(source, tmp_path / "hf", "--to", "hf", capsys=capsys)
     assert status == 1
     assert "puts <im_start> before each picture" in errors[0]
@@ -468,6 +468,81 @@ def test_transformers_processor_makes_as_many_tokens_as_the_model_wants(tmp_path
     theirs = hf.load(tmp_path / "hf")
     with torch.no_grad():
         assert theirs(**given).logits.isfinite().all()
+
+
+# --- tokens that a fine-tune added -------------------------------------------------------------------------------
+
+
+def with_boxes(folder: Path, dialect: str) -> Path:
+    """A model with three tokens of its own, saved as transformers does; the original has no <image> before them."""
+    source = copy(folder)
+    first = 442 if dialect == "hf" else 440
+    if dialect == "original":
+        convert.convert(REFERENCE / "plain", folder.with_name("plain-original"), "original")
+        shutil.rmtree(folder)
+        shutil.copytree(folder.with_name("plain-original"), folder)
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    texts = {"<unk>": 0, "<s>": 1, "</s>": 2, "<box>": first, "</box>": first + 1, "[SEG]": first + 2}
+    texts |= {"<image>": 440, "<pad>": 441} if dialect == "hf" else {}
+    plain = ("<box>", "</box>")
+    entries = {str(i): {"content": t, **flags, "special": t not in plain, "rstrip": t == "</box>"}
+               for t, i in texts.items()}  # fmt: skip
+    raw = hf.read_json(source / "tokenizer_config.json")
+    raw |= {"added_tokens_decoder": entries, "additional_special_tokens": ["[SEG]"]}
+    hf.write_json(raw, source / "tokenizer_config.json")
+    return source
+
+
+@pytest.mark.parametrize("dialect", ["hf", "original"])
+@pytest.mark.parametrize("to", ["hf", "original"])
+def test_added_tokens_go_along(tmp_path, dialect, to):
+    """They were lost on the way to the other layout, and the first of them became <image> on the way to the hub."""
+    source = with_boxes(tmp_path / "source", dialect)
+    convert.convert(source, tmp_path / "new", to)
+    before, after = (minillava.load(path, device="cpu").tokenizer for path in (source, tmp_path / "new"))
+    markers = ("<image>", "<pad>")
+    mine = [{i: t for i, t in x.by_id.items() if t.text not in markers} for x in (before, after)]
+    assert mine[0] == mine[1] and len(mine[0]) == 6
+    text = "a <box>dog</box> \n[SEG]</s>"
+    assert after.encode(text) == before.encode(text)
+    config = read_config(tmp_path / "new")
+    assert config.image_token_id not in mine[0] or to == "original"
+    assert inspect_folder(tmp_path / "new").loadable
+    convert.convert(tmp_path / "new", tmp_path / "back", dialect)
+    assert minillava.load(tmp_path / "back", device="cpu").tokenizer.encode(text) == before.encode(text)
+
+
+@pytest.mark.parametrize("to", ["hf", "original"])
+def test_transformers_reads_added_tokens_as_we_write_them(tmp_path, to):
+    pytest.importorskip("transformers", minversion="5", reason="live parity needs transformers 5")
+    pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with protobuf")
+    from transformers import LlamaTokenizer
+
+    convert.convert(with_boxes(tmp_path / "source", "original"), tmp_path / "new", to)
+    theirs = LlamaTokenizer.from_pretrained(tmp_path / "new")
+    ours = minillava.load(tmp_path / "new", device="cpu").tokenizer
+    text = "a <box>dog</box> \n[SEG]"
+    assert theirs(text).input_ids == ours.encode(text)
+    assert theirs.decode(ours.encode(text), skip_special_tokens=True) == ours.decode(ours.encode(text))
+    assert theirs.convert_tokens_to_ids(["<box>", "</box>", "[SEG]"]) == [440, 441, 442]
+    assert len(theirs) <= read_config(tmp_path / "new").text.vocab_size
+
+
+def test_a_merged_adapter_s_tokens_go_along(tmp_path):
+    """The adapter's tokenizer is that of the run; its base's would take its tokens for text."""
+    source, adapter = copy(tmp_path / "source"), tmp_path / "adapter"
+    adapter.mkdir()
+    name = "language_model.model.layers.0.self_attn.q_proj"
+    shape = load_file(source / SINGLE_NAME)[f"{name}.weight"].shape
+    stored = f"base_model.model.{name}"
+    pair = {f"{stored}.lora_A.weight": torch.ones(1, shape[1]), f"{stored}.lora_B.weight": torch.ones(shape[0], 1)}
+    save_file(pair, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "layers_to_transform": [0]}
+    hf.write_json(settings, adapter / "adapter_config.json")
+    hf.write_json({"<image>": 440, "<pad>": 441, "<box>": 442}, adapter / "added_tokens.json")
+    for to in ("hf", "original"):
+        convert.convert(source, tmp_path / to, to, adapter=adapter)
+        assert minillava.load(tmp_path / to, device="cpu").tokenizer.added["<box>"] == 442
 
 
 # --- what goes wrong on the way -------------------------------------------------------------------------------

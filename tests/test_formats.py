@@ -660,12 +660,13 @@ def test_ids_come_from_added_tokens_json_when_they_are_there(release):
     path = folder / "tokenizer.model"
     pieces = Tokenizer(path).vocab_size
     write_json({"[PAD]": pieces, IM_START: pieces + 5}, folder / "added_tokens.json")
+    before = Tokenizer(path).added
+    assert before == {"[PAD]": pieces, IM_START: pieces + 5}
     found = Tokenizer(path, added=(IM_PATCH, IM_START, IM_END)).added
-    assert found == {IM_PATCH: pieces + 6, IM_START: pieces + 5, IM_END: pieces + 7}
-    assert Tokenizer(path).added == {}
+    assert found == before | {IM_PATCH: pieces + 6, IM_END: pieces + 7}
     write_json({"added_tokens_decoder": {str(pieces + 8): {"content": IM_END}}}, folder / "tokenizer_config.json")
     found = Tokenizer(path, added=(IM_PATCH, IM_START, IM_END)).added
-    assert found == {IM_PATCH: pieces + 9, IM_START: pieces + 5, IM_END: pieces + 8}
+    assert found == before | {IM_PATCH: pieces + 9, IM_END: pieces + 8}
     write_json({IM_START: "many"}, folder / "added_tokens.json")
     with pytest.raises(ValueError, match="'<im_start>' is 'many', expected a token id"):
         Tokenizer(path, added=(IM_START,))

@@ -3,6 +3,7 @@
 import re
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -192,6 +193,8 @@ def test_a_stop_text_ends_the_answer_and_is_cut(toy, pixels):
 
 class Letters:
     """A tokenizer of single letters, to see what Row holds back."""
+
+    by_id: ClassVar[dict] = {}
 
     class sentencepiece:
         vocab_size, is_control, is_unknown, is_byte = lambda: 128, lambda i: i == 0, lambda i: False, lambda i: False

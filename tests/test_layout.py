@@ -28,7 +28,9 @@ ORDER = [
     ["config", "options"],
     ["linear", "files", "hub", "metadata"],
     ["attention", "foreign"],
-    ["image", "prompt", "tokenizer", "vision", "projector", "cache", "llama", "adapter", "quantize"],
+    ["image", "prompt", "vision", "projector", "cache", "llama", "adapter", "quantize"],
+    ["tokenizer_files"],
+    ["tokenizer"],
     ["llava"],
     ["checkpoint", "sampling", "capture"],
     ["loop"],
@@ -38,7 +40,7 @@ ORDER = [
     ["cli"],
 ]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
-SIDEWAYS = {("tokenizer", "prompt"), ("llama", "cache"), ("contrast", "transforms")}
+SIDEWAYS = {("llama", "cache"), ("contrast", "transforms")}
 # Upwards, inside a function, for the sake of who runs or imports them.
 EXCEPTIONS = {
     ("generate", "main", "doors"),  # `python -m minillava.generate` is a door of this name

@@ -20,7 +20,7 @@ import minillava
 from minillava import cli, generate, look, look_draw, look_html
 from minillava.image import ImageProcessor
 from minillava.loop import Options, steps
-from minillava.recorder import piece_of, significant
+from minillava.recorder import significant
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -221,7 +221,7 @@ def test_the_last_layer_of_the_lens_is_the_models_own_answer(toy, picture):
     spliced = prepare(toy, picture)
     start, end = spliced.image_spans[0][0]
     logits = toy.model.language_model(spliced.embeds).logits[0, start:end]
-    expected = [piece_of(toy.tokenizer, i) for i in logits.argmax(-1).tolist()]
+    expected = [toy.tokenizer.piece(i) for i in logits.argmax(-1).tolist()]
     assert [text for text, _ in found.patches[-1]] == expected
     layers = toy.model.config.text.num_hidden_layers
     assert len(found.patches) == len(found.tokens) == layers + 1

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
@@ -109,6 +110,9 @@ def make_checkpoint(folder: Path, size: str, dtype: torch.dtype) -> None:
         json.dumps(preprocessor_config(ImageProcessor(config.vision.image_size)))
     )
     shutil.copy(TOKENIZER, partial)
+    pieces = SentencePieceProcessor(model_file=str(TOKENIZER)).vocab_size()
+    names = {f"<{i}>": i for i in range(pieces, config.text.vocab_size)}  # a row without a token is only padding
+    (partial / "added_tokens.json").write_text(json.dumps(names))
     partial.rename(folder)
 
 

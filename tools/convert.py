@@ -55,7 +55,8 @@ from minillava.llava import Llava
 from minillava.options import KINDS
 from minillava.prompt import IMAGE_MARKER
 from minillava.quantize import LINE, PARTS, quantize_tensor, stored_shapes
-from minillava.tokenizer import Tokenizer
+from minillava.tokenizer import Tokenizer, open_tokenizer
+from minillava.tokenizer_files import PAD_MARKER, SIDE_NAMES, AddedToken, find_tokenizer
 
 try:
     from tqdm import tqdm
@@ -74,7 +75,6 @@ LAYOUTS = {
     "original": ("model.", "lm_head.", "model.vision_tower.vision_tower.vision_model.", "model.mm_projector."),
 }
 SIDE_FILES = (".json", ".jinja", ".md", ".model", ".txt")
-PAD_MARKER = "<pad>"
 OWNER = "convert.pid"  # in a folder that is not finished: the process that makes it
 
 
@@ -240,7 +240,8 @@ def _rename(
     needed.deltas.clear()  # which change no shape, and take time
     model = build_model(config, needed, eager, dtype=needed.dtype(), device="meta")  # raises for what does not fit
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    tokenizer = Tokenizer(home("tokenizer.model") / "tokenizer.model", added=config.added_tokens)
+    homes = [folder for folder in (parts["adapter"], source, parts["model_base"]) if folder is not None]
+    tokenizer, (_, beside) = open_tokenizer(homes, config), find_tokenizer(homes)
     config = replace(config, vision_stated=True)  # as the config.json that is written will do
     new, notes = (_for_hub if to == "hf" else _for_original)(config, tokenizer, source)
     planned = {}
@@ -273,6 +274,9 @@ def _rename(
         )
     same_dialect = ("text_config" in read_json(home("config.json") / "config.json")) == (to == "hf")
     files = _side_files(base) if same_dialect else {}
+    tokenizer_files = _side_files(beside) if same_dialect else {}
+    files = {name: content for name, content in files.items() if name not in SIDE_NAMES}
+    files |= {name: content for name, content in tokenizer_files.items() if name in SIDE_NAMES}
     if "tokenizer_config.json" not in files or new.text.vocab_size > config.text.vocab_size:
         files["tokenizer_config.json"] = _json(_tokenizer_config(new, tokenizer, to))
     if to == "hf" and "tokenizer.json" not in files:
@@ -358,7 +362,9 @@ def _for_hub(config: LlavaConfig, tokenizer: Tokenizer, source: Path) -> tuple[L
     if config.image_aspect_ratio != "pad":
         notes.append("the hub's config.json cannot say image_aspect_ratio; now use --image-aspect-ratio crop")
     new = replace(config, image_aspect_ratio="pad", vision_tower_name=None, added_tokens=())
-    if not tokenizer.vocab_size <= config.image_token_id < rows:  # a row of the table that is no word
+    taken = tokenizer.by_id.get(config.image_token_id)
+    is_free = taken is None or taken.text in (IMAGE_MARKER, PAD_MARKER)
+    if not (tokenizer.vocab_size <= config.image_token_id < rows and is_free):  # a row that is no word and no token
         total = -(-(rows + 2) // 64) * 64
         text = replace(config.text, vocab_size=total)
         new = replace(new, text=text, image_token_id=rows, pad_token_id=rows + 1)
@@ -472,23 +478,35 @@ def processor_config(config: LlavaConfig) -> dict:
 
 
 def _tokenizer_config(config: LlavaConfig, tokenizer: Tokenizer, to: str) -> dict:
-    pieces = tokenizer.sentencepiece
-    special = {i: pieces.id_to_piece(i) for i in (pieces.unk_id(), tokenizer.bos_id, tokenizer.eos_id)}
-    if to == "hf":
-        special[config.image_token_id] = IMAGE_MARKER
-        pad = config.pad_token_id
-        special.setdefault(pad, PAD_MARKER if pad >= tokenizer.vocab_size else pieces.id_to_piece(pad))
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    unk, bos, eos, *_ = special.values()
+    """tokenizer_config.json, with every token that has a row; <image> and <pad> where config.json puts them."""
+    pieces, markers = tokenizer.vocab_size, ((config.image_token_id, IMAGE_MARKER), (config.pad_token_id, PAD_MARKER))
+    tokens = {
+        i: token
+        for i, token in tokenizer.by_id.items()
+        if i < config.text.vocab_size and token.text not in (IMAGE_MARKER, PAD_MARKER)
+    }
+    for i, text in markers:
+        if pieces <= i < config.text.vocab_size:
+            tokens.setdefault(i, AddedToken(text, i, special=True, listed=True, control=True))
+    model = tokenizer.sentencepiece
+    unk, bos, eos = (model.id_to_piece(i) for i in (model.unk_id(), tokenizer.bos_id, tokenizer.eos_id))
+    pad = config.pad_token_id
+    pad_text = tokens[pad].text if pad in tokens else tokenizer.piece(pad)
+    flags = ("lstrip", "rstrip", "single_word", "special")
+    more = [token.text for token in tokens.values() if token.listed and not token.control]
     return {
         "add_bos_token": True,
         "add_eos_token": False,
-        "added_tokens_decoder": {str(i): {"content": text, **flags} for i, text in special.items()},
+        "added_tokens_decoder": {
+            str(i): {"content": token.text, "normalized": False, **{flag: getattr(token, flag) for flag in flags}}
+            for i, token in sorted(tokens.items())
+        },
+        **({"additional_special_tokens": more} if more else {}),
         "bos_token": bos,
         "eos_token": eos,
         "legacy": tokenizer.legacy,
         "model_max_length": config.text.context,
-        "pad_token": special[config.pad_token_id] if to == "hf" else unk,
+        "pad_token": pad_text if to == "hf" else unk,
         "padding_side": "left" if to == "hf" else "right",
         "tokenizer_class": "LlamaTokenizer",
         "unk_token": unk,
