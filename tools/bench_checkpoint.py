@@ -67,13 +67,17 @@ def random_tensors(config: LlavaConfig) -> Iterator[tuple[str, Tensor]]:
         shapes[f"vision_tower.post_layernorm.{part}"] = torch.Size([config.vision.hidden_size])
     generator = torch.Generator().manual_seed(0)
     for name, shape in shapes.items():
-        if len(shape) == 1:
-            tensor = torch.full(shape, float("norm" in name and name.endswith("weight")))
-        else:
-            width = 50 if "embed" in name else math.prod(shape[1:])
-            tensor = torch.empty(shape).normal_(0, width**-0.5, generator=generator)
+        tensor = random_tensor(name, shape, generator)
         part, _, rest = name.partition(".")
         yield PREFIXES[part, rest.startswith("lm_head.")] + rest, tensor
+
+
+def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """A parameter of our name, float32, on the generator's device."""
+    if len(shape) == 1:
+        return torch.full(shape, float("norm" in name and name.endswith("weight")), device=generator.device)
+    width = 50 if "embed" in name else math.prod(shape[1:])
+    return torch.empty(shape, device=generator.device).normal_(0, width**-0.5, generator=generator)
 
 
 PREFIXES = {

@@ -1,0 +1,891 @@
+#!/usr/bin/env python3
+"""What a GPU must get right, and how fast it is: one command, one table.
+
+    python tools/gpu_check.py --json found.json                  # everything, on one GPU of 80 GB
+    python tools/gpu_check.py --only parity,answers --size 1b    # some of it
+    python tools/gpu_check.py --device cpu --size tiny           # what a CPU can run of it
+
+Parity: the network against itself in float64 and against transformers. Answers: every way to make one gives the CPU's.
+Syncs: how often a token makes the processor wait. Growth: memory after many answers. The others time random weights of
+a true size, which lie nowhere on disk. Exit status: 1 if a check failed; a measured time is no check.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run from a checkout, installed or not
+sys.path.insert(0, str(ROOT / "tests"))  # which drive transformers through the same lines
+
+import hf  # noqa: E402
+from bench import BITS, PROMPT, cache_size, weights_read  # noqa: E402
+from bench_checkpoint import config_of, random_tensor  # noqa: E402
+from convert import hub_config  # noqa: E402
+
+from minillava import capture, loop  # noqa: E402
+from minillava.assistant import Assistant, bundled_weights, load  # noqa: E402
+from minillava.attention import ATTENTION  # noqa: E402
+from minillava.capture import compile_decode  # noqa: E402
+from minillava.chat import Conversation  # noqa: E402
+from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig, one_line  # noqa: E402
+from minillava.contrast import METHODS, VCD  # noqa: E402
+from minillava.generate import generate  # noqa: E402
+from minillava.linear import use_fast_linear  # noqa: E402
+from minillava.llava import Llava  # noqa: E402
+from minillava.loop import steps  # noqa: E402
+from minillava.options import KINDS, Options  # noqa: E402
+from minillava.quantize import quantised_layer, quantize_tensor  # noqa: E402
+
+BUNDLED = bundled_weights()
+PICTURES = [BUNDLED / f"example-{number}.png" for number in (1, 2, 3)]
+QUESTIONS = ("Is there a red star?", "What is at the bottom?", "Please describe this image in detail.")
+PRECISIONS = ("float32", "bfloat16", "float16")
+SIZES = {"7b": "7b", "1b": "1b", "tiny": "toy"}  # by bench_checkpoint's names
+TOKENS = {"7b": 64, "1b": 64, "tiny": 4}  # of a timed answer
+ANSWERS = {"7b": 200, "1b": 200, "tiny": 14}  # of which none may leave memory behind
+COPIED = {"cuda": 2 << 30, "cpu": 1 << 24}  # bytes, more than a cache holds; on a CPU the number means nothing
+LONGEST = 40  # tokens of an answer that is compared
+SYNC_TOKENS = 12  # of an answer whose waits are counted
+
+OK, FAILED, MEASURED, SKIPPED = "ok", "FAILED", "measured", "skipped"
+
+
+@dataclass
+class Row:
+    section: str
+    check: str
+    dtype: str
+    found: str
+    expected: str
+    verdict: str
+
+
+class Report:
+    """The rows so far, shown as they come, and kept in a file: a run that is killed keeps them."""
+
+    def __init__(self, about: dict, path: Path | None):
+        self.about, self.path, self.rows, self.section = about, path, [], ""
+        self.started = time.monotonic()
+
+    def check(self, what: str, dtype: str, found: object, expected: object, good: bool) -> None:
+        self._add(Row(self.section, what, dtype, str(found), str(expected), OK if good else FAILED))
+
+    def measure(self, what: str, dtype: str, found: object) -> None:
+        self._add(Row(self.section, what, dtype, str(found), "", MEASURED))
+
+    def skip(self, what: str, why: str) -> None:
+        self._add(Row(self.section, what, "", why, "", SKIPPED))
+
+    def _add(self, row: Row) -> None:
+        self.rows.append(row)
+        seconds = time.monotonic() - self.started
+        shown = f"{row.section}: {row.check} {row.dtype}: {row.found}"
+        expected = f" (expected {row.expected})" if row.expected else ""
+        print(f"{seconds:6.1f} s  {shown}{expected}: {row.verdict}", file=sys.stderr, flush=True)
+        self.save()
+
+    def save(self) -> None:
+        """To a temporary name first, so that what is there is whole."""
+        if self.path is None:
+            return
+        rows = [asdict(row) for row in self.rows]
+        partial_path = self.path.with_name(self.path.name + ".partial")
+        partial_path.write_text(json.dumps({"about": self.about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial_path, self.path)
+
+    @property
+    def failed(self) -> int:
+        return sum(row.verdict == FAILED for row in self.rows)
+
+    def table(self) -> str:
+        """Markdown."""
+        cells = [("check", "dtype", "found", "expected", "verdict")]
+        cells += [(f"{r.section}: {r.check}", r.dtype, r.found, r.expected, r.verdict) for r in self.rows]
+        lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in cells]
+        return "\n".join([*(f"{name}: {value}  " for name, value in self.about.items()), "", lines[0],
+                          "|---" * len(cells[0]) + "|", *lines[1:]])  # fmt: skip
+
+
+@dataclass
+class Run:
+    """What every section is given."""
+
+    device: str
+    size: str
+    report: Report
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
+
+    @property
+    def config(self) -> LlavaConfig:
+        return config_of(SIZES[self.size])
+
+
+# --- models ---------------------------------------------------------------------------------------------------
+
+
+def random_state(config: LlavaConfig, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Weights of our names, made where they will stay."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Llava(config).state_dict().items()}
+    generator = torch.Generator(device=device).manual_seed(0)
+    return {name: random_tensor(name, shape, generator).to(dtype) for name, shape in shapes.items()}
+
+
+def network(
+    config: LlavaConfig, state: dict[str, Tensor], attention: str = "fused", quantize: str | None = None
+) -> Llava:
+    """The network around these tensors, without a copy of them; what is quantised is a copy."""
+    with torch.device("meta"):
+        model = Llava(config, ATTENTION[attention])
+    model.load_state_dict(state, strict=True, assign=True)
+    if quantize:
+        layers = [(n, m) for n, m in model.language_model.named_modules() if isinstance(m, torch.nn.Linear)]
+        for name, layer in layers:
+            model.language_model.set_submodule(name, quantised_layer(quantize_tensor(layer.weight.detach(), quantize)))
+    if attention != "eager":
+        use_fast_linear(model)
+    return model.eval().requires_grad_(False)
+
+
+def transformers_of(config: LlavaConfig, state: dict[str, Tensor]):
+    """transformers' model of the same tensors, without a copy of them."""
+    from transformers import LlavaForConditionalGeneration
+
+    hf.quiet()
+    some = next(iter(state.values()))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(some.dtype)
+    try:
+        with torch.device(some.device):
+            theirs = LlavaForConditionalGeneration(hf.llava_config(hub_config(config, some.dtype)))
+    finally:
+        torch.set_default_dtype(before)
+    language, head, tower, projector = hf.PREFIXES["modules"]
+    parts = {"language_model.lm_head.": f"{head}lm_head.", "language_model.": language, "vision_tower.": tower}
+    parts["projector."] = projector
+    named = {}
+    for name, tensor in state.items():
+        part = next(part for part in parts if name.startswith(part))
+        named[parts[part] + name.removeprefix(part)] = tensor
+    missing, unexpected = theirs.load_state_dict(named, strict=False, assign=True)
+    last = f"{tower}encoder.layers.{config.vision.num_hidden_layers - 1}."  # which nobody reads, and we do not build
+    unread = (last, f"{tower}post_layernorm.")
+    missing = [name for name in missing if not name.startswith(unread)]
+    if missing or unexpected:
+        raise ValueError(f"transformers has other names: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    theirs.config.dtype = some.dtype
+    return theirs.eval().requires_grad_(False)
+
+
+def prompt_ids(config: LlavaConfig) -> list[int]:
+    """PROMPT positions with one picture in their midst."""
+    text = [1, *range(5, PROMPT - config.tokens_per_image + 4)]
+    return [*text[: len(text) // 2], IMAGE_TOKEN_INDEX, *text[len(text) // 2 :]]
+
+
+# --- parity ---------------------------------------------------------------------------------------------------
+
+
+def parity(run: Run) -> None:
+    """Two networks: the bundled one, and two layers of the true width. Alone, and in a padded batch."""
+    bundled = load(BUNDLED, device=run.device, dtype="float64")
+    ids = [bundled.tokenizer.encode(bundled.prompt(question)) for question in QUESTIONS]
+    pixels = bundled.image_processor(PICTURES)
+    compare_networks(run, "bundled model", bundled.model.config, bundled.model.state_dict(), ids, pixels)
+    whole = run.config
+    text, vision = replace(whole.text, num_hidden_layers=2), replace(whole.vision, num_hidden_layers=3)
+    config, side = replace(whole, text=text, vision=vision), vision.image_size
+    pixels = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+    ids = [[1, *range(9, 20), IMAGE_TOKEN_INDEX, *range(30, 30 + more)] for more in (5, 1, 30)]
+    state = random_state(config, torch.float32, run.device)
+    compare_networks(run, "two wide layers", config, {name: t.double() for name, t in state.items()}, ids, pixels)
+
+
+def compare_networks(
+    run: Run, name: str, config: LlavaConfig, state: dict[str, Tensor], ids: list, pixels: Tensor
+) -> None:
+    """For each dtype: how far ours and theirs are from float64, and whether they are bit-identical.
+    state: float64."""
+    tokens = 12
+    for dtype in PRECISIONS:
+        narrow = {key: tensor.to(getattr(torch, dtype)) for key, tensor in state.items()}
+        # The weights of this dtype, exactly, so that only the computation rounds.
+        exact = tensors_of(network(config, {key: t.double() for key, t in narrow.items()}, "eager"), ids, pixels)
+        theirs = transformers_of(config, narrow) if find_spec("transformers") else None
+        if theirs is None:
+            run.report.skip(f"{name}: against transformers", "transformers is not installed")
+        for attention, peer in (("eager", "eager"), ("fused", "sdpa")):
+            what = f"{name}, {attention}"
+            model = network(config, narrow, attention)
+            ours = tensors_of(model, ids, pixels)
+            error = distance(ours["logits"], exact["logits"])
+            ended = replace(config, eos_token_ids=())  # of random weights any token may be the end
+            model.config = ended
+            answer = generate(model, ids, pixels, max_new_tokens=tokens).sequences.tolist()
+            if theirs is None:
+                run.report.measure(f"{what}: logits to float64, relative norm", dtype, f"{error['norm']:.2e}")
+                continue
+            theirs.set_attn_implementation(peer)
+            others = their_tensors(theirs, ids, pixels)
+            bound = distance(others["logits"], exact["logits"])
+            # What design and README promise of fused; eager must hold it all the more.
+            kind, factor = ("max", 2.0) if dtype == "float32" else ("norm", 1.1)
+            run.report.check(
+                f"{what}: logits to float64 ({kind})", dtype, f"{error[kind]:.3e}",
+                f"at most {factor} × transformers {peer}'s {bound[kind]:.3e}", error[kind] <= factor * bound[kind],
+            )  # fmt: skip
+            if attention == "eager":
+                # Both pad on the left; what stands at a padded position nobody reads.
+                equal = [key for key in ours if torch.equal(ours[key], others[key])]
+                worst = distance(ours["logits"], others["logits"])["max"]
+                found = f"{len(equal)} of {len(ours)} tensors bit-identical, logits differ by {worst:.1e}"
+                if run.on_gpu:  # where nobody promises it
+                    run.report.measure(f"{what}: against transformers'", dtype, found)
+                else:
+                    run.report.check(f"{what}: against transformers'", dtype, found, "all", len(equal) == len(ours))
+            their_answer = their_ids(theirs, ids, pixels, tokens)
+            same = sum(a == b for a, b in zip(answer, their_answer, strict=True))
+            found = f"{same} of {len(answer)} answers have the ids of {peer}"
+            if dtype == "float32" or (not run.on_gpu and attention == "eager"):
+                run.report.check(f"{what}: greedy ids", dtype, found, "all", same == len(answer))
+            else:
+                run.report.measure(f"{what}: greedy ids", dtype, found)
+
+
+@torch.no_grad()
+def tensors_of(model: Llava, ids: list, pixels: Tensor) -> dict[str, Tensor]:
+    """What is compared, from one pass without a cache; of padded positions nothing."""
+    prompt = model.splice(ids, pixels)
+    eager = model.language_model.attend is ATTENTION["eager"]
+    out = model.language_model(prompt.embeds, prompt.attention_mask, hidden_states=True, attentions=eager)
+    return real_only(out, prompt.attention_mask)
+
+
+def their_inputs(theirs, ids: list, pixels: Tensor) -> dict[str, Tensor]:
+    given = {name: tensor.to(theirs.device) for name, tensor in hf.inputs(theirs, ids).items()}
+    return given | {"pixel_values": pixels.to(theirs.device, theirs.dtype)}
+
+
+@torch.no_grad()
+def their_tensors(theirs, ids: list, pixels: Tensor) -> dict[str, Tensor]:
+    given = their_inputs(theirs, ids, pixels)
+    eager = theirs.config._attn_implementation == "eager"
+    out = theirs(**given, use_cache=False, output_hidden_states=True, output_attentions=eager)
+    return real_only(out, given["attention_mask"].bool())
+
+
+def real_only(out, mask: Tensor) -> dict[str, Tensor]:
+    tensors = {f"hidden_states.{i}": x[mask] for i, x in enumerate(out.hidden_states)}
+    tensors |= {f"attentions.{i}": x.transpose(1, 2)[mask] for i, x in enumerate(out.attentions or ())}
+    return tensors | {"logits": out.logits[mask]}
+
+
+def distance(x: Tensor, exact: Tensor) -> dict[str, float]:
+    """max: of any number. norm: of all, as a fraction of what is exact."""
+    difference = x.double() - exact.double()
+    return {"max": float(difference.abs().max()), "norm": float(difference.norm() / exact.double().norm())}
+
+
+def their_ids(theirs, ids: list, pixels: Tensor, tokens: int) -> list[list[int]]:
+    given = their_inputs(theirs, ids, pixels)
+    del given["position_ids"]  # generate makes its own
+    theirs.generation_config.eos_token_id = None
+    pad = theirs.config.pad_token_id
+    made = theirs.generate(**given, do_sample=False, max_new_tokens=tokens, pad_token_id=pad)
+    return made[:, given["input_ids"].shape[1] :].tolist()
+
+
+# --- answers --------------------------------------------------------------------------------------------------
+
+Ask = Callable[[Assistant, list[tuple[Path, str]]], list[str]]
+
+
+def one_by_one(assistant: Assistant, asked: list[tuple[Path, str]], **options) -> list[str]:
+    return [assistant.ask(picture, question, max_new_tokens=LONGEST, **options) for picture, question in asked]
+
+
+def as_batch(assistant: Assistant, asked: list[tuple[Path, str]], **options) -> list[str]:
+    pictures, questions = zip(*asked, strict=True)
+    return assistant.ask(list(pictures), list(questions), max_new_tokens=LONGEST, **options)
+
+
+def in_turns(assistant: Assistant, asked: list[tuple[Path, str]]) -> list[str]:
+    """One conversation about all pictures, whose cache is kept."""
+    conversation, answers = Conversation(assistant), []
+    for picture, question in asked:
+        conversation.add_image(picture)
+        answers.append(conversation.ask(question, max_new_tokens=LONGEST))
+    return answers
+
+
+def in_turns_anew(assistant: Assistant, asked: list[tuple[Path, str]]) -> list[str]:
+    """The same conversation, read from its beginning at every question."""
+    conversation, answers = Conversation(assistant), []
+    for picture, question in asked:
+        conversation.add_image(picture)
+        conversation.cache = None
+        answers.append(conversation.ask(question, max_new_tokens=LONGEST))
+    return answers
+
+
+def likelier(assistant: Assistant, asked: list[tuple[Path, str]]) -> list[str]:
+    answers = ["Yes.", "No.", "A large green star is at the bottom."]
+    scores = [assistant.score(picture, question, answers) for picture, question in asked]
+    return [answers[max(range(3), key=each.__getitem__)] for each in scores]
+
+
+@contextmanager
+def running_ahead(runs: bool) -> Iterator[None]:
+    before = loop.runs_ahead
+    loop.runs_ahead = lambda device: runs
+    try:
+        yield
+    finally:
+        loop.runs_ahead = before
+
+
+def not_ahead(assistant: Assistant, asked: list, **options) -> list[str]:
+    with running_ahead(False):
+        return one_by_one(assistant, asked, **options)
+
+
+def captured(assistant: Assistant, device: str) -> Assistant:
+    """The same model, decoding by capture.py: compiled on a GPU, on a CPU the step as it is."""
+    model = network(assistant.model.config, assistant.model.state_dict())
+    return captured_model(Assistant(model, assistant.tokenizer, assistant.image_processor, assistant.template), device)
+
+
+def captured_model(assistant: Assistant, device: str) -> Assistant:
+    if device == "cpu":
+        assistant.model.decode_step = partial(capture.step, assistant.model.language_model)
+    else:
+        compile_decode(assistant.model)
+    return assistant
+
+
+def answers(run: Run) -> None:
+    """Ways to make an answer, those that compile last."""
+    asked = [(picture, question) for question in QUESTIONS for picture in PICTURES][:: 4 if run.size == "tiny" else 1]
+    contrasts = {name: {"contrast": METHODS[name](), "seed": 1} for name in METHODS}
+    plain = {dtype: load(BUNDLED, device=run.device, dtype=dtype) for dtype in ("float32", "bfloat16")}
+    cpu = load(BUNDLED, device="cpu", dtype="float32")
+    whose = "as on the CPU in float32"
+    few = asked[:3]  # a conversation's pictures have to fit into one context
+    with running_ahead(False):
+        right = {"plain": one_by_one(cpu, asked), "turns": in_turns_anew(cpu, few), "score": likelier(cpu, asked)}
+        right["beams"] = one_by_one(cpu, asked, num_beams=3)
+        right |= {name: one_by_one(cpu, asked, **options) for name, options in contrasts.items()}
+
+    def compare(what: str, dtype: str, found: list[str], expected: list[str], whose: str) -> None:
+        same = sum(a == b for a, b in zip(found, expected, strict=True))
+        odd = next((f"; {a!r} instead of {b!r}" for a, b in zip(found, expected, strict=True) if a != b), "")
+        run.report.check(what, dtype, f"{same} of {len(expected)} the same{odd}", f"all {whose}", not odd)
+
+    ways: list[tuple[str, str, Ask]] = [
+        ("one by one", "plain", one_by_one),
+        ("one by one, not running ahead", "plain", not_ahead),
+        ("as a batch", "plain", as_batch),
+        ("beams, as a batch", "beams", partial(as_batch, num_beams=3)),
+        *((f"{name}, as a batch", name, partial(as_batch, **options)) for name, options in contrasts.items()),
+        ("a conversation's kept cache", "turns", in_turns),
+        ("the likeliest of three answers", "score", likelier),
+    ]
+    for dtype, assistant in plain.items():
+        for what, key, ask in ways:
+            with running_ahead(True):
+                found = ask(assistant, few if key == "turns" else asked)
+            compare(what, dtype, found, right[key], whose)
+        sampled = [
+            ask(assistant, asked, temperature=1.0, top_p=0.9, repetition_penalty=1.1, seed=3)
+            for ask in (ahead, not_ahead)
+        ]
+        compare("sampled, running ahead", dtype, *sampled, "as without")
+    for kind in KINDS:
+        right[kind] = one_by_one(load(BUNDLED, device="cpu", dtype="float32", quantize=kind), asked)
+        for dtype in plain:
+            small = load(BUNDLED, device=run.device, dtype=dtype, quantize=kind)
+            compare(kind, dtype, ahead(small, asked), right[kind], whose)
+
+    fast = captured(plain["float32"], run.device)
+    skips = graph_skips()
+    compare("captured", "float32", ahead(fast, asked), right["plain"], whose)
+    compare("captured, as a batch", "float32", as_batch(fast, asked), right["plain"], whose)
+    compare("captured, vcd", "float32", ahead(fast, asked, **contrasts["vcd"]), right["vcd"], whose)
+    compare("captured, a conversation", "float32", in_turns(fast, few), right["turns"], whose)
+    compare("captured", "bfloat16", ahead(captured(plain["bfloat16"], run.device), asked), right["plain"], whose)
+    for kind in KINDS:
+        small = captured_model(load(BUNDLED, device=run.device, dtype="bfloat16", quantize=kind), run.device)
+        compare(f"captured, {kind}", "bfloat16", ahead(small, asked), right[kind], whose)
+    if run.on_gpu:
+        found = graph_skips() - skips
+        run.report.check("captured: steps that did not become a graph", "", found, 0, found == 0)
+
+
+def ahead(assistant: Assistant, asked: list, **options) -> list[str]:
+    with running_ahead(True):
+        return one_by_one(assistant, asked, **options)
+
+
+def graph_skips() -> int:
+    """How often torch.compile found that what it compiled cannot be recorded."""
+    return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+# --- syncs ----------------------------------------------------------------------------------------------------
+
+
+class CountWaits(TorchDispatchMode):
+    """On a CPU: operations that on a GPU would wait for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indexed = name in ("index", "index_put_") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        self.count += indexed or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def waits(device: str) -> Iterator[Callable[[], int]]:
+    """Inside, the number so far of operations for which the processor waits until the device has done its work."""
+    if device == "cpu":
+        with CountWaits() as mode:
+            yield lambda: mode.count
+        return
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield lambda: sum("called a synchronizing" in str(warning.message) for warning in seen)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def syncs(run: Run) -> None:
+    """Of tokens after the second, since what is made once for an answer may wait."""
+    number = torch.ones((), device=run.device)
+    with waits(run.device) as count:
+        for _ in range(3):
+            float(number)
+        found = count()
+    run.report.check("a number that is read three times", "", found, "at least 3", found >= 3)
+    assistant = load(BUNDLED, device=run.device, dtype="bfloat16" if run.on_gpu else "float32")
+    ids = [assistant.tokenizer.encode(assistant.prompt(question)) for question in QUESTIONS]
+    pixels = assistant.image_processor(PICTURES)
+    all_of_them = {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.95, "seed": 3}
+    penalties = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3}
+    ways = {
+        "greedy": (assistant, 1, {}, None),
+        "a batch": (assistant, 3, {}, None),
+        "penalties": (assistant, 1, penalties, None),
+        "contrast": (assistant, 1, {}, VCD(beta=0)),  # its cut may leave the end alone, which is barred
+    }
+    if run.on_gpu:  # on a CPU, torch looks at what it draws from
+        ways["sampled, by every filter"] = (assistant, 1, all_of_them, None)
+    ways["captured"] = (captured(assistant, run.device), 1, {}, None)
+    for what, (model, rows, options, contrast) in ways.items():
+        streams = 1 if contrast is None else 2
+        spliced = model.model.splice(ids[:rows] * streams, torch.cat([pixels[:rows]] * streams))
+        chosen = Options(max_new_tokens=SYNC_TOKENS, min_new_tokens=SYNC_TOKENS, **options)
+        for _ in range(2):  # the second time nothing is compiled or recorded
+            with running_ahead(True):
+                found = waits_of(steps(model.model, spliced, chosen, contrast=contrast), run.device)
+        run.report.check(f"{what}: waits in {SYNC_TOKENS - 2} tokens", "", found, 0, found == 0)
+    found = []
+    for tokens in (4, 4 + SYNC_TOKENS):
+        with waits(run.device) as count:
+            generate(assistant.model, ids[:1], pixels[:1], num_beams=3, max_new_tokens=tokens, min_new_tokens=tokens)
+            found.append(count())
+    run.report.measure("beams: waits per token", "", f"{(found[1] - found[0]) / SYNC_TOKENS:.1f}")
+
+
+def waits_of(answer: Iterator, device: str) -> int:
+    for _ in range(2):
+        next(answer)
+    with waits(device) as count:
+        for _ in answer:
+            pass
+        return count()
+
+
+# --- growth ---------------------------------------------------------------------------------------------------
+
+
+def held(device: str) -> int:
+    """Bytes of tensors: of a GPU what is handed out, else what Python can reach."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some modules' attributes warn when they are looked at
+        for thing in gc.get_objects():
+            if issubclass(type(thing), Tensor) and thing.device.type == "cpu":
+                storage = thing.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def growth(run: Run) -> None:
+    """Answers of differing shapes, some left in the midst. One round before counts for nothing."""
+    assistant = load(BUNDLED, device=run.device, dtype="bfloat16" if run.on_gpu else "float32")
+
+    def abandon(model: Assistant, number: int) -> None:
+        pieces = model.stream(PICTURES[number % 3], QUESTIONS[2], max_new_tokens=30)
+        for _ in range(number % 4 + 1):
+            next(pieces)
+        if number % 2:
+            pieces.close()
+
+    def one(number: int) -> None:
+        picture, question = PICTURES[number % 3], QUESTIONS[number % len(QUESTIONS)]
+        match number % 7:
+            case 0:
+                abandon(assistant, number)
+            case 1:
+                assistant.ask([picture] * 3, list(QUESTIONS), max_new_tokens=4 + number % 5)
+            case 2:
+                assistant.ask(picture, question, contrast=VCD(), max_new_tokens=4 + number % 3)
+            case 3:
+                assistant.ask(picture, question, num_beams=2 + number % 2, max_new_tokens=6)
+            case 4:
+                in_turns(assistant, [(picture, question), (PICTURES[0], QUESTIONS[0])])
+            case _:
+                assistant.ask(picture, question, max_new_tokens=4 + number % 9)
+
+    fast = captured(assistant, run.device)
+
+    def one_captured(number: int) -> None:
+        if number % 3 == 0:
+            abandon(fast, number)
+        elif number % 3 == 1:
+            fast.ask([PICTURES[0]] * 2, list(QUESTIONS[:2]), max_new_tokens=6)
+        else:
+            fast.ask(PICTURES[number % 3], QUESTIONS[number % 3], max_new_tokens=4 + number % 9)
+
+    total = ANSWERS[run.size]
+    for what, work, count in (("answers", one, total), ("captured answers", one_captured, total // 2)):
+        for number in range(min(21, count)):
+            work(number)
+        before, reserved = held(run.device), torch.cuda.memory_reserved() if run.on_gpu else 0
+        for number in range(count):
+            work(number)
+        grown = held(run.device) - before
+        run.report.check(f"bytes more after {count} {what}", "", grown, "at most 0", grown <= 0)
+        if run.on_gpu:
+            more = (torch.cuda.memory_reserved() - reserved) / 1e6
+            run.report.measure(f"MB more that torch reserves after {count} {what}", "", f"{more:.1f}")
+
+
+# --- times ----------------------------------------------------------------------------------------------------
+
+
+def wait_for(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second, read and written, of a copy."""
+    source = torch.ones(COPIED["cpu" if device == "cpu" else "cuda"], dtype=torch.uint8, device=device)
+    target, seconds = torch.empty_like(source), []
+    for _ in range(12):
+        wait_for(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        wait_for(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * source.nbytes / statistics.median(seconds[2:])
+
+
+class Clocked:
+    """An answer's times: seconds to its first token and per token after it, each the median of the rounds."""
+
+    def __init__(self, answer: Callable[[], list[float]], warm: int, rounds: int):
+        """answer: makes one, and says when it was begun and when each token was there."""
+        started = time.perf_counter()
+        for _ in range(warm):
+            answer()
+        self.warming = time.perf_counter() - started
+        times = [answer() for _ in range(rounds)]
+        self.first = statistics.median(each[1] - each[0] for each in times)
+        self.step = statistics.median((each[-1] - each[1]) / (len(each) - 2) for each in times)
+
+
+def timed_answer(run: Run, model: Llava) -> Callable[[], list[float]]:
+    config, tokens = model.config, TOKENS[run.size]
+    side = config.vision.image_size
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    options = Options(max_new_tokens=tokens, min_new_tokens=tokens)
+
+    @torch.no_grad()
+    def answer() -> list[float]:
+        wait_for(run.device)
+        times = [time.perf_counter()]
+        for _ in steps(model, model.splice([prompt_ids(config)], pixels), options):
+            times.append(time.perf_counter())
+        return times
+
+    return answer
+
+
+def their_timed_answer(run: Run, theirs, compiled: bool) -> Callable[[], list[float]]:
+    """transformers' generate, told to go on to the last token. compiled: its static cache and torch.compile."""
+    tokens, config = TOKENS[run.size], run.config
+    side = config.vision.image_size
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    given = their_inputs(theirs, [prompt_ids(config)], pixels)
+    del given["position_ids"]  # generate makes its own
+    settings = {"cache_implementation": "static"} if compiled else {}
+    theirs.generation_config.eos_token_id = None
+
+    class Clock:
+        """What generate tells a streamer: the prompt, then each token."""
+
+        def __init__(self):
+            self.times = [time.perf_counter()]
+
+        def put(self, value: Tensor) -> None:
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    def answer() -> list[float]:
+        wait_for(run.device)
+        clock = Clock()
+        theirs.generate(
+            **given, do_sample=False, streamer=clock, max_new_tokens=tokens, pad_token_id=config.pad_token_id,
+            **settings,
+        )  # fmt: skip
+        return [clock.times[0], *clock.times[2:]]  # without the prompt
+
+    return answer
+
+
+def show_times(run: Run, what: str, dtype: str, clocked: Clocked, bandwidth: float) -> None:
+    """The fraction is of a copy's bandwidth, were reading every weight and the cache all that a token takes."""
+    text, tokens = run.config.text, TOKENS[run.size]
+    cache = 2 * cache_size(run.config, PROMPT + tokens // 2)  # bytes, in 16 bits
+    read = weights_read(text) * BITS[dtype] / 8 + cache
+    run.report.measure(f"{what}: seconds to the first token", dtype, f"{clocked.first:.4f}")
+    fraction = f"{read / clocked.step / bandwidth:.0%} of bandwidth"
+    found = f"{1 / clocked.step:.1f}, {fraction}; {clocked.warming:.1f} s to warm up"
+    run.report.measure(f"{what}: tokens per second", dtype, found)
+
+
+def timed(run: Run, quantize: str | None, compiled: bool, state: dict[str, Tensor] | None = None) -> None:
+    """Time our own. state: weights that are there already."""
+    if compiled and not run.on_gpu:
+        run.report.skip("captured", "a CUDA graph needs a GPU")
+        return
+    state = random_state(run.config, torch.bfloat16, run.device) if state is None else state
+    model = network(run.config, state, quantize=quantize)
+    if quantize:  # what was quantised is let go
+        state.clear()
+        gc.collect()
+    if run.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    bandwidth = copy_bandwidth(run.device)
+    skips = graph_skips()
+    if compiled:
+        compile_decode(model)
+    clocked = Clocked(timed_answer(run, model), warm=2 if compiled else 1, rounds=3)
+    name = "minillava, captured" if compiled else "minillava"
+    show_times(run, name, quantize or "bfloat16", clocked, bandwidth)
+    if compiled:
+        found = graph_skips() - skips
+        run.report.check("captured: steps that did not become a graph", "", found, 0, found == 0)
+    if run.on_gpu:
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        weights = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values()) / 1e9
+        run.report.measure(
+            f"{name}: GB at most, of which weights", quantize or "bfloat16", f"{peak:.2f}, {weights:.2f}"
+        )
+
+
+def plain(run: Run) -> None:
+    run.report.measure("GB per second of a copy, read and written", "", f"{copy_bandwidth(run.device) / 1e9:.0f}")
+    timed(run, None, compiled=False)
+
+
+def transformers(run: Run, compiled: bool) -> None:
+    if not find_spec("transformers"):
+        run.report.skip("transformers", "it is not installed")
+        return
+    if compiled and not run.on_gpu:
+        run.report.skip("transformers, static cache, compiled", "it compiles on a GPU only")
+        return
+    theirs = transformers_of(run.config, random_state(run.config, torch.bfloat16, run.device))
+    theirs.set_attn_implementation("sdpa")
+    clocked = Clocked(their_timed_answer(run, theirs, compiled), warm=2 if compiled else 1, rounds=2)
+    name = "transformers, static cache" if compiled else "transformers, sdpa"
+    if compiled:
+        name += ", compiled" if torch._dynamo.utils.counters["stats"]["unique_graphs"] else ", not compiled"
+    show_times(run, name, "bfloat16", clocked, copy_bandwidth(run.device))
+
+
+# --- the whole ------------------------------------------------------------------------------------------------
+
+# By value: what it does, and how many seconds it may take at most.
+SECTIONS: dict[str, tuple[Callable[[Run], None], int]] = {
+    "parity": (parity, 80),
+    "answers": (answers, 150),
+    "syncs": (syncs, 40),
+    "growth": (growth, 60),
+    "plain": (plain, 40),
+    "captured": (partial(timed, quantize=None, compiled=True), 120),
+    "transformers": (partial(transformers, compiled=False), 40),
+    "int8": (partial(timed, quantize="int8", compiled=False), 40),
+    "int4": (partial(timed, quantize="int4", compiled=False), 40),
+    "int8-captured": (partial(timed, quantize="int8", compiled=True), 120),
+    "transformers-compiled": (partial(transformers, compiled=True), 120),
+    "int4-captured": (partial(timed, quantize="int4", compiled=True), 120),
+}
+LEAST = 5  # seconds with which no section is begun any more
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError inside once they are over, where the system has alarms."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(*_):
+        raise TimeoutError(f"{seconds:.0f} s were over")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def check_all(run: Run, names: Sequence[str], seconds: float) -> None:
+    """Every section by itself: what one raises is its last row, and the next begins."""
+    report = run.report
+    for name in names:
+        report.section = name
+        work, most = SECTIONS[name]
+        left = seconds - (time.monotonic() - report.started)
+        if left < LEAST:
+            report.skip("all of it", f"the {seconds:.0f} s were over")
+            continue
+        started, allowed = time.monotonic(), min(most, left)
+        try:
+            with at_most(allowed):
+                work(run)
+        except Exception as error:
+            traceback.print_exc()
+            if time.monotonic() - started >= allowed:  # whatever became of the alarm on its way here
+                report.skip("the rest of it", f"its {allowed:.0f} s were over")
+            else:
+                found = f"failed: {type(error).__name__}: {one_line(error)[:200]}"
+                report.check("no error", "", found, "none", False)
+        finally:
+            let_go(run.device)
+            report.measure("seconds in all", "", f"{time.monotonic() - started:.1f}")
+
+
+def let_go(device: str) -> None:
+    """Of what was compiled, recorded and allocated."""
+    torch._dynamo.reset()
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    try:
+        if trees is not None and device != "cpu":
+            trees.reset_cudagraph_trees()
+        gc.collect()
+        if device != "cpu":
+            torch.cuda.empty_cache()
+    except Exception:  # of a section that broke the GPU's context; the next one will say so
+        traceback.print_exc()
+
+
+def about(device: str) -> dict[str, object]:
+    """What the numbers are of."""
+    found: dict[str, object] = {"torch": torch.__version__, "python": platform.python_version()}
+    if find_spec("transformers"):
+        found["transformers"] = version("transformers")
+    if device == "cpu":
+        return {"card": "none (CPU)", **found}
+    matmul = torch.backends.cuda.matmul
+    return {
+        "card": torch.cuda.get_device_name(),
+        "memory": f"{torch.cuda.mem_get_info()[1] / 1e9:.0f} GB",
+        "driver": driver(),
+        "CUDA": torch.version.cuda,
+        **found,
+        "TF32 in products": matmul.allow_tf32,
+        "TF32 in convolutions": torch.backends.cudnn.allow_tf32,
+        "bfloat16 sums in bfloat16": matmul.allow_bf16_reduced_precision_reduction,
+        "float16 sums in float16": matmul.allow_fp16_reduced_precision_reduction,
+    }
+
+
+def driver() -> str:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--size", choices=list(SIZES), default="7b", help="of what is timed (default: 7b)")
+    parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAMES", help=f"some of: {', '.join(SECTIONS)}")
+    parser.add_argument("--seconds", type=float, default=390, help="after which nothing is begun (default: 390)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here, as they come")
+    args = parser.parse_args(argv)
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in SECTIONS]:
+        parser.error(f"--only: unknown {', '.join(unknown)}, expected some of: {', '.join(SECTIONS)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU that this PyTorch can use; --device cpu runs what a CPU can")
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json: {args.json.parent}: no such folder")
+    report = Report({"size": args.size, **about(args.device)}, args.json)
+    try:
+        check_all(Run(args.device, args.size, report), names, args.seconds)
+    finally:
+        print(report.table(), flush=True)
+    return 1 if report.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
