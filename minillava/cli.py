@@ -51,6 +51,15 @@ class Parser(argparse.ArgumentParser):
         message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # it quotes what was typed
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
+    def exit(self, status: int = 0, message: str | None = None):
+        super().exit(status, message if sys.stderr is not None else None)
+
+    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+        if file is not sys.stdout:
+            super()._print_message(message, file)
+        elif status := show(message):  # --help and --version can meet a full disk, too
+            sys.exit(status)
+
     @property
     def flags(self) -> Collection[str]:
         """All spellings of them."""
@@ -374,6 +383,11 @@ def run(body: Callable[[], int], verbose: bool, prints: bool = False) -> int:
         return 1
     finally:
         sys.stderr = stderr
+
+
+def show(text: str) -> int:
+    """Print what is known without any work; the exit status."""
+    return run(lambda: print(text, end="") or 0, verbose=False, prints=True)
 
 
 def report(error: Exception, verbose: bool) -> None:

@@ -80,20 +80,24 @@ def main(argv: list[str] | None = None) -> None:
     first = given[0] if given else "--help"
     if first in DOORS:
         begin(first, given[1:], f"{prog} {first}")
-    if first in ("-h", "--help", "help"):
-        print(listing(prog))
-    elif first == "--version":
-        from minillava import __version__
+    from minillava import __version__, cli
 
-        print(f"minillava {__version__}")
+    if first in ("-h", "--help", "help"):
+        sys.exit(cli.show(f"{listing(prog)}\n"))
+    elif first == "--version":
+        sys.exit(cli.show(f"minillava {__version__}\n"))
     else:
         from difflib import get_close_matches
 
         near = get_close_matches(first, DOORS, 1)
         found = f"{first} stands where the name of a door should" if first.startswith("-") else f"no door {first!r}"
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(DOORS)}"
-        print(f"error: {found}; {hint} (see {prog} --help)", file=sys.stderr)
-        sys.exit(2)
+
+        def refuse() -> int:
+            print(f"error: {found}; {hint} (see {prog} --help)", file=sys.stderr)
+            return 2
+
+        sys.exit(cli.run(refuse, verbose=False))
 
 
 if __name__ == "__main__":

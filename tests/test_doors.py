@@ -1,5 +1,6 @@
 """The doors: how they are found, and that Ctrl-C ends one at any moment without a traceback."""
 
+import contextlib
 import os
 import re
 import signal
@@ -49,6 +50,38 @@ def test_a_door_by_its_name_answers_as_the_door_does(front):
     picture = str(WEIGHTS / "example-1.png")
     status, out, err = front("generate", "-q", "--weights", str(WEIGHTS), "-i", picture, "-p", "Is there a red star?")
     assert (status, out, err) == (0, "Yes.\n", "")
+
+
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+
+
+@FULL
+@pytest.mark.parametrize("words", [(), ("--version",), ("chat", "--help"), ("look", "--version")])
+def test_what_a_full_disk_or_a_closed_stdout_swallows_is_not_a_success(front, monkeypatch, words):
+    with monkeypatch.context() as patch, open("/dev/full", "w") as full:
+        patch.setattr(sys, "stdout", full)
+        assert front(*words) == (
+            1,
+            "",
+            "error: stdout: No space left on device; make room there, then repeat the command\n",
+        )
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        status, _, err = front(*words)
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+    assert (status, err.startswith("error: stdout is closed, so the answer has nowhere to go; ")) == (1, True)
+
+
+@FULL
+@pytest.mark.parametrize("words", [("nowhere",), ("chat", "--nowhere")])
+def test_wrong_usage_is_2_where_nobody_can_be_told(front, monkeypatch, words):
+    for stream in (None, open("/dev/full", "w")):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", stream)
+            assert front(*words)[:2] == (2, "")
+            with contextlib.suppress(OSError, AttributeError):
+                sys.stderr.close()
 
 
 @pytest.mark.parametrize("door", doors.DOORS)
