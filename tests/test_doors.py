@@ -76,9 +76,9 @@ def test_what_a_full_disk_or_a_closed_stdout_swallows_is_not_a_success(front, mo
 @FULL
 @pytest.mark.parametrize("words", [("nowhere",), ("chat", "--nowhere")])
 def test_wrong_usage_is_2_where_nobody_can_be_told(front, monkeypatch, words):
-    for stream in (None, open("/dev/full", "w")):
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stderr", stream)
+    for path in (None, "/dev/full"):
+        with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
+            patch.setattr(sys, "stderr", path and stack.enter_context(open(path, "w")))
             assert front(*words)[:2] == (2, "")
             with contextlib.suppress(OSError, AttributeError):
                 sys.stderr.close()

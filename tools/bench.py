@@ -13,6 +13,7 @@ few hundredths there is worth a second run.
 """
 
 import argparse
+import io
 import json
 import os
 import statistics
@@ -38,6 +39,7 @@ from bench_checkpoint import SIZES, config_of, make_checkpoint, make_gguf
 from minillava.cache import KVCache
 from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig, TextConfig
 from minillava.contrast import VCD
+from minillava.disk import check_writable, explain, write_whole
 from minillava.linear import linear, use_fast_linear
 from minillava.llava import Llava, Spliced
 from minillava.loop import Options, decode, prefill, steps
@@ -394,9 +396,9 @@ def growth_plot(found: dict[tuple[str, str, int], Timing], title: str, path: Pat
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(title)
-    temporary = path.with_name(path.name + ".new")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_whole(path, picture.getvalue())
 
 
 def quality(shapes: Sequence[tuple[int, int]] = ((4096, 4096), (11008, 4096), (4096, 11008))) -> list[dict]:
@@ -569,6 +571,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--rounds, --tokens and --questions need at least 1")
     if options.png and (not options.png.name or not options.png.absolute().parent.is_dir()):
         parser.error(f"--png {options.png}: no such folder")
+    if options.png:
+        try:
+            check_writable(options.png)  # before minutes of measuring
+        except OSError as error:
+            parser.exit(1, f"error: {explain(error)}\n")
     if options.device != "cpu" and options.what != "compare":
         parser.error(f"--device {options.device} is for compare: {options.what} measures the processor")
     if options.what == "growth" and options.tokens >= min(CONTEXTS):
