@@ -442,7 +442,7 @@ def test_log_probabilities_are_those_of_the_raw_logits(result, assistant, how):
 def test_an_id_without_a_piece_is_shown_as_its_number(result, assistant):
     everything = result("-i", PICTURE, "-p", QUESTION, "-n", "1", "--logprobs", "99999")["tokens"][0]["top"]
     assert len(everything) == assistant.model.config.text.vocab_size
-    assert {other["piece"] for other in everything if other["id"] >= assistant.tokenizer.vocab_size} >= {"<440>"}
+    assert {other["piece"] for other in everything if other["id"] >= assistant.tokenizer.vocab_size} >= {"<447>"}
 
 
 def test_verbose_tells_of_the_search(run):
