@@ -12,17 +12,18 @@ import argparse
 import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minillava import __version__, cli, doors
+from minillava import __version__, cli, doors, terminal
 from minillava.assistant import Assistant
 from minillava.cache import KVCache
 from minillava.config import IMAGE_TOKEN_INDEX
@@ -184,7 +185,7 @@ class Conversation:
 
 # --- the door -------------------------------------------------------------------------------------------------
 
-PROMPT = "> "
+COMMANDS = ("/image", "/clear", "/save", "/help", "/quit", "/exit")
 
 
 class Session:
@@ -197,28 +198,47 @@ class Session:
 
     def handle(self, line: str) -> bool:
         """One line; False when it was the last. Raises ValueError or OSError for what cannot be done."""
-        if not line.lstrip().startswith("/"):
-            if line.strip():
-                self.answer(line)
-            return True
-        command, _, rest = line.strip().partition(" ")
-        rest = os.path.expanduser(rest.strip())
+        found = re.match(r"\s*(/\w+)(?:\s(.*)|$)", line, re.DOTALL)
+        command, rest = (found[1], found[2] or "") if found else ("", "")
+        if command not in COMMANDS:
+            return self.take(line)
         if command in ("/quit", "/exit"):
             return False
         if command == "/help":
             print(CHAT_COMMANDS, file=sys.stderr)
         elif command == "/clear":
             self.conversation.clear()
-            self.messages.note("conversation and pictures are forgotten; /image PATH adds a picture")
-        elif command not in ("/image", "/save"):
-            raise ValueError(f"{command}: no such command; /help lists them")
-        elif not rest:
+            self.note("conversation and pictures are forgotten; /image PATH adds a picture")
+        elif not rest.strip():
             raise ValueError(f"{command} needs a path behind it; /help lists the commands")
         elif command == "/image":
-            self.look(rest, rest)
+            self.add(terminal.read_paths(rest))
         else:
-            self.save(Path(rest))
+            path, *more = terminal.read_paths(rest)
+            self.save(Path(rest.strip() if more else path))
         return True
+
+    def take(self, line: str) -> bool:
+        """A question, or a file that was dropped. Raises ValueError for a command that there is not."""
+        if paths := terminal.dropped(line):
+            self.add(paths)
+        elif line.lstrip().startswith("/"):
+            raise ValueError(f"{line.split()[0]}: no such command; /help lists them")
+        elif line.strip():
+            self.answer(line)
+        return True
+
+    def note(self, text: str) -> None:
+        self.messages.note(text, again=True)
+
+    def add(self, paths: Sequence[str]) -> None:
+        """Pictures for the next question: all of them, or none where one cannot be opened."""
+        for image, path in [(open_image(path), path) for path in paths]:
+            self.look(image, path)
+        waiting = self.conversation.waiting
+        names = [os.path.basename(picture.name) or picture.name for picture in waiting]
+        names = ", ".join(name if name.isprintable() else repr(name) for name in names)
+        self.note(f"{len(waiting)} picture{'s wait' if len(waiting) > 1 else ' waits'} for the next question: {names}")
 
     def look(self, source: ImageSource, name: str) -> None:
         started = time.perf_counter()
@@ -247,7 +267,7 @@ class Session:
         self.messages.stage("decode", started, f"{more} more token(s){speed}; {ended}")
         if turn.finish_reason == "length" and self.conversation.room == 0:
             context = len(self.conversation.positions)
-            self.messages.note(f"the model's context of {context} positions is full; /clear starts anew")
+            self.note(f"the model's context of {context} positions is full; /clear starts anew")
 
     def save(self, path: Path) -> None:
         """As JSON. What stands there is replaced only by a complete file, and only if this session wrote it."""
@@ -257,7 +277,7 @@ class Session:
         text = json.dumps({**self.about, **self.conversation.record()}, ensure_ascii=False, indent=2)
         write_whole(path, f"{text}\n")
         self.saved.add(path)
-        self.messages.note(f"{len(self.conversation.turns)} turn(s) written to {path}")
+        self.note(f"{len(self.conversation.turns)} turn(s) written to {path}")
 
 
 def run(args: argparse.Namespace, options: dict) -> int:
@@ -269,57 +289,66 @@ def run(args: argparse.Namespace, options: dict) -> int:
     session = Session(Conversation(assistant, args.system), options, about, messages)
     for image, name in zip(images, args.image, strict=True):
         session.look(image, name)
-    terminal = sys.stdin.isatty()
-    if terminal:
-        messages.note("each line is a question; /help lists the commands")
+    if sys.stdin is not None and sys.stdin.isatty():
+        _talk(session, args.verbose)
+        return 0  # who types has seen what failed; a script sees the exit status
     failed = False
-    for line in _lines(terminal):
-        turns = len(session.conversation.turns)
+    for line in _lines():
         try:
             if not session.handle(line):
                 break
-        except KeyboardInterrupt:
-            if not terminal:
-                raise  # it stops what a script runs
-            kept = "what it said is kept" if len(session.conversation.turns) > turns else "nothing is kept of it"
-            messages.note(f"stopped; {kept}")
         except BrokenPipeError:
             raise  # nobody listens any more
-        except (ValueError, OSError) as error:
-            cli.report(error, verbose=False)  # of what was typed, no traceback
-            failed = True
         except Exception as error:
-            cli.report(error, args.verbose)  # memory that runs out, say: what was said before can still be saved
+            _report(error, args.verbose)
             failed = True
-    # Who types has seen what failed; a script sees the exit status.
-    return int(failed and not terminal)
+    return int(failed)
 
 
-def _lines(terminal: bool) -> Iterator[str]:
-    """The lines of stdin without their ends; at a terminal each is asked for, with line editing where Python has it."""
-    if not terminal and hasattr(sys.stdin, "buffer"):
-        yield from read_lines(sys.stdin.buffer, "stdin")
-        return
+def _talk(session: Session, verbose: bool) -> None:
+    """A conversation at a terminal. Ctrl-C stops an answer, and clears the line that is typed; it leaves where it comes
+    twice at an empty line. Raises KeyboardInterrupt then."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 spoils its own question only
-    editing = terminal and sys.stdout.isatty()
-    if editing:
-        with suppress(ImportError):
-            import readline  # noqa: F401  that it is imported makes input() edit lines and remember them
+    if not session.conversation.waiting:
+        session.note("no picture yet: /image PATH adds one")
+    session.note("each line is a question; /help lists the commands")
+    typing, warned = terminal.Terminal(COMMANDS), False
     while True:
-        if editing:
-            try:
-                yield input(PROMPT)
-            except EOFError:
-                print(file=sys.stderr)
+        turns, asked = len(session.conversation.turns), False
+        try:
+            line = typing.read()
+            asked, warned = True, False
+            if line is None or not session.handle(line):
                 return
-            continue
-        if terminal:
-            print(PROMPT, end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        yield line.removesuffix("\n")
+        except KeyboardInterrupt:
+            if asked:
+                kept = "what it said is kept" if len(session.conversation.turns) > turns else "nothing is kept of it"
+                session.note(f"stopped; {kept}")
+                continue
+            if warned and not typing.typed():
+                raise
+            warned = True
+            print(file=sys.stderr)
+            session.note("Ctrl-D leaves; so does a second Ctrl-C")
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            _report(error, verbose)
+
+
+def _report(error: Exception, verbose: bool) -> None:
+    """What is wrong with what was typed, without a traceback. Of anything else (memory that runs out, say) with one;
+    what was said before can still be saved."""
+    cli.report(error, verbose and not isinstance(error, (ValueError, OSError)))
+
+
+def _lines() -> Iterator[str]:
+    """The lines of stdin, which is no terminal, without their ends."""
+    if hasattr(sys.stdin, "buffer"):
+        yield from read_lines(sys.stdin.buffer, "stdin")
+    else:
+        yield from (line.removesuffix("\n") for line in sys.stdin)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

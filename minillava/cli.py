@@ -281,9 +281,9 @@ class Messages:
         self.timings: dict[str, float] = {}  # seconds per stage
         self._noted: set[str] = set()
 
-    def note(self, text: str) -> None:
-        """What a person should know, in one line, said once."""
-        if not self.quiet and text not in self._noted:
+    def note(self, text: str, again: bool = False) -> None:
+        """What a person should know, in one line, said once; again: as often as it happens."""
+        if not self.quiet and (again or text not in self._noted):
             print(f"note: {text}", file=sys.stderr)
         self._noted.add(text)
 

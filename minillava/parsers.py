@@ -15,12 +15,14 @@ from minillava.options import DEPTHS, Options
 from minillava.prompt import DEFAULT_PROMPT
 
 CHAT_COMMANDS = """\
-/image PATH   add a picture to the next question; <image> in the question places it
+/image PATH   add a picture, or several, to the next question; <image> in the question places it; a file dropped
+              into the terminal is read as a shell reads it, with or without /image
 /clear        forget the conversation and its pictures
 /save FILE    write the conversation as JSON; a file that this session did not write is not overwritten
 /help         this list
 /quit, /exit  leave, as the end of the input does
-Ctrl-C stops an answer, which keeps what it has said; at the prompt, or in a script, it leaves."""
+Ctrl-C stops an answer, which keeps what it has said; it clears a line, and leaves when pressed twice at an empty one.
+In a script it leaves."""
 
 SETTINGS = ("weights", "revision", "model_base", "adapter", "vision_tower", "device", "dtype", "attention",
             "quantize", "template", "system", "image_aspect_ratio")  # fmt: skip
@@ -110,7 +112,7 @@ examples:
   printf 'What is it?\\nWhat colour is it?\\n' | python -m minillava.chat -m DIR -i cat.jpg
 
 exit status: 0 the end, 1 an error in one line (at a terminal only one that ends the session), 2 wrong usage,
-130 Ctrl-C at the prompt, or where stdin is no terminal""",
+130 Ctrl-C twice at an empty prompt, or once where stdin is no terminal""",
     )
     parser.add_argument_group("question").add_argument(
         "-i", "--image", action="append", default=[], metavar="FILE",

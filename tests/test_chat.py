@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -402,6 +403,36 @@ def test_verbose_counts_positions(talk, expected):
     assert "ended by length, seed 11\n" in err
 
 
+@pytest.mark.parametrize("spelled", ["/image '{}'", '/image "{}" ', "/image file://{}", "'{}'", "{}"])
+def test_a_dropped_picture_is_added_and_said(talk, expected, tmp_path, spelled):
+    """Quotes were part of the name, and success was silent."""
+    path = tmp_path / "a b.png"
+    shutil.copy(PICTURE, path)
+    line = spelled.format(str(path).replace(" ", "%20") if "file:" in spelled else path)
+    assert talk(f"{line}\n{QUESTIONS[0]}\n") == (
+        0,
+        f"{expected[0]}\n",
+        "note: 1 picture waits for the next question: a b.png\n",
+    )
+
+
+def test_several_dropped_pictures_are_all_added_or_none(talk, assistant, tmp_path):
+    path = tmp_path / "a b.png"
+    shutil.copy(PICTURE, path)
+    pictures = f"'{path}' {PICTURE}"
+    status, out, err = talk(f"/image {pictures}\n{QUESTIONS[0]}\n")
+    assert (status, out) == (0, assistant.ask([PICTURE, PICTURE], QUESTIONS[0], max_new_tokens=6) + "\n")
+    assert "note: 2 pictures wait for the next question: a b.png, " in err
+    status, out, err = talk(f"/image {pictures} nowhere.png\n{QUESTIONS[0]}\n")
+    assert (status, out) == (1, assistant.ask(None, QUESTIONS[0], max_new_tokens=6) + "\n")
+    assert err == "error: nowhere.png: no such picture; check the path\n"
+
+
+def test_save_takes_a_quoted_path(talk, tmp_path):
+    assert talk(f"/save '{tmp_path / 'a b.json'}'\n/save {tmp_path / 'c d.json'}\n")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a b.json", "c d.json"]
+
+
 def test_help_goes_to_stderr_and_names_every_command(talk):
     status, out, err = talk("/help\n")
     assert (status, out) == (0, "")
@@ -585,7 +616,8 @@ def read_until(stream, text: bytes) -> bytes:
     return found
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_the_session_and_leaves_at_the_prompt(terminal, tmp_path):
+def test_ctrl_c_stops_the_answer_and_keeps_the_session_and_leaves_at_the_second(terminal, tmp_path):
+    """One Ctrl-C at the prompt, so also the second of two during an answer, threw the conversation away."""
     process, typing = terminal
     read_until(process.stderr, b"> ")
     os.write(typing, b"What is it?\n")
@@ -598,6 +630,12 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session_and_leaves_at_the_prompt(
     turn = json.loads(path.read_text(encoding="utf-8"))["turns"][0]
     assert (turn["question"], turn["finish_reason"]) == ("<image>\nWhat is it?", "interrupted")
     read_until(process.stderr, b"> ")
+    process.send_signal(signal.SIGINT)
+    assert b"note: Ctrl-D leaves; so does a second Ctrl-C\n" in read_until(process.stderr, b"> ")
+    os.write(typing, b"/help\n")  # whoever goes on has not left with one foot
+    read_until(process.stderr, b"\n> ")
+    process.send_signal(signal.SIGINT)
+    assert b"note: Ctrl-D leaves; so does a second Ctrl-C\n" in read_until(process.stderr, b"> ")
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -612,3 +650,60 @@ def test_the_end_of_the_input_leaves_with_0(terminal):
     os.write(typing, b"\x04")
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc to see when it waits for a key")
+def test_line_editing_at_a_real_terminal(tmp_path):
+    """Ctrl-C on a half-typed line clears it, each time; Tab completes a path with a space; a pasted paragraph is one
+    question."""
+    pty = pytest.importorskip("pty")
+    pytest.importorskip("readline")
+    shutil.copy(PICTURE, tmp_path / "a b.png")
+    command = [sys.executable, "-m", "minillava.chat", "-m", WEIGHTS, *BASE]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    child, typing = pty.fork()
+    if child == 0:
+        try:
+            os.chdir(tmp_path)
+            os.execve(sys.executable, command, environment)
+        finally:
+            os._exit(127)
+    with os.fdopen(typing, "r+b", buffering=0) as screen:
+
+        def see(text: bytes) -> None:
+            found = b""
+            while text not in found:
+                assert select.select([screen], [], [], 60)[0], found
+                found += os.read(typing, 1)
+
+        def interrupt() -> None:
+            """Once it waits: Python notices a signal while readline works on a key only with the next key."""
+            while Path(f"/proc/{child}/stat").read_text().rpartition(") ")[2][0] != "S":
+                time.sleep(0.01)
+            screen.write(b"\x03")
+
+        see(b"note: no picture yet: /image PATH adds one")
+        see(b"> ")
+        for _ in range(3):
+            screen.write(b"half a line")
+            see(b"half a line")
+            interrupt()
+            see(b"note: Ctrl-D leaves")
+            see(b"> ")
+        screen.write(b"/ima\ta\t\r")
+        see(b"1 picture waits for the next question: a b.png")
+        see(b"> ")
+        screen.write(b"\x1b[200~Is it\nred?\x1b[201~")
+        see(b"red?")
+        screen.write(b"\r")
+        see(b"> ")
+        screen.write(b"/save talk.json\r")
+        see(b"1 turn(s) written")
+        see(b"> ")
+        interrupt()
+        see(b"note: Ctrl-D leaves")
+        see(b"> ")
+        interrupt()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    (turn,) = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))["turns"]
+    assert (turn["question"], turn["images"]) == ("<image>\nIs it\nred?", ["a b.png"])

@@ -1,0 +1,111 @@
+"""What a terminal pastes when files are dropped into it, and what Tab makes of a line."""
+
+import os
+from urllib.parse import quote
+
+import pytest
+
+from minillava.terminal import Terminal, dropped, read_paths
+
+POSIX = pytest.mark.skipif(os.name == "nt", reason="a backslash stands between folders here")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of files whose names are trouble, as the current and the home folder."""
+    (tmp_path / "my photos").mkdir()
+    for name in ("my photos/a star.png", "my photos/it's (1).png", "b.png", ".hidden.png"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "{0}", "'{0}'", '"{0}"', "  {0} ", "'{0}' ",
+        pytest.param("{1}", marks=POSIX),
+        "file://{2}", "file://localhost{2}", "file:{2}", "FILE://{2}", "'file://{2}'",
+    ],
+)  # fmt: skip
+def test_a_dropped_path_is_understood(folder, spelled):
+    """/image refused the quotes and backslashes that terminals write where a path has spaces."""
+    path = f"{folder.as_posix()}/my photos/a star.png"
+    url = ("/" if os.name == "nt" else "") + quote(path)
+    line = spelled.format(path, path.replace(" ", "\\ "), url)
+    assert read_paths(line) == [path]
+    assert dropped(line) == [path]
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "my photos/it's (1).png", '"my photos/it\'s (1).png"',
+        pytest.param("my\\ photos/it\\'s\\ \\(1\\).png", marks=POSIX), "'my photos/it'\"'\"'s (1).png'",
+        pytest.param("'my photos/it'\\''s (1).png'", marks=POSIX),
+    ],
+)  # fmt: skip
+def test_quotes_and_brackets_in_a_name(folder, spelled):
+    assert read_paths(spelled) == ["my photos/it's (1).png"]
+
+
+def test_home(folder):
+    assert read_paths("~/b.png") == read_paths("'~/b.png'") == [os.path.expanduser("~/b.png")]
+    assert dropped("~/b.png") == [os.path.expanduser("~/b.png")]
+
+
+def test_several_paths_at_once(folder):
+    expected = ["my photos/a star.png", "b.png"]
+    assert read_paths("'my photos/a star.png' b.png") == expected
+    assert read_paths("'my photos/a star.png'\nb.png\n") == expected
+    first, second = (f"{folder.as_posix()}/{name}" for name in expected)
+    assert dropped(f"'{first}' '{second}'") == [first, second]
+
+
+@POSIX
+@pytest.mark.parametrize("name", ["'b.png'", '"b.png"', "b\\ c.png", "b.png ", " b.png", "b.png b.png", "~", "#b.png"])
+def test_a_file_that_is_really_called_so_goes_first(folder, name):
+    (folder / name).touch()
+    assert read_paths(name) == [name] or (name == "~" and read_paths("./~") == ["./~"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        ("nowhere.png", ["nowhere.png"]),
+        ("'no where.png'", ["no where.png"]),
+        ("no where.png", ["no where.png"]),  # one path with a space, as it was typed
+        ("b.png nowhere.png", ["b.png", "nowhere.png"]),
+        ("'b.png", ["'b.png"]),
+        ("file:///no/where%20.png", ["/no/where .png"]),
+        ("data:image/png;base64,AA AA", ["data:image/png;base64,AA AA"]),
+        ("a\0b", ["a\0b"]),
+    ],
+)
+def test_what_is_not_there_comes_back_for_the_message(folder, typed, shown):
+    assert read_paths(typed) == shown
+    assert dropped(typed) == []
+
+
+@pytest.mark.parametrize("line", ["Is b.png there?", "b.png", "/", "'What is it?'", "/my photos", "", "~", "file:///"])
+def test_a_question_is_no_dropped_file(folder, line):
+    assert dropped(line) == []
+
+
+def test_tab_completes_commands_and_paths(folder, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)  # no line editing: this is about what a line can become
+    complete = Terminal(["/image", "/save", "/help"]).completions
+    assert complete("/i") == ["/image "]
+    assert complete("/") == ["/image ", "/save ", "/help"]
+    assert complete("") == complete("What") == complete("/help b") == complete("/image no/where") == []
+    assert complete("/image ") == ["/image b.png", "/image my photos/"]
+    assert complete("/image my") == complete("/image 'my") == ["/image my photos/"]
+    assert complete('/save "my') == ["/save my photos/"]
+    assert complete("/save my photos/a") == ["/save my photos/a star.png"]
+    assert complete("/image .h") == ["/image .hidden.png"]
+    assert complete("/image ~/b") == ["/image ~/b.png"]
+    if os.name != "nt":
+        assert complete("/image my\\ photos/a\\ s") == ["/image my photos/a star.png"]
+    assert complete("/image a\0") == []
