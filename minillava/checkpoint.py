@@ -182,7 +182,8 @@ class Checkpoint:
         if (folder / REST_NAME).exists():
             self.lay_over(unwrapped(open_file(folder / REST_NAME)))
         problems, grown = [], ""
-        plain = dict(zip([*adapter.whole, *adapter.deltas], unwrap([*adapter.whole, *adapter.deltas]), strict=True))
+        given = [*adapter.whole, *adapter.deltas]
+        plain = dict(zip(given, unwrap(given, adapter.path), strict=True))
         for name, stored in self._named([(plain[name], stored) for name, stored in adapter.whole.items()], PREFIXES):
             before = self.shape(name) if name in self.tensors else stored.shape
             if name in TABLES and stored.shape[1:] == before[1:] and stored.shape > before:
@@ -331,18 +332,17 @@ def check_base(folder: Path, model_base: Path | None) -> None:
 
 
 def unwrapped(tensors: Sequence[Stored]) -> list[tuple[str, Stored]]:
-    """Tensors by their names without wrappers (`unwrap`). Raises ValueError naming the file."""
-    try:
-        return list(zip(unwrap([stored.name for stored in tensors]), tensors, strict=True))
-    except ValueError as error:
-        raise ValueError(f"{tensors[0].path}: {error}") from None
+    """Tensors by their names without wrappers (`unwrap`)."""
+    return (
+        list(zip(unwrap([stored.name for stored in tensors], tensors[0].path), tensors, strict=True)) if tensors else []
+    )
 
 
-def unwrap(names: Sequence[str]) -> list[str]:
+def unwrap(names: Sequence[str], path: Path) -> list[str]:
     """Names without what training programs put around a model: `module.` and the like wherever they stand, and before
     all names one component that no dialect begins with.
 
-    Raises ValueError where only some names begin with a wrapper: they may be of two trainings.
+    Raises ValueError naming the file where only some names begin with a wrapper: they may be of two trainings.
     """
     names, before = list(names), None
     while names != before:
@@ -357,7 +357,7 @@ def unwrap(names: Sequence[str]) -> list[str]:
             wrapped = [name for name in names if name.partition(".")[0] in WRAPPERS or name.startswith(PEFT_PREFIX)]
             if wrapped:
                 found = f"{len(wrapped)} of {len(names)} names begin with a wrapper, such as {wrapped[0]}"
-                raise ValueError(f"{found}, the others do not; save the tensors of one model, unwrapped")
+                raise ValueError(f"{path}: {found}, the others do not; save the tensors of one model, unwrapped")
             names = [".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names]
     return names
 
