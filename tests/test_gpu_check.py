@@ -23,7 +23,7 @@ def few(monkeypatch):
     monkeypatch.setattr(gpu_check, "PRECISIONS", ("float32",))
     monkeypatch.setitem(gpu_check.ANSWERS, "tiny", 7)
     monkeypatch.setattr(gpu_check, "SYNC_TOKENS", 4)
-    monkeypatch.setattr(gpu_check, "LONGEST", 8)
+    monkeypatch.setattr(gpu_check, "LONGEST", 6)
 
 
 def rows_of(work, device: str = "cpu") -> list:

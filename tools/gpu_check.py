@@ -212,7 +212,17 @@ def prompt_ids(config: LlavaConfig) -> list[int]:
 
 
 def parity(run: Run) -> None:
-    """Two networks: the bundled one, and two layers of the true width. Alone, and in a padded batch."""
+    """Two networks: the bundled one, and two layers of the true width, each with a padded batch. Convolutions without
+    TF32, so that transformers' float32 is one."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        compare_both(run)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def compare_both(run: Run) -> None:
     bundled = load(BUNDLED, device=run.device, dtype="float64")
     ids = [bundled.tokenizer.encode(bundled.prompt(question)) for question in QUESTIONS]
     pixels = bundled.image_processor(PICTURES)
@@ -244,8 +254,13 @@ def compare_networks(
             model = network(config, narrow, attention)
             ours = tensors_of(model, ids, pixels)
             error = distance(ours["logits"], exact["logits"])
-            ended = replace(config, eos_token_ids=())  # of random weights any token may be the end
-            model.config = ended
+            if run.on_gpu and dtype == "float32" and attention == "fused":
+                torch.backends.cudnn.allow_tf32 = True  # torch's default
+                same = torch.equal(tensors_of(model, ids, pixels)["logits"], ours["logits"])
+                torch.backends.cudnn.allow_tf32 = False
+                found = "the same bits" if same else "others"
+                run.report.check(f"{what}: with TF32 allowed in convolutions", dtype, found, "the same bits", same)
+            model.config = replace(config, eos_token_ids=())  # of random weights any token may be the end
             answer = generate(model, ids, pixels, max_new_tokens=tokens).sequences.tolist()
             if theirs is None:
                 run.report.measure(f"{what}: logits to float64, relative norm", dtype, f"{error['norm']:.2e}")
@@ -715,9 +730,9 @@ def timed(run: Run, quantize: str | None, compiled: bool, state: dict[str, Tenso
     if quantize:  # what was quantised is let go
         state.clear()
         gc.collect()
+    bandwidth = copy_bandwidth(run.device)
     if run.on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    bandwidth = copy_bandwidth(run.device)
     skips = graph_skips()
     if compiled:
         compile_decode(model)
@@ -749,10 +764,12 @@ def transformers(run: Run, compiled: bool) -> None:
         return
     theirs = transformers_of(run.config, random_state(run.config, torch.bfloat16, run.device))
     theirs.set_attn_implementation("sdpa")
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     clocked = Clocked(their_timed_answer(run, theirs, compiled), warm=2 if compiled else 1, rounds=2)
     name = "transformers, static cache" if compiled else "transformers, sdpa"
     if compiled:
-        name += ", compiled" if torch._dynamo.utils.counters["stats"]["unique_graphs"] else ", not compiled"
+        did = torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
+        name += ", compiled" if did else ", not compiled"
     show_times(run, name, "bfloat16", clocked, copy_bandwidth(run.device))
 
 
