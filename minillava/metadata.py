@@ -44,7 +44,7 @@ def turn_upright(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int | None:
     """None where there is none that can be read."""
     info = image.info
-    exif, xmp = info.get("exif"), info.get("xmp") or info.get("XML:com.adobe.xmp") or b""
+    exif, xmp = info.get("exif"), info.get("xmp") or info.get("XML:com.adobe.xmp") or _jpeg_xmp(image)
     found = None
     with suppress(Exception):  # Pillow's readers raise anything on damaged data
         if hasattr(image, "tag_v2"):
@@ -60,6 +60,13 @@ def _orientation(image: Image.Image) -> int | None:
         match = re.search(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([0-9])(?![0-9])""", xmp)
         found = int(match[1]) if match else None
     return found
+
+
+def _jpeg_xmp(image: Image.Image) -> bytes:
+    """What newer Pillows put in `info["xmp"]`, from the segments of a JPEG; b"" where there is none."""
+    begin = b"http://ns.adobe.com/xap/1.0/\0"
+    segments = (data for _, data in getattr(image, "applist", ()) if data.startswith(begin))
+    return next(segments, begin)[len(begin) :]
 
 
 def _read_orientation(exif: bytes) -> int | None:

@@ -253,6 +253,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(copy):
 ANSWERS = ["Yes.", "No, there is none in it.", "Yes. And more"]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("template", ["llava_v1", "llava_v0", "llava_llama_2", "chatml_direct", "hf"])
 def test_score_is_minus_the_loss(reference, picture, template):
     """Of the whole conversation, answer by answer, with the picture encoded anew each time."""
@@ -285,6 +286,7 @@ def test_score_of_the_models_own_answer_is_the_best_of_its_length(reference, pic
     assert toy.score(picture, "Hm?", [word])[0] <= most + torch.finfo(torch.float32).eps * abs(most)
 
 
+@pytest.mark.numeric
 def test_score_edges(reference, picture):
     toy = minillava.load(reference / "plain", device="cpu", dtype="float64")
     assert toy.score(picture, "Hm?", []) == []

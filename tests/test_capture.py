@@ -17,8 +17,6 @@ from minillava.chat import Conversation
 from minillava.contrast import VCD
 from minillava.generate import generate
 
-pytestmark = pytest.mark.numeric
-
 ROOT = Path(__file__).parents[1]
 IDS = [[1, 30, -200, 41, 42], [1, -200, 41]]  # of unequal length: the second row is padded
 
@@ -38,6 +36,7 @@ def run_ahead(monkeypatch, runs: bool) -> None:
     monkeypatch.setattr(loop, "runs_ahead", lambda device: runs)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("name", ["plain", "grouped"])
 def test_a_captured_step_is_a_step(reference, name, pixels, rows):
@@ -103,6 +102,7 @@ def test_what_cannot_be_compiled_is_one_line(toy, pixels, monkeypatch):
         generate(toy.model, IDS, pixels, max_new_tokens=3)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("captured", [False, True])
 def test_running_ahead_changes_no_answer(toy, pixels, captured, monkeypatch):
     first, second = generate(toy.model, IDS, pixels, max_new_tokens=12).sequences.tolist()

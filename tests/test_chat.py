@@ -83,6 +83,7 @@ def watch(monkeypatch):
 # --- the conversation -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_every_turn_is_that_of_a_fresh_start_and_reads_only_what_is_new(watch, template):
     assistant, again = (minillava.load(WEIGHTS, device="cpu", dtype="float64", template=template) for _ in range(2))

@@ -18,8 +18,6 @@ from minillava.options import TRANSFORMS
 from minillava.sampling import top_p
 from minillava.transforms import add_noise, noise_scales
 
-pytestmark = pytest.mark.numeric
-
 INF = float("inf")
 # One row of logits and what the other stream says, over four tokens.
 FIRST, SECOND = torch.tensor([[2.0, 1, 0, -3]]), torch.tensor([[1.0, 1.5, 0, -3]])
@@ -338,6 +336,7 @@ def test_only_the_pixels_differ_for_the_others(toy, picture):
 # --- two rows of one batch ------------------------------------------------------------------------------------
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("method", [VCD(beta=0), RITUAL(beta=0), M3ID(beta=0, rate=0.3)], ids=METHODS)
 def test_two_rows_equal_two_separate_runs_without_a_cache(toy, picture, method):
     """At every step both streams' logits are those of a fresh run over everything so far, and the choice is the best
@@ -360,6 +359,7 @@ def test_two_rows_equal_two_separate_runs_without_a_cache(toy, picture, method):
         said.append(int(step.token_ids[0]))
 
 
+@pytest.mark.numeric
 def test_a_batch_of_two_questions_equals_each_alone(toy, picture):
     flipped = picture.rotate(90, expand=True)
     questions = "What is it?", "What is there in this picture, and where?"

@@ -13,8 +13,6 @@ from minillava.assistant import load
 from minillava.generate import generate
 from minillava.loop import RECORDABLE, Options, Row, steps
 
-pytestmark = pytest.mark.numeric
-
 
 @pytest.fixture(scope="module")
 def toy(reference):
@@ -66,6 +64,7 @@ def test_what_was_not_asked_for_is_none(toy, pixels):
     assert (result.scores, result.logits, result.hidden_states, result.attentions, result.text) == (None,) * 5
 
 
+@pytest.mark.numeric
 def test_a_fused_model_records_the_weights_of_eager(reference):
     models = [load(reference / "plain", device="cpu", dtype="float64", attention=a).model for a in ("fused", "eager")]
     first, second = (generate(model, [[1, 30, 41]], max_new_tokens=2, record=("attentions",)) for model in models)
@@ -169,6 +168,7 @@ def test_what_must_not_repeat_counts_the_pictures_patches_and_no_padding(toy, pi
     assert barred([1, 30], 2) == []
 
 
+@pytest.mark.numeric
 def test_several_samples_stand_in_adjacent_rows(reference, pixels):
     toy = load(reference / "plain", device="cpu", dtype="float64", attention="eager")
     rows = [[1, 99, -200, 12], IDS]

@@ -56,6 +56,7 @@ def prepare(assistant, picture, question=QUESTION):
 # --- the row that chose a token -------------------------------------------------------------------------------
 
 
+@pytest.mark.numeric
 @torch.no_grad()
 def test_a_tokens_row_is_that_of_the_position_before_it(toy, picture):
     """Against one uncached pass over prompt and answer, which has the rows of all positions."""
@@ -98,6 +99,7 @@ def test_looking_leaves_the_logits_bit_identical(reference, picture, attention, 
     assert all(torch.equal(a, b) for a, b in zip(alone, watched, strict=True))
 
 
+@pytest.mark.numeric
 @torch.no_grad()
 def test_padding_changes_no_row(toy, picture):
     ids, pixels = toy.tokenizer.encode(toy.prompt(QUESTION)), toy.image_processor([picture])

@@ -223,6 +223,7 @@ def test_records_come_in_the_order_of_the_data(assistant, picture):
     assert names[-1] == "answer"
 
 
+@pytest.mark.numeric
 def test_numbers_are_those_of_the_tensors(picture):
     assistant = minillava.load(WEIGHTS, device="cpu", dtype="float64")
     made = generate(
