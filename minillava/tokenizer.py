@@ -113,11 +113,12 @@ class Tokenizer:
 
     def piece(self, token_id: int) -> str:
         """An id as people are shown it: as the tokenizer writes it ("▁star"), `<image>` for a picture, "<704>" for a
-        row without a token."""
+        row that no text becomes."""
         if token_id == IMAGE_TOKEN_INDEX:
             return IMAGE_MARKER
-        if token_id in self.by_id:
-            return self.by_id[token_id].text
+        token = self.by_id.get(token_id)
+        if token is not None and token.text in self._tokens:
+            return token.text
         in_model = 0 <= token_id < self.vocab_size
         return self.sentencepiece.id_to_piece(token_id) if in_model else f"<{token_id}>"
 

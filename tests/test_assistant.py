@@ -6,14 +6,18 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
 
 import minillava
-from minillava.assistant import LARGE, choose_device, choose_dtype
+from minillava.assistant import LARGE, bundled_weights, choose_device, choose_dtype
 from minillava.chat import Conversation
 from minillava.contrast import M3ID, VCD
 from minillava.generate import generate
+from minillava.look import look
 from minillava.prompt import DEFAULT_PROMPT, TEMPLATES
 from minillava.tokenizer import encode_answers
+from minillava.tracing import trace
 
 
 @pytest.fixture(scope="module")
@@ -408,3 +412,68 @@ def test_contrast_by_name_and_process(toy, picture):
         assert toy.ask(picture, "Why?", process=always, **options, **more) == expected
         assert toy.ask(picture, ["Why?", "How is it?"], process=always, **options, **more) == [expected] * 2
     assert list(toy.stream(picture, "Why?", process=always, max_new_tokens=1)) == [toy.tokenizer.decode([word])]
+
+
+# --- tokens that a fine-tune added ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def boxed(tmp_path_factory):
+    """The bundled model, trained on as it were: <box> 640 and </box> 641 are new rows; <box> is said for "star"."""
+    source = bundled_weights()
+    folder = shutil.copytree(source, tmp_path_factory.mktemp("boxed") / "weights")
+    star = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).piece_to_id("▁star")
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        for end, factor in (("model.embed_tokens.weight", 1), ("lm_head.weight", 1.3)):
+            for name in [name for name in tensors if name.endswith(end)]:
+                rows = torch.zeros(64, tensors[name].shape[1], dtype=tensors[name].dtype)
+                rows[0] = tensors[name][star] * factor
+                tensors[name] = torch.cat([tensors[name], rows])
+        save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["vocab_size"] = config["text_config"]["vocab_size"] = 704
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    added = {"<image>": 638, "<pad>": 639, "<box>": 640, "</box>": 641}
+    (folder / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
+    return minillava.load(folder, device="cpu", dtype="float32"), str(source / "example-1.png")
+
+
+def test_an_answer_with_added_tokens_however_it_is_asked_for(boxed):
+    """ "I see a large red at the top left": an added token became no text, without a word."""
+    assistant, picture = boxed
+    whole = assistant.ask(picture)
+    assert whole.startswith("I see a large red<box> at the top left, ")
+    assert "<box>" in list(assistant.stream(picture))
+    assert assistant.ask([picture], [DEFAULT_PROMPT]) == [whole]
+    assert assistant.ask(picture, stop=["<box> at"]) == "I see a large red"
+    assert assistant.ask(picture, num_beams=2).count("<box>") >= 1
+    again = assistant.tokenizer.decode(assistant.tokenizer.encode(whole))
+    assert again.startswith("I see a large red<box>")
+
+
+def test_a_conversation_about_an_added_token(boxed):
+    """Its history is read from the cache: an answer is cut into the ids that were said, up to its first added token,
+    after which `legacy` puts another "▁"."""
+    assistant, picture = boxed
+    conversation = Conversation(assistant)
+    conversation.add_image(picture)
+    assert conversation.ask("Where is the <box>?").startswith("The<box> is at the top left")
+    first = conversation.turns[0]
+    assert 640 in conversation.positions[: first.prefilled]
+    assert "<box>" in conversation.ask("What is in the picture?")
+    assert conversation.turns[1].reused >= first.prefilled
+
+
+def test_added_tokens_are_scored_and_shown(boxed):
+    assistant, picture = boxed
+    good, bad = assistant.score(picture, "Where is the <box>?", ["The<box> is", "The</box> is"])
+    assert good > bad + 5
+    seen = look(assistant, picture, "Where is the <box>?", lens=True, max_new_tokens=3)
+    assert "<box>" in seen.lens.chosen and "<box>" in [word for word, _ in seen.lens.tokens[-1]]
+    records = []
+    trace(
+        assistant, picture, "Where is the <box>?", assistant.options(max_new_tokens=2), lambda r, _: records.append(r)
+    )
+    (ids,) = [record.value for record in records if record.name == "input_ids"]
+    assert [640, "<box>"] in ids

@@ -352,30 +352,67 @@ def json_cases() -> Iterator[Case]:
         ("preprocessor_config.json", 0.25),
         ("tokenizer_config.json", 0.02),
     ):
-        raw = (VICTIM / file).read_bytes()
-        content = merged(json.loads(raw), MORE_FIELDS.get(file, {}))
-        stem = file.removesuffix(".json")
-        for path in paths_of(content):
-            for text in VALUES:
-                if dice.random() < share or path[-1] == "legacy":
-                    name = f"{file} {'.'.join(path)} = {text if len(text) < 40 else text[:10] + f'... ({len(text)})'}"
-                    new = replaced(content, path, text)
-                    yield Case(f"{stem} field", name, lambda to, f=file, t=new: write(to / f, t))
         many = 30 if file == "config.json" else 8
-        yield from truncations(f"{stem} cut", file, raw.rstrip(), range(0, len(raw.rstrip()), len(raw) // many))
-        yield from flips(f"{stem} flipped", file, raw, 2 * many, 0, len(raw))
-        yield from no_files(f"{stem} no file", file)
-        yield from no_content(f"{stem} no content", file)
-        for name, text in {
-            "a BOM before it": b"\xef\xbb\xbf" + raw, "in UTF-16": raw.decode().encode("utf-16"), "null": b"null",
-            "a list": b"[]",
-            "text": b'"x"', "a number": b"1", "twice": raw + raw, "a long number": b"1" * 5000,
-            "nested lists": b"[" * 100_000,
-            "nested objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "not UTF-8": b'{"a": "\xff"}',
-        }.items():  # fmt: skip
-            yield Case(
-                f"{stem} no content", f"{file}: {name}", lambda to, f=file, t=text: write(to / f, t), file, "error"
-            )
+        yield from json_file_cases(file, (VICTIM / file).read_bytes(), share, many, dice)
+
+
+def json_file_cases(file: str, raw: bytes, share: float, many: int, dice: random.Random) -> Iterator[Case]:
+    content = merged(json.loads(raw), MORE_FIELDS.get(file, {}))
+    stem = file.removesuffix(".json")
+    for path in paths_of(content):
+        for text in VALUES:
+            if dice.random() < share or path[-1] == "legacy":
+                name = f"{file} {'.'.join(path)} = {text if len(text) < 40 else text[:10] + f'... ({len(text)})'}"
+                new = replaced(content, path, text)
+                yield Case(f"{stem} field", name, lambda to, f=file, t=new: write(to / f, t))
+    yield from truncations(f"{stem} cut", file, raw.rstrip(), range(0, len(raw.rstrip()), max(1, len(raw) // many)))
+    yield from flips(f"{stem} flipped", file, raw, 2 * many, 0, len(raw))
+    yield from no_files(f"{stem} no file", file)
+    yield from no_content(f"{stem} no content", file)
+    for name, text in {
+        "a BOM before it": b"\xef\xbb\xbf" + raw, "in UTF-16": raw.decode().encode("utf-16"), "null": b"null",
+        "a list": b"[]",
+        "text": b'"x"', "a number": b"1", "twice": raw + raw, "a long number": b"1" * 5000,
+        "nested lists": b"[" * 100_000,
+        "nested objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "not UTF-8": b'{"a": "\xff"}',
+    }.items():  # fmt: skip
+        yield Case(f"{stem} no content", f"{file}: {name}", lambda to, f=file, t=text: write(to / f, t), file, "error")
+
+
+# --- files that name added tokens -----------------------------------------------------------------------------
+
+_FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": False}
+TOKEN_FILES = {  # what one run writes beside a tokenizer.model, in all four places
+    "added_tokens.json": {"<box>": 442, "[SEG]": 443},
+    "special_tokens_map.json": {
+        "additional_special_tokens": ["[SEG]"], "eos_token": {"content": "</s>", **_FLAGS}, "pad_token": "<pad>",
+    },
+    "tokenizer.json": {
+        "added_tokens": [{"id": 442, "content": "<box>", **_FLAGS}],
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+        "pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "first"},
+    },
+    "tokenizer_config.json": {
+        "added_tokens_decoder": {
+            "2": {"content": "</s>", **_FLAGS, "special": True}, "442": {"content": "<box>", **_FLAGS},
+        },
+        "extra_special_tokens": {"image_token": "<image>"}, "legacy": False, "unk_token": "<unk>",
+    },
+}  # fmt: skip
+
+
+def token_cases() -> Iterator[Case]:
+    dice = random.Random("tokens")
+    for file, content in TOKEN_FILES.items():
+        yield from json_file_cases(file, json.dumps(content, indent=1).encode(), 0.5, 20, dice)
+    texts = ("<box>", "<a>", "</s>", "<image>", "<pad>", "▁a", "a", "", " ", "\ud800", "x" * 5000, "\n")
+    ids = (442, 443, 444, 447, 448, 0, 2, 400, 440, -1, 2**31, 10**400, 1.5, "442", None, True)
+    for text, i in itertools.product(texts, ids):
+        for file, key in (("added_tokens.json", None), ("tokenizer.json", "added_tokens")):
+            entry = {"id": i, "content": text, **_FLAGS, "rstrip": bool(len(text) % 2)}
+            new = {text: i} if key is None else {key: [entry]}
+            name = f"{file} {text[:9]!r} = {str(i)[:20]}"
+            yield Case("tokens ids", name, lambda to, f=file, n=new: write(to / f, json.dumps(n)))
 
 
 # --- tokenizer.model ------------------------------------------------------------------------------------------
@@ -762,7 +799,7 @@ def adapter_cases(folder: Path) -> Iterator[Case]:
 
 # --- the process that runs them -------------------------------------------------------------------------------
 
-GROUPS = ("safetensors", "index", "json", "tokenizer", "bin", "pictures", "adapters")
+GROUPS = ("safetensors", "index", "json", "tokenizer", "tokens", "bin", "pictures", "adapters")
 
 
 class Bench:
@@ -773,6 +810,9 @@ class Bench:
         self.victims = dict.fromkeys(GROUPS, VICTIM)
         self.victims["index"] = Path(shutil.copytree(VICTIM, folder / "sharded"))
         make_shards(self.victims["index"])
+        self.victims["tokens"] = Path(shutil.copytree(VICTIM, folder / "tokens"))
+        for name, content in TOKEN_FILES.items():
+            write(self.victims["tokens"] / name, json.dumps(content))
         self.victims["bin"] = Path(shutil.copytree(VICTIM, folder / "bin", ignore=shutil.ignore_patterns(SINGLE)))
         write(self.victims["bin"] / BIN, saved(load_file(VICTIM / SINGLE)))
         self.victims["adapters"] = folder / "adapter"
@@ -787,6 +827,7 @@ class Bench:
             "index": lambda: index_cases(self.victims["index"]),
             "json": json_cases,
             "tokenizer": tokenizer_cases,
+            "tokens": token_cases,
             "bin": bin_cases,
             "pictures": picture_cases,
             "adapters": lambda: adapter_cases(self.victims["adapters"]),
