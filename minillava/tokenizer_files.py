@@ -264,7 +264,7 @@ def check_vocabulary(path: Path, pieces: int, tokens: dict[str, AddedToken], row
     """Pieces and added tokens against the rows of the embedding table. Raises ValueError with both numbers."""
     if pieces > rows:
         raise ValueError(
-            f"{path}: has {pieces} pieces, config.json a vocabulary of {rows}; "
+            f"{path.parent}: {path.name} has {pieces} pieces, config.json a vocabulary of {rows}; "
             f"copy the {MODEL_NAME} that belongs to these weights"
         )
     # A pad token without a row is common, and harmless: nobody looks it up.
