@@ -48,6 +48,15 @@ def begin(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
             signal.signal(signal.SIGINT, _leave)  # Python takes a moment to end, too
     except KeyboardInterrupt:  # between the lines above
         status = 130
+    if status == 130:
+        # Where the interrupt came inside exec() (torch and dataclasses write code), Python remembers it, though it was
+        # caught, and would end the process by the signal instead of with our status.
+        from contextlib import suppress
+
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        _leave()
     sys.exit(status)
 
 

@@ -525,6 +525,21 @@ def test_wrong_words_get_the_nearest_flag(run, arguments, hint):
     assert hint in err
 
 
+@pytest.mark.parametrize(("flag", "what"), [("-p", "the question"), ("-i", "a picture's file")])
+def test_stdin_at_a_terminal_says_that_it_is_awaited(run, monkeypatch, flag, what):
+    """`-p -` waited without a word."""
+
+    class Keyboard(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    content = QUESTION.encode() if flag == "-p" else Path(PICTURE).read_bytes()
+    for quiet in ((), ("-q",)):
+        monkeypatch.setattr(sys, "stdin", Keyboard(io.BytesIO(content), encoding="utf-8"))
+        _, _, err = run("-i", PICTURE, "-p", QUESTION, flag, "-", *quiet) if flag == "-p" else run(flag, "-", *quiet)
+        assert (f"note: - reads {what} from here; " in err) == (not quiet)
+
+
 @pytest.mark.parametrize(
     ("text", "numbers"),
     [

@@ -174,6 +174,21 @@ def test_ctrl_c_while_something_is_imported_leaves_no_traceback(door, module):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+def test_ctrl_c_inside_exec_is_the_same_status():
+    """Python ended the process by the signal: what was seen as -2 by who started it."""
+    script = """if 1:
+        from minillava import answer, doors
+
+        def interrupted(*_):
+            print("so far", end="")
+            exec("raise KeyboardInterrupt")
+
+        answer.answer = interrupted
+        doors.begin("generate", ["-i", "x.png"])"""
+    done = run("-c", script)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "so far", "\n")
+
+
 def test_who_starts_a_door_with_ctrl_c_ignored_is_obeyed():
     """As `nohup` and a shell's `&` do."""
     script = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + INTERRUPTED
