@@ -29,7 +29,7 @@ from minillava.cache import KVCache
 from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.disk import is_stream, read_lines, write_whole
 from minillava.image import ImageSource, open_image
-from minillava.loop import steps
+from minillava.loop import Process, steps
 from minillava.options import Options
 from minillava.parsers import CHAT_COMMANDS
 from minillava.prompt import DEFAULT_TEMPLATE, place_images, render
@@ -88,11 +88,12 @@ class Conversation:
         self.waiting.append(Picture(name or str(source), self.assistant.encode(source)))
         return self.waiting[-1]
 
-    def ask(self, question: str, **options) -> str:
-        """The answer to the next question. options: the fields of `options.Options` by name."""
-        return "".join(self.stream(question, **options))
+    def ask(self, question: str, *, process: Process | None = None, **options) -> str:
+        """The answer to the next question. process: as for `generate`. options: the fields of `options.Options` by
+        name."""
+        return "".join(self.stream(question, process=process, **options))
 
-    def stream(self, question: str, **options) -> Iterator[str]:
+    def stream(self, question: str, *, process: Process | None = None, **options) -> Iterator[str]:
         """The answer as it is made, one piece per token, some of them empty. Arguments as for `ask`.
 
         Where it is left early (closed, Ctrl-C, another question asked), what was said so far is the answer; if that is
@@ -134,7 +135,7 @@ class Conversation:
         self.waiting = []
         rest = replace(spliced, embeds=spliced.embeds[:, turn.reused :])  # [1, T, C] -> [1, T - reused, C]
         try:
-            for step in steps(model, rest, chosen, tokenizer=assistant.tokenizer, cache=self.cache):
+            for step in steps(model, rest, chosen, tokenizer=assistant.tokenizer, process=process, cache=self.cache):
                 positions.append(step.ids[0])
                 turn.answer += step.text[0]
                 turn.finish_reason = step.finish_reason[0]

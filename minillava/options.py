@@ -110,6 +110,7 @@ OTHER_NAMES = {
     "output_hidden_states": "minillava.generate.generate has record=",
     "logits_processor": "process=f changes scores",
     "stop_strings": "stop takes texts",
+    "contrast": "ask and stream of an Assistant contrast, and generate() with second=",
     "second": "ask and stream make the second row themselves; minillava.generate.generate takes it",
     "n": "num_return_sequences is how many answers generate() returns",
     "images": "pictures come before the question",

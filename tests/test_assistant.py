@@ -412,6 +412,7 @@ def test_contrast_by_name_and_process(toy, picture):
         assert toy.ask(picture, "Why?", process=always, **options, **more) == expected
         assert toy.ask(picture, ["Why?", "How is it?"], process=always, **options, **more) == [expected] * 2
     assert list(toy.stream(picture, "Why?", process=always, max_new_tokens=1)) == [toy.tokenizer.decode([word])]
+    assert Conversation(toy).ask("Why?", process=always, **options) == expected
 
 
 # --- tokens that a fine-tune added ------------------------------------------------------------------------------
