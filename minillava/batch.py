@@ -265,9 +265,9 @@ class Journal:
         for line in content[end:].splitlines(keepends=True):
             try:
                 number, record = json.loads(line)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 break
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") or type(number) is not int or not isinstance(record, dict):
                 break
             records[number] = record
             end += len(line)
@@ -293,15 +293,34 @@ class Journal:
         return ", ".join(different) or "settings"
 
 
+def read_journal(journal: Journal, questions: list[Question], record: Callable[..., dict]) -> dict[int, dict]:
+    """Line number -> record of what the journal answers, as far as that is what this run would write: a
+    disk that lost its power may give back anything. Raises ValueError as `Journal.read`."""
+    found, asked = journal.read(), {question.line: question for question in questions}
+    return {line: one for line, one in found.items() if line in asked and _fits(asked[line], one, record)}
+
+
+def _fits(question: Question, found, record: Callable[..., dict]) -> bool:
+    """Whether a stored record says of the question what this run would say, but for the answer."""
+    if not isinstance(found, dict):
+        return False
+    answer, error, metadata = map(found.get, ("text", "error", "metadata"))
+    kinds = isinstance(answer, str) if error is None else isinstance(error, str)
+    return (
+        kinds
+        and (metadata is None or isinstance(metadata, dict))
+        and record(question, answer, error, metadata) == found
+    )
+
+
 def read_answers(path: Path, questions: list[Question], record: Callable[..., dict]) -> dict[int, dict]:
     """Line number -> record of what a finished file answers, its errors left out. record: what this run would write.
     Raises ValueError where that is another file's: other questions, model or settings, or something else altogether."""
     try:
         records = [json.loads(line) for line in path.read_bytes().splitlines()]
         pairs = list(zip(questions, records, strict=True))
-        said = ("text", "error", "metadata")
-        same = all(record(question, *map(found.get, said)) == found for question, found in pairs)
-    except (ValueError, TypeError, AttributeError):
+        same = all(_fits(question, found, record) for question, found in pairs)
+    except (ValueError, RecursionError):
         same = False
     if not same:
         raise ValueError(
@@ -390,7 +409,7 @@ def _ask_rest(
                 journal.path.unlink()  # killed just after the answers got their name
             return 0
     if not args.overwrite:
-        done |= journal.read()  # whether it can go on is known before gigabytes are opened
+        done |= read_journal(journal, questions, record)  # whether it can go on is known before gigabytes are opened
 
     assistant = cli.open_assistant(args, weights, messages)
     assistant.encode = lru_cache(args.image_cache)(assistant.encode)

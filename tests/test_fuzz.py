@@ -42,6 +42,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save, save_file
 
 import minillava
+from minillava import batch
 from minillava.image import ImageProcessor, open_image
 
 VICTIM = REFERENCE / "tied"  # the smallest of the stored checkpoints
@@ -797,9 +798,120 @@ def adapter_cases(folder: Path) -> Iterator[Case]:
     yield edited("a larger table", {**tensors, "base_model.model.language_model.model.embed_tokens.weight": grown}, "")
 
 
+# --- questions and journals of batch --------------------------------------------------------------------------
+
+ASKED = [
+    {"question_id": i if i % 2 else f"q{i}", "image": "a.png", "text": f"Où est l'étoile {i}?\nDis-le.", "label": "x"}
+    for i in range(6)
+]
+JOURNAL = batch.Journal(Path("a.partial"), {"questions": "0" * 64, "top_p": None})
+
+
+def asked_record(question: batch.Question, *found) -> dict:
+    return question.record(*found, f"id{question.line}", "model")
+
+
+def questions_of(raw: list[dict]) -> list[batch.Question]:
+    return batch.read_questions(json.dumps(raw).encode(), "")
+
+
+def journal_lines() -> list[bytes]:
+    """A whole journal of five answers and an error, which is finished."""
+    said = [(f"À gauche {i}.", None, {"finish_reason": "stop"}) for i in range(5)] + [(None, "no such picture", None)]
+    records = [asked_record(question, *found) for question, found in zip(questions_of(ASKED), said, strict=True)]
+    return [JOURNAL.header, *(json.dumps([i, one]).encode() + b"\n" for i, one in enumerate(records, start=1))]
+
+
+def stored(category: str, file: str, name: str, content: bytes | str, must: str = "") -> Case:
+    def damage(to: Path) -> Path:
+        write(to / file, content)
+        return to / file
+
+    return Case(category, name, damage, "", must)
+
+
+def batch_files(name: str, contents: dict[str, bytes]) -> Iterator[Case]:
+    """Each content undamaged, cut, with a byte changed, with zeros, and other things in its place."""
+    dice = random.Random(name)
+
+    def made(category: str, what: str, content: bytes, must: str = "") -> Case:
+        return stored(f"{name} {category}", name, f"{name}: {what}", content, must)
+
+    for kind, content in contents.items():
+        yield made("undamaged", kind, content, "load")
+        for n in sorted(dice.sample(range(len(content)), 12)):
+            yield made("cut", f"{kind} cut to {n}", content[:n], "same" if name == "journal" else "")
+        yield from flips(f"{name} flipped", name, content, 40, 0, len(content))
+        for n in dice.sample(range(len(content)), 6):
+            zeros = content[:n] + bytes(min(512, len(content) - n)) + content[n + 512 :]
+            yield made("zeros", f"{kind} zeros at {n}", zeros, "same" if name == "journal" else "")
+    for kind, content in NO_CONTENT.items():
+        yield made("no content", kind, content, "" if kind == "nothing" or name == "journal" else "error")
+
+
+def question_cases() -> Iterator[Case]:
+    lines = b"".join(json.dumps(question).encode() + b"\n" for question in ASKED)
+    text = json.dumps(ASKED, ensure_ascii=False, indent=1)
+    contents = {"lines": lines, "an array": text.encode(), "UTF-16": text.encode("utf-16"),
+                "UTF-32": text.encode("utf-32"),
+                "objects": text[1:-1].replace("},", "}").encode(), "one line": json.dumps(ASKED).encode()}  # fmt: skip
+    yield from batch_files("questions", contents)
+    for path in paths_of(ASKED[0]):
+        for value in VALUES:
+            first, *others = replaced(ASKED[0], path, value), *map(json.dumps, ASKED[1:])
+            for form, content in (("lines", "\n".join([first, *others])), ("array", f"[{','.join([first, *others])}]")):
+                yield stored("questions replaced", "questions", f"{form}, {path[0]} is {value[:20]}", content)
+
+
+def journal_cases() -> Iterator[Case]:
+    lines = journal_lines()
+    contents = {
+        "whole": b"".join(lines),
+        "anew": b"".join([lines[0], JOURNAL.ANEW, *lines[1:4]]),
+        "begun": b"".join(lines[:3]),
+    }
+    yield from batch_files("journal", contents)
+    for what, line in {"a number": b"7", "three": b"[1, {}, 2]", "a text": b'["1", {}]', "no record": b"[1, 7]",
+                       "a fraction": b"[1.5, {}]", "another question's": lines[2].replace(b"[2,", b"[1,").strip(),
+                       "of no question": lines[2].replace(b"[2,", b"[9,").strip(), "depth": b"[" * 100_000,
+                       "truth": b"[true, {}]", "nothing said": b"[3, {}]"}.items():  # fmt: skip
+        content = lines[0] + line + b"\n" + b"".join(lines[1:])
+        yield stored("journal lines", "journal", f"journal: {what}", content, "same")
+
+
+def read_batch_file(group: str, case: Case, path: Path) -> str | None:
+    """What is wrong with what was read."""
+    if group == "questions":
+        found = batch.read_questions(path.read_bytes(), "", str(path))
+        for question in found:
+            if question.error is None and not (isinstance(question.text, str) and question.question_id is not None):
+                return f"a question without a text or an id: {question}"
+            if question.error is not None and (
+                not question.error or "\n" in question.error or len(question.error) > 500
+            ):
+                return f"an error of several lines, or of none: {question.error!r:.600}"
+        if case.must == "load" and [(q.question_id, q.text, q.images) for q in found] != [
+            (q["question_id"], q["text"], ["a.png"]) for q in ASKED
+        ]:
+            return f"other questions: {found}"
+        return None
+    journal, known = batch.Journal(path, {}), [json.loads(line) for line in journal_lines()[1:]]
+    journal.header = JOURNAL.header
+    found = batch.read_journal(journal, questions_of(ASKED), asked_record)
+    again = batch.read_journal(journal, questions_of(ASKED), asked_record)
+    if found != again:
+        return f"read twice, it says {found}, then {again}"
+    if case.must and not all([line, one] in known for line, one in found.items()):
+        return f"other answers than were given: {found}"
+    if case.must == "load" and len(found) != {"whole": 6, "anew": 3, "begun": 2}[case.name.split(": ")[1]]:
+        return f"{len(found)} answers of an undamaged journal"
+    return None
+
+
 # --- the process that runs them -------------------------------------------------------------------------------
 
-GROUPS = ("safetensors", "index", "json", "tokenizer", "tokens", "bin", "pictures", "adapters")
+GROUPS = ("safetensors", "index", "json", "tokenizer", "tokens", "bin", "pictures", "adapters", "questions", "journals")
+ALONE = ("pictures", "questions", "journals")  # which need no checkpoint
 
 
 class Bench:
@@ -831,6 +943,8 @@ class Bench:
             "bin": bin_cases,
             "pictures": picture_cases,
             "adapters": lambda: adapter_cases(self.victims["adapters"]),
+            "questions": question_cases,
+            "journals": journal_cases,
         }
         return list(makers[group]())
 
@@ -838,7 +952,7 @@ class Bench:
         """{"outcome": "loaded", "error" or "wrong", "what": ..., "mib": memory above what there was}"""
         self.count += 1
         folder, need = self.folder / str(self.count), 0
-        if group == "pictures":
+        if group in ALONE:
             folder.mkdir()
         else:
             shutil.copytree(self.victims[group], folder)
@@ -869,6 +983,8 @@ class Bench:
         try:
             if group == "pictures":
                 problem = self.look(case, source)
+            elif group in ALONE:
+                problem = read_batch_file(group, case, source)
             else:
                 weights, lora = (VICTIM, folder) if group == "adapters" else (folder, None)
                 assistant = minillava.load(weights, adapter=lora, device="cpu", dtype="float32")
@@ -879,7 +995,7 @@ class Bench:
             return "wrong", f"{type(error).__name__}: {error}"
         if case.must == "error":
             return "wrong", "loaded as if it were whole"
-        if group == "pictures":
+        if group in ALONE:
             return ("wrong", problem) if problem else ("loaded", "")
         try:
             assistant.ask(PICTURE, "What is it?", max_new_tokens=2)
