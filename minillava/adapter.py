@@ -19,7 +19,7 @@ CONFIG_NAME, WEIGHTS_NAMES = "adapter_config.json", ("adapter_model.safetensors"
 
 # <module path>.lora_A.weight as stored, <module path>.lora_A.default.weight as a live model names it
 _HALF = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
-# Settings that change the formula above when they are switched on; so does whatever is called use_* or *_config.
+# Settings that change the formula above when they are switched on; so does whatever is called use_* or *_config, ...
 _VARIANTS = {
     "alora_invocation_tokens",
     "lora_bias",
@@ -27,11 +27,12 @@ _VARIANTS = {
     "trainable_token_indices",
     "target_parameters",
 }
-# How a training began does not matter afterwards: `init_lora_weights` is not looked at, unless ...
-_BEGAN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
-_MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ... it changed the base, too. PEFT adds pissa_niter_16.
-# ... save for the scale, which is computed below, and how the training began.
+# ... but for these: the scale, which is computed below, and how the training began.
 _KNOWN = {"use_rslora", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"}
+# How it began (init_lora_weights) does not matter afterwards ...
+_BEGAN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
+# ... unless it changed the base, too, which the adapter does not hold. PEFT adds numbers: pissa_niter_16.
+_MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Tensors of such variants (lora_embedding_A, lora_magnitude_vector, lora_diag, ...).
 _SPECIAL = re.compile(r"lora_(?:\w*[a-z]\w*|[AB]\.(?:\w+\.)?bias)|trainable_tokens_\w+")
 # What PEFT puts into the name of a weight that it keeps whole.
