@@ -17,7 +17,7 @@ from minillava.attention import ATTENTION
 from minillava.cache import KVCache
 from minillava.capture import compile_decode
 from minillava.checkpoint import build_model, check_base, open_checkpoint
-from minillava.config import DOWNLOAD, IGNORE_INDEX, LlavaConfig, read_config, read_json
+from minillava.config import DOWNLOAD, IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig, read_config, read_json
 from minillava.contrast import Contrast, find_method
 from minillava.disk import nearest_folder, refused
 from minillava.generate import Generation, generate
@@ -27,7 +27,15 @@ from minillava.linear import has_fast_bfloat16, use_fast_linear
 from minillava.llava import Llava, Spliced
 from minillava.loop import Process, check_room, room_for_answer, steps
 from minillava.options import DEVICES, DTYPES, KINDS, WEIGHTS_VARIABLE, Options, read_options
-from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, Prompt, Template, find_template, place_images, render
+from minillava.prompt import (
+    DEFAULT_PROMPT,
+    DEFAULT_TEMPLATE,
+    Prompt,
+    Template,
+    find_template,
+    place_images,
+    render,
+)
 from minillava.tokenizer import Tokenizer, common_prefix, encode_answers, open_tokenizer
 
 # Parameters from which `auto` is bfloat16 also on a CPU that emulates it: it decodes as fast there as float32, takes
@@ -302,6 +310,9 @@ def load(
     config = read_config(home("config.json"), vision_tower)
     checkpoint, config = open_checkpoint(folder, config, vision_tower, model_base, adapter)
     tokenizer = open_tokenizer([f for f in (adapter, folder, model_base) if f is not None], config)
+    if tokenizer.written_as(config.image_token_id):
+        # LLaVA's own config.json names no id for pictures, and 32000 may be a word: penalties must tell them apart.
+        config = replace(config, image_token_id=IMAGE_TOKEN_INDEX)
     processor = read_image_processor(vision_tower or home("preprocessor_config.json"), config, image_aspect_ratio)
     device = choose_device(str(device))
     dtype = choose_dtype(str(dtype).removeprefix("torch."), device, checkpoint.dtype(), checkpoint.parameters())

@@ -116,11 +116,15 @@ class Tokenizer:
         row that no text becomes."""
         if token_id == IMAGE_TOKEN_INDEX:
             return IMAGE_MARKER
-        token = self.by_id.get(token_id)
-        if token is not None and token.text in self._tokens:
+        if token := self.written_as(token_id):
             return token.text
         in_model = 0 <= token_id < self.vocab_size
         return self.sentencepiece.id_to_piece(token_id) if in_model else f"<{token_id}>"
+
+    def written_as(self, token_id: int) -> AddedToken | None:
+        """The token that text can become this id by; None for pieces, and for the ids of `<image>` and `<pad>`."""
+        token = self.by_id.get(token_id)
+        return token if token is not None and token.text in self._tokens else None
 
     def _encode_chunk(self, chunk: list[Segment]) -> list[int]:
         """The ids of a text without pictures, as the slow Llama tokenizer of transformers makes them."""

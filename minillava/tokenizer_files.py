@@ -36,6 +36,7 @@ _LISTED = ("additional_special_tokens", "extra_special_tokens")  # the second fr
 _FLAGS = ("special", "lstrip", "rstrip", "single_word")
 _LARGEST_LLAMA_2 = 32_256  # its 32,000 pieces, added tokens and padding: what a known tokenizer.model is for
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+_OTHER_CLASSES = re.compile("Qwen|GPT|Bloom|CodeGen|Bert|Roberta|T5|OPT")  # how tokenizer_class begins
 _OTHER_KIND = (
     "this model has another kind of tokenizer, which minillava does not read; use a LLaVA-1.5 whose language model is "
     f"of the Llama 2 family, such as {RELEASE}"
@@ -169,6 +170,8 @@ class TokenizerFiles:
         if pieces and "<0x0A>" not in pieces:  # a newline is a byte to all of the family
             return FAST_NAME
         others = [path.name for path in self.folder.glob("*.tiktoken")]
+        if _OTHER_CLASSES.match(str(self.config.get("tokenizer_class"))):
+            others.append(CONFIG_NAME)
         if all(os.path.lexists(self.folder / name) for name in ("vocab.json", "merges.txt")):
             others.append("merges.txt")
         return None if pieces or not others else others[0]

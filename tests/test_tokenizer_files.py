@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import hf
 import pytest
@@ -166,6 +167,20 @@ def test_files_that_contradict_get_one_error_that_names_one(folder, kind):
     assert expected in complaint(folder)
 
 
+def test_a_picture_is_not_penalised_as_the_token_that_has_its_id(folder):
+    """LLaVA's config.json names no id for pictures; 32000, which it then is, may be a fine-tune's first token."""
+    config = json.loads((folder / "config.json").read_text())
+    write(folder, "config.json", {**config, "image_token_index": 442})
+    assert minillava.load(folder, device="cpu").model.config.image_token_id == 442
+    write(folder, "added_tokens.json", {"<box>": 442})
+    assistant = minillava.load(folder, device="cpu", dtype="float32")
+    assert assistant.model.config.image_token_id == -200
+    plain = minillava.load(REFERENCE / "plain", device="cpu", dtype="float32")
+    picture, options = REFERENCE / "pictures" / "landscape.png", {"max_new_tokens": 8, "repetition_penalty": 1.5}
+    plain.model.config = replace(plain.model.config, image_token_id=10**6)
+    assert assistant.ask(picture, "What?", **options) == plain.ask(picture, "What?", **options)
+
+
 # --- tokenizers of other families -------------------------------------------------------------------------------
 
 
@@ -213,6 +228,14 @@ def test_files_of_other_tokenizers(folder, names):
     for name in names:
         (folder / name).write_text("{}")
     assert ANOTHER in complaint(folder)
+
+
+def test_the_class_of_another_tokenizer(folder):
+    (folder / "tokenizer.model").unlink()
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"})
+    assert ANOTHER in complaint(folder)
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
+    assert "copy tokenizer.model" in complaint(folder)
 
 
 def test_a_tiktoken_vocabulary_of_the_same_name(folder):

@@ -362,8 +362,7 @@ def _for_hub(config: LlavaConfig, tokenizer: Tokenizer, source: Path) -> tuple[L
     if config.image_aspect_ratio != "pad":
         notes.append("the hub's config.json cannot say image_aspect_ratio; now use --image-aspect-ratio crop")
     new = replace(config, image_aspect_ratio="pad", vision_tower_name=None, added_tokens=())
-    taken = tokenizer.by_id.get(config.image_token_id)
-    is_free = taken is None or taken.text in (IMAGE_MARKER, PAD_MARKER)
+    is_free = tokenizer.written_as(config.image_token_id) is None
     if not (tokenizer.vocab_size <= config.image_token_id < rows and is_free):  # a row that is no word and no token
         total = -(-(rows + 2) // 64) * 64
         text = replace(config.text, vocab_size=total)
