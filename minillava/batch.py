@@ -432,7 +432,8 @@ def _ask_rest(
             done |= new
             left = sum(map(len, batches)) - len(done)
             rate = (len(done) - ready) / (time.monotonic() - started)
-            text = f"{len(done)} answered, {left} to go, {rate:.2f} per second, {_duration(left / rate)} left"
+            text = f"{len(done)} answered, {left} to go, {rate:.2f} per second"
+            text += f", {_duration(left / rate)} left" if left else ""
             messages.progress(text)
             if args.verbose and (time.monotonic() - told >= SECONDS or not left):
                 told = time.monotonic()
