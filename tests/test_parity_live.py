@@ -330,14 +330,20 @@ def own_sampling(scores, history):
     ids=lambda settings: " ".join(settings) or "greedy",
 )
 def test_sampling_of_ones_own_stands_where_a_logits_processor_does(drawn, both, settings, prompt):
+    skip_drawn_beams(settings)
     choose = random.Random(f"{SEED} {settings} {prompt}")
     kind, seed = choose.choice(KINDS), choose.randrange(2**32)
     rows, pixels = drawn(kind).prompts[prompt]
-    model, mine = both(kind)
+    model, mine, _ = both(kind)
     options = {**settings, "seed": seed, "max_new_tokens": 10}
     theirs = hf.generate(model, rows, pixels, process=own_sampling, **options)
     ours = generate(mine, rows, pixels, process=own_sampling, **options)
     assert ours.sequences.tolist() == theirs.new.tolist()
+
+
+def skip_drawn_beams(settings: dict) -> None:
+    if {"num_beams", "temperature"} <= settings.keys() and not transformers.__version__.startswith("5.23."):
+        pytest.skip("from 5.24 on, transformers sorts the continuations that it has drawn; ours stay as drawn")
 
 
 BEAMS = [
@@ -371,8 +377,7 @@ def both(drawn):
 def test_beams_are_the_same(drawn, both, settings):
     """Ids, ranking scores and the scores that each token of an answer was chosen by. The end tokens are such that
     answers end at different lengths."""
-    if "temperature" in settings and not transformers.__version__.startswith("5.23."):
-        pytest.skip("from 5.24 on, transformers sorts the continuations that it has drawn; ours stay as drawn")
+    skip_drawn_beams(settings)
     choose = random.Random(f"{SEED} {settings}")
     for prompt in ("one", "batch"):
         kind, seed = choose.choice(KINDS), choose.randrange(2**32)
