@@ -6,6 +6,7 @@
     python tools/bench.py kernels                        # one product of a layer: ours, and torch's own
     python tools/bench.py quality                        # how far int8 and int4 are from float64, layer by layer
     python tools/bench.py contrast --size 0.5b           # what a second row of logits costs
+    python tools/bench.py threads --size shapes,0.5b     # one thread or all, on an idle machine and on a busy one
 
 Weights are random, of the true shapes. All variants take turns, round after round, and a figure is the median of its
 rounds. Machines are shared: `others` is how many cores other processes kept busy meanwhile; a figure with more than a
@@ -21,8 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
@@ -198,11 +199,16 @@ def compare(
     return rows
 
 
-def run(job: dict) -> tuple[dict, float]:
-    """What one process reports, and how many cores others kept busy meanwhile."""
+def run(job: dict, environment: dict[str, str] | None = None) -> tuple[dict, float]:
+    """What one process reports, and how many cores others kept busy meanwhile.
+
+    environment: variables that the process gets besides ours, or without one of ours that is None."""
+    variables = os.environ | (environment or {})
     before, started = busy_elsewhere(), time.perf_counter()
     command = [sys.executable, str(RUN), str(time.monotonic()), json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={k: v for k, v in variables.items() if v is not None}
+    )
     if done.returncode:
         raise RuntimeError(f"{job['peer']} {job['dtype']} failed:\n{done.stderr[-2000:]}")
     others = (busy_elsewhere() - before) / (time.perf_counter() - started)
@@ -530,6 +536,62 @@ def contrast_table(timings: dict[str, Timing]) -> str:
     return "\n".join(lines)
 
 
+# --- threads: processes with one thread or all, idle and beside busy loops -------------------------------------
+
+POLICIES = {  # by the name in the table: variables that libgomp and torch read when they are loaded
+    "1 thread": {"OMP_NUM_THREADS": "1"},
+    "all": {},
+    "all, spin 100": {"GOMP_SPINCOUNT": "100"},
+    "all, spin 10000": {"GOMP_SPINCOUNT": "10000"},
+    "all, passive": {"OMP_WAIT_POLICY": "passive"},
+}
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+@contextmanager
+def busy_loops(count: int) -> Iterator[None]:
+    """So many processes beside ours that never wait, as on a shared machine."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def threads(folders: dict[str, Path], tokens: int, rounds: int) -> dict[tuple[str, int, str], dict[str, Timing]]:
+    """Milliseconds to the first token and per further one, by (size, busy loops, policy): every policy takes its turn
+    in each round, in a process of its own, on an idle machine and beside one and two busy loops."""
+    found: dict[tuple[str, int, str], dict[str, Timing]] = {}
+    for number in range(rounds):
+        for size, folder in folders.items():
+            ids = [1, *range(5, 40), IMAGE_TOKEN_INDEX, 5, 6]
+            job = {"peer": "minillava", "dtype": "auto", "folder": str(folder), "device": "cpu", "tokens": tokens}
+            job |= {"questions": 2, "picture": str(PICTURE), "ids": ids}  # the first warms up
+            for loops in (0, 1, 2):
+                with busy_loops(loops):
+                    for policy, variables in POLICIES.items():
+                        measured, others = run(job, dict.fromkeys(THREAD_VARIABLES) | variables)
+                        timings = found.setdefault((size, loops, policy), {"first": Timing(), "decode": Timing()})
+                        for key, timing in timings.items():
+                            timing.seconds.append(measured[key])
+                            timing.others.append(others)
+        say(f"round {number + 1} of {rounds}: done")
+    return found
+
+
+def threads_table(found: dict[tuple[str, int, str], dict[str, Timing]]) -> str:
+    lines = [f"| ms | busy loops | {' | '.join(POLICIES)} | others |", "|---|---:|" + "---:|" * (len(POLICIES) + 1)]
+    for size, loops, _ in dict.fromkeys((size, loops, None) for size, loops, _ in found):
+        for key, text in (("first", "first token"), ("decode", "each further token")):
+            timings = [found[size, loops, policy][key] for policy in POLICIES]
+            cells = " | ".join(f"{1000 * timing.median:.1f}" for timing in timings)
+            others = statistics.median(other for timing in timings for other in timing.others)
+            lines.append(f"| {size}, {text} | {loops} | {cells} | {others:.2f} |")
+    return "\n".join(lines)
+
+
 # --- the door -------------------------------------------------------------------------------------------------
 
 
@@ -552,8 +614,11 @@ def default_rows(device: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["compare", "growth", "kernels", "quality", "contrast"])
+    parser.add_argument("what", choices=["compare", "growth", "kernels", "quality", "contrast", "threads"])
     parser.add_argument("--size", choices=SIZES, default="1b", help="random weights of this shape (default 1b)")
+    parser.add_argument(
+        "--sizes", default="shapes,0.04b,0.13b,0.5b", help="threads: these, `shapes` being the bundled model"
+    )
     parser.add_argument("--rows", metavar="NAMES", help=f"compare: some of {','.join(ROWS)} (default: all installed)")
     parser.add_argument("--folder", type=Path, help="compare: keep the checkpoints here (default: made and removed)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -584,6 +649,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     head = f"`{command}`, {date.today()}, {machine(options.device)}"
     if options.what == "compare":
         return _compare(parser, options, head)
+    if options.what == "threads":
+        return _threads(parser, options, head)
     if options.what == "quality":
         found = quality()
         print(json.dumps(found) if options.json else f"{head}\n\n{quality_table(found)}")
@@ -634,6 +701,26 @@ def _compare(parser: argparse.ArgumentParser, options: argparse.Namespace, head:
     print(f"{options.tokens} tokens, {options.rounds} round(s); at most {limits.bandwidth / 1e9:.1f} GB/s", end=" ")
     print(f"and {limits.rate / 1e12:.3f} TFLOP/s\n\n{table(rows, config, limits, options.tokens)}")
     print(f"\n{ratios(rows, config, options.tokens)}")
+    return 0
+
+
+def _threads(parser: argparse.ArgumentParser, options: argparse.Namespace, head: str) -> int:
+    sizes = options.sizes.split(",")
+    if unknown := [size for size in sizes if size not in ("shapes", *SIZES)]:
+        parser.error(f"--sizes: unknown {', '.join(unknown)}, expected some of: shapes, {', '.join(SIZES)}")
+    with ExitStack() as stack:
+        home = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folders = {size: PICTURE.parent if size == "shapes" else home / f"{size}-bfloat16" for size in sizes}
+        for size, folder in folders.items():
+            if size != "shapes":
+                make_checkpoint(folder, size, torch.bfloat16)
+        found = threads(folders, options.tokens + 1, options.rounds)
+    if options.json:
+        rows = [{"size": a, "busy": b, "policy": c, "timings": {k: vars(t) for k, t in timings.items()}}
+                for (a, b, c), timings in found.items()]  # fmt: skip
+        print(json.dumps(rows))
+    else:
+        print(f"{head}\n\n{threads_table(found)}")
     return 0
 
 

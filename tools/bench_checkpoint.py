@@ -27,6 +27,8 @@ from minillava.llava import Llava
 # hidden size, feed-forward size, layers, heads
 SIZES = {
     "toy": (64, 128, 2, 4),
+    "0.04b": (384, 1024, 8, 6),
+    "0.13b": (768, 2048, 12, 12),
     "0.5b": (1280, 3456, 24, 20),
     "1b": (2048, 5632, 22, 16),
     "7b": (4096, 11008, 32, 32),
@@ -50,7 +52,7 @@ def config_of(size: str) -> LlavaConfig:
         vocab_size=32064,  # as llava-hf pads it
         max_position_embeddings=4096,
     )
-    return LlavaConfig(vision=TOY_CLIP if size == "toy" else CLIP_LARGE_336, text=text)
+    return LlavaConfig(vision=CLIP_LARGE_336 if hidden >= CLIP_LARGE_336.hidden_size else TOY_CLIP, text=text)
 
 
 def random_tensors(config: LlavaConfig) -> Iterator[tuple[str, Tensor]]:
