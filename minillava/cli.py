@@ -42,6 +42,8 @@ if TYPE_CHECKING:  # flags are read before these, which import torch, are
 
 MODEL_FILES = (".json", ".model", ".safetensors", ".bin", ".pth")
 """How the names of the files end that make a model."""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user says how many
+SMALL = 50_000_000  # parameters: a model below gains less by a second thread than it can lose
 
 
 class Parser(argparse.ArgumentParser):
@@ -561,8 +563,25 @@ def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -
     count = count_parameters(assistant.model)
     dtype = " and ".join([str(parameter.dtype).removeprefix("torch."), *quantised_kinds(assistant.model)])
     rest = f"; {len(assistant.unused)} stored tensors are not needed" if assistant.unused else ""
-    messages.stage("load", started, f"{weights}: {count:,} parameters, {dtype} on {parameter.device}{rest}")
+    where = str(parameter.device)
+    if where == "cpu":
+        threads = choose_threads(count)
+        where += f" with {threads} thread{'s' * (threads > 1)}"
+    messages.stage("load", started, f"{weights}: {count:,} parameters, {dtype} on {where}{rest}")
     return assistant
+
+
+def choose_threads(parameters: int) -> int:
+    """One thread for a small model, unless the user has set how many; returns how many there are.
+
+    A product of a small layer takes less time than two threads take to meet, and beside another busy program a
+    thread waits for the other's turn: milliseconds, at each of hundreds of products (`tools/bench.py threads`).
+    """
+    import torch
+
+    if parameters < SMALL and not any(os.environ.get(name) for name in THREAD_VARIABLES):
+        torch.set_num_threads(1)
+    return torch.get_num_threads()
 
 
 if __name__ == "__main__":  # who looks for the command line finds the doors

@@ -445,6 +445,23 @@ def test_an_id_without_a_piece_is_shown_as_its_number(result, assistant):
     assert {other["piece"] for other in everything if other["id"] >= assistant.tokenizer.vocab_size} >= {"<447>"}
 
 
+@pytest.mark.parametrize(
+    ("parameters", "said_by_user", "threads"), [(4e6, {}, 1), (4e6, {"OMP_NUM_THREADS": "3"}, 3), (7e9, {}, 3)]
+)
+def test_a_small_model_takes_one_thread_unless_the_user_says_how_many(monkeypatch, parameters, said_by_user, threads):
+    """Two threads of a small model wait for each other: beside another program an answer took 25 times as long."""
+    for name in cli.THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said_by_user.items():
+        monkeypatch.setenv(name, value)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert cli.choose_threads(int(parameters)) == torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_verbose_tells_of_the_search(run):
     lines = run("-i", PICTURE, "-p", QUESTION, "--num-beams", "3", "--verbose")[2].splitlines()
     assert [line.split()[0] for line in lines] == ["load", "encode", "search"]
