@@ -30,9 +30,20 @@ def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
 
     def body() -> int:
         module = __import__(f"minillava.{file}", fromlist=[function])
+        came = []
+
+        def interrupt(*_):
+            came.append(True)
+            raise KeyboardInterrupt
+
         if signal.getsignal(signal.SIGINT) is _leave:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        return vars(module)[function](*asked)
+            signal.signal(signal.SIGINT, interrupt)
+        try:
+            return vars(module)[function](*asked)
+        except Exception:
+            if came:  # torch has made an error of its own of it, as it does of what happens while it reads a shape
+                raise KeyboardInterrupt from None
+            raise
 
     return cli.run(body, asked[0].verbose, prints=name in PRINTING)
 
@@ -45,7 +56,7 @@ def begin(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
     try:
         status = enter(name, argv, prog)
         if ours:
-            signal.signal(signal.SIGINT, _leave)  # Python takes a moment to end, too
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; Python takes a moment to end
     except KeyboardInterrupt:  # between the lines above
         status = 130
     if status == 130:

@@ -189,6 +189,41 @@ def test_ctrl_c_inside_exec_is_the_same_status():
     assert (done.returncode, done.stdout, done.stderr) == (130, "so far", "\n")
 
 
+def test_ctrl_c_that_became_another_error_is_still_ctrl_c():
+    """ "could not determine the shape of object type 'torch.storage.UntypedStorage'", with status 1."""
+    script = """if 1:
+        import os, signal
+        from minillava import answer, doors
+
+        def interrupted(*_):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                raise ValueError("could not determine the shape") from None
+
+        answer.answer = interrupted
+        doors.begin("generate", ["-i", "x.png"])"""
+    done = run("-c", script)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\n")
+
+
+def test_ctrl_c_after_the_answer_changes_nothing():
+    """While Python ended, the signal ended it first: the answer was there, with the status of a killed process."""
+    script = """if 1:
+        import os, signal
+        from minillava import answer, doors
+
+        class Last:
+            def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGINT):
+                kill(process, number)
+
+        signal.last = Last()
+        answer.answer = lambda *_: print("all") or 0
+        doors.begin("generate", ["-i", "x.png"])"""
+    done = run("-c", script)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "all\n", "")
+
+
 def test_who_starts_a_door_with_ctrl_c_ignored_is_obeyed():
     """As `nohup` and a shell's `&` do."""
     script = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + INTERRUPTED
