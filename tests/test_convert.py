@@ -14,6 +14,7 @@ from pathlib import Path
 import hf
 import pytest
 import torch
+from bounds import assert_within, gamma, network
 from conftest import REFERENCE
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -113,7 +114,9 @@ def test_every_layout_becomes_every_other_and_answers_the_same(tmp_path, write_d
     for name in TABLES[to]:
         expected[name] = expected[name][:rows].clone()
         if to == "hf" and rows < 448:
-            assert torch.allclose(found[name][rows:], expected[name].mean(0), atol=1e-6)
+            table = expected[name].double()
+            mean, bound = table.mean(0), gamma(rows + 1, torch.float32) * table.abs().mean(0)
+            assert_within(found[name][rows:], (mean.expand(8, -1), bound.expand(8, -1)))
             assert found[name].shape[0] == 448
             found[name] = found[name][:rows].clone()
     assert same(found, expected)
@@ -125,7 +128,12 @@ def test_every_layout_becomes_every_other_and_answers_the_same(tmp_path, write_d
     assert len({path.stat().st_mode for path in target.iterdir()}) == 1  # who may read the one may read the other
     before, after = logits(source, **({"vision_tower": tower} if tower else {})), logits(target)
     if rows < 448 and to == "hf":
-        assert torch.allclose(after[..., :rows], before, atol=1e-5)  # another width of the product, other last digits
+        exactly = minillava.load(target, device="cpu", dtype="float64", attention="eager").model
+        size = exactly.config.vision.image_size
+        pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).double()
+        allowed = network(exactly, lambda: {"logits": exactly(ROWS, pixels).logits[..., :rows]})["logits"]
+        for found in (before, after[..., :rows]):  # another width of the product, other last digits
+            assert_within(found, allowed)
         assert "440 is <image>" in notes[0] or "<image> is 440" in notes[0]
     else:
         assert torch.equal(after, before)
