@@ -120,8 +120,10 @@ def steps(
         choose.remember(token_ids)
 
         # From here a GPU is a step ahead: it goes on with these tokens while we learn what they are.
+        # Not with the first: it would come only when the second step's many kernels are begun.
         arriving = Arriving(token_ids, all_finite, (empty & ~done).any())
-        ahead = go_on(token_ids.repeat(streams)) if made < budget and runs_ahead(device) else None
+        begins = 1 < made < budget and runs_ahead(device)
+        ahead = go_on(token_ids.repeat(streams)) if begins else None
         *ids, finite, stuck = arriving.wait()
         if not finite:
             raise ValueError(NOT_FINITE)
