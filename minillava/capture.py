@@ -40,21 +40,33 @@ def compile_decode(model: Llava) -> None:
 
 @contextmanager
 def spare_cache(model: Llava, rows: int, capacity: int, like: Tensor) -> Iterator[KVCache]:
-    """An empty cache of at least this capacity, given back at the end: the next answer uses the same memory, since for
-    memory at another address the graph would be recorded anew. One is kept. like: gives dtype and device."""
-    capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
-    key = rows, capacity, like.dtype, like.device
-    cache = model.spare_caches.pop(key, None)
-    model.spare_caches.clear()  # before there is another
-    if cache is None:
+    """An empty cache of at least this capacity, in memory that is given back at the end.
+
+    Caches of all shapes begin at the same addresses: for another address the graph would be
+    recorded anew, and torch forgets no recording. As much memory is kept as the largest of them took.
+    like: gives dtype and device."""
+    text, capacity = model.config.text, -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+    cache = KVCache(text, rows, capacity, dtype=like.dtype, device="meta")  # the shapes
+    size, kind = cache.keys[0].numel(), {"dtype": like.dtype, "device": like.device}
+    memory, model.spare_memory = model.spare_memory, []
+    fits = memory and (memory[0].dtype, memory[0].device) == (like.dtype, like.device)
+    if not fits or len(memory[0]) < size:
+        memory.clear()  # before there is more
         with torch.inference_mode(False):  # memory that began in that mode could not be written to outside of it
-            cache = KVCache(model.config.text, rows, capacity, dtype=like.dtype, device=like.device)
+            memory = [torch.empty(size, **kind) for _ in (*cache.keys, *cache.values)]
+    tensors = [beginning(each, cache.keys[0].shape) for each in memory]
+    layers = text.num_hidden_layers
+    cache.keys, cache.values = tensors[:layers], tensors[layers:]
     try:
         yield cache
     finally:  # also where somebody stopped listening: what the GPU still does with it comes before what is asked next
-        cache.truncate(0)
-        cache.attention_mask = None
-        model.spare_caches = {key: cache}
+        model.spare_memory = model.spare_memory or memory  # of two at once, the first to end
+
+
+def beginning(memory: Tensor, shape: torch.Size) -> Tensor:
+    """The first numbers of `memory` as a tensor that is no view, of which a compiler would see the base."""
+    with torch.inference_mode(False):
+        return memory.new_empty(0).set_(memory.untyped_storage(), 0, shape)
 
 
 class CapturedDecode:

@@ -60,7 +60,7 @@ class Llava(nn.Module):
         self.projector = Projector(config)
         self.language_model = LanguageModel(config.text, attend)
         self.decode_step: Callable | None = None  # a compiled one, of capture.py
-        self.spare_caches: dict[tuple, KVCache] = {}  # the one that it was recorded with
+        self.spare_memory: list[Tensor] = []  # of the caches that it was recorded with
 
     def forward(
         self,

@@ -159,18 +159,80 @@ def test_numbers_that_are_none_are_one_line(toy, pixels, runs, temperature, monk
         generate(toy.model, IDS, pixels, max_new_tokens=3, temperature=temperature)
 
 
+def addresses(model) -> list[int]:
+    return [tensor.data_ptr() for tensor in model.spare_memory]
+
+
 def test_the_next_answer_takes_the_same_memory(toy, pixels):
     """Each other address would be a graph of its own on a GPU. Two loops at once have a cache each."""
     toy.model.decode_step = partial(step, toy.model.language_model)
     generate(toy.model, IDS, pixels, max_new_tokens=3)
-    ((_, cache),) = toy.model.spare_caches.items()
+    before = addresses(toy.model)
     first = generate(toy.model, IDS, pixels, max_new_tokens=5).sequences
-    assert list(toy.model.spare_caches.values()) == [cache]
-    assert (cache.length, cache.attention_mask) == (0, None)
     spliced, options = toy.model.splice(IDS, pixels), loop.Options(max_new_tokens=5)
     pairs = list(zip(loop.steps(toy.model, spliced, options), loop.steps(toy.model, spliced, options), strict=True))
     for made in zip(*pairs, strict=True):
         assert torch.equal(torch.stack([s.token_ids for s in made], dim=1), first)
+    assert addresses(toy.model) == before
+
+
+def test_answers_of_other_shapes_take_the_same_memory_too(reference, pixels, monkeypatch):
+    """They did not: one row after two, and two after one, each was recorded anew on a GPU, and every
+    recording stays. Padding, rows and capacities take turns here, and each shape is compiled once."""
+    toy, compiled, seen = load(reference / "plain", device="cpu", dtype="float32"), [], []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+
+        def forward(*given):
+            seen.append(given)
+            return graph.forward(*given)
+
+        return forward
+
+    # ids, pictures, tokens at most
+    shapes = [
+        (ids, pixels[: len(ids)], most)
+        for ids, most in [(IDS[:1], 3), (IDS, 3), (IDS[1:], CAPACITY_STEP), (IDS[:1] * 2, 3)]
+    ]
+    toy.model.config = replace(toy.model.config, eos_token_ids=())
+    plain = [generate(toy.model, *asked, max_new_tokens=3).sequences for *asked, _ in shapes]
+    monkeypatch.setattr(capture.torch, "compile", partial(_compile, torch.compile, backend))
+    compile_decode(toy.model)
+
+    def ask(ids, images, most):
+        spliced = toy.model.splice(ids, images)
+        answer = loop.steps(toy.model, spliced, loop.Options(max_new_tokens=most))
+        made = [next(answer).token_ids for _ in range(3)]
+        answer.close()
+        return torch.stack(made, dim=1)
+
+    for ids, images, most in reversed(shapes):  # until the largest has been there
+        ask(ids, images, most)
+    shapes_compiled, found = len(compiled), []
+    for _ in range(2):
+        seen.clear()
+        for (ids, images, most), expected in zip(shapes, plain, strict=True):
+            assert torch.equal(ask(ids, images, most), expected)
+        memory = addresses(toy.model)
+        tensors = [t for given in seen for t in given if isinstance(t, torch.Tensor)]
+        assert {t.data_ptr() for t in tensors if t.dim() == 4} == set(memory)
+        found.append(memory)
+    assert found[0] == found[1]
+    assert len(compiled) == shapes_compiled == 4
+
+
+def test_only_more_than_ever_takes_other_memory(toy):
+    text, like = toy.model.config.text, torch.zeros(())
+    numbers = 2 * text.num_key_value_heads * CAPACITY_STEP * text.head_dim
+    for rows in (1, 2, 1):
+        with capture.spare_cache(toy.model, rows, 5, like) as cache:
+            assert (cache.capacity, cache.length, cache.attention_mask) == (CAPACITY_STEP, 0, None)
+            assert cache.keys[0].shape[::2] == (rows, CAPACITY_STEP)
+            assert len(cache.keys) == len(cache.values) == text.num_hidden_layers
+    assert {len(tensor) for tensor in toy.model.spare_memory} == {numbers}
+    with capture.spare_cache(toy.model, 1, 5, like.double()) as cache:
+        assert cache.values[-1].dtype == torch.float64
 
 
 def test_an_abandoned_answer_gives_its_memory_back(toy, pixels):
@@ -182,12 +244,31 @@ def test_an_abandoned_answer_gives_its_memory_back(toy, pixels):
         for _ in range(made):
             next(answer)
         answer.close()
-    ((_, cache),) = toy.model.spare_caches.items()
-    assert (cache.length, cache.attention_mask) == (0, None)
+    before = addresses(toy.model)
+    assert before
     with pytest.raises(RuntimeError, match="listener"):
         for _ in loop.steps(toy.model, spliced, options):
             raise RuntimeError("a listener that fails")
-    assert list(toy.model.spare_caches.values()) == [cache]
+    assert addresses(toy.model) == before
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_first_token_is_there_before_the_second_step_begins(toy, pixels, captured, monkeypatch):
+    """It came only when all kernels of that step had been begun, which takes a GPU as long as a token."""
+    run_ahead(monkeypatch, True)
+    begun = []
+
+    def begin(*arguments, **wanted):
+        begun.append(1)
+        return (step if captured else real)(*arguments, **wanted)
+
+    real = loop.decode
+    monkeypatch.setattr(loop, "decode", begin)
+    if captured:
+        toy.model.decode_step = partial(begin, toy.model.language_model)
+    toy.model.config = replace(toy.model.config, eos_token_ids=())
+    answer = loop.steps(toy.model, toy.model.splice(IDS, pixels), loop.Options(max_new_tokens=5))
+    assert [len(begun) for _ in answer] == [0, 2, 3, 4, 4]
 
 
 def test_what_arrives_is_waited_for_on_its_own_gpu(monkeypatch):
