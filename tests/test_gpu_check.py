@@ -37,7 +37,7 @@ def verdicts(rows: list) -> dict[str, str]:
 
 
 def test_the_command_makes_a_table_and_a_file(few, capsys, tmp_path):
-    names = "parity,syncs,growth,plain,captured,int4,transformers-compiled"
+    names = "parity,syncs,growth,growth-captured,plain,captured,int4,transformers-compiled"
     path = tmp_path / "found.json"
     arguments = ["--device", "cpu", "--size", "tiny", "--only", names, "--json", str(path)]
     assert gpu_check.main(arguments) == 0
@@ -124,9 +124,45 @@ def test_memory_that_an_answer_keeps_is_found(few, monkeypatch):
         return kept[-1]
 
     monkeypatch.setattr(loop, "KVCache", cache)
-    (row, captured) = (row for row in rows_of(gpu_check.growth) if row.check.startswith("bytes"))
-    assert (row.verdict, captured.verdict) == (FAILED, OK)
+    (row,) = rows_of(gpu_check.growth)
+    assert (row.verdict, row.check) == (FAILED, "bytes more after 7 answers")
     assert int(row.found) > 7 * 81 * 8
+    (row,) = rows_of(gpu_check.growth_captured)  # which have a cache of their own
+    assert (row.verdict, row.check) == (OK, "bytes more after 3 captured answers")
+
+
+def test_a_graph_that_is_recorded_again_is_found(few, monkeypatch):
+    """Bytes do not show it: a graph is no tensor."""
+    as_a_gpu(monkeypatch)
+    recorded = torch._dynamo.utils.counters["inductor"]
+    real, answered, again = gpu_check.check_growth, [], []
+
+    def work(number):
+        answered.append(number)
+        recorded["cudagraph_recorded_non_static_inputs"] += 3 if len(answered) in again else 0
+
+    def check(run, what, one, count):
+        return real(run, what, work, count)
+
+    monkeypatch.setattr(gpu_check, "check_growth", check)
+    for which, verdict, found in (({1, 2}, OK, "0; 6 in"), ({1, 5}, FAILED, "3; 3 in")):
+        again[:] = which
+        answered.clear()
+        row = rows_of(gpu_check.growth_captured, "cpu:0")[-1]
+        assert (row.verdict, row.found) == (verdict, f"{found} those before")
+
+
+def test_the_first_token_is_taken_apart(few):
+    rows = rows_of(gpu_check.first)
+    parts = [row.check.removesuffix(": ms") for row in rows if row.check.startswith("minillava")]
+    expected = ("encode_images", "splice", "prefill", "the first choice")
+    assert parts[1:5] == [f"minillava: {part}" for part in expected]
+    for row in rows:
+        if row.verdict == MEASURED:
+            times, count = row.found.split("; ")
+            whole, given = map(float, times.split(", given away after "))
+            assert 0 < given <= whole
+            assert int(count.split()[0]) > 0
 
 
 def test_a_section_that_fails_is_a_row_and_the_next_one_runs(monkeypatch, capsys, tmp_path):
@@ -157,6 +193,20 @@ def test_a_section_that_fails_is_a_row_and_the_next_one_runs(monkeypatch, capsys
 
 def test_what_only_a_gpu_runs_is_run_here_with_a_cpu_in_its_place(few, monkeypatch):
     """So that nothing is misspelt where a mistake costs a machine: the device is a CPU by another name."""
+    as_a_gpu(monkeypatch)
+    sections = ("syncs", "growth", "growth-captured", "first", "int8-captured")
+    rows = {name: rows_of(gpu_check.SECTIONS[name][0], "cpu:0") for name in sections}
+    waits = [row.found for row in rows["syncs"] if "waits in" in row.check or "three times" in row.check]
+    assert waits == ["1"] * len(waits)  # as often as it was said
+    assert {row.verdict for row in rows["growth"] + rows["growth-captured"]} == {OK, MEASURED}
+    found = [row.found for row in rows["first"] if row.verdict == MEASURED]
+    assert {each.split()[-1] for each in found} == {"kernels"}
+    (speed,) = (row.found for row in rows["int8-captured"] if "tokens per second" in row.check)
+    assert float(speed.split(",")[0]) > 0
+    gpu_check.let_go("cpu:0")
+
+
+def as_a_gpu(monkeypatch) -> None:
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
@@ -169,13 +219,8 @@ def test_what_only_a_gpu_runs_is_run_here_with_a_cpu_in_its_place(few, monkeypat
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_sync_debug_mode)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setitem(gpu_check.COPIED, "cuda", 1 << 20)
-    rows = {name: rows_of(gpu_check.SECTIONS[name][0], "cpu:0") for name in ("syncs", "growth", "int8-captured")}
-    waits = [row.found for row in rows["syncs"] if "waits in" in row.check or "three times" in row.check]
-    assert waits == ["1"] * len(waits)  # as often as it was said
-    assert {row.verdict for row in rows["growth"]} == {OK, MEASURED}
-    (speed,) = (row.found for row in rows["int8-captured"] if "tokens per second" in row.check)
-    assert float(speed.split(",")[0]) > 0
-    gpu_check.let_go("cpu:0")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**9, 10**10))
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@
 
 Parity: the network against itself in float64 and against transformers. Answers: every way to make one gives the CPU's.
 Syncs: how often a token makes the processor wait. Growth: memory after many answers. The others time random weights of
-a true size, which lie nowhere on disk. Exit status: 1 if a check failed; a measured time is no check.
+a true size, which lie nowhere on disk; `first` takes the time to the first token apart. Exit
+status: 1 if a check failed; a measured time is no check.
 """
 
 import argparse
@@ -32,7 +33,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,11 +51,13 @@ from convert import hub_config  # noqa: E402
 from minillava import capture, loop  # noqa: E402
 from minillava.assistant import Assistant, bundled_weights, load  # noqa: E402
 from minillava.attention import ATTENTION  # noqa: E402
+from minillava.cache import KVCache  # noqa: E402
 from minillava.capture import compile_decode  # noqa: E402
 from minillava.chat import Conversation  # noqa: E402
 from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig, one_line  # noqa: E402
 from minillava.contrast import METHODS, VCD  # noqa: E402
 from minillava.generate import generate  # noqa: E402
+from minillava.image import ImageProcessor  # noqa: E402
 from minillava.linear import use_fast_linear  # noqa: E402
 from minillava.llava import Llava  # noqa: E402
 from minillava.loop import steps  # noqa: E402
@@ -557,10 +563,12 @@ def waits_of(answer: Iterator, device: str) -> int:
 
 
 def held(device: str) -> int:
-    """Bytes of tensors: of a GPU what is handed out, else what Python can reach."""
+    """Bytes of tensors: of a GPU what is handed out, else what Python can reach. Without cuBLAS's
+    workspaces: a product makes them and a recording lets them go, and both may come last."""
     gc.collect()
     if device != "cpu":
         torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
         return torch.cuda.memory_allocated()
     found = {}
     with warnings.catch_warnings():
@@ -572,16 +580,17 @@ def held(device: str) -> int:
     return sum(found.values())
 
 
-def growth(run: Run) -> None:
-    """Answers of differing shapes, some left in the midst. One round before counts for nothing."""
-    assistant = load(BUNDLED, device=run.device, dtype="bfloat16" if run.on_gpu else "float32")
+def abandon(assistant: Assistant, number: int) -> None:
+    pieces = assistant.stream(PICTURES[number % 3], QUESTIONS[2], max_new_tokens=30)
+    for _ in range(number % 4 + 1):
+        next(pieces)
+    if number % 2:
+        pieces.close()
 
-    def abandon(model: Assistant, number: int) -> None:
-        pieces = model.stream(PICTURES[number % 3], QUESTIONS[2], max_new_tokens=30)
-        for _ in range(number % 4 + 1):
-            next(pieces)
-        if number % 2:
-            pieces.close()
+
+def growth(run: Run) -> None:
+    """Answers of differing shapes, some left in the midst."""
+    assistant = load(BUNDLED, device=run.device, dtype="bfloat16" if run.on_gpu else "float32")
 
     def one(number: int) -> None:
         picture, question = PICTURES[number % 3], QUESTIONS[number % len(QUESTIONS)]
@@ -599,9 +608,15 @@ def growth(run: Run) -> None:
             case _:
                 assistant.ask(picture, question, max_new_tokens=4 + number % 9)
 
+    check_growth(run, "answers", one, ANSWERS[run.size])
+
+
+def growth_captured(run: Run) -> None:
+    """Numbers of rows take turns, each with a graph of its own, which must be recorded once."""
+    assistant = load(BUNDLED, device=run.device, dtype="bfloat16" if run.on_gpu else "float32")
     fast = captured(assistant, run.device)
 
-    def one_captured(number: int) -> None:
+    def one(number: int) -> None:
         if number % 3 == 0:
             abandon(fast, number)
         elif number % 3 == 1:
@@ -609,18 +624,44 @@ def growth(run: Run) -> None:
         else:
             fast.ask(PICTURES[number % 3], QUESTIONS[number % 3], max_new_tokens=4 + number % 9)
 
-    total = ANSWERS[run.size]
-    for what, work, count in (("answers", one, total), ("captured answers", one_captured, total // 2)):
-        for number in range(min(21, count)):
-            work(number)
-        before, reserved = held(run.device), torch.cuda.memory_reserved() if run.on_gpu else 0
-        for number in range(count):
-            work(number)
-        grown = held(run.device) - before
-        run.report.check(f"bytes more after {count} {what}", "", grown, "at most 0", grown <= 0)
-        if run.on_gpu:
-            more = (torch.cuda.memory_reserved() - reserved) / 1e6
-            run.report.measure(f"MB more that torch reserves after {count} {what}", "", f"{more:.1f}")
+    before = recorded_inputs()
+    recorded = check_growth(run, "captured answers", one, ANSWERS[run.size] // 2)
+    if run.on_gpu:
+        found = f"{recorded_inputs() - recorded}; {recorded - before} in those before"
+        same = recorded_inputs() == recorded
+        run.report.check("inputs of graphs that were recorded in them", "", found, 0, same)
+
+
+def check_growth(run: Run, what: str, work: Callable[[int], None], count: int) -> int:
+    """What many answers leave behind. One round before counts for nothing; -> `recorded_inputs` after it."""
+    for number in range(min(21, count)):
+        work(number)
+    before, recorded = held(run.device), recorded_inputs()
+    taken = of_the_card(run.device)
+    for number in range(count):
+        work(number)
+    grown = held(run.device) - before
+    run.report.check(f"bytes more after {count} {what}", "", grown, "at most 0", grown <= 0)
+    if run.on_gpu:
+        wheres = ("in torch's reserve", "outside of it, where graphs are")
+        for where, was, is_now in zip(wheres, taken, of_the_card(run.device), strict=True):
+            more = f"{(is_now - was) / 1e6:.1f}"
+            run.report.measure(f"MB more {where}, after {count} {what}", "", more)
+    return recorded
+
+
+def recorded_inputs() -> int:
+    """What every recording of a graph adds to."""
+    return torch._dynamo.utils.counters["inductor"]["cudagraph_recorded_non_static_inputs"]
+
+
+def of_the_card(device: str) -> tuple[int, int]:
+    """Bytes that torch has reserved, and bytes taken besides, by whomever."""
+    if device == "cpu":
+        return 0, 0
+    free, total = torch.cuda.mem_get_info()
+    reserved = torch.cuda.memory_reserved()
+    return reserved, total - free - reserved
 
 
 # --- times ----------------------------------------------------------------------------------------------------
@@ -658,10 +699,14 @@ class Clocked:
         self.step = statistics.median((each[-1] - each[1]) / (len(each) - 2) for each in times)
 
 
+def random_pixels(config: LlavaConfig) -> Tensor:
+    side = config.vision.image_size
+    return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
 def timed_answer(run: Run, model: Llava) -> Callable[[], list[float]]:
     config, tokens = model.config, TOKENS[run.size]
-    side = config.vision.image_size
-    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    pixels = random_pixels(config).to(run.device, torch.bfloat16)  # as theirs are
     options = Options(max_new_tokens=tokens, min_new_tokens=tokens)
 
     @torch.no_grad()
@@ -678,9 +723,7 @@ def timed_answer(run: Run, model: Llava) -> Callable[[], list[float]]:
 def their_timed_answer(run: Run, theirs, compiled: bool) -> Callable[[], list[float]]:
     """transformers' generate, told to go on to the last token. compiled: its static cache and torch.compile."""
     tokens, config = TOKENS[run.size], run.config
-    side = config.vision.image_size
-    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    given = their_inputs(theirs, [prompt_ids(config)], pixels)
+    given = their_inputs(theirs, [prompt_ids(config)], random_pixels(config))
     del given["position_ids"]  # generate makes its own
     settings = {"cache_implementation": "static"} if compiled else {}
     theirs.generation_config.eos_token_id = None
@@ -773,6 +816,88 @@ def transformers(run: Run, compiled: bool) -> None:
     show_times(run, name, "bfloat16", clocked, copy_bandwidth(run.device))
 
 
+def first(run: Run) -> None:
+    """The first token of ours and of transformers, part by part, on the same weights."""
+    config, device = run.config, run.device
+    state = random_state(config, torch.bfloat16, device)
+    model, ids = network(config, state), [prompt_ids(config)]
+    pixels = random_pixels(config).to(device, torch.bfloat16)
+    options, picture = Options(max_new_tokens=8, min_new_tokens=8), Image.open(PICTURES[0])
+    processor = ImageProcessor(config.vision.image_size)
+    nothing = {"hidden_states": False, "attentions": False}
+    with torch.no_grad():
+        features = model.encode_images(pixels)
+        spliced = model.splice(ids, features)
+        room = spliced.embeds.shape[1] + 8
+        cache = KVCache(config.text, 1, room, dtype=torch.bfloat16, device=device)
+        output = loop.prefill(model, spliced, cache, **nothing)
+
+        def read() -> None:
+            cache.truncate(0)
+            loop.prefill(model, spliced, cache, **nothing)
+
+        def choose() -> list[int]:
+            logits = loop.wide_logits(output)
+            return loop.Arriving(loop.Chooser(model, spliced.input_ids, options)(logits)[0]).wait()
+
+        def decode() -> None:
+            loop.decode(model, token, cache, **nothing)
+            cache.truncate(cache.length - 1)
+
+        def answer() -> None:
+            next(steps(model, model.splice(ids, pixels), options))
+
+        token = torch.tensor(choose(), device=device)
+        show_part(run, "minillava: a picture's pixels, on the CPU", lambda: processor([picture]))
+        show_part(run, "minillava: encode_images", lambda: model.encode_images(pixels))
+        show_part(run, "minillava: splice", lambda: model.splice(ids, features))
+        show_part(run, "minillava: prefill", read)
+        show_part(run, "minillava: the first choice", choose)
+        show_part(run, "minillava: a step after it", decode)
+        show_part(run, "minillava: from pixels to the first token", answer)
+        if not find_spec("transformers"):
+            run.report.skip("transformers", "it is not installed")
+            return
+        theirs = transformers_of(config, state)
+        theirs.set_attn_implementation("sdpa")
+        theirs.generation_config.eos_token_id = None
+        given = their_inputs(theirs, ids, pixels)
+        del given["position_ids"]  # they make their own
+        one_token = {"do_sample": False, "max_new_tokens": 1, "pad_token_id": config.pad_token_id}
+        parts = {
+            "get_image_features": lambda: theirs.get_image_features(given["pixel_values"]),
+            "forward": lambda: theirs(**given, use_cache=True, logits_to_keep=1),
+            "generate, one token": lambda: theirs.generate(**given, **one_token),
+        }
+        for name, part in parts.items():
+            show_part(run, f"transformers: {name}", part)
+
+
+def show_part(run: Run, what: str, work: Callable[[], object]) -> None:
+    """Milliseconds until it is done, and until this processor had given it to the GPU: medians."""
+    begun, done = [], []
+    for _ in range(7):
+        wait_for(run.device)
+        started = time.perf_counter()
+        work()
+        begun.append(time.perf_counter() - started)
+        wait_for(run.device)
+        done.append(time.perf_counter() - started)
+    given, whole = (1e3 * statistics.median(seconds[2:]) for seconds in (begun, done))
+    kinds = [ProfilerActivity.CUDA] if run.on_gpu else [ProfilerActivity.CPU]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions warn of being asked twice
+        with profile(activities=kinds) as seen:
+            work()
+            wait_for(run.device)
+    kind = DeviceType.CUDA if run.on_gpu else DeviceType.CPU
+    events = [event.name for event in seen.events() if event.device_type == kind]
+    count = sum(not name.startswith(("Memcpy", "Memset")) for name in events)
+    unit = "kernels" if run.on_gpu else "operations"
+    found = f"{whole:.2f}, given away after {given:.2f}; {count} {unit}"
+    run.report.measure(f"{what}: ms", "bfloat16", found)
+
+
 # --- the whole ------------------------------------------------------------------------------------------------
 
 # By value: what it does, and how many seconds it may take at most.
@@ -781,7 +906,9 @@ SECTIONS: dict[str, tuple[Callable[[Run], None], int]] = {
     "answers": (answers, 150),
     "syncs": (syncs, 40),
     "growth": (growth, 60),
+    "growth-captured": (growth_captured, 60),
     "plain": (plain, 40),
+    "first": (first, 40),
     "captured": (partial(timed, quantize=None, compiled=True), 120),
     "transformers": (partial(transformers, compiled=False), 40),
     "int8": (partial(timed, quantize="int8", compiled=False), 40),
