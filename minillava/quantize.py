@@ -26,7 +26,8 @@ SMALLEST = torch.finfo(NARROW).tiny  # a scale of zero would divide zero by zero
 
 class QuantisedLinear(nn.Module):
     """x·weightᵀ: with few rows by a kernel that reads the small weights; else, and where a gradient is wanted, by
-    weights made wide again: on a CPU in blocks that stay in its cache, on a GPU whole (or, compiled, nowhere)."""
+    weights made wide again: on a CPU in blocks that stay in its cache, on a GPU whole (or, compiled, nowhere).
+    On a GPU it is therefore slower than bfloat16 unless it is compiled."""
 
     def __init__(self, weight: Tensor, shape: tuple[int, int]):
         super().__init__()
