@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -574,7 +575,8 @@ def held(device: str) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some modules' attributes warn when they are looked at
         for thing in gc.get_objects():
-            if issubclass(type(thing), Tensor) and thing.device.type == "cpu":
+            kind = type(thing)  # a compiler's stand-ins hold nothing
+            if issubclass(kind, Tensor) and not issubclass(kind, FakeTensor) and thing.is_cpu:
                 storage = thing.untyped_storage()
                 found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
@@ -884,7 +886,7 @@ def show_part(run: Run, what: str, work: Callable[[], object]) -> None:
         wait_for(run.device)
         done.append(time.perf_counter() - started)
     given, whole = (1e3 * statistics.median(seconds[2:]) for seconds in (begun, done))
-    kinds = [ProfilerActivity.CUDA] if run.on_gpu else [ProfilerActivity.CPU]
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.on_gpu else [])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some versions warn of being asked twice
         with profile(activities=kinds) as seen:
