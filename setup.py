@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
@@ -15,9 +15,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     # the bundled model lies beside the code in a checkout, and inside the package once installed
-    packages=["minillava", "minillava.shapes"],
+    packages=[*find_packages(include=["minillava", "minillava.*"]), "minillava.shapes"],
     package_dir={"minillava.shapes": "weights/shapes"},
-    entry_points={"console_scripts": ["minillava = minillava.doors:main"]},
+    entry_points={"console_scripts": ["minillava = minillava.cli.doors:main"]},
     package_data={"minillava.shapes": ["*.json", "*.model", "*.safetensors", "*.png", "README.md"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "safetensors>=0.4.3", "sentencepiece>=0.1.99", "pillow>=10.1", "numpy>=1.24"],

@@ -4,8 +4,8 @@
     assistant = minillava.load("path/to/llava-1.5-7b-hf")
     print(assistant.ask("x.jpg", "What is in this image?"))
 
-Reading order, which is the order of the data: config, image, prompt, tokenizer, attention, vision,
-projector, cache, llama, llava, checkpoint, options, sampling, loop, beam, generate, assistant.
+Reading order, which is the order of the data: config, options, image, prompt, tokenizer, attention,
+vision, projector, cache, llama, llava, sampling, loop, assistant. The folders are everything else.
 CLASSROOM.md has the questions that people ask on the way, and exercises.
 """
 
@@ -30,27 +30,58 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-_FILES = {"minillava.inspect": "minillava.inspection", "minillava.trace": "minillava.tracing"}
+def on_first_use(package: str, homes: dict[str, str]):
+    """A package's `__getattr__`: each name comes from the module of its home, which is imported then.
+
+    So `from minillava.generate import generate` works, and `python -m minillava.generate`, which
+    imports the package before anything else, has read the flags before torch is imported."""
+
+    def fetch(name: str):
+        if name in homes:
+            return vars(__import__(f"{package}.{homes[name]}", fromlist=[name]))[name]
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return fetch
+
+
+_RENAMED = {
+    "minillava.inspect": "minillava.inspection",
+    "minillava.trace": "minillava.tracing",
+    "minillava.contrast": "minillava.generate.contrast",
+}
+
+
+def _real_name(name: str) -> str | None:
+    """`minillava.tracing.page` for `minillava.trace.page`; None for a name that is nobody's second."""
+    for other, real in _RENAMED.items():
+        if name == other or name.startswith(other + "."):
+            return real + name[len(other) :]
+    return None
 
 
 class _Renamed:
-    """Finds and loads `minillava.inspect` and `minillava.trace`, whose files have other names.
+    """Finds and loads `minillava.inspect` and `minillava.trace`, whose folders have other names, and
+    `minillava.contrast`, which has moved.
 
-    Python puts the folder of a script first on its path, and the current folder for `python -m`: there a file
-    `inspect.py` would be what the standard library, and so torch, gets for `import inspect`. Both names of a module
-    are one module object. Python asks this finder last, and only for what nobody else has.
+    Python puts the folder of a script first on its path, and the current folder for `python -m`:
+    there a folder `inspect` would be what the standard library, and so torch, gets for
+    `import inspect`. Both names of a module are one module object.
     """
 
     def find_spec(self, name, path=None, target=None):
-        if name not in _FILES:
+        if (real_name := _real_name(name)) is None:
             return None
         from importlib.util import find_spec  # here, since importing minillava costs nothing
 
-        real = find_spec(_FILES[name])
-        return type(real)(name, self, origin=real.origin)
+        real = find_spec(real_name)
+        if real is None:
+            return None
+        spec = type(real)(name, self, origin=real.origin)
+        spec.submodule_search_locations = real.submodule_search_locations
+        return spec
 
     def create_module(self, spec):
-        module = __import__(_FILES[spec.name], fromlist=["*"])
+        module = __import__(_real_name(spec.name), fromlist=["*"])
         spec.loader_state = module.__spec__  # Python is about to write the spec of the other name over it
         return module
 
@@ -61,7 +92,7 @@ class _Renamed:
         """What `python -m` runs."""
         from importlib.util import find_spec
 
-        return find_spec(_FILES[name]).loader.get_code(_FILES[name])
+        return find_spec(_real_name(name)).loader.get_code(_real_name(name))
 
 
-sys.meta_path.append(_Renamed())
+sys.meta_path.insert(0, _Renamed())  # first: `minillava.trace.page` would be found beside the other

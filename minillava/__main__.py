@@ -1,6 +1,6 @@
 """`python -m minillava`: the list of doors, or one of them by its name."""
 
-from minillava.doors import main
+from minillava.cli.doors import main
 
 if __name__ == "__main__":
     main()

@@ -1,46 +1,35 @@
 """The assistant: a model plus what it takes to talk to it, opened from a folder by `load`."""
 
-import errno
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillava import beam
 from minillava.attention import ATTENTION
 from minillava.cache import KVCache
-from minillava.capture import compile_decode
-from minillava.checkpoint import build_model, check_base, open_checkpoint
-from minillava.config import DOWNLOAD, IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig, read_config, read_json
-from minillava.contrast import Contrast, find_method
-from minillava.disk import nearest_folder, refused
-from minillava.generate import Generation, generate
-from minillava.hub import find_snapshot, is_repo_id
-from minillava.image import ImageProcessor, Images, ImageSource, as_list, open_image
-from minillava.linear import has_fast_bfloat16, use_fast_linear
+from minillava.checkpoint.build import build_model
+from minillava.checkpoint.config_json import read_config
+from minillava.checkpoint.folders import check_base, default_weights, find_folder, open_checkpoint
+from minillava.checkpoint.place import choose_device, choose_dtype
+from minillava.checkpoint.side_json import read_image_processor
+from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from minillava.fast.compiled import compile_decode
+from minillava.fast.linear import use_fast_linear
+from minillava.files.disk import read_json
+from minillava.files.pictures import Images, ImageSource, as_list, open_image
+from minillava.generate import beam
+from minillava.generate.contrast import Contrast, find_method
+from minillava.generate.generation import Generation, generate
+from minillava.image import ImageProcessor
 from minillava.llava import Llava, Spliced
 from minillava.loop import Process, check_room, room_for_answer, steps
-from minillava.options import DEVICES, DTYPES, KINDS, WEIGHTS_VARIABLE, Options, read_options
-from minillava.prompt import (
-    DEFAULT_PROMPT,
-    DEFAULT_TEMPLATE,
-    Prompt,
-    Template,
-    find_template,
-    place_images,
-    render,
-)
+from minillava.options import KINDS, Options, read_options
+from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, Prompt, Template, find_template, place_images, render
 from minillava.tokenizer import Tokenizer, common_prefix, encode_answers, open_tokenizer
-
-# Parameters from which `auto` is bfloat16 also on a CPU that emulates it: it decodes as fast there as float32, takes
-# half the memory, and needs no copy that is made first.
-LARGE = 10**9
 
 
 class Assistant:
@@ -327,120 +316,3 @@ def load(
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
     return Assistant(model, tokenizer, processor, template, checkpoint.unused)
-
-
-def default_weights() -> str:
-    """What is opened where no weights are named: those of $MINILLAVA_WEIGHTS, else the bundled demo model. Raises
-    ValueError where there is neither."""
-    named = os.environ.get(WEIGHTS_VARIABLE)
-    if named:
-        if not os.path.isdir(os.path.expanduser(named)) and not is_repo_id(named):
-            raise ValueError(f"{named}: no such folder; {WEIGHTS_VARIABLE} names it; correct that, or name weights")
-        return named
-    bundled = bundled_weights()
-    if bundled is None:
-        raise ValueError(f"no weights are named, and the bundled model was left out; {HOW_TO_GET_WEIGHTS}")
-    return str(bundled)
-
-
-HOW_TO_GET_WEIGHTS = f"get LLaVA-1.5 (14 GB) with: {DOWNLOAD}; then --weights or {WEIGHTS_VARIABLE} names its folder"
-
-
-def bundled_weights() -> Path | None:
-    """The folder of the demo model that comes with minillava; None where somebody left it out."""
-    package = Path(__file__).parent
-    folders = package / "shapes", package.parent / "weights" / "shapes"  # as installed from a wheel; in a checkout
-    return next((folder for folder in folders if (folder / "config.json").exists()), None)
-
-
-def choose_device(name: str) -> str:
-    """`auto` is a GPU if there is one. Raises ValueError for an unknown device or one this machine lacks."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next(device for device in ("cuda", "mps", "cpu") if available[device])
-    kind, _, index = name.partition(":")
-    if kind not in available or (index and not index.isdecimal()):
-        raise ValueError(f"unknown device {name!r}, expected one of: {', '.join(DEVICES)}")
-    if not available[kind]:
-        found = f"device {name!r} is not available to this PyTorch ({torch.__version__})"
-        raise ValueError(f"{found}; use device cpu (a command: --device cpu)")
-    return name
-
-
-def choose_dtype(name: str, device: str, stored: torch.dtype, parameters: int) -> torch.dtype:
-    """`auto`: what is stored on a GPU; on a CPU bfloat16 if it has instructions for it or the model is LARGE; else
-    float32."""
-    if name == "auto":
-        if not device.startswith("cpu"):
-            return stored
-        return torch.bfloat16 if has_fast_bfloat16() or parameters >= LARGE else torch.float32
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}, expected one of: auto, {', '.join(DTYPES)}")
-    return getattr(torch, name)
-
-
-def read_image_processor(folder: Path, config: LlavaConfig, aspect: str | None = None) -> ImageProcessor:
-    """The processor a folder describes: preprocessor_config.json (transformers 4), the `image_processor` of
-    processor_config.json (5), or CLIP's own numbers. Raises ValueError for steps minillava does not take."""
-    folder = Path(folder)
-    path = folder / "preprocessor_config.json"
-    raw = read_json(path) if os.path.lexists(path) else {}
-    if not raw and os.path.lexists(folder / "processor_config.json"):
-        path = folder / "processor_config.json"
-        raw = read_json(path).get("image_processor", {})
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path}: image_processor is {raw!r:.80}, expected an object; download the file again")
-    expected = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True)
-    expected |= {"resample": 3, "rescale_factor": 1 / 255}  # 3 is Pillow's bicubic
-    for key, value in expected.items():
-        if raw.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {raw[key]!r:.80}, supported: {value!r}")
-    for key in ("size", "crop_size"):
-        size = raw.get(key, config.vision.image_size)
-        sides = list(size.values()) if isinstance(size, dict) else [size]
-        if not sides or any(side != config.vision.image_size for side in sides):
-            raise ValueError(f"{path}: {key} is {size!r:.80}, config.json has image_size {config.vision.image_size}")
-    numbers = {}
-    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-        if theirs in raw:
-            found = raw[theirs]
-            numbers_only = isinstance(found, list) and all(isinstance(x, (int, float)) for x in found)
-            if not numbers_only or len(found) != 3 or (ours == "std" and min(found) <= 0):
-                raise ValueError(f"{path}: {theirs} is {found!r:.80}, expected three numbers, above zero for image_std")
-            numbers[ours] = found
-    return ImageProcessor(config.vision.image_size, aspect or config.image_aspect_ratio, **numbers)
-
-
-def find_folder(weights: str | Path, revision: str | None = None) -> Path:
-    """The folder that a path or a hub id ("ORG/NAME", downloaded already) means. Raises FileNotFoundError with the
-    command that gets it."""
-    folder = Path(weights).expanduser()
-    if is_repo_id(str(weights)):
-        try:
-            return find_snapshot(str(weights), revision)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}{_meant(folder)}") from None
-    if revision is not None:
-        raise ValueError(f"revision {revision!r} belongs to a model of the hub, but {folder} is a folder: leave it out")
-    get = f"get one with: {DOWNLOAD}"
-    try:
-        names = os.listdir(folder)
-    except NotADirectoryError:
-        raise FileNotFoundError(f"{folder}: is a file, expected the folder it is in") from None
-    except (FileNotFoundError, ValueError):  # ValueError: a name with a NUL
-        raise FileNotFoundError(f"{folder}: no such folder of weights{_meant(folder)}; {get}") from None
-    except OSError as error:
-        raise refused(folder, error) from None
-    if not names:
-        raise FileNotFoundError(f"{folder}: is empty; {get}")
-    if not os.access(folder, os.X_OK):
-        raise refused(folder / names[0], PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
-    return folder
-
-
-def _meant(folder: Path) -> str:
-    """A hint at the folder that a mistyped one is most like, or at the bundled model."""
-    near, bundled = nearest_folder(folder), bundled_weights()
-    if near is None and bundled is not None and get_close_matches(folder.name, [bundled.name]):
-        near = bundled
-    return "" if near is None else f"; did you mean {near}?"

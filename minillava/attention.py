@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillava.linear import convert, is_emulated, kept
-
-CACHED = 1 << 21  # numbers of float32 that stay in a processor's cache: 8 MB
+from minillava.fast.attention import one_query
+from minillava.fast.linear import is_emulated
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> tuple[Tensor, Tensor]:
@@ -44,24 +43,6 @@ def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: b
         return one_query(q, k, v, mask), None
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped), None
-
-
-def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`fused` for T = 1 and bfloat16 on a CPU without instructions for it (may be skipped): as many heads as its cache
-    holds are made float32 at a time, which takes 0.4 of the one kernel's time."""
-    (rows, heads, _, width), (groups, length) = q.shape, k.shape[1:3]
-    q = q.float().view(rows, groups, -1, width) * width**-0.5  # [B, K, H/K, D]
-    count = max(1, CACHED // (length * width))
-    out = torch.empty_like(q)
-    memory = kept(min(count, groups) * length * width, torch.float32).view(-1, length, width)
-    for row in range(rows):
-        for first in range(0, groups, count):
-            some = slice(first, first + count)
-            scores = convert(k[row, some], memory) @ q[row, some].mT  # [n, S, H/K]
-            if mask is not None:
-                scores.masked_fill_(~mask[row % len(mask), 0, 0, :, None], torch.finfo(scores.dtype).min)
-            out[row, some] = scores.softmax(1).mT @ convert(v[row, some], memory)
-    return out.view(rows, heads, 1, width).to(k.dtype)
 
 
 def repeat_heads(x: Tensor, groups: int) -> Tensor:

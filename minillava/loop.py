@@ -28,8 +28,9 @@ from torch import Tensor
 
 from minillava import sampling
 from minillava.cache import KVCache
-from minillava.capture import CapturedDecode, spare_cache
 from minillava.config import IMAGE_TOKEN_INDEX
+from minillava.fast.ahead import Arriving, runs_ahead
+from minillava.fast.compiled import CapturedDecode, spare_cache
 from minillava.llama import LanguageOutput
 from minillava.llava import Llava, Spliced, as_rows
 from minillava.options import Options
@@ -144,33 +145,6 @@ def steps(
         output = go_on(token_ids.repeat(streams)) if ahead is None else ahead
 
 
-def runs_ahead(device: torch.device) -> bool:
-    """Whether a step is begun before it is known that the answer goes on: free where the processor that knows is not
-    the one that computes, and a whole step too many where it is."""
-    return device.type == "cuda"
-
-
-class Arriving:
-    """Numbers on their way from the device. To wait for them is not to wait for what the device was given to do since,
-    so that it never stands still."""
-
-    def __init__(self, *tensors: Tensor):
-        numbers, self.copied = torch.cat([tensor.flatten().long() for tensor in tensors]), None
-        if numbers.is_cuda:
-            self.numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self.numbers.copy_(numbers, non_blocking=True)
-            self.copied = torch.cuda.Event()
-            # By itself it would note the work of the current GPU, which need not be the model's.
-            self.copied.record(torch.cuda.current_stream(numbers.device))
-        else:
-            self.numbers = numbers
-
-    def wait(self) -> list[int]:
-        if self.copied is not None:
-            self.copied.synchronize()
-        return self.numbers.tolist()
-
-
 def check_wishes(options: Options, tokenizer: Tokenizer | None, record: Sequence[str]) -> None:
     """Raises ValueError for a record that does not exist, and for stop texts that nobody could see."""
     unknown = set(record) - set(RECORDABLE)
@@ -201,6 +175,7 @@ NOTHING_LEFT = (
     "no token is left to choose: contrast's cut, no_repeat_ngram_size, min_new_tokens, process and the filters "
     "together remove all; loosen one of them"
 )
+
 NOT_FINITE = (
     "the logits are not finite: damaged weights or a dtype too narrow; try float32 (a command: --dtype float32)"
 )

@@ -15,8 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 from minillava.config import IGNORE_INDEX, IM_END, IM_START, IMAGE_TOKEN_INDEX, LlavaConfig
-from minillava.prompt import IMAGE_MARKER, Prompt, Segment, Template, render
-from minillava.tokenizer_files import (
+from minillava.files.tokenizer_files import (
     PAD_MARKER,
     AddedToken,
     TokenizerFiles,
@@ -26,6 +25,7 @@ from minillava.tokenizer_files import (
     find_tokenizer,
     open_model,
 )
+from minillava.prompt import IMAGE_MARKER, Prompt, Segment, Template, render
 
 _SPACE = "▁"
 

@@ -10,14 +10,15 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 
 import minillava
-from minillava.assistant import LARGE, bundled_weights, choose_device, choose_dtype
-from minillava.chat import Conversation
-from minillava.contrast import M3ID, VCD
-from minillava.generate import generate
-from minillava.look import look
+from minillava.chat.conversation import Conversation
+from minillava.checkpoint.folders import bundled_weights
+from minillava.checkpoint.place import LARGE, choose_device, choose_dtype
+from minillava.generate.contrast import M3ID, VCD
+from minillava.generate.generation import generate
+from minillava.look.run import look
 from minillava.prompt import DEFAULT_PROMPT, TEMPLATES
 from minillava.tokenizer import encode_answers
-from minillava.tracing import trace
+from minillava.tracing.run import trace
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_auto_on_a_cpu_is_bfloat16_where_that_is_fast(monkeypatch, fast, chosen)
 
 
 def test_auto_on_a_cpu_is_bfloat16_for_large_models(monkeypatch):
-    monkeypatch.setattr("minillava.assistant.has_fast_bfloat16", lambda: False)
+    monkeypatch.setattr("minillava.checkpoint.place.has_fast_bfloat16", lambda: False)
     assert choose_dtype("auto", "cpu", torch.float16, LARGE - 1) == torch.float32
     assert choose_dtype("auto", "cpu", torch.float16, LARGE) == torch.bfloat16
     assert choose_dtype("float32", "cpu", torch.float16, LARGE) == torch.float32
@@ -342,9 +343,9 @@ def test_without_weights_load_takes_what_the_commands_take(reference, monkeypatc
     with pytest.raises(ValueError, match=r"nowhere: no such folder; MINILLAVA_WEIGHTS names it"):
         minillava.load()
     monkeypatch.delenv("MINILLAVA_WEIGHTS")
-    monkeypatch.setattr("minillava.assistant.bundled_weights", lambda: reference / "tied")
+    monkeypatch.setattr("minillava.checkpoint.folders.bundled_weights", lambda: reference / "tied")
     assert minillava.load(device="cpu").model.config.text.tie_word_embeddings
-    monkeypatch.setattr("minillava.assistant.bundled_weights", lambda: None)
+    monkeypatch.setattr("minillava.checkpoint.folders.bundled_weights", lambda: None)
     with pytest.raises(ValueError, match="no weights are named, and the bundled model was left out; get LLaVA"):
         minillava.load()
     assert capsys.readouterr() == ("", "")  # a library prints nothing

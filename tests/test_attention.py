@@ -5,8 +5,11 @@ import torch
 from bounds import assert_within, gamma, rounded
 from bounds import attention as exactly
 
-from minillava import attention, linear
+from minillava import attention
 from minillava.attention import eager, fused
+from minillava.fast import attention as fast_attention
+from minillava.fast import linear
+from minillava.fast.attention import one_query
 
 pytestmark = pytest.mark.numeric
 
@@ -84,9 +87,9 @@ def test_half_precision_stays_finite_with_large_scores(attend, dtype):
 @torch.no_grad()
 def test_one_query_is_attention(monkeypatch, heads, cached):
     """On processors that emulate bfloat16 and on the others, for any number of heads that their cache holds."""
-    monkeypatch.setattr(attention, "CACHED", cached)
+    monkeypatch.setattr(fast_attention, "CACHED", cached)
     taken = []
-    monkeypatch.setattr(attention, "one_query", lambda *a, real=attention.one_query: taken.append(1) or real(*a))
+    monkeypatch.setattr(attention, "one_query", lambda *a, real=one_query: taken.append(1) or real(*a))
     q, k, v = inputs(heads=heads[0], kv_heads=heads[1], queries=1, keys=30, dtype=torch.bfloat16)
     for mask in (None, ragged_mask(queries=1, keys=30), ragged_mask(queries=1, keys=30)[1:]):
         for fast in (True, False):
@@ -102,10 +105,10 @@ def test_one_query_keeps_float32_until_the_end():
     """Weights in bfloat16, as the one kernel has them, would be farther off than this."""
     q, k, v = inputs(queries=1, keys=30, dtype=torch.bfloat16)
     exact, bound = exactly(q.float(), k.float(), v.float())
-    assert_within(attention.one_query(q, k, v, None), (exact, rounded(exact, bound, torch.bfloat16)))
+    assert_within(one_query(q, k, v, None), (exact, rounded(exact, bound, torch.bfloat16)))
 
 
 def test_a_query_that_sees_nothing_makes_no_nan_in_one_query_either():
     q, k, v = inputs(queries=1, keys=5, dtype=torch.bfloat16)
     mask = torch.zeros(1, 1, 1, 5, dtype=torch.bool)
-    assert attention.one_query(q, k, v, mask).isfinite().all()
+    assert one_query(q, k, v, mask).isfinite().all()

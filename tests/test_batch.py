@@ -8,6 +8,7 @@ import os
 import random
 import threading
 import time
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -16,7 +17,18 @@ import torch
 from conftest import REFERENCE
 
 import minillava
-from minillava import batch, cli, disk, parsers
+from minillava.batch import run as batch
+from minillava.batch.journal import Journal
+from minillava.batch.questions import Question, read_questions
+from minillava.batch.run import WINDOW, _duration, ask, plan
+from minillava.cli import arguments as cli
+from minillava.cli import parsers
+from minillava.cli.doors import enter
+from minillava.cli.messages import Messages
+from minillava.files import disk
+from minillava.options import WEIGHTS_VARIABLE
+
+main = partial(enter, "batch")
 
 WEIGHTS, PICTURES = str(REFERENCE / "plain"), str(REFERENCE / "pictures")
 NAMES = ("square.png", "grey.png", "landscape.png", "portrait.png")
@@ -27,7 +39,7 @@ BASE = ["-m", WEIGHTS, "--device", "cpu", "--dtype", "float32", "-n", str(LENGTH
 
 @pytest.fixture(autouse=True)
 def no_weights_from_outside(monkeypatch):
-    monkeypatch.delenv(cli.WEIGHTS_VARIABLE, raising=False)
+    monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +71,7 @@ def run(tmp_path, capsys):
         files = ["--questions", str(tmp_path / "q.jsonl"), "--answers", str(tmp_path / "a.jsonl")]
         capsys.readouterr()
         try:
-            status = batch.main([*BASE, *files, *map(str, arguments)])
+            status = main([*BASE, *files, *map(str, arguments)])
         except SystemExit as exit:  # how argparse ends
             status = exit.code
         out, err = capsys.readouterr()
@@ -102,22 +114,22 @@ def test_batches_answer_as_one_by_one_and_in_the_order_of_the_questions(run, ass
 
 
 def test_batches_are_of_similar_length_and_neighbours_stay_near(assistant):
-    questions = batch.read_questions(b"\n".join(json.dumps(q).encode() for q in lines(200)), PICTURES)
-    batches = batch.plan(assistant, questions, None, LENGTH, 4)
+    questions = read_questions(b"\n".join(json.dumps(q).encode() for q in lines(200)), PICTURES)
+    batches = plan(assistant, questions, None, LENGTH, 4)
     assert sorted(question.line for some in batches for question in some) == list(range(1, 201))
     spread = [max(len(q.text) for q in some) - min(len(q.text) for q in some) for some in batches]
     with_pictures = [width for width, some in zip(spread, batches, strict=True) if all(q.images for q in some)]
     assert sum(with_pictures) / len(with_pictures) < 10 < 60  # of the 60 letters between the shortest and the longest
-    assert all(abs(a.line - b.line) < batch.WINDOW * 4 for some in batches for a in some for b in some)
+    assert all(abs(a.line - b.line) < WINDOW * 4 for some in batches for a in some for b in some)
 
 
 def test_questions_with_different_room_do_not_share_a_batch(assistant):
     """Near the end of the context a long neighbour would shorten an answer."""
-    questions = [batch.Question(i, i, "x " * i) for i in range(1, 5)]
+    questions = [Question(i, i, "x " * i) for i in range(1, 5)]
     lengths = [len(assistant.tokenizer.encode(assistant.prompt(q.text, images=0))) for q in questions]
     context = assistant.model.config.text.max_position_embeddings
     longest = context - lengths[1]  # the third and the fourth have less room than that
-    batches = batch.plan(assistant, questions, None, longest, 8)
+    batches = plan(assistant, questions, None, longest, 8)
     assert [[question.line for question in some] for some in batches] == [[4], [3], [2, 1]]
 
 
@@ -289,7 +301,7 @@ def stopped(run, monkeypatch, tmp_path):
     """`stopped(after)`: a run of 20 questions, four at a time, that gets Ctrl-C in batch number `after`."""
 
     def until(after: int) -> bytes:
-        asked = batch.ask
+        asked = ask
         calls = []
 
         def interrupted(*arguments):
@@ -312,13 +324,13 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     write(folder / "q.jsonl", lines(20))
     files = ["--questions", str(folder / "q.jsonl"), "--answers", str(folder / "a.jsonl")]
-    assert batch.main([*BASE, *files, "--batch-size", "4"]) == 0
+    assert main([*BASE, *files, "--batch-size", "4"]) == 0
     return (folder / "a.jsonl").read_bytes()
 
 
 def count_asked(monkeypatch) -> list[int]:
     """The lines asked from now on."""
-    asked, found = batch.ask, []
+    asked, found = ask, []
 
     def counted(assistant, questions, *rest):
         found.extend(question.line for question in questions)
@@ -461,7 +473,7 @@ def test_a_finished_file_of_another_run_is_refused_and_kept(run, tmp_path, monke
     files = ["--questions", str(tmp_path / "q.jsonl"), "--answers", str(answers)]
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
-        status = batch.main([*BASE, *files, "-q", *([] if callable(change) else change)])
+        status = main([*BASE, *files, "-q", *([] if callable(change) else change)])
     assert (status, asked, answers.read_bytes()) == (1, [], before)
     assert "does not hold the answers of this command" in errors.getvalue()
     assert "--overwrite" in errors.getvalue()
@@ -480,7 +492,7 @@ def test_errors_are_asked_again_and_nothing_else(run, tmp_path, monkeypatch, who
     (tmp_path / "empty").mkdir()
     status, records, err = run(lines(20), "--batch-size", "4", "--images", tmp_path / "empty")
     assert (status, sum("error" in record for record in records)) == (1, 18)
-    first, asked = batch.ask, []
+    first, asked = ask, []
 
     def once(assistant, questions, *rest):
         if asked and len(questions) > 1:
@@ -515,7 +527,7 @@ def start(folder: Path) -> BaseProcess:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["minillava.batch"])
     files = ["--questions", str(folder / "q.jsonl"), "--answers", str(folder / "a.jsonl")]
-    process = context.Process(target=batch.main, args=([*BASE, *files, "--batch-size", "2", "-q"],))
+    process = context.Process(target=main, args=([*BASE, *files, "--batch-size", "2", "-q"],))
     process.start()
     return process
 
@@ -695,7 +707,7 @@ def test_answers_never_replace_what_is_read(run, tmp_path):
 def test_overwriting_keeps_the_old_answers_until_the_new_are_whole(run, whole, stopped, tmp_path, monkeypatch):
     """Killed in the middle, the same command without --overwrite goes on with the new ones."""
     (tmp_path / "a.jsonl").write_text('"old"\n')
-    asked, calls = batch.ask, []
+    asked, calls = ask, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -740,7 +752,7 @@ def test_a_second_run_waits_and_goes_on_with_what_the_first_leaves(run, stopped,
     """Both did all the work. The first is killed here, which gives its lock back."""
     stopped(2)
     noted, busy = [], threading.Event()
-    note = cli.Messages.note
+    note = Messages.note
 
     def listened(messages, text):
         noted.append(text)
@@ -748,9 +760,9 @@ def test_a_second_run_waits_and_goes_on_with_what_the_first_leaves(run, stopped,
             busy.set()
         note(messages, text)
 
-    monkeypatch.setattr(cli.Messages, "note", listened)
+    monkeypatch.setattr(Messages, "note", listened)
     asked, found = count_asked(monkeypatch), []
-    with batch.Journal(tmp_path / "a.jsonl.partial", {}).alone(lambda: pytest.fail("nobody else is here")):
+    with Journal(tmp_path / "a.jsonl.partial", {}).alone(lambda: pytest.fail("nobody else is here")):
         second = threading.Thread(target=lambda: found.append(run(None, "--batch-size", "4")[0]))
         second.start()
         assert busy.wait(timeout=60)
@@ -760,7 +772,7 @@ def test_a_second_run_waits_and_goes_on_with_what_the_first_leaves(run, stopped,
 
 
 def test_the_time_left_is_never_0_minutes():
-    assert [batch._duration(seconds) for seconds in (0, 29.6, 89, 90, 600)] == [
+    assert [_duration(seconds) for seconds in (0, 29.6, 89, 90, 600)] == [
         "0 s",
         "30 s",
         "89 s",

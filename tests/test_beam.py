@@ -7,10 +7,10 @@ import pytest
 import torch
 from bounds import assert_same_in_float64
 
-from minillava import beam
 from minillava.assistant import load
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
-from minillava.generate import generate
+from minillava.generate import beam
+from minillava.generate.generation import generate
 from minillava.llava import Llava
 from minillava.loop import Options, steps
 

@@ -13,7 +13,7 @@ import bench
 from bench_checkpoint import config_of, make_checkpoint
 
 from minillava.assistant import load
-from minillava.checkpoint import Checkpoint
+from minillava.checkpoint.stored import Checkpoint
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,16 @@ import pytest
 import torch
 from bounds import assert_same_in_float64
 
-from minillava import capture, loop
+from minillava import loop
 from minillava.assistant import load
 from minillava.cache import KVCache
-from minillava.capture import CAPACITY_STEP, CapturedDecode, compile_decode, step
-from minillava.chat import Conversation
-from minillava.contrast import VCD
-from minillava.generate import generate
+from minillava.chat.conversation import Conversation
+from minillava.fast import compiled as capture
+from minillava.fast.ahead import Arriving
+from minillava.fast.compiled import CAPACITY_STEP, CapturedDecode, compile_decode, step
+from minillava.generate.contrast import VCD
+from minillava.generate.generation import generate
+from minillava.loop import decode, prefill, steps
 
 ROOT = Path(__file__).parents[1]
 IDS = [[1, 30, -200, 41, 42], [1, -200, 41]]  # of unequal length: the second row is padded
@@ -52,10 +55,10 @@ def test_a_captured_step_is_a_step(reference, name, pixels, rows):
     for tensor in (*caches[1].keys, *caches[1].values):
         tensor.fill_(float("nan"))  # what may lie in memory that nobody has written
     for cache in caches:
-        loop.prefill(toy.model, spliced, cache, **wanted)
+        prefill(toy.model, spliced, cache, **wanted)
     captured = CapturedDecode(partial(step, toy.model.language_model), caches[1])
     for ids in tokens:
-        plain = loop.decode(toy.model, ids, caches[0], **wanted).logits
+        plain = decode(toy.model, ids, caches[0], **wanted).logits
         assert_same_in_float64(captured(ids).logits, plain)
     assert caches[0].length == caches[1].length == length + 6
     for a, b in zip(caches[0].keys, caches[1].keys, strict=True):
@@ -131,7 +134,7 @@ def test_the_step_too_many_is_forgotten(toy, pixels, monkeypatch):
     for runs in (False, True):
         run_ahead(monkeypatch, runs)
         cache = KVCache(toy.model.config.text, 1, length + 8, dtype=torch.float32, device="cpu")
-        made = len(list(loop.steps(toy.model, spliced, loop.Options(max_new_tokens=8), cache=cache)))
+        made = len(list(steps(toy.model, spliced, loop.Options(max_new_tokens=8), cache=cache)))
         found.append((made, cache.length))
     assert found[0] == found[1]
     assert found[0][0] <= 4
@@ -170,7 +173,7 @@ def test_the_next_answer_takes_the_same_memory(toy, pixels):
     before = addresses(toy.model)
     first = generate(toy.model, IDS, pixels, max_new_tokens=5).sequences
     spliced, options = toy.model.splice(IDS, pixels), loop.Options(max_new_tokens=5)
-    pairs = list(zip(loop.steps(toy.model, spliced, options), loop.steps(toy.model, spliced, options), strict=True))
+    pairs = list(zip(steps(toy.model, spliced, options), steps(toy.model, spliced, options), strict=True))
     for made in zip(*pairs, strict=True):
         assert torch.equal(torch.stack([s.token_ids for s in made], dim=1), first)
     assert addresses(toy.model) == before
@@ -240,14 +243,14 @@ def test_an_abandoned_answer_gives_its_memory_back(toy, pixels):
     toy.model.decode_step = partial(step, toy.model.language_model)
     spliced, options = toy.model.splice(IDS, pixels), loop.Options(max_new_tokens=5)
     for made in (0, 2):
-        answer = loop.steps(toy.model, spliced, options)
+        answer = steps(toy.model, spliced, options)
         for _ in range(made):
             next(answer)
         answer.close()
     before = addresses(toy.model)
     assert before
     with pytest.raises(RuntimeError, match="listener"):
-        for _ in loop.steps(toy.model, spliced, options):
+        for _ in steps(toy.model, spliced, options):
             raise RuntimeError("a listener that fails")
     assert addresses(toy.model) == before
 
@@ -299,7 +302,7 @@ def test_what_arrives_is_waited_for_on_its_own_gpu(monkeypatch):
     monkeypatch.setattr(loop.torch, "empty", lambda shape, *, dtype, pin_memory: memory)
     monkeypatch.setattr(loop.torch.cuda, "Event", Event)
     monkeypatch.setattr(loop.torch.cuda, "current_stream", lambda device=None: f"the work of {device}")
-    assert loop.Arriving(here).wait() == [5, 6]
+    assert Arriving(here).wait() == [5, 6]
 
 
 def test_nobody_reads_from_the_device_what_the_step_says_here():
@@ -311,7 +314,7 @@ def test_nobody_reads_from_the_device_what_the_step_says_here():
 
 
 def test_the_ids_of_a_step_are_its_tokens(toy, pixels):
-    for made in loop.steps(toy.model, toy.model.splice(IDS, pixels), loop.Options(max_new_tokens=4)):
+    for made in steps(toy.model, toy.model.splice(IDS, pixels), loop.Options(max_new_tokens=4)):
         assert made.ids == made.token_ids.tolist()
 
 

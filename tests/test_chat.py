@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,14 @@ from conftest import REFERENCE
 from test_cli import ROOT, change_config
 
 import minillava
-from minillava import chat, cli
-from minillava.chat import Conversation
-from minillava.generate import generate
+from minillava.chat import conversation as conversing
+from minillava.chat.conversation import Conversation
+from minillava.cli.doors import enter
+from minillava.generate.generation import generate
 from minillava.loop import steps
+from minillava.options import WEIGHTS_VARIABLE
+
+main = partial(enter, "chat")
 
 WEIGHTS = str(REFERENCE / "plain")
 PICTURE, OTHER = str(REFERENCE / "pictures" / "square.png"), str(REFERENCE / "pictures" / "grey.png")
@@ -74,7 +79,7 @@ def watch(monkeypatch):
 
         monkeypatch.setattr(model.language_model, "forward", count_positions)
         monkeypatch.setattr(model, "encode_images", count_pictures)
-        monkeypatch.setattr(chat, "steps", keep_logits)
+        monkeypatch.setattr(conversing, "steps", keep_logits)
         return seen
 
     return watched
@@ -291,7 +296,7 @@ def test_interrupted_while_it_reads_the_question_was_not_asked(assistant, monkey
 
 def test_the_cache_grows_as_it_is_needed(assistant, monkeypatch):
     expected = assistant.ask(PICTURE, "What is it?", max_new_tokens=40)
-    monkeypatch.setattr(chat, "GROWTH", 16)
+    monkeypatch.setattr(conversing, "GROWTH", 16)
     conversation = Conversation(assistant)
     conversation.add_image(PICTURE)
     assert conversation.ask("What is it?", max_new_tokens=40) == expected
@@ -351,14 +356,14 @@ def test_wrong_questions_change_nothing(assistant):
 @pytest.fixture
 def talk(capsys, monkeypatch):
     """`talk(text, *arguments)`: a piped session in this process -> (exit status, stdout, stderr)."""
-    monkeypatch.delenv(cli.WEIGHTS_VARIABLE, raising=False)
+    monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
 
     def piped(text: str | bytes, *arguments: str, weights: str = WEIGHTS) -> tuple[int, str, str]:
         capsys.readouterr()
         content = text if isinstance(text, bytes) else text.encode()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
         try:
-            status = chat.main(["-m", weights, *BASE, *arguments])
+            status = main(["-m", weights, *BASE, *arguments])
         except SystemExit as exit:
             status = exit.code
         return (status, *capsys.readouterr())

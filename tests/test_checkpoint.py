@@ -19,11 +19,16 @@ from conftest import REFERENCE
 from safetensors.torch import load_file, save_file
 
 import minillava
-from minillava import inspection
 from minillava.attention import fused
-from minillava.checkpoint import Checkpoint, build_model, open_checkpoint, settle
-from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig, read_config
-from minillava.files import BIN_INDEX_NAME, BIN_NAME, INDEX_NAME, SINGLE_NAME
+from minillava.checkpoint.build import build_model
+from minillava.checkpoint.config_json import read_config
+from minillava.checkpoint.folders import open_checkpoint
+from minillava.checkpoint.stored import Checkpoint
+from minillava.checkpoint.towers import settle
+from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig
+from minillava.files.tensors import BIN_INDEX_NAME, BIN_NAME, INDEX_NAME, SINGLE_NAME
+from minillava.inspection.report import inspect_folder
+from minillava.inspection.text import as_text
 
 ROOT = Path(__file__).parents[1]
 HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
@@ -717,9 +722,9 @@ def test_of_several_sets_of_weights_one_is_read_and_a_note_names_both(tmp_path, 
     other = INDEX_NAME if added == SINGLE_NAME else added
     assert len(told) == 1 and other in str(told[0].message)
     assert (head.abs().max() == 0) == (added == read)
-    report = inspection.inspect_folder(folder)
+    report = inspect_folder(folder)
     assert report.notes == [str(told[0].message)]
-    assert f"note                     {report.notes[0]}" in inspection.as_text(report)
+    assert f"note                     {report.notes[0]}" in as_text(report)
     files = {Path(path).name for path in report.read}
     assert files == {SINGLE_NAME} if read == SINGLE_NAME else len(files) == 3
 
@@ -911,7 +916,7 @@ def test_a_folder_without_vision_config_is_opened_by_its_tower_s_shapes(tmp_path
     (folder / "preprocessor_config.json").unlink(missing_ok=True)
     vision = load(folder).model.config.vision
     assert vision == VisionConfig(64, 96, 3, 1, 56, 14)
-    assert inspection.inspect_folder(folder).picture == {"side": 56, "aspect": "pad"}
+    assert inspect_folder(folder).picture == {"side": 56, "aspect": "pad"}
 
 
 # --- what the system refuses --------------------------------------------------------------------------------------
@@ -944,7 +949,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(folder, cannot_open, 
     cannot_open(path, errno.EACCES)
     message = refusal(folder, PermissionError)
     assert message == f"{path}: may not be read (Permission denied); its owner can allow it with: chmod u+r {path}"
-    assert inspection.inspect_folder(folder).problems == [message]
+    assert inspect_folder(folder).problems == [message]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes of Unix")

@@ -17,6 +17,7 @@ import torch
 import minillava
 from minillava import loop
 from minillava.cache import KVCache
+from minillava.loop import steps
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minillava"
@@ -66,7 +67,7 @@ EXERCISES = exercises(PAGE)
 CHANGES = EXERCISES[1:]
 QUESTIONS = {
     file: re.findall(r"^- (.*\?) ([^?\n]*)$", text, re.MULTILINE)
-    for file, text in re.findall(r"^### \[`\w+\.py`\]\((\w+\.py)\)\n(.*?)(?=^##)", PAGE, re.MULTILINE | re.DOTALL)
+    for file, text in re.findall(r"^### \[`[\w/]+\.py`\]\(([\w/]+\.py)\)\n(.*?)(?=^##)", PAGE, re.MULTILINE | re.DOTALL)
 }
 
 
@@ -105,24 +106,28 @@ def places(source: str) -> dict[str, str]:
     return found
 
 
-def readme_tables() -> list[list[str]]:
-    """The files of README's two tables: the core, and what stands around it."""
+def readme_tables() -> tuple[list[str], list[str]]:
+    """README's files in reading order, and its folders."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    tables = [part.partition("\n\n")[0] for part in readme.split("| file | what to learn there |")[1:]]
-    return [re.findall(r"^\| \[`(\w+\.py)`\]", table, re.MULTILINE) for table in tables]
+    files = readme.split("| file | what to learn there |")[1].partition("\n\n")[0]
+    folders = readme.split("| folder | what is in it |")[1].partition("\n\n")[0]
+    return re.findall(r"^\| \[`(\w+\.py)`\]", files, re.MULTILINE), re.findall(
+        r"^\| \[`(\w+)/`\]", folders, re.MULTILINE
+    )
 
 
 def test_the_questions_follow_the_reading_order_and_leave_no_file_out():
     around = list(QUESTIONS)[len(core()) :]
     assert list(QUESTIONS)[: len(core())] == core()
-    assert around == [name for name in readme_tables()[1] if name in around]
-    assert {"linear.py", "quantize.py", "capture.py", "files.py", "hub.py", "adapter.py"} <= set(around)
+    folders = [name.partition("/")[0] for name in around]
+    assert list(dict.fromkeys(folders)) == [name for name in readme_tables()[1] if name in folders]
+    assert {"files", "checkpoint", "fast", "generate"} <= set(folders)
     assert all(QUESTIONS.values())
 
 
 def test_readme_has_the_same_reading_order():
     """There were three: README's, the package's and this page's."""
-    assert readme_tables()[0] == core()
+    assert ["__init__.py", *readme_tables()[0]] == core()
 
 
 @pytest.mark.parametrize("file", QUESTIONS)
@@ -179,7 +184,7 @@ def test_the_plain_loop_answers_as_the_real_one(reference):
     cache = KVCache(toy.model.config.text, 1, 200, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         plain = list(names["plain"](toy.model, spliced, cache, 12))
-    real = [step.ids[0] for step in loop.steps(toy.model, spliced, toy.options(max_new_tokens=12))]
+    real = [step.ids[0] for step in steps(toy.model, spliced, toy.options(max_new_tokens=12))]
     assert plain == [token for token in real if token not in toy.model.config.eos_token_ids]
     assert len(plain) > 3
 
@@ -207,8 +212,8 @@ for folder, runs in json.load(sys.stdin):
         out, err, status = io.StringIO(), io.StringIO(), 0
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             if run.startswith("python -m minillava.generate "):
-                import minillava.generate
-                status = minillava.generate.main(shlex.split(run)[3:])
+                from minillava.cli.doors import enter
+                status = enter("generate", shlex.split(run)[3:])
             else:
                 exec(run, {})
         said = err.getvalue().splitlines()[-1] if status else out.getvalue()

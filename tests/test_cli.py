@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 from unittest.mock import ANY
 
@@ -23,11 +24,17 @@ from conftest import REFERENCE
 from safetensors.torch import load_file, save_file
 
 import minillava
-from minillava import cli, parsers
-from minillava.contrast import METHODS
-from minillava.generate import main
+from minillava.cli import messages, parsers
+from minillava.cli.arguments import Parser, check_outputs, number_list
+from minillava.cli.doors import enter
+from minillava.cli.messages import print_json, write_outputs
+from minillava.cli.opening import THREAD_VARIABLES, choose_threads
+from minillava.generate.contrast import METHODS
 from minillava.loop import Options
+from minillava.options import WEIGHTS_VARIABLE
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, TEMPLATES
+
+main = partial(enter, "generate")
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = str(REFERENCE / "plain")
@@ -48,7 +55,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def no_weights_from_outside(monkeypatch):
-    monkeypatch.delenv(cli.WEIGHTS_VARIABLE, raising=False)
+    monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -271,19 +278,19 @@ def test_an_original_release_with_the_clip_it_needs(result, tmp_path, write_dial
 
 def test_weights_from_the_environment_unless_given(result, monkeypatch, tmp_path):
     expected = result("-i", PICTURE, "-p", QUESTION)["ids"]
-    monkeypatch.setenv(cli.WEIGHTS_VARIABLE, WEIGHTS)
+    monkeypatch.setenv(WEIGHTS_VARIABLE, WEIGHTS)
     assert result("-i", PICTURE, "-p", QUESTION, weights=None)["ids"] == expected
-    monkeypatch.setenv(cli.WEIGHTS_VARIABLE, str(tmp_path / "nowhere"))
+    monkeypatch.setenv(WEIGHTS_VARIABLE, str(tmp_path / "nowhere"))
     assert result("-i", PICTURE, "-p", QUESTION)["ids"] == expected
 
 
 @pytest.mark.parametrize("bundled", [Path(WEIGHTS), None])
 def test_without_weights_it_takes_the_bundled_ones_and_says_how_to_get_others(run, monkeypatch, bundled):
-    monkeypatch.setattr("minillava.assistant.bundled_weights", lambda: bundled)
+    monkeypatch.setattr("minillava.checkpoint.folders.bundled_weights", lambda: bundled)
     status, out, err = run("-i", PICTURE, weights=None)
     assert (status, bool(out)) == ((1, False) if bundled is None else (0, True))
     assert err.count("\n") == 1
-    for part in ("bundled", "--weights", cli.WEIGHTS_VARIABLE, "hf download llava-hf/llava-1.5-7b-hf"):
+    for part in ("bundled", "--weights", WEIGHTS_VARIABLE, "hf download llava-hf/llava-1.5-7b-hf"):
         assert part in err
     if bundled is not None:
         assert run("-i", PICTURE, "-q", weights=None) == (0, out, "")
@@ -450,14 +457,14 @@ def test_an_id_without_a_piece_is_shown_as_its_number(result, assistant):
 )
 def test_a_small_model_takes_one_thread_unless_the_user_says_how_many(monkeypatch, parameters, said_by_user, threads):
     """Two threads of a small model wait for each other: beside another program an answer took 25 times as long."""
-    for name in cli.THREAD_VARIABLES:
+    for name in THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in said_by_user.items():
         monkeypatch.setenv(name, value)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert cli.choose_threads(int(parameters)) == torch.get_num_threads() == threads
+        assert choose_threads(int(parameters)) == torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
 
@@ -489,7 +496,7 @@ def test_help_names_every_flag(run):
     )
     for choices in (TEMPLATES, ("auto", "cpu", "cuda", "mps"), ("float32", "bfloat16", "float16"), ("pad", "crop")):
         assert all(choice in out for choice in choices)
-    assert cli.WEIGHTS_VARIABLE in out
+    assert WEIGHTS_VARIABLE in out
 
 
 def test_every_flag_has_a_help_text():
@@ -565,13 +572,13 @@ def test_stdin_at_a_terminal_says_that_it_is_awaited(run, monkeypatch, flag, wha
     ],
 )  # fmt: skip
 def test_lists_of_numbers(text, numbers):
-    assert cli.number_list(text) == numbers
+    assert number_list(text) == numbers
 
 
 @pytest.mark.parametrize("text", ["", "x", "1,", ",1", "3-2", "-1", "1-2-3", "1.5", "0-99999999", "1;2", "all,1"])
 def test_what_is_no_list_of_numbers(text):
     with pytest.raises(argparse.ArgumentTypeError, match="is not like 3 or 0,2-4 or all"):
-        cli.number_list(text)
+        number_list(text)
 
 
 def test_version(run):
@@ -916,8 +923,8 @@ def test_json_reads_back_whole_in_every_encoding(monkeypatch, encoding, capsys):
     value = {"prompt": "Où est 星?", "name": "not UTF-8: \udcff"}
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="replace"))
-    cli.print_json(value)
-    cli.print_json({"plain": "Où"})
+    print_json(value)
+    print_json({"plain": "Où"})
     sys.stdout.flush()
     first, second = raw.getvalue().decode(encoding).splitlines()
     assert json.loads(first) == value
@@ -970,9 +977,10 @@ def test_a_full_disk_under_stderr_costs_nothing_and_under_stdout_the_answer(answ
 @pytest.mark.skipif(os.name != "posix", reason="closes what a shell closes")
 def test_closed_streams_are_not_the_numbers_of_the_next_files(tmp_path, answer):
     """What is meant for stderr went into whatever file was opened next."""
-    log, code = tmp_path / "log", "from minillava import cli, generate; cli.open_streams(); import sys, os; "
+    log, code = tmp_path / "log", "import sys, os; from minillava.cli.doors import enter; "
+    code += "from minillava.cli.messages import open_streams; open_streams(); "
     code += "file = open(sys.argv.pop(1), 'w'); print('note', file=sys.stderr, flush=True); os.write(2, b'more'); "
-    code += "file.write(str(file.fileno() > 2)); file.close(); sys.exit(generate.main())"
+    code += "file.write(str(file.fileno() > 2)); file.close(); sys.exit(enter('generate'))"
     command = [sys.executable, "-c", code, str(log), "-m", WEIGHTS, *BASE, "-i", PICTURE, "-p", QUESTION]
     shell = subprocess.run(
         ["sh", "-c", f"exec {shlex.join(command)} <&- 2>&-"],
@@ -990,9 +998,9 @@ def check(capsys):
     """`check(outputs, inputs, **arguments)`: (exit status, stderr) of cli.check_outputs; 0 where it is content."""
 
     def checked(outputs: list, inputs: list = (), **arguments) -> tuple[int, str]:
-        parser = cli.Parser(prog="test")
+        parser = Parser(prog="test")
         try:
-            cli.check_outputs(parser, argparse.Namespace(**arguments), [*map(str, outputs), None], inputs)
+            check_outputs(parser, argparse.Namespace(**arguments), [*map(str, outputs), None], inputs)
         except SystemExit as exit:
             return exit.code, capsys.readouterr().err
         return 0, capsys.readouterr().err
@@ -1047,7 +1055,7 @@ def test_an_output_that_fails_keeps_neither_the_answer_nor_the_others(run, tmp_p
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(cli, "write_whole", full)
+    monkeypatch.setattr(messages, "write_whole", full)
     log = ["--contrast", "vcd", "--contrast-log", tmp_path / "log"]
     expected = run("-i", PICTURE, "-p", QUESTION, "--contrast", "vcd")[1]
     status, out, err = run("-i", PICTURE, "-p", QUESTION, *log)
@@ -1055,7 +1063,7 @@ def test_an_output_that_fails_keeps_neither_the_answer_nor_the_others(run, tmp_p
     assert err == f"error: {tmp_path}/log: No space left on device; make room there, then repeat the command\n"
     status, out, _ = run("-i", PICTURE, "-p", QUESTION, *log, "--json")
     assert (status, json.loads(out)["text"] + "\n") == (1, expected)
-    assert cli.write_outputs({"a": "", "b": ""}) == 1
+    assert write_outputs({"a": "", "b": ""}) == 1
 
 
 # --- in a process of its own ----------------------------------------------------------------------------------

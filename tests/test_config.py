@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillava import config as config_module
-from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig, read_config, read_json
+import minillava
+from minillava.checkpoint.config_json import read_config
+from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig
+from minillava.files.disk import read_json
 from minillava.llava import Llava
 
 # llava-hf/llava-1.5-7b-hf, config.json as it is on the hub.
@@ -526,8 +528,8 @@ def test_the_context_is_what_linear_scaling_makes_of_the_trained_positions(read,
 
 def test_the_context_has_one_home():
     """Whoever reads max_position_embeddings instead forgets that scaling multiplies it."""
-    package = Path(config_module.__file__).parent
-    readers = {p.name for p in package.glob("*.py") if "max_position_embeddings" in p.read_text(encoding="utf-8")}
+    package = Path(minillava.__file__).parent
+    readers = {p.name for p in package.rglob("*.py") if "max_position_embeddings" in p.read_text(encoding="utf-8")}
     assert readers == {"config.py"}
 
 

@@ -10,13 +10,13 @@ from bounds import assert_same_in_float64
 from PIL import Image, ImageEnhance
 
 import minillava
-from minillava import transforms
-from minillava.contrast import M3ID, METHODS, RITUAL, VCD, Contrast, describe
-from minillava.generate import generate
+from minillava.generate import transforms
+from minillava.generate.contrast import M3ID, METHODS, RITUAL, VCD, Contrast, describe
+from minillava.generate.generation import generate
+from minillava.generate.transforms import add_noise, noise_scales
 from minillava.loop import Options, steps
 from minillava.options import TRANSFORMS
 from minillava.sampling import top_p
-from minillava.transforms import add_noise, noise_scales
 
 INF = float("inf")
 # One row of logits and what the other stream says, over four tokens.

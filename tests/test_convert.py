@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import hf
@@ -20,17 +21,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minillava
-from minillava import inspection
-from minillava.config import CLIP_RELEASE, read_config
-from minillava.files import INDEX_NAME, SINGLE_NAME, SafetensorsFile
-from minillava.inspection import inspect_folder
+from minillava.checkpoint.config_json import read_config
+from minillava.cli.doors import enter
+from minillava.fast.quantize import LINE, Int8Linear
+from minillava.files.hub import CLIP_RELEASE
+from minillava.files.tensors import INDEX_NAME, SINGLE_NAME, SafetensorsFile
+from minillava.inspection.report import inspect_folder
 from minillava.llava import Llava
-from minillava.quantize import LINE, Int8Linear
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import convert  # noqa: E402
+
+main = partial(enter, "inspect")
 
 SHAPES = Path(__file__).parents[1] / "weights" / "shapes"
 
@@ -828,7 +832,7 @@ def small(tmp_path) -> Path:
 
 
 def test_the_doctor_finds_a_quantised_model_well(small, capsys):
-    assert inspection.main([str(small), "--doctor", "--device", "cpu", "--dtype", "float32"]) == 0
+    assert main([str(small), "--doctor", "--device", "cpu", "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("\nok ") == 7
     assert "stored as int8" in printed

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from minillava import disk
+from minillava.files import disk
+from minillava.files.disk import _beside, check_writable, explain, is_stream, refused, same_file, write_whole
+from minillava.files.text import decode, read_lines
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links, pipes and modes of Unix")
 not_root = pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
@@ -30,14 +32,14 @@ def test_missing_rights_name_the_file_that_lacks_them_and_the_command(tmp_path, 
     closed.mkdir()
     file.touch()
     error = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    told = str(disk.refused(file, error))
+    told = str(refused(file, error))
     assert told == f"{file}: may not be read (Permission denied); its owner can allow it with: chmod u+r '{file}'"
-    assert str(disk.refused(closed, error)).endswith(f"chmod u+rx {closed}")
-    assert str(disk.refused(file, error, writing=True)).endswith(f"chmod u+w '{file}'")
-    assert str(disk.refused(closed / "new", error, writing=True)).endswith(f"chmod u+wx {closed}")
+    assert str(refused(closed, error)).endswith(f"chmod u+rx {closed}")
+    assert str(refused(file, error, writing=True)).endswith(f"chmod u+w '{file}'")
+    assert str(refused(closed / "new", error, writing=True)).endswith(f"chmod u+wx {closed}")
     may = os.access  # root may search every folder
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and may(path, mode))
-    assert str(disk.refused(file, error)).endswith(f"chmod u+x {closed}")
+    assert str(refused(file, error)).endswith(f"chmod u+x {closed}")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,7 @@ def test_missing_rights_name_the_file_that_lacks_them_and_the_command(tmp_path, 
      (errno.ENAMETOOLONG, "choose a shorter name"), (errno.EMFILE, "too many files are open")],
 )  # fmt: skip
 def test_other_refusals_keep_the_system_s_words_and_get_a_step(number, step):
-    told = str(disk.refused("a.json", OSError(number, os.strerror(number))))
+    told = str(refused("a.json", OSError(number, os.strerror(number))))
     assert told.startswith(f"a.json: {os.strerror(number)}; {step}")
 
 
@@ -55,7 +57,7 @@ def test_other_refusals_keep_the_system_s_words_and_get_a_step(number, step):
 
 def test_a_new_and_an_old_file_hold_what_was_written_and_nothing_else_is_left(tmp_path):
     for content in ("first", b"second", "not UTF-8: \udcff"):
-        disk.write_whole(tmp_path / "a", content)
+        write_whole(tmp_path / "a", content)
         assert names(tmp_path) == ["a"]
     assert json.loads(f'"{(tmp_path / "a").read_text()}"') == "not UTF-8: \udcff"
 
@@ -66,8 +68,8 @@ def test_a_link_keeps_leading_to_its_target(tmp_path):
     (tmp_path / "real").write_text("old")
     for name, target in (("link", "real"), ("chain", "link"), ("dangling", "absent")):
         (tmp_path / name).symlink_to(target)
-        disk.check_writable(tmp_path / name)
-        disk.write_whole(tmp_path / name, name)
+        check_writable(tmp_path / name)
+        write_whole(tmp_path / name, name)
         assert os.readlink(tmp_path / name) == target
     assert (tmp_path / "real").read_text() == "chain"
     assert (tmp_path / "absent").read_text() == "dangling"
@@ -77,7 +79,7 @@ def test_a_link_keeps_leading_to_its_target(tmp_path):
 def test_links_in_a_circle_are_an_error_with_the_name(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    for write in (disk.check_writable, lambda path: disk.write_whole(path, "")):
+    for write in (check_writable, lambda path: write_whole(path, "")):
         with pytest.raises(OSError) as caught:
             write(tmp_path / "a")
         assert (caught.value.errno, caught.value.filename) == (errno.ELOOP, str(tmp_path / "a"))
@@ -91,8 +93,8 @@ def test_an_existing_file_keeps_its_mode_and_a_new_one_follows_the_umask(tmp_pat
     (tmp_path / "old").chmod(mode)
     before = os.umask(0o027)
     try:
-        disk.write_whole(tmp_path / "old", "new")
-        disk.write_whole(tmp_path / "new", "new")
+        write_whole(tmp_path / "old", "new")
+        write_whole(tmp_path / "new", "new")
     finally:
         os.umask(before)
     found = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("old", "new")]
@@ -104,7 +106,7 @@ def test_an_existing_file_keeps_its_mode_and_a_new_one_follows_the_umask(tmp_pat
 def test_a_file_of_two_names_is_still_one_file(tmp_path):
     (tmp_path / "a").write_text("something long")
     os.link(tmp_path / "a", tmp_path / "b")
-    disk.write_whole(tmp_path / "a", "short")
+    write_whole(tmp_path / "a", "short")
     assert (tmp_path / "b").read_text() == "short"
     assert os.path.samefile(tmp_path / "a", tmp_path / "b")
 
@@ -114,10 +116,10 @@ def test_a_pipe_gets_the_content_and_stays_a_pipe(tmp_path):
     """A pipe was replaced by a file, so that `--html >(cmd)` could not work."""
     os.mkfifo(tmp_path / "pipe")
     content, found = os.urandom(300_000), []
-    disk.check_writable(tmp_path / "pipe")
+    check_writable(tmp_path / "pipe")
     reader = threading.Thread(target=lambda: found.append((tmp_path / "pipe").read_bytes()))
     reader.start()
-    disk.write_whole(tmp_path / "pipe", content)
+    write_whole(tmp_path / "pipe", content)
     reader.join(timeout=60)
     assert found == [content]
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
@@ -128,7 +130,7 @@ def test_a_pipe_gets_the_content_and_stays_a_pipe(tmp_path):
 def test_a_device_gets_the_content_and_stays_a_device():
     ours, theirs = os.openpty()
     try:
-        disk.write_whole(os.ttyname(theirs), "hello")
+        write_whole(os.ttyname(theirs), "hello")
         assert os.read(ours, 100) == b"hello"
         assert stat.S_ISCHR(os.stat(os.ttyname(theirs)).st_mode)
     finally:
@@ -147,9 +149,9 @@ def test_an_open_file_by_its_number_is_written_where_it_stands(tmp_path, folder)
         file.flush()
         (tmp_path / "link").symlink_to(f"{folder}/{file.fileno()}")
         for path in (f"{folder}/{file.fileno()}", tmp_path / "link"):
-            assert disk.is_stream(path)
-            disk.check_writable(path)
-            disk.write_whole(path, "x")
+            assert is_stream(path)
+            check_writable(path)
+            write_whole(path, "x")
     assert (tmp_path / "a").read_bytes() == b"before xx"
     assert names(tmp_path) == ["a", "link"]
 
@@ -159,7 +161,7 @@ def test_a_pipe_whose_reader_left_has_given_what_was_wanted():
     read, write = os.pipe()
     os.close(read)
     try:
-        disk.write_whole(f"/dev/fd/{write}", "x" * 10)
+        write_whole(f"/dev/fd/{write}", "x" * 10)
     finally:
         os.close(write)
 
@@ -173,7 +175,7 @@ def test_what_the_disk_refuses_leaves_the_old_file_and_says_its_name(tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space") as caught:
-            disk.write_whole(tmp_path / "a", "new")
+            write_whole(tmp_path / "a", "new")
     assert caught.value.filename == str(tmp_path / "a")
     assert (names(tmp_path), (tmp_path / "a").read_text()) == (["a"], "old")
 
@@ -185,10 +187,10 @@ def test_what_may_not_be_written_is_known_before_and_nothing_changes(tmp_path):
     (tmp_path / "kept").chmod(0o444)
     (tmp_path / "closed").mkdir(0o555)
     for path in (tmp_path / "kept", tmp_path / "closed" / "new"):
-        for write in (disk.check_writable, lambda path: disk.write_whole(path, "new")):
+        for write in (check_writable, lambda path: write_whole(path, "new")):
             with pytest.raises(PermissionError) as caught:
                 write(path)
-            assert "chmod" in disk.explain(caught.value)
+            assert "chmod" in explain(caught.value)
     assert (tmp_path / "kept").read_text() == "old"
     assert names(tmp_path) == ["closed", "kept"]
     (tmp_path / "closed").chmod(0o755)
@@ -197,30 +199,30 @@ def test_what_may_not_be_written_is_known_before_and_nothing_changes(tmp_path):
 def test_asking_whether_a_file_can_be_written_leaves_nothing(tmp_path):
     (tmp_path / "old").write_text("old")
     for name in ("old", "new", "ü" * 120):
-        disk.check_writable(tmp_path / name)
+        check_writable(tmp_path / name)
     assert (names(tmp_path), (tmp_path / "old").read_text()) == (["old"], "old")
-    disk.write_whole(tmp_path / ("ü" * 120), "a name as long as a disk allows")
+    write_whole(tmp_path / ("ü" * 120), "a name as long as a disk allows")
     with pytest.raises(OSError, match="long"):
-        disk.check_writable(tmp_path / ("n" * 300))
+        check_writable(tmp_path / ("n" * 300))
     with pytest.raises(OSError, match="directory"):
-        disk.check_writable(tmp_path / "old" / "inside")
+        check_writable(tmp_path / "old" / "inside")
 
 
 def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path):
     """a.json.123.new stayed for ever. Other files with such names are other people's."""
     for name in ("a.json.123.new", "a.json.notes.new", "a.json.123.new.txt", "b.json.123.new", "a.json.new"):
         (tmp_path / name).write_text("left")
-    disk.write_whole(tmp_path / "a.json", "new")
+    write_whole(tmp_path / "a.json", "new")
     assert names(tmp_path) == ["a.json", "a.json.123.new.txt", "a.json.new", "a.json.notes.new", "b.json.123.new"]
     (tmp_path / f"b.json.{os.getpid()}.new").write_text("of a process that had our number")
-    disk.check_writable(tmp_path / "b.json")
+    check_writable(tmp_path / "b.json")
     assert not [name for name in names(tmp_path) if name.startswith("b.json")]
 
 
 @pytest.mark.skipif(disk.fcntl is None, reason="an open file cannot be removed there")
 def test_what_another_run_is_writing_is_not_a_leftover(tmp_path):
-    with disk._beside(tmp_path / "a", 0o666) as (_, temporary):
-        disk.write_whole(tmp_path / "a", "of another run")
+    with _beside(tmp_path / "a", 0o666) as (_, temporary):
+        write_whole(tmp_path / "a", "of another run")
         assert temporary.exists()
         temporary.unlink()
     assert names(tmp_path) == ["a"]
@@ -228,7 +230,7 @@ def test_what_another_run_is_writing_is_not_a_leftover(tmp_path):
 
 def test_runs_at_once_leave_one_whole_file(tmp_path):
     contents = [bytes([i]) * 50_000 for i in range(8)]
-    threads = [threading.Thread(target=disk.write_whole, args=(tmp_path / "a", content)) for content in contents]
+    threads = [threading.Thread(target=write_whole, args=(tmp_path / "a", content)) for content in contents]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -249,22 +251,22 @@ def test_the_same_file_by_every_spelling(tmp_path, monkeypatch):
     Path("soft").symlink_to("a")
     Path("dangling").symlink_to("absent")
     for spelling in ("a", "./a", "../" + tmp_path.name + "/a", str(tmp_path / "a"), "hard", "soft"):
-        assert disk.same_file("a", spelling)
-        assert not disk.same_file("other", spelling)
-    assert disk.same_file("absent", "dangling")
-    assert not disk.same_file("absent", "nowhere")
-    assert not disk.same_file(os.devnull, os.devnull)  # which everybody may write to
+        assert same_file("a", spelling)
+        assert not same_file("other", spelling)
+    assert same_file("absent", "dangling")
+    assert not same_file("absent", "nowhere")
+    assert not same_file(os.devnull, os.devnull)  # which everybody may write to
 
 
 # --- errors ---------------------------------------------------------------------------------------------------
 
 
 def test_an_error_of_the_system_is_a_name_what_happened_and_a_next_step():
-    found = disk.explain(OSError(errno.ENOSPC, "No space left on device", "a.json"))
+    found = explain(OSError(errno.ENOSPC, "No space left on device", "a.json"))
     assert found == "a.json: No space left on device; make room there, then repeat the command"
-    assert disk.explain(OSError(errno.EACCES, "Permission denied", b"a\nb")).startswith("'a\\nb': Permission denied; ")
-    assert disk.explain(OSError(errno.EIO, "Failed"), "name").startswith("name: Failed; ")
-    assert disk.explain(FileNotFoundError("x: no such picture; check the path")) == "x: no such picture; check the path"
+    assert explain(OSError(errno.EACCES, "Permission denied", b"a\nb")).startswith("'a\\nb': Permission denied; ")
+    assert explain(OSError(errno.EIO, "Failed"), "name").startswith("name: Failed; ")
+    assert explain(FileNotFoundError("x: no such picture; check the path")) == "x: no such picture; check the path"
 
 
 # --- text -----------------------------------------------------------------------------------------------------
@@ -278,11 +280,11 @@ def test_text_of_any_program_reads_the_same(encoding, end):
     text = TEXT.replace("\n", end)
     wide = {"le": b"\xff\xfe" + text.encode("utf-16-le"), "be": b"\xfe\xff" + text.encode("utf-16-be")}
     content = wide.get(encoding) or text.encode(encoding)
-    assert disk.decode(content, "a.txt") == TEXT
+    assert decode(content, "a.txt") == TEXT
     for last in ("", end):
         more = content + last.encode({"le": "utf-16-le", "be": "utf-16-be", "utf-16": "utf-16-le",
                                       "utf-32": "utf-32-le"}.get(encoding, "utf-8"))  # fmt: skip
-        assert list(disk.read_lines(io.BytesIO(more), "stdin")) == TEXT.split("\n")
+        assert list(read_lines(io.BytesIO(more), "stdin")) == TEXT.split("\n")
 
 
 @pytest.mark.parametrize(
@@ -300,29 +302,29 @@ def test_text_of_any_program_reads_the_same(encoding, end):
 )
 def test_what_is_not_text_is_one_line_that_says_what_to_do(content, found):
     with pytest.raises(ValueError, match="save it as UTF-8") as caught:
-        disk.decode(content, "a.txt")
+        decode(content, "a.txt")
     assert found in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_another_encoding_is_tried_last():
-    assert disk.decode(b"caf\xe9", "stdin", "latin-1") == "café"
-    assert disk.decode("café".encode(), "stdin", "latin-1") == "café"
+    assert decode(b"caf\xe9", "stdin", "latin-1") == "café"
+    assert decode("café".encode(), "stdin", "latin-1") == "café"
 
 
 def test_a_line_that_is_not_utf_8_spoils_itself_alone():
-    lines = list(disk.read_lines(io.BytesIO(b"\xef\xbb\xbfone\ncaf\xe9\nthree"), "stdin"))
+    lines = list(read_lines(io.BytesIO(b"\xef\xbb\xbfone\ncaf\xe9\nthree"), "stdin"))
     assert lines == ["one", "caf\udce9", "three"]
-    assert list(disk.read_lines(io.BytesIO(b""), "stdin")) == []
+    assert list(read_lines(io.BytesIO(b""), "stdin")) == []
     with pytest.raises(ValueError, match="NUL"):
-        list(disk.read_lines(io.BytesIO(b"one\ntw\0o\n"), "stdin"))
+        list(read_lines(io.BytesIO(b"one\ntw\0o\n"), "stdin"))
 
 
 def test_lines_come_as_they_arrive():
     """Who drives chat through a pipe waits for an answer before the next question."""
     read, write = os.pipe()
     with open(read, "rb") as stream, open(write, "wb", buffering=0) as driver:
-        lines = disk.read_lines(stream, "stdin")
+        lines = read_lines(stream, "stdin")
         for text in ("one", "two"):
             driver.write(f"{text}\r\n".encode())
             assert next(lines) == text

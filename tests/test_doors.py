@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import minillava
-from minillava import cli, doors
+from minillava.cli import doors
+from minillava.options import WEIGHTS_VARIABLE
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "weights" / "shapes"
@@ -20,7 +21,7 @@ WEIGHTS = ROOT / "weights" / "shapes"
 @pytest.fixture
 def front(capsys, monkeypatch):
     """`front(*words)`: status, stdout and stderr of `python -m minillava WORDS`, in this process."""
-    monkeypatch.delenv(cli.WEIGHTS_VARIABLE, raising=False)
+    monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
     monkeypatch.setattr(sys, "argv", ["/somewhere/minillava/__main__.py"])
     before = signal.getsignal(signal.SIGINT)
 

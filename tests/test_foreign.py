@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minillava
-from minillava import inspection
-from minillava.files import BIN_NAME, SINGLE_NAME
+from minillava.files.tensors import BIN_NAME, SINGLE_NAME
+from minillava.inspection.report import inspect_folder
 
 LAYERS = "language_model.model.layers."
 
@@ -128,7 +128,7 @@ def test_what_others_quantised_is_refused_as_that(folder, parts, config, by, fil
     with pytest.raises(ValueError, match=f"is quantised by .*{by}.* use a release that is not quantised") as caught:
         minillava.load(folder, device="cpu")
     assert "\n" not in str(caught.value)
-    report = inspection.inspect_folder(folder)
+    report = inspect_folder(folder)
     assert report.problems == [str(caught.value)]
     assert report.dtypes
 
@@ -161,7 +161,7 @@ def test_gguf_files_are_named(folder):
     (folder / SINGLE_NAME).unlink()
     (folder / "ggml-model-q4_k.gguf").write_bytes(b"GGUF")
     assert "is quantised by llama.cpp (holds ggml-model-q4_k.gguf)" in refusal(folder)
-    assert any("llama.cpp" in problem for problem in inspection.inspect_folder(folder).problems)
+    assert any("llama.cpp" in problem for problem in inspect_folder(folder).problems)
 
 
 def test_a_bin_of_other_objects_is_quantised_where_the_folder_says_so(folder):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,17 @@ from hf import read_json, write_json
 from safetensors.torch import load_file, save_file
 
 import minillava
-from minillava import adapter, inspection
-from minillava.checkpoint import Checkpoint, gather
+from minillava.checkpoint import adapter
+from minillava.checkpoint.folders import gather
+from minillava.checkpoint.stored import Checkpoint
+from minillava.cli.doors import enter
 from minillava.config import IM_END, IM_PATCH, IM_START, IMAGE_TOKEN_INDEX
-from minillava.files import BIN_INDEX_NAME, BIN_NAME, SINGLE_NAME, TorchFile
-from minillava.generate import main
+from minillava.files.tensors import BIN_INDEX_NAME, BIN_NAME, SINGLE_NAME, TorchFile
+from minillava.inspection.report import inspect_folder
 from minillava.llama import grow_rows
 from minillava.tokenizer import Tokenizer
+
+main = partial(enter, "generate")
 
 QUESTION = "What is in this image?"
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -594,7 +599,7 @@ def test_equals_peft_where_a_run_added_tokens(reference, tmp_path, picture):
     for name, theirs in expected.model.state_dict().items():
         torch.testing.assert_close(found.model.state_dict()[name], theirs, rtol=1e-6, atol=1e-7, msg=name)
     assert isinstance(found.ask(picture, QUESTION, max_new_tokens=3), str)
-    assert inspection.inspect_folder(hub, adapter=tmp_path / "peft").loadable
+    assert inspect_folder(hub, adapter=tmp_path / "peft").loadable
 
 
 @pytest.mark.parametrize("name", [TABLE, HEAD])

@@ -42,8 +42,10 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save, save_file
 
 import minillava
-from minillava import batch
-from minillava.image import ImageProcessor, open_image
+from minillava.batch.journal import Journal, read_journal
+from minillava.batch.questions import Question, read_questions
+from minillava.files.pictures import open_image
+from minillava.image import ImageProcessor
 
 VICTIM = REFERENCE / "tied"  # the smallest of the stored checkpoints
 PICTURE = REFERENCE / "pictures" / "tiny.png"
@@ -804,15 +806,15 @@ ASKED = [
     {"question_id": i if i % 2 else f"q{i}", "image": "a.png", "text": f"Où est l'étoile {i}?\nDis-le.", "label": "x"}
     for i in range(6)
 ]
-JOURNAL = batch.Journal(Path("a.partial"), {"questions": "0" * 64, "top_p": None})
+JOURNAL = Journal(Path("a.partial"), {"questions": "0" * 64, "top_p": None})
 
 
-def asked_record(question: batch.Question, *found) -> dict:
+def asked_record(question: Question, *found) -> dict:
     return question.record(*found, f"id{question.line}", "model")
 
 
-def questions_of(raw: list[dict]) -> list[batch.Question]:
-    return batch.read_questions(json.dumps(raw).encode(), "")
+def questions_of(raw: list[dict]) -> list[Question]:
+    return read_questions(json.dumps(raw).encode(), "")
 
 
 def journal_lines() -> list[bytes]:
@@ -882,7 +884,7 @@ def journal_cases() -> Iterator[Case]:
 def read_batch_file(group: str, case: Case, path: Path) -> str | None:
     """What is wrong with what was read."""
     if group == "questions":
-        found = batch.read_questions(path.read_bytes(), "", str(path))
+        found = read_questions(path.read_bytes(), "", str(path))
         for question in found:
             if question.error is None and not (isinstance(question.text, str) and question.question_id is not None):
                 return f"a question without a text or an id: {question}"
@@ -895,10 +897,10 @@ def read_batch_file(group: str, case: Case, path: Path) -> str | None:
         ]:
             return f"other questions: {found}"
         return None
-    journal, known = batch.Journal(path, {}), [json.loads(line) for line in journal_lines()[1:]]
+    journal, known = Journal(path, {}), [json.loads(line) for line in journal_lines()[1:]]
     journal.header = JOURNAL.header
-    found = batch.read_journal(journal, questions_of(ASKED), asked_record)
-    again = batch.read_journal(journal, questions_of(ASKED), asked_record)
+    found = read_journal(journal, questions_of(ASKED), asked_record)
+    again = read_journal(journal, questions_of(ASKED), asked_record)
     if found != again:
         return f"read twice, it says {found}, then {again}"
     if case.must and not all([line, one] in known for line, one in found.items()):

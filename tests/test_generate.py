@@ -10,7 +10,7 @@ import torch
 from bounds import assert_same_in_float64, assert_within, gamma
 
 from minillava.assistant import load
-from minillava.generate import generate
+from minillava.generate.generation import generate
 from minillava.loop import RECORDABLE, Options, Row, steps
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from minillava.assistant import bundled_weights, find_folder
-from minillava.hub import SIZES, cache_folder, find_snapshot, is_repo_id
+from minillava.checkpoint.folders import bundled_weights, find_folder
+from minillava.files.hub import SIZES, cache_folder, find_snapshot, is_repo_id
 
 REPO = "org/name"
 FIRST, SECOND, THIRD = "0123456789abcdef" * 2 + "01234567", "abcd" * 10, "abcd1" * 8

@@ -13,16 +13,9 @@ import torch
 from PIL import Image
 
 from minillava import image as image_module
-from minillava.image import (
-    CLIP_MEAN,
-    CLIP_STD,
-    ImageProcessor,
-    open_image,
-    pad_and_resize,
-    pad_to_square,
-    resize_and_crop,
-    to_rgb,
-)
+from minillava.files import pictures
+from minillava.files.pictures import open_image, to_rgb
+from minillava.image import CLIP_MEAN, CLIP_STD, ImageProcessor, pad_and_resize, pad_to_square, resize_and_crop
 
 MODES = ["1", "L", "P", "RGB", "RGBA", "RGBX", "RGBa", "La", "LA", "PA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F",
          "I;16", "I;16L", "I;16B", "I;16N"]  # fmt: skip
@@ -183,7 +176,7 @@ def test_a_damaged_exif_is_no_matter_for_a_warning():
 
 
 def test_decompression_bombs_are_refused(monkeypatch):
-    monkeypatch.setattr(image_module, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
     with pytest.raises(ValueError, match="the picture is 40 x 30, more than 1000 pixels"):
         open_image(picture())
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
@@ -233,7 +226,7 @@ def test_an_opened_picture_keeps_its_name(tmp_path, monkeypatch):
     """A command opens pictures before the model; what is said of them later must say which one."""
     picture().save(tmp_path / "x.png")
     opened = open_image(open_image(tmp_path / "x.png"))
-    monkeypatch.setattr(image_module, "MAX_SIDE", 39)
+    monkeypatch.setattr(pictures, "MAX_SIDE", 39)
     with pytest.raises(ValueError, match=r"x\.png: the picture is 40 x 30, with a side of more than 39 pixels"):
         ImageProcessor(56)([opened])
 

@@ -13,10 +13,13 @@ from conftest import REFERENCE
 from safetensors.torch import load_file, save_file
 
 import minillava
-from minillava import doctor, inspect
 from minillava.cache import KVCache
+from minillava.cli.doors import enter
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
-from minillava.files import SafetensorsFile
+from minillava.files.hub import CLIP_RELEASE
+from minillava.files.tensors import SafetensorsFile
+from minillava.inspection import doctor
+from minillava.inspection import report as inspect
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "shapes"
 QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"
@@ -43,7 +46,7 @@ def change_weights(folder: Path, change) -> None:
 
 
 def run(capsys, *arguments) -> tuple[int, str]:
-    status = inspect.main([str(argument) for argument in arguments])
+    status = enter("inspect", [str(argument) for argument in arguments])
     return status, capsys.readouterr().out
 
 
@@ -174,7 +177,7 @@ def test_a_release_without_tower_says_which_to_get(tmp_path, write_dialect, caps
     assert "missing: vision tower; get it with: hf download some/clip-336 --local-dir clip-336; then pass" in out
     assert out.partition("it cannot be opened as it is:")[2].count("missing") == 1
     change_json(weights / "config.json", lambda c: c.update(mm_vision_tower="/home/me/clip"))
-    assert f"hf download {minillava.config.CLIP_RELEASE} " in run(capsys, weights)[1]
+    assert f"hf download {CLIP_RELEASE} " in run(capsys, weights)[1]
 
 
 def test_a_plain_clip_and_a_plain_llama_are_called_so(tmp_path, write_dialect):
@@ -404,7 +407,7 @@ def test_keys_lists_every_tensor_once(folder, capsys):
 )
 def test_wrong_usage_is_one_line(capsys, arguments, complaint):
     with pytest.raises(SystemExit) as caught:
-        inspect.main(arguments)
+        enter("inspect", arguments)
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert complaint in error
@@ -412,7 +415,7 @@ def test_wrong_usage_is_one_line(capsys, arguments, complaint):
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
-    assert inspect.main([str(tmp_path / "no")]) == 1
+    assert enter("inspect", [str(tmp_path / "no")]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")

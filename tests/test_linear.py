@@ -10,8 +10,8 @@ from bounds import assert_within, products
 from torch import nn
 
 import minillava
-from minillava import linear as home
-from minillava.linear import BLOCK, FEW_NARROW_ROWS, MANY_ROWS, FastLinear, linear, product, use_fast_linear
+from minillava.fast import linear as home
+from minillava.fast.linear import BLOCK, FEW_NARROW_ROWS, MANY_ROWS, FastLinear, linear, product, use_fast_linear
 
 pytestmark = pytest.mark.numeric
 

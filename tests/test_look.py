@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -17,16 +18,22 @@ from bounds import assert_same_in_float64
 from PIL import Image
 
 import minillava
-from minillava import cli, generate, look, look_draw, look_html
+from minillava.cli.doors import enter
+from minillava.cli.messages import significant
 from minillava.image import ImageProcessor
+from minillava.look import draw as look_draw
+from minillava.look import page as look_html
+from minillava.look import run as look
 from minillava.loop import Options, steps
-from minillava.recorder import significant
+from minillava.options import WEIGHTS_VARIABLE
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import point_shapes  # noqa: E402
 import shapes  # noqa: E402
+
+LOOK = partial(enter, "look")
 
 WEIGHTS = ROOT / "weights" / "shapes"
 QUESTION = "What is it?"
@@ -543,12 +550,12 @@ def test_each_page_has_its_own_picture(run, tmp_path, plain, picture):
 
 @pytest.fixture
 def run(capsys, monkeypatch, reference):
-    monkeypatch.delenv(cli.WEIGHTS_VARIABLE, raising=False)
+    monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
     base = ["-m", str(reference / "plain"), "--device", "cpu", "--dtype", "float32", "-n", "8"]
     base += ["-p", QUESTION]
     image = ["-i", str(reference / "pictures" / "landscape.png")]
 
-    def in_process(*arguments, main=look.main):
+    def in_process(*arguments, main=LOOK):
         capsys.readouterr()
         try:
             status = main([*base, *([] if "-i" in arguments else image), *map(str, arguments)])
@@ -566,7 +573,7 @@ def test_everything_is_written_and_the_answer_printed(run, tmp_path):
     flags = [part for flag, path in names.items() for part in (f"--{flag}", path)]
     status, out, err = run(*flags)
     assert (status, err) == (0, "")
-    assert (status, out, err) == run(main=generate.main)
+    assert (status, out, err) == run(main=partial(enter, "generate"))
     assert sorted(tmp_path.iterdir()) == sorted(names.values())
     raw = json.loads(names["json"].read_text(encoding="utf-8"))
     assert raw["answer"] + "\n" == out

@@ -24,9 +24,9 @@ from PIL import Image
 
 import minillava
 from minillava.attention import fused
-from minillava.doctor import attending
-from minillava.generate import generate
+from minillava.generate.generation import generate
 from minillava.image import ImageProcessor
+from minillava.inspection.doctor import attending
 from minillava.tokenizer import Tokenizer, encode_answers
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="live parity needs transformers 5")

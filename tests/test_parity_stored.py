@@ -25,7 +25,7 @@ from conftest import REFERENCE
 from safetensors.torch import load_file
 
 import minillava
-from minillava.generate import generate
+from minillava.generate.generation import generate
 from minillava.loop import Options, steps
 
 pytestmark = pytest.mark.numeric

@@ -2,6 +2,7 @@
 
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,15 @@ from bounds import assert_within, gamma, products, unit
 from torch import nn
 
 import minillava
-from minillava import checkpoint as reader
-from minillava import quantize
 from minillava.attention import fused
-from minillava.checkpoint import build_model, open_checkpoint
-from minillava.config import read_config
-from minillava.generate import main
-from minillava.linear import BLOCK
-from minillava.llama import grow_rows
-from minillava.options import KINDS
-from minillava.quantize import (
+from minillava.checkpoint import build
+from minillava.checkpoint.build import build_model
+from minillava.checkpoint.config_json import read_config
+from minillava.checkpoint.folders import open_checkpoint
+from minillava.cli.doors import enter
+from minillava.fast import quantize
+from minillava.fast.linear import BLOCK
+from minillava.fast.quantize import (
     FEW_ROWS,
     GROUP,
     TILE,
@@ -33,12 +33,16 @@ from minillava.quantize import (
     split,
     unpack,
 )
+from minillava.llama import grow_rows
+from minillava.options import KINDS
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "weights" / "shapes"
 sys.path.insert(0, str(ROOT / "tools"))
 
 import shapes  # noqa: E402
+
+main = partial(enter, "generate")
 
 pytestmark = pytest.mark.numeric
 
@@ -365,7 +369,7 @@ def test_weights_are_let_go_one_by_one(monkeypatch):
         wide.append(weakref.ref(weight))
         return real(weight, kind)
 
-    monkeypatch.setattr(reader, "quantize_tensor", watched)
+    monkeypatch.setattr(build, "quantize_tensor", watched)
     model = minillava.load(WEIGHTS, device="cpu", quantize="int8").model
     assert len(wide) == sum(isinstance(module, QuantisedLinear) for module in model.modules())
 

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from minillava.config import CLIP_LARGE_336, DOWNLOAD, LlavaConfig, TextConfig
+from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig
+from minillava.files.hub import DOWNLOAD
 from minillava.llava import Llava
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +47,7 @@ TYPED = typed_blocks(README)
 # every `python` that the shell starts, which is a client that sends its arguments and streams.
 SERVER = """
 import json, os, runpy, signal, socket, sys, traceback
-import minillava.generate, minillava.assistant, minillava.cli
+import minillava.generate.answer, minillava.assistant, minillava.cli.opening
 def run(argv):
     if argv[0] == "-m":
         sys.path.insert(0, os.getcwd())

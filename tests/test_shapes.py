@@ -17,7 +17,7 @@ from PIL import Image
 
 import minillava
 from minillava.config import IGNORE_INDEX
-from minillava.generate import generate
+from minillava.generate.generation import generate
 from minillava.prompt import render
 
 ROOT = Path(__file__).parents[1]

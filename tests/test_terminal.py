@@ -5,7 +5,7 @@ from urllib.parse import quote
 
 import pytest
 
-from minillava.terminal import Terminal, dropped, read_paths
+from minillava.chat.terminal import Terminal, dropped, read_paths
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="a backslash stands between folders here")
 

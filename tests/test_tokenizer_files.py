@@ -13,7 +13,8 @@ from conftest import REFERENCE
 from safetensors.torch import load_file, save_file
 
 import minillava
-from minillava.inspection import as_text, inspect_folder
+from minillava.inspection.report import inspect_folder
+from minillava.inspection.text import as_text
 from minillava.tokenizer import Tokenizer, open_tokenizer
 
 PIECES = 440  # of the toy tokenizer; its table has 448 rows

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,20 +18,25 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import minillava
-from minillava import cli
 from minillava.assistant import Assistant
 from minillava.attention import fused
 from minillava.cache import KVCache
+from minillava.cli import arguments as cli
+from minillava.cli.doors import enter
 from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig
-from minillava.generate import generate
+from minillava.generate.generation import generate
 from minillava.image import ImageProcessor
 from minillava.llava import Llava
-from minillava.look import look
+from minillava.look.run import look
 from minillava.loop import Options
+from minillava.options import WEIGHTS_VARIABLE
 from minillava.prompt import DEFAULT_PROMPT, TEMPLATES
-from minillava.recorder import Record, Recorder, summarise
 from minillava.tokenizer import Tokenizer
-from minillava.tracing import difference, main, trace
+from minillava.tracing.compare import difference
+from minillava.tracing.recorder import Record, Recorder, summarise
+from minillava.tracing.run import trace
+
+main = partial(enter, "trace")
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = REFERENCE / "plain"
@@ -40,7 +46,7 @@ BASE = ["-i", str(PICTURES / "landscape.png"), "--device", "cpu", "--dtype", "fl
 
 @pytest.fixture(autouse=True)
 def no_weights_from_outside(monkeypatch):
-    monkeypatch.delenv(cli.WEIGHTS_VARIABLE, raising=False)
+    monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
 
 
 @pytest.fixture(scope="module")

@@ -39,13 +39,13 @@ from bench_checkpoint import SIZES, config_of, make_checkpoint, make_gguf
 
 from minillava.cache import KVCache
 from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig, TextConfig
-from minillava.contrast import VCD
-from minillava.disk import check_writable, explain, write_whole
-from minillava.linear import linear, use_fast_linear
+from minillava.fast.linear import linear, use_fast_linear
+from minillava.fast.quantize import quantised_layer, quantize_tensor
+from minillava.files.disk import check_writable, explain, write_whole
+from minillava.generate.contrast import VCD
 from minillava.llava import Llava, Spliced
 from minillava.loop import Options, decode, prefill, steps
 from minillava.options import DTYPES, KINDS
-from minillava.quantize import quantised_layer, quantize_tensor
 
 PROMPT = 625  # positions of the walk-through's picture question: the default
 LARGE = 1 << 29  # numbers, 2 GiB in float32: more than any cache holds

@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from convert import hub_config, preprocessor_config
 
-from minillava.checkpoint import Checkpoint
-from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig, read_config
-from minillava.files import INDEX_NAME
+from minillava.checkpoint.config_json import read_config
+from minillava.checkpoint.stored import Checkpoint
+from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig
+from minillava.files.tensors import INDEX_NAME
 from minillava.image import ImageProcessor
 from minillava.llava import Llava
 

@@ -32,31 +32,27 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
-from minillava.assistant import find_folder, read_image_processor
 from minillava.attention import eager
-from minillava.checkpoint import COMPUTED, PREFIXES, TABLES, Checkpoint, build_model, gather, open_checkpoint
-from minillava.cli import Parser, run
-from minillava.config import (
-    CLIP_RELEASE,
-    IGNORE_INDEX,
-    IM_PATCH,
-    IM_START,
-    LlavaConfig,
-    TextConfig,
-    one_line,
-    read_config,
-    read_json,
-)
-from minillava.disk import lock, refused
-from minillava.files import INDEX_NAME, SINGLE_NAME, open_folder
+from minillava.checkpoint.build import build_model
+from minillava.checkpoint.config_json import read_config
+from minillava.checkpoint.folders import find_folder, gather, open_checkpoint
+from minillava.checkpoint.names import COMPUTED, PREFIXES, TABLES
+from minillava.checkpoint.side_json import read_image_processor
+from minillava.checkpoint.stored import Checkpoint
+from minillava.cli.arguments import Parser
+from minillava.cli.messages import run
+from minillava.config import IGNORE_INDEX, IM_PATCH, IM_START, LlavaConfig, TextConfig
+from minillava.fast.quantize import LINE, PARTS, quantize_tensor, stored_shapes
+from minillava.files.disk import lock, one_line, read_json, refused
+from minillava.files.hub import CLIP_RELEASE
+from minillava.files.tensors import INDEX_NAME, SINGLE_NAME, open_folder
+from minillava.files.tokenizer_files import PAD_MARKER, SIDE_NAMES, AddedToken, find_tokenizer
 from minillava.image import ImageProcessor
 from minillava.llama import grow_rows
 from minillava.llava import Llava
 from minillava.options import KINDS
 from minillava.prompt import IMAGE_MARKER
-from minillava.quantize import LINE, PARTS, quantize_tensor, stored_shapes
 from minillava.tokenizer import Tokenizer, open_tokenizer
-from minillava.tokenizer_files import PAD_MARKER, SIDE_NAMES, AddedToken, find_tokenizer
 
 try:
     from tqdm import tqdm

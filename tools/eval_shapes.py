@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 import shapes
 
 import minillava
-from minillava.contrast import METHODS, Contrast
-from minillava.generate import generate
+from minillava.generate.contrast import METHODS, Contrast
+from minillava.generate.generation import generate
 from minillava.options import KINDS
 from minillava.prompt import place_images, render
 

@@ -49,21 +49,25 @@ from bench import BITS, PROMPT, cache_size, weights_read  # noqa: E402
 from bench_checkpoint import config_of, random_tensor  # noqa: E402
 from convert import hub_config  # noqa: E402
 
-from minillava import capture, loop  # noqa: E402
-from minillava.assistant import Assistant, bundled_weights, load  # noqa: E402
+from minillava import loop  # noqa: E402
+from minillava.assistant import Assistant, load  # noqa: E402
 from minillava.attention import ATTENTION  # noqa: E402
 from minillava.cache import KVCache  # noqa: E402
-from minillava.capture import compile_decode  # noqa: E402
-from minillava.chat import Conversation  # noqa: E402
-from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig, one_line  # noqa: E402
-from minillava.contrast import METHODS, VCD  # noqa: E402
-from minillava.generate import generate  # noqa: E402
+from minillava.chat.conversation import Conversation  # noqa: E402
+from minillava.checkpoint.folders import bundled_weights  # noqa: E402
+from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig  # noqa: E402
+from minillava.fast import compiled as capture  # noqa: E402
+from minillava.fast.ahead import Arriving  # noqa: E402
+from minillava.fast.compiled import compile_decode  # noqa: E402
+from minillava.fast.linear import use_fast_linear  # noqa: E402
+from minillava.fast.quantize import quantised_layer, quantize_tensor  # noqa: E402
+from minillava.files.disk import one_line  # noqa: E402
+from minillava.generate.contrast import METHODS, VCD  # noqa: E402
+from minillava.generate.generation import generate  # noqa: E402
 from minillava.image import ImageProcessor  # noqa: E402
-from minillava.linear import use_fast_linear  # noqa: E402
 from minillava.llava import Llava  # noqa: E402
 from minillava.loop import steps  # noqa: E402
 from minillava.options import KINDS, Options  # noqa: E402
-from minillava.quantize import quantised_layer, quantize_tensor  # noqa: E402
 
 BUNDLED = bundled_weights()
 PICTURES = [BUNDLED / f"example-{number}.png" for number in (1, 2, 3)]
@@ -840,7 +844,7 @@ def first(run: Run) -> None:
 
         def choose() -> list[int]:
             logits = loop.wide_logits(output)
-            return loop.Arriving(loop.Chooser(model, spliced.input_ids, options)(logits)[0]).wait()
+            return Arriving(loop.Chooser(model, spliced.input_ids, options)(logits)[0]).wait()
 
         def decode() -> None:
             loop.decode(model, token, cache, **nothing)

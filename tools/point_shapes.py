@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 import shapes
 
 import minillava
-from minillava import look
 from minillava.assistant import Assistant
+from minillava.look import run as look
 from minillava.tokenizer import TextDecoder
 
 QUESTION = "Please describe this image in detail."

@@ -46,8 +46,8 @@ import shapes
 
 from minillava.attention import eager
 from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig, TextConfig, VisionConfig
+from minillava.fast.linear import has_fast_bfloat16
 from minillava.image import CLIP_MEAN, CLIP_STD, ImageProcessor
-from minillava.linear import has_fast_bfloat16
 from minillava.llama import rotary_tables
 from minillava.llava import Llava
 from minillava.prompt import DEFAULT_TEMPLATE, TEMPLATES, Prompt, Segment, place_images

@@ -1,0 +1,14 @@
+"""A file of questions, answered in batches, that an interruption cannot break; `python -m minillava.batch`."""
+
+from minillava import on_first_use
+
+__getattr__ = on_first_use(
+    __name__,
+    {
+        "Question": "questions",
+        "read_questions": "questions",
+        "plan": "run",
+        "ask": "run",
+        "Journal": "journal",
+    },
+)

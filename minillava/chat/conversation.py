@@ -1,0 +1,167 @@
+"""A conversation that keeps its cache, so that each question costs only its own positions.
+
+P patches of a picture, C width, T positions of the prompt.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from minillava.assistant import Assistant
+from minillava.cache import KVCache
+from minillava.config import IMAGE_TOKEN_INDEX
+from minillava.files.pictures import ImageSource
+from minillava.loop import Process, steps
+from minillava.options import Options
+from minillava.prompt import place_images, render
+from minillava.tokenizer import common_prefix
+
+GROWTH = 512
+"""The cache grows by this many positions: all of a 7B's context would be 2 GB, most conversations are short."""
+
+
+@dataclass(eq=False)  # compared by identity: what is in the cache is this picture or it is another one
+class Picture:
+    name: str
+    patches: Tensor  # [P, C]
+
+
+@dataclass
+class Turn:
+    question: str  # with an `<image>` for each picture
+    pictures: tuple[Picture, ...]
+    options: Options  # with the seed that was used
+    answer: str = ""
+    finish_reason: str | None = None  # None while it goes on, "stop", "length", "interrupted"
+    reused: int = 0  # positions of its prompt that were in the cache already
+    prefilled: int = 0  # positions of its prompt that were not
+
+
+class Conversation:
+    """Questions and answers in turn, about any number of pictures, each encoded once.
+
+    The whole conversation is rendered to ids at every question. The cache is cut back to where these ids first differ
+    from those it was filled with (a finished answer may be written, or cut into tokens, in another way than it was
+    generated), and the rest is prefilled: the answer is that of a fresh start with the same ids.
+    """
+
+    def __init__(self, assistant: Assistant, system: str | None = None):
+        """system: instead of the template's own; "" for none."""
+        self.assistant, self.system = assistant, system
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: turns, pictures, cache."""
+        self.turns: list[Turn] = []
+        self.waiting: list[Picture] = []  # for the next question
+        self.cache: KVCache | None = None
+        # What stands, or will stand, at each position: an id, or a Picture P times; the first cache.length are cached.
+        # A stream goes on only while this is its own list.
+        self.positions: list[int | Picture] = []
+
+    @property
+    def room(self) -> int:
+        """How many more positions fit the model's context."""
+        return self.assistant.model.config.text.context - len(self.positions)
+
+    def add_image(self, source: ImageSource, name: str | None = None) -> Picture:
+        """Encode a picture, for the next question. name: for `record`. Raises as `image.open_image`."""
+        self.waiting.append(Picture(name or str(source), self.assistant.encode(source)))
+        return self.waiting[-1]
+
+    def ask(self, question: str, *, process: Process | None = None, **options) -> str:
+        """The answer to the next question. process: as for `generate`. options: the fields of `options.Options` by
+        name."""
+        return "".join(self.stream(question, process=process, **options))
+
+    def stream(self, question: str, *, process: Process | None = None, **options) -> Iterator[str]:
+        """The answer as it is made, one piece per token, some of them empty. Arguments as for `ask`.
+
+        Where it is left early (closed, Ctrl-C, another question asked), what was said so far is the answer; if that is
+        nothing, the question was not asked. Raises ValueError, and leaves the conversation as it was, when the context
+        is full; and where it should go on though another question was asked since, or all was cleared.
+        """
+        self._leave()
+        assistant, model = self.assistant, self.assistant.model
+        chosen = assistant.options(**options)
+        if chosen.num_return_sequences > 1:
+            raise ValueError(f"num_return_sequences is {chosen.num_return_sequences}, a conversation goes on from one")
+        turn = Turn(place_images(question, len(self.waiting)), tuple(self.waiting), chosen)
+        said = [(before.question, before.answer) for before in self.turns]
+        assistant.check_text(question)
+        ids = assistant.tokenizer.encode(render(assistant.template, [*said, (turn.question, None)], self.system))
+        pictures = [picture for each in (*self.turns, turn) for picture in each.pictures]
+        following = iter(pictures)
+        positions = []
+        for i in ids:
+            positions += [next(following)] * model.config.tokens_per_image if i == IMAGE_TOKEN_INDEX else [i]
+        context = model.config.text.context
+        if len(positions) >= context:
+            raise ValueError(
+                f"with this question the conversation takes {len(positions)} positions, the model's context holds "
+                f"{context} with the answer; ask something shorter, or start anew with /clear"
+            )
+        with torch.no_grad():
+            spliced = model.splice([ids], torch.stack([p.patches for p in pictures]) if pictures else None)
+        if self.cache is None:
+            like = spliced.embeds
+            self.cache = KVCache(model.config.text, 1, 0, dtype=like.dtype, device=like.device)
+        # The last position is read in any case: its logits choose the first token.
+        turn.reused = common_prefix(self.positions[: self.cache.length], positions[:-1])
+        turn.prefilled = len(positions) - turn.reused
+        self.cache.truncate(turn.reused)
+        self.positions = positions
+        self._make_room(len(positions) + 1)
+        self.turns.append(turn)
+        self.waiting = []
+        rest = replace(spliced, embeds=spliced.embeds[:, turn.reused :])  # [1, T, C] -> [1, T - reused, C]
+        try:
+            for step in steps(model, rest, chosen, tokenizer=assistant.tokenizer, process=process, cache=self.cache):
+                positions.append(step.ids[0])
+                turn.answer += step.text[0]
+                turn.finish_reason = step.finish_reason[0]
+                self._make_room(len(positions) + 1)  # a GPU reads the next one before we are back here
+                yield step.text[0]
+                if self.positions is not positions and step.finish_reason[0] is None:
+                    raise ValueError(f"the conversation went on without the answer to {question!r}; ask again")
+        finally:
+            if self.positions is positions:
+                self._leave()
+
+    def _leave(self) -> None:
+        """Where the last answer is not finished, what was said so far is the answer; no stream goes on with it."""
+        if not self.turns or self.turns[-1].finish_reason is not None:
+            return
+        turn = self.turns[-1]
+        self.positions = list(self.positions)
+        if turn.answer:
+            turn.finish_reason = "interrupted"
+        else:
+            self.turns.pop()
+            self.waiting = [*turn.pictures, *self.waiting]
+
+    def record(self) -> dict:
+        """The conversation as JSON's kinds of values; options only where they are not the default."""
+        defaults = vars(Options())
+        turns = [
+            {
+                "question": turn.question,
+                "images": [picture.name for picture in turn.pictures],
+                "answer": turn.answer,
+                "finish_reason": turn.finish_reason,
+                "options": {
+                    name: value
+                    for name, value in vars(turn.options).items()
+                    if name == "seed" or value != defaults[name]
+                },
+            }
+            for turn in self.turns
+        ]
+        return {"system": self.assistant.template.system if self.system is None else self.system, "turns": turns}
+
+    def _make_room(self, length: int) -> None:
+        context = self.assistant.model.config.text.context
+        if min(length, context) > self.cache.capacity:
+            self.cache.grow(min(-(-length // GROWTH) * GROWTH, context))

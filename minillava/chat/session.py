@@ -1,0 +1,189 @@
+"""The chat at a terminal or in a pipe: questions, commands that begin with a slash, and Ctrl-C."""
+
+import argparse
+import io
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from minillava import __version__
+from minillava.chat import terminal
+from minillava.chat.conversation import Conversation
+from minillava.cli.messages import Messages, report
+from minillava.cli.opening import find_weights, open_assistant
+from minillava.cli.parsers import CHAT_COMMANDS
+from minillava.files.disk import is_stream, write_whole
+from minillava.files.pictures import ImageSource, open_image
+from minillava.files.text import read_lines
+from minillava.prompt import DEFAULT_TEMPLATE
+
+# --- the door -------------------------------------------------------------------------------------------------
+COMMANDS = ("/image", "/clear", "/save", "/help", "/quit", "/exit")
+
+
+class Session:
+    """A conversation with somebody who types: each line is a question or a command."""
+
+    def __init__(self, conversation: Conversation, options: dict, about: dict, messages: Messages):
+        """options: the fields of `Options` by name. about: what `/save` writes before the conversation."""
+        self.conversation, self.options, self.about, self.messages = conversation, options, about, messages
+        self.saved: set[Path] = set()
+
+    def handle(self, line: str) -> bool:
+        """One line; False when it was the last. Raises ValueError or OSError for what cannot be done."""
+        found = re.match(r"\s*(/\w+)(?:\s(.*)|$)", line, re.DOTALL)
+        command, rest = (found[1], found[2] or "") if found else ("", "")
+        if command not in COMMANDS:
+            return self.take(line)
+        if command in ("/quit", "/exit"):
+            return False
+        if command == "/help":
+            print(CHAT_COMMANDS, file=sys.stderr)
+        elif command == "/clear":
+            self.conversation.clear()
+            self.note("conversation and pictures are forgotten; /image PATH adds a picture")
+        elif not rest.strip():
+            raise ValueError(f"{command} needs a path behind it; /help lists the commands")
+        elif command == "/image":
+            self.add(terminal.read_paths(rest))
+        else:
+            path, *more = terminal.read_paths(rest)
+            self.save(Path(rest.strip() if more else path))
+        return True
+
+    def take(self, line: str) -> bool:
+        """A question, or a file that was dropped. Raises ValueError for a command that there is not."""
+        if paths := terminal.dropped(line):
+            self.add(paths)
+        elif line.lstrip().startswith("/"):
+            raise ValueError(f"{line.split()[0]}: no such command; /help lists them")
+        elif line.strip():
+            self.answer(line)
+        return True
+
+    def note(self, text: str) -> None:
+        self.messages.note(text, again=True)
+
+    def add(self, paths: Sequence[str]) -> None:
+        """Pictures for the next question: all of them, or none where one cannot be opened."""
+        for image, path in [(open_image(path), path) for path in paths]:
+            self.look(image, path)
+        waiting = self.conversation.waiting
+        names = [os.path.basename(picture.name) or picture.name for picture in waiting]
+        names = ", ".join(name if name.isprintable() else repr(name) for name in names)
+        self.note(f"{len(waiting)} picture{'s wait' if len(waiting) > 1 else ' waits'} for the next question: {names}")
+
+    def look(self, source: ImageSource, name: str) -> None:
+        started = time.perf_counter()
+        picture = self.conversation.add_image(source, name)
+        self.messages.stage("encode", started, f"{name}: {len(picture.patches)} positions")
+
+    def answer(self, question: str) -> None:
+        """The answer on stdout; where it is interrupted, with the end of its line."""
+        started, count = time.perf_counter(), 0
+        with closing(self.conversation.stream(question, **self.options)) as pieces:
+            try:
+                for piece in pieces:
+                    if not count:
+                        turn = self.conversation.turns[-1]
+                        detail = f"{turn.reused} positions reused, {turn.prefilled} prefilled, first token"
+                        self.messages.stage("prefill", started, detail)
+                        started = time.perf_counter()
+                    count += 1
+                    print(piece, end="", flush=True)
+            finally:
+                if count:
+                    print(flush=True)
+        more = count - 1
+        speed = f", {more / (time.perf_counter() - started):.1f} per second" if more else ""
+        ended = f"ended by {turn.finish_reason}, seed {turn.options.seed}"
+        self.messages.stage("decode", started, f"{more} more token(s){speed}; {ended}")
+        if turn.finish_reason == "length" and self.conversation.room == 0:
+            context = len(self.conversation.positions)
+            self.note(f"the model's context of {context} positions is full; /clear starts anew")
+
+    def save(self, path: Path) -> None:
+        """As JSON. What stands there is replaced only by a complete file, and only if this session wrote it."""
+        path = path.absolute()
+        if path.exists() and path not in self.saved and not is_stream(path):
+            raise ValueError(f"{path}: exists already; choose another name")
+        text = json.dumps({**self.about, **self.conversation.record()}, ensure_ascii=False, indent=2)
+        write_whole(path, f"{text}\n")
+        self.saved.add(path)
+        self.note(f"{len(self.conversation.turns)} turn(s) written to {path}")
+
+
+def run(args: argparse.Namespace, options: dict) -> int:
+    messages = Messages(args.verbose, args.quiet)
+    weights = find_weights(args.weights, messages)
+    images = [open_image(image) for image in args.image]  # what is wrong with one is found before gigabytes are opened
+    assistant = open_assistant(args, weights, messages)
+    about = {"minillava": __version__, "weights": weights, "template": args.template or DEFAULT_TEMPLATE}
+    session = Session(Conversation(assistant, args.system), options, about, messages)
+    for image, name in zip(images, args.image, strict=True):
+        session.look(image, name)
+    if sys.stdin is not None and sys.stdin.isatty():
+        _talk(session, args.verbose)
+        return 0  # who types has seen what failed; a script sees the exit status
+    failed = False
+    for line in _lines():
+        try:
+            if not session.handle(line):
+                break
+        except BrokenPipeError:
+            raise  # nobody listens any more
+        except Exception as error:
+            _report(error, args.verbose)
+            failed = True
+    return int(failed)
+
+
+def _talk(session: Session, verbose: bool) -> None:
+    """A conversation at a terminal. Ctrl-C stops an answer, and clears the line that is typed; it leaves where it comes
+    twice at an empty line. Raises KeyboardInterrupt then."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 spoils its own question only
+    if not session.conversation.waiting:
+        session.note("no picture yet: /image PATH adds one")
+    session.note("each line is a question; /help lists the commands")
+    typing, warned = terminal.Terminal(COMMANDS), False
+    while True:
+        turns, asked = len(session.conversation.turns), False
+        try:
+            line = typing.read()
+            asked, warned = True, False
+            if line is None or not session.handle(line):
+                return
+        except KeyboardInterrupt:
+            if asked:
+                kept = "what it said is kept" if len(session.conversation.turns) > turns else "nothing is kept of it"
+                session.note(f"stopped; {kept}")
+                continue
+            if warned and not typing.typed():
+                raise
+            warned = True
+            print(file=sys.stderr)
+            session.note("Ctrl-D leaves; so does a second Ctrl-C")
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            _report(error, verbose)
+
+
+def _report(error: Exception, verbose: bool) -> None:
+    """What is wrong with what was typed, without a traceback. Of anything else (memory that runs out, say) with one;
+    what was said before can still be saved."""
+    report(error, verbose and not isinstance(error, (ValueError, OSError)))
+
+
+def _lines() -> Iterator[str]:
+    """The lines of stdin, which is no terminal, without their ends."""
+    if hasattr(sys.stdin, "buffer"):
+        yield from read_lines(sys.stdin.buffer, "stdin")
+    else:
+        yield from (line.removesuffix("\n") for line in sys.stdin)

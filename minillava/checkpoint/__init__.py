@@ -1,0 +1,1 @@
+"""From folders of weights to a model: names, layouts, adapters, and the files beside the weights."""

@@ -1,0 +1,1 @@
+"""What the doors share: flags, messages, and how each begins."""

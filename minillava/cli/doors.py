@@ -1,0 +1,126 @@
+"""The doors, which are minillava's commands, and how each begins; `python -m minillava` lists them.
+
+Flags are read before torch is imported, which takes a second and more: --help and a wrong flag answer at once, and
+Ctrl-C leaves no traceback of somebody else's import. So this file imports next to nothing.
+"""
+
+import os
+import signal
+import sys
+
+DOORS = {  # in the order in which people need them: what it is for, and the function it calls, with its file
+    "generate": ("answer a question about a picture", "generate.answer", "answer"),
+    "chat": ("talk about pictures, question after question", "chat.session", "run"),
+    "batch": ("answer a file of questions, and go on after an interruption", "batch.run", "ask_file"),
+    "look": ("show what each word of an answer looked at", "look.run", "run"),
+    "trace": ("print every tensor on the way to an answer, or compare two runs", "tracing.run", "run"),
+    "inspect": ("say what a folder of weights holds, and whether it is well", "inspection.run", "run"),
+}
+
+PRINTING = {"generate", "chat", "look", "trace", "inspect"}  # whose answer goes to stdout, so that it must be open
+
+
+def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Run a door with these flags (those of the process by default); the exit status."""
+    from minillava.cli import parsers
+    from minillava.cli.messages import run
+
+    parser = vars(parsers)[f"{name}_parser"](*[prog] if prog else [])
+    asked = vars(parsers)[f"read_{name}"](parser, sys.argv[1:] if argv is None else list(argv))
+    _, file, function = DOORS[name]
+
+    def body() -> int:
+        module = __import__(f"minillava.{file}", fromlist=[function])
+        came = []
+
+        def interrupt(*_):
+            came.append(True)
+            raise KeyboardInterrupt
+
+        if signal.getsignal(signal.SIGINT) is _leave:
+            signal.signal(signal.SIGINT, interrupt)
+        try:
+            return vars(module)[function](*asked)
+        except Exception:
+            if came:  # torch has made an error of its own of it, as it does of what happens while it reads a shape
+                raise KeyboardInterrupt from None
+            raise
+
+    return run(body, asked[0].verbose, prints=name in PRINTING)
+
+
+def begin(name: str, argv: list[str] | None = None, prog: str | None = None) -> None:
+    """A door as a process, which ends here."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else who started us wants it ignored
+    if ours:
+        signal.signal(signal.SIGINT, _leave)
+    try:
+        status = enter(name, argv, prog)
+        if ours:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; Python takes a moment to end
+    except KeyboardInterrupt:  # between the lines above
+        status = 130
+    if status == 130:
+        # Where the interrupt came inside exec() (torch and dataclasses write code), Python remembers it, though it was
+        # caught, and would end the process by the signal instead of with our status.
+        from contextlib import suppress
+
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        _leave()
+    sys.exit(status)
+
+
+def _leave(*_) -> None:
+    """Ctrl-C where nothing has begun: at once, since an exception in an import can end up anywhere."""
+    os._exit(130)
+
+
+def listing(prog: str) -> str:
+    width = max(map(len, DOORS))
+    lines = [f"  {name.ljust(width)}  {line}" for name, (line, *_) in DOORS.items()]
+    return "\n".join(
+        [
+            f"usage: {prog} DOOR ...",
+            "",
+            "LLaVA-1.5 in pure PyTorch: a model that answers questions about pictures. The doors:",
+            "",
+            *lines,
+            "",
+            f"{prog} DOOR --help lists what a door takes; {prog} --version says which minillava this is.",
+            f"To begin with: {prog} generate --image x.jpg",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m minillava` and the command `minillava`: a door by its name, or the list of them."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    prog = "minillava" if os.path.basename(sys.argv[0]).startswith("minillava") else "python -m minillava"
+    first = given[0] if given else "--help"
+    if first in DOORS:
+        begin(first, given[1:], f"{prog} {first}")
+    from minillava import __version__
+    from minillava.cli.messages import run, show
+
+    if first in ("-h", "--help", "help"):
+        sys.exit(show(f"{listing(prog)}\n"))
+    elif first == "--version":
+        sys.exit(show(f"minillava {__version__}\n"))
+    else:
+        from difflib import get_close_matches
+
+        near = get_close_matches(first, DOORS, 1)
+        found = f"{first} stands where the name of a door should" if first.startswith("-") else f"no door {first!r}"
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(DOORS)}"
+
+        def refuse() -> int:
+            print(f"error: {found}; {hint} (see {prog} --help)", file=sys.stderr)
+            return 2
+
+        sys.exit(run(refuse, verbose=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""What a command says, and where: answers on stdout, everything else on stderr, errors in one line.
+
+Exit status: 0 an answer, 1 an error of input or model in one line, 2 wrong usage, 130 Ctrl-C (what
+was printed stays), 0 when the reader of a pipe went away.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TextIO
+
+from minillava.files.disk import explain, write_whole
+
+
+class Messages:
+    """Notes, stages and progress on stderr."""
+
+    def __init__(self, verbose: bool, quiet: bool):
+        self.verbose, self.quiet = verbose, quiet
+        self.timings: dict[str, float] = {}  # seconds per stage
+        self._noted: set[str] = set()
+
+    def note(self, text: str, again: bool = False) -> None:
+        """What a person should know, in one line, said once; again: as often as it happens."""
+        if not self.quiet and (again or text not in self._noted):
+            print(f"note: {text}", file=sys.stderr)
+        self._noted.add(text)
+
+    def progress(self, text: str) -> None:
+        """A line that the next one overwrites; only where a person watches."""
+        if sys.stderr.isatty() and not self.quiet and not self.verbose:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    def stage(self, name: str, started: float, detail: str) -> None:
+        """A finished stage; started: time.perf_counter() at its beginning."""
+        self.timings[name] = time.perf_counter() - started
+        if self.verbose:
+            print(f"{name:<8} {self.timings[name]:8.3f} s  {detail}", file=sys.stderr)
+
+
+class _Forgiving:
+    """stderr without errors of its own: a full disk under a log must not cost the answer."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            _discard(self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def _discard(stream: TextIO) -> None:
+    """What waits to be written, and all that follows, goes nowhere. Python would complain when it flushes at exit."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def open_streams() -> None:
+    """A stdin, stdout or stderr that is closed, as some launchers start programs, becomes the null
+    device; stdout one that cannot be written, so that an answer printed there is an error.
+
+    Otherwise the next file that is opened gets the free number, and what is meant for stderr ends in
+    that file. And print(file=None) writes to stdout."""
+    flags = {"stdin": os.O_RDONLY, "stdout": os.O_RDONLY, "stderr": os.O_WRONLY}
+    for number, flag in enumerate(flags.values()):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, flag)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+    for name, flag in flags.items():  # in numbers of their own: another file may have had the free one
+        if getattr(sys, name) is None:
+            null = io.FileIO(os.open(os.devnull, flag), "r" if name == "stdin" else "w")
+            buffer = io.BufferedReader(null) if name == "stdin" else io.BufferedWriter(null)
+            setattr(sys, name, io.TextIOWrapper(buffer, encoding="utf-8", errors="replace"))
+
+
+LOST = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+"""Why what was printed may not have arrived."""
+
+
+def run(body: Callable[[], int], verbose: bool, prints: bool = False) -> int:
+    """Run a command; every error becomes one line on stderr and an exit status (module docstring).
+    prints: its answer goes to stdout, so that a closed one is an error before the work."""
+    closed = sys.stdout is None
+    open_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" rather than an error
+    stderr = sys.stderr
+    sys.stderr = _Forgiving(stderr)
+    try:
+        if closed and prints:
+            raise ValueError("stdout is closed, so the answer has nowhere to go; redirect it to a file or a pipe")
+        status = body()
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        _discard(sys.stdout)  # whose reader has what it wanted
+        return 0
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in LOST:
+            error.filename = "stdout"  # every other file that we write says its name
+            _discard(sys.stdout)
+        report(error, verbose)
+        return 1
+    finally:
+        sys.stderr = stderr
+
+
+def show(text: str) -> int:
+    """Print what is known without any work; the exit status."""
+    return run(lambda: print(text, end="") or 0, verbose=False, prints=True)
+
+
+def report(error: Exception, verbose: bool) -> None:
+    """An error as one line on stderr."""
+    if verbose:
+        traceback.print_exception(error)
+    text = explain(error) if isinstance(error, OSError) else str(error)
+    first, *more = text.splitlines() or [type(error).__name__]
+    expected = isinstance(error, (ValueError, OSError))
+    hint = f" ({len(more)} more like it: --verbose lists them)" if more and expected else ""
+    unexpected = "" if expected else f"{type(error).__name__}: "
+    where = "" if expected else " (unexpected: --verbose shows where)"
+    print(f"error: {unexpected}{first}{hint}{where}", file=sys.stderr)
+
+
+def print_json(value) -> None:
+    """One line of JSON that reads back whole: as letters if stdout's encoding has them all, else
+    escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        text = json.dumps(value)
+    print(text)
+
+
+def write_outputs(files: dict[str, str | bytes]) -> int:
+    """Write each name's content by `write_whole`. A file that cannot be written is reported, and the
+    others are written nevertheless; returns the exit status."""
+    status = 0
+    for path, content in files.items():
+        try:
+            write_whole(path, content)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            report(error, verbose=False)
+            status = 1
+    return status
+
+
+def significant(x: float) -> float:
+    """Four digits of a number: rounding at a decimal place makes 0.0 of a small probability."""
+    return float(f"{x:.4g}")

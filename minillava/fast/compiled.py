@@ -1,0 +1,144 @@
+"""The decoding step with shapes that never change, so that it can be compiled once and then replayed: `--compile`. A
+reader may skip this file.
+
+The step in llama.py reads a cache that is one position longer each time. Here it reads all of the cache, and a mask
+hides what is not filled yet; where the new token stands is a number on the device. On a GPU torch.compile then records
+its few hundred kernels as one CUDA graph, which starts at once instead of kernel by kernel.
+
+B batch, S capacity of the cache, C width, K key/value heads, D head width, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from minillava.cache import KVCache
+from minillava.files.disk import one_line
+from minillava.llama import LanguageModel, LanguageOutput, rotary_tables
+from minillava.llava import Llava
+
+CAPACITY_STEP = 512  # a cache's capacity is a multiple: each other capacity is compiled anew
+
+RECOMPILE_LIMIT = 64  # for so many capacities and numbers of rows; torch's own limit is 8
+
+
+def compile_decode(model: Llava) -> None:
+    """Let the loop decode by `CapturedDecode`. Compiling happens at an answer's second token, the first that is
+    decoded, and takes from seconds to a minute."""
+    on_gpu = model.language_model.embed_tokens.weight.is_cuda
+    # torch's name before 2.7, which later ones still know, for what is now called recompile_limit
+    torch._dynamo.config.cache_size_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.cache_size_limit)
+    model.decode_step = torch.compile(
+        partial(step, model.language_model),
+        mode="reduce-overhead" if on_gpu else "default",
+        fullgraph=True,
+        dynamic=False,
+    )
+
+
+@contextmanager
+def spare_cache(model: Llava, rows: int, capacity: int, like: Tensor) -> Iterator[KVCache]:
+    """An empty cache of at least this capacity, in memory that is given back at the end.
+
+    Caches of all shapes begin at the same addresses: for another address the graph would be
+    recorded anew, and torch forgets no recording. As much memory is kept as the largest of them took.
+    like: gives dtype and device."""
+    text, capacity = model.config.text, -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+    cache = KVCache(text, rows, capacity, dtype=like.dtype, device="meta")  # the shapes
+    size, kind = cache.keys[0].numel(), {"dtype": like.dtype, "device": like.device}
+    memory, model.spare_memory = model.spare_memory, []
+    fits = memory and (memory[0].dtype, memory[0].device) == (like.dtype, like.device)
+    if not fits or len(memory[0]) < size:
+        memory.clear()  # before there is more
+        with torch.inference_mode(False):  # memory that began in that mode could not be written to outside of it
+            memory = [torch.empty(size, **kind) for _ in (*cache.keys, *cache.values)]
+    tensors = [beginning(each, cache.keys[0].shape) for each in memory]
+    layers = text.num_hidden_layers
+    cache.keys, cache.values = tensors[:layers], tensors[layers:]
+    try:
+        yield cache
+    finally:  # also where somebody stopped listening: what the GPU still does with it comes before what is asked next
+        model.spare_memory = model.spare_memory or memory  # of two at once, the first to end
+
+
+def beginning(memory: Tensor, shape: torch.Size) -> Tensor:
+    """The first numbers of `memory` as a tensor that is no view, of which a compiler would see the base."""
+    with torch.inference_mode(False):
+        return memory.new_empty(0).set_(memory.untyped_storage(), 0, shape)
+
+
+class CapturedDecode:
+    """`decode`, one new position per row behind what a cache holds; the same tokens, added up in another order."""
+
+    def __init__(self, decode_step: Callable, cache: KVCache):
+        """decode_step: `step`, compiled or not, for one model."""
+        self.decode_step, self.cache, self.cleared = decode_step, cache, None
+        self.position = torch.tensor([cache.length], device=cache.keys[0].device)
+
+    def __call__(self, token_ids: Tensor) -> LanguageOutput:
+        """token ids [B] -> logits [B, 1, V]. Raises ValueError where nothing can compile, or the cache is full."""
+        cache = self.cache
+        cache.reserve(len(token_ids), 1, None)
+        if self.cleared is not cache.keys[0]:  # new, or grown meanwhile
+            self._clear()
+        try:
+            logits = self.decode_step(token_ids[:, None], self.position, cache.attention_mask, cache.keys, cache.values)
+        except Exception as error:
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                reason = one_line(error)[:200]
+                raise ValueError(f"torch.compile does not work here ({reason}); leave --compile out") from error
+            raise
+        self.position += 1
+        cache.advance(1)
+        return LanguageOutput(logits.clone())  # a replay writes to the same memory as the one before
+
+    def _clear(self) -> None:
+        # A mask makes the weight of an unfilled position zero, but zero times what lay in that memory may be NaN.
+        for tensor in (*self.cache.keys, *self.cache.values):
+            tensor[:, :, self.cache.length :] = 0
+            if tensor.is_cuda:
+                # Or the graph would copy the cache at every step. Without the guard, another cache of this shape is
+                # another recording, not compiled anew, and its memory is not held by what was compiled.
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        self.cleared = self.cache.keys[0]
+
+
+def step(
+    model: LanguageModel,
+    token_ids: Tensor,
+    position: Tensor,
+    real: Tensor | None,
+    keys: list[Tensor],
+    values: list[Tensor],
+) -> Tensor:
+    """`LanguageModel.forward` for one new token per row and a cache that is written in place.
+
+    token_ids [B, 1]; position [1], where they stand; real bool [B, S], False for padding, or None; keys and values per
+    layer [B, K, S, D] -> logits [B, 1, V].
+    """
+    x = model.embed_tokens(token_ids)  # [B, 1, C]
+    mask = torch.arange(keys[0].shape[2], device=x.device) <= position  # [S]
+    if real is None:
+        positions, mask = position[None], mask[None]  # [1, 1], [1, S]
+    else:
+        mask = mask & real  # [B, S]
+        positions = mask.sum(-1, keepdim=True) - 1  # [B, 1], counting real tokens only
+    cos, sin = rotary_tables(positions, model.config, x.dtype)
+    cache = InPlace(position, keys, values)
+    for layer in model.layers:
+        x, _ = layer(x, cos, sin, mask[:, None, None], False, model.attend, cache)
+    return model.head(model.norm(x))
+
+
+class InPlace:
+    """What a layer sees of the cache."""
+
+    def __init__(self, position: Tensor, keys: list[Tensor], values: list[Tensor]):
+        self.position, self.keys, self.values = position, keys, values
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write [B, K, 1, D] at the position; return all [B, K, S, D]."""
+        return self.keys[layer].index_copy_(2, self.position, k), self.values[layer].index_copy_(2, self.position, v)

@@ -1,0 +1,201 @@
+"""A picture from wherever it comes, as upright RGB; or one line that says what is wrong with it."""
+
+import base64
+import binascii
+import io
+import os
+import re
+import stat
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from minillava.files.metadata import has_removable_metadata, turn_upright, without_metadata
+
+MAX_PIXELS = 2 * 89_478_485
+"""Pillow's own limit against decompression bombs (about 179 million pixels): of the picture itself."""
+
+MAX_SIDE = 65_535
+"""The longest side of a JPEG, which is the most of the common formats; a header that says more is damaged."""
+
+ImageSource = str | Path | bytes | BinaryIO | Image.Image
+
+Images = ImageSource | Sequence[ImageSource] | None
+
+
+def as_list(images: Images) -> list[ImageSource]:
+    """One picture, several or none (None), as a list."""
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """A picture from a path, a `data:` URL, bytes, a file or Pillow; upright (EXIF orientation applied) and RGB.
+
+    The original LLaVA ignores EXIF, so phone photos lie on their side there. Metadata that cannot be read is no reason
+    to refuse pixels that can. Raises FileNotFoundError, or ValueError for what is not a picture, is damaged, or is
+    larger than MAX_PIXELS or MAX_SIDE.
+    """
+    name = name_of(source)
+    try:
+        file = source if isinstance(source, Image.Image) else _file(source, name)
+        try:
+            image = _decode(file)
+        except (Refused, Image.DecompressionBombError):
+            raise
+        except Exception as error:
+            # Pillow gives up on some metadata that others skip. The first error is the one to report.
+            try:
+                image = _decode(_without_metadata(file))
+            except Exception:
+                raise error from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: no such picture; check the path") from None
+    except PermissionError as error:
+        raise ValueError(f"{name}: cannot be read ({error.strerror}); give the path of a picture file") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name}: {str(error).rstrip('.')}; make the picture smaller") from None
+    except Refused as error:
+        raise ValueError(f"{name}: {error}") from None
+    except Image.UnidentifiedImageError:
+        found = "not a picture that Pillow can read, or cut short at its beginning"
+        raise ValueError(f"{name}: {found}; convert it to PNG or JPEG") from None
+    except Exception as error:
+        # On damaged data Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ...
+        raise ValueError(f"{name}: the picture is damaged ({error}); save or download it again") from error
+    image.info = {}  # what is upright now must not be turned again
+    image.filename = name  # a later complaint about it can say which picture it is
+    return image
+
+
+def _decode(file: Image.Image | Path | BinaryIO) -> Image.Image:
+    """Pixels, upright and RGB. Raises Refused for a picture that is too large, and whatever Pillow does."""
+    with warnings.catch_warnings():
+        # Pillow warns of what it can do without (damaged EXIF), and of large pictures: MAX_PIXELS is the limit.
+        warnings.simplefilter("ignore")
+        with nullcontext(file) if isinstance(file, Image.Image) else Image.open(file) as image:
+            check_size(image.size)
+            image.load()
+            return to_rgb(turn_upright(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB: transparency on white (as transformers 5), deep greys scaled rather than clipped."""
+    if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
+        # "I" is what older Pillow makes of a 16-bit PNG. 65535 / 255 is exactly 257.
+        grey = (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255)
+        image = Image.fromarray(grey.astype(np.uint8))
+    if image.mode == "F" and image.getextrema()[1] <= 1:
+        image = image.point(lambda v: v * 255)  # floats are either 0 to 255, as Pillow takes them, or 0 to 1
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.applyTransform(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
+    if image.mode == "La":  # grey with premultiplied alpha
+        image = image.convert("LA")
+    if {"A", "a"} & set(image.getbands()) or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+class Refused(ValueError):
+    """A source that Pillow need not be asked about; the message lacks its name, which the caller knows."""
+
+
+def check_size(size: tuple[int, int]) -> None:
+    found = f"the picture is {size[0]} x {size[1]}"
+    if size[0] * size[1] > MAX_PIXELS:
+        raise Refused(f"{found}, more than {MAX_PIXELS} pixels; make it smaller or cut it")
+    if max(size) > MAX_SIDE:
+        raise Refused(f"{found}, with a side of more than {MAX_SIDE} pixels; make it smaller")
+    if min(size) < 1:
+        raise Refused(f"{found}, which holds no pixels; choose another")
+
+
+def name_of(source: ImageSource) -> str:
+    """What messages call a picture."""
+    if isinstance(source, Image.Image):
+        return str(vars(source).get("filename") or "picture")  # Pillow notes the file, open_image any source
+    if not isinstance(source, (str, Path)):
+        name = source.name if hasattr(source, "name") else None  # a file knows its name
+        return name if isinstance(name, str) else "picture"
+    if _is_data_url(source):
+        return "data: URL"
+    return str(source) if str(source).isprintable() and str(source) else repr(str(source))  # always one line
+
+
+def _is_data_url(source: str | Path) -> bool:
+    return str(source)[:100].lstrip()[:5].lower() == "data:"
+
+
+def _check_file(path: str | Path) -> None:
+    """Refuse folders, devices, and pipes: opening one would wait for somebody to write to it."""
+    try:
+        found = None if stat.S_ISREG(os.stat(path).st_mode) else "a folder, pipe or device"
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # links in a circle, a name too long
+        found = error.strerror
+    except ValueError as error:  # a name with a zero in it
+        found = str(error)
+    if found:
+        raise Refused(f"cannot be read ({found}); give the path of a picture file")
+
+
+def _file(source: str | Path | bytes | BinaryIO, name: str) -> Path | BinaryIO:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if hasattr(source, "read"):
+        return source
+    if not isinstance(source, (str, Path)):
+        raise Refused(
+            f"found {type(source).__name__}, expected a path, bytes, a file or a Pillow image "
+            "(Image.fromarray makes one of a uint8 array [height, width, 3])"
+        )
+    if name.lower().startswith(("http://", "https://")):
+        raise Refused("minillava does not download; save the picture and give its path")
+    if _is_data_url(source):
+        return io.BytesIO(_read_data_url(str(source)))
+    if not os.path.lexists(source):  # `~` is the home folder, unless a file is really called so
+        source = os.path.expanduser(source)
+    _check_file(source)
+    return Path(source)
+
+
+def _read_data_url(url: str) -> bytes:
+    """What a `data:` URL holds, as browsers read it: percent escapes, white space and missing padding are no mistake,
+    nor is the alphabet of URLs (-_). Raises Refused."""
+    header, comma, payload = url.strip().partition(",")
+    if not comma:
+        raise Refused("expected data:image/png;base64,... and found no comma")
+    is_base64 = re.search(r";\s*base64\s*$", header, re.IGNORECASE)
+    if not is_base64 and "%" not in payload:
+        raise Refused("expected data:image/png;base64,... and found no ;base64 before the comma")
+    try:
+        content = unquote_to_bytes(payload)
+        if not is_base64:
+            return content
+        content = b"".join(content.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
+    except (binascii.Error, UnicodeEncodeError) as error:
+        found = "a letter outside UTF-8" if isinstance(error, UnicodeEncodeError) else error
+        raise Refused(f"what follows ;base64, is not base64 ({found}); encode the picture again") from None
+
+
+def _without_metadata(file: Path | BinaryIO) -> BinaryIO:
+    """A file that Pillow could not open, once more without its metadata. Raises ValueError where that is no help, and
+    whatever a file raises that cannot be read again."""
+    with open(file, "rb") if isinstance(file, Path) else nullcontext(file) as again:
+        again.seek(0)
+        head = again.read(16)
+        if not has_removable_metadata(head):  # so that gigabytes of something else are not read
+            raise ValueError("not a format whose metadata can be left out")
+        return io.BytesIO(without_metadata(head + again.read()))

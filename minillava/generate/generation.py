@@ -1,0 +1,114 @@
+"""`generate`: a batch of prompts answered in one call, whichever way tokens are chosen; `python -m minillava.generate`.
+
+B rows: prompts times num_return_sequences. m new tokens, n pictures, R their side in pixels, P patches each, C width,
+V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minillava.generate import beam
+from minillava.llava import Llava, Spliced
+from minillava.loop import Process, check_room, steps
+from minillava.options import Options, read_options
+from minillava.tokenizer import Tokenizer
+
+
+@dataclass
+class Generation:
+    """What `generate` returns. What was not asked for with `record` is None."""
+
+    sequences: Tensor  # [B, m] new ids only, rows padded after their end token
+    text: list[str] | None  # per row, without special tokens and stop text; None without a tokenizer
+    finish_reason: list[str]  # per row: "stop" or "length"
+    image_spans: list[list[tuple[int, int]]]  # per row, (start, end) of each picture in the spliced prompt
+    seed: int  # what reproduces this sample
+    sequences_scores: Tensor | None = None  # [B] with beams: what they were ranked by
+    scores: tuple[Tensor, ...] | None = None  # m times [B, V]
+    logits: tuple[Tensor, ...] | None = None  # m times [B, V]
+    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None  # m times those of Step
+    attentions: tuple[tuple[Tensor, ...], ...] | None = None  # m times those of Step
+
+
+def generate(
+    model: Llava,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    images: Tensor | None = None,
+    *,
+    second: tuple[Tensor | Sequence[Sequence[int]], Tensor | None] | None = None,
+    contrast: Callable[[Tensor, Tensor, int], Tensor] | None = None,
+    process: Process | None = None,
+    record: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
+    **options,
+) -> Generation:
+    """Answer a batch of prompts: ragged rows of ids with -200 for each picture of `images` [n,3,R,R] (or [n,P,C],
+    encoded already).
+
+    second, contrast: (input_ids, images) that see something else, and what makes one row of logits of two (`steps`;
+    contrast.py has both). record: any of "scores", "logits", "hidden_states", "attentions" (shapes as Hugging Face's
+    generate). options: the fields of `Options` by name; any other name is a TypeError.
+    process: f(scores [B,V], history [B,S]) -> scores [B,V], for sampling of your own: after contrast and penalties,
+    before temperature and filters. history: the ids of prompt and answer, a picture as its id in each of its positions,
+    padding on the left as -1.
+    num_beams above 1 is beam search (beam.py), without contrast; stop texts are then cut from the finished answers.
+    Raises ValueError for options out of range or a prompt that does not fit the model's context.
+    """
+    chosen = read_options(options)
+    if isinstance(contrast, str):
+        raise ValueError(f"contrast is {contrast!r}, expected a method with the rows of `second`; ask() takes names")
+    if (second is None) != (contrast is None):
+        raise ValueError("second and contrast belong together: what else is seen, and how the two are combined")
+    record = (record,) if isinstance(record, str) else record
+    if second is not None:
+        if len(second[0]) != len(input_ids):
+            raise ValueError(f"{len(input_ids)} rows of input_ids but {len(second[0])} second rows; give one for each")
+        input_ids = [*input_ids, *second[0]]
+        both = [some for some in (images, second[1]) if some is not None]
+        if len({some.shape[1:] for some in both}) > 1:
+            shapes = " and ".join(str(list(some.shape)) for some in both)
+            raise ValueError(f"images and those of the second rows are {shapes}; encode both or neither")
+        images = torch.cat([some.to(both[0].device) for some in both]) if both else None
+    check_room(model, input_ids)
+    with torch.no_grad():
+        spliced = model.splice(input_ids, images)
+    if chosen.num_beams > 1 and contrast is None:
+        return _beam_search(model, spliced, chosen, tokenizer, record, process)
+    spliced = spliced.repeat_rows(chosen.num_return_sequences)
+    token_ids, text, kept = [], None, {name: [] for name in record}
+    for step in steps(model, spliced, chosen, tokenizer=tokenizer, record=record, contrast=contrast, process=process):
+        token_ids.append(step.token_ids)
+        text = [before + new for before, new in zip(text or [""] * len(step.text), step.text, strict=True)]
+        for name in record:
+            kept[name].append(vars(step)[name])
+    return Generation(
+        sequences=torch.stack(token_ids, dim=1),
+        text=None if tokenizer is None else text,
+        finish_reason=step.finish_reason,
+        image_spans=spliced.image_spans[: len(text)],
+        seed=chosen.seed,
+        **{name: tuple(values) for name, values in kept.items()},
+    )
+
+
+def _beam_search(
+    model: Llava,
+    spliced: Spliced,
+    chosen: Options,
+    tokenizer: Tokenizer | None,
+    record: Sequence[str],
+    process: Process | None,
+) -> Generation:
+    found = beam.search(model, spliced, chosen, tokenizer=tokenizer, record=record, process=process)
+    return Generation(
+        sequences=found.sequences,
+        text=None if tokenizer is None else found.text,
+        finish_reason=found.finish_reason,
+        image_spans=[spans for spans in spliced.image_spans for _ in range(chosen.num_return_sequences)],
+        seed=chosen.seed,
+        sequences_scores=found.scores,
+        **found.recorded,
+    )

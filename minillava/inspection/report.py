@@ -1,0 +1,283 @@
+"""What a folder of weights holds and lacks, from the headers of its files: `python -m minillava.inspect DIR`.
+
+Names, shapes and dtypes stand at the beginning of a file, and no more is read, so that this takes seconds where opening
+takes minutes. With --doctor the model is opened and asked, too (doctor.py).
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from minillava.attention import fused
+from minillava.checkpoint.config_json import read_config
+from minillava.checkpoint.folders import find_folder, gather, open_checkpoint
+from minillava.checkpoint.names import CLIP_PREFIXES, CLIP_TEXT_HALF, PROJECTOR_NAME, REST_NAME, part_of_model
+from minillava.checkpoint.side_json import read_image_processor
+from minillava.checkpoint.stored import Checkpoint
+from minillava.checkpoint.towers import settle
+from minillava.config import LlavaConfig
+from minillava.files.disk import read_json
+from minillava.files.hub import CLIP_RELEASE, DOWNLOAD
+from minillava.files.tensors import DTYPES, Stored, open_file, weight_files
+from minillava.files.tokenizer_files import find_tokenizer
+from minillava.inspection import doctor
+from minillava.llava import Llava
+from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, find_template, place_images, render
+from minillava.tokenizer import open_tokenizer
+
+FILES = {  # beside the weights -> what a missing one means
+    "config.json": "needed",
+    "tokenizer.model": "needed",
+    "tokenizer_config.json": "legacy is then true",
+    "generation_config.json": "the end and pad tokens are then those of config.json",
+    "preprocessor_config.json": "pictures are then normalised by CLIP's own numbers",
+}
+
+QUANTISED = {"uint8": "int4", "int8": "int8"}  # dtype in which the weights are stored -> row of the memory table
+
+
+@dataclass
+class Report:
+    """What could be found out: the fields of --json. `missing`, `misshapen`, `unexpected` and `unneeded` are about
+    tensors, `problems` are sentences about all else."""
+
+    folder: str
+    dialect: str
+    problems: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # our names
+    misshapen: list[str] = field(default_factory=list)  # sentences
+    unexpected: list[str] = field(default_factory=list)  # stored names
+    unneeded: list[str] = field(default_factory=list)  # stored names
+    parts: dict[str, dict] = field(default_factory=dict)
+    files: dict[str, bool] = field(default_factory=dict)
+    dtypes: dict[str, dict] = field(default_factory=dict)
+    read: list[str] = field(default_factory=list)  # files of weights
+    notes: list[str] = field(default_factory=list)  # about files that lie there and are not read
+    adapted: int = 0  # weights that a LoRA changes when the model is opened
+    network: dict = field(default_factory=dict)
+    picture: dict = field(default_factory=dict)
+    tokenizer: dict = field(default_factory=dict)
+    template: dict = field(default_factory=dict)
+    memory: dict[str, dict] = field(default_factory=dict)
+    tensors: list[dict] = field(default_factory=list)
+    doctor: list[dict] = field(default_factory=list)
+
+    @property
+    def loadable(self) -> bool:
+        return not (self.problems or self.missing or self.misshapen or self.unexpected)
+
+    def attempt(self, call: Callable, *given):
+        """What the call returns; None where it fails, whose message then is noted as problems, one a line."""
+        try:
+            return call(*given)
+        except (ValueError, OSError) as error:
+            self.problems += [line.strip() for line in str(error).splitlines()]
+            return None
+
+
+def inspect_folder(
+    weights: str | Path,
+    *,
+    revision: str | None = None,
+    vision_tower: str | Path | None = None,
+    model_base: str | Path | None = None,
+    adapter: str | Path | None = None,
+    template: str | None = None,
+    system: str | None = None,
+    image_aspect_ratio: str | None = None,
+) -> Report:
+    """All that can be said of weights without reading them. Arguments as for `minillava.load`, which opens them if the
+    report is `loadable`, and else does not. Raises FileNotFoundError or ValueError where a folder is not there."""
+    folder = find_folder(weights, revision)
+    tower, base, lora = (None if f is None else find_folder(f) for f in (vision_tower, model_base, adapter))
+
+    def home(name: str) -> Path:
+        """The folder of a file that a fine-tune may leave to its base."""
+        return folder if base is None or (folder / name).exists() else base
+
+    report = Report(str(folder), dialect_of(folder, base))
+    report.files = {name: (home(name) / name).exists() for name in FILES}
+    homes = [f for f in (lora, folder, base) if f is not None]
+    model, beside = find_tokenizer(homes)
+    for path in (model, beside / "tokenizer_config.json"):
+        report.files[path.name] = path.exists()
+    pictures = tower or home("preprocessor_config.json")  # transformers 5 writes processor_config.json instead
+    report.files["preprocessor_config.json"] |= any(pictures.glob("p*rocessor_config.json"))
+    config = report.attempt(read_config, home("config.json"), tower)
+    checkpoint, tensors, config = _open_weights(report, folder, config, tower, base, lora)
+    _describe_tensors(report, tensors, checkpoint)
+    report.read = sorted({str(stored.path) for stored in tensors.values()})
+    if config is not None:
+        shapes = weight_shapes(config)
+        report.network = _network(config)
+        report.memory = doctor.memory_table(config, shapes)
+        processor = report.attempt(read_image_processor, pictures, config, image_aspect_ratio)
+        if processor is not None:
+            report.picture = {"side": processor.image_size, "aspect": processor.aspect}
+        if checkpoint is not None:
+            _compare(report, checkpoint, shapes)
+    if checkpoint is not None:
+        report.adapted, report.unneeded = len(checkpoint.deltas), checkpoint.unused
+        report.notes = checkpoint.notes
+        _say_what_to_get(report, checkpoint, None if config is None else config.vision_tower_name)
+    _describe_tokenizer(report, homes, config)
+    style = find_template(template or DEFAULT_TEMPLATE)
+    prompt = render(style, [(place_images(DEFAULT_PROMPT, 1), None)], system)
+    report.template = {"name": template or DEFAULT_TEMPLATE, "default": template is None, "prompt": str(prompt)}
+    return report
+
+
+def dialect_of(folder: Path, base: Path | None = None) -> str:
+    """What kind of folder this is, by its files and the words of its config.json. base: where `model_base` is."""
+    if part := part_of_model(folder):
+        kind = "a projector from pre-training" if part == "a projector" else part
+        return f"{kind} alone, without its base" if base is None else f"{kind}, on the base in {base}"
+    try:
+        raw = read_json(folder / "config.json")
+    except (ValueError, OSError):
+        return "unknown: it has no config.json that can be read"
+    kind = raw.get("model_type")
+    if kind in ("llava", "llava_llama"):
+        return "LLaVA as on the hub (llava-hf)" if "text_config" in raw else "the original LLaVA (liuhaotian)"
+    if kind in ("clip", "clip_vision_model"):
+        return "a plain CLIP: the --vision-tower of a LLaVA, none by itself"
+    if kind == "llama":
+        return "a plain Llama: the --model-base of a projector or a LoRA, no LLaVA by itself"
+    return f"unknown: model_type is {kind!r}"
+
+
+def _open_weights(
+    report: Report, folder: Path, config: LlavaConfig | None, *others: Path | None
+) -> tuple[Checkpoint | None, dict[str, Stored], LlavaConfig | None]:
+    """The checkpoint, its tensors by our names, and the config: as `load` opens it, else without asking whether it is
+    whole. Where not even that works: None, and what is in those of its files that can be opened, by stored names."""
+    try:
+        if config is not None:
+            checkpoint, config = open_checkpoint(folder, config, *others)
+            return checkpoint, checkpoint.tensors, config
+    except (ValueError, OSError):
+        pass  # what is wrong is found again below, part by part
+    known = len(report.problems)
+    if report.dialect.startswith("a plain CLIP"):
+        checkpoint = report.attempt(Checkpoint, folder, CLIP_PREFIXES, CLIP_TEXT_HALF)
+    else:
+        checkpoint = report.attempt(gather, folder, *others, None if config is None else config.text.vocab_size)
+    if checkpoint is not None:
+        settled = None if config is None else report.attempt(settle, config, checkpoint)
+        return checkpoint, checkpoint.tensors, settled or config
+    tensors, damaged = {}, []
+    for path in _weight_files(folder):
+        try:
+            tensors |= {stored.name: stored for stored in open_file(path)}
+        except (ValueError, OSError) as error:
+            damaged.append(str(error))
+    if damaged:
+        report.problems[known:] = damaged  # `gather` stops at the first
+    return None, tensors, config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that are read, where that can be told, or else those that are there."""
+    with suppress(OSError, ValueError):
+        read, _ = weight_files(folder)
+        if read:
+            return [path for path in read if path.suffix != ".json"]
+    patterns = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*", PROJECTOR_NAME, REST_NAME)
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+def weight_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
+    """Our name -> shape of every weight of the network, which for this is built without memory."""
+    with torch.device("meta"):
+        model = Llava(config, fused)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def part_of(name: str) -> str:
+    """The part a tensor belongs to: by our name, or by what stored names have in common."""
+    if ".lora_" in name:
+        return "adapter"
+    if "projector" in name:
+        return "projector"
+    return "vision tower" if "vision_tower." in name or name.startswith("vision_model.") else "language model"
+
+
+def _describe_tensors(report: Report, tensors: dict[str, Stored], checkpoint: Checkpoint | None) -> None:
+    """Numbers by part and by dtype, and the list of --keys."""
+    report.parts = {part: {"tensors": 0, "parameters": 0} for part in ("language model", "projector", "vision tower")}
+    quantised = {} if checkpoint is None else checkpoint.quantised
+    for name, stored in tensors.items():
+        if name in quantised:  # one weight in two tensors
+            parts = [part.file.read(part.name) for part in quantised[name].values()]
+            dtype, numbers = parts[0].dtype, math.prod(checkpoint.shape(name))
+            size = sum(part.nbytes for part in parts)
+        else:
+            dtype, numbers = stored.dtype, math.prod(stored.shape)
+            size = numbers * dtype.itemsize
+            if checkpoint is not None and dtype not in DTYPES.values():
+                report.attempt(stored.read)  # which says what is wrong with it
+        part = report.parts.setdefault(part_of(name), {"tensors": 0, "parameters": 0})
+        kind = report.dtypes.setdefault(doctor.name_of(dtype), {"tensors": 0, "parameters": 0, "bytes": 0})
+        for count in (part, kind):
+            count["tensors"] += 1
+            count["parameters"] += numbers
+        kind["bytes"] += size
+        about = {"name": name, "stored": stored.name, "shape": list(stored.shape), "dtype": doctor.name_of(dtype)}
+        report.tensors.append({**about, "file": str(stored.path)})
+
+
+def _network(config: LlavaConfig) -> dict:
+    text = config.text
+    return {
+        "layers": text.num_hidden_layers,
+        "width": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "key_value_heads": text.num_key_value_heads,
+        "vocabulary": text.vocab_size,
+        "context": text.context,
+        "vision_layers": config.vision_layers_needed,
+        "positions_per_picture": config.tokens_per_image,
+    }
+
+
+def _compare(report: Report, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+    """What config.json expects against what is stored, as `load` will find it. A part of which nothing is there is not
+    listed tensor by tensor."""
+    there = {part_of(name) for name in checkpoint.tensors}
+    report.missing = [name for name in shapes if name not in checkpoint.tensors and part_of(name) in there]
+    whole = there >= {part_of(name) for name in shapes}
+    for name, stored in checkpoint.tensors.items():
+        # Of a model that lacks a part, `open_checkpoint` has not yet sorted out what of its tower is not needed.
+        if name not in shapes and (whole or part_of(name) != "vision tower"):
+            report.unexpected.append(stored.name)
+        elif name in shapes and checkpoint.shape(name) != shapes[name]:
+            found, wanted = list(checkpoint.shape(name)), list(shapes[name])
+            report.misshapen.append(f"{stored.name} has shape {found}, config.json expects {wanted}")
+
+
+def _say_what_to_get(report: Report, checkpoint: Checkpoint, tower: str | None) -> None:
+    """One line for each part of which nothing is there. tower: where config.json says that its own comes from."""
+    there = {part_of(name) for name in checkpoint.tensors}
+    absent = [part for part in report.parts if part not in there]
+    for part in absent:
+        get = DOWNLOAD
+        if part == "vision tower" and "language model" not in absent:  # an original release, which is whole without
+            clip = tower if tower and re.fullmatch(r"[\w.-]+/[\w.-]+", tower) else CLIP_RELEASE
+            folder = clip.rpartition("/")[2]
+            get = f"hf download {clip} --local-dir {folder}; then pass --vision-tower {folder}"
+        report.problems.append(f"missing: {part}; get it with: {get}")
+
+
+def _describe_tokenizer(report: Report, folders: Sequence[Path], config: LlavaConfig | None) -> None:
+    tokenizer = report.attempt(open_tokenizer, folders, config)
+    if tokenizer is None:  # what does not fit the weights can be described
+        with suppress(ValueError, OSError):
+            tokenizer = open_tokenizer(folders)
+    if tokenizer is not None:
+        about = {"pieces": tokenizer.vocab_size, "legacy": tokenizer.legacy, "added": tokenizer.added}
+        report.tokenizer = about

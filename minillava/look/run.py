@@ -1,0 +1,329 @@
+"""What each word of an answer looked at, as pictures, a page and numbers: `python -m minillava.look`.
+
+A token is chosen from the logits of the position before it: the first from the last position of the prompt, each
+further one from the token chosen last. So the attention that belongs to a token is that position's row, which led to
+the choice; the row of the token itself leads to the next one. A word's map is the mean over its tokens and over the
+chosen layers and heads. Each number is a patch's share of all attention, of which the text before gets the rest.
+
+L layers, H heads, P patches, G = √P patches a side, T queries, S keys, C width, V vocabulary.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import re
+import time
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minillava.assistant import Assistant
+from minillava.attention import eager
+from minillava.cli.messages import Messages, print_json, significant, write_outputs
+from minillava.cli.opening import find_weights, open_assistant, read_question
+from minillava.files.disk import is_stdout
+from minillava.files.pictures import Images, as_list, open_image
+from minillava.image import ImageProcessor
+from minillava.llama import LanguageModel
+from minillava.llava import Llava, Spliced
+from minillava.look import draw as look_draw
+from minillava.look import page as look_html
+from minillava.loop import Step, steps
+from minillava.options import Options
+from minillava.prompt import DEFAULT_PROMPT
+from minillava.tokenizer import TextDecoder, Tokenizer
+
+DEPTH = 0.5, 1.0
+"""The layers looked at by default, as fractions of the depth: the upper half. Chosen with tools/point_shapes.py on the
+bundled model (README has the figures); that the rule holds for 7B and 13B is a guess."""
+
+
+@dataclass
+class Word:
+    """heat: float32 [G, G], the share of attention of each patch. token_ids: those whose rows the map is made of, the
+    ones with letters or digits; in "left." that leaves out the full stop."""
+
+    text: str
+    token_ids: list[int]
+    heat: np.ndarray
+
+
+@dataclass
+class Lens:
+    """What each layer would say if it were the last: its most likely token, and how likely. Layer 0 is what goes into
+    the first one. patches: per layer P times (text, probability), at the patches. tokens: per layer one for each
+    `chosen`, at the positions that chose the answer's tokens."""
+
+    patches: list[list[tuple[str, float]]]
+    chosen: list[str]
+    tokens: list[list[tuple[str, float]]]
+
+
+@dataclass
+class Look:
+    """box: left, top, right, bottom of the square that the model sees, in pixels of the picture (`seen_box`)."""
+
+    picture: Image.Image
+    box: tuple[float, float, float, float]
+    question: str
+    answer: str
+    layers: list[int]
+    heads: list[int]
+    words: list[Word]
+    lens: Lens | None
+
+
+# ------------------------------------------------------------------------------------------- attention
+@contextmanager
+def _last_rows(language_model: LanguageModel, start: int, end: int) -> Iterator[list[Tensor]]:
+    """Inside, every layer appends [H, end - start]: the attention of the last position to start..end. What the layers
+    return is untouched. Only that row is kept: at 7B, the prefill's weights are 1.6 GB in float32."""
+    attend, rows = language_model.attend, []
+
+    def attend_and_note(q, k, v, mask=None, causal=False):
+        out, weights = attend(q, k, v, mask, causal)
+        row = weights
+        if row is None:  # fused: it has none. The last position sees all keys, so the causal triangle is not needed
+            _, row = eager(q[:, :, -1:], k, v, None if mask is None else mask[:, :, -1:])  # [1, H, 1, S]
+        rows.append(row[0, :, -1, start:end].float().clone())
+        return out, weights
+
+    language_model.attend = attend_and_note
+    try:
+        yield rows
+    finally:
+        language_model.attend = attend
+
+
+def watch(
+    model: Llava, spliced: Spliced, options: Options, tokenizer: Tokenizer, record: Sequence[str] = ()
+) -> Iterator[tuple[Step, Tensor]]:
+    """`loop.steps` for one row with one picture: every step, and the attention [L, H, P] that chose its token.
+    Raises ValueError as `steps`, and for another number of pictures."""
+    pictures = sum(map(len, spliced.image_spans))
+    if len(spliced.image_spans) != 1 or pictures != 1:
+        raise ValueError(f"{len(spliced.image_spans)} row(s) with {pictures} picture(s), expected one with one")
+    running, span = steps(model, spliced, options, tokenizer=tokenizer, record=record), patch_span(model, spliced)
+    while True:
+        # Set for one forward pass at a time, so that other loops can use the model in between.
+        with _last_rows(model.language_model, *span) as rows:
+            step = next(running, None)
+        if step is None:
+            return
+        yield step, torch.stack(rows)
+
+
+def patch_span(model: Llava, spliced: Spliced) -> tuple[int, int]:
+    """Where the patches of the first row's first picture are. A class token, where a model keeps it, stands before."""
+    end = spliced.image_spans[0][0][1]
+    return end - model.config.vision.num_patches, end
+
+
+def default_layers(count: int) -> list[int]:
+    """`DEPTH` of `count` layers, at least one."""
+    first, end = (round(fraction * count) for fraction in DEPTH)
+    return list(range(first, max(end, first + 1)))
+
+
+def join_words(pieces: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """The texts of tokens -> words without the space around them, and which tokens each is made of (those with letters
+    or digits, where it has any). Half a character ("") belongs to what completes it, a Chinese one is a word."""
+    words: list[list[tuple[str, list[int]]]] = []  # per word, (text, tokens) of its parts
+    waiting = []
+    for i, piece in enumerate(pieces):
+        waiting.append(i)
+        if not piece:
+            continue
+        wide = unicodedata.east_asian_width(piece[0]) in "WF"
+        if not words or piece[0].isspace() or words[-1][-1][0][-1].isspace() or wide:
+            words.append([])
+        words[-1].append((piece, waiting))
+        waiting = []
+    joined = []
+    for parts in words:
+        spoken = [part for part in parts if any(c.isalnum() for c in part[0])]
+        text = "".join(piece for piece, _ in parts).strip()
+        joined.append((text, [i for _, tokens in spoken or parts for i in tokens]))
+    return [word for word in joined if word[0]]
+
+
+def seen_box(size: tuple[int, int], processor: ImageProcessor) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of the square that the model sees, in pixels of a picture of that size: larger than
+    the picture where it is padded, smaller where it is cropped. The arithmetic of image.py backwards."""
+    width, height = size
+    if processor.aspect == "pad":
+        side = max(size)
+        left, top = -((side - width) // 2), -((side - height) // 2)
+        return left, top, left + side, top + side
+    side, short, long = processor.image_size, min(size), max(size)
+    box = []
+    for length in size:
+        new = side if length == short else int(side * long / short)
+        box.append([edge * length / new for edge in ((new - side) // 2, (new - side) // 2 + side)])
+    return box[0][0], box[1][0], box[0][1], box[1][1]
+
+
+# -------------------------------------------------------------------------------------------- logit lens
+def _lens_words(model: Llava, states: Sequence[Tensor], tokenizer: Tokenizer) -> list[list[tuple[str, float]]]:
+    """The most likely next token and its probability at each of some positions, for every layer (nostalgebraist 2020).
+    states: L + 1 times [positions, C]."""
+    language, found = model.language_model, []
+    for i, state in enumerate(states):
+        # The last one is normalised already.
+        logits = language.head(state if i == len(states) - 1 else language.norm(state))  # [positions, V]
+        likely = logits.float().softmax(-1).max(-1)
+        pairs = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
+        found.append([(tokenizer.piece(token), significant(p)) for token, p in pairs])
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- look
+@torch.no_grad()
+def look(
+    assistant: Assistant,
+    image: Images,
+    question: str = DEFAULT_PROMPT,
+    options: Options | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    system: str | None = None,
+    lens: bool = False,
+    **settings,
+) -> Look:
+    """Answer, and where each word looked. layers, heads: counted from 0, those averaged over (default: the upper
+    half, all heads). options: an `Options`, or its fields by name. Raises ValueError for a layer or head out of
+    range."""
+    if len(as_list(image)) != 1:
+        raise ValueError(f"look at one picture, found {len(as_list(image))} pictures")
+    text, picture = assistant.model.config.text, open_image(*as_list(image))
+    layers = _check("layer", default_layers(text.num_hidden_layers) if layers is None else layers,
+                    text.num_hidden_layers)  # fmt: skip
+    heads = _check("head", range(text.num_attention_heads) if heads is None else heads, text.num_attention_heads)
+    spliced = assistant.prepare(picture, assistant.prompt(question, images=1, system=system))
+    start, end = patch_span(assistant.model, spliced)
+    model, tokenizer, chosen = assistant.model, assistant.tokenizer, assistant.options(options, **settings)
+    decoder, answer, ids, pieces, maps, patches, states = TextDecoder(tokenizer), "", [], [], [], [], []
+    for step, rows in watch(model, spliced, chosen, tokenizer, ("hidden_states",) * lens):
+        maps.append(rows[layers][:, heads].mean((0, 1)).cpu().numpy())  # [P]
+        ids.append(step.ids[0])
+        pieces.append(decoder.feed(ids[-1]))
+        answer += step.text[0]
+        if lens:
+            if not states:
+                patches = _lens_words(model, [state[0, start:end] for state in step.hidden_states], tokenizer)
+            states.append([state[0, -1] for state in step.hidden_states])
+    left = len(answer)
+    for i, piece in enumerate(pieces):
+        pieces[i] = piece[:left]  # without what a stop text has cut off
+        left -= len(pieces[i])
+    side = math.isqrt(end - start)
+    words = [
+        Word(word, [ids[i] for i in tokens], np.mean([maps[i] for i in tokens], axis=0).reshape(side, side))
+        for word, tokens in join_words(pieces)
+    ]
+    seen = None
+    if lens:
+        by_layer = [torch.stack(layer) for layer in zip(*states, strict=True)]  # L + 1 times [tokens, C]
+        said = [tokenizer.piece(i) for i in ids]
+        seen = Lens(patches, said, _lens_words(model, by_layer, tokenizer))
+    box = seen_box(picture.size, assistant.image_processor)
+    return Look(picture, box, question, answer, layers, heads, words, seen)
+
+
+def _check(what: str, chosen: Sequence[int], count: int) -> list[int]:
+    wrong = [i for i in chosen if not 0 <= i < count]
+    if wrong or not chosen:
+        raise ValueError(f"no {what} {wrong[0] if wrong else 'chosen'}: this model has {what}s 0 to {count - 1}")
+    return list(chosen)
+
+
+# ------------------------------------------------------------------------------------------------- door
+def _plain(text: str) -> str:
+    """A word for comparison: small letters, without the punctuation around it."""
+    return re.sub(r"^\W+|\W+$", "", text).casefold()
+
+
+def choose_words(words: Sequence[Word], wanted: Sequence[str]) -> list[Word]:
+    """Those words of the answer, in its order; all of them where none is wanted. Raises ValueError for one that the
+    answer does not contain."""
+    found = {_plain(word.text) for word in words}
+    for text in wanted:
+        if _plain(text) not in found:
+            raise ValueError(f"the answer has no word {text!r}; its words: {' '.join(w.text for w in words)}")
+    plain = {_plain(text) for text in wanted}
+    return [word for word in words if not plain or _plain(word.text) in plain]
+
+
+def as_json(found: Look, words: Sequence[Word]) -> dict:
+    """Everything as numbers: maps as lists of rows, unrounded."""
+    return {
+        "question": found.question,
+        "answer": found.answer,
+        "picture": {"size": found.picture.size, "box": found.box},
+        "layers": found.layers,
+        "heads": found.heads,
+        "words": [
+            {"text": w.text, "token_ids": w.token_ids, "share": float(w.heat.sum()), "map": w.heat.tolist()}
+            for w in words
+        ],
+    }
+
+
+def _picture_bytes(image: Image.Image, path: str) -> bytes:
+    file = io.BytesIO()
+    image.save(file, Image.registered_extensions()[os.path.splitext(path)[1].lower()])
+    return file.getvalue()
+
+
+def run(args: argparse.Namespace, options: dict) -> int:
+    messages = Messages(args.verbose, args.quiet)
+    question, (picture,) = read_question(args)
+    assistant = open_assistant(args, find_weights(args.weights, messages), messages)
+    started, text = time.perf_counter(), assistant.model.config.text
+    layers = range(text.num_hidden_layers) if args.layers is None else args.layers or None
+    lens = args.lens is not None
+    found = look(
+        assistant, picture, question, layers=layers, heads=args.heads or None, system=args.system, lens=lens, **options
+    )
+    messages.stage("answer", started, f"{len(found.words)} words")
+    words = choose_words(found.words, args.word)
+    square, side = assistant.image_processor.square(picture), math.isqrt(assistant.model.config.vision.num_patches)
+    started, files = time.perf_counter(), {}
+    if args.out is not None:
+        maps = [(word.text, word.heat) for word in words]
+        used, also = look_draw.listed(found.layers), look_draw.listed(found.heads)
+        note = (
+            f"Layers {used} of {text.num_hidden_layers}, heads {also} of {text.num_attention_heads}, averaged, counted "
+            "from 0. Below each word: how much of its attention went to its hottest "
+            "patch, of what went to the whole picture; the rest went to the text before it. "
+        ) + look_draw.remarks(maps, found.box, picture.size)
+        sheet = look_draw.draw_words(picture, found.box, maps, question, note)
+        files[args.out] = _picture_bytes(sheet, args.out)
+    if args.html is not None:
+        files[args.html] = look_html.look_page(picture, as_json(found, words))
+    if args.json not in (None, "-"):
+        files[args.json] = json.dumps(as_json(found, words), ensure_ascii=False) + "\n"
+    if args.npy is not None:
+        file = io.BytesIO()
+        np.save(file, np.array([word.heat for word in words], np.float32).reshape(-1, side, side))
+        files[args.npy] = file.getvalue()
+    if args.grid is not None:
+        files[args.grid] = _picture_bytes(look_draw.draw_grid(square, side), args.grid)
+    if lens:
+        files[args.lens] = look_html.lens_page(square, vars(found.lens), question, found.answer)
+    if args.json == "-":
+        print_json(as_json(found, words))
+    elif not any(map(is_stdout, files)):  # which then has that file alone
+        print(found.answer, flush=True)
+    status = write_outputs(files)
+    messages.stage("write", started, ", ".join(files))
+    return status

@@ -1,0 +1,222 @@
+"""`python -m minillava.trace`: one question and every tensor on its way to the answer; or two runs and where they part.
+
+t ids of the prompt, T positions after the splice, C width, n pictures, R their side in pixels, V vocabulary.
+"""
+
+import argparse
+import textwrap
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from minillava import loop
+from minillava.assistant import Assistant
+from minillava.checkpoint.config_json import read_config
+from minillava.cli.messages import Messages, print_json, significant, write_outputs
+from minillava.cli.opening import find_weights, open_assistant, read_question
+from minillava.files.disk import is_stdout
+from minillava.files.pictures import Images, as_list, open_image
+from minillava.image import ImageProcessor
+from minillava.llava import Llava
+from minillava.loop import Chooser, Step
+from minillava.options import Options
+from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, place_images, render
+from minillava.tokenizer import Tokenizer
+from minillava.tracing.compare import Comparison, read_tensors
+from minillava.tracing.page import Page
+from minillava.tracing.recorder import Consume, Record, Recorder, number_text, source_of, summarise
+
+
+@torch.no_grad()
+def trace(
+    assistant: Assistant,
+    images: Images,
+    question: str = DEFAULT_PROMPT,
+    options: Options | None = None,
+    consume: Consume | None = None,
+    *,
+    depth: str = "modules",
+    layers: Collection[int] | None = None,
+    steps: Collection[int] | None = None,
+    traced: Collection[int] = (0, 1),
+    system: str | None = None,
+    template: str = DEFAULT_TEMPLATE,
+    whole: bool = True,
+    **settings,
+) -> int:
+    """One question, and each record to `consume` (by default: printed) as it is made; depth, layers, steps as for
+    Recorder; traced: an older name of steps. options: an `Options`, or its fields by name. template: its name. whole:
+    go on to the end of the answer, and record that. Returns the number of tokens made.
+    Raises ValueError for a layer that is not there, and as `Assistant.ask`."""
+    images, options = [open_image(image) for image in as_list(images)], assistant.options(options, **settings)
+    consume, traced = consume or Printer(), traced if steps is None else steps
+    model, tokenizer, processor = assistant.model, assistant.tokenizer, assistant.image_processor
+    config = model.config
+    decoder, tower = config.text.num_hidden_layers, config.vision_layers_needed
+    if max(layers or (0,)) >= max(decoder, tower):
+        has = f"the language model has layers 0 to {decoder - 1}, the vision tower runs {tower} layer(s)"
+        raise ValueError(f"there is no layer {max(layers)}: {has}")
+
+    def say(stage: str, name: str, source: Callable, value=None, tensor: Tensor | None = None) -> None:
+        found = {} if tensor is None else summarise(tensor)
+        consume(Record(None, stage, name, source_of(source), value=value, **found), tensor)
+
+    own = {k: v for k, v in vars(config).items() if k not in ("vision", "text")}
+    computed = {"tokens_per_image": config.tokens_per_image, "vision_layers_needed": config.vision_layers_needed}
+    for name, part in (("", own | computed), (".vision", vars(config.vision)), (".text", vars(config.text))):
+        say("configuration", f"config{name}", read_config, part)
+    asked = place_images(question, len(images))
+    said = {"system": assistant.template.system if system is None else system, "user": asked, "assistant": None}
+    prompt = assistant.prompt(question, images=len(images), system=system)
+    ids = assistant.tokenize(prompt)
+    say("question", "question", place_images, question)
+    ends = {"end_tokens": config.eos_token_ids, "stop": options.stop}
+    say("question", "conversation", render, {"template": template, **said, **ends})
+    say("question", "prompt", render, str(prompt))
+    say("question", "input_ids", Tokenizer.encode, [[i, tokenizer.piece(i)] for i in ids], torch.tensor([ids]))
+    for i, image in enumerate(images):
+        square = processor.square(image)
+        say("picture", f"picture.{i}", open_image, f"{image.width} x {image.height} {image.mode}")
+        how = f"{square.width} x {square.height} {square.mode}, {processor.aspect}"
+        say("picture", f"picture.{i}.square", ImageProcessor.square, how)
+    pixels = processor(images)  # [n, 3, R, R]
+    say("picture", "pixel_values", ImageProcessor.normalise, tensor=pixels)
+
+    made, text, reason = [], "", None
+    with Recorder(model, consume, depth, layers, traced) as recorder:
+        spliced = model.splice([ids], pixels)
+        recorder.add("splice", "embeds", spliced.embeds, Llava.splice)  # [1, T, C]
+        recorder.add("splice", "image_spans", None, Llava.splice, [list(span) for span in spliced.image_spans[0]])
+        mask = spliced.attention_mask  # [1, T] or None
+        words = "none: nothing is padding" if mask is None else None
+        recorder.add("splice", "attention_mask", mask, Llava.splice, words)
+        for step in loop.steps(model, spliced, options, tokenizer=tokenizer):
+            _record_choice(recorder, step, tokenizer)
+            made += step.ids
+            text, reason = text + step.text[0], step.finish_reason[0]
+            if len(made) > max(traced):
+                recorder.close()
+                if not whole:
+                    return len(made)
+    summary = {"text": text, "ids": made, "finish_reason": reason, "prompt_positions": spliced.embeds.shape[1]}
+    if options.temperature:
+        summary["seed"] = options.seed
+    say("answer", "answer", loop.steps, summary)
+    return len(made)
+
+
+def _record_choice(recorder: Recorder, step: Step, tokenizer: Tokenizer) -> None:
+    """Scores [1, V], where penalties or filters changed the logits; the five likeliest; the token."""
+    if not torch.equal(step.scores, step.logits):
+        recorder.add("choice", "scores", step.scores, Chooser.process)
+    best = step.scores[0].softmax(-1).topk(min(5, step.scores.shape[1]))
+    likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    top = [[i, tokenizer.piece(i), significant(p)] for i, p in likely]
+    recorder.add("choice", "top", None, Chooser.process, top)
+    (chosen,) = step.ids
+    recorder.add("choice", "token", step.token_ids, Chooser.__call__, [[chosen, tokenizer.piece(chosen)]])
+
+
+# --- text -----------------------------------------------------------------------------------------------------
+class Printer:
+    """A consumer that prints: name, shape, dtype, source, min, mean, max, first values; `*` where the shape changed."""
+
+    def __init__(self):
+        self.heading: str | None = None
+
+    def __call__(self, record: Record, tensor: Tensor | None = None) -> None:
+        if record.heading != self.heading:
+            print(("\n" if self.heading else "") + f"== {record.heading}")
+            self.heading = record.heading
+        below = record.value_text
+        if record.shape is None:
+            what, below = (below, "") if len(below) <= 29 else ("", below)
+            line = f"{what:<29} {record.source}"
+        else:
+            shape = f"{'* ' if record.was else ''}{record.shape}"
+            numbers = [record.min, record.mean, record.max, *(record.first or ())]
+            columns = "".join(f" {number_text(x):>10}" for x in numbers)
+            line = f"{shape:<20} {record.dtype:<8} {record.source:<16}{columns}"
+        print(f"  {record.short_name:<28} {line}".rstrip())
+        if below:
+            print(textwrap.fill(below, 116, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False))
+
+
+# --- the door -------------------------------------------------------------------------------------------------
+def _run(args: argparse.Namespace, options: dict, asked: tuple, consume: Consume, messages, whole: bool) -> Assistant:
+    """asked: question and pictures."""
+    question, images = asked
+    traced = range(options["max_new_tokens"]) if args.steps is None else args.steps
+    assistant = open_assistant(args, find_weights(args.weights, messages), messages)
+    made = trace(
+        assistant,
+        images,
+        question,
+        assistant.options(**options),
+        consume,
+        depth=args.depth,
+        layers=args.layers,
+        steps=traced,
+        system=args.system,
+        template=args.template or DEFAULT_TEMPLATE,
+        whole=whole,
+    )
+    if args.steps and made <= max(args.steps):
+        messages.note(f"the answer ended after {made} token(s): there is no step {max(args.steps)}")
+    return assistant
+
+
+def run(args: argparse.Namespace, options: dict, sides: Sequence[Path | argparse.Namespace]) -> int:
+    """What `trace` does with its flags; the exit status. sides: the two of --compare, or none."""
+    return _compare(args, options, sides) if sides else _trace(args, options)
+
+
+def _trace(args: argparse.Namespace, options: dict) -> int:
+    messages, asked = Messages(args.verbose, args.quiet), read_question(args)
+    kept, page = {}, Page()
+    show = page.add if args.html else print_record if args.json else Printer()
+
+    def consume(record: Record, tensor: Tensor | None) -> None:
+        show(record, tensor)
+        if args.save and tensor is not None:
+            kept[record.key] = tensor.detach().to("cpu", copy=True).contiguous()
+
+    assistant = _run(args, options, asked, consume, messages, whole=True)
+    files = {}
+    if args.html:
+        images = asked[1]
+        squares = [assistant.image_processor.square(image) for image in images]
+        files[args.html] = page.render(images, squares, assistant.model.config.vision.patch_size)
+        if not is_stdout(args.html):  # which then has the page alone
+            print(page.answer, flush=True)
+    if args.save:
+        files[args.save] = save(kept)
+    return write_outputs(files)
+
+
+def print_record(record: Record, tensor: Tensor | None) -> None:
+    print_json(record.json())
+
+
+def _compare(args: argparse.Namespace, options: dict, sides: list) -> int:
+    """The first side is run and kept, or read; the second is held against it while it runs, so that no two models are
+    in memory at once."""
+    messages, asked = Messages(args.verbose, args.quiet), read_question(args)
+    swapped = isinstance(sides[1], Path)
+    stored, run = reversed(sides) if swapped else sides
+    if isinstance(stored, Path):
+        kept = read_tensors(stored)
+    else:
+        kept = {}
+
+        def keep(record: Record, tensor: Tensor | None) -> None:
+            if tensor is not None:
+                kept[record.key] = tensor.detach().to("cpu", copy=True)
+
+        _run(stored, options, asked, keep, messages, whole=False)
+    comparison = Comparison(kept, swapped, args.tolerance or 0.0, args.json)
+    _run(run, options, asked, comparison, messages, whole=False)
+    return int(not comparison.finish() and args.exit_code)
