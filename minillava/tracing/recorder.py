@@ -214,7 +214,12 @@ def number_text(x: float | int | str | None) -> str:
 def source_of(function: Callable) -> str:
     """file:line where a function begins."""
     code = inspect.unwrap(function).__code__
-    return f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
+    return f"{_shown(code.co_filename)}:{code.co_firstlineno}"
+
+
+def _shown(path: str) -> str:
+    """A file of ours by its place in the package, since two are called attention.py; another by its name."""
+    return path.removeprefix(_PACKAGE) if path.startswith(_PACKAGE) else os.path.basename(path)
 
 
 def _calling_line() -> str:
@@ -223,6 +228,6 @@ def _calling_line() -> str:
     while frame is not None:
         path = frame.f_code.co_filename
         if path.startswith(_PACKAGE) and path != __file__:
-            return f"{os.path.basename(path)}:{frame.f_lineno}"
+            return f"{_shown(path)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
