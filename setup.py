@@ -9,7 +9,9 @@ HERE = Path(__file__).parent
 
 setup(
     name="minillava",
-    version=re.search(r'__version__ = "(.+)"', (HERE / "minillava" / "__init__.py").read_text(encoding="utf-8"))[1],
+    version=re.search(
+        r'__version__ = "(.+)"', (HERE / "minillava" / "__init__.py").read_text(encoding="utf-8")
+    )[1],
     description="LLaVA-1.5 rebuilt from the ground up in pure PyTorch: readable, bit-exact, fast",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -20,17 +22,24 @@ setup(
     entry_points={"console_scripts": ["minillava = minillava.cli.doors:main"]},
     package_data={"minillava.shapes": ["*.json", "*.model", "*.safetensors", "*.png", "README.md"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "safetensors>=0.4.3", "sentencepiece>=0.1.99", "pillow>=10.1", "numpy>=1.24"],
+    install_requires=[
+        "torch>=2.6",
+        "safetensors>=0.4.3",
+        "sentencepiece>=0.1.99",
+        "pillow>=10.1",
+        "numpy>=1.24",
+    ],
     extras_require={
-        # pytest reads .pytest.ini from 7.2 on; nbclient and ipykernel run minillava/walkthrough.ipynb
+        # pytest reads .pytest.ini from 7.2 on; nbclient and ipykernel run
+        # minillava/walkthrough.ipynb
         "test": ["pytest>=7.2", "nbclient>=0.8", "ipykernel>=6"],
-        # the implementations that the parity tests and tools/make_reference.py compare with; transformers reads
-        # tokenizer.model with protobuf
+        # the implementations that the parity tests and tools/make_reference.py compare with;
+        # transformers reads tokenizer.model with protobuf
         "parity": ["transformers>=5.23", "protobuf", "peft>=0.21"],
         # tools/train_shapes.py: the progress bar
         "tools": ["tqdm>=4.60"],
-        # tools/bench.py: whom it compares with, and what draws its pictures; llama.cpp, where it can be built, by
-        # pip install llama-cpp-python gguf
+        # tools/bench.py: whom it compares with, and what draws its pictures; llama.cpp, where it
+        # can be built, by pip install llama-cpp-python gguf
         "bench": ["transformers>=5.23", "matplotlib>=3.7"],
     },
 )

@@ -26,12 +26,14 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    # for help(), and for the Tab key of a prompt, which would find nothing: `load` is fetched on first use
+    # for help(), and for the Tab key of a prompt, which would find nothing: `load` is fetched on
+    # first use
     return sorted({*globals(), *__all__})
 
 
 def on_first_use(package: str, homes: dict[str, str]):
-    """A package's `__getattr__`: each name comes from the module of its home, which is imported then.
+    """A package's `__getattr__`: each name comes from the module of its home, which is imported
+    then.
 
     So `from minillava.generate import generate` works, and `python -m minillava.generate`, which
     imports the package before anything else, has read the flags before torch is imported."""
@@ -52,7 +54,8 @@ _RENAMED = {
 
 
 def _real_name(name: str) -> str | None:
-    """`minillava.tracing.page` for `minillava.trace.page`; None for a name that is nobody's second."""
+    """`minillava.tracing.page` for `minillava.trace.page`; None for a name that is nobody's
+    second."""
     for other, real in _RENAMED.items():
         if name == other or name.startswith(other + "."):
             return real + name[len(other) :]
@@ -60,8 +63,8 @@ def _real_name(name: str) -> str | None:
 
 
 class _Renamed:
-    """Finds and loads `minillava.inspect` and `minillava.trace`, whose folders have other names, and
-    `minillava.contrast`, which has moved.
+    """Finds and loads `minillava.inspect` and `minillava.trace`, whose folders have other names,
+    and `minillava.contrast`, which has moved.
 
     Python puts the folder of a script first on its path, and the current folder for `python -m`:
     there a folder `inspect` would be what the standard library, and so torch, gets for
@@ -82,7 +85,8 @@ class _Renamed:
 
     def create_module(self, spec):
         module = __import__(_real_name(spec.name), fromlist=["*"])
-        spec.loader_state = module.__spec__  # Python is about to write the spec of the other name over it
+        # Python is about to write the spec of the other name over it
+        spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module):

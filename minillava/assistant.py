@@ -28,12 +28,21 @@ from minillava.image import ImageProcessor
 from minillava.llava import Llava, Spliced
 from minillava.loop import Process, check_room, room_for_answer, steps
 from minillava.options import KINDS, Options, read_options
-from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, Prompt, Template, find_template, place_images, render
+from minillava.prompt import (
+    DEFAULT_PROMPT,
+    DEFAULT_TEMPLATE,
+    Prompt,
+    Template,
+    find_template,
+    place_images,
+    render,
+)
 from minillava.tokenizer import Tokenizer, common_prefix, encode_answers, open_tokenizer
 
 
 class Assistant:
-    """Answers questions about pictures. Its parts (model, tokenizer, image_processor, template) work alone, too."""
+    """Answers questions about pictures. Its parts (model, tokenizer, image_processor, template)
+    work alone, too."""
 
     def __init__(
         self,
@@ -44,7 +53,12 @@ class Assistant:
         unused: Sequence[str] = (),
     ):
         """unused: the names of stored tensors that this network does not need."""
-        self.model, self.tokenizer, self.image_processor, self.template = model, tokenizer, image_processor, template
+        self.model, self.tokenizer, self.image_processor, self.template = (
+            model,
+            tokenizer,
+            image_processor,
+            template,
+        )
         self.unused = tuple(unused)
 
     def ask(
@@ -57,17 +71,25 @@ class Assistant:
         process: Process | None = None,
         **options,
     ) -> str | list[str]:
-        """The answer as text. image: a path, a Pillow image, a list of them (one prompt with them all, which LLaVA-1.5
-        was not trained for), or None. system: as for `prompt`. contrast: a method of contrast.py, or its name. process:
-        as for `generate`. options: the fields of `Options` by name; another name is a TypeError.
+        """The answer as text. image: a path, a Pillow image, a list of them (one prompt with them
+        all, which LLaVA-1.5 was not trained for), or None. system: as for `prompt`. contrast: a
+        method of contrast.py, or its name. process: as for `generate`. options: the fields of
+        `Options` by name; another name is a TypeError.
 
-        question may be a list, answered as one batch, in order: image is then one picture for all, or a list with what
-        it may be for each; ValueError where lengths differ. The longest prompt decides how much room the context has.
+        question may be a list, answered as one batch, in order: image is then one picture for all,
+        or a list with what it may be for each; ValueError where lengths differ. The longest prompt
+        decides how much room the context has.
         """
         if not isinstance(question, str):
-            asked = self.ask_each(image, question, system=system, contrast=contrast, process=process, **options)
+            asked = self.ask_each(
+                image, question, system=system, contrast=contrast, process=process, **options
+            )
             return asked.text
-        return "".join(self.stream(image, question, system=system, contrast=contrast, process=process, **options))
+        return "".join(
+            self.stream(
+                image, question, system=system, contrast=contrast, process=process, **options
+            )
+        )
 
     def stream(
         self,
@@ -79,14 +101,24 @@ class Assistant:
         process: Process | None = None,
         **options,
     ) -> Iterator[str]:
-        """The answer piece by piece, as it is made; with beams whole, once it is known. Arguments as for `ask`."""
+        """The answer piece by piece, as it is made; with beams whole, once it is known. Arguments
+        as for `ask`."""
         chosen, contrast = self._one_answer(options), find_method(contrast)
         prompt = self.prompt(question, images=len(as_list(image)), system=system)
         spliced = self.prepare(image, prompt, contrast, chosen.seed)
         if chosen.num_beams > 1 and contrast is None:
-            yield beam.search(self.model, spliced, chosen, tokenizer=self.tokenizer, process=process).text[0]
+            yield beam.search(
+                self.model, spliced, chosen, tokenizer=self.tokenizer, process=process
+            ).text[0]
             return
-        for step in steps(self.model, spliced, chosen, tokenizer=self.tokenizer, contrast=contrast, process=process):
+        for step in steps(
+            self.model,
+            spliced,
+            chosen,
+            tokenizer=self.tokenizer,
+            contrast=contrast,
+            process=process,
+        ):
             if step.text[0]:
                 yield step.text[0]
 
@@ -104,7 +136,10 @@ class Assistant:
         chosen, contrast = self._one_answer(options), find_method(contrast)
         given = list(image) if isinstance(image, (list, tuple)) else [image] * len(questions)
         if len(given) != len(questions):
-            raise ValueError(f"{len(questions)} question(s) but {len(given)} picture(s); give one per question, or one")
+            raise ValueError(
+                f"{len(questions)} question(s) but {len(given)} picture(s); give one per question, "
+                "or one"
+            )
         if not questions:
             return Generation(torch.empty(0, 0, dtype=torch.long), [], [], [], chosen.seed)
         pictures = [as_list(images) for images in given]
@@ -113,13 +148,20 @@ class Assistant:
             for question, own in zip(questions, pictures, strict=True)
         ]
         flat = [picture for own in pictures for picture in own]
-        names = [str(picture) if isinstance(picture, (str, Path)) else id(picture) for picture in flat]
-        encoded = {name: self.encode(picture) for name, picture in dict(zip(names, flat, strict=True)).items()}
+        names = [
+            str(picture) if isinstance(picture, (str, Path)) else id(picture) for picture in flat
+        ]
+        encoded = {
+            name: self.encode(picture)
+            for name, picture in dict(zip(names, flat, strict=True)).items()
+        }
         patches = [encoded[name] for name in names]
         second = None
         if contrast is not None:
             others, changed = [], []
-            for row, own, generator in zip(ids, pictures, _generators(chosen.seed, len(questions)), strict=True):
+            for row, own, generator in zip(
+                ids, pictures, _generators(chosen.seed, len(questions)), strict=True
+            ):
                 opened = [open_image(picture) for picture in own]
                 more, pixels = contrast.second([row], opened, self.image_processor, generator)
                 others += more
@@ -127,7 +169,8 @@ class Assistant:
             second = others, torch.stack(changed) if changed else None
         patches = torch.stack(patches) if patches else None  # [n, P, C]
         return generate(
-            self.model, ids, patches, second=second, contrast=contrast, process=process, tokenizer=self.tokenizer,
+            self.model, ids, patches, second=second, contrast=contrast, process=process,
+            tokenizer=self.tokenizer,
             **vars(chosen),
         )  # fmt: skip
 
@@ -135,17 +178,21 @@ class Assistant:
         chosen = self.options(**options)
         if chosen.num_return_sequences > 1:
             raise ValueError(
-                f"num_return_sequences is {chosen.num_return_sequences}: generate() returns several answers"
+                f"num_return_sequences is {chosen.num_return_sequences}: generate() returns "
+                "several answers"
             )
         return chosen
 
     def encode(self, picture: ImageSource) -> Tensor:
-        """A picture as the language model reads it: [P, C]. Alone, so that the last digits do not depend on others."""
+        """A picture as the language model reads it: [P, C]. Alone, so that the last digits do not
+        depend on others."""
         return self._encode(self.image_processor(picture))[0]
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
-        return self.model.encode_images(pixels.to(self.model.language_model.embed_tokens.weight.device))
+        return self.model.encode_images(
+            pixels.to(self.model.language_model.embed_tokens.weight.device)
+        )
 
     @torch.no_grad()
     def score(
@@ -157,79 +204,118 @@ class Assistant:
         system: str | None = None,
         per_token: bool = False,
     ) -> list[float]:
-        """The log-likelihood of each answer and of what the template writes behind it (for most, the end token), in
-        nats; per_token: their mean over its tokens, which is minus the loss. For ranking answers, or "Yes." against
-        "No.". image: as for `ask`. Raises ValueError for an answer that does not fit the model's context."""
+        """The log-likelihood of each answer and of what the template writes behind it (for most,
+        the end token), in nats; per_token: their mean over its tokens, which is minus the loss. For
+        ranking answers, or "Yes." against "No.". image: as for `ask`. Raises ValueError for an
+        answer that does not fit the model's context."""
         if isinstance(answers, str):
             raise ValueError(f"answers is the text {answers!r}, expected a list of texts")
         pictures = as_list(image)
         asked = place_images(question, len(pictures))
-        self.tokenize(self.prompt(question, len(pictures), system))  # what is too long is refused before it is read
+        # what is too long is refused before it is read
+        self.tokenize(self.prompt(question, len(pictures), system))
         for answer in answers:
             self.check_text(answer)
-        labelled = [encode_answers(self.tokenizer, self.template, [(asked, answer)], system) for answer in answers]
+        labelled = [
+            encode_answers(self.tokenizer, self.template, [(asked, answer)], system)
+            for answer in answers
+        ]
         if not labelled:
             return []
         rows = [ids for ids, _ in labelled]
-        # The picture and the question are read once; every answer goes on from there in a row of its own.
+        # The picture and the question are read once; every answer goes on from there in a row of
+        # its own.
         shared = min(common_prefix(rows[0], row) for row in rows)
-        shared = min(shared, *(next(i for i, label in enumerate(row) if label != IGNORE_INDEX) for _, row in labelled))
+        shared = min(
+            shared,
+            *(
+                next(i for i, label in enumerate(row) if label != IGNORE_INDEX)
+                for _, row in labelled
+            ),
+        )
         longest = max(map(len, rows)) - shared
         spliced = self.model.splice([rows[0][:shared]], self.image_processor(pictures))
         length, device = spliced.embeds.shape[1], spliced.embeds.device
         room = room_for_answer(self.model, spliced)
         if longest > room:
-            raise ValueError(f"the longest answer takes {longest} tokens, the model's context has room for {room}")
-        cache = KVCache(self.model.config.text, 1, length + longest, dtype=spliced.embeds.dtype, device=device)
-        first = self.model.language_model(spliced.embeds, spliced.attention_mask, cache, last_only=True).logits
+            raise ValueError(
+                f"the longest answer takes {longest} tokens, the model's context has room for "
+                f"{room}"
+            )
+        cache = KVCache(
+            self.model.config.text, 1, length + longest, dtype=spliced.embeds.dtype, device=device
+        )
+        first = self.model.language_model(
+            spliced.embeds, spliced.attention_mask, cache, last_only=True
+        ).logits
         cache.select_rows(torch.zeros(len(rows), dtype=torch.long, device=device))
         # Padded on the right, where causal attention never looks back from.
         ids, labels = (
-            torch.tensor([row[shared:] + [fill] * (shared + longest - len(row)) for row in some], device=device)
+            torch.tensor(
+                [row[shared:] + [fill] * (shared + longest - len(row)) for row in some],
+                device=device,
+            )
             for some, fill in ((rows, 0), ([row for _, row in labelled], IGNORE_INDEX))
         )  # [n, m]
         rest = self.model.language_model(ids, None, cache).logits  # [n, m, V]
         logits = torch.cat([first.expand(len(rows), -1, -1), rest[:, :-1]], dim=1)  # [n, m, V]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        found = -F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none").sum(1)
+        found = -F.cross_entropy(
+            logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
+        ).sum(1)
         if not found.isfinite().all():
-            raise ValueError("a likelihood is not finite: damaged weights or a dtype too narrow; try dtype float32")
+            raise ValueError(
+                "a likelihood is not finite: damaged weights or a dtype too narrow; try dtype "
+                "float32"
+            )
         return (found / (labels != IGNORE_INDEX).sum(1) if per_token else found).tolist()
 
     def prompt(self, question: str, images: int = 1, system: str | None = None) -> Prompt:
-        """The exact prompt: the question, its pictures placed, in the template. system: instead of the template's."""
+        """The exact prompt: the question, its pictures placed, in the template. system: instead of
+        the template's."""
         return render(self.template, [(place_images(question, images), None)], system)
 
     def tokenize(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, -200 for each picture. Raises ValueError, before anything is computed, if it leaves
-        the model's context no room for an answer."""
+        """Token ids of a prompt, -200 for each picture. Raises ValueError, before anything is
+        computed, if it leaves the model's context no room for an answer."""
         self.check_text(prompt)
         ids = self.tokenizer.encode(prompt)
         check_room(self.model, [ids])
         return ids
 
     def check_text(self, text: str) -> None:
-        """Raises ValueError for a text that cannot fit the context, whatever its tokens are: to cut tens of megabytes
-        into tokens, only to count them, would take gigabytes."""
+        """Raises ValueError for a text that cannot fit the context, whatever its tokens are: to cut
+        tens of megabytes into tokens, only to count them, would take gigabytes."""
         context, longest = self.model.config.text.context, self.tokenizer.longest_piece
         if len(text) > longest * context:
             raise ValueError(
-                f"the prompt has {len(text)} characters, at least {len(text) // longest} tokens; the model's context "
+                f"the prompt has {len(text)} characters, at least {len(text) // longest} tokens; "
+                "the model's context "
                 f"holds {context} with the answer; shorten the prompt"
             )
 
     def prepare(
-        self, image: Images, prompt: str, contrast: Contrast | None = None, seed: int | Sequence[int] = 0
+        self,
+        image: Images,
+        prompt: str,
+        contrast: Contrast | None = None,
+        seed: int | Sequence[int] = 0,
     ) -> Spliced:
-        """Pictures and prompt as the vectors that the language model reads: a batch of one row, or two for `contrast`,
-        the second with what it sees (noise and the like by `seed`). Raises ValueError as `tokenize`."""
+        """Pictures and prompt as the vectors that the language model reads: a batch of one row, or
+        two for `contrast`, the second with what it sees (noise and the like by `seed`). Raises
+        ValueError as `tokenize`."""
         rows, pictures = [self.tokenize(prompt)], as_list(image)
         if contrast is not None:
             pictures = [open_image(picture) for picture in pictures]
         pixels = self.image_processor(pictures)  # [n, 3, R, R], R their side
         if contrast is not None:
-            others, changed = contrast.second(rows, pictures, self.image_processor, *_generators(seed, 1))
-            rows, pixels = [*rows, *others], pixels if changed is None else torch.cat([pixels, changed])
+            others, changed = contrast.second(
+                rows, pictures, self.image_processor, *_generators(seed, 1)
+            )
+            rows, pixels = (
+                [*rows, *others],
+                pixels if changed is None else torch.cat([pixels, changed]),
+            )
         with torch.no_grad():
             return self.model.splice(rows, pixels)
 
@@ -242,8 +328,8 @@ class Assistant:
 
 
 def _generators(seed: int | Sequence[int], rows: int) -> list[torch.Generator]:
-    """For each row the random numbers of what contrast shows it: its own for a seed each, the same ones, one row after
-    the other, for a seed of them all."""
+    """For each row the random numbers of what contrast shows it: its own for a seed each, the same
+    ones, one row after the other, for a seed of them all."""
     if isinstance(seed, int):
         return [torch.Generator().manual_seed(seed)] * rows
     return [torch.Generator().manual_seed(each) for each in seed]
@@ -264,24 +350,28 @@ def load(
     template: str | None = None,
     image_aspect_ratio: str | None = None,
 ) -> Assistant:
-    """Open LLaVA weights in any of their layouts: a folder, or an id in the local hub cache (at `revision`); None as
-    `default_weights`.
+    """Open LLaVA weights in any of their layouts: a folder, or an id in the local hub cache (at
+    `revision`); None as `default_weights`.
 
-    device: auto, cpu, cuda, mps. dtype: auto (the checkpoint's on a GPU; on a CPU bfloat16 where it is fast, else
-    float32) or a name. attention: fused, eager. quantize: int8, int4: the language model's linear layers in
-    so many bits a weight, made as they are read. compile: the decoding step by torch.compile, for a GPU (capture.py).
-    vision_tower: a CLIP folder, for releases that hold none. model_base: the language model that a projector or a LoRA
-    in `weights` was trained on. adapter: a LoRA to merge.
-    template: a name of prompt.TEMPLATES (default llava_v1). image_aspect_ratio: pad or crop, instead of config.json's.
-    Warns where a folder holds other weights than those that are read. Raises FileNotFoundError, OSError or ValueError
-    in one line: file, finding, next step.
+    device: auto, cpu, cuda, mps. dtype: auto (the checkpoint's on a GPU; on a CPU bfloat16 where it
+    is fast, else float32) or a name. attention: fused, eager. quantize: int8, int4: the language
+    model's linear layers in so many bits a weight, made as they are read. compile: the decoding
+    step by torch.compile, for a GPU (capture.py). vision_tower: a CLIP folder, for releases that
+    hold none. model_base: the language model that a projector or a LoRA in `weights` was trained
+    on. adapter: a LoRA to merge. template: a name of prompt.TEMPLATES (default llava_v1).
+    image_aspect_ratio: pad or crop, instead of config.json's. Warns where a folder holds other
+    weights than those that are read. Raises FileNotFoundError, OSError or ValueError in one line:
+    file, finding, next step.
     """
     folder = find_folder(default_weights() if weights is None else weights, revision)
     vision_tower, model_base, adapter = (
-        None if other is None else find_folder(other) for other in (vision_tower, model_base, adapter)
+        None if other is None else find_folder(other)
+        for other in (vision_tower, model_base, adapter)
     )
     if attention not in ATTENTION:
-        raise ValueError(f"unknown attention {attention!r}, expected one of: {', '.join(ATTENTION)}")
+        raise ValueError(
+            f"unknown attention {attention!r}, expected one of: {', '.join(ATTENTION)}"
+        )
     if quantize is not None and quantize not in KINDS:
         raise ValueError(f"unknown quantize {quantize!r}, expected one of: {', '.join(KINDS)}")
     template = find_template(DEFAULT_TEMPLATE if template is None else template)
@@ -291,23 +381,38 @@ def load(
         """The folder of a file that a fine-tune may leave to its base."""
         return folder if model_base is None or (folder / name).exists() else model_base
 
-    if home("config.json") != folder and read_json(model_base / "config.json").get("model_type") == "llama":
+    if (
+        home("config.json") != folder
+        and read_json(model_base / "config.json").get("model_type") == "llama"
+    ):
         raise FileNotFoundError(
-            f"{folder}: holds no config.json, and its base {model_base} is no LLaVA; copy the config.json that the "
+            f"{folder}: holds no config.json, and its base {model_base} is no LLaVA; copy the "
+            "config.json that the "
             "finished training saved"
         )
     config = read_config(home("config.json"), vision_tower)
     checkpoint, config = open_checkpoint(folder, config, vision_tower, model_base, adapter)
     tokenizer = open_tokenizer([f for f in (adapter, folder, model_base) if f is not None], config)
     if tokenizer.written_as(config.image_token_id):
-        # LLaVA's own config.json names no id for pictures, and 32000 may be a word: penalties must tell them apart.
+        # LLaVA's own config.json names no id for pictures, and 32000 may be a word: penalties must
+        # tell them apart.
         config = replace(config, image_token_id=IMAGE_TOKEN_INDEX)
-    processor = read_image_processor(vision_tower or home("preprocessor_config.json"), config, image_aspect_ratio)
+    processor = read_image_processor(
+        vision_tower or home("preprocessor_config.json"), config, image_aspect_ratio
+    )
     device = choose_device(str(device))
-    dtype = choose_dtype(str(dtype).removeprefix("torch."), device, checkpoint.dtype(), checkpoint.parameters())
+    dtype = choose_dtype(
+        str(dtype).removeprefix("torch."), device, checkpoint.dtype(), checkpoint.parameters()
+    )
     tokens = max((tokenizer.added[token] + 1 for token in config.added_tokens), default=0)
     model = build_model(
-        config, checkpoint, ATTENTION[attention], dtype=dtype, device=device, quantize=quantize, tokens=tokens
+        config,
+        checkpoint,
+        ATTENTION[attention],
+        dtype=dtype,
+        device=device,
+        quantize=quantize,
+        tokens=tokens,
     )
     if attention != "eager":  # which stays as transformers computes, to the last bit
         use_fast_linear(model)

@@ -1,4 +1,5 @@
-"""Attention, twice: `eager`, written out to be read and recorded, and `fused`, one fast library call.
+"""Attention, twice: `eager`, written out to be read and recorded, and `fused`, one fast library
+call.
 
 Both take the same inputs and compute the same function; the tests hold them against each other.
 B batch, H heads, K key/value heads, T queries, S keys, D head width.
@@ -12,7 +13,9 @@ from minillava.fast.attention import one_query
 from minillava.fast.linear import is_emulated
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> tuple[Tensor, Tensor]:
+def eager(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> tuple[Tensor, Tensor]:
     """softmax(q·kᵀ / √D)·v, and the softmax itself (Vaswani et al. 2017, eq. 1).
 
     q [B,H,T,D], k and v [B,K,S,D], mask bool [B|1,1,T,S] with True where a query may look.
@@ -20,7 +23,8 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: b
     """
     groups = q.shape[1] // k.shape[1]
     k, v = repeat_heads(k, groups), repeat_heads(v, groups)  # [B, H, S, D]
-    # A dot product of D numbers spreads like √D, and a softmax over large scores sees one place and learns no other.
+    # A dot product of D numbers spreads like √D, and a softmax over large scores sees one place and
+    # learns no other.
     scores = torch.matmul(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5  # [B, H, T, S]
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()  # [T, S]
@@ -28,13 +32,17 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: b
         # The smallest finite number, not -inf: a row with nothing to look at then becomes uniform
         # instead of 0/0, and in every other row its exponential is exactly zero.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    # The softmax runs in float32 even for half-precision weights, as in transformers: its sum over all keys would
-    # otherwise lose the small ones.
-    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    # The softmax runs in float32 even for half-precision weights, as in transformers: its sum over
+    # all keys would otherwise lose the small ones.
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(
+        q.dtype
+    )
     return torch.matmul(weights, v), weights
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> tuple[Tensor, None]:
+def fused(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> tuple[Tensor, None]:
     """The same function in one kernel that never stores the weights; there are none to return.
 
     `causal` aligns the triangle to the upper left, so it is only right when T == S.
@@ -42,15 +50,18 @@ def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: b
     if q.shape[2] == 1 and is_emulated(q) and not torch.is_grad_enabled():
         return one_query(q, k, v, mask), None
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped), None
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+    ), None
 
 
 def repeat_heads(x: Tensor, groups: int) -> Tensor:
-    """Grouped-query attention: `groups` query heads share one key/value head. [B,K,S,D] -> [B,K·groups,S,D]"""
+    """Grouped-query attention: `groups` query heads share one key/value head. [B,K,S,D] ->
+    [B,K·groups,S,D]"""
     if groups == 1:
         return x
-    # As transformers writes it, and not repeat_interleave: for a single key/value head this makes no copy, and
-    # a matrix product over a copy adds up in another order.
+    # As transformers writes it, and not repeat_interleave: for a single key/value head this makes
+    # no copy, and a matrix product over a copy adds up in another order.
     return x[:, :, None].expand(-1, -1, groups, -1, -1).reshape(x.shape[0], -1, *x.shape[2:])
 
 

@@ -11,56 +11,74 @@ from minillava.config import TextConfig
 
 
 class KVCache:
-    """Preallocated keys and values of every layer, made by the caller and passed down through the model. Not the
-    queries: a query is used once, by its own token, but every later token looks at its key and reads its value.
+    """Preallocated keys and values of every layer, made by the caller and passed down through the
+    model. Not the queries: a query is used once, by its own token, but every later token looks at
+    its key and reads its value.
 
-    keys, values: per layer [B, K, capacity, D], rotary embedding already applied, not repeated for grouped heads.
-    length: how many positions are filled, one number for all layers. While a step runs, the layers that
-    have written are one position ahead of the others; lengths of their own would differ just then, the
-    mask and the positions could be asked of the wrong one, and a step that fails half way would leave
-    them apart for good. So `update` writes behind the length, and `advance` moves it once for all.
-    attention_mask: bool [B, capacity], False where a row is padding; None as long as no row has any.
+    keys, values: per layer [B, K, capacity, D], rotary embedding already applied, not repeated for
+    grouped heads. length: how many positions are filled, one number for all layers. While a step
+    runs, the layers that have written are one position ahead of the others; lengths of their own
+    would differ just then, the mask and the positions could be asked of the wrong one, and a step
+    that fails half way would leave them apart for good. So `update` writes behind the length, and
+    `advance` moves it once for all. attention_mask: bool [B, capacity], False where a row is
+    padding; None as long as no row has any.
     """
 
     def __init__(
-        self, config: TextConfig, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: TextConfig,
+        batch: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ):
         self.capacity, self.length = capacity, 0
         self.attention_mask: Tensor | None = None
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.keys = [
+            torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
+        ]
         self.values = [torch.empty_like(k) for k in self.keys]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new keys and values [B,K,T,D] behind the old; return all so far [B,K,S,D].
-        The position moves on only with `advance`, once all layers have written."""
+        """Write one layer's new keys and values [B,K,T,D] behind the old; return all so far
+        [B,K,S,D]. The position moves on only with `advance`, once all layers have written."""
         start, end = self.length, self.length + k.shape[2]
         self.keys[layer][:, :, start:end] = k
         self.values[layer][:, :, start:end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def reserve(self, batch: int, new: int, attention_mask: Tensor | None) -> Tensor | None:
-        """Make sure `new` tokens fit and note which are padding; attention_mask bool [B, T] or None (all real).
-        Returns the mask over old and new [B, S], None when nothing is padding. Raises ValueError when full."""
+        """Make sure `new` tokens fit and note which are padding; attention_mask bool [B, T] or None
+        (all real). Returns the mask over old and new [B, S], None when nothing is padding. Raises
+        ValueError when full."""
         rows = self.keys[0].shape[0]
         if batch != rows:
             raise ValueError(f"the cache was made for {rows} row(s), the input has {batch}")
         end = self.length + new
         if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens: {self.length} are in it, {new} more do not fit")
+            raise ValueError(
+                f"the cache holds {self.capacity} tokens: {self.length} are in it, {new} more do "
+                "not fit"
+            )
         if self.attention_mask is None and attention_mask is None:
             return None
         if self.attention_mask is None:
-            self.attention_mask = torch.ones(rows, self.capacity, dtype=torch.bool, device=self.keys[0].device)
-        self.attention_mask[:, self.length : end] = True if attention_mask is None else attention_mask
+            self.attention_mask = torch.ones(
+                rows, self.capacity, dtype=torch.bool, device=self.keys[0].device
+            )
+        self.attention_mask[:, self.length : end] = (
+            True if attention_mask is None else attention_mask
+        )
         return self.attention_mask[:, :end]
 
     def advance(self, new: int) -> None:
         self.length += new
 
     def grow(self, capacity: int) -> None:
-        """Make room for `capacity` positions, keeping what is filled. One tensor after the other moves to a larger
-        one, so that no more than one of them is ever held twice."""
+        """Make room for `capacity` positions, keeping what is filled. One tensor after the other
+        moves to a larger one, so that no more than one of them is ever held twice."""
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
@@ -71,7 +89,8 @@ class KVCache:
         self.capacity = capacity
 
     def select_rows(self, rows: Tensor) -> None:
-        """Row i goes on as a copy of what row rows[i] was: prompts repeated for beams, or beams in a new order."""
+        """Row i goes on as a copy of what row rows[i] was: prompts repeated for beams, or beams in
+        a new order."""
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 filled = old[rows, :, : self.length]
@@ -82,7 +101,8 @@ class KVCache:
             self.attention_mask = self.attention_mask[rows]
 
     def truncate(self, length: int) -> None:
-        """Forget everything after the first `length` positions (a rejected draft, an abandoned turn)."""
+        """Forget everything after the first `length` positions (a rejected draft, an abandoned
+        turn)."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
         self.length = length

@@ -49,7 +49,8 @@ CLIP_LARGE_336 = VisionConfig(
 class TextConfig:
     """The Llama language model. The defaults are those of transformers' LlamaConfig."""
 
-    vocab_size: int = 32000  # 32064 on the hub: <image>, <pad>, and unused rows up to a multiple of 64
+    # 32064 on the hub: <image>, <pad>, and unused rows up to a multiple of 64
+    vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
@@ -70,7 +71,8 @@ class TextConfig:
 
     @property
     def context(self) -> int:
-        """Positions that prompt and answer may take: as many as divide to positions of the training."""
+        """Positions that prompt and answer may take: as many as divide to positions of the
+        training."""
         return int(self.max_position_embeddings * self.rope_factor)
 
 
@@ -80,7 +82,8 @@ class LlavaConfig:
 
     vision: VisionConfig
     text: TextConfig
-    feature_layer: int = -2  # index into the tower's hidden states: -2 is the output of the last block but one
+    # index into the tower's hidden states: -2 is the output of the last block but one
+    feature_layer: int = -2
     keep_class_token: bool = False
     projector_layers: int = 2  # 1: `linear`; N: `mlpNx_gelu`
     projector_bias: bool = True
@@ -89,8 +92,10 @@ class LlavaConfig:
     pad_token_id: int = 2
     image_aspect_ratio: str = "pad"
     vision_tower_name: str | None = None  # where the original dialect says its tower comes from
-    added_tokens: tuple[str, ...] = ()  # tokens after the tokenizer's own: IM_PATCH, or IM_START and IM_END
-    vision_stated: bool = True  # False: nothing describes the tower but its tensors (checkpoint.py), or it is CLIP's
+    # tokens after the tokenizer's own: IM_PATCH, or IM_START and IM_END
+    added_tokens: tuple[str, ...] = ()
+    # False: nothing describes the tower but its tensors (checkpoint.py), or it is CLIP's
+    vision_stated: bool = True
 
     @property
     def tokens_per_image(self) -> int:
@@ -98,12 +103,14 @@ class LlavaConfig:
 
     @property
     def vision_layers_needed(self) -> int:
-        """How many blocks of the tower the selected features need: 23 of 24 for LLaVA-1.5, whose layer
-        is -2. The last block was trained for the class token, which CLIP compares with a caption; what
-        it makes of the patches nobody looked at. Nothing reads its output here, so it is not built."""
+        """How many blocks of the tower the selected features need: 23 of 24 for LLaVA-1.5, whose
+        layer is -2. The last block was trained for the class token, which CLIP compares with a
+        caption; what it makes of the patches nobody looked at. Nothing reads its output here, so it
+        is not built."""
         depth = self.vision.num_hidden_layers
         return self.feature_layer if self.feature_layer >= 0 else depth + 1 + self.feature_layer
 
 
-# What early LLaVA put around each picture, and a token that it added and no prompt contains (LLaVA, constants.py).
+# What early LLaVA put around each picture, and a token that it added and no prompt contains (LLaVA,
+# constants.py).
 IM_START, IM_END, IM_PATCH = "<im_start>", "<im_end>", "<im_patch>"

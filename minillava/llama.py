@@ -19,7 +19,8 @@ from minillava.config import TextConfig
 @dataclass
 class LanguageOutput:
     logits: Tensor  # [B, T, V], or [B, 1, V] when only the last position was asked for
-    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 times [B, T, C]: embeddings, then each layer
+    # L + 1 times [B, T, C]: embeddings, then each layer
+    hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None  # L times [B, H, T, S]
 
 
@@ -27,7 +28,8 @@ class LanguageModel(nn.Module):
     def __init__(self, config: TextConfig, attend: Callable):
         super().__init__()
         self.config, self.attend = config, attend
-        table = torch.zeros(config.vocab_size, config.hidden_size)  # zeros for the reason given in vision.py
+        # zeros for the reason given in vision.py
+        table = torch.zeros(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -46,15 +48,18 @@ class LanguageModel(nn.Module):
     ) -> LanguageOutput:
         """Token ids [B,T] or embeddings [B,T,C] -> logits.
 
-        attention_mask: bool [B,T] of the new tokens, False for padding. cache: what came before; the new tokens
-        are added to it. last_only: the head runs on the last position alone (over a whole prompt it would cost as
-        much as two thirds of a layer, and T rows of V logits). attentions: recorded by `eager`, which alone has them.
+        attention_mask: bool [B,T] of the new tokens, False for padding. cache: what came before;
+        the new tokens are added to it. last_only: the head runs on the last position alone (over a
+        whole prompt it would cost as much as two thirds of a layer, and T rows of V logits).
+        attentions: recorded by `eager`, which alone has them.
         """
         x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)  # [B, T, C]
         length = x.shape[1]
         offset = 0 if cache is None else cache.length
-        real = attention_mask if cache is None else cache.reserve(*x.shape[:2], attention_mask)  # [B, S] or None
-        positions, mask, causal = positions_and_mask(real, offset, length, x.device)  # [B|1, T], [B|1, 1, T, S] or None
+        # [B, S] or None
+        real = attention_mask if cache is None else cache.reserve(*x.shape[:2], attention_mask)
+        # [B|1, T], [B|1, 1, T, S] or None
+        positions, mask, causal = positions_and_mask(real, offset, length, x.device)
         cos, sin = rotary_tables(positions, self.config, x.dtype)  # [B|1, 1, T, D]
         attend = eager if attentions else self.attend
 
@@ -62,7 +67,8 @@ class LanguageModel(nn.Module):
         for layer in self.layers:
             if hidden_states:
                 states.append(x)
-            x, w = layer(x, cos, sin, mask, causal, attend, cache)  # [B, T, C], [B, H, T, S] or None
+            # [B, T, C], [B, H, T, S] or None
+            x, w = layer(x, cos, sin, mask, causal, attend, cache)
             if attentions:
                 weights.append(w)
         if cache is not None:
@@ -76,10 +82,12 @@ class LanguageModel(nn.Module):
         )
 
     def resize_token_embeddings(self, rows: int) -> None:
-        """Rows for new tokens, in the embedding table and the head (`grow_rows`). Raises ValueError when it would
-        shrink."""
+        """Rows for new tokens, in the embedding table and the head (`grow_rows`). Raises ValueError
+        when it would shrink."""
         with torch.no_grad():
-            self.embed_tokens = nn.Embedding.from_pretrained(grow_rows(self.embed_tokens.weight, rows), freeze=False)
+            self.embed_tokens = nn.Embedding.from_pretrained(
+                grow_rows(self.embed_tokens.weight, rows), freeze=False
+            )
             if not self.config.tie_word_embeddings:
                 self.lm_head.weight = nn.Parameter(grow_rows(self.lm_head.weight, rows))
                 self.lm_head.out_features = rows
@@ -87,31 +95,46 @@ class LanguageModel(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, V]"""
-        return F.linear(x, self.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
+        return (
+            F.linear(x, self.embed_tokens.weight)
+            if self.config.tie_word_embeddings
+            else self.lm_head(x)
+        )
 
 
 def grow_rows(table: Tensor, rows: int) -> Tensor:
-    """A table of one row per token, with rows for new tokens: the mean of the old ones, as LLaVA starts them, so that a
-    new token is no stranger than an average word. [V, C] -> [rows, C]. Raises ValueError when it would shrink."""
+    """A table of one row per token, with rows for new tokens: the mean of the old ones, as LLaVA
+    starts them, so that a new token is no stranger than an average word. [V, C] -> [rows, C].
+    Raises ValueError when it would shrink."""
     if rows < len(table):
-        raise ValueError(f"the table has {len(table)} rows, asked for {rows}: a model cannot forget tokens")
+        raise ValueError(
+            f"the table has {len(table)} rows, asked for {rows}: a model cannot forget tokens"
+        )
     if rows == len(table):
         return table
-    # LLaVA takes the mean in the table's own dtype; in float32 it does not depend on the order of the sum.
-    mean = table.to(torch.promote_types(table.dtype, torch.float32)).mean(0, keepdim=True).to(table.dtype)
+    # LLaVA takes the mean in the table's own dtype; in float32 it does not depend on the order of
+    # the sum.
+    mean = (
+        table.to(torch.promote_types(table.dtype, torch.float32))
+        .mean(0, keepdim=True)
+        .to(table.dtype)
+    )
     return torch.cat([table, mean.expand(rows - len(table), -1)])
 
 
 def positions_and_mask(
     attention_mask: Tensor | None, offset: int, length: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None, bool]:
-    """Where each new token stands, and what it may look at: (positions [B|1,T], mask [B|1,1,T,S] or None, causal).
+    """Where each new token stands, and what it may look at: (positions [B|1,T], mask [B|1,1,T,S] or
+    None, causal).
 
     A token sees itself and what came before it, never padding. Three cases, S = offset + T:
-    - nothing cached, no padding: a plain triangle, which the attention functions draw themselves (causal=True);
+    - nothing cached, no padding: a plain triangle, which the attention functions draw themselves
+      (causal=True);
     - one new token, no padding: it is the last and may see everything, so there is nothing to mask;
-    - anything else gets the mask written out. The causal flag would be wrong here: it draws its triangle from
-      the upper left, as if the first new token stood at position 0 instead of `offset`.
+    - anything else gets the mask written out. The causal flag would be wrong here: it draws its
+      triangle from the upper left, as if the first new token stood at position 0 instead of
+      `offset`.
     attention_mask: bool [B,S] over cached and new tokens, None when nothing is padding.
     """
     query = torch.arange(offset, offset + length, device=device)  # [T]
@@ -121,8 +144,9 @@ def positions_and_mask(
     mask = (key <= query[:, None])[None, None]  # [1, 1, T, S]
     if attention_mask is None:
         return query[None], mask, False
-    # Padding is on the left, and positions count real tokens only: a padded row gets the same rotary
-    # angles as it would alone. A padded query looks at itself, so that no row of the softmax is empty.
+    # Padding is on the left, and positions count real tokens only: a padded row gets the same
+    # rotary angles as it would alone. A padded query looks at itself, so that no row of the softmax
+    # is empty.
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, offset:]  # [B, T]
     mask = (mask & attention_mask[:, None, None, :]) | (key == query[:, None])  # [B, 1, T, S]
     return positions, mask, False
@@ -136,21 +160,27 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # The squares of half-precision numbers overflow or vanish, so the norm is taken in float32. It is
-        # rounded back before the weight multiplies it: the other order gives other bits than transformers.
+        # The squares of half-precision numbers overflow or vanish, so the norm is taken in float32.
+        # It is rounded back before the weight multiplies it: the other order gives other bits than
+        # transformers.
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)  # the mean is [B, T, 1]
         return self.weight * y.to(x.dtype)
 
 
-def rotary_tables(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles (Su et al. 2021). positions [B|1,T] -> two of [B|1,1,T,D].
+def rotary_tables(
+    positions: Tensor, config: TextConfig, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles (Su et al. 2021). positions [B|1,T] -> two of
+    [B|1,1,T,D].
 
-    Computed in float32 and rounded once at the end: at position 4000 a bfloat16 angle is off by whole turns.
+    Computed in float32 and rounded once at the end: at position 4000 a bfloat16 angle is off by
+    whole turns.
     """
     d = config.head_dim
     exponents = torch.arange(0, d, 2, dtype=torch.float32, device=positions.device) / d
-    # [D/2] angles per position, from 1 radian for the first pair down to about 1 / theta for the last
+    # [D/2] angles per position, from 1 radian for the first pair down to about 1 / theta for the
+    # last
     inv_freq = 1.0 / config.rope_theta**exponents / config.rope_factor
     angles = positions[..., None].float() * inv_freq  # [B|1, T, D/2]
     angles = torch.cat([angles, angles], dim=-1)[:, None]  # [B|1, 1, T, D]
@@ -158,9 +188,11 @@ def rotary_tables(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> 
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x [B, H or K, T, D], cos and sin [B|1,1,T,D].
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x [B, H or K, T, D], cos and sin
+    [B|1,1,T,D].
 
-    This is the half-split pairing of transformers' checkpoints; Meta's own pair neighbours (2i, 2i + 1).
+    This is the half-split pairing of transformers' checkpoints; Meta's own pair neighbours (2i, 2i
+    + 1).
     """
     first, second = x.chunk(2, dim=-1)  # [B, H or K, T, D/2]
     return x * cos + torch.cat([-second, first], dim=-1) * sin
@@ -177,33 +209,46 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, mask, causal, attend, cache) -> tuple[Tensor, Tensor | None]:
-        out, weights = self.self_attn(self.input_layernorm(x), cos, sin, mask, causal, attend, cache)
+        out, weights = self.self_attn(
+            self.input_layernorm(x), cos, sin, mask, causal, attend, cache
+        )
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), weights
 
 
 class Attention(nn.Module):
-    """Causal attention with rotary embedding; groups of query heads share a key/value head (Ainslie et al. 2023)."""
+    """Causal attention with rotary embedding; groups of query heads share a key/value head (Ainslie
+    et al. 2023)."""
 
     def __init__(self, config: TextConfig, index: int):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(
+            config.hidden_size, config.num_attention_heads * config.head_dim, bias=False
+        )
+        self.k_proj = nn.Linear(
+            config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False
+        )
+        self.v_proj = nn.Linear(
+            config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False
+        )
+        self.o_proj = nn.Linear(
+            config.num_attention_heads * config.head_dim, config.hidden_size, bias=False
+        )
 
     def forward(self, x, cos, sin, mask, causal, attend, cache) -> tuple[Tensor, Tensor | None]:
         """x [B,T,C] -> output [B,T,C] and, from `eager`, the attention weights [B,H,T,S]."""
         q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, T, C] -> [B, H or K, T, D]
+            # [B, T, C] -> [B, H or K, T, D]
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.index, k, v)  # [B, K, S, D]
         out, weights = attend(q, k, v, mask, causal)  # [B, H, T, D], [B, H, T, S] or None
-        return self.o_proj(out.transpose(1, 2).flatten(2)), weights  # [B, H, T, D] -> [B, T, H·D] -> [B, T, C]
+        # [B, H, T, D] -> [B, T, H·D] -> [B, T, C]
+        return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
 
 class MLP(nn.Module):
@@ -216,4 +261,5 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # [B, T, C] -> [B, T, F] -> [B, T, C]
+        # [B, T, C] -> [B, T, F] -> [B, T, C]
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -11,10 +11,11 @@ What is left of `steps` for one prompt, the most likely tokens and nobody who wa
             yield int(token)
             output = decode(model, token, cache, hidden_states=False, attentions=False)
 
-Everything else is for more rows, other choices, text, what is recorded, and a GPU that must not wait.
+Everything else is for more rows, other choices, text, what is recorded, and a GPU that must not
+wait.
 
-B batch, T prompt positions after the splice, S with those cached before, C width, H attention heads, L layers,
-V vocabulary.
+B batch, T prompt positions after the splice, S with those cached before, C width, H attention
+heads, L layers, V vocabulary.
 """
 
 import math
@@ -47,12 +48,15 @@ class Step:
     """One new token per row. Rows that had already finished get the pad token and no text."""
 
     token_ids: Tensor  # [B]
-    ids: list[int]  # the same numbers, here: to read them from a GPU is to wait for the step that it has begun
+    # the same numbers, here: to read them from a GPU is to wait for the step that it has begun
+    ids: list[int]
     text: list[str]  # per row, the text that can now be shown; "" without a tokenizer
-    finish_reason: list[str | None]  # per row: None while it goes on, "stop" (end token or stop text), "length"
+    # per row: None while it goes on, "stop" (end token or stop text), "length"
+    finish_reason: list[str | None]
     logits: Tensor  # [B, V] float32, as the model gave them
     other_logits: Tensor | None  # [B, V] float32, those of the second rows; None without `contrast`
-    scores: Tensor  # [B, V] float32, after contrast, penalties and filters: what the choice was made from
+    # [B, V] float32, after contrast, penalties and filters: what the choice was made from
+    scores: Tensor
     hidden_states: tuple[Tensor, ...] | None  # L + 1 times [B, T, C] at prefill, then [B, 1, C]
     attentions: (
         tuple[Tensor, ...] | None
@@ -71,26 +75,31 @@ def steps(
     process: Process | None = None,
     cache: KVCache | None = None,
 ) -> Iterator[Step]:
-    """The loop, one Step per token: the first costs the whole prompt, each further one a single position.
+    """The loop, one Step per token: the first costs the whole prompt, each further one a single
+    position.
 
-    contrast: makes one [B, V] of the logits of two rows and the number of the step, where `spliced` holds 2 B rows: B
-    that answer and B that read along and see something else. They are one batch, so weights are read once for both.
-    process: changes scores before temperature and filters (see Chooser).
-    cache: what was read before this prompt, which goes on from there; it needs room for prompt and answer.
-    Everything it needs to go on lives in its local variables, so any number of loops can share one model.
-    Stops when every row has finished: on a CPU without another forward pass, on a GPU with one begun and forgotten.
-    Raises ValueError as `generate`.
+    contrast: makes one [B, V] of the logits of two rows and the number of the step, where `spliced`
+    holds 2 B rows: B that answer and B that read along and see something else. They are one batch,
+    so weights are read once for both. process: changes scores before temperature and filters (see
+    Chooser). cache: what was read before this prompt, which goes on from there; it needs room for
+    prompt and answer. Everything it needs to go on lives in its local variables, so any number of
+    loops can share one model. Stops when every row has finished: on a CPU without another forward
+    pass, on a GPU with one begun and forgotten. Raises ValueError as `generate`.
     """
     if options.num_beams > 1:
         raise ValueError(
-            f"num_beams is {options.num_beams}: beams go through generate() or beam.search(), and without contrast"
+            f"num_beams is {options.num_beams}: beams go through generate() or beam.search(), and "
+            "without contrast"
         )
     check_wishes(options, tokenizer, record)
     wanted = {name: name in record for name in ("hidden_states", "attentions")}
     streams = 1 if contrast is None else 2
     rows_read, length, _ = spliced.embeds.shape
     batch = rows_read // streams
-    budget = min(options.max_new_tokens, room_for_answer(model, spliced, 0 if cache is None else cache.length))
+    budget = min(
+        options.max_new_tokens,
+        room_for_answer(model, spliced, 0 if cache is None else cache.length),
+    )
     device = spliced.embeds.device
     captured = model.decode_step is not None and not any(wanted.values())
     if cache is None:
@@ -98,16 +107,22 @@ def steps(
         if captured:
             with spare_cache(model, rows_read, capacity, spliced.embeds) as cache:
                 yield from steps(
-                    model, spliced, options, tokenizer=tokenizer, record=record, contrast=contrast, process=process,
+                    model, spliced, options, tokenizer=tokenizer, record=record, contrast=contrast,
+                    process=process,
                     cache=cache,
                 )  # fmt: skip
             return
-        cache = KVCache(model.config.text, rows_read, capacity, dtype=spliced.embeds.dtype, device=device)
+        cache = KVCache(
+            model.config.text, rows_read, capacity, dtype=spliced.embeds.dtype, device=device
+        )
     choose = Chooser(model, spliced.input_ids[:batch], options, process=process)
     rows = [Row(model.config.eos_token_ids, tokenizer, options.stop) for _ in range(batch)]
     done, known = torch.zeros(batch, dtype=torch.bool, device=device), [None] * batch  # [B]
 
-    output, go_on = prefill(model, spliced, cache, **wanted), partial(decode, model, cache=cache, **wanted)
+    output, go_on = (
+        prefill(model, spliced, cache, **wanted),
+        partial(decode, model, cache=cache, **wanted),
+    )
     if captured:
         go_on = CapturedDecode(model.decode_step, cache)
     for made in range(1, budget + 1):
@@ -120,8 +135,8 @@ def steps(
         token_ids = token_ids.masked_fill(done, model.config.pad_token_id)  # [B]
         choose.remember(token_ids)
 
-        # From here a GPU is a step ahead: it goes on with these tokens while we learn what they are.
-        # Not with the first: it would come only when the second step's many kernels are begun.
+        # From here a GPU is a step ahead: it goes on with these tokens while we learn what they
+        # are. Not with the first: it would come only when the second step's many kernels are begun.
         arriving = Arriving(token_ids, all_finite, (empty & ~done).any())
         begins = 1 < made < budget and runs_ahead(device)
         ahead = go_on(token_ids.repeat(streams)) if begins else None
@@ -133,29 +148,40 @@ def steps(
         text = [row.feed(token, last=made == budget) for row, token in zip(rows, ids, strict=True)]
         reasons = [row.finish_reason for row in rows]
         states, attentions = (
-            recorded and tuple(t[:batch] for t in recorded) for recorded in (output.hidden_states, output.attentions)
+            recorded and tuple(t[:batch] for t in recorded)
+            for recorded in (output.hidden_states, output.attentions)
         )
         if all(reasons) and ahead is not None:
             cache.truncate(cache.length - 1)
         yield Step(token_ids, ids, text, reasons, logits, other, scores, states, attentions)
         if all(reasons):
             return
-        if reasons != known:  # a row has finished: the one time when the device waits for what we know
-            done, known = torch.tensor([reason is not None for reason in reasons], device=device), reasons
+        # a row has finished: the one time when the device waits for what we know
+        if reasons != known:
+            done, known = (
+                torch.tensor([reason is not None for reason in reasons], device=device),
+                reasons,
+            )
         output = go_on(token_ids.repeat(streams)) if ahead is None else ahead
 
 
 def check_wishes(options: Options, tokenizer: Tokenizer | None, record: Sequence[str]) -> None:
-    """Raises ValueError for a record that does not exist, and for stop texts that nobody could see."""
+    """Raises ValueError for a record that does not exist, and for stop texts that nobody could
+    see."""
     unknown = set(record) - set(RECORDABLE)
     if unknown:
-        raise ValueError(f"cannot record {sorted(unknown)}, expected some of: {', '.join(RECORDABLE)}")
+        raise ValueError(
+            f"cannot record {sorted(unknown)}, expected some of: {', '.join(RECORDABLE)}"
+        )
     if options.stop and tokenizer is None:
         raise ValueError("stop texts need a tokenizer: pass tokenizer=")
 
 
-def prefill(model: Llava, spliced: Spliced, cache: KVCache, *, hidden_states: bool, attentions: bool) -> LanguageOutput:
-    """All positions of the prompt at once, behind what the cache holds; logits of the last only. -> logits [B,1,V]"""
+def prefill(
+    model: Llava, spliced: Spliced, cache: KVCache, *, hidden_states: bool, attentions: bool
+) -> LanguageOutput:
+    """All positions of the prompt at once, behind what the cache holds; logits of the last only. ->
+    logits [B,1,V]"""
     return model.language_model(
         spliced.embeds,
         spliced.attention_mask,
@@ -166,38 +192,51 @@ def prefill(model: Llava, spliced: Spliced, cache: KVCache, *, hidden_states: bo
     )
 
 
-def decode(model: Llava, token_ids: Tensor, cache: KVCache, *, hidden_states: bool, attentions: bool) -> LanguageOutput:
-    """One new position per row; everything before it is read from the cache. token_ids [B] -> logits [B,1,V]"""
-    return model.language_model(token_ids[:, None], None, cache, hidden_states=hidden_states, attentions=attentions)
+def decode(
+    model: Llava, token_ids: Tensor, cache: KVCache, *, hidden_states: bool, attentions: bool
+) -> LanguageOutput:
+    """One new position per row; everything before it is read from the cache. token_ids [B] ->
+    logits [B,1,V]"""
+    return model.language_model(
+        token_ids[:, None], None, cache, hidden_states=hidden_states, attentions=attentions
+    )
 
 
 NOTHING_LEFT = (
-    "no token is left to choose: contrast's cut, no_repeat_ngram_size, min_new_tokens, process and the filters "
+    "no token is left to choose: contrast's cut, no_repeat_ngram_size, min_new_tokens, process and "
+    "the filters "
     "together remove all; loosen one of them"
 )
 
 NOT_FINITE = (
-    "the logits are not finite: damaged weights or a dtype too narrow; try float32 (a command: --dtype float32)"
+    "the logits are not finite: damaged weights or a dtype too narrow; try float32 (a command: "
+    "--dtype float32)"
 )
 
 
 def check_scores(found: Tensor, given: Tensor) -> Tensor:
-    """What `process` made of the given scores [B, V]. Raises ValueError for what cannot be chosen from."""
+    """What `process` made of the given scores [B, V]. Raises ValueError for what cannot be chosen
+    from."""
     expected = f"{list(given.shape)} {str(given.dtype).removeprefix('torch.')} on {given.device}"
     if not isinstance(found, Tensor):
         raise ValueError(f"process returned {type(found).__name__}, expected a tensor {expected}")
     if (found.shape, found.dtype, found.device) != (given.shape, given.dtype, given.device):
         shape, dtype = list(found.shape), str(found.dtype).removeprefix("torch.")
-        raise ValueError(f"process returned a tensor {shape} {dtype} on {found.device}, expected {expected}")
+        raise ValueError(
+            f"process returned a tensor {shape} {dtype} on {found.device}, expected {expected}"
+        )
     if not (found < math.inf).all():  # nor is NaN
-        raise ValueError("process returned NaN or +inf, expected finite scores, and -inf for a token to remove")
+        raise ValueError(
+            "process returned NaN or +inf, expected finite scores, and -inf for a token to remove"
+        )
     return found
 
 
 def wide_logits(output: LanguageOutput) -> Tensor:
     """Those of the last position, [B, V] in float32 or better."""
-    # What follows divides, exponentiates and sums over the whole vocabulary; in half precision it would round tokens
-    # into ties that the model did not mean. transformers copies to float32 at the same place.
+    # What follows divides, exponentiates and sums over the whole vocabulary; in half precision it
+    # would round tokens into ties that the model did not mean. transformers copies to float32 at
+    # the same place.
     return output.logits[:, -1].to(torch.promote_types(output.logits.dtype, torch.float32))
 
 
@@ -210,15 +249,15 @@ def last_logits(output: LanguageOutput) -> Tensor:
 
 
 def room_for_answer(model: Llava, spliced: Spliced, before: int = 0) -> int:
-    """How many tokens the context has left after `before` positions read earlier and the prompt. Raises ValueError
-    with the numbers when they fill it."""
+    """How many tokens the context has left after `before` positions read earlier and the prompt.
+    Raises ValueError with the numbers when they fill it."""
     length = before + spliced.embeds.shape[1]
     return _room(model, length, max(map(len, spliced.image_spans)))
 
 
 def check_room(model: Llava, input_ids: Tensor | Sequence[Sequence[int]]) -> None:
-    """Raises ValueError as `room_for_answer`, but before a word is looked up or a picture encoded: for a prompt of
-    megabytes that takes gigabytes. input_ids: rows, with -200 for each picture."""
+    """Raises ValueError as `room_for_answer`, but before a word is looked up or a picture encoded:
+    for a prompt of megabytes that takes gigabytes. input_ids: rows, with -200 for each picture."""
     for ids in as_rows("input_ids", input_ids, "cpu"):
         pictures = int((ids == IMAGE_TOKEN_INDEX).sum())
         _room(model, len(ids) + pictures * (model.config.tokens_per_image - 1), pictures)
@@ -229,16 +268,19 @@ def _room(model: Llava, length: int, pictures: int) -> int:
     context, each = model.config.text.context, model.config.tokens_per_image
     if length >= context:
         raise ValueError(
-            f"the prompt takes {length} positions ({pictures} picture(s) of {each} each), the model's context holds "
+            f"the prompt takes {length} positions ({pictures} picture(s) of {each} each), the "
+            "model's context holds "
             f"{context} with the answer; shorten the prompt or give fewer pictures"
         )
     return context - length
 
 
 class Chooser:
-    """From logits to tokens, by the options: the ids so far and the random numbers are its only state.
+    """From logits to tokens, by the options: the ids so far and the random numbers are its only
+    state.
 
-    history: [B, S] the ids of prompt and answer, a picture as one image id per patch, -1 where a row is padding.
+    history: [B, S] the ids of prompt and answer, a picture as one image id per patch, -1 where a
+    row is padding.
     """
 
     def __init__(
@@ -249,13 +291,17 @@ class Chooser:
         keep: int = 1,
         process: Process | None = None,
     ):
-        """input_ids: per row, the prompt with its -200. keep: how many tokens the filters leave at least. process: is
-        given the scores after the penalties and returns others, -inf for a token that must not be chosen."""
+        """input_ids: per row, the prompt with its -200. keep: how many tokens the filters leave at
+        least. process: is given the scores after the penalties and returns others, -inf for a token
+        that must not be chosen."""
         self.options, self.keep, self.custom = options, keep, process
         device = input_ids[0].device
         seeds = options.seed if isinstance(options.seed, tuple) else (options.seed,)
         if not seeds or len(input_ids) % len(seeds):
-            raise ValueError(f"{len(seeds)} seeds for {len(input_ids)} rows, expected one seed, or one per prompt")
+            raise ValueError(
+                f"{len(seeds)} seeds for {len(input_ids)} rows, expected one seed, or one per "
+                "prompt"
+            )
         self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
         config, rows = model.config, []
         for ids in input_ids:
@@ -264,24 +310,31 @@ class Chooser:
             repeats = torch.where(is_image, config.tokens_per_image, 1)
             rows.append(ids.masked_fill(is_image, config.image_token_id).repeat_interleave(repeats))
         self.prompt_length = max(map(len, rows))
-        self.history = torch.stack([F.pad(row, (self.prompt_length - len(row), 0), value=-1) for row in rows])
+        self.history = torch.stack(
+            [F.pad(row, (self.prompt_length - len(row), 0), value=-1) for row in rows]
+        )
         ends = [i for i in config.eos_token_ids if i < config.text.vocab_size]
         self.end_ids = torch.tensor(ends, dtype=torch.long, device=device)
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, V] float32 -> token ids [B], the scores [B, V] they were chosen from, and bool [B]: rows of which nothing
-        is left to choose, and any token is chosen."""
+        """[B, V] float32 -> token ids [B], the scores [B, V] they were chosen from, and bool [B]:
+        rows of which nothing is left to choose, and any token is chosen."""
         scores = self.process(logits)
         empty = ~(scores > sampling.REMOVED).any(-1)  # [B]
         scores = scores.masked_fill(empty[:, None], 0)
-        token_ids = scores.argmax(-1) if self.options.temperature == 0 else self.draw(scores, 1)[:, 0]
+        token_ids = (
+            scores.argmax(-1) if self.options.temperature == 0 else self.draw(scores, 1)[:, 0]
+        )
         return token_ids, scores, empty
 
     def process(self, logits: Tensor) -> Tensor:
-        """Logits or log-probabilities [B, V] -> the scores to choose from, in the order of transformers."""
+        """Logits or log-probabilities [B, V] -> the scores to choose from, in the order of
+        transformers."""
         o, scores = self.options, logits
         if o.repetition_penalty is not None:
-            scores = sampling.repetition_penalty(scores, self._seen(scores.shape[1]), o.repetition_penalty)
+            scores = sampling.repetition_penalty(
+                scores, self._seen(scores.shape[1]), o.repetition_penalty
+            )
         if o.no_repeat_ngram_size:
             scores = sampling.no_repeat_ngram(scores, self.history, o.no_repeat_ngram_size)
         if self.history.shape[1] - self.prompt_length < o.min_new_tokens:
@@ -304,32 +357,40 @@ class Chooser:
 
     def draw(self, scores: Tensor, count: int) -> Tensor:
         """`count` different choices per row, at random: [B, V] -> [B, count]."""
-        shares = zip(scores.chunk(len(self.generators)), self.generators, strict=True)  # [B / seeds, V] each
+        # [B / seeds, V] each
+        shares = zip(scores.chunk(len(self.generators)), self.generators, strict=True)
         return torch.cat([sampling.draw(rows, generator, count) for rows, generator in shares])
 
     def remember(self, token_ids: Tensor, rows: Tensor | None = None) -> None:
-        """Note what was chosen [B]. rows: which row each of them follows, when not its own (beams)."""
+        """Note what was chosen [B]. rows: which row each of them follows, when not its own
+        (beams)."""
         history = self.history if rows is None else self.history[rows]
         self.history = torch.cat([history, token_ids[:, None]], dim=1)
 
     def _seen(self, vocabulary: int) -> Tensor:
         """bool [B, V]: which tokens are in each row already."""
-        known = torch.where((self.history >= 0) & (self.history < vocabulary), self.history, vocabulary)
+        known = torch.where(
+            (self.history >= 0) & (self.history < vocabulary), self.history, vocabulary
+        )
         seen = torch.zeros((len(known), vocabulary + 1), dtype=torch.bool, device=known.device)
         return seen.scatter_(1, known, True)[:, :-1]  # the last column took what is no token
 
 
 class Row:
-    """One row's answer as it grows: its text, held back where it might still become a stop text, and its end."""
+    """One row's answer as it grows: its text, held back where it might still become a stop text,
+    and its end."""
 
-    def __init__(self, eos_token_ids: Sequence[int], tokenizer: Tokenizer | None, stop: Sequence[str]):
+    def __init__(
+        self, eos_token_ids: Sequence[int], tokenizer: Tokenizer | None, stop: Sequence[str]
+    ):
         self.eos_token_ids, self.stop = eos_token_ids, stop
         self.finish_reason: str | None = None
         self.decoder = None if tokenizer is None else TextDecoder(tokenizer)
         self.held = ""
 
     def feed(self, token_id: int, last: bool) -> str:
-        """Take the row's next token (`last`: the budget ends with it); the text that is now certain."""
+        """Take the row's next token (`last`: the budget ends with it); the text that is now
+        certain."""
         if self.finish_reason is not None:
             return ""
         if token_id in self.eos_token_ids:
@@ -349,6 +410,9 @@ class Row:
         keep = 0
         if self.finish_reason is None:
             # The longest end of the text that is the beginning of a stop text.
-            keep = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+            keep = max(
+                (n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])),
+                default=0,
+            )
         text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return text

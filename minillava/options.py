@@ -1,4 +1,5 @@
-"""The settings of an answer, and the words that flags and arguments may be: read before anything large is imported."""
+"""The settings of an answer, and the words that flags and arguments may be: read before anything
+large is imported."""
 
 import math
 import secrets
@@ -21,12 +22,13 @@ NOISE_STEPS = 1000  # of VCD
 class Options:
     """How the next token is chosen and when to stop. These are the defaults, everywhere.
 
-    temperature 0 is greedy: the most likely token; the filters top_k, top_p, min_p and typical_p need a temperature.
-    min_new_tokens bars the end tokens until then, as in transformers; a stop text still ends an answer.
-    num_beams above 1 is beam search (beam.py); length_penalty and early_stopping (False, True, "never") belong to it.
-    stop: texts that end an answer and are cut from it. seed: if None, 0 for greedy and a fresh one for samples, kept
-    here; several, one per prompt, make each sample independent of the prompts beside it.
-    num_return_sequences: answers per prompt, in adjacent rows. Raises ValueError for a value out of range.
+    temperature 0 is greedy: the most likely token; the filters top_k, top_p, min_p and typical_p
+    need a temperature. min_new_tokens bars the end tokens until then, as in transformers; a stop
+    text still ends an answer. num_beams above 1 is beam search (beam.py); length_penalty and
+    early_stopping (False, True, "never") belong to it. stop: texts that end an answer and are cut
+    from it. seed: if None, 0 for greedy and a fresh one for samples, kept here; several, one per
+    prompt, make each sample independent of the prompts beside it. num_return_sequences: answers per
+    prompt, in adjacent rows. Raises ValueError for a value out of range.
     """
 
     max_new_tokens: int = 512
@@ -58,15 +60,20 @@ class Options:
             ("no_repeat_ngram_size", 0, math.inf, True),
             ("num_return_sequences", 1, math.inf, True),
             ("num_beams", 1, math.inf, True),
-            ("length_penalty", -10, 10, False),  # a float32 score divided by 4096**10 is still a number
+            # a float32 score divided by 4096**10 is still a number
+            ("length_penalty", -10, 10, False),
         )
         if isinstance(self.seed, list):
             object.__setattr__(self, "seed", tuple(self.seed))
         values = [(vars(self)[row[0]], *row) for row in ranges if vars(self)[row[0]] is not None]
-        seeds = self.seed if isinstance(self.seed, tuple) else () if self.seed is None else (self.seed,)
+        seeds = (
+            self.seed if isinstance(self.seed, tuple) else () if self.seed is None else (self.seed,)
+        )
         values += [(seed, "seed", -(2**63), 2**64 - 1, True) for seed in seeds]
         for value, name, low, high, whole in values:
-            of_kind = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            of_kind = isinstance(value, int if whole else (int, float)) and not isinstance(
+                value, bool
+            )
             if not of_kind or not low <= value <= high:
                 kind = "a whole number" if whole else "a number"
                 limit = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
@@ -75,29 +82,48 @@ class Options:
             if vars(self)[name] == 0:
                 raise ValueError(f"{name} is 0, expected a number above 0: no token would be left")
         if 0 < self.temperature < 1e-6:
-            raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy) or at least 1e-6")
-        filters = self.top_k or self.top_p not in (None, 1) or self.min_p or self.typical_p not in (None, 1)
-        if self.temperature == 0 and (filters or (self.num_return_sequences > 1 and self.num_beams == 1)):
             raise ValueError(
-                "top_k, top_p, min_p, typical_p and num_return_sequences (without beams) are about samples: "
+                f"temperature is {self.temperature}, expected 0 (greedy) or at least 1e-6"
+            )
+        filters = (
+            self.top_k
+            or self.top_p not in (None, 1)
+            or self.min_p
+            or self.typical_p not in (None, 1)
+        )
+        if self.temperature == 0 and (
+            filters or (self.num_return_sequences > 1 and self.num_beams == 1)
+        ):
+            raise ValueError(
+                "top_k, top_p, min_p, typical_p and num_return_sequences (without beams) are about "
+                "samples: "
                 "set a temperature above 0 (1.0 changes nothing)"
             )
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise ValueError(f'early_stopping is {self.early_stopping!r}, expected False, True or "never"')
+            raise ValueError(
+                f'early_stopping is {self.early_stopping!r}, expected False, True or "never"'
+            )
         if self.num_beams == 1 and (self.length_penalty != 1 or self.early_stopping):
-            raise ValueError("length_penalty and early_stopping are about beams: set num_beams above 1")
+            raise ValueError(
+                "length_penalty and early_stopping are about beams: set num_beams above 1"
+            )
         if 1 < self.num_beams < self.num_return_sequences:
             raise ValueError(
-                f"num_return_sequences is {self.num_return_sequences}, but num_beams is {self.num_beams}: beams "
+                f"num_return_sequences is {self.num_return_sequences}, but num_beams is "
+                f"{self.num_beams}: beams "
                 "return no more answers than there are beams"
             )
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         if not all(isinstance(s, str) for s in stop):
             raise ValueError(f"stop is {self.stop!r}, expected texts")
-        object.__setattr__(self, "stop", tuple(s for s in stop if s))  # an empty text would match everywhere
+        # an empty text would match everywhere
+        object.__setattr__(self, "stop", tuple(s for s in stop if s))
         if self.seed is None:
-            # Greedy decoding draws nothing, but contrast may: the same question gets the same answer.
-            object.__setattr__(self, "seed", 0 if self.temperature == 0 else secrets.randbelow(2**32))
+            # Greedy decoding draws nothing, but contrast may: the same question gets the same
+            # answer.
+            object.__setattr__(
+                self, "seed", 0 if self.temperature == 0 else secrets.randbelow(2**32)
+            )
 
 
 OTHER_NAMES = {
@@ -119,8 +145,8 @@ OTHER_NAMES = {
 
 
 def read_options(given: Mapping[str, object], others: Options | None = None) -> Options:
-    """Options by name, the rest as in `others`. Raises TypeError for a name that is none, with the nearest one, and
-    ValueError as Options."""
+    """Options by name, the rest as in `others`. Raises TypeError for a name that is none, with the
+    nearest one, and ValueError as Options."""
     known = list(Options.__dataclass_fields__)
     for name in given:
         if name not in known:

@@ -1,7 +1,9 @@
-"""The projector: the small network between the eye and the language model, and the part LLaVA trains first.
+"""The projector: the small network between the eye and the language model, and the part LLaVA
+trains first.
 
 It turns each patch vector of the vision tower's width into a vector of the language model's width,
-so that a picture becomes 576 "words" that were never in any vocabulary. n pictures, P patches, C width.
+so that a picture becomes 576 "words" that were never in any vocabulary. n pictures, P patches, C
+width.
 """
 
 import torch.nn.functional as F
@@ -13,8 +15,8 @@ from minillava.config import LlavaConfig
 class Projector(nn.Module):
     """`linear` is one layer; `mlpNx_gelu` is N layers with exact (erf) GELU between them.
 
-    The first LLaVA had `linear`; LLaVA-1.5 has mlp2x_gelu, because a second layer improved its answers (Liu et al.
-    2023, Improved Baselines with Visual Instruction Tuning).
+    The first LLaVA had `linear`; LLaVA-1.5 has mlp2x_gelu, because a second layer improved its
+    answers (Liu et al. 2023, Improved Baselines with Visual Instruction Tuning).
     """
 
     def __init__(self, config: LlavaConfig):

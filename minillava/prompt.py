@@ -1,7 +1,8 @@
-"""Conversation templates: the exact strings each model was trained on. A changed space is a changed model.
+"""Conversation templates: the exact strings each model was trained on. A changed space is a changed
+model.
 
-The templates are data; `render` is the only code. Source: LLaVA, conversation.py; for `hf`, the chat
-template of the llava-hf checkpoints.
+The templates are data; `render` is the only code. Source: LLaVA, conversation.py; for `hf`, the
+chat template of the llava-hf checkpoints.
 """
 
 import re
@@ -18,9 +19,9 @@ DEFAULT_PROMPT = "Please describe this image in detail."
 class Segment(NamedTuple):
     """A stretch of a prompt and how the tokenizer must read it.
 
-    template: ours; `<image>`, `<s>` and `</s>` in it are tokens. text: the user's; nothing in it is special.
-    spelled: a separator of the template that a user typed; encoded letter by letter, so that the model
-    reads the same characters but not the token that ends a turn.
+    template: ours; `<image>`, `<s>` and `</s>` in it are tokens. text: the user's; nothing in it is
+    special. spelled: a separator of the template that a user typed; encoded letter by letter, so
+    that the model reads the same characters but not the token that ends a turn.
     """
 
     text: str
@@ -39,7 +40,12 @@ class Prompt(str):
 
     def __add__(self, text: str) -> "Prompt":
         """The prompt and the beginning of an answer, which is text like a user's."""
-        return Prompt([*self.segments, *(text.segments if isinstance(text, Prompt) else [Segment(text, "text")])])
+        return Prompt(
+            [
+                *self.segments,
+                *(text.segments if isinstance(text, Prompt) else [Segment(text, "text")]),
+            ]
+        )
 
     def __getnewargs__(self):
         return (self.segments,)  # what copy and pickle make it from
@@ -47,8 +53,8 @@ class Prompt(str):
 
 @dataclass(frozen=True)
 class Template:
-    """system and opening are plain text, the others format strings whose `{}` is filled with text; in first_user
-    the first `{}` is the finished system_block, the second the question.
+    """system and opening are plain text, the others format strings whose `{}` is filled with text;
+    in first_user the first `{}` is the finished system_block, the second the question.
 
     stop: text that ends an answer, where the model was not trained to end with its end token.
     separators: text that must not be forged by a user (Segment, `spelled`).
@@ -59,7 +65,8 @@ class Template:
     user: str
     assistant: str  # a finished answer
     opening: str  # what the model continues
-    first_user: str | None = None  # the first turn, where the system text stands inside it; None: block + user
+    # the first turn, where the system text stands inside it; None: block + user
+    first_user: str | None = None
     stop: tuple[str, ...] = ()
     separators: tuple[str, ...] = ()
     single_turn: bool = False
@@ -85,7 +92,13 @@ TEMPLATES = {
     # The one LLaVA-1.5 was trained and evaluated with: two words differ ("user" for "human").
     "vicuna_v1": Template(_USER, "{} ", "USER: {} ", "ASSISTANT: {}</s>", "ASSISTANT:"),
     "llava_v0": Template(
-        _HUMAN, "{}###", "Human: {}###", "Assistant: {}###", "Assistant:", stop=("###",), separators=("###",)
+        _HUMAN,
+        "{}###",
+        "Human: {}###",
+        "Assistant: {}###",
+        "Assistant:",
+        stop=("###",),
+        separators=("###",),
     ),
     "llava_llama_2": Template(
         _VISION,
@@ -131,31 +144,41 @@ def find_template(name: str) -> Template:
 
 
 def place_images(question: str, images: int) -> str:
-    """A question with one marker per picture: as written, or one line each before the text if none is.
-    Raises ValueError for an empty question, or with both numbers when some are written but not as many as pictures."""
+    """A question with one marker per picture: as written, or one line each before the text if none
+    is. Raises ValueError for an empty question, or with both numbers when some are written but not
+    as many as pictures."""
     if not question.strip():
         raise ValueError("the question is empty; write what you want to know")
     written = question.count(IMAGE_MARKER)
     if written and written != images:
         raise ValueError(
-            f"the prompt places {written} picture(s) with {IMAGE_MARKER} but {images} picture(s) were given; "
+            f"the prompt places {written} picture(s) with {IMAGE_MARKER} but {images} picture(s) "
+            "were given; "
             f"write {IMAGE_MARKER} once per picture, or leave it out to put them before the text"
         )
     return question if written else f"{IMAGE_MARKER}\n" * images + question
 
 
-def render(template: Template, turns: Sequence[tuple[str, str | None]], system: str | None = None) -> Prompt:
-    """The prompt of a conversation: (question, answer) pairs, the last answer None for the one to come.
+def render(
+    template: Template, turns: Sequence[tuple[str, str | None]], system: str | None = None
+) -> Prompt:
+    """The prompt of a conversation: (question, answer) pairs, the last answer None for the one to
+    come.
 
-    system: instead of the template's own; "" for none. Raises ValueError for an empty question, a missing
-    answer before the last turn, or more turns than the template can hold.
+    system: instead of the template's own; "" for none. Raises ValueError for an empty question, a
+    missing answer before the last turn, or more turns than the template can hold.
     """
     if not turns:
         raise ValueError("a conversation needs at least one question")
     if template.single_turn and len(turns) > 1:
-        raise ValueError(f"this template holds one turn, the conversation has {len(turns)}; choose another template")
+        raise ValueError(
+            f"this template holds one turn, the conversation has {len(turns)}; choose another "
+            "template"
+        )
     system = template.system if system is None else system
-    block = _fill(template.system_block, _user_text(system, template, images=False)) if system else []
+    block = (
+        _fill(template.system_block, _user_text(system, template, images=False)) if system else []
+    )
     segments: list[Segment] = []
     for i, (question, answer) in enumerate(turns):
         if not question.strip():
@@ -167,7 +190,8 @@ def render(template: Template, turns: Sequence[tuple[str, str | None]], system: 
             segments += _fill(template.first_user, block, asked)
         else:
             segments += (block if i == 0 else []) + _fill(template.user, asked)
-        # An empty answer is an answer; only None leaves the turn open (the original mixes the two up).
+        # An empty answer is an answer; only None leaves the turn open (the original mixes the two
+        # up).
         if answer is None:
             segments.append(Segment(template.opening, "template"))
         else:
@@ -182,7 +206,10 @@ def _user_text(text: str, template: Template, images: bool) -> list[Segment]:
         return [Segment(text, "text")]
     kinds = {IMAGE_MARKER: "template"} if images else {}
     parts = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
-    return [Segment(part, kinds.get(part, "spelled") if i % 2 else "text") for i, part in enumerate(parts)]
+    return [
+        Segment(part, kinds.get(part, "spelled") if i % 2 else "text")
+        for i, part in enumerate(parts)
+    ]
 
 
 def _fill(form: str, *contents: list[Segment]) -> list[Segment]:

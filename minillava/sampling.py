@@ -1,7 +1,9 @@
-"""From logits to the next token: pure functions on [B, V] float32, in the order transformers applies them.
+"""From logits to the next token: pure functions on [B, V] float32, in the order transformers
+applies them.
 
-repetition penalty, no repeated n-grams, then, only when sampling: temperature, top-k, top-p, min-p, typical-p. A
-removed token gets -inf. keep: how many tokens, those it likes best, a filter leaves at least.
+repetition penalty, no repeated n-grams, then, only when sampling: temperature, top-k, top-p, min-p,
+typical-p. A removed token gets -inf. keep: how many tokens, those it likes best, a filter leaves at
+least.
 """
 
 import torch
@@ -17,17 +19,20 @@ def repetition_penalty(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def no_repeat_ngram(scores: Tensor, history: Tensor, size: int) -> Tensor:
-    """Remove every token that would end a run of `size` tokens that is in the row already (Paulus et al. 2017).
-    history: the row's ids so far [B,S], -1 where it is padding on the left."""
+    """Remove every token that would end a run of `size` tokens that is in the row already (Paulus
+    et al. 2017). history: the row's ids so far [B,S], -1 where it is padding on the left."""
     vocabulary, length = scores.shape[1], history.shape[1]
     if length < size:
         return scores
     runs = history.unfold(1, size, 1)  # [B, S - size + 1, size]
     repeats = (runs[..., :-1] == history[:, None, length - size + 1 :]).all(-1)  # [B, S - size + 1]
     last = runs[..., -1]
-    # What is no repetition, padding and ids that the model cannot say are removed from a column of no token.
+    # What is no repetition, padding and ids that the model cannot say are removed from a column of
+    # no token.
     last = torch.where(repeats & (last >= 0) & (last < vocabulary), last, vocabulary)
-    removed = scores.new_zeros((len(scores), vocabulary + 1), dtype=torch.bool).scatter_(1, last, True)
+    removed = scores.new_zeros((len(scores), vocabulary + 1), dtype=torch.bool).scatter_(
+        1, last, True
+    )
     return scores.masked_fill(removed[:, :-1], REMOVED)
 
 
@@ -44,7 +49,8 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 def top_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
     """Keep the smallest set of best tokens whose probability reaches p (Holtzman et al. 2020)."""
-    # Summed from the least likely upwards, as transformers does: in float32 the two directions differ.
+    # Summed from the least likely upwards, as transformers does: in float32 the two directions
+    # differ.
     ascending, order = scores.sort(descending=False)
     remove = ascending.softmax(-1).cumsum(-1) <= 1 - p
     remove[:, -keep:] = False
@@ -60,10 +66,12 @@ def min_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
 
 
 def typical_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
-    """Keep the smallest set of tokens that reaches probability p, taking first those whose surprise, -log probability,
-    is nearest to the expected one, the entropy (Meister et al. 2022); tokens tied with the last one stay."""
+    """Keep the smallest set of tokens that reaches probability p, taking first those whose
+    surprise, -log probability, is nearest to the expected one, the entropy (Meister et al. 2022);
+    tokens tied with the last one stay."""
     log_p = scores.log_softmax(-1)
-    entropy = -(log_p * log_p.exp()).nansum(-1, keepdim=True)  # [B, 1]; a removed token is -inf times 0
+    # [B, 1]; a removed token is -inf times 0
+    entropy = -(log_p * log_p.exp()).nansum(-1, keepdim=True)
     distance, order = (-log_p - entropy).abs().sort()
     reached = scores.gather(1, order).softmax(-1).cumsum(-1)
     last = (reached < p).sum(1, keepdim=True).clamp(max=scores.shape[1] - 1)  # [B, 1]
@@ -73,5 +81,6 @@ def typical_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
 
 
 def draw(scores: Tensor, generator: torch.Generator, count: int = 1) -> Tensor:
-    """`count` different tokens per row at random, in proportion to softmax(scores). [B,V] -> [B,count]"""
+    """`count` different tokens per row at random, in proportion to softmax(scores). [B,V] ->
+    [B,count]"""
     return torch.multinomial(scores.softmax(-1), count, generator=generator)

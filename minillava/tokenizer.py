@@ -1,8 +1,8 @@
 """Text to token ids and back: SentencePiece with the conventions of Llama and LLaVA.
 
-SentencePiece writes a space as "▁" and puts one before every text, so that "dog" and " dog" are the same
-word. LLaVA cuts a prompt at `<image>` and encodes each chunk as a text of its own, which is why the
-newline after a picture is two ids, 29871 ("▁") and 13 ("\\n" as a byte).
+SentencePiece writes a space as "▁" and puts one before every text, so that "dog" and " dog" are the
+same word. LLaVA cuts a prompt at `<image>` and encodes each chunk as a text of its own, which is
+why the newline after a picture is two ids, 29871 ("▁") and 13 ("\\n" as a byte).
 """
 
 import codecs
@@ -31,12 +31,14 @@ _SPACE = "▁"
 
 
 class Tokenizer:
-    """A Llama tokenizer.model, with the tokens that the files in `beside` (default: its own folder) add to it.
+    """A Llama tokenizer.model, with the tokens that the files in `beside` (default: its own folder)
+    add to it.
 
-    legacy: what happens to text after a token within a chunk. True, the first behaviour: it gets a "▁" again
-    ("</s>USER" is 2 3148 1001). False, from transformers 4.34: it does not (2 11889). None reads it from those files.
-    added: further tokens (config.added_tokens), which come after all others unless a file names their ids.
-    vocabulary: rows of the embedding table, to check against. Raises FileNotFoundError or ValueError.
+    legacy: what happens to text after a token within a chunk. True, the first behaviour: it gets a
+    "▁" again ("</s>USER" is 2 3148 1001). False, from transformers 4.34: it does not (2 11889).
+    None reads it from those files. added: further tokens (config.added_tokens), which come after
+    all others unless a file names their ids. vocabulary: rows of the embedding table, to check
+    against. Raises FileNotFoundError or ValueError.
     """
 
     def __init__(
@@ -60,13 +62,19 @@ class Tokenizer:
         self.legacy = files.legacy() if legacy is None else legacy
         tokens = files.tokens(self.sentencepiece, added)
         if vocabulary is not None:
-            rows = max([vocabulary, *(tokens[text].id + 1 for text in added)])  # the model grows by those
+            # the model grows by those
+            rows = max([vocabulary, *(tokens[text].id + 1 for text in added)])
             check_vocabulary(path, self.vocab_size, tokens, rows, files)
-        self.by_id = {token.id: token for token in sorted(tokens.values(), key=lambda token: token.id)}
+        self.by_id = {
+            token.id: token for token in sorted(tokens.values(), key=lambda token: token.id)
+        }
         self.added = {token.text: i for i, token in self.by_id.items() if i >= self.vocab_size}
         # What no text becomes: a picture is -200, and padding is nothing to be written.
-        self._tokens = {text: token for text, token in tokens.items() if text not in (IMAGE_MARKER, PAD_MARKER)}
-        lengths: dict[str, set[int]] = {}  # first character -> how long tokens are that begin with it
+        self._tokens = {
+            text: token for text, token in tokens.items() if text not in (IMAGE_MARKER, PAD_MARKER)
+        }
+        # first character -> how long tokens are that begin with it
+        lengths: dict[str, set[int]] = {}
         for text in self._tokens:
             lengths.setdefault(text[0], set()).add(len(text))
         self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
@@ -78,7 +86,8 @@ class Tokenizer:
 
     @cached_property
     def longest_piece(self) -> int:
-        """The most characters that one token stands for; any number where one takes the whitespace beside it."""
+        """The most characters that one token stands for; any number where one takes the whitespace
+        beside it."""
         if any(token.lstrip or token.rstrip for token in self._tokens.values()):
             return sys.maxsize
         pieces = map(self.sentencepiece.id_to_piece, range(self.vocab_size))
@@ -87,14 +96,16 @@ class Tokenizer:
     def encode(self, prompt: str) -> list[int]:
         """Token ids, the begin token first and -200 for each `<image>`.
 
-        Tokens that a fine-tune added are tokens wherever they stand. `<s>`, `</s>`, `<unk>` and `<image>` are tokens
-        in a plain string, as in Hugging Face, but in a `Prompt` only where the template wrote them (and `<image>`
-        where the user asked for a picture).
+        Tokens that a fine-tune added are tokens wherever they stand. `<s>`, `</s>`, `<unk>` and
+        `<image>` are tokens in a plain string, as in Hugging Face, but in a `Prompt` only where the
+        template wrote them (and `<image>` where the user asked for a picture).
         """
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt is not UTF-8 text at character {error.start}; write it as UTF-8") from None
+            raise ValueError(
+                f"the prompt is not UTF-8 text at character {error.start}; write it as UTF-8"
+            ) from None
         segments = prompt.segments if isinstance(prompt, Prompt) else (Segment(prompt, "template"),)
         ids, chunk = [self.bos_id], []  # chunk: a text of its own, from one picture to the next
         before, after = self._around
@@ -102,7 +113,10 @@ class Tokenizer:
             first, *others = text.split(IMAGE_MARKER) if kind == "template" else [text]
             chunk.append(Segment(first, kind))
             for other in others:
-                ids += [*self._encode_chunk([*chunk, before] if before else chunk), IMAGE_TOKEN_INDEX]
+                ids += [
+                    *self._encode_chunk([*chunk, before] if before else chunk),
+                    IMAGE_TOKEN_INDEX,
+                ]
                 chunk = [*([after] if after else []), Segment(other, kind)]
         return ids + self._encode_chunk(chunk)
 
@@ -112,8 +126,8 @@ class Tokenizer:
         return "".join(decoder.feed(i) for i in ids) + decoder.flush()
 
     def piece(self, token_id: int) -> str:
-        """An id as people are shown it: as the tokenizer writes it ("▁star"), `<image>` for a picture, "<704>" for a
-        row that no text becomes."""
+        """An id as people are shown it: as the tokenizer writes it ("▁star"), `<image>` for a
+        picture, "<704>" for a row that no text becomes."""
         if token_id == IMAGE_TOKEN_INDEX:
             return IMAGE_MARKER
         if token := self.written_as(token_id):
@@ -122,12 +136,14 @@ class Tokenizer:
         return self.sentencepiece.id_to_piece(token_id) if in_model else f"<{token_id}>"
 
     def written_as(self, token_id: int) -> AddedToken | None:
-        """The token that text can become this id by; None for pieces, and for the ids of `<image>` and `<pad>`."""
+        """The token that text can become this id by; None for pieces, and for the ids of `<image>`
+        and `<pad>`."""
         token = self.by_id.get(token_id)
         return token if token is not None and token.text in self._tokens else None
 
     def _encode_chunk(self, chunk: list[Segment]) -> list[int]:
-        """The ids of a text without pictures, as the slow Llama tokenizer of transformers makes them."""
+        """The ids of a text without pictures, as the slow Llama tokenizer of transformers makes
+        them."""
         chunk = [segment for segment in chunk if segment.text]
         if not chunk:
             return []
@@ -137,10 +153,15 @@ class Tokenizer:
                 chunk[0] = Segment(_SPACE + chunk[0].text, chunk[0].kind)
         ids: list[int] = []
         letters: dict[str, list[int]] = {}  # ids of those that were spelled already
-        fresh = self.legacy or chunk[0].kind == "spelled"  # whether SentencePiece puts a "▁" before what comes next
+        # whether SentencePiece puts a "▁" before what comes next
+        fresh = self.legacy or chunk[0].kind == "spelled"
         for spelled, run in groupby(chunk, lambda segment: segment.kind == "spelled"):
             segments = list(run)
-            parts = [letter for text, _ in segments for letter in text] if spelled else self._cut(segments)
+            parts = (
+                [letter for text, _ in segments for letter in text]
+                if spelled
+                else self._cut(segments)
+            )
             if not self.legacy and not ids and parts[0] == _SPACE and len(parts) > 1:
                 second = parts[1]
                 if isinstance(second, AddedToken) and second.listed:
@@ -162,11 +183,12 @@ class Tokenizer:
         return ids
 
     def _cut(self, run: list[Segment]) -> list[str | AddedToken]:
-        """The tokens in neighbouring stretches, and the text around them, which is one text: words may cross from one
-        stretch to the next. ("a ", text), ("sta", text), ("r", text) is "a star", whose ids are not those of its
-        parts; with ("r", spelled) it is "a sta" and "r"."""
+        """The tokens in neighbouring stretches, and the text around them, which is one text: words
+        may cross from one stretch to the next. ("a ", text), ("sta", text), ("r", text) is "a
+        star", whose ids are not those of its parts; with ("r", spelled) it is "a sta" and "r"."""
         texts: list[str] = []
-        ours: list[int] = []  # where the text begins to be the template's, ceases to be, begins again, ...
+        # where the text begins to be the template's, ceases to be, begins again, ...
+        ours: list[int] = []
         length = 0
         for text, kind in run:
             if (kind == "template") != len(ours) % 2:
@@ -176,14 +198,19 @@ class Tokenizer:
         return self._cut_text("".join(texts), ours)
 
     def _cut_text(self, text: str, ours: list[int]) -> list[str | AddedToken]:
-        """Text around the tokens in it; what a token's flags say of its neighbours is done as in transformers, which
-        goes from left to right and takes for a token what then reads like one."""
+        """Text around the tokens in it; what a token's flags say of its neighbours is done as in
+        transformers, which goes from left to right and takes for a token what then reads like
+        one."""
         texts, controls, end = [], [], 0
         for at, token in self._find(text, ours):
             texts += [text[end:at], token.text]
             controls += [None, token if token.control else None]
             end = at + len(token.text)
-        pairs = [(t, control) for t, control in zip([*texts, text[end:]], [*controls, None], strict=True) if t]
+        pairs = [
+            (t, control)
+            for t, control in zip([*texts, text[end:]], [*controls, None], strict=True)
+            if t
+        ]
         texts = [t for t, _ in pairs]
 
         def token_at(i: int) -> AddedToken | None:
@@ -206,8 +233,8 @@ class Tokenizer:
         return [token_at(i) or t for i, t in enumerate(texts) if t]
 
     def _find(self, text: str, ours: list[int]) -> Iterator[tuple[int, AddedToken]]:
-        """The tokens in a text and where they begin: the first, at one place the longest. Control tokens are found
-        only within what the template wrote."""
+        """The tokens in a text and where they begin: the first, at one place the longest. Control
+        tokens are found only within what the template wrote."""
         at = 0
         while found := self._first.search(text, at):
             start = found.start()
@@ -225,27 +252,33 @@ class Tokenizer:
         return place % 2 == 1 and (place == len(ours) or end <= ours[place])
 
     def _encode_continuation(self, text: str) -> list[int]:
-        """Encode without the leading "▁". SentencePiece cannot switch it off, so the text goes behind a newline,
-        which is a byte in Llama's vocabulary and so never merges with what follows; its ids are cut off."""
+        """Encode without the leading "▁". SentencePiece cannot switch it off, so the text goes
+        behind a newline, which is a byte in Llama's vocabulary and so never merges with what
+        follows; its ids are cut off."""
         return self.sentencepiece.encode("\n" + text)[len(self._newline) :]
 
 
 def open_tokenizer(folders: Sequence[Path], config: LlavaConfig | None = None) -> Tokenizer:
-    """The tokenizer of a model whose files lie in several folders, the first that has them first; checked against its
-    config. Raises as Tokenizer does."""
+    """The tokenizer of a model whose files lie in several folders, the first that has them first;
+    checked against its config. Raises as Tokenizer does."""
     path, beside = find_tokenizer(folders)
     if config is None:
         return Tokenizer(path, beside=beside)
-    return Tokenizer(path, added=config.added_tokens, beside=beside, vocabulary=config.text.vocab_size)
+    return Tokenizer(
+        path, added=config.added_tokens, beside=beside, vocabulary=config.text.vocab_size
+    )
 
 
 def encode_answers(
-    tokenizer: Tokenizer, template: Template, turns: Sequence[tuple[str, str]], system: str | None = None
+    tokenizer: Tokenizer,
+    template: Template,
+    turns: Sequence[tuple[str, str]],
+    system: str | None = None,
 ) -> tuple[list[int], list[int]]:
-    """The ids of a finished conversation, and its labels: the ids of the answers and of what ends them, IGNORE_INDEX
-    elsewhere. Answers begin where the prompt ends that the model would see, and end where the next question changes how
-    the text is cut; LLaVA counts words for it, and drops a conversation where the counts disagree (train.py,
-    preprocess_v1)."""
+    """The ids of a finished conversation, and its labels: the ids of the answers and of what ends
+    them, IGNORE_INDEX elsewhere. Answers begin where the prompt ends that the model would see, and
+    end where the next question changes how the text is cut; LLaVA counts words for it, and drops a
+    conversation where the counts disagree (train.py, preprocess_v1)."""
     ids = tokenizer.encode(render(template, turns, system))
     labels = [IGNORE_INDEX] * len(ids)
     for i, (question, _) in enumerate(turns):
@@ -258,11 +291,14 @@ def encode_answers(
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many ids two texts begin with together."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 class TextDecoder:
-    """Decoding one id at a time, for streaming: a character of several bytes comes out once it is whole."""
+    """Decoding one id at a time, for streaming: a character of several bytes comes out once it is
+    whole."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._model, self._tokens = tokenizer.sentencepiece, tokenizer.by_id
@@ -270,15 +306,19 @@ class TextDecoder:
         self._started = False
 
     def feed(self, token_id: int) -> str:
-        """The text that this id completes; "" for special ids and half characters. Ids without a token (-200, the rows
-        that pad a table) have no text."""
+        """The text that this id completes; "" for special ids and half characters. Ids without a
+        token (-200, the rows that pad a table) have no text."""
         model, token_id = self._model, int(token_id)
         token = self._tokens.get(token_id)
         if token is not None:
             if token.special:
                 return ""
             text = self.flush() + token.text.replace(_SPACE, " ")
-        elif not 0 <= token_id < model.vocab_size() or model.is_control(token_id) or model.is_unknown(token_id):
+        elif (
+            not 0 <= token_id < model.vocab_size()
+            or model.is_control(token_id)
+            or model.is_unknown(token_id)
+        ):
             return ""
         elif model.is_byte(token_id):  # "<0x0A>"
             text = self._bytes.decode(bytes([int(model.id_to_piece(token_id)[3:-1], 16)]))

@@ -1,7 +1,7 @@
 """The CLIP vision transformer (Radford et al. 2021): a picture becomes one vector per patch.
 
-n pictures, R side in pixels, P patches, N = P + 1 with the class token, C width, H heads, D = C / H,
-F feed-forward width.
+n pictures, R side in pixels, P patches, N = P + 1 with the class token, C width, H heads, D = C /
+H, F feed-forward width.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,10 @@ from minillava.config import LlavaConfig, VisionConfig
 class VisionTower(nn.Module):
     """CLIP up to the layer whose features LLaVA uses.
 
-    LLaVA-1.5 takes the output of the last block but one (feature layer -2): the last block is trained to
-    gather everything into the class token for matching captions, and its patches lose local detail.
-    So the last block and CLIP's final `post_layernorm` are neither built nor loaded here.
+    LLaVA-1.5 takes the output of the last block but one (feature layer -2): the last block is
+    trained to gather everything into the class token for matching captions, and its patches lose
+    local detail. So the last block and CLIP's final `post_layernorm` are neither built nor loaded
+    here.
     """
 
     def __init__(self, config: LlavaConfig, attend: Callable):
@@ -25,7 +26,10 @@ class VisionTower(nn.Module):
         self.config = config.vision
         self.keep_class_token = config.keep_class_token
         self.embeddings = Embeddings(config.vision)
-        self.pre_layrnorm = nn.LayerNorm(config.vision.hidden_size, eps=config.vision.layer_norm_eps)  # CLIP's spelling
+        # CLIP's spelling
+        self.pre_layrnorm = nn.LayerNorm(
+            config.vision.hidden_size, eps=config.vision.layer_norm_eps
+        )
         self.encoder = Encoder(config.vision, config.vision_layers_needed, attend)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -35,30 +39,38 @@ class VisionTower(nn.Module):
         expected = (c.num_channels, c.image_size, c.image_size)
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
             found = list(pixel_values.shape)
-            raise ValueError(f"pixel_values have shape {found}, expected [n, {', '.join(map(str, expected))}]")
+            raise ValueError(
+                f"pixel_values have shape {found}, expected [n, {', '.join(map(str, expected))}]"
+            )
         x = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))  # [n, N, C]
-        # The class token summarises the picture for CLIP's caption matching; LLaVA wants places, so it is dropped.
+        # The class token summarises the picture for CLIP's caption matching; LLaVA wants places, so
+        # it is dropped.
         return x if self.keep_class_token else x[:, 1:]  # [n, P, C]
 
 
 class Embeddings(nn.Module):
-    """Patches to vectors: one convolution whose stride is its kernel, the class token, learned positions."""
+    """Patches to vectors: one convolution whose stride is its kernel, the class token, learned
+    positions."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         size, width = config.patch_size, config.hidden_size
         self.class_embedding = nn.Parameter(torch.zeros(width))  # [C]
-        self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=size, stride=size, bias=False)
-        # Zeros instead of nn.Embedding's random start: the values come from a checkpoint, and drawing random
-        # numbers on the meta device costs a second of imports.
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, width, kernel_size=size, stride=size, bias=False
+        )
+        # Zeros instead of nn.Embedding's random start: the values come from a checkpoint, and
+        # drawing random numbers on the meta device costs a second of imports.
         table = torch.zeros(config.num_patches + 1, width)  # [N, C]
         self.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # [n, C, √P, √P]
+        # [n, C, √P, √P]
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         patches = patches.flatten(2).transpose(1, 2)  # [n, P, C], row by row from the top left
         class_token = self.class_embedding.expand(len(patches), 1, -1)  # [n, 1, C]
-        return torch.cat([class_token, patches], dim=1) + self.position_embedding.weight  # [n, N, C]
+        # [n, N, C]
+        return torch.cat([class_token, patches], dim=1) + self.position_embedding.weight
 
 
 class Encoder(nn.Module):
@@ -88,7 +100,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every patch looks at every patch: no mask, no rotary embedding (positions were added at the start)."""
+    """Every patch looks at every patch: no mask, no rotary embedding (positions were added at the
+    start)."""
 
     def __init__(self, config: VisionConfig, attend: Callable):
         super().__init__()
@@ -101,9 +114,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         def heads(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [n, N, C] -> [n, H, N, D]
+            # [n, N, C] -> [n, H, N, D]
+            return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-        out, _ = self.attend(heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x)))  # [n, H, N, D]
+        # [n, H, N, D]
+        out, _ = self.attend(heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x)))
         return self.out_proj(out.transpose(1, 2).flatten(2))  # [n, H, N, D] -> [n, N, C]
 
 
@@ -118,6 +133,6 @@ class MLP(nn.Module):
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """OpenAI trained CLIP with this cheap stand-in for GELU; the projector uses the exact one. They differ
-    by up to 0.02, enough to change an answer, so neither can replace the other."""
+    """OpenAI trained CLIP with this cheap stand-in for GELU; the projector uses the exact one. They
+    differ by up to 0.02, enough to change an answer, so neither can replace the other."""
     return x * torch.sigmoid(1.702 * x)

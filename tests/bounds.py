@@ -1,12 +1,14 @@
 """How far a right answer may lie from the exact one, on any processor.
 
-Floating point rounds each operation: the computer's x + y is (x + y)(1 + d) with |d| <= u, and u is half of
-torch.finfo(dtype).eps. What a kernel is free to choose is the order of its sums, so two right kernels differ, and
-how much larger the error of one is than the error of another is luck. What none of them can exceed follows from u
-and from the inputs alone (Higham, Accuracy and Stability of Numerical Algorithms, chapters 3 and 4). Each function
-here returns a pair: the exact value in float64, and such a bound, number by number.
+Floating point rounds each operation: the computer's x + y is (x + y)(1 + d) with |d| <= u, and u is
+half of torch.finfo(dtype).eps. What a kernel is free to choose is the order of its sums, so two
+right kernels differ, and how much larger the error of one is than the error of another is luck.
+What none of them can exceed follows from u and from the inputs alone (Higham, Accuracy and
+Stability of Numerical Algorithms, chapters 3 and 4). Each function here returns a pair: the exact
+value in float64, and such a bound, number by number.
 
-float16 and bfloat16 are inputs and outputs only: every kernel that torch has for them adds up in float32.
+float16 and bfloat16 are inputs and outputs only: every kernel that torch has for them adds up in
+float32.
 """
 
 import math
@@ -15,7 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-EXP = 20  # the fastest exp in torch is that many units in the last place off, and says so in its name
+# the fastest exp in torch is that many units in the last place off, and says so in its name
+EXP = 20
 
 
 def unit(dtype: torch.dtype) -> float:
@@ -34,24 +37,40 @@ def sums_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def rounded(exact: Tensor, bound: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bound after one more rounding, to dtype; numbers near zero lose up to the smallest there is."""
-    return bound + unit(dtype) * (exact.abs() + bound) + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    """The bound after one more rounding, to dtype; numbers near zero lose up to the smallest there
+    is."""
+    return (
+        bound
+        + unit(dtype) * (exact.abs() + bound)
+        + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    )
 
 
 def products(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None, *, dx=0.0, dw=0.0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    dx=0.0,
+    dw=0.0,
 ) -> tuple[Tensor, Tensor]:
-    """x·weightᵀ + bias, x [..., C], weight [N, C], bias [N] -> exact and bound, both float64 [..., N].
+    """x·weightᵀ + bias, x [..., C], weight [N, C], bias [N] -> exact and bound, both float64 [...,
+    N].
 
-    A sum of C products, in any order, fused or not, is off by at most gamma(C) · |x|·|w|. dtype: of the result, by
-    default that of x. dx, dw: by how much a kernel may have rounded x and the weight before it multiplies.
+    A sum of C products, in any order, fused or not, is off by at most gamma(C) · |x|·|w|. dtype: of
+    the result, by default that of x. dx, dw: by how much a kernel may have rounded x and the weight
+    before it multiplies.
     """
     dtype = dtype or x.dtype
     sums, x, weight = sums_in(dtype), x.double(), weight.double()
     exact, size = x @ weight.T, x.abs() @ weight.abs().T
     largest = (x.abs() + dx) @ (weight.abs() + dw).T
-    # The last terms: the exact value is a sum in float64 itself, and some instructions turn tiny numbers into zero.
-    bound = (largest - size) + (gamma(x.shape[-1], sums) + gamma(x.shape[-1], torch.float64)) * largest
+    # The last terms: the exact value is a sum in float64 itself, and some instructions turn tiny
+    # numbers into zero.
+    bound = (largest - size) + (
+        gamma(x.shape[-1], sums) + gamma(x.shape[-1], torch.float64)
+    ) * largest
     bound = bound + x.shape[-1] * torch.finfo(sums).tiny
     bound = rounded(exact, bound, dtype)
     if bias is None:
@@ -61,28 +80,46 @@ def products(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scores_in: torch.dtype | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scores_in: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q·kᵀ / √D)·v, q [B,H,T,D], k and v [B,K,S,D], mask [B|1,1,T,S], every query seeing something.
+    """softmax(q·kᵀ / √D)·v, q [B,H,T,D], k and v [B,K,S,D], mask [B|1,1,T,S], every query seeing
+    something.
 
-    scores_in: where a kernel stores the scores; by default it keeps them in what it adds up in. An error e of a score
-    multiplies its exponential by exp(e), and the sum that divides it by no more; so a weight is off by a factor of at
-    most exp(2 e), and of the roundings of the exponentials, their sum and the division.
+    scores_in: where a kernel stores the scores; by default it keeps them in what it adds up in. An
+    error e of a score multiplies its exponential by exp(e), and the sum that divides it by no more;
+    so a weight is off by a factor of at most exp(2 e), and of the roundings of the exponentials,
+    their sum and the division.
     """
     dtype, sums = q.dtype, sums_in(q.dtype)
-    q, k, v = q.double(), *(x.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    q, k, v = (
+        q.double(),
+        *(x.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v)),
+    )
     keys, width = k.shape[2:]
     scale = width**-0.5
     scores, size = q @ k.mT * scale, q.abs() @ k.abs().mT * scale  # [B, H, T, S]
     seen = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand_as(scores)
-    # Two roundings for the scale, which is rounded itself; two more if what is stored is rounded before and after it.
+    # Two roundings for the scale, which is rounded itself; two more if what is stored is rounded
+    # before and after it.
     off = gamma(width + 2, sums) * size + 2 * unit(scores_in or sums) * size
-    off = off + 4 * unit(sums) * scores.abs()  # the largest score is subtracted first, perhaps block by block
+    # the largest score is subtracted first, perhaps block by block
+    off = off + 4 * unit(sums) * scores.abs()
     off = off.masked_fill(~seen, 0).amax(-1, keepdim=True)  # [B, H, T, 1]
     weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
-    factor = torch.expm1(2 * off) + 4 * EXP * torch.finfo(sums).eps + gamma(2 * keys, sums) + 2 * unit(dtype)
+    factor = (
+        torch.expm1(2 * off)
+        + 4 * EXP * torch.finfo(sums).eps
+        + gamma(2 * keys, sums)
+        + 2 * unit(dtype)
+    )
     exact, weighed = weights @ v, weights @ v.abs()
-    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # a small weight, stored, may become zero
+    # a small weight, stored, may become zero
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     return exact, rounded(exact, factor * weighed + tiny * v.abs().sum(2, keepdim=True), dtype)
 
 
@@ -100,33 +137,41 @@ def assert_within(found: Tensor, exact_and_bound: tuple[Tensor, Tensor], what: o
     )
 
 
-# --- a whole network ------------------------------------------------------------------------------------------
+# --- a whole network ------------------------------------------------------------------------------
 #
-# From layer to layer, certain bounds multiply until they allow everything. Two measures that do not:
+# From layer to layer, certain bounds multiply until they allow everything. Two measures that do
+# not:
 
 
 def assert_same_in_float64(found: Tensor, expected: Tensor, what: object = "") -> None:
     """Two float64 runs of one network that add up in different orders agree to float32's precision.
 
-    Rounding in float64 is 2^29 times smaller than that. A network would have to amplify it five hundred million times
-    to fail here, and one that did could not be run in float32 at all; a mistake would have to be invisible in float32
-    to pass.
+    Rounding in float64 is 2^29 times smaller than that. A network would have to amplify it five
+    hundred million times to fail here, and one that did could not be run in float32 at all; a
+    mistake would have to be invisible in float32 to pass.
     """
     assert found.dtype == expected.dtype == torch.float64, what
     assert found.shape == expected.shape, (what, found.shape, expected.shape)
     off = float((found - expected).detach().abs().max() / expected.detach().abs().max())
-    assert off <= torch.finfo(torch.float32).eps, f"{what}: differ by {off:.3g} of the largest number"
+    assert off <= torch.finfo(torch.float32).eps, (
+        f"{what}: differ by {off:.3g} of the largest number"
+    )
 
 
 @torch.no_grad()
 def network(
-    model: nn.Module, run: Callable[[], dict[str, Tensor]], dtype: torch.dtype = torch.float32, runs: int = 4
+    model: nn.Module,
+    run: Callable[[], dict[str, Tensor]],
+    dtype: torch.dtype = torch.float32,
+    runs: int = 4,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """What `run` computes with a float64 model, and for each tensor how far a run in dtype may be off: one number.
+    """What `run` computes with a float64 model, and for each tensor how far a run in dtype may be
+    off: one number.
 
-    The run is repeated with an error in every layer's every output, of random sign; in linear layers as large as
-    `products` allows, C roundings that all push one way, and in the others a few roundings. Real roundings push either
-    way, so that a sum's error is about √C of them: a right kernel does not come near.
+    The run is repeated with an error in every layer's every output, of random sign; in linear
+    layers as large as `products` allows, C roundings that all push one way, and in the others a few
+    roundings. Real roundings push either way, so that a sum's error is about √C of them: a right
+    kernel does not come near.
     """
     exact = run()
     assert all(x.dtype == torch.float64 for x in exact.values())
@@ -134,7 +179,11 @@ def network(
 
     def err(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         linear = isinstance(layer, nn.Linear)
-        bound = products(inputs[0], layer.weight, layer.bias, dtype)[1] if linear else gamma(4, dtype) * output.abs()
+        bound = (
+            products(inputs[0], layer.weight, layer.bias, dtype)[1]
+            if linear
+            else gamma(4, dtype) * output.abs()
+        )
         return output + bound * (torch.randint(0, 2, bound.shape, generator=signs) * 2 - 1)
 
     hooks = [m.register_forward_hook(err) for m in model.modules() if not list(m.children())]
@@ -143,5 +192,8 @@ def network(
     finally:
         for hook in hooks:
             hook.remove()
-    largest = {name: max(float((made[name] - x).abs().max()) for made in noisy) for name, x in exact.items()}
+    largest = {
+        name: max(float((made[name] - x).abs().max()) for made in noisy)
+        for name, x in exact.items()
+    }
     return {name: (x, torch.full_like(x, largest[name])) for name, x in exact.items()}

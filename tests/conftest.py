@@ -1,4 +1,5 @@
-"""What several test files share: the stored reference, the files that lie beside the repository, checkpoint folders."""
+"""What several test files share: the stored reference, the files that lie beside the repository,
+checkpoint folders."""
 
 import os
 from pathlib import Path
@@ -8,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-# Toy networks gain nothing from a second thread, and on a busy machine threads that wait for one another take ten times
-# as long as one that does not. Whoever asks for more gets them, also more than there are processors.
+# Toy networks gain nothing from a second thread, and on a busy machine threads that wait for one
+# another take ten times as long as one that does not. Whoever asks for more gets them, also more
+# than there are processors.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1").partition(",")[0]))
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -42,28 +44,38 @@ def photos() -> list[Path]:
 
 @pytest.fixture(scope="session")
 def write_dialect():
-    """`write_dialect(dialect, folder, shards=1, dtype="float32")` writes the stored `plain` checkpoint in one of
-    hf.DIALECTS and returns what to pass to `minillava.load`: weights, and vision_tower where it is a folder of its own.
+    """`write_dialect(dialect, folder, shards=1, dtype="float32")` writes the stored `plain`
+    checkpoint in one of hf.DIALECTS and returns what to pass to `minillava.load`: weights, and
+    vision_tower where it is a folder of its own.
     """
     dialects = hf.read_json(REFERENCE / "dialects.json")
     stored = load_file(REFERENCE / "plain" / "model.safetensors")
 
-    def write(dialect: str, folder: Path, shards: int = 1, dtype: str = "float32") -> dict[str, Path]:
+    def write(
+        dialect: str, folder: Path, shards: int = 1, dtype: str = "float32"
+    ) -> dict[str, Path]:
         for name, described in dialects[dialect].items():
             inside = Path(folder) / name
             inside.mkdir(parents=True, exist_ok=True)
             _write_folder(inside, described, stored, shards, dtype)
-        hf.write_bytes((REFERENCE / "plain" / "tokenizer.model").read_bytes(), Path(folder) / "tokenizer.model")
+        hf.write_bytes(
+            (REFERENCE / "plain" / "tokenizer.model").read_bytes(), Path(folder) / "tokenizer.model"
+        )
         tower = {"vision_tower": Path(folder) / hf.CLIP_FOLDER} if dialect in hf.TOWERLESS else {}
         return {"weights": Path(folder), **tower}
 
     return write
 
 
-def _write_folder(folder: Path, described: dict, stored: dict[str, torch.Tensor], shards: int, dtype: str) -> None:
+def _write_folder(
+    folder: Path, described: dict, stored: dict[str, torch.Tensor], shards: int, dtype: str
+) -> None:
     for name, content in described["files"].items():
         hf.write_json(content, folder / name)
-    tensors = {name: stored[key][: described["rows"].get(name)].clone() for name, key in described["keys"].items()}
+    tensors = {
+        name: stored[key][: described["rows"].get(name)].clone()
+        for name, key in described["keys"].items()
+    }
     tensors |= {name: torch.full(shape, 0.5) for name, shape in described["shapes"].items()}
     tensors = {name: tensor.to(hf.DTYPES[dtype]) for name, tensor in tensors.items()}
     for name, kept in described["values"].items():

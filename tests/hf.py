@@ -1,7 +1,9 @@
-"""Drives Hugging Face transformers, the yardstick of the parity tests and of tools/make_reference.py.
+"""Drives Hugging Face transformers, the yardstick of the parity tests and of
+tools/make_reference.py.
 
-Everything here speaks minillava's language (rows of ids with -200 for a picture) and translates it. transformers
-is imported inside the functions, so that the tests that do without it can import this module.
+Everything here speaks minillava's language (rows of ids with -200 for a picture) and translates it.
+transformers is imported inside the functions, so that the tests that do without it can import this
+module.
 """
 
 import contextlib
@@ -18,15 +20,41 @@ IMAGE = -200
 IGNORED = -100
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
-# Where each part of the network lives in each kind of checkpoint: (language model, head, vision tower, projector).
-# The projector's two layers are `linear_1` and `linear_2`, in the original's nn.Sequential `0` and `2`.
+# Where each part of the network lives in each kind of checkpoint: (language model, head, vision
+# tower, projector). The projector's two layers are `linear_1` and `linear_2`, in the original's
+# nn.Sequential `0` and `2`.
 PREFIXES = {
     "modules": ("model.language_model.", "", "model.vision_tower.", "model.multi_modal_projector."),
-    "fresh": ("language_model.model.", "language_model.", "vision_tower.", "multi_modal_projector."),
-    "hub": ("language_model.model.", "language_model.", "vision_tower.vision_model.", "multi_modal_projector."),
-    "buffers": ("language_model.model.", "language_model.", "vision_tower.vision_model.", "multi_modal_projector."),
-    "raw": ("model.language_model.", "", "model.vision_tower.vision_model.", "model.multi_modal_projector."),
-    "original": ("model.", "", "model.vision_tower.vision_tower.vision_model.", "model.mm_projector."),
+    "fresh": (
+        "language_model.model.",
+        "language_model.",
+        "vision_tower.",
+        "multi_modal_projector.",
+    ),
+    "hub": (
+        "language_model.model.",
+        "language_model.",
+        "vision_tower.vision_model.",
+        "multi_modal_projector.",
+    ),
+    "buffers": (
+        "language_model.model.",
+        "language_model.",
+        "vision_tower.vision_model.",
+        "multi_modal_projector.",
+    ),
+    "raw": (
+        "model.language_model.",
+        "",
+        "model.vision_tower.vision_model.",
+        "model.multi_modal_projector.",
+    ),
+    "original": (
+        "model.",
+        "",
+        "model.vision_tower.vision_tower.vision_model.",
+        "model.mm_projector.",
+    ),
     "original-bare": ("model.", "", None, "model.mm_projector."),
 }
 DIALECTS = {
@@ -42,10 +70,16 @@ TOWERLESS = ("original-bare",)
 CLIP_FOLDER = "clip"
 
 
-# Arguments of `hub_config`. Only "toy" is stored; "wide" has the widths of LLaVA-1.5-7B and CLIP-L/336.
+# Arguments of `hub_config`. Only "toy" is stored; "wide" has the widths of LLaVA-1.5-7B and
+# CLIP-L/336.
 SIZES = {
     "toy": {
-        "text": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2},
+        "text": {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+        },
         "vision": {
             "hidden_size": 32,
             "image_size": 56,
@@ -56,7 +90,12 @@ SIZES = {
         },
     },
     "512": {
-        "text": {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_hidden_layers": 8},
+        "text": {
+            "hidden_size": 512,
+            "intermediate_size": 1376,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 8,
+        },
         "vision": {
             "hidden_size": 256,
             "image_size": 336,
@@ -67,7 +106,12 @@ SIZES = {
         },
     },
     "wide": {
-        "text": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 2},
+        "text": {
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 2,
+        },
         "vision": {
             "hidden_size": 1024,
             "image_size": 336,
@@ -80,13 +124,15 @@ SIZES = {
 }
 
 
-# --- configurations -------------------------------------------------------------------------------------------
+# --- configurations -------------------------------------------------------------------------------
 
 
 def hub_config(text: dict, vision: dict, *, pieces: int, dtype: str = "float32", **top) -> dict:
-    """config.json as the llava-hf checkpoints have it: only what differs from the defaults of the classes.
+    """config.json as the llava-hf checkpoints have it: only what differs from the defaults of the
+    classes.
 
-    pieces: the tokenizer's vocabulary; the image id and the pad id follow it, and the rows are padded to 64.
+    pieces: the tokenizer's vocabulary; the image id and the pad id follow it, and the rows are
+    padded to 64.
     """
     rows = -(-(pieces + 2) // 64) * 64
     tied = {"tie_word_embeddings": True} if top.get("tie_word_embeddings") else {}
@@ -110,7 +156,12 @@ def hub_config(text: dict, vision: dict, *, pieces: int, dtype: str = "float32",
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
         "transformers_version": "4.37.2",
-        "vision_config": {"model_type": "clip_vision_model", "projection_dim": 16, "vocab_size": pieces, **vision},
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "projection_dim": 16,
+            "vocab_size": pieces,
+            **vision,
+        },
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
         "vocab_size": rows,
@@ -119,8 +170,9 @@ def hub_config(text: dict, vision: dict, *, pieces: int, dtype: str = "float32",
 
 
 def original_config(hub: dict, pieces: int, *, tower: bool) -> dict:
-    """The flat config.json of liuhaotian/llava-v1.5. Released ones have no vision_config; for a tower that is not
-    CLIP-L/336 and travels inside the checkpoint, its sizes have to be somewhere."""
+    """The flat config.json of liuhaotian/llava-v1.5. Released ones have no vision_config; for a
+    tower that is not CLIP-L/336 and travels inside the checkpoint, its sizes have to be
+    somewhere."""
     text = hub["text_config"]
     config = {
         "architectures": ["LlavaLlamaForCausalLM"],
@@ -161,7 +213,11 @@ def original_config(hub: dict, pieces: int, *, tower: bool) -> dict:
         "use_mm_proj": True,
         "vocab_size": pieces,
     }
-    return {**config, "unfreeze_mm_vision_tower": True, "vision_config": hub["vision_config"]} if tower else config
+    return (
+        {**config, "unfreeze_mm_vision_tower": True, "vision_config": hub["vision_config"]}
+        if tower
+        else config
+    )
 
 
 def llava_config(config: dict):
@@ -172,16 +228,20 @@ def llava_config(config: dict):
     return LlavaConfig.from_dict(json.loads(json.dumps(config)))
 
 
-# --- random weights -------------------------------------------------------------------------------------------
+# --- random weights -------------------------------------------------------------------------------
 
 
 def random_state(config: dict, seed: int, dtype: str = "float32") -> dict[str, torch.Tensor]:
-    """Weights, under the names of transformers' modules, of a network that is alive: activations stay near one,
-    attention is neither flat nor one-hot, no norm is the identity, and the picture reaches the logits."""
+    """Weights, under the names of transformers' modules, of a network that is alive: activations
+    stay near one, attention is neither flat nor one-hot, no norm is the identity, and the picture
+    reaches the logits."""
     from transformers import LlavaForConditionalGeneration
 
     with torch.device("meta"):
-        shapes = {name: w.shape for name, w in LlavaForConditionalGeneration(llava_config(config)).state_dict().items()}
+        shapes = {
+            name: w.shape
+            for name, w in LlavaForConditionalGeneration(llava_config(config)).state_dict().items()
+        }
     tied, pieces = config["tie_word_embeddings"], config["image_token_index"]
     generator = torch.Generator().manual_seed(seed)
     state = {}
@@ -205,7 +265,7 @@ def random_state(config: dict, seed: int, dtype: str = "float32") -> dict[str, t
     return state
 
 
-# --- checkpoint folders ---------------------------------------------------------------------------------------
+# --- checkpoint folders ---------------------------------------------------------------------------
 
 
 def rename(state: dict, dialect: str) -> dict[str, torch.Tensor]:
@@ -233,15 +293,25 @@ def write_checkpoint(
     tokenizer: Path | None = None,
     shards: int = 1,
 ) -> Path:
-    """A whole checkpoint folder: by transformers itself where it can write that dialect, else renamed.
+    """A whole checkpoint folder: by transformers itself where it can write that dialect, else
+    renamed.
 
-    For "original-bare" the tower goes to a CLIP folder inside, `clip/`. shards: number of weight files.
+    For "original-bare" the tower goes to a CLIP folder inside, `clip/`. shards: number of weight
+    files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**config, "torch_dtype": dtype, "text_config": {**config["text_config"], "torch_dtype": dtype}}
+    config = {
+        **config,
+        "torch_dtype": dtype,
+        "text_config": {**config["text_config"], "torch_dtype": dtype},
+    }
     pieces, tied = config["image_token_index"], config["tie_word_embeddings"]
-    state = {name: w.to(DTYPES[dtype]) for name, w in state.items() if not (tied and name == "lm_head.weight")}
+    state = {
+        name: w.to(DTYPES[dtype])
+        for name, w in state.items()
+        if not (tied and name == "lm_head.weight")
+    }
     original = dialect.startswith("original")
     if dialect in ("fresh", "modules"):
         model = model_of(config, state, dtype)
@@ -280,13 +350,20 @@ def old_buffers(config: dict) -> dict[str, torch.Tensor]:
 
 
 def write_clip(config: dict, state: dict, folder: Path) -> None:
-    """The whole CLIP that the original checkpoints take their tower from: text half, projections, logit scale and
-    position ids included, as in openai/clip-vit-large-patch14-336."""
+    """The whole CLIP that the original checkpoints take their tower from: text half, projections,
+    logit scale and position ids included, as in openai/clip-vit-large-patch14-336."""
     from transformers import CLIPConfig, CLIPModel
 
     prefix = PREFIXES["modules"][2]
-    vision = {k: v for k, v in config["vision_config"].items() if k not in ("model_type", "vocab_size")}
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {
+        k: v for k, v in config["vision_config"].items() if k not in ("model_type", "vocab_size")
+    }
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     text |= {"vocab_size": 40, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}
     torch.manual_seed(0)
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
@@ -302,16 +379,31 @@ def write_clip(config: dict, state: dict, folder: Path) -> None:
     write_tensors(tensors, file)
 
 
-def _write_side_files(folder: Path, config: dict, pieces: int, dialect: str, tokenizer: Path | None) -> None:
+def _write_side_files(
+    folder: Path, config: dict, pieces: int, dialect: str, tokenizer: Path | None
+) -> None:
     original = dialect.startswith("original")
     size = config["vision_config"]["image_size"]
     end = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0 if original else pieces + 1}
-    write_json({"_from_model_config": True, **end, "transformers_version": "4.37.2"}, folder / "generation_config.json")
+    write_json(
+        {"_from_model_config": True, **end, "transformers_version": "4.37.2"},
+        folder / "generation_config.json",
+    )
     processor = processor_config(size)
     if dialect in ("fresh", "modules"):  # transformers 5 nests it
-        nested = {"patch_size": config["vision_config"]["patch_size"], "num_additional_image_tokens": 1}
-        nested |= {"image_processor": processor, "processor_class": "LlavaProcessor", "image_token": "<image>"}
-        write_json({**nested, "vision_feature_select_strategy": "default"}, folder / "processor_config.json")
+        nested = {
+            "patch_size": config["vision_config"]["patch_size"],
+            "num_additional_image_tokens": 1,
+        }
+        nested |= {
+            "image_processor": processor,
+            "processor_class": "LlavaProcessor",
+            "image_token": "<image>",
+        }
+        write_json(
+            {**nested, "vision_feature_select_strategy": "default"},
+            folder / "processor_config.json",
+        )
     elif not original:
         write_json(processor, folder / "preprocessor_config.json")
     elif dialect in TOWERLESS:  # the original's processor is its CLIP's
@@ -341,8 +433,16 @@ def processor_config(size: int) -> dict:
 
 
 def tokenizer_config(pieces: int, original: bool) -> dict:
-    special = {0: "<unk>", 1: "<s>", 2: "</s>"} | ({} if original else {pieces: "<image>", pieces + 1: "<pad>"})
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    special = {0: "<unk>", 1: "<s>", 2: "</s>"} | (
+        {} if original else {pieces: "<image>", pieces + 1: "<pad>"}
+    )
+    flags = {
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
     return {
         "add_bos_token": True,
         "add_eos_token": False,
@@ -372,18 +472,22 @@ def write_bytes(content: bytes, path: Path) -> None:
 
 def write_json(content: dict, path: Path) -> None:
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
-    flat = re.sub(r"\[[^\[\]{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)  # one list, one line
+    # one list, one line
+    flat = re.sub(r"\[[^\[\]{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)
     write_bytes((flat + "\n").encode(), path)
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
-    save_file({name: w.contiguous() for name, w in tensors.items()}, partial, metadata={"format": "pt"})
+    save_file(
+        {name: w.contiguous() for name, w in tensors.items()}, partial, metadata={"format": "pt"}
+    )
     os.replace(partial, path)
 
 
 def write_weights(tensors: dict[str, torch.Tensor], folder: Path, shards: int = 1) -> None:
-    """The weight files of a checkpoint folder, named as transformers names them; several come with an index."""
+    """The weight files of a checkpoint folder, named as transformers names them; several come with
+    an index."""
     if shards == 1:
         write_tensors(tensors, folder / "model.safetensors")
         return
@@ -398,7 +502,7 @@ def write_weights(tensors: dict[str, torch.Tensor], folder: Path, shards: int = 
     write_json(index, folder / "model.safetensors.index.json")
 
 
-# --- transformers' model --------------------------------------------------------------------------------------
+# --- transformers' model --------------------------------------------------------------------------
 
 
 def quiet() -> None:
@@ -409,7 +513,8 @@ def quiet() -> None:
 
 
 def model_of(config: dict, state: dict, dtype: str):
-    """A transformers model built from a config (not from a checkpoint) that holds the given weights."""
+    """A transformers model built from a config (not from a checkpoint) that holds the given
+    weights."""
     from transformers import LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration(llava_config(config)).to(DTYPES[dtype])
@@ -421,7 +526,8 @@ def model_of(config: dict, state: dict, dtype: str):
 
 
 def load(folder: Path, dtype: str = "float32", attention: str = "eager"):
-    """transformers' model of a checkpoint folder. Never `.to(dtype)` afterwards: that rounds its rotary table too."""
+    """transformers' model of a checkpoint folder. Never `.to(dtype)` afterwards: that rounds its
+    rotary table too."""
     from transformers import LlavaForConditionalGeneration
 
     quiet()
@@ -429,25 +535,35 @@ def load(folder: Path, dtype: str = "float32", attention: str = "eager"):
         folder, dtype=DTYPES[dtype], attn_implementation=attention, output_loading_info=True
     )
     ignored = re.compile(r"inv_freq$|position_ids$")
-    missing, unexpected = report["missing_keys"], [k for k in report["unexpected_keys"] if not ignored.search(k)]
+    missing, unexpected = (
+        report["missing_keys"],
+        [k for k in report["unexpected_keys"] if not ignored.search(k)],
+    )
     if missing or unexpected or report["mismatched_keys"]:
-        raise ValueError(f"transformers does not load {folder} whole: missing {missing}, unexpected {unexpected}")
+        raise ValueError(
+            f"transformers does not load {folder} whole: missing {missing}, unexpected {unexpected}"
+        )
     return model.eval()
 
 
 @contextlib.contextmanager
 def float64():
-    """Make a float64 transformers model a float64 network: its RMSNorm and its softmax compute in float32 whatever
-    they are given. The rotary tables stay float32 rounded to the model's type: they define the network."""
+    """Make a float64 transformers model a float64 network: its RMSNorm and its softmax compute in
+    float32 whatever they are given. The rotary tables stay float32 rounded to the model's type:
+    they define the network."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     norm, softmax = LlamaRMSNorm.forward, F.softmax
 
     def norm64(self, x):
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+        return self.weight * (
+            x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
 
     def softmax64(x, *arguments, dtype=None, **options):
-        return softmax(x, *arguments, dtype=x.dtype if x.dtype == torch.float64 else dtype, **options)
+        return softmax(
+            x, *arguments, dtype=x.dtype if x.dtype == torch.float64 else dtype, **options
+        )
 
     LlamaRMSNorm.forward, F.softmax = norm64, softmax64
     try:
@@ -461,25 +577,39 @@ def patches(model) -> int:
     return (vision.image_size // vision.patch_size) ** 2
 
 
-def inputs(model, rows: list[list[int]], labels: list[list[int]] | None = None) -> dict[str, torch.Tensor]:
-    """Rows of our ids -> transformers' inputs: the image id once per patch, padded on the left, positions counted
-    over real tokens as generate() does. labels: like rows; those of pictures are ignored."""
+def inputs(
+    model, rows: list[list[int]], labels: list[list[int]] | None = None
+) -> dict[str, torch.Tensor]:
+    """Rows of our ids -> transformers' inputs: the image id once per patch, padded on the left,
+    positions counted over real tokens as generate() does. labels: like rows; those of pictures are
+    ignored."""
     config, n = model.config, patches(model)
-    wide = [[t for i in row for t in ([config.image_token_index] * n if i == IMAGE else [i])] for row in rows]
+    wide = [
+        [t for i in row for t in ([config.image_token_index] * n if i == IMAGE else [i])]
+        for row in rows
+    ]
     length = max(map(len, wide))
     pads = [length - len(row) for row in wide]
     mask = torch.tensor([[0] * p + [1] * len(row) for p, row in zip(pads, wide, strict=True)])
     given = {
-        "input_ids": torch.tensor([[config.pad_token_id] * p + row for p, row in zip(pads, wide, strict=True)]),
+        "input_ids": torch.tensor(
+            [[config.pad_token_id] * p + row for p, row in zip(pads, wide, strict=True)]
+        ),
         "attention_mask": mask,
         "position_ids": (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0),
     }
     if labels is not None:
         wanted = [
-            [t for i, y in zip(row, ys, strict=True) for t in ([IGNORED] * n if i == IMAGE else [y])]
+            [
+                t
+                for i, y in zip(row, ys, strict=True)
+                for t in ([IGNORED] * n if i == IMAGE else [y])
+            ]
             for row, ys in zip(rows, labels, strict=True)
         ]
-        given["labels"] = torch.tensor([[IGNORED] * p + ys for p, ys in zip(pads, wanted, strict=True)])
+        given["labels"] = torch.tensor(
+            [[IGNORED] * p + ys for p, ys in zip(pads, wanted, strict=True)]
+        )
     return given
 
 
@@ -495,28 +625,45 @@ def vision(model, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def forward(model, rows, pixels=None, labels=None) -> dict[str, torch.Tensor]:
-    """Every tensor that is compared, by name, from one pass without a cache. Positions of a padded batch are real only
-    where `mask`."""
+    """Every tensor that is compared, by name, from one pass without a cache. Positions of a padded
+    batch are real only where `mask`."""
     given = inputs(model, rows, labels)
     eager = model.config._attn_implementation == "eager"
     tensors = {} if pixels is None else vision(model, pixels)
-    out = model(**given, pixel_values=pixels, use_cache=False, output_hidden_states=True, output_attentions=eager)
+    out = model(
+        **given,
+        pixel_values=pixels,
+        use_cache=False,
+        output_hidden_states=True,
+        output_attentions=eager,
+    )
     tensors |= {f"hidden_states.{i}": x for i, x in enumerate(out.hidden_states)}
     tensors |= {f"attentions.{i}": x for i, x in enumerate(out.attentions or ())}
     tensors["logits"], tensors["mask"] = out.logits, given["attention_mask"].bool()
     if labels is not None:
         tensors["loss"] = out.loss
         if out.logits.dtype == torch.float64:  # transformers takes the loss in float32
-            tensors["loss"] = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), given["labels"][:, 1:].flatten())
+            tensors["loss"] = F.cross_entropy(
+                out.logits[:, :-1].flatten(0, 1), given["labels"][:, 1:].flatten()
+            )
     return tensors
 
 
 @torch.no_grad()
 def generate(
-    model, rows, pixels=None, *, seed=None, max_new_tokens=16, record=True, eos=(2,), process=None, **settings
+    model,
+    rows,
+    pixels=None,
+    *,
+    seed=None,
+    max_new_tokens=16,
+    record=True,
+    eos=(2,),
+    process=None,
+    **settings,
 ):
-    """transformers' generate() with our names of the settings: what is not set is off (its own top-k default is 50).
-    process: f(scores, ids so far), as a LogitsProcessor.
+    """transformers' generate() with our names of the settings: what is not set is off (its own
+    top-k default is 50). process: f(scores, ids so far), as a LogitsProcessor.
 
     Returns its output with one more field, `new`: the new ids [B, n].
     """
@@ -553,14 +700,17 @@ def generate(
     if seed is not None:
         torch.manual_seed(seed)
     own = [] if process is None else [lambda input_ids, scores: process(scores, input_ids)]
-    out = model.generate(**given, pixel_values=pixels, generation_config=options, logits_processor=own)
+    out = model.generate(
+        **given, pixel_values=pixels, generation_config=options, logits_processor=own
+    )
     out.new = out.sequences[:, given["input_ids"].shape[1] :]
     return out
 
 
 def pixel_values(pictures: list, size: int, *, pad: bool) -> torch.Tensor:
-    """What transformers' Pillow-based CLIP processor makes of Pillow pictures; with `pad`, of each put on a square
-    of the mean colour first, as the original LLaVA does (mm_utils.expand2square)."""
+    """What transformers' Pillow-based CLIP processor makes of Pillow pictures; with `pad`, of each
+    put on a square of the mean colour first, as the original LLaVA does
+    (mm_utils.expand2square)."""
     from PIL import Image
     from transformers.image_transforms import convert_to_rgb
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -574,8 +724,12 @@ def pixel_values(pictures: list, size: int, *, pad: bool) -> torch.Tensor:
         square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
         return square
 
-    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    processed = [processor(expand(p) if pad else p, return_tensors="pt").pixel_values for p in pictures]
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+    processed = [
+        processor(expand(p) if pad else p, return_tensors="pt").pixel_values for p in pictures
+    ]
     return torch.cat(processed)
 
 

@@ -42,14 +42,20 @@ def test_ask_stream_and_generate_say_the_same(toy, picture):
     assert len(answer) > 0
     assert "".join(toy.stream(picture, question, max_new_tokens=10)) == answer
     ids = toy.tokenizer.encode(toy.prompt(question))
-    result = generate(toy.model, [ids], toy.image_processor([picture]), max_new_tokens=10, tokenizer=toy.tokenizer)
+    result = generate(
+        toy.model, [ids], toy.image_processor([picture]), max_new_tokens=10, tokenizer=toy.tokenizer
+    )
     assert result.text == [answer]
 
 
 def test_ask_and_score_use_the_context_that_linear_scaling_makes(copy, picture):
-    """`ask` refused a prompt of more positions than max_position_embeddings, which scaling by 4 makes 512."""
+    """`ask` refused a prompt of more positions than max_position_embeddings, which scaling by 4
+    makes 512."""
     config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
-    config["text_config"] |= {"max_position_embeddings": 128, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    config["text_config"] |= {
+        "max_position_embeddings": 128,
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    }
     (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
     stretched = minillava.load(copy, device="cpu", dtype="float32")
     question = "What is in this picture? " * 8
@@ -64,7 +70,9 @@ def test_ask_and_score_use_the_context_that_linear_scaling_makes(copy, picture):
 def test_the_picture_matters(toy, picture):
     question = "What is in this picture?"
     other = Image.new("RGB", (60, 60), (200, 30, 30))
-    assert toy.ask(picture, question, max_new_tokens=10) != toy.ask(other, question, max_new_tokens=10)
+    assert toy.ask(picture, question, max_new_tokens=10) != toy.ask(
+        other, question, max_new_tokens=10
+    )
 
 
 def test_several_pictures_and_none(toy, picture):
@@ -79,7 +87,13 @@ def test_several_pictures_and_none(toy, picture):
 def test_a_list_of_questions_is_answered_as_one_by_one(toy, picture, monkeypatch):
     other = Image.new("RGB", (60, 60), (200, 30, 30))
     images = [picture, None, [other, picture], other, str(picture)]
-    questions = ["What is it?", "Hello?", "Which one is the larger of the two?", "Why?", "What is it?"]
+    questions = [
+        "What is it?",
+        "Hello?",
+        "Which one is the larger of the two?",
+        "Why?",
+        "What is it?",
+    ]
     expected = [toy.ask(i, q, max_new_tokens=6) for i, q in zip(images, questions, strict=True)]
     encoded = []
     encode = toy.encode
@@ -91,7 +105,9 @@ def test_a_list_of_questions_is_answered_as_one_by_one(toy, picture, monkeypatch
 def test_one_picture_or_none_for_a_list_of_questions(toy, picture):
     questions = ["What?", "And why is that so?"]
     for image in (picture, None):
-        assert toy.ask(image, questions, max_new_tokens=5) == [toy.ask(image, q, max_new_tokens=5) for q in questions]
+        assert toy.ask(image, questions, max_new_tokens=5) == [
+            toy.ask(image, q, max_new_tokens=5) for q in questions
+        ]
     assert toy.ask([], []) == toy.ask(picture, []) == []
     with pytest.raises(ValueError, match=r"2 question\(s\) but 3 picture\(s\)"):
         toy.ask([picture] * 3, questions)
@@ -122,7 +138,9 @@ def test_the_prompt_is_the_exact_string(toy):
 
 
 def test_a_system_text_of_ones_own(toy, picture):
-    assert toy.ask(picture, "Say.", system="Hm.", max_new_tokens=5) != toy.ask(picture, "Say.", max_new_tokens=5)
+    assert toy.ask(picture, "Say.", system="Hm.", max_new_tokens=5) != toy.ask(
+        picture, "Say.", max_new_tokens=5
+    )
 
 
 def test_what_was_not_needed_is_named(toy):
@@ -146,12 +164,18 @@ def test_the_template_does_not_come_from_the_folders_name(reference, tmp_path):
 
 
 def test_attention_and_precision_are_what_was_asked_for(reference):
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+    for name, dtype in (
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.float16),
+    ):
         model = minillava.load(reference / "plain", device="cpu", dtype=name).model
         assert {p.dtype for p in model.parameters()} == {dtype}
     assert choose_dtype("auto", "cuda", torch.float16, 10**9) == torch.float16
     assert choose_device("cpu") == "cpu"
-    model = minillava.load(reference / "plain", device=torch.device("cpu"), dtype=torch.float16).model
+    model = minillava.load(
+        reference / "plain", device=torch.device("cpu"), dtype=torch.float16
+    ).model
     assert next(model.parameters()).dtype == torch.float16
 
 
@@ -169,7 +193,9 @@ def test_auto_on_a_cpu_is_bfloat16_for_large_models(monkeypatch):
     assert choose_dtype("float32", "cpu", torch.float16, LARGE) == torch.float32
 
 
-@pytest.mark.parametrize(("there", "chosen"), [((True, True), "cuda"), ((False, True), "mps"), ((False, False), "cpu")])
+@pytest.mark.parametrize(
+    ("there", "chosen"), [((True, True), "cuda"), ((False, True), "mps"), ((False, False), "cpu")]
+)
 def test_auto_takes_the_best_device(monkeypatch, there, chosen):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there[0])
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there[1])
@@ -193,7 +219,10 @@ def test_unknown_choices_name_the_known_ones(reference, argument, message):
 
 
 def test_pad_is_the_default_and_crop_a_choice(reference, picture):
-    pad, crop = (minillava.load(reference / "plain", image_aspect_ratio=a).image_processor for a in (None, "crop"))
+    pad, crop = (
+        minillava.load(reference / "plain", image_aspect_ratio=a).image_processor
+        for a in (None, "crop")
+    )
     assert (pad.aspect, crop.aspect) == ("pad", "crop")
     assert not torch.equal(pad([picture]), crop([picture]))
 
@@ -208,7 +237,9 @@ def test_the_configs_aspect_ratio_holds_unless_another_is_asked_for(tmp_path, wr
 
 def test_preprocessing_numbers_come_from_the_clip_folder_when_there_is_one(tmp_path, write_dialect):
     options = write_dialect("original-bare", tmp_path)
-    (options["vision_tower"] / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3]}))
+    (options["vision_tower"] / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.1, 0.2, 0.3]})
+    )
     assert minillava.load(**options).image_processor.mean == (0.1, 0.2, 0.3)
 
 
@@ -216,12 +247,16 @@ def test_preprocessing_numbers_come_from_the_folder(copy, picture):
     path = copy / "preprocessor_config.json"
     raw = json.loads(path.read_text())
     plain = minillava.load(copy).image_processor
-    path.write_text(json.dumps(raw | {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}))
+    path.write_text(
+        json.dumps(raw | {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]})
+    )
     changed = minillava.load(copy, image_aspect_ratio="crop").image_processor
     assert (changed.mean, changed.std) == ((0.5,) * 3, (0.25,) * 3)
     path.unlink()
     assert minillava.load(copy).image_processor.mean == plain.mean
-    (copy / "processor_config.json").write_text(json.dumps({"image_processor": raw | {"image_mean": [0.1, 0.2, 0.3]}}))
+    (copy / "processor_config.json").write_text(
+        json.dumps({"image_processor": raw | {"image_mean": [0.1, 0.2, 0.3]}})
+    )
     assert minillava.load(copy).image_processor.mean == (0.1, 0.2, 0.3)
 
 
@@ -231,9 +266,15 @@ def test_preprocessing_numbers_come_from_the_folder(copy, picture):
         ({"do_resize": False}, "do_resize is False, supported: True"),
         ({"resample": 2}, "resample is 2, supported: 3"),
         ({"crop_size": 224}, "crop_size is 224, config.json has image_size 56"),
-        ({"crop_size": {"height": 56, "width": 10}}, "crop_size is .* config.json has image_size 56"),
+        (
+            {"crop_size": {"height": 56, "width": 10}},
+            "crop_size is .* config.json has image_size 56",
+        ),
         ({"size": {"shortest_edge": 80}}, "size is .* config.json has image_size 56"),
-        ({"image_std": [0.5, 0, 0.5]}, r"image_std is \[0.5, 0, 0.5\], expected three numbers, above zero"),
+        (
+            {"image_std": [0.5, 0, 0.5]},
+            r"image_std is \[0.5, 0, 0.5\], expected three numbers, above zero",
+        ),
         ({"image_mean": [0.5]}, r"image_mean is \[0.5\], expected three numbers"),
     ],
 )
@@ -249,17 +290,21 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(copy):
     raw = json.loads(path.read_text())
     raw["text_config"]["vocab_size"] = 100
     path.write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match=r"tokenizer\.model has 440 pieces, config\.json a vocabulary of 100"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.model has 440 pieces, config\.json a vocabulary of 100"
+    ):
         minillava.load(copy)
 
 
-# --- the likelihood of given answers --------------------------------------------------------------------------
+# --- the likelihood of given answers --------------------------------------------------------------
 
 ANSWERS = ["Yes.", "No, there is none in it.", "Yes. And more"]
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("template", ["llava_v1", "llava_v0", "llava_llama_2", "chatml_direct", "hf"])
+@pytest.mark.parametrize(
+    "template", ["llava_v1", "llava_v0", "llava_llama_2", "chatml_direct", "hf"]
+)
 def test_score_is_minus_the_loss(reference, picture, template):
     """Of the whole conversation, answer by answer, with the picture encoded anew each time."""
     toy = minillava.load(reference / "plain", device="cpu", dtype="float64", template=template)
@@ -274,7 +319,8 @@ def test_score_is_minus_the_loss(reference, picture, template):
 
 
 def test_score_of_the_models_own_answer_is_the_best_of_its_length(reference, picture):
-    """Greedy decoding picks the likeliest first token: no other one-token beginning scores higher."""
+    """Greedy decoding picks the likeliest first token: no other one-token beginning scores
+    higher."""
     toy = minillava.load(reference / "plain", device="cpu", dtype="float64")
     first = generate(
         toy.model,
@@ -296,9 +342,13 @@ def test_score_edges(reference, picture):
     toy = minillava.load(reference / "plain", device="cpu", dtype="float64")
     assert toy.score(picture, "Hm?", []) == []
     alone = [toy.score(picture, "Hm?", [answer])[0] for answer in ANSWERS]
-    assert toy.score(picture, "Hm?", ANSWERS) == pytest.approx(alone, rel=torch.finfo(torch.float32).eps)
+    assert toy.score(picture, "Hm?", ANSWERS) == pytest.approx(
+        alone, rel=torch.finfo(torch.float32).eps
+    )
     assert toy.score(None, "Hm?", ["Yes."]) != toy.score(picture, "Hm?", ["Yes."])
-    assert toy.score(picture, "Hm?", ["Yes."]) != toy.score(picture, "Hm?", ["Yes."], system="Be brief.")
+    assert toy.score(picture, "Hm?", ["Yes."]) != toy.score(
+        picture, "Hm?", ["Yes."], system="Be brief."
+    )
     with pytest.raises(ValueError, match="context has room for"):
         toy.score(picture, "Hm?", ["word " * 5000])
 
@@ -318,7 +368,9 @@ def test_one_seed_shows_every_row_something_else(toy, picture, monkeypatch):
             drawn.append(int(torch.randint(10**9, (), generator=generator)))
             return super().second(input_ids, pictures, processor, generator)
 
-    ask = lambda **options: toy.ask(picture, ["What?"] * 4, contrast=Drawing(), max_new_tokens=1, **options)  # noqa: E731
+    ask = lambda **options: toy.ask(  # noqa: E731
+        picture, ["What?"] * 4, contrast=Drawing(), max_new_tokens=1, **options
+    )
     ask(seed=3)
     ask(seed=3)
     assert drawn[:4] == drawn[4:]
@@ -333,12 +385,17 @@ def test_score_refuses(toy, picture):
         toy.score(picture, "Hm?", "Yes.")
 
 
-# --- weights that nobody names --------------------------------------------------------------------------------
+# --- weights that nobody names --------------------------------------------------------------------
 
 
-def test_without_weights_load_takes_what_the_commands_take(reference, monkeypatch, tmp_path, capsys):
+def test_without_weights_load_takes_what_the_commands_take(
+    reference, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setenv("MINILLAVA_WEIGHTS", str(reference / "plain"))
-    assert minillava.load(device="cpu").model.config == minillava.load(reference / "plain", device="cpu").model.config
+    assert (
+        minillava.load(device="cpu").model.config
+        == minillava.load(reference / "plain", device="cpu").model.config
+    )
     monkeypatch.setenv("MINILLAVA_WEIGHTS", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"nowhere: no such folder; MINILLAVA_WEIGHTS names it"):
         minillava.load()
@@ -346,12 +403,14 @@ def test_without_weights_load_takes_what_the_commands_take(reference, monkeypatc
     monkeypatch.setattr("minillava.checkpoint.folders.bundled_weights", lambda: reference / "tied")
     assert minillava.load(device="cpu").model.config.text.tie_word_embeddings
     monkeypatch.setattr("minillava.checkpoint.folders.bundled_weights", lambda: None)
-    with pytest.raises(ValueError, match="no weights are named, and the bundled model was left out; get LLaVA"):
+    with pytest.raises(
+        ValueError, match="no weights are named, and the bundled model was left out; get LLaVA"
+    ):
         minillava.load()
     assert capsys.readouterr() == ("", "")  # a library prints nothing
 
 
-# --- lengths and options --------------------------------------------------------------------------------------
+# --- lengths and options --------------------------------------------------------------------------
 
 
 def test_what_cannot_fit_is_refused_before_pictures_are_opened(toy, picture, monkeypatch):
@@ -377,10 +436,13 @@ def test_what_cannot_fit_is_refused_before_pictures_are_opened(toy, picture, mon
 
 
 def test_megabytes_of_text_are_not_cut_into_tokens(toy, monkeypatch):
-    """To count the tokens of 50 MB takes gigabytes; that there are too many follows from the longest token."""
+    """To count the tokens of 50 MB takes gigabytes; that there are too many follows from the
+    longest token."""
     context, longest = toy.model.config.text.context, toy.tokenizer.longest_piece
     (first,) = toy.tokenizer.encode("a")[1:]  # before which a decoder drops a space
-    assert longest >= max(len(toy.tokenizer.decode([first, i])) - 1 for i in range(toy.tokenizer.vocab_size))
+    assert longest >= max(
+        len(toy.tokenizer.decode([first, i])) - 1 for i in range(toy.tokenizer.vocab_size)
+    )
     monkeypatch.setattr(toy.tokenizer, "encode", None)
     text = "a" * (context * longest + 1)
     for ask in (
@@ -390,17 +452,21 @@ def test_megabytes_of_text_are_not_cut_into_tokens(toy, monkeypatch):
         lambda: Conversation(toy).ask(text),
     ):
         with pytest.raises(
-            ValueError, match=rf"the prompt has \d+ characters, at least \d+ tokens; .* holds {context}"
+            ValueError,
+            match=rf"the prompt has \d+ characters, at least \d+ tokens; .* holds {context}",
         ):
             ask()
 
 
 def test_contrast_by_name_and_process(toy, picture):
     options = {"max_new_tokens": 4}
-    assert toy.ask(picture, "Why?", contrast="vcd", **options) == toy.ask(picture, "Why?", contrast=VCD(), **options)
+    assert toy.ask(picture, "Why?", contrast="vcd", **options) == toy.ask(
+        picture, "Why?", contrast=VCD(), **options
+    )
     for wrong in ("vdc", 3):
         with pytest.raises(
-            ValueError, match=r"contrast is .*, expected one of: vcd, ritual, m3id, or a contrast.Contrast"
+            ValueError,
+            match=r"contrast is .*, expected one of: vcd, ritual, m3id, or a contrast.Contrast",
         ):
             toy.ask(picture, "Why?", contrast=wrong)
     (word,) = toy.tokenizer.encode("a")[1:]
@@ -411,17 +477,23 @@ def test_contrast_by_name_and_process(toy, picture):
     expected = toy.tokenizer.decode([word] * 4)
     for more in ({}, {"contrast": "m3id"}, {"num_beams": 2}, {"temperature": 1.0, "top_p": 0.5}):
         assert toy.ask(picture, "Why?", process=always, **options, **more) == expected
-        assert toy.ask(picture, ["Why?", "How is it?"], process=always, **options, **more) == [expected] * 2
-    assert list(toy.stream(picture, "Why?", process=always, max_new_tokens=1)) == [toy.tokenizer.decode([word])]
+        assert (
+            toy.ask(picture, ["Why?", "How is it?"], process=always, **options, **more)
+            == [expected] * 2
+        )
+    assert list(toy.stream(picture, "Why?", process=always, max_new_tokens=1)) == [
+        toy.tokenizer.decode([word])
+    ]
     assert Conversation(toy).ask("Why?", process=always, **options) == expected
 
 
-# --- tokens that a fine-tune added ------------------------------------------------------------------------------
+# --- tokens that a fine-tune added ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def boxed(tmp_path_factory):
-    """The bundled model, trained on as it were: <box> 640 and </box> 641 are new rows; <box> is said for "star"."""
+    """The bundled model, trained on as it were: <box> 640 and </box> 641 are new rows; <box> is
+    said for "star"."""
     source = bundled_weights()
     folder = shutil.copytree(source, tmp_path_factory.mktemp("boxed") / "weights")
     star = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).piece_to_id("▁star")
@@ -455,8 +527,8 @@ def test_an_answer_with_added_tokens_however_it_is_asked_for(boxed):
 
 
 def test_a_conversation_about_an_added_token(boxed):
-    """Its history is read from the cache: an answer is cut into the ids that were said, up to its first added token,
-    after which `legacy` puts another "▁"."""
+    """Its history is read from the cache: an answer is cut into the ids that were said, up to its
+    first added token, after which `legacy` puts another "▁"."""
     assistant, picture = boxed
     conversation = Conversation(assistant)
     conversation.add_image(picture)
@@ -475,7 +547,11 @@ def test_added_tokens_are_scored_and_shown(boxed):
     assert "<box>" in seen.lens.chosen and "<box>" in [word for word, _ in seen.lens.tokens[-1]]
     records = []
     trace(
-        assistant, picture, "Where is the <box>?", assistant.options(max_new_tokens=2), lambda r, _: records.append(r)
+        assistant,
+        picture,
+        "Where is the <box>?",
+        assistant.options(max_new_tokens=2),
+        lambda r, _: records.append(r),
     )
     (ids,) = [record.value for record in records if record.name == "input_ids"]
     assert [640, "<box>"] in ids

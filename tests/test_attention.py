@@ -47,7 +47,8 @@ def test_the_measure_is_the_formula():
         q, k, v = inputs()
         exact, bound = exactly(q, k, v, mask)
         assert_within(formula(q, k, v, mask), (exact, bound))
-        assert bound.max() < torch.finfo(torch.float32).eps  # float64's own, not one that would allow anything
+        # float64's own, not one that would allow anything
+        assert bound.max() < torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("attend", [eager, fused])
@@ -68,7 +69,8 @@ def test_eager_returns_weights_that_sum_to_one_and_see_nothing_masked():
     mask = ragged_mask()
     _, weights = eager(q, k, v, mask)
     assert weights.shape == (2, 4, 5, 7)
-    # Seven sums make what each weight is divided by, a rounding the weight, and seven more the sum here.
+    # Seven sums make what each weight is divided by, a rounding the weight, and seven more the sum
+    # here.
     one = torch.ones(2, 4, 5, dtype=torch.float64)
     assert_within(weights.sum(-1), (one, gamma(2 * 7 + 1, torch.float32) * one))
     assert (weights.masked_select(~mask.expand_as(weights)) == 0).all()
@@ -86,10 +88,13 @@ def test_half_precision_stays_finite_with_large_scores(attend, dtype):
 @pytest.mark.parametrize("cached", [1, 64, 1 << 21])
 @torch.no_grad()
 def test_one_query_is_attention(monkeypatch, heads, cached):
-    """On processors that emulate bfloat16 and on the others, for any number of heads that their cache holds."""
+    """On processors that emulate bfloat16 and on the others, for any number of heads that their
+    cache holds."""
     monkeypatch.setattr(fast_attention, "CACHED", cached)
     taken = []
-    monkeypatch.setattr(attention, "one_query", lambda *a, real=one_query: taken.append(1) or real(*a))
+    monkeypatch.setattr(
+        attention, "one_query", lambda *a, real=one_query: taken.append(1) or real(*a)
+    )
     q, k, v = inputs(heads=heads[0], kv_heads=heads[1], queries=1, keys=30, dtype=torch.bfloat16)
     for mask in (None, ragged_mask(queries=1, keys=30), ragged_mask(queries=1, keys=30)[1:]):
         for fast in (True, False):

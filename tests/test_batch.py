@@ -1,4 +1,5 @@
-"""Files of questions: what is written, in which order, and that a run killed at any time loses and repeats nothing."""
+"""Files of questions: what is written, in which order, and that a run killed at any time loses and
+repeats nothing."""
 
 import contextlib
 import io
@@ -34,7 +35,18 @@ WEIGHTS, PICTURES = str(REFERENCE / "plain"), str(REFERENCE / "pictures")
 NAMES = ("square.png", "grey.png", "landscape.png", "portrait.png")
 LENGTH = 6
 KILLS = 4
-BASE = ["-m", WEIGHTS, "--device", "cpu", "--dtype", "float32", "-n", str(LENGTH), "--images", PICTURES]
+BASE = [
+    "-m",
+    WEIGHTS,
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "-n",
+    str(LENGTH),
+    "--images",
+    PICTURES,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -50,22 +62,32 @@ def assistant():
 def lines(count: int) -> list[dict]:
     """Questions of many lengths, two on each picture, every ninth without one."""
     questions = [
-        {"question_id": f"q{i}", "image": NAMES[i // 2 % 4], "text": "What is it? " + "Look. " * (i * 7 % 11)}
+        {
+            "question_id": f"q{i}",
+            "image": NAMES[i // 2 % 4],
+            "text": "What is it? " + "Look. " * (i * 7 % 11),
+        }
         for i in range(count)
     ]
     return [{**q, "image": None} if i % 9 == 8 else q for i, q in enumerate(questions)]
 
 
 def write(path: Path, questions: list[dict | str | bytes]) -> None:
-    encoded = [json.dumps(question).encode() if isinstance(question, dict) else question for question in questions]
+    encoded = [
+        json.dumps(question).encode() if isinstance(question, dict) else question
+        for question in questions
+    ]
     path.write_bytes(b"".join(line + b"\n" for line in encoded))
 
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """`run(questions, *arguments)`: the command in this process -> (exit status, records, stderr)."""
+    """`run(questions, *arguments)`: the command in this process -> (exit status, records,
+    stderr)."""
 
-    def in_process(questions: list[dict | bytes] | None, *arguments: str) -> tuple[int, list[dict] | None, str]:
+    def in_process(
+        questions: list[dict | bytes] | None, *arguments: str
+    ) -> tuple[int, list[dict] | None, str]:
         if questions is not None:
             write(tmp_path / "q.jsonl", questions)
         files = ["--questions", str(tmp_path / "q.jsonl"), "--answers", str(tmp_path / "a.jsonl")]
@@ -77,7 +99,11 @@ def run(tmp_path, capsys):
         out, err = capsys.readouterr()
         assert out == ""
         answers = tmp_path / "a.jsonl"
-        return status, list(map(json.loads, answers.read_text().splitlines())) if answers.exists() else None, err
+        return (
+            status,
+            list(map(json.loads, answers.read_text().splitlines())) if answers.exists() else None,
+            err,
+        )
 
     return in_process
 
@@ -87,29 +113,41 @@ def expected(assistant, question: dict, **options) -> str:
     return assistant.ask(picture, question["text"], max_new_tokens=LENGTH, **options)
 
 
-# --- answers --------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 def test_the_records_are_those_that_llavas_scripts_read_and_nothing_else_is_left(run, tmp_path):
-    questions = [{"question_id": 7, "image": "grey.png", "text": "Was ist das für ein Bild?", "label": "no"}]
+    questions = [
+        {"question_id": 7, "image": "grey.png", "text": "Was ist das für ein Bild?", "label": "no"}
+    ]
     status, records, err = run(questions)
     assert (status, err) == (0, f"note: 1 answer in {tmp_path}/a.jsonl\n")
     assert [list(record) for record in records] == [
         ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
     ]
     record = records[0]
-    assert (record["question_id"], record["prompt"], record["model_id"]) == (7, questions[0]["text"], "plain")
+    assert (record["question_id"], record["prompt"], record["model_id"]) == (
+        7,
+        questions[0]["text"],
+        "plain",
+    )
     assert record["metadata"] == {"finish_reason": "length"}  # an answer that -n cut
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl"]
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 50])
-def test_batches_answer_as_one_by_one_and_in_the_order_of_the_questions(run, assistant, size, tmp_path):
+def test_batches_answer_as_one_by_one_and_in_the_order_of_the_questions(
+    run, assistant, size, tmp_path
+):
     questions = lines(23)
     status, records, err = run(questions, "--batch-size", size)
     assert (status, err) == (0, f"note: 23 answers in {tmp_path}/a.jsonl\n")
-    assert [record["question_id"] for record in records] == [question["question_id"] for question in questions]
-    assert [record["text"] for record in records] == [expected(assistant, question) for question in questions]
+    assert [record["question_id"] for record in records] == [
+        question["question_id"] for question in questions
+    ]
+    assert [record["text"] for record in records] == [
+        expected(assistant, question) for question in questions
+    ]
     assert len({record["answer_id"] for record in records}) == len(questions)
 
 
@@ -118,15 +156,20 @@ def test_batches_are_of_similar_length_and_neighbours_stay_near(assistant):
     batches = plan(assistant, questions, None, LENGTH, 4)
     assert sorted(question.line for some in batches for question in some) == list(range(1, 201))
     spread = [max(len(q.text) for q in some) - min(len(q.text) for q in some) for some in batches]
-    with_pictures = [width for width, some in zip(spread, batches, strict=True) if all(q.images for q in some)]
-    assert sum(with_pictures) / len(with_pictures) < 10 < 60  # of the 60 letters between the shortest and the longest
+    with_pictures = [
+        width for width, some in zip(spread, batches, strict=True) if all(q.images for q in some)
+    ]
+    # of the 60 letters between the shortest and the longest
+    assert sum(with_pictures) / len(with_pictures) < 10 < 60
     assert all(abs(a.line - b.line) < WINDOW * 4 for some in batches for a in some for b in some)
 
 
 def test_questions_with_different_room_do_not_share_a_batch(assistant):
     """Near the end of the context a long neighbour would shorten an answer."""
     questions = [Question(i, i, "x " * i) for i in range(1, 5)]
-    lengths = [len(assistant.tokenizer.encode(assistant.prompt(q.text, images=0))) for q in questions]
+    lengths = [
+        len(assistant.tokenizer.encode(assistant.prompt(q.text, images=0))) for q in questions
+    ]
     context = assistant.model.config.text.max_position_embeddings
     longest = context - lengths[1]  # the third and the fourth have less room than that
     batches = plan(assistant, questions, None, longest, 8)
@@ -170,7 +213,9 @@ def test_template_system_beams_and_contrast_reach_the_answers(run, assistant):
         (["--contrast", "m3id"], {"contrast": cli.METHODS["m3id"]()}),
     ):
         _, records, _ = run(questions, *flags, "--overwrite")
-        assert [r["text"] for r in records] == [expected(assistant, question, **options) for question in questions]
+        assert [r["text"] for r in records] == [
+            expected(assistant, question, **options) for question in questions
+        ]
     _, records, _ = run(questions, "--template", "plain", "--overwrite")
     assert [r["text"] for r in records] != [expected(assistant, question) for question in questions]
 
@@ -179,7 +224,9 @@ def test_template_system_beams_and_contrast_reach_the_answers(run, assistant):
 def test_a_picture_of_many_questions_is_encoded_once(run, monkeypatch, size, encoded):
     made = []
     original = minillava.assistant.Assistant.encode
-    monkeypatch.setattr("minillava.assistant.Assistant.encode", lambda *a: made.append(a) or original(*a))
+    monkeypatch.setattr(
+        "minillava.assistant.Assistant.encode", lambda *a: made.append(a) or original(*a)
+    )
     questions = [{"question_id": i, "image": NAMES[i % 4], "text": "What?"} for i in range(12)]
     assert run(questions, "--image-cache", size, "--batch-size", "2")[0] == 0
     assert len(made) == encoded
@@ -188,7 +235,9 @@ def test_a_picture_of_many_questions_is_encoded_once(run, monkeypatch, size, enc
 def test_an_empty_file_and_blank_lines(run):
     assert run([])[:2] == (0, [])
     question = {"question_id": 1, "text": "Hello?"}
-    status, records, _ = run([b"", question, b" \r", {**question, "question_id": 2}, b""], "--overwrite")
+    status, records, _ = run(
+        [b"", question, b" \r", {**question, "question_id": 2}, b""], "--overwrite"
+    )
     assert (status, [record["question_id"] for record in records]) == (0, [1, 2])
 
 
@@ -198,7 +247,7 @@ def test_a_file_from_windows_without_a_last_newline(run, tmp_path):
     assert [record["question_id"] for record in run(None)[1]] == [1, 1]
 
 
-# --- what can go wrong ----------------------------------------------------------------------------------------
+# --- what can go wrong ----------------------------------------------------------------------------
 
 BAD = [
     (b"{", {"line": 2}, "line 2 is not JSON"),
@@ -214,15 +263,25 @@ BAD = [
     ({"question_id": 5, "text": "<image>?"}, {"question_id": 5}, "0 picture(s) were given"),
     ({"question_id": 5, "text": "\ud800?"}, {"question_id": 5}, "UTF-8"),
     ({"question_id": 5, "text": "long " * 5000}, {"question_id": 5}, "the model's context holds"),
-    ({"question_id": 5, "text": "?", "image": "none.png"}, {"question_id": 5}, "none.png: no such picture"),
+    (
+        {"question_id": 5, "text": "?", "image": "none.png"},
+        {"question_id": 5},
+        "none.png: no such picture",
+    ),
     ({"question_id": 5, "text": "?", "image": "\0"}, {"question_id": 5}, "null"),
     ({"question_id": 5, "text": "?", "image": "."}, {"question_id": 5}, "cannot be read"),
-    ({"question_id": 5, "text": "?", "image": str(REFERENCE / "plain.json")}, {"question_id": 5}, "not a picture"),
+    (
+        {"question_id": 5, "text": "?", "image": str(REFERENCE / "plain.json")},
+        {"question_id": 5},
+        "not a picture",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("line", "name", "message"), BAD, ids=range(len(BAD)))
-def test_a_bad_question_becomes_a_record_and_the_others_are_answered(run, assistant, line, name, message):
+def test_a_bad_question_becomes_a_record_and_the_others_are_answered(
+    run, assistant, line, name, message
+):
     first, last = lines(2)
     status, records, err = run([first, line, last])
     assert status == 1
@@ -242,7 +301,9 @@ def test_a_bad_question_becomes_a_record_and_the_others_are_answered(run, assist
 def test_a_broken_picture(run, tmp_path):
     content = (REFERENCE / "pictures" / "square.png").read_bytes()
     (tmp_path / "half.png").write_bytes(content[: len(content) // 2])
-    status, records, _ = run([{"question_id": 1, "image": str(tmp_path / "half.png"), "text": "What?"}])
+    status, records, _ = run(
+        [{"question_id": 1, "image": str(tmp_path / "half.png"), "text": "What?"}]
+    )
     assert status == 1
     assert "the picture is damaged" in records[0]["error"]
 
@@ -255,7 +316,8 @@ def test_a_broken_picture(run, tmp_path):
         (["--top-p", "0.5"], 2, "temperature"),
         (["--contrast", "vcd", "--cd-beta", "2"], 2, "beta is 2.0"),
         (["--contrast", "vcd", "--num-beams", "2"], 2, "leave one"),
-        (["--num-return-sequences", "1"], 2, "unrecognized"),  # a line of the answers file holds one answer
+        # a line of the answers file holds one answer
+        (["--num-return-sequences", "1"], 2, "unrecognized"),
         (["--images", "nowhere"], 1, "nowhere: no such folder of pictures"),
         (["--answers", "nowhere/a.jsonl"], 2, "nowhere/a.jsonl: no such folder"),
         (["--questions", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file of questions"),
@@ -293,12 +355,13 @@ def test_a_full_gpu_says_what_to_do(run, monkeypatch):
     assert "smaller --batch-size" in err
 
 
-# --- going on -------------------------------------------------------------------------------------------------
+# --- going on -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def stopped(run, monkeypatch, tmp_path):
-    """`stopped(after)`: a run of 20 questions, four at a time, that gets Ctrl-C in batch number `after`."""
+    """`stopped(after)`: a run of 20 questions, four at a time, that gets Ctrl-C in batch number
+    `after`."""
 
     def until(after: int) -> bytes:
         asked = ask
@@ -434,7 +497,9 @@ def test_a_file_that_is_no_journal_is_refused_and_kept(run, tmp_path):
     assert (tmp_path / "a.jsonl.partial").read_text() == "my notes"
 
 
-def test_a_finished_file_is_left_alone_unless_told_otherwise(run, stopped, whole, tmp_path, monkeypatch):
+def test_a_finished_file_is_left_alone_unless_told_otherwise(
+    run, stopped, whole, tmp_path, monkeypatch
+):
     """Also where the run was killed between the answers' name and the end of the journal."""
     journal = stopped(2)
     (tmp_path / "a.jsonl").write_bytes(whole)
@@ -488,7 +553,8 @@ def test_other_questions_are_not_finished_already(run):
 
 
 def test_errors_are_asked_again_and_nothing_else(run, tmp_path, monkeypatch, whole):
-    """The folder of pictures was mistyped: the same command with the right one mends it, also when it is killed."""
+    """The folder of pictures was mistyped: the same command with the right one mends it, also when
+    it is killed."""
     (tmp_path / "empty").mkdir()
     status, records, err = run(lines(20), "--batch-size", "4", "--images", tmp_path / "empty")
     assert (status, sum("error" in record for record in records)) == (1, 18)
@@ -507,7 +573,9 @@ def test_errors_are_asked_again_and_nothing_else(run, tmp_path, monkeypatch, who
     found = count_asked(monkeypatch)
     status, _, err = run(None, "--batch-size", "4")
     assert (status, (tmp_path / "a.jsonl").read_bytes()) == (0, whole)
-    assert err.splitlines(keepends=True)[0] in {f"note: {n} of 20 answered before; going on\n" for n in (5, 6)}
+    assert err.splitlines(keepends=True)[0] in {
+        f"note: {n} of 20 answered before; going on\n" for n in (5, 6)
+    }
     assert not set(asked) & set(found)
     assert run(None, "--batch-size", "4")[2].endswith("nothing to do (--overwrite starts anew)\n")
     assert not (tmp_path / "a.jsonl.partial").exists()
@@ -533,8 +601,8 @@ def start(folder: Path) -> BaseProcess:
 
 
 def kill_and_go_on(folder: Path, kills: int, seed: int) -> list[int]:
-    """Start the command and kill it, some time after its first new answer, `kills` times; then let it finish. How many
-    answers each kill found on disk."""
+    """Start the command and kill it, some time after its first new answer, `kills` times; then let
+    it finish. How many answers each kill found on disk."""
     chance, found = random.Random(seed), []
     journal, answers = folder / "a.jsonl.partial", folder / "a.jsonl"
     for _ in range(kills):
@@ -594,19 +662,24 @@ def test_verbose_tells_how_far_it_is(run):
     assert "per second" in err
 
 
-# --- forms of the questions file ------------------------------------------------------------------------------
+# --- forms of the questions file ------------------------------------------------------------------
 
-SOME = [{"question_id": 1, "image": "grey.png", "text": "Où est 星?"}, {"question_id": "b", "text": "Hello?"}]
+SOME = [
+    {"question_id": 1, "image": "grey.png", "text": "Où est 星?"},
+    {"question_id": "b", "text": "Hello?"},
+]
 FORMS = {
     "an array over several lines": json.dumps(SOME, indent=2).encode(),
     "an array in one line": json.dumps(SOME).encode(),
     "an array, a question a line": ("[\n" + ",\n".join(map(json.dumps, SOME)) + "\n]\n").encode(),
-    "objects over several lines": "\n".join(json.dumps(question, indent=1) for question in SOME).encode(),
+    "objects over several lines": "\n".join(
+        json.dumps(question, indent=1) for question in SOME
+    ).encode(),
     "objects in one line": " ".join(map(json.dumps, SOME)).encode(),
     "a byte order mark": json.dumps(SOME, ensure_ascii=False, indent=1).encode("utf-8-sig"),
-    "PowerShell's encoding": "\r\n".join(json.dumps(question, ensure_ascii=False) for question in SOME).encode(
-        "utf-16"
-    ),
+    "PowerShell's encoding": "\r\n".join(
+        json.dumps(question, ensure_ascii=False) for question in SOME
+    ).encode("utf-16"),
     "ends of line of old systems": "\r".join(map(json.dumps, SOME)).encode(),
 }
 
@@ -617,7 +690,9 @@ def test_every_form_of_questions_gets_the_answers_of_json_lines(run, tmp_path, a
     (tmp_path / "q.jsonl").write_bytes(content)
     status, records, _ = run(None)
     assert status == 0
-    assert [record["text"] for record in records] == [expected(assistant, question) for question in SOME]
+    assert [record["text"] for record in records] == [
+        expected(assistant, question) for question in SOME
+    ]
 
 
 def test_a_bad_object_of_an_array_is_named_by_its_place(run, tmp_path):
@@ -633,23 +708,36 @@ REFUSED = {
         "LLaVA's conversation",
     ),
     "training lines": ('{"id": "4", "conversations": []}\n' * 2, "LLaVA's conversations"),
-    "an object": (json.dumps({"info": {}, "questions": SOME}, indent=1), 'a list "questions" inside an object'),
+    "an object": (
+        json.dumps({"info": {}, "questions": SOME}, indent=1),
+        'a list "questions" inside an object',
+    ),
     "CSV": ("question_id,image,text\n1,a.png,What?\n", "comma-separated values"),
     "TSV": ("question_id\timage\ttext\n1\ta.png\tWhat?\n", "tab-separated values"),
     "a torn array": (json.dumps(SOME, indent=2)[:-9], "begins as a JSON array, but is not JSON"),
-    "a torn array, a question a line": ("[" + ",\n".join(map(json.dumps, SOME * 2)), "begins as a JSON array"),
+    "a torn array, a question a line": (
+        "[" + ",\n".join(map(json.dumps, SOME * 2)),
+        "begins as a JSON array",
+    ),
     "brackets": ("[" * 100_000, "begins as a JSON array"),
     "text": ("What is it?\n", "line 1 is not JSON"),
     "other names": ('{"id": 1, "question": "What?"}', "question_id is null"),
     "no encoding": (b'{"question_id": 1, "text": "caf\xe9"}', "it is not UTF-8"),
-    "UTF-16 without a mark": (json.dumps(SOME[0]).encode("utf-16-le"), "UTF-16 without a byte order mark"),
+    "UTF-16 without a mark": (
+        json.dumps(SOME[0]).encode("utf-16-le"),
+        "UTF-16 without a byte order mark",
+    ),
     "a picture": ((REFERENCE / "pictures" / "grey.png").read_bytes(), "save it as UTF-8"),
 }
 
 
 @pytest.mark.parametrize(("content", "found"), REFUSED.values(), ids=REFUSED)
-def test_a_file_without_questions_is_refused_before_the_model_is_opened(run, tmp_path, monkeypatch, content, found):
-    monkeypatch.setattr("minillava.assistant.load", lambda *_, **__: pytest.fail("opened the model"))
+def test_a_file_without_questions_is_refused_before_the_model_is_opened(
+    run, tmp_path, monkeypatch, content, found
+):
+    monkeypatch.setattr(
+        "minillava.assistant.load", lambda *_, **__: pytest.fail("opened the model")
+    )
     (tmp_path / "q.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     status, records, err = run(None)
     assert (status, records, err.count("\n")) == (1, None, 1)
@@ -663,7 +751,9 @@ def test_questions_from_stdin_and_from_a_pipe(run, tmp_path, monkeypatch, assist
     content = b"".join(json.dumps(question).encode() + b"\n" for question in questions)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
     _, records, _ = run(None, "--questions", "-")
-    assert [record["text"] for record in records] == [expected(assistant, question) for question in questions]
+    assert [record["text"] for record in records] == [
+        expected(assistant, question) for question in questions
+    ]
     read, write = os.pipe()
     with open(write, "wb") as file:
         file.write(content)
@@ -672,7 +762,7 @@ def test_questions_from_stdin_and_from_a_pipe(run, tmp_path, monkeypatch, assist
     assert (status, "finished already" in err) == (0, True)  # the same questions
 
 
-# --- where the answers go -------------------------------------------------------------------------------------
+# --- where the answers go -------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names of open files, links and modes")
@@ -698,13 +788,21 @@ def test_answers_never_replace_what_is_read(run, tmp_path):
     before = picture.read_bytes()
     question = {"question_id": 1, "image": str(picture), "text": "What?"}
     status, _, err = run([question], "--answers", picture, "--overwrite")
-    assert (status, "is a picture of the questions" in err, picture.read_bytes()) == (1, True, before)
+    assert (status, "is a picture of the questions" in err, picture.read_bytes()) == (
+        1,
+        True,
+        before,
+    )
     (tmp_path / "x.partial").write_bytes(json.dumps(question).encode())
-    status, _, err = run(None, "--questions", tmp_path / "x.partial", "--answers", tmp_path / "x", "--overwrite")
+    status, _, err = run(
+        None, "--questions", tmp_path / "x.partial", "--answers", tmp_path / "x", "--overwrite"
+    )
     assert (status, "x.partial is read" in err) == (2, True)
 
 
-def test_overwriting_keeps_the_old_answers_until_the_new_are_whole(run, whole, stopped, tmp_path, monkeypatch):
+def test_overwriting_keeps_the_old_answers_until_the_new_are_whole(
+    run, whole, stopped, tmp_path, monkeypatch
+):
     """Killed in the middle, the same command without --overwrite goes on with the new ones."""
     (tmp_path / "a.jsonl").write_text('"old"\n')
     asked, calls = ask, []
@@ -717,7 +815,12 @@ def test_overwriting_keeps_the_old_answers_until_the_new_are_whole(run, whole, s
 
     with monkeypatch.context() as patch:
         patch.setattr(batch, "ask", interrupted)
-        assert run([*lines(20)], "--batch-size", "4", "--overwrite", "--answers", tmp_path / "a.jsonl")[0] == 130
+        assert (
+            run(
+                [*lines(20)], "--batch-size", "4", "--overwrite", "--answers", tmp_path / "a.jsonl"
+            )[0]
+            == 130
+        )
     assert (tmp_path / "a.jsonl").read_text() == '"old"\n'
     counted = count_asked(monkeypatch)
     assert run(None, "--batch-size", "4")[0] == 0
@@ -748,7 +851,9 @@ def test_what_a_killed_run_left_beside_its_answers_goes_with_the_next(run, tmp_p
 
 
 @pytest.mark.skipif(disk.fcntl is None, reason="there are no such locks")
-def test_a_second_run_waits_and_goes_on_with_what_the_first_leaves(run, stopped, whole, tmp_path, monkeypatch):
+def test_a_second_run_waits_and_goes_on_with_what_the_first_leaves(
+    run, stopped, whole, tmp_path, monkeypatch
+):
     """Both did all the work. The first is killed here, which gives its lock back."""
     stopped(2)
     noted, busy = [], threading.Event()
@@ -762,7 +867,9 @@ def test_a_second_run_waits_and_goes_on_with_what_the_first_leaves(run, stopped,
 
     monkeypatch.setattr(Messages, "note", listened)
     asked, found = count_asked(monkeypatch), []
-    with Journal(tmp_path / "a.jsonl.partial", {}).alone(lambda: pytest.fail("nobody else is here")):
+    with Journal(tmp_path / "a.jsonl.partial", {}).alone(
+        lambda: pytest.fail("nobody else is here")
+    ):
         second = threading.Thread(target=lambda: found.append(run(None, "--batch-size", "4")[0]))
         second.start()
         assert busy.wait(timeout=60)

@@ -1,4 +1,5 @@
-"""tools/bench.py: tables of true measurements, and what it refuses. Toy sizes: what they measure means nothing."""
+"""tools/bench.py: tables of true measurements, and what it refuses. Toy sizes: what they measure
+means nothing."""
 
 import json
 import sys
@@ -38,25 +39,48 @@ def test_the_checkpoint_is_whole_and_makes_finite_numbers(checkpoints):
     logits = assistant.model([[1, -200, 5, 6]], torch.randn(1, 3, 56, 56)).logits
     assert logits.isfinite().all()
     assert 0.1 < logits.std() < 10
-    assert len(assistant.unused) == 18  # CLIP's last block and norm, which transformers wants to see
+    # CLIP's last block and norm, which transformers wants to see
+    assert len(assistant.unused) == 18
 
 
 def test_weights_and_cache_are_counted_as_they_are(checkpoints):
     folder = checkpoints / "toy-bfloat16"
     make_checkpoint(folder, "toy", torch.bfloat16)
     checkpoint = Checkpoint(folder)
-    linear = [checkpoint.shape(n) for n in checkpoint.tensors if n.startswith("language_model.") and "embed" not in n]
-    assert bench.weights_read(config_of("toy").text) == sum(shape[0] * shape[1] for shape in linear if len(shape) == 2)
+    linear = [
+        checkpoint.shape(n)
+        for n in checkpoint.tensors
+        if n.startswith("language_model.") and "embed" not in n
+    ]
+    assert bench.weights_read(config_of("toy").text) == sum(
+        shape[0] * shape[1] for shape in linear if len(shape) == 2
+    )
     assert bench.cache_size(config_of("7b"), 1) == 2 * 32 * 4096
 
 
 def test_compare_measures_processes_side_by_side(checkpoints, capsys):
-    arguments = ["compare", "--size", "toy", "--folder", str(checkpoints), "--rows", "float32,int4", "--rounds", "1"]
+    arguments = [
+        "compare",
+        "--size",
+        "toy",
+        "--folder",
+        str(checkpoints),
+        "--rows",
+        "float32,int4",
+        "--rounds",
+        "1",
+    ]
     assert bench.main([*arguments, "--tokens", "3", "--no-cold"]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert lines[0].startswith(f"`python tools/bench.py {' '.join(arguments)} --tokens 3 --no-cold`, 20")
-    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in lines if line.startswith("| minillava")}
+    assert lines[0].startswith(
+        f"`python tools/bench.py {' '.join(arguments)} --tokens 3 --no-cold`, 20"
+    )
+    rows = {
+        line.split(" | ")[0]: line.split(" | ")[1:]
+        for line in lines
+        if line.startswith("| minillava")
+    }
     assert list(rows) == ["| minillava float32", "| minillava int4"]
     columns = [column.strip() for column in lines[2].strip("|").split("|")][1:]
     assert all(len(cells) == len(columns) for cells in rows.values())
@@ -69,7 +93,17 @@ def test_compare_measures_processes_side_by_side(checkpoints, capsys):
 
 
 def test_json_has_every_round(checkpoints, capsys):
-    arguments = ["compare", "--size", "toy", "--folder", str(checkpoints), "--rows", "bfloat16", "--rounds", "1"]
+    arguments = [
+        "compare",
+        "--size",
+        "toy",
+        "--folder",
+        str(checkpoints),
+        "--rows",
+        "bfloat16",
+        "--rounds",
+        "1",
+    ]
     assert bench.main([*arguments, "--tokens", "3", "--no-cold", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     (row,) = found["rows"]
@@ -83,7 +117,15 @@ def test_json_has_every_round(checkpoints, capsys):
 
 def test_transformers_answers_the_same(checkpoints, capsys):
     pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
-    arguments = ["compare", "--size", "toy", "--folder", str(checkpoints), "--rows", "float32,transformers-float32"]
+    arguments = [
+        "compare",
+        "--size",
+        "toy",
+        "--folder",
+        str(checkpoints),
+        "--rows",
+        "float32,transformers-float32",
+    ]
     assert bench.main([*arguments, "--rounds", "1", "--tokens", "5", "--json"]) == 0
     ours, theirs = json.loads(capsys.readouterr().out)["rows"]
     assert 0 < ours["cold"] < 60
@@ -94,7 +136,17 @@ def test_transformers_answers_the_same(checkpoints, capsys):
 def test_growth_measures_every_length_and_batch(monkeypatch, capsys):
     monkeypatch.setattr(bench, "CONTEXTS", (8, 16))
     monkeypatch.setattr(bench, "BATCHES", (1, 2))
-    arguments = ["growth", "--size", "toy", "--dtypes", "float32,int8", "--tokens", "2", "--rounds", "1"]
+    arguments = [
+        "growth",
+        "--size",
+        "toy",
+        "--dtypes",
+        "float32,int8",
+        "--tokens",
+        "2",
+        "--rounds",
+        "1",
+    ]
     assert bench.main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in found][:4] == [
@@ -102,14 +154,20 @@ def test_growth_measures_every_length_and_batch(monkeypatch, capsys):
     ]
     assert all(len(row["seconds"]) == 1 and row["seconds"][0] > 0 for row in found)
     assert bench.main(arguments) == 0
-    lines = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    lines = [
+        line.split(" | ")[0]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("| ")
+    ]
     assert lines[:3] == ["| ms per step, context", "| float32", "| int8"]
 
 
 def test_growth_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="needs pip install -e '.[bench]'")
     timings = {
-        ("float32", kind, n): bench.Timing([n / 100, n / 90], [0.0]) for kind in ("context", "batch") for n in (1, 2)
+        ("float32", kind, n): bench.Timing([n / 100, n / 90], [0.0])
+        for kind in ("context", "batch")
+        for n in (1, 2)
     }
     bench.growth_plot(timings, "title", tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
@@ -132,7 +190,12 @@ def test_kernels_are_timed_one_by_one(monkeypatch, capsys):
 
 
 def test_contrast_makes_a_table(capsys):
-    assert bench.main(["contrast", "--size", "toy", "--dtype", "float32", "--tokens", "1", "--rounds", "2"]) == 0
+    assert (
+        bench.main(
+            ["contrast", "--size", "toy", "--dtype", "float32", "--tokens", "1", "--rounds", "2"]
+        )
+        == 0
+    )
     assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[-3:]] == [
         "| plain",
         "| contrast, two rows of a batch",
@@ -145,10 +208,19 @@ def test_contrast_makes_a_table(capsys):
     [
         (["contrast", "--rounds", "0"], "--rounds, --tokens and --questions need at least 1"),
         (["contrast", "--tokens", "0"], "--rounds, --tokens and --questions need at least 1"),
-        (["compare", "--rows", "float32,gpt"], "--rows: unknown gpt, expected some of: float32, bfloat16, int8"),
+        (
+            ["compare", "--rows", "float32,gpt"],
+            "--rows: unknown gpt, expected some of: float32, bfloat16, int8",
+        ),
         (["growth", "--dtypes", "int3"], "--dtypes: unknown int3"),
-        (["growth", "--device", "cuda"], "--device cuda is for compare: growth measures the processor"),
-        (["growth", "--tokens", "128"], "--tokens is 128, expected less than the shortest context, 128"),
+        (
+            ["growth", "--device", "cuda"],
+            "--device cuda is for compare: growth measures the processor",
+        ),
+        (
+            ["growth", "--tokens", "128"],
+            "--tokens is 128, expected less than the shortest context, 128",
+        ),
         (["growth", "--png", "/no/such/folder/x.png"], "no such folder"),
     ],
 )

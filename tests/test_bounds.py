@@ -1,4 +1,5 @@
-"""bounds.py: what it allows, every kernel keeps to; what it must not allow, mistakes of the kind that is made."""
+"""bounds.py: what it allows, every kernel keeps to; what it must not allow, mistakes of the kind
+that is made."""
 
 import pytest
 import torch
@@ -24,14 +25,17 @@ def rejected(found, exact_and_bound) -> bool:
 def factors(request):
     g = torch.Generator().manual_seed(0)
     shapes = (ROWS, WIDTH), (WIDTH_AFTER, WIDTH), (WIDTH_AFTER,)
-    return [torch.randn(*shape, generator=g, dtype=torch.float64).to(request.param) for shape in shapes]
+    return [
+        torch.randn(*shape, generator=g, dtype=torch.float64).to(request.param) for shape in shapes
+    ]
 
 
 def test_a_right_product_is_right(factors):
     x, weight, bias = factors
     assert_within(F.linear(x, weight, bias), products(x, weight, bias))
     assert_within(F.linear(x, weight), products(x, weight))
-    # Term after term, forwards and backwards, each sum rounded: the slowest growth of an error that a loop has.
+    # Term after term, forwards and backwards, each sum rounded: the slowest growth of an error that
+    # a loop has.
     for order in (range(WIDTH), reversed(range(WIDTH))):
         total = torch.zeros(ROWS, WIDTH_AFTER, dtype=torch.promote_types(x.dtype, torch.float32))
         for c in order:
@@ -60,7 +64,9 @@ PRODUCT_MISTAKES = {
     "the bias is left out": lambda x, w, b: F.linear(x, w),
     "the bias is added twice": lambda x, w, b: F.linear(x, w, b) + b,
     "summed in bfloat16": in_bfloat16,
-    "one number is NaN": lambda x, w, b: F.linear(x, w, b).index_fill(0, torch.tensor(2), torch.nan),
+    "one number is NaN": lambda x, w, b: F.linear(x, w, b).index_fill(
+        0, torch.tensor(2), torch.nan
+    ),
 }
 
 
@@ -70,7 +76,8 @@ def test_a_wrong_product_is_rejected(factors, mistake):
 
 
 def test_fewer_digits_are_rejected():
-    """float32 where float64 was promised, and the bits that a fast mode of float32 leaves out (TF32 keeps ten)."""
+    """float32 where float64 was promised, and the bits that a fast mode of float32 leaves out (TF32
+    keeps ten)."""
     x, weight = torch.randn(ROWS, WIDTH), torch.randn(WIDTH_AFTER, WIDTH)
     assert rejected(F.linear(x, weight).double(), products(x.double(), weight.double()))
     cut = [(t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (x, weight)]
@@ -78,14 +85,15 @@ def test_fewer_digits_are_rejected():
 
 
 def test_what_a_kernel_may_round_is_allowed_and_no_more():
-    """A kernel that rounds x to bfloat16 is within the bound that says so, and outside of the one that does not."""
+    """A kernel that rounds x to bfloat16 is within the bound that says so, and outside of the one
+    that does not."""
     x, weight = torch.randn(ROWS, WIDTH), torch.randn(WIDTH_AFTER, WIDTH)
     found = F.linear(x.bfloat16().float(), weight)
     assert_within(found, products(x, weight, dx=unit(torch.bfloat16) * x.double().abs()))
     assert rejected(found, products(x, weight))
 
 
-# --- attention ------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def qkv(dtype, heads=4, kv_heads=2, queries=3, keys=9, width=8):
@@ -111,7 +119,9 @@ ATTENTION_MISTAKES = {
     "one key too few": lambda q, k, v, mask: attend(q, k, v, mask.roll(-1, -1) & mask),
     "no scale": lambda q, k, v, mask: attend(q, k, v, mask, scale=1),
     "the scale of another width": lambda q, k, v, mask: attend(q, k, v, mask, scale=9**-0.5),
-    "heads share the wrong keys": lambda q, k, v, mask: attend(q, swapped(k, 1), swapped(v, 1), mask),
+    "heads share the wrong keys": lambda q, k, v, mask: attend(
+        q, swapped(k, 1), swapped(v, 1), mask
+    ),
     "values of another position": lambda q, k, v, mask: attend(q, k, v.roll(1, 2), mask),
     "a row is another's": lambda q, k, v, mask: attend(q, swapped(k, 0), v, mask),
     "scores in eight bits": lambda q, k, v, mask: attend(
@@ -136,10 +146,12 @@ def test_right_attention_is_right(attended):
 
 @pytest.mark.parametrize("mistake", ATTENTION_MISTAKES)
 def test_wrong_attention_is_rejected(attended, mistake):
-    assert rejected(ATTENTION_MISTAKES[mistake](*attended).to(attended[0].dtype), attention(*attended))
+    assert rejected(
+        ATTENTION_MISTAKES[mistake](*attended).to(attended[0].dtype), attention(*attended)
+    )
 
 
-# --- a whole network ------------------------------------------------------------------------------------------
+# --- a whole network ------------------------------------------------------------------------------
 
 
 class Small(nn.Module):
@@ -172,6 +184,10 @@ def test_a_network_may_be_as_wrong_as_its_layers_and_not_as_a_mistake():
 def test_float64_runs_agree_or_do_not():
     x = torch.randn(50, 70, dtype=torch.float64)
     assert_same_in_float64(x.sum(0), x.flip(0).sum(0).clone())
-    for wrong in (x[1:].sum(0), x.float().sum(0).double() * (1 + gamma(3, torch.float32)), x.sum(0) * torch.nan):
+    for wrong in (
+        x[1:].sum(0),
+        x.float().sum(0).double() * (1 + gamma(3, torch.float32)),
+        x.sum(0) * torch.nan,
+    ):
         with pytest.raises(AssertionError):
             assert_same_in_float64(wrong, x.sum(0))

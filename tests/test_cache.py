@@ -1,4 +1,5 @@
-"""The cache as a data structure; that decoding with it equals decoding without is in test_llava.py."""
+"""The cache as a data structure; that decoding with it equals decoding without is in
+test_llava.py."""
 
 import pytest
 import torch
@@ -6,7 +7,9 @@ import torch
 from minillava.cache import KVCache
 from minillava.config import TextConfig
 
-CONFIG = TextConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+CONFIG = TextConfig(
+    hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2
+)
 
 
 def cache(batch=2, capacity=6):
@@ -85,7 +88,12 @@ def test_rows_are_repeated_and_reordered_with_their_padding():
         [[21, 21, 9], [11, 11, 9], [11, 11, 9], [21, 21, 9]],
         [26, 16, 16, 26],
     )
-    assert mask.tolist() == [[True, True, True], [False, True, True], [False, True, True], [True, True, True]]
+    assert mask.tolist() == [
+        [True, True, True],
+        [False, True, True],
+        [False, True, True],
+        [True, True, True],
+    ]
 
 
 def test_padding_is_remembered_and_new_tokens_are_real():
@@ -94,7 +102,9 @@ def test_padding_is_remembered_and_new_tokens_are_real():
     mask = torch.tensor([[False, True, True], [True, True, True]])
     assert torch.equal(c.reserve(2, 3, mask), mask)
     c.advance(3)
-    assert torch.equal(c.reserve(2, 1, None), torch.cat([mask, torch.ones(2, 1, dtype=torch.bool)], dim=1))
+    assert torch.equal(
+        c.reserve(2, 1, None), torch.cat([mask, torch.ones(2, 1, dtype=torch.bool)], dim=1)
+    )
 
 
 def test_grouped_heads_are_stored_once():

@@ -1,4 +1,5 @@
-"""capture.py: decoding with shapes that stay is decoding; and the loop that runs a step ahead of what it knows."""
+"""capture.py: decoding with shapes that stay is decoding; and the loop that runs a step ahead of
+what it knows."""
 
 import re
 from dataclasses import replace
@@ -43,7 +44,8 @@ def run_ahead(monkeypatch, runs: bool) -> None:
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("name", ["plain", "grouped"])
 def test_a_captured_step_is_a_step(reference, name, pixels, rows):
-    """Over every token of an answer the logits are those of the plain step, up to the order of sums."""
+    """Over every token of an answer the logits are those of the plain step, up to the order of
+    sums."""
     toy = load(reference / name, device="cpu", dtype="float64")
     spliced = toy.model.splice(IDS[:rows], pixels[:rows])
     length, tokens = (
@@ -51,7 +53,10 @@ def test_a_captured_step_is_a_step(reference, name, pixels, rows):
         torch.randint(3, 90, (6, rows), generator=torch.Generator().manual_seed(1)),
     )
     wanted = {"hidden_states": False, "attentions": False}
-    caches = [KVCache(toy.model.config.text, rows, length + n, dtype=torch.float64, device="cpu") for n in (6, 20)]
+    caches = [
+        KVCache(toy.model.config.text, rows, length + n, dtype=torch.float64, device="cpu")
+        for n in (6, 20)
+    ]
     for tensor in (*caches[1].keys, *caches[1].values):
         tensor.fill_(float("nan"))  # what may lie in memory that nobody has written
     for cache in caches:
@@ -67,7 +72,9 @@ def test_a_captured_step_is_a_step(reference, name, pixels, rows):
 
 def test_a_full_cache_is_refused(toy):
     cache = KVCache(toy.model.config.text, 1, 0, dtype=torch.float32, device="cpu")
-    with pytest.raises(ValueError, match="the cache holds 0 tokens: 0 are in it, 1 more do not fit"):
+    with pytest.raises(
+        ValueError, match="the cache holds 0 tokens: 0 are in it, 1 more do not fit"
+    ):
         CapturedDecode(partial(step, toy.model.language_model), cache)(torch.tensor([5]))
 
 
@@ -88,7 +95,8 @@ def test_the_step_can_be_compiled_whole(reference, pixels, monkeypatch):
     assert len(compiled) == 1  # and for another answer, since both caches have the same capacity
     recorded = generate(toy.model, IDS, pixels, max_new_tokens=5, record="attentions")
     assert torch.equal(recorded.sequences, plain)
-    assert recorded.attentions[1][0].shape[-1] < CAPACITY_STEP  # what is recorded comes from the plain step
+    # what is recorded comes from the plain step
+    assert recorded.attentions[1][0].shape[-1] < CAPACITY_STEP
 
 
 def _compile(compile, backend, function, *, mode, fullgraph, dynamic):
@@ -101,7 +109,9 @@ def test_what_cannot_be_compiled_is_one_line(toy, pixels, monkeypatch):
 
     monkeypatch.setattr(capture.torch, "compile", partial(_compile, torch.compile, backend))
     compile_decode(toy.model)
-    with pytest.raises(ValueError, match=r"torch.compile does not work here \(.*\); leave --compile out"):
+    with pytest.raises(
+        ValueError, match=r"torch.compile does not work here \(.*\); leave --compile out"
+    ):
         generate(toy.model, IDS, pixels, max_new_tokens=3)
 
 
@@ -109,14 +119,20 @@ def test_what_cannot_be_compiled_is_one_line(toy, pixels, monkeypatch):
 @pytest.mark.parametrize("captured", [False, True])
 def test_running_ahead_changes_no_answer(toy, pixels, captured, monkeypatch):
     first, second = generate(toy.model, IDS, pixels, max_new_tokens=12).sequences.tolist()
-    end = next(i for i in first if [*first, i].index(i) != [*second, i].index(i))  # the rows end at different times
+    # the rows end at different times
+    end = next(i for i in first if [*first, i].index(i) != [*second, i].index(i))
     toy.model.config = replace(toy.model.config, eos_token_ids=(end,))
     found = {False: [], True: []}
     for runs, answers in found.items():
         run_ahead(monkeypatch, runs)
         if runs and captured:
             toy.model.decode_step = partial(step, toy.model.language_model)
-        for options in ({}, {"max_new_tokens": 1}, {"temperature": 1.0, "seed": 3}, {"repetition_penalty": 1.3}):
+        for options in (
+            {},
+            {"max_new_tokens": 1},
+            {"temperature": 1.0, "seed": 3},
+            {"repetition_penalty": 1.3},
+        ):
             made = generate(toy.model, IDS, pixels, **{"max_new_tokens": 12, **options})
             answers.append((made.sequences.tolist(), made.finish_reason))
         second = IDS, pixels.flip(0)
@@ -147,7 +163,12 @@ def test_a_conversation_runs_ahead(toy, reference, monkeypatch):
         run_ahead(monkeypatch, runs)
         conversation = Conversation(toy)
         conversation.add_image(reference / "pictures" / "landscape.png")
-        said.append([conversation.ask("What?", max_new_tokens=7), conversation.ask("Why?", max_new_tokens=300)])
+        said.append(
+            [
+                conversation.ask("What?", max_new_tokens=7),
+                conversation.ask("Why?", max_new_tokens=300),
+            ]
+        )
     assert said[0] == said[1]
 
 
@@ -167,21 +188,25 @@ def addresses(model) -> list[int]:
 
 
 def test_the_next_answer_takes_the_same_memory(toy, pixels):
-    """Each other address would be a graph of its own on a GPU. Two loops at once have a cache each."""
+    """Each other address would be a graph of its own on a GPU. Two loops at once have a cache
+    each."""
     toy.model.decode_step = partial(step, toy.model.language_model)
     generate(toy.model, IDS, pixels, max_new_tokens=3)
     before = addresses(toy.model)
     first = generate(toy.model, IDS, pixels, max_new_tokens=5).sequences
     spliced, options = toy.model.splice(IDS, pixels), loop.Options(max_new_tokens=5)
-    pairs = list(zip(steps(toy.model, spliced, options), steps(toy.model, spliced, options), strict=True))
+    pairs = list(
+        zip(steps(toy.model, spliced, options), steps(toy.model, spliced, options), strict=True)
+    )
     for made in zip(*pairs, strict=True):
         assert torch.equal(torch.stack([s.token_ids for s in made], dim=1), first)
     assert addresses(toy.model) == before
 
 
 def test_answers_of_other_shapes_take_the_same_memory_too(reference, pixels, monkeypatch):
-    """They did not: one row after two, and two after one, each was recorded anew on a GPU, and every
-    recording stays. Padding, rows and capacities take turns here, and each shape is compiled once."""
+    """They did not: one row after two, and two after one, each was recorded anew on a GPU, and
+    every recording stays. Padding, rows and capacities take turns here, and each shape is compiled
+    once."""
     toy, compiled, seen = load(reference / "plain", device="cpu", dtype="float32"), [], []
 
     def backend(graph, inputs):
@@ -257,7 +282,8 @@ def test_an_abandoned_answer_gives_its_memory_back(toy, pixels):
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_the_first_token_is_there_before_the_second_step_begins(toy, pixels, captured, monkeypatch):
-    """It came only when all kernels of that step had been begun, which takes a GPU as long as a token."""
+    """It came only when all kernels of that step had been begun, which takes a GPU as long as a
+    token."""
     run_ahead(monkeypatch, True)
     begun = []
 
@@ -275,7 +301,8 @@ def test_the_first_token_is_there_before_the_second_step_begins(toy, pixels, cap
 
 
 def test_what_arrives_is_waited_for_on_its_own_gpu(monkeypatch):
-    """On a second GPU the wait was for the first, and the numbers were those that lay in the memory before."""
+    """On a second GPU the wait was for the first, and the numbers were those that lay in the memory
+    before."""
     here = torch.tensor([5, 6])
 
     class Elsewhere:
@@ -301,7 +328,9 @@ def test_what_arrives_is_waited_for_on_its_own_gpu(monkeypatch):
     monkeypatch.setattr(loop.torch, "cat", lambda tensors: Elsewhere())
     monkeypatch.setattr(loop.torch, "empty", lambda shape, *, dtype, pin_memory: memory)
     monkeypatch.setattr(loop.torch.cuda, "Event", Event)
-    monkeypatch.setattr(loop.torch.cuda, "current_stream", lambda device=None: f"the work of {device}")
+    monkeypatch.setattr(
+        loop.torch.cuda, "current_stream", lambda device=None: f"the work of {device}"
+    )
     assert Arriving(here).wait() == [5, 6]
 
 
@@ -309,7 +338,8 @@ def test_nobody_reads_from_the_device_what_the_step_says_here():
     """`Step.ids` are there; `int(step.token_ids)` would make a GPU wait."""
     for path in [*(ROOT / "minillava").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
         assert not re.search(
-            r"(int|bool|float)\(step\.token_ids|step\.token_ids[^)]*\.tolist", path.read_text("utf-8")
+            r"(int|bool|float)\(step\.token_ids|step\.token_ids[^)]*\.tolist",
+            path.read_text("utf-8"),
         ), path
 
 

@@ -1,4 +1,5 @@
-"""A conversation through one cache is the conversation from a fresh start; and the door: lines, commands, Ctrl-C."""
+"""A conversation through one cache is the conversation from a fresh start; and the door: lines,
+commands, Ctrl-C."""
 
 import contextlib
 import io
@@ -30,7 +31,10 @@ from minillava.options import WEIGHTS_VARIABLE
 main = partial(enter, "chat")
 
 WEIGHTS = str(REFERENCE / "plain")
-PICTURE, OTHER = str(REFERENCE / "pictures" / "square.png"), str(REFERENCE / "pictures" / "grey.png")
+PICTURE, OTHER = (
+    str(REFERENCE / "pictures" / "square.png"),
+    str(REFERENCE / "pictures" / "grey.png"),
+)
 BASE = ["--device", "cpu", "--dtype", "float32", "-n", "6"]
 QUESTIONS = "What is it?", "What colour is it?", "And why is that?"
 TEMPLATES = "llava_v1", "hf", "llava_v0", "llava_llama_2", "chatml_direct"
@@ -56,8 +60,8 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def watch(monkeypatch):
-    """`watch(model)`: a dict of what goes on in it: "logits" of every step, "lengths" of every pass through the
-    language model, "pictures" encoded, "ids" of the last prompt."""
+    """`watch(model)`: a dict of what goes on in it: "logits" of every step, "lengths" of every pass
+    through the language model, "pictures" encoded, "ids" of the last prompt."""
 
     def watched(model) -> dict:
         seen = {"logits": [], "lengths": [], "pictures": 0, "ids": None}
@@ -85,13 +89,15 @@ def watch(monkeypatch):
     return watched
 
 
-# --- the conversation -----------------------------------------------------------------------------------------
+# --- the conversation -----------------------------------------------------------------------------
 
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_every_turn_is_that_of_a_fresh_start_and_reads_only_what_is_new(watch, template):
-    assistant, again = (minillava.load(WEIGHTS, device="cpu", dtype="float64", template=template) for _ in range(2))
+    assistant, again = (
+        minillava.load(WEIGHTS, device="cpu", dtype="float64", template=template) for _ in range(2)
+    )
     conversation, fresh_model = Conversation(assistant), again.model
     pixels = assistant.image_processor([PICTURE])
     seen = watch(assistant.model)
@@ -114,14 +120,16 @@ def test_every_turn_is_that_of_a_fresh_start_and_reads_only_what_is_new(watch, t
         total = fresh.image_spans[0][0][1] + len(seen["ids"]) - seen["ids"].index(-200) - 1
         assert (seen["lengths"][0], turn.reused + turn.prefilled) == (turn.prefilled, total)
         assert set(seen["lengths"][1:]) <= {1}
-        # Nothing of the prompt before is read again, but for its last ids, which may be cut otherwise with the answer.
+        # Nothing of the prompt before is read again, but for its last ids, which may be cut
+        # otherwise with the answer.
         assert turn.reused >= before - 2
         before = total
     assert seen["pictures"] == 1
 
 
 def test_an_answer_that_is_written_as_it_was_generated_is_not_read_again(assistant, monkeypatch):
-    """The model's noise is not how its text would be cut into tokens; an answer as a real one is."""
+    """The model's noise is not how its text would be cut into tokens; an answer as a real one
+    is."""
     said = "the picture"
     conversation = Conversation(assistant)
     conversation.add_image(PICTURE)
@@ -129,14 +137,16 @@ def test_an_answer_that_is_written_as_it_was_generated_is_not_read_again(assista
     ids = assistant.tokenizer.encode(prompt + " " + said)[len(assistant.tokenizer.encode(prompt)) :]
     forced = iter([*ids, assistant.model.config.eos_token_ids[0]])
     monkeypatch.setattr(
-        "minillava.loop.Chooser.__call__", lambda self, logits: (torch.tensor([next(forced)]), logits, NOT_STUCK)
+        "minillava.loop.Chooser.__call__",
+        lambda self, logits: (torch.tensor([next(forced)]), logits, NOT_STUCK),
     )
     assert conversation.ask("What?") == said
     forced = iter([assistant.model.config.eos_token_ids[0]])
     assert conversation.ask("Why?") == ""
     first, second = conversation.turns
     assert second.reused == first.prefilled + len(ids)
-    assert [turn.finish_reason for turn in conversation.turns] == ["stop", "stop"]  # an empty answer is an answer
+    # an empty answer is an answer
+    assert [turn.finish_reason for turn in conversation.turns] == ["stop", "stop"]
 
 
 def test_a_second_picture_in_a_later_turn(assistant, watch):
@@ -147,7 +157,9 @@ def test_a_second_picture_in_a_later_turn(assistant, watch):
     conversation.add_image(OTHER)
     answer = conversation.ask("And <image>?", max_new_tokens=5)
     pixels = assistant.image_processor([PICTURE, OTHER])
-    fresh = generate(assistant.model, [seen["ids"]], pixels, max_new_tokens=5, tokenizer=assistant.tokenizer)
+    fresh = generate(
+        assistant.model, [seen["ids"]], pixels, max_new_tokens=5, tokenizer=assistant.tokenizer
+    )
     assert answer == fresh.text[0]
     assert conversation.turns[1].question == "And <image>?"
     assert conversation.turns[1].prefilled > assistant.model.config.tokens_per_image
@@ -162,7 +174,9 @@ def test_another_picture_at_the_same_place_is_not_taken_for_the_first(assistant)
     pieces.close()
     conversation.turns.clear()
     conversation.add_image(OTHER, "it.png")
-    assert conversation.ask("What is it?", max_new_tokens=5) == assistant.ask(OTHER, "What is it?", max_new_tokens=5)
+    assert conversation.ask("What is it?", max_new_tokens=5) == assistant.ask(
+        OTHER, "What is it?", max_new_tokens=5
+    )
     assert conversation.turns[0].prefilled > assistant.model.config.tokens_per_image
 
 
@@ -173,11 +187,16 @@ def test_an_answer_left_early_is_the_turns_answer(assistant, watch):
     said = next(pieces) + next(pieces) + next(pieces)
     pieces.close()
     assert said
-    assert (conversation.turns[0].answer, conversation.turns[0].finish_reason) == (said, "interrupted")
+    assert (conversation.turns[0].answer, conversation.turns[0].finish_reason) == (
+        said,
+        "interrupted",
+    )
     seen = watch(assistant.model)
     answer = conversation.ask("Why?", max_new_tokens=5)
     pixels = assistant.image_processor([PICTURE])
-    fresh = generate(assistant.model, [seen["ids"]], pixels, max_new_tokens=5, tokenizer=assistant.tokenizer)
+    fresh = generate(
+        assistant.model, [seen["ids"]], pixels, max_new_tokens=5, tokenizer=assistant.tokenizer
+    )
     assert answer == fresh.text[0]
 
 
@@ -189,7 +208,8 @@ def say_nothing(monkeypatch):
     def silent():
         with monkeypatch.context() as patch:
             patch.setattr(
-                "minillava.loop.Chooser.__call__", lambda self, logits: (torch.tensor([1]), logits, NOT_STUCK)
+                "minillava.loop.Chooser.__call__",
+                lambda self, logits: (torch.tensor([1]), logits, NOT_STUCK),
             )
             yield
 
@@ -205,14 +225,18 @@ def test_the_same_question_again_after_nothing_was_said(assistant, say_nothing):
         assert next(pieces) == ""
         pieces.close()
     assert (conversation.turns, len(conversation.waiting)) == ([], 1)
-    assert conversation.ask("What is it?", max_new_tokens=5) == assistant.ask(PICTURE, "What is it?", max_new_tokens=5)
+    assert conversation.ask("What is it?", max_new_tokens=5) == assistant.ask(
+        PICTURE, "What is it?", max_new_tokens=5
+    )
     assert conversation.turns[0].prefilled == 1
 
 
 @pytest.mark.parametrize("end", ["close", "go on"])
 @pytest.mark.parametrize("then", ["ask", "stop", "refuse", "clear"])
 @pytest.mark.parametrize("silent", [False, True])
-def test_an_old_stream_leaves_the_newer_conversation_alone(assistant, say_nothing, silent, then, end):
+def test_an_old_stream_leaves_the_newer_conversation_alone(
+    assistant, say_nothing, silent, then, end
+):
     conversation, fresh = Conversation(assistant), Conversation(assistant)
     for each in (conversation, fresh):
         each.add_image(PICTURE)
@@ -220,7 +244,8 @@ def test_an_old_stream_leaves_the_newer_conversation_alone(assistant, say_nothin
         old = conversation.stream("What is it?", max_new_tokens=50)
         said = next(old)
         assert bool(said) != silent
-        if then == "stop":  # an interruption before the first word leaves the turn that was there before
+        # an interruption before the first word leaves the turn that was there before
+        if then == "stop":
             newer = conversation.stream("Why?")
             with say_nothing():
                 next(newer)
@@ -235,7 +260,9 @@ def test_an_old_stream_leaves_the_newer_conversation_alone(assistant, say_nothin
     if end == "close":
         old.close()
     else:
-        with pytest.raises(ValueError, match=r"went on without the answer to 'What is it\?'; ask again"):
+        with pytest.raises(
+            ValueError, match=r"went on without the answer to 'What is it\?'; ask again"
+        ):
             next(old)
     if then == "clear":
         assert (conversation.turns, conversation.waiting) == ([], [])
@@ -248,7 +275,10 @@ def test_an_old_stream_leaves_the_newer_conversation_alone(assistant, say_nothin
         fresh.ask("Why?", max_new_tokens=5)
     for each in (conversation, fresh):
         each.ask("What colour is it?", max_new_tokens=5)
-    told = [[(t.question, t.answer, t.finish_reason) for t in each.turns] for each in (conversation, fresh)]
+    told = [
+        [(t.question, t.answer, t.finish_reason) for t in each.turns]
+        for each in (conversation, fresh)
+    ]
     assert told[0] == told[1]
     assert conversation.waiting == []
 
@@ -300,13 +330,19 @@ def test_the_cache_grows_as_it_is_needed(assistant, monkeypatch):
     conversation = Conversation(assistant)
     conversation.add_image(PICTURE)
     assert conversation.ask("What is it?", max_new_tokens=40) == expected
-    assert conversation.cache.length <= conversation.cache.capacity < conversation.cache.length + 2 * 16
+    assert (
+        conversation.cache.length
+        <= conversation.cache.capacity
+        < conversation.cache.length + 2 * 16
+    )
 
 
 @pytest.fixture
 def endless(folder):
     """A checkpoint whose answers never end by themselves."""
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 447}), encoding="utf-8")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 447}), encoding="utf-8"
+    )
     return folder
 
 
@@ -324,7 +360,9 @@ def test_a_full_context_is_refused_with_the_numbers_and_clear_helps(short):
     assert (conversation.turns[0].finish_reason, conversation.room) == ("length", 0)
     assert conversation.cache.capacity == 150
     conversation.add_image(OTHER)
-    with pytest.raises(ValueError, match=r"takes \d{3} positions, the model's context holds 150 .* /clear"):
+    with pytest.raises(
+        ValueError, match=r"takes \d{3} positions, the model's context holds 150 .* /clear"
+    ):
         conversation.ask("Why?")
     assert (len(conversation.turns), len(conversation.waiting)) == (1, 1)
     conversation.clear()
@@ -340,7 +378,11 @@ def test_a_template_of_one_turn_says_so():
 
 def test_wrong_questions_change_nothing(assistant):
     conversation = Conversation(assistant)
-    for wrong, message in (("", "empty"), ("Is <image> red?", "places 1 picture"), ("\udcff", "not UTF-8")):
+    for wrong, message in (
+        ("", "empty"),
+        ("Is <image> red?", "places 1 picture"),
+        ("\udcff", "not UTF-8"),
+    ):
         with pytest.raises(ValueError, match=message):
             conversation.ask(wrong)
     with pytest.raises(TypeError):
@@ -350,12 +392,13 @@ def test_wrong_questions_change_nothing(assistant):
     assert conversation.turns == []
 
 
-# --- the door -------------------------------------------------------------------------------------------------
+# --- the door -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def talk(capsys, monkeypatch):
-    """`talk(text, *arguments)`: a piped session in this process -> (exit status, stdout, stderr)."""
+    """`talk(text, *arguments)`: a piped session in this process -> (exit status, stdout,
+    stderr)."""
     monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
 
     def piped(text: str | bytes, *arguments: str, weights: str = WEIGHTS) -> tuple[int, str, str]:
@@ -409,7 +452,9 @@ def test_verbose_counts_positions(talk, expected):
     assert "ended by length, seed 11\n" in err
 
 
-@pytest.mark.parametrize("spelled", ["/image '{}'", '/image "{}" ', "/image file://{}", "'{}'", "{}"])
+@pytest.mark.parametrize(
+    "spelled", ["/image '{}'", '/image "{}" ', "/image file://{}", "'{}'", "{}"]
+)
 def test_a_dropped_picture_is_added_and_said(talk, expected, tmp_path, spelled):
     """Quotes were part of the name, and success was silent."""
     path = tmp_path / "a b.png"
@@ -427,7 +472,10 @@ def test_several_dropped_pictures_are_all_added_or_none(talk, assistant, tmp_pat
     shutil.copy(PICTURE, path)
     pictures = f"'{path}' {PICTURE}"
     status, out, err = talk(f"/image {pictures}\n{QUESTIONS[0]}\n")
-    assert (status, out) == (0, assistant.ask([PICTURE, PICTURE], QUESTIONS[0], max_new_tokens=6) + "\n")
+    assert (status, out) == (
+        0,
+        assistant.ask([PICTURE, PICTURE], QUESTIONS[0], max_new_tokens=6) + "\n",
+    )
     assert "note: 2 pictures wait for the next question: a b.png, " in err
     status, out, err = talk(f"/image {pictures} nowhere.png\n{QUESTIONS[0]}\n")
     assert (status, out) == (1, assistant.ask(None, QUESTIONS[0], max_new_tokens=6) + "\n")
@@ -505,7 +553,15 @@ def test_save_writes_the_conversation_and_overwrites_only_its_own_file(talk, exp
 def test_what_was_sampled_can_be_repeated_from_what_was_saved(talk, assistant, tmp_path):
     path = tmp_path / "talk.json"
     talk(
-        "\n".join(QUESTIONS) + f"\n/save {path}", "-i", PICTURE, "--temperature", "1.5", "--top-k", "40", "--stop", "!!"
+        "\n".join(QUESTIONS) + f"\n/save {path}",
+        "-i",
+        PICTURE,
+        "--temperature",
+        "1.5",
+        "--top-k",
+        "40",
+        "--stop",
+        "!!",
     )
     again = Conversation(assistant)
     for turn in json.loads(path.read_text(encoding="utf-8"))["turns"]:
@@ -516,7 +572,9 @@ def test_what_was_sampled_can_be_repeated_from_what_was_saved(talk, assistant, t
     assert len({turn.options.seed for turn in again.turns}) == 3
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system where any bytes are a name")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="needs a file system where any bytes are a name"
+)
 def test_a_picture_whose_name_is_not_utf8_can_be_saved(talk, tmp_path):
     name = os.fsencode(tmp_path) + b"/\xe9.png"
     shutil.copy(PICTURE, name)
@@ -575,7 +633,11 @@ def test_an_unexpected_error_does_not_lose_the_session(talk, expected, monkeypat
 
 @pytest.mark.parametrize(
     ("arguments", "status", "found"),
-    [(["-i", "-"], 2, "stdin"), (["-n", "0"], 2, "max_new_tokens is 0"), (["-i", "nowhere.png"], 1, "no such picture")],
+    [
+        (["-i", "-"], 2, "stdin"),
+        (["-n", "0"], 2, "max_new_tokens is 0"),
+        (["-i", "nowhere.png"], 1, "no such picture"),
+    ],
 )
 def test_wrong_arguments(talk, arguments, status, found):
     assert talk("What?\n", *arguments)[:2] == (status, "")
@@ -584,12 +646,13 @@ def test_wrong_arguments(talk, arguments, status, found):
     assert found in err
 
 
-# --- in a process of its own, at a terminal -------------------------------------------------------------------
+# --- in a process of its own, at a terminal -------------------------------------------------------
 
 
 @pytest.fixture
 def terminal(endless):
-    """A session whose stdin is a terminal, with an answer that takes minutes: (process, the terminal's other end)."""
+    """A session whose stdin is a terminal, with an answer that takes minutes: (process, the
+    terminal's other end)."""
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
     code = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -623,7 +686,8 @@ def read_until(stream, text: bytes) -> bytes:
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_session_and_leaves_at_the_second(terminal, tmp_path):
-    """One Ctrl-C at the prompt, so also the second of two during an answer, threw the conversation away."""
+    """One Ctrl-C at the prompt, so also the second of two during an answer, threw the conversation
+    away."""
     process, typing = terminal
     read_until(process.stderr, b"> ")
     os.write(typing, b"What is it?\n")
@@ -647,21 +711,26 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session_and_leaves_at_the_second(
     assert process.returncode == 130
     printed = (printed + rest).decode()
     assert printed.endswith("\n")
-    assert turn["answer"].startswith(printed[:-1])  # stopped between the token and its printing, at most one piece more
+    # stopped between the token and its printing, at most one piece more
+    assert turn["answer"].startswith(printed[:-1])
 
 
 def test_the_end_of_the_input_leaves_with_0(terminal):
     process, typing = terminal
-    assert b"each line is a question; /help lists the commands\n> " in read_until(process.stderr, b"> ")
+    assert b"each line is a question; /help lists the commands\n> " in read_until(
+        process.stderr, b"> "
+    )
     os.write(typing, b"\x04")
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, b"")
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc to see when it waits for a key")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/stat"), reason="needs /proc to see when it waits for a key"
+)
 def test_line_editing_at_a_real_terminal(tmp_path):
-    """Ctrl-C on a half-typed line clears it, each time; Tab completes a path with a space; a pasted paragraph is one
-    question."""
+    """Ctrl-C on a half-typed line clears it, each time; Tab completes a path with a space; a pasted
+    paragraph is one question."""
     pty = pytest.importorskip("pty")
     pytest.importorskip("readline")
     shutil.copy(PICTURE, tmp_path / "a b.png")
@@ -683,7 +752,8 @@ def test_line_editing_at_a_real_terminal(tmp_path):
                 found += os.read(typing, 1)
 
         def interrupt() -> None:
-            """Once it waits: Python notices a signal while readline works on a key only with the next key."""
+            """Once it waits: Python notices a signal while readline works on a key only with the
+            next key."""
             while Path(f"/proc/{child}/stat").read_text().rpartition(") ")[2][0] != "S":
                 time.sleep(0.01)
             screen.write(b"\x03")

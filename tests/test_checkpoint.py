@@ -1,4 +1,5 @@
-"""Checkpoint folders: strict about files, names, shapes and dtypes; nothing copied that need not be."""
+"""Checkpoint folders: strict about files, names, shapes and dtypes; nothing copied that need not
+be."""
 
 import errno
 import io
@@ -65,7 +66,10 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def store(tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, folder / SINGLE_NAME)
+    save_file(
+        {name: tensor.clone().contiguous() for name, tensor in tensors.items()},
+        folder / SINGLE_NAME,
+    )
 
 
 def change_config(folder: Path, **changes) -> None:
@@ -90,10 +94,12 @@ def refusal(folder: Path, error: type[Exception] = ValueError, **options) -> str
 
 def same_weights(model, other) -> bool:
     ours, theirs = model.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
 
 
-# --- the right tensor in the right place ----------------------------------------------------------------------
+# --- the right tensor in the right place ----------------------------------------------------------
 
 
 def test_every_tensor_arrives_unchanged_under_its_name(folder):
@@ -103,7 +109,8 @@ def test_every_tensor_arrives_unchanged_under_its_name(folder):
     assert {checkpoint.tensors[name][0] for name in state} | set(checkpoint.unused) == file.keys()
     for name, tensor in state.items():
         assert torch.equal(tensor, file[checkpoint.tensors[name][0]]), name
-    # A rename that swaps two tensors of one shape would pass the lines above: these are the names, written out.
+    # A rename that swaps two tensors of one shape would pass the lines above: these are the names,
+    # written out.
     for ours, theirs in {
         "language_model.embed_tokens.weight": EMBEDDING,
         "language_model.lm_head.weight": HEAD,
@@ -123,7 +130,9 @@ def test_shards_hold_what_a_single_file_holds(folder, sharded):
 
 
 def test_an_index_may_name_one_file_only(folder):
-    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": dict.fromkeys(stored(folder), SINGLE_NAME)}))
+    (folder / INDEX_NAME).write_text(
+        json.dumps({"weight_map": dict.fromkeys(stored(folder), SINGLE_NAME)})
+    )
     assert same_weights(build(folder)[0], build(REFERENCE / "plain")[0])
 
 
@@ -150,7 +159,7 @@ def test_the_dtype_of_a_checkpoint_is_that_of_its_largest_tensor(folder):
     assert Checkpoint(folder).dtype() is torch.float16
 
 
-# --- names and shapes -----------------------------------------------------------------------------------------
+# --- names and shapes -----------------------------------------------------------------------------
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_all_listed_with_the_nearest_names(folder):
@@ -161,12 +170,15 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_listed_with_the_neares
     tensors["zzz"] = torch.zeros(1)
     store(tensors, folder)
     first, *rest = refusal(folder).splitlines()
-    problem, count, advice = re.fullmatch(r"(.*); (\d+) tensor\(s\) do not fit: (.*)", first).groups()
+    problem, count, advice = re.fullmatch(
+        r"(.*); (\d+) tensor\(s\) do not fit: (.*)", first
+    ).groups()
     assert count == "5"
     assert "download" in advice
     file, query = folder / SINGLE_NAME, "language_model.layers.1.self_attn.q_proj.weight"
     assert [problem, *(line.strip() for line in rest)] == [
-        f"{file}: multi_modal_projector.linear_1.weight has shape [7, 5], config.json expects [64, 32]",
+        f"{file}: multi_modal_projector.linear_1.weight has shape [7, 5], config.json expects [64, "
+        "32]",
         "projector.linear_1.bias is missing",
         f"{query} is missing (nearest: {QUERY.replace('q_proj', 'query')})",
         f"{file}: {QUERY.replace('q_proj', 'query')} is not part of this model (nearest: {query})",
@@ -175,7 +187,8 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_listed_with_the_neares
 
 
 @pytest.mark.parametrize(
-    "name", [EMBEDDING, QUERY, HEAD, f"{TOWER}pre_layrnorm.bias", "multi_modal_projector.linear_2.bias"]
+    "name",
+    [EMBEDDING, QUERY, HEAD, f"{TOWER}pre_layrnorm.bias", "multi_modal_projector.linear_2.bias"],
 )
 def test_any_single_missing_tensor_is_noticed(folder, name):
     tensors = stored(folder)
@@ -217,10 +230,15 @@ def test_two_stored_names_for_one_tensor_are_refused(folder):
 
 
 def test_a_thousand_wrong_names_are_reported_before_anyone_wonders(folder):
-    """A language model of 13B's depth under strange names: looking for the nearest of each took most of a minute."""
+    """A language model of 13B's depth under strange names: looking for the nearest of each took
+    most of a minute."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     change_config(folder, text_config={**config["text_config"], "num_hidden_layers": 40})
-    tensors = {name: tensor for name, tensor in stored(folder).items() if not name.startswith("language_model.")}
+    tensors = {
+        name: tensor
+        for name, tensor in stored(folder).items()
+        if not name.startswith("language_model.")
+    }
     strange = [f"transformer.h.{i}.part.{j}.weight" for i in range(40) for j in range(9)]
     store({**tensors, **{name: torch.zeros(1) for name in strange}}, folder)
     started = time.perf_counter()
@@ -232,7 +250,7 @@ def test_a_thousand_wrong_names_are_reported_before_anyone_wonders(folder):
     assert seconds < 5
 
 
-# --- what a file may hold besides ----------------------------------------------------------------------------
+# --- what a file may hold besides -----------------------------------------------------------------
 
 
 def test_computed_buffers_and_unneeded_vision_layers_are_set_aside_by_name(folder):
@@ -254,11 +272,16 @@ def test_computed_buffers_and_unneeded_vision_layers_are_set_aside_by_name(folde
 def test_a_feature_layer_of_minus_one_needs_the_last_block(folder):
     change_config(folder, vision_feature_layer=-1)
     model, checkpoint = build(folder)
-    assert sorted(checkpoint.unused) == [f"{TOWER}post_layernorm.bias", f"{TOWER}post_layernorm.weight"]
+    assert sorted(checkpoint.unused) == [
+        f"{TOWER}post_layernorm.bias",
+        f"{TOWER}post_layernorm.weight",
+    ]
     assert len(model.vision_tower.encoder.layers) == 3
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn], ids=str
+)
 @pytest.mark.parametrize("name", [EMBEDDING, QUERY])
 def test_quantised_weights_are_refused_by_name_and_dtype(folder, name, dtype):
     tensors = stored(folder)
@@ -269,7 +292,7 @@ def test_quantised_weights_are_refused_by_name_and_dtype(folder, name, dtype):
     assert str(dtype) in message
 
 
-# --- files ----------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_a_folder_that_is_not_there_or_a_file_is_refused(tmp_path, folder):
@@ -283,8 +306,14 @@ def test_a_folder_that_is_not_there_or_a_file_is_refused(tmp_path, folder):
     ("left", "found"),
     [
         ((), "holds no weights, expected model.safetensors or model.safetensors.index.json"),
-        (("pytorch_model-00001-of-00002.bin",), "found pytorch_model-00001-of-00002.bin, expected .* the index"),
-        (("model-00001-of-00002.safetensors",), "found model-00001-of-00002.safetensors, expected .* the index"),
+        (
+            ("pytorch_model-00001-of-00002.bin",),
+            "found pytorch_model-00001-of-00002.bin, expected .* the index",
+        ),
+        (
+            ("model-00001-of-00002.safetensors",),
+            "found model-00001-of-00002.safetensors, expected .* the index",
+        ),
     ],
 )
 def test_a_folder_without_weights_says_what_it_holds_instead(folder, left, found):
@@ -346,7 +375,9 @@ def test_a_tensor_in_two_shards_is_refused_naming_both(sharded, says):
     assert second.name in message
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "sub/inside.safetensors", "..", "", "a\\b"])
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "sub/inside.safetensors", "..", "", "a\\b"]
+)
 def test_an_index_cannot_lead_out_of_its_folder(sharded, name):
     save_file({QUERY: torch.zeros(64, 64)}, sharded.parent / "outside.safetensors")
     change_index(sharded, lambda placed: placed.update({QUERY: name}))
@@ -361,7 +392,8 @@ def test_an_index_cannot_name_an_absolute_path(sharded):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": {"a": 1}}', ""]
+    "content",
+    ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": {"a": 1}}', ""],
 )
 def test_an_index_that_is_none_is_refused_by_name(sharded, content):
     (sharded / INDEX_NAME).write_text(content, encoding="utf-8")
@@ -371,10 +403,23 @@ def test_an_index_that_is_none_is_refused_by_name(sharded, content):
 
 
 def cut_points() -> list[int]:
-    """Lengths to cut the stored file to: within the length of the header, the header, and the data."""
+    """Lengths to cut the stored file to: within the length of the header, the header, and the
+    data."""
     content = (REFERENCE / "plain" / SINGLE_NAME).read_bytes()
     header = 8 + struct.unpack("<Q", content[:8])[0]
-    return [0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(content) // 2, len(content) - 1]
+    return [
+        0,
+        1,
+        7,
+        8,
+        9,
+        header // 2,
+        header - 1,
+        header,
+        header + 1,
+        len(content) // 2,
+        len(content) - 1,
+    ]
 
 
 @pytest.mark.parametrize("length", cut_points())
@@ -396,7 +441,10 @@ def test_a_truncated_shard_is_named(sharded):
 @pytest.mark.parametrize(
     "content",
     [
-        torch.randint(256, (5000,), generator=torch.Generator().manual_seed(0)).byte().numpy().tobytes(),
+        torch.randint(256, (5000,), generator=torch.Generator().manual_seed(0))
+        .byte()
+        .numpy()
+        .tobytes(),
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 724584\n",
         struct.pack("<Q", 2**63) + b"{}",
         struct.pack("<Q", 2**64 - 1) + b"{}",
@@ -405,12 +453,25 @@ def test_a_truncated_shard_is_named(sharded):
         struct.pack("<Q", 8) + b'{"a": 1}',
         b"PK\x03\x04" + bytes(200),
     ],
-    ids=["random bytes", "git-lfs pointer", "header 2^63", "header 2^64", "header 10^12", "list", "no tensors", "zip"],
+    ids=[
+        "random bytes",
+        "git-lfs pointer",
+        "header 2^63",
+        "header 2^64",
+        "header 10^12",
+        "list",
+        "no tensors",
+        "zip",
+    ],
 )
 def test_what_is_not_a_safetensors_file_is_refused_by_name(folder, content):
     (folder / SINGLE_NAME).write_bytes(content)
     message = refusal(folder)
-    found = "is a Git LFS pointer" if content.startswith(b"version") else "truncated or not a safetensors file"
+    found = (
+        "is a Git LFS pointer"
+        if content.startswith(b"version")
+        else "truncated or not a safetensors file"
+    )
     assert message.startswith(f"{folder / SINGLE_NAME}: {found}")
     assert "\n" not in message
 
@@ -421,7 +482,7 @@ def test_a_directory_in_the_place_of_the_file_is_refused_by_name(folder):
     assert refusal(folder).startswith(str(folder / SINGLE_NAME))
 
 
-# --- the original dialect -------------------------------------------------------------------------------------
+# --- the original dialect -------------------------------------------------------------------------
 
 
 def test_an_original_without_tower_says_which_clip_to_get(tmp_path, write_dialect):
@@ -434,12 +495,15 @@ def test_an_original_without_tower_says_which_clip_to_get(tmp_path, write_dialec
     assert "somebody/another-clip" in refusal(folder, FileNotFoundError)
 
 
-def test_an_original_takes_its_tower_from_a_clip_folder_and_drops_the_text_half(tmp_path, write_dialect):
+def test_an_original_takes_its_tower_from_a_clip_folder_and_drops_the_text_half(
+    tmp_path, write_dialect
+):
     options = write_dialect("original-bare", tmp_path)
     model, checkpoint = build(options["weights"], options["vision_tower"])
     tower = stored(REFERENCE / "plain")
     assert torch.equal(
-        model.vision_tower.embeddings.position_embedding.weight, tower[f"{TOWER}embeddings.position_embedding.weight"]
+        model.vision_tower.embeddings.position_embedding.weight,
+        tower[f"{TOWER}embeddings.position_embedding.weight"],
     )
     clip = load_file(options["vision_tower"] / SINGLE_NAME).keys()
     text_half = {name for name in clip if not name.startswith("vision_model.")}
@@ -454,10 +518,19 @@ def test_a_clip_of_its_vision_half_alone_works_with_and_without_prefix(tmp_path,
     options = write_dialect("original-bare", tmp_path)
     clip = options["vision_tower"]
     whole, _ = build(folder=options["weights"], clip=clip)
-    vision = {name: tensor for name, tensor in stored(clip).items() if name.startswith("vision_model.")}
+    vision = {
+        name: tensor for name, tensor in stored(clip).items() if name.startswith("vision_model.")
+    }
     for prefix in ("vision_model.", ""):
-        half = Path(shutil.copytree(clip, tmp_path / f"half {prefix}"))  # `whole` is mapped from the other
-        store({prefix + name.removeprefix("vision_model."): tensor for name, tensor in vision.items()}, half)
+        # `whole` is mapped from the other
+        half = Path(shutil.copytree(clip, tmp_path / f"half {prefix}"))
+        store(
+            {
+                prefix + name.removeprefix("vision_model."): tensor
+                for name, tensor in vision.items()
+            },
+            half,
+        )
         assert same_weights(build(options["weights"], half)[0], whole)
 
 
@@ -472,7 +545,9 @@ def test_a_clip_folder_replaces_the_tower_inside(folder, tmp_path, write_dialect
 
 
 @pytest.mark.parametrize("damage", ["misshapen", "integer", "unexpected"])
-def test_a_wrong_tensor_of_a_clip_folder_is_reported_with_that_folder(tmp_path, write_dialect, damage):
+def test_a_wrong_tensor_of_a_clip_folder_is_reported_with_that_folder(
+    tmp_path, write_dialect, damage
+):
     options = write_dialect("original-bare", tmp_path)
     clip = options["vision_tower"]
     tensors = stored(clip)
@@ -493,11 +568,15 @@ def test_a_clip_folder_without_weights_is_named(tmp_path, write_dialect):
     assert message.startswith(str(options["vision_tower"]))
 
 
-@pytest.mark.parametrize(("kind", "layers"), [("linear", 1), ("mlp1x_gelu", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)])
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("linear", 1), ("mlp1x_gelu", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)]
+)
 def test_the_originals_projectors_of_every_depth(tmp_path, write_dialect, kind, layers):
     folder = write_dialect("original", tmp_path)["weights"]
     change_config(folder, mm_projector_type=kind)
-    tensors = {name: tensor for name, tensor in stored(folder).items() if "mm_projector" not in name}
+    tensors = {
+        name: tensor for name, tensor in stored(folder).items() if "mm_projector" not in name
+    }
     new = {}
     for i in range(layers):
         number = "" if kind == "linear" else f"{2 * i}."
@@ -505,13 +584,15 @@ def test_the_originals_projectors_of_every_depth(tmp_path, write_dialect, kind, 
         new[f"model.mm_projector.{number}bias"] = torch.full((64,), -float(i + 1))
     store({**tensors, **new}, folder)
     projector = build(folder)[0].projector
-    assert [name for name, _ in projector.named_children()] == [f"linear_{i + 1}" for i in range(layers)]
+    assert [name for name, _ in projector.named_children()] == [
+        f"linear_{i + 1}" for i in range(layers)
+    ]
     for i, layer in enumerate(projector.children()):
         assert (layer.weight == i + 1).all()
         assert (layer.bias == -(i + 1)).all()
 
 
-# --- the head -------------------------------------------------------------------------------------------------
+# --- the head -------------------------------------------------------------------------------------
 
 
 def test_a_tied_head_is_the_embedding_table():
@@ -531,7 +612,7 @@ def test_a_stored_head_counts_even_where_the_config_says_tied(tmp_path):
     assert torch.equal(model.language_model.embed_tokens.weight, tensors[EMBEDDING])
 
 
-# --- memory ---------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["plain", "grouped", "tied"])
@@ -609,9 +690,15 @@ print(json.dumps({"weights": weights, "largest": largest, "loaded": growth(loade
 
 
 def write_large(folder: Path) -> None:
-    """`plain` with a language model of about 300 MB in bfloat16, all zeros: a file with a hole, quickly written."""
+    """`plain` with a language model of about 300 MB in bfloat16, all zeros: a file with a hole,
+    quickly written."""
     shutil.copytree(REFERENCE / "plain", folder)
-    text = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 5, "num_attention_heads": 8}
+    text = {
+        "hidden_size": 1024,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+    }
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     change_config(folder, text_config={**config["text_config"], **text})
     with torch.device("meta"):
@@ -646,7 +733,8 @@ def stored_name(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def measure(tmp_path_factory):
-    """`measure(**settings)`: what loading and running a checkpoint of 300 MB takes, in a process of its own."""
+    """`measure(**settings)`: what loading and running a checkpoint of 300 MB takes, in a process of
+    its own."""
     status = Path("/proc/self/status")
     if not status.exists() or "RssAnon" not in status.read_text(encoding="utf-8"):
         pytest.skip("needs Linux's /proc to measure memory and reads")
@@ -654,65 +742,89 @@ def measure(tmp_path_factory):
     write_large(folder)
 
     def measured(**settings):
-        command = [sys.executable, "-c", MEASURE, str(REFERENCE / "plain"), str(folder), json.dumps(settings)]
+        command = [
+            sys.executable,
+            "-c",
+            MEASURE,
+            str(REFERENCE / "plain"),
+            str(folder),
+            json.dumps(settings),
+        ]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     return measured
 
 
-@pytest.mark.parametrize("settings", [{"quantize": "int4", "dtype": "bfloat16"}, {"dtype": "float32"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"quantize": "int4", "dtype": "bfloat16"}, {"dtype": "float32"}], ids=str
+)
 def test_what_is_converted_is_let_go(measure, settings):
-    """Resident memory of any kind, the mapped file included, holds the new weights and a few tensors at a time, not the
-    300 MB they were made of."""
+    """Resident memory of any kind, the mapped file included, holds the new weights and a few
+    tensors at a time, not the 300 MB they were made of."""
     found = measure(**settings)
     assert found["weights"] > (80e6 if "quantize" in settings else 500e6)
     assert found["loaded"]["peak"] < found["weights"] + 200e6
 
 
 def test_loading_copies_nothing_and_reads_nothing(measure):
-    """The yardstick is the largest tensor: had a single one of its size been copied or read, let alone all, one of
-    these numbers would be above it."""
+    """The yardstick is the largest tensor: had a single one of its size been copied or read, let
+    alone all, one of these numbers would be above it."""
     found = measure(dtype="bfloat16", attention="eager")
     assert found["weights"] > 250e6
     assert found["loaded"]["peak"] < found["largest"]  # resident memory of any kind, at its highest
     assert found["loaded"]["anonymous"] < found["largest"]
-    assert found["loaded"]["read"] < found["largest"]  # through read(): the mapped file does not count
-    assert found["ran"]["anonymous"] < found["largest"]  # a forward pass touches the file's pages, copies none
+    # through read(): the mapped file does not count
+    assert found["loaded"]["read"] < found["largest"]
+    # a forward pass touches the file's pages, copies none
+    assert found["ran"]["anonymous"] < found["largest"]
     assert found["ran"]["read"] < found["largest"]
     assert found["ran"]["peak"] < found["weights"] + found["largest"]
 
 
-# --- two sets of weights in one folder ------------------------------------------------------------------------
+# --- two sets of weights in one folder ------------------------------------------------------------
 
 
 def zero_head(folder: Path, name: str) -> None:
     """Another set: the whole model under `name`, its head zeros."""
-    tensors = stored(REFERENCE / "plain") | {HEAD: torch.zeros_like(stored(REFERENCE / "plain")[HEAD])}
-    torch.save(tensors, folder / name) if name.endswith(".bin") else save_file(tensors, folder / name)
+    tensors = stored(REFERENCE / "plain") | {
+        HEAD: torch.zeros_like(stored(REFERENCE / "plain")[HEAD])
+    }
+    torch.save(tensors, folder / name) if name.endswith(".bin") else save_file(
+        tensors, folder / name
+    )
 
 
 def other_index(folder: Path, name: str) -> None:
-    (folder / name).write_text(json.dumps({"weight_map": dict.fromkeys(stored(REFERENCE / "plain"), "other.bin")}))
+    (folder / name).write_text(
+        json.dumps({"weight_map": dict.fromkeys(stored(REFERENCE / "plain"), "other.bin")})
+    )
     zero_head(folder, "other.bin")
 
 
 @pytest.mark.parametrize(
     ("shards", "add", "read"),
     [
-        (3, lambda to: zero_head(to, SINGLE_NAME), SINGLE_NAME),  # the last save wins, as in transformers
+        # the last save wins, as in transformers
+        (3, lambda to: zero_head(to, SINGLE_NAME), SINGLE_NAME),
         (1, lambda to: other_index(to, BIN_INDEX_NAME), SINGLE_NAME),
         (1, lambda to: zero_head(to, BIN_NAME), SINGLE_NAME),
         (3, lambda to: zero_head(to, BIN_NAME), INDEX_NAME),
-        (3, lambda to: zero_head(to, "model-00001-of-00009.safetensors"), INDEX_NAME),  # of an earlier save
+        # of an earlier save
+        (3, lambda to: zero_head(to, "model-00001-of-00009.safetensors"), INDEX_NAME),
         (1, lambda to: zero_head(to, "model-00001-of-00009.safetensors"), SINGLE_NAME),
         (1, lambda to: zero_head(to, "mm_projector.bin"), SINGLE_NAME),
     ],
 )
-def test_of_several_sets_of_weights_one_is_read_and_a_note_names_both(tmp_path, write_dialect, shards, add, read):
-    """A folder with model.safetensors and an index was opened as the older of the two without a word."""
+def test_of_several_sets_of_weights_one_is_read_and_a_note_names_both(
+    tmp_path, write_dialect, shards, add, read
+):
+    """A folder with model.safetensors and an index was opened as the older of the two without a
+    word."""
     folder = write_dialect("hub", tmp_path / "model", shards=shards)["weights"]
     before = {path.name for path in folder.iterdir()}
     add(folder)
@@ -738,13 +850,17 @@ def test_the_bin_index_gives_way_to_the_single_bin(folder):
 
 
 def test_an_index_of_the_file_that_is_read_is_no_other_set(folder, recwarn):
-    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": dict.fromkeys(stored(folder), SINGLE_NAME)}))
+    (folder / INDEX_NAME).write_text(
+        json.dumps({"weight_map": dict.fromkeys(stored(folder), SINGLE_NAME)})
+    )
     load(folder)
     assert not recwarn.list
 
 
 def test_transformers_reads_the_same_set(tmp_path, write_dialect):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: parity)")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed (extra: parity)"
+    )
     folder = write_dialect("hub", tmp_path / "model", shards=3)["weights"]
     zero_head(folder, SINGLE_NAME)
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
@@ -753,7 +869,7 @@ def test_transformers_reads_the_same_set(tmp_path, write_dialect):
     assert torch.equal(ours.language_model.lm_head.weight, theirs.lm_head.weight)
 
 
-# --- what training wraps around a model -------------------------------------------------------------------------
+# --- what training wraps around a model -----------------------------------------------------------
 
 
 def renamed(folder: Path, change) -> Path:
@@ -771,8 +887,11 @@ def test_wrappers_before_all_names_are_taken_off(tmp_path, write_dialect, wrappe
     """They led to the advice to download a vision tower, which was there."""
     folder = write_dialect(dialect, tmp_path / "model")["weights"]
     plain = load(folder, dtype="float32").model
-    other = Path(shutil.copytree(folder, tmp_path / "renamed"))  # the plain one's weights lie in its mapped file
-    assert same_weights(load(renamed(other, lambda name: wrapper + name), dtype="float32").model, plain)
+    # the plain one's weights lie in its mapped file
+    other = Path(shutil.copytree(folder, tmp_path / "renamed"))
+    assert same_weights(
+        load(renamed(other, lambda name: wrapper + name), dtype="float32").model, plain
+    )
 
 
 @pytest.mark.parametrize(
@@ -780,7 +899,9 @@ def test_wrappers_before_all_names_are_taken_off(tmp_path, write_dialect, wrappe
     [
         lambda name: name.replace("layers.1.", "layers.1._checkpoint_wrapped_module."),
         lambda name: name.replace("language_model.", "language_model._orig_mod.", 1),
-        lambda name: "_fsdp_wrapped_module." + name.replace("layers.1.", "layers.1._fsdp_wrapped_module."),
+        lambda name: (
+            "_fsdp_wrapped_module." + name.replace("layers.1.", "layers.1._fsdp_wrapped_module.")
+        ),
         lambda name: "model." + name,
         lambda name: "model.module." + name,
         lambda name: "module.model." + name,
@@ -812,33 +933,55 @@ def test_a_bin_may_hold_its_state_dict_inside_another(folder, nest):
     tensors = stored(folder)
     (folder / SINGLE_NAME).unlink()
     rest = {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.zeros(5)}}, "lr": [1e-3]}}
-    torch.save({nest: {f"module.{name}": w for name, w in tensors.items()}, **rest}, folder / BIN_NAME)
-    assert same_weights(load(folder, dtype="float32").model, load(REFERENCE / "plain", dtype="float32").model)
+    torch.save(
+        {nest: {f"module.{name}": w for name, w in tensors.items()}, **rest}, folder / BIN_NAME
+    )
+    assert same_weights(
+        load(folder, dtype="float32").model, load(REFERENCE / "plain", dtype="float32").model
+    )
 
 
 def test_a_lora_inside_the_weights_is_not_called_unknown_tensors(folder):
-    store(stored(folder) | {QUERY.replace(".weight", ".lora_A.default.weight"): torch.zeros(2, 64)}, folder)
+    store(
+        stored(folder) | {QUERY.replace(".weight", ".lora_A.default.weight"): torch.zeros(2, 64)},
+        folder,
+    )
     assert "holds a LoRA that was not merged" in refusal(folder)
 
 
-# --- a tower that only its tensors describe -----------------------------------------------------------------------
+# --- a tower that only its tensors describe -------------------------------------------------------
 
-BLOCK = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"}
+BLOCK = {
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.out_proj",
+    "mlp.fc1",
+    "mlp.fc2",
+}
 
 
 def tower_of(width: int, depth: int, mlp: int, patch: int, side: int) -> dict[str, torch.Tensor]:
     """CLIP's vision half by the original's names, without memory: one number, seen many times."""
-    shapes = {"embeddings.class_embedding": (width,), "embeddings.patch_embedding.weight": (width, 3, patch, patch)}
+    shapes = {
+        "embeddings.class_embedding": (width,),
+        "embeddings.patch_embedding.weight": (width, 3, patch, patch),
+    }
     shapes["embeddings.position_embedding.weight"] = ((side // patch) ** 2 + 1, width)
     for norm in ("pre_layrnorm", "post_layernorm"):
         shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
     for i in range(depth):
         for name in BLOCK:
             n, c = {"mlp.fc1": (mlp, width), "mlp.fc2": (width, mlp)}.get(name, (width, width))
-            shapes |= {f"encoder.layers.{i}.{name}.weight": (n, c), f"encoder.layers.{i}.{name}.bias": (n,)}
+            shapes |= {
+                f"encoder.layers.{i}.{name}.weight": (n, c),
+                f"encoder.layers.{i}.{name}.bias": (n,),
+            }
         for norm in ("layer_norm1", "layer_norm2"):
             shapes |= {f"encoder.layers.{i}.{norm}.{kind}": (width,) for kind in ("weight", "bias")}
-    return {f"vision_tower.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return {
+        f"vision_tower.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()
+    }
 
 
 class Shapes:
@@ -865,7 +1008,8 @@ def unstated(**fields) -> LlavaConfig:
     ],
 )
 def test_a_tower_that_config_json_does_not_describe_is_measured(sizes, patches):
-    """One of 224 pixels was refused as having another shape than config.json says, which said nothing."""
+    """One of 224 pixels was refused as having another shape than config.json says, which said
+    nothing."""
     width, depth, mlp, patch, side = sizes
     vision = settle(unstated(), Shapes(tower_of(*sizes))).vision
     assert vision == VisionConfig(width, mlp, depth, width // 64, side, patch)
@@ -873,7 +1017,9 @@ def test_a_tower_that_config_json_does_not_describe_is_measured(sizes, patches):
 
 
 def test_blocks_that_no_feature_needs_may_be_absent():
-    tower = {k: v for k, v in tower_of(1024, 23, 4096, 14, 336).items() if "post_layernorm" not in k}
+    tower = {
+        k: v for k, v in tower_of(1024, 23, 4096, 14, 336).items() if "post_layernorm" not in k
+    }
     assert settle(unstated(), Shapes(tower)).vision == CLIP_LARGE_336
 
 
@@ -887,7 +1033,11 @@ def test_what_config_json_says_of_a_tower_stands():
     [
         ((1280, 2, 5120, 14, 224), {}, "its width 1280 does not say how many heads"),
         ((100, 2, 400, 14, 224), {}, "its width 100 does not say how many heads"),
-        ((768, 12, 3072, 16, 224), {"vision_tower_name": "laion/CLIP-ViT-B-16"}, "laion/CLIP-ViT-B-16, which is not"),
+        (
+            (768, 12, 3072, 16, 224),
+            {"vision_tower_name": "laion/CLIP-ViT-B-16"},
+            "laion/CLIP-ViT-B-16, which is not",
+        ),
         ((768, 12, 3072, 16, 224), {"feature_layer": 20}, "vision feature layer is 20"),
     ],
 )
@@ -898,16 +1048,24 @@ def test_what_a_tower_s_tensors_do_not_say_is_refused(sizes, fields, found):
 
 def test_positions_that_are_no_square_are_refused():
     tower = tower_of(768, 1, 3072, 16, 224)
-    tower["vision_tower.embeddings.position_embedding.weight"] = torch.empty(196, 768, device="meta")
-    with pytest.raises(ValueError, match=r"196 positions and patches of shape .* do not say how large"):
+    tower["vision_tower.embeddings.position_embedding.weight"] = torch.empty(
+        196, 768, device="meta"
+    )
+    with pytest.raises(
+        ValueError, match=r"196 positions and patches of shape .* do not say how large"
+    ):
         settle(unstated(), Shapes(tower))
 
 
 def test_a_folder_without_vision_config_is_opened_by_its_tower_s_shapes(tmp_path, write_dialect):
-    """Of the toy's 32 numbers nobody knows how many heads they are: the line says what config.json lacks."""
+    """Of the toy's 32 numbers nobody knows how many heads they are: the line says what config.json
+    lacks."""
     folder = write_dialect("original", tmp_path / "model")["weights"]
     change_config(folder, vision_config=None)
-    assert f"config.json does not describe the vision tower {CLIP_NAME}, and its width 32" in refusal(folder)
+    assert (
+        f"config.json does not describe the vision tower {CLIP_NAME}, and its width 32"
+        in refusal(folder)
+    )
     wide = {name.replace("vision_tower.", "model.vision_tower.vision_tower.vision_model."): torch.zeros(t.shape)
             for name, t in tower_of(64, 3, 96, 14, 56).items()}  # fmt: skip
     tensors = {name: t for name, t in stored(folder).items() if "vision_tower" not in name} | wide
@@ -919,12 +1077,13 @@ def test_a_folder_without_vision_config_is_opened_by_its_tower_s_shapes(tmp_path
     assert inspect_folder(folder).picture == {"side": 56, "aspect": "pad"}
 
 
-# --- what the system refuses --------------------------------------------------------------------------------------
+# --- what the system refuses ----------------------------------------------------------------------
 
 
 @pytest.fixture
 def cannot_open(monkeypatch):
-    """`cannot_open(path, number)`: the system refuses to open one file, also to root, who may read everything."""
+    """`cannot_open(path, number)`: the system refuses to open one file, also to root, who may read
+    everything."""
 
     def arrange(path: Path, number: int) -> None:
         opening = io.open
@@ -941,14 +1100,24 @@ def cannot_open(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", SINGLE_NAME, "tokenizer.model", "tokenizer_config.json", "preprocessor_config.json"]
+    "name",
+    [
+        "config.json",
+        SINGLE_NAME,
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+    ],
 )
 def test_a_file_that_may_not_be_read_is_not_called_damaged(folder, cannot_open, name):
     """The advice was to download it again."""
     path = folder / name
     cannot_open(path, errno.EACCES)
     message = refusal(folder, PermissionError)
-    assert message == f"{path}: may not be read (Permission denied); its owner can allow it with: chmod u+r {path}"
+    assert (
+        message
+        == f"{path}: may not be read (Permission denied); its owner can allow it with: chmod u+r {path}"
+    )
     assert inspect_folder(folder).problems == [message]
 
 

@@ -1,4 +1,5 @@
-"""The classroom page: its links and names lead somewhere, and the bundled model answers every exercise as it says."""
+"""The classroom page: its links and names lead somewhere, and the bundled model answers every
+exercise as it says."""
 
 import ast
 import json
@@ -40,7 +41,8 @@ FOLDED = r"```(?:sh|python)\n([^`]*)\n```\n\n<details>\n<summary>[^\n]*</summary
 
 
 def runs_of(text: str) -> list[tuple[str, str]]:
-    """Commands or Python code and what they print, shown as in a terminal or folded below the command."""
+    """Commands or Python code and what they print, shown as in a terminal or folded below the
+    command."""
     found = [
         tuple(part.rstrip("\n").split("\n", 1))
         for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL)
@@ -52,7 +54,15 @@ def runs_of(text: str) -> list[tuple[str, str]]:
 def exercises(page: str) -> list[Exercise]:
     """The exercises of the page; first, as one without a change, what the model says unchanged."""
     found = [
-        Exercise("unchanged", "", "", "", "", runs_of(page.partition("<!-- unchanged -->")[2].split("\n#")[0]), ())
+        Exercise(
+            "unchanged",
+            "",
+            "",
+            "",
+            "",
+            runs_of(page.partition("<!-- unchanged -->")[2].split("\n#")[0]),
+            (),
+        )
     ]
     for text in re.split(r"^### (?=\d)", page, flags=re.MULTILINE)[1:]:
         title, body = text.split("\n", 1)
@@ -67,7 +77,9 @@ EXERCISES = exercises(PAGE)
 CHANGES = EXERCISES[1:]
 QUESTIONS = {
     file: re.findall(r"^- (.*\?) ([^?\n]*)$", text, re.MULTILINE)
-    for file, text in re.findall(r"^### \[`[\w/]+\.py`\]\(([\w/]+\.py)\)\n(.*?)(?=^##)", PAGE, re.MULTILINE | re.DOTALL)
+    for file, text in re.findall(
+        r"^### \[`[\w/]+\.py`\]\(([\w/]+\.py)\)\n(.*?)(?=^##)", PAGE, re.MULTILINE | re.DOTALL
+    )
 }
 
 
@@ -79,8 +91,8 @@ def core() -> list[str]:
 
 
 def places(source: str) -> dict[str, str]:
-    """Every class, function, field and constant of a file ("LlavaConfig.feature_layer") -> its text, with the comment
-    or string behind it."""
+    """Every class, function, field and constant of a file ("LlavaConfig.feature_layer") -> its
+    text, with the comment or string behind it."""
     lines, found = source.splitlines(), {}
 
     def visit(nodes: list[ast.stmt], prefix: str) -> None:
@@ -180,7 +192,9 @@ def test_the_plain_loop_answers_as_the_real_one(reference):
     exec(code, names)
     assert len(code.strip().splitlines()) <= 10
     toy = minillava.load(reference / "plain", device="cpu", dtype="float32")
-    spliced = toy.prepare(reference / "pictures" / "landscape.png", toy.prompt("What is it?", images=1))
+    spliced = toy.prepare(
+        reference / "pictures" / "landscape.png", toy.prompt("What is it?", images=1)
+    )
     cache = KVCache(toy.model.config.text, 1, 200, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         plain = list(names["plain"](toy.model, spliced, cache, 12))
@@ -228,7 +242,9 @@ def answer(some: list[Exercise], weights: Path, folder: Path) -> list[list[str]]
     jobs = []
     for i, exercise in enumerate(some):
         copy = folder / str(i)
-        shutil.copytree(PACKAGE, copy / "minillava", ignore=shutil.ignore_patterns("__pycache__", "*.md"))
+        shutil.copytree(
+            PACKAGE, copy / "minillava", ignore=shutil.ignore_patterns("__pycache__", "*.md")
+        )
         (copy / "weights").mkdir()
         (copy / "weights" / "shapes").symlink_to(weights.resolve())
         if exercise.file:
@@ -236,7 +252,11 @@ def answer(some: list[Exercise], weights: Path, folder: Path) -> list[list[str]]
             source = path.read_text(encoding="utf-8")
             path.write_text(source.replace(exercise.old, exercise.new), encoding="utf-8")
         jobs.append((str(copy), [run for run, _ in exercise.runs]))
-    environment = {name: value for name, value in os.environ.items() if name not in ("MINILLAVA_WEIGHTS", "PYTHONPATH")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MINILLAVA_WEIGHTS", "PYTHONPATH")
+    }
     done = subprocess.run(
         [sys.executable, "-c", RUNNER],
         input=json.dumps(jobs),

@@ -1,4 +1,5 @@
-"""The command line: what it prints where, what it accepts, how it exits, and what it says when something is wrong."""
+"""The command line: what it prints where, what it accepts, how it exits, and what it says when
+something is wrong."""
 
 import argparse
 import base64
@@ -38,7 +39,10 @@ main = partial(enter, "generate")
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = str(REFERENCE / "plain")
-PICTURE, OTHER = str(REFERENCE / "pictures" / "square.png"), str(REFERENCE / "pictures" / "grey.png")
+PICTURE, OTHER = (
+    str(REFERENCE / "pictures" / "square.png"),
+    str(REFERENCE / "pictures" / "grey.png"),
+)
 LENGTH = 6
 QUESTION = "What is it?"
 BASE = ["--device", "cpu", "--dtype", "float32", "-n", str(LENGTH)]
@@ -46,7 +50,8 @@ BASE = ["--device", "cpu", "--dtype", "float32", "-n", str(LENGTH)]
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """These networks are so small that threads waiting for each other would take most of the time."""
+    """These networks are so small that threads waiting for each other would take most of the
+    time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -62,7 +67,9 @@ def no_weights_from_outside(monkeypatch):
 def run(capsys):
     """`run(*arguments)`: the command in this process -> (exit status, stdout, stderr)."""
 
-    def in_process(*arguments: str, base: list[str] = BASE, weights: str | None = WEIGHTS) -> tuple[int, str, str]:
+    def in_process(
+        *arguments: str, base: list[str] = BASE, weights: str | None = WEIGHTS
+    ) -> tuple[int, str, str]:
         capsys.readouterr()
         try:
             status = main([*(["-m", weights] if weights else []), *base, *map(str, arguments)])
@@ -111,7 +118,8 @@ def assistant():
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    """The command in a process of its own. It hears Ctrl-C even where this one, running in the background, does not."""
+    """The command in a process of its own. It hears Ctrl-C even where this one, running in the
+    background, does not."""
     code = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += "runpy.run_module('minillava.generate', run_name='__main__')"
     return subprocess.Popen(
@@ -131,7 +139,7 @@ def change_config(folder: Path, **changes) -> None:
     path.write_text(json.dumps({**config, "text_config": text, **changes}), encoding="utf-8")
 
 
-# --- the answer -----------------------------------------------------------------------------------------------
+# --- the answer -----------------------------------------------------------------------------------
 
 
 def test_stdout_is_the_answer_and_nothing_else(answer, assistant):
@@ -141,7 +149,11 @@ def test_stdout_is_the_answer_and_nothing_else(answer, assistant):
 
 
 def test_without_a_question_the_picture_is_described(result):
-    assert result("-i", PICTURE) == {**result("-i", PICTURE, "-p", DEFAULT_PROMPT), "seed": ANY, "timings": ANY}
+    assert result("-i", PICTURE) == {
+        **result("-i", PICTURE, "-p", DEFAULT_PROMPT),
+        "seed": ANY,
+        "timings": ANY,
+    }
 
 
 def test_without_a_picture_it_is_a_language_model(answer, assistant):
@@ -170,7 +182,9 @@ def test_json_is_one_line_of_valid_json_whatever_the_model_says(answer):
 def test_the_end_token_ends_the_answer(result, folder):
     ids = result("-i", PICTURE, "-p", QUESTION)["ids"]
     end = next(i for i in ids if i != ids[0])
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}), encoding="utf-8")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": end}), encoding="utf-8"
+    )
     found = result("-i", PICTURE, "-p", QUESTION, weights=str(folder))
     assert found["ids"] == ids[: ids.index(end) + 1]
     assert found["finish_reason"] == "stop"
@@ -194,13 +208,17 @@ def test_template_and_system_shape_the_prompt(result):
     assert found == f"{template.system} USER: <image>\n{QUESTION} ASSISTANT:"
     found = result("-i", PICTURE, "-p", QUESTION, "--system", "Be short.")["prompt"]
     assert found == f"Be short. USER: <image>\n{QUESTION} ASSISTANT:"
-    assert result("-i", PICTURE, "-p", QUESTION, "--system", "")["prompt"] == f"USER: <image>\n{QUESTION} ASSISTANT:"
+    assert (
+        result("-i", PICTURE, "-p", QUESTION, "--system", "")["prompt"]
+        == f"USER: <image>\n{QUESTION} ASSISTANT:"
+    )
 
 
 def test_the_aspect_ratio_reaches_the_pixels(result, folder):
     wide = str(REFERENCE / "pictures" / "landscape.png")
     answers = {
-        aspect: result("-i", wide, "-p", QUESTION, "--image-aspect-ratio", aspect)["ids"] for aspect in ("pad", "crop")
+        aspect: result("-i", wide, "-p", QUESTION, "--image-aspect-ratio", aspect)["ids"]
+        for aspect in ("pad", "crop")
     }
     assert answers["pad"] != answers["crop"]
     assert result("-i", wide, "-p", QUESTION)["ids"] == answers["pad"]
@@ -216,24 +234,87 @@ def test_verbose_tells_every_stage_on_stderr(run, answer):
     assert f"{LENGTH - 1} more token(s)" in stages[3][3]
 
 
-# --- where things come from -----------------------------------------------------------------------------------
+# --- where things come from -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--weights", WEIGHTS, "--image", PICTURE, "--prompt", QUESTION, "--max-new-tokens", str(LENGTH)],
+        [
+            "--weights",
+            WEIGHTS,
+            "--image",
+            PICTURE,
+            "--prompt",
+            QUESTION,
+            "--max-new-tokens",
+            str(LENGTH),
+        ],
         ["--model", WEIGHTS, "-i", PICTURE, "--query", QUESTION, "--max_new_tokens", str(LENGTH)],
-        ["--model-path", WEIGHTS, f"--image={PICTURE}", f"--prompt={QUESTION}", f"--max_new_tokens={LENGTH}"],
-        ["--model_path", WEIGHTS, "-i", PICTURE, "-p", QUESTION, f"-n{LENGTH}", "--conv_mode", DEFAULT_TEMPLATE],
-        ["-m", WEIGHTS, "-i", PICTURE, "-p", QUESTION, "-n", str(LENGTH), "--conv-mode", DEFAULT_TEMPLATE],
-        ["-m", WEIGHTS, "-i", PICTURE, "-p", QUESTION, "-n", str(LENGTH), "--image_aspect_ratio", "pad", "-q"],
-        ["-m", WEIGHTS, "-i", PICTURE, "-p", QUESTION, "-n", str(LENGTH), "--attention", "eager", "--device", "auto"],
+        [
+            "--model-path",
+            WEIGHTS,
+            f"--image={PICTURE}",
+            f"--prompt={QUESTION}",
+            f"--max_new_tokens={LENGTH}",
+        ],
+        [
+            "--model_path",
+            WEIGHTS,
+            "-i",
+            PICTURE,
+            "-p",
+            QUESTION,
+            f"-n{LENGTH}",
+            "--conv_mode",
+            DEFAULT_TEMPLATE,
+        ],
+        [
+            "-m",
+            WEIGHTS,
+            "-i",
+            PICTURE,
+            "-p",
+            QUESTION,
+            "-n",
+            str(LENGTH),
+            "--conv-mode",
+            DEFAULT_TEMPLATE,
+        ],
+        [
+            "-m",
+            WEIGHTS,
+            "-i",
+            PICTURE,
+            "-p",
+            QUESTION,
+            "-n",
+            str(LENGTH),
+            "--image_aspect_ratio",
+            "pad",
+            "-q",
+        ],
+        [
+            "-m",
+            WEIGHTS,
+            "-i",
+            PICTURE,
+            "-p",
+            QUESTION,
+            "-n",
+            str(LENGTH),
+            "--attention",
+            "eager",
+            "--device",
+            "auto",
+        ],
     ],
 )
 def test_every_spelling_of_a_flag_means_the_same(answer, arguments):
     expected = answer("-i", PICTURE, "-p", QUESTION)
-    assert answer(*arguments, base=["--device", "cpu", "--dtype", "float32"], weights=None) == expected
+    assert (
+        answer(*arguments, base=["--device", "cpu", "--dtype", "float32"], weights=None) == expected
+    )
 
 
 @pytest.mark.parametrize("question", ["snake_case", "--what_is this_thing", "a=b_c"])
@@ -255,7 +336,10 @@ def test_a_picture_from_a_data_url(result):
 @pytest.mark.parametrize("content", [QUESTION, QUESTION + "\n"])
 def test_a_question_from_stdin_without_the_newline_that_ends_its_line(result, stdin, content):
     stdin(content.encode())
-    assert result("-i", PICTURE, "-p", "-")["prompt"] == result("-i", PICTURE, "-p", QUESTION)["prompt"]
+    assert (
+        result("-i", PICTURE, "-p", "-")["prompt"]
+        == result("-i", PICTURE, "-p", QUESTION)["prompt"]
+    )
 
 
 def test_several_pictures_go_before_the_question_in_order(result, assistant):
@@ -267,13 +351,19 @@ def test_several_pictures_go_before_the_question_in_order(result, assistant):
 
 def test_pictures_go_where_the_question_places_them(result):
     question = "<image> or <image>: which is brighter?"
-    assert f"USER: {question} ASSISTANT:" in result("-i", PICTURE, "-i", OTHER, "-p", question)["prompt"]
+    assert (
+        f"USER: {question} ASSISTANT:"
+        in result("-i", PICTURE, "-i", OTHER, "-p", question)["prompt"]
+    )
 
 
 def test_an_original_release_with_the_clip_it_needs(result, tmp_path, write_dialect):
     options = write_dialect("original-bare", tmp_path)
     arguments = ["-i", PICTURE, "-p", QUESTION, "--vision_tower", options["vision_tower"]]
-    assert result(*arguments, weights=str(options["weights"]))["ids"] == result("-i", PICTURE, "-p", QUESTION)["ids"]
+    assert (
+        result(*arguments, weights=str(options["weights"]))["ids"]
+        == result("-i", PICTURE, "-p", QUESTION)["ids"]
+    )
 
 
 def test_weights_from_the_environment_unless_given(result, monkeypatch, tmp_path):
@@ -285,7 +375,9 @@ def test_weights_from_the_environment_unless_given(result, monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("bundled", [Path(WEIGHTS), None])
-def test_without_weights_it_takes_the_bundled_ones_and_says_how_to_get_others(run, monkeypatch, bundled):
+def test_without_weights_it_takes_the_bundled_ones_and_says_how_to_get_others(
+    run, monkeypatch, bundled
+):
     monkeypatch.setattr("minillava.checkpoint.folders.bundled_weights", lambda: bundled)
     status, out, err = run("-i", PICTURE, weights=None)
     assert (status, bool(out)) == ((1, False) if bundled is None else (0, True))
@@ -296,29 +388,48 @@ def test_without_weights_it_takes_the_bundled_ones_and_says_how_to_get_others(ru
         assert run("-i", PICTURE, "-q", weights=None) == (0, out, "")
 
 
-# --- contrastive decoding -------------------------------------------------------------------------------------
+# --- contrastive decoding -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_contrast_says_what_the_library_says(run, method):
     assistant = minillava.load(WEIGHTS, device="cpu", dtype="float32")
-    expected = assistant.ask(PICTURE, QUESTION, max_new_tokens=LENGTH, seed=1, contrast=METHODS[method](beta=0.05))
-    found = run("-i", PICTURE, "-p", QUESTION, "--contrast", method, "--cd_beta", "0.05", "--seed", "1")
+    expected = assistant.ask(
+        PICTURE, QUESTION, max_new_tokens=LENGTH, seed=1, contrast=METHODS[method](beta=0.05)
+    )
+    found = run(
+        "-i", PICTURE, "-p", QUESTION, "--contrast", method, "--cd_beta", "0.05", "--seed", "1"
+    )
     assert found == (0, expected + "\n", "")
 
 
 def test_the_contrast_log_tells_what_each_token_was_chosen_from(run, tmp_path):
     path = tmp_path / "log.jsonl"
-    arguments = ["-i", PICTURE, "-p", QUESTION, "--contrast", "vcd", "--cd-alpha", "2", "--seed", "1"]
+    arguments = [
+        "-i",
+        PICTURE,
+        "-p",
+        QUESTION,
+        "--contrast",
+        "vcd",
+        "--cd-alpha",
+        "2",
+        "--seed",
+        "1",
+    ]
     _, out, _ = run(*arguments, "--contrast-log", path, "--json")
-    result, lines = json.loads(out), [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    result, lines = (
+        json.loads(out),
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()],
+    )
     assert [line["id"] for line in lines] == result["ids"]
     assert "".join(line["text"] for line in lines) == result["text"]
     assert [line["step"] for line in lines] == list(range(len(lines)))
     tokenizer = minillava.load(WEIGHTS, device="cpu", dtype="float32").tokenizer.sentencepiece
     for line in lines:
         assert [len(line[stream]) for stream in ("first", "second", "combined")] == [5, 5, 5]
-        assert line["combined"][0][0] == tokenizer.id_to_piece(line["id"])  # greedy: the best of the combination
+        # greedy: the best of the combination
+        assert line["combined"][0][0] == tokenizer.id_to_piece(line["id"])
         assert line["cut"] > 0
         assert line["first"] != line["second"]
     assert list(tmp_path.iterdir()) == [path]
@@ -331,11 +442,17 @@ def test_the_contrast_log_tells_what_each_token_was_chosen_from(run, tmp_path):
     [
         (["--cd-alpha", "1"], ["--cd-alpha", "--contrast vcd", "no --contrast"]),
         (["--contrast", "m3id", "--noise-step", "3"], ["--noise-step", "--contrast vcd", "m3id"]),
-        (["--contrast", "vcd", "--noise-step", "1000"], ["--noise-step: noise_step is 1000", "0 to 999"]),
+        (
+            ["--contrast", "vcd", "--noise-step", "1000"],
+            ["--noise-step: noise_step is 1000", "0 to 999"],
+        ),
         (["--contrast", "vcd", "--cd-beta", "5"], ["--cd-beta: beta is 5.0"]),
         (["--contrast", "m3id", "--m3id-rate", "-1"], ["--m3id-rate: rate is -1.0"]),
         (["--contrast", "m3id", "--m3id-unsure", "2"], ["--m3id-unsure: unsure is 2.0"]),
-        (["--contrast", "vcd", "--m3id-rate", "1"], ["--m3id-rate belongs to --contrast m3id, found vcd"]),
+        (
+            ["--contrast", "vcd", "--m3id-rate", "1"],
+            ["--m3id-rate belongs to --contrast m3id, found vcd"],
+        ),
         (["--contrast", "ritual", "--ritual-transform", "turn"], ["'turn'", "upside down, rotate"]),
         (["--contrast", "dola"], ["dola", "vcd"]),
         (["--contrast-log", "x"], ["--contrast-log needs --contrast"]),
@@ -352,7 +469,7 @@ def test_contrast_needs_a_picture(run):
     assert (status, "--image" in err, err.count("\n")) == (2, True, 1)
 
 
-# --- sampling -------------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
 def test_a_seed_makes_samples_reproducible(result):
@@ -370,16 +487,24 @@ def test_the_filters_reach_the_choice(result):
     """With one token left to choose from, sampling is greedy."""
     greedy = result("-i", PICTURE, "-p", QUESTION)["ids"]
     for narrow in (["--top-k", "1"], ["--top-p", "1e-6"], ["--min-p", "1"]):
-        assert result("-i", PICTURE, "-p", QUESTION, "--temperature", "2", "--seed", "3", *narrow)["ids"] == greedy
-    assert result("-i", PICTURE, "-p", QUESTION, "--temperature", "2", "--seed", "3")["ids"] != greedy
+        assert (
+            result("-i", PICTURE, "-p", QUESTION, "--temperature", "2", "--seed", "3", *narrow)[
+                "ids"
+            ]
+            == greedy
+        )
+    assert (
+        result("-i", PICTURE, "-p", QUESTION, "--temperature", "2", "--seed", "3")["ids"] != greedy
+    )
     assert result("-i", PICTURE, "-p", QUESTION, "--repetition-penalty", "9")["ids"] != greedy
 
 
-# --- beams, several answers, log-probabilities ----------------------------------------------------------------
+# --- beams, several answers, log-probabilities ----------------------------------------------------
 
 
 def test_the_other_filters_reach_the_choice(result, assistant):
-    again = ["-i", PICTURE, "-p", QUESTION, "--repetition-penalty", "0.3"]  # what was said is likely to be said again
+    # what was said is likely to be said again
+    again = ["-i", PICTURE, "-p", QUESTION, "--repetition-penalty", "0.3"]
     prompt = set(assistant.tokenizer.encode(assistant.prompt(QUESTION)))
     assert prompt & set(result(*again)["ids"])
     assert not prompt & set(result(*again, "--no-repeat-ngram-size", "1")["ids"])
@@ -389,13 +514,24 @@ def test_the_other_filters_reach_the_choice(result, assistant):
 
 def test_min_new_tokens_bars_the_end(result, folder):
     ids = result("-i", PICTURE, "-p", QUESTION)["ids"]
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids[0]}), encoding="utf-8")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": ids[0]}), encoding="utf-8"
+    )
     assert result("-i", PICTURE, "-p", QUESTION, weights=str(folder))["ids"] == ids[:1]
-    assert len(result("-i", PICTURE, "-p", QUESTION, "--min-new-tokens", "4", weights=str(folder))["ids"]) >= 4
+    assert (
+        len(
+            result("-i", PICTURE, "-p", QUESTION, "--min-new-tokens", "4", weights=str(folder))[
+                "ids"
+            ]
+        )
+        >= 4
+    )
 
 
 def test_beams_say_what_the_library_says(result, answer, assistant):
-    expected = assistant.ask(PICTURE, QUESTION, max_new_tokens=LENGTH, num_beams=3, length_penalty=0.5)
+    expected = assistant.ask(
+        PICTURE, QUESTION, max_new_tokens=LENGTH, num_beams=3, length_penalty=0.5
+    )
     arguments = ["-i", PICTURE, "-p", QUESTION, "--num-beams", "3", "--length-penalty", "0.5"]
     assert answer(*arguments) == expected + "\n"
     found = result(*arguments)
@@ -418,45 +554,78 @@ def test_several_answers_are_printed_with_an_empty_line_between_them(result, ans
 
 
 def test_several_answers_end_each_at_its_own_end(result, folder):
-    arguments = ["-i", PICTURE, "-p", QUESTION, "--num-return-sequences", "3", "--temperature", "1.3", "--seed", "5"]
+    arguments = [
+        "-i",
+        PICTURE,
+        "-p",
+        QUESTION,
+        "--num-return-sequences",
+        "3",
+        "--temperature",
+        "1.3",
+        "--seed",
+        "5",
+    ]
     free = [each["ids"] for each in result(*arguments)["answers"]]
     end = next(i for i in free[1] if i not in free[0] + free[2])
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}), encoding="utf-8")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [2, end]}), encoding="utf-8"
+    )
     found = result(*arguments, "--logprobs", "0", weights=str(folder))["answers"]
     assert [each["ids"] for each in found] == [free[0], free[1][: free[1].index(end) + 1], free[2]]
-    assert [each["finish_reason"] for each in found] == ["length", "stop", "length" if free[2][-1] != 2 else "stop"]
+    assert [each["finish_reason"] for each in found] == [
+        "length",
+        "stop",
+        "length" if free[2][-1] != 2 else "stop",
+    ]
     assert [len(each["tokens"]) for each in found] == [len(each["ids"]) for each in found]
 
 
-@pytest.mark.parametrize("how", [[], ["--num-beams", "3"], ["--temperature", "0.5", "--repetition-penalty", "2"]])
+@pytest.mark.parametrize(
+    "how", [[], ["--num-beams", "3"], ["--temperature", "0.5", "--repetition-penalty", "2"]]
+)
 def test_log_probabilities_are_those_of_the_raw_logits(result, assistant, how):
     found = result("-i", PICTURE, "-p", QUESTION, "--logprobs", "3", *how)
     ids = assistant.tokenizer.encode(found["prompt"])
     with torch.no_grad():
-        logits = assistant.model([[*ids, *found["ids"]]], assistant.image_processor([PICTURE])).logits[0]
+        logits = assistant.model(
+            [[*ids, *found["ids"]]], assistant.image_processor([PICTURE])
+        ).logits[0]
     log_p = logits[-len(found["ids"]) - 1 : -1].log_softmax(-1)
     assert [token["id"] for token in found["tokens"]] == found["ids"]
     for token, expected in zip(found["tokens"], log_p, strict=True):
         best = expected.topk(3)
         assert [other["id"] for other in token["top"]] == best.indices.tolist()
-        assert [other["logprob"] for other in token["top"]] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert [other["logprob"] for other in token["top"]] == pytest.approx(
+            best.values.tolist(), abs=1e-4
+        )
         assert token["logprob"] == pytest.approx(float(expected[token["id"]]), abs=1e-4)
         assert token["piece"] == assistant.tokenizer.sentencepiece.id_to_piece(token["id"])
     if how[:1] == ["--num-beams"]:
-        assert found["score"] == pytest.approx(sum(token["logprob"] for token in found["tokens"]) / LENGTH, abs=1e-4)
+        assert found["score"] == pytest.approx(
+            sum(token["logprob"] for token in found["tokens"]) / LENGTH, abs=1e-4
+        )
 
 
 def test_an_id_without_a_piece_is_shown_as_its_number(result, assistant):
-    everything = result("-i", PICTURE, "-p", QUESTION, "-n", "1", "--logprobs", "99999")["tokens"][0]["top"]
+    everything = result("-i", PICTURE, "-p", QUESTION, "-n", "1", "--logprobs", "99999")["tokens"][
+        0
+    ]["top"]
     assert len(everything) == assistant.model.config.text.vocab_size
-    assert {other["piece"] for other in everything if other["id"] >= assistant.tokenizer.vocab_size} >= {"<447>"}
+    assert {
+        other["piece"] for other in everything if other["id"] >= assistant.tokenizer.vocab_size
+    } >= {"<447>"}
 
 
 @pytest.mark.parametrize(
-    ("parameters", "said_by_user", "threads"), [(4e6, {}, 1), (4e6, {"OMP_NUM_THREADS": "3"}, 3), (7e9, {}, 3)]
+    ("parameters", "said_by_user", "threads"),
+    [(4e6, {}, 1), (4e6, {"OMP_NUM_THREADS": "3"}, 3), (7e9, {}, 3)],
 )
-def test_a_small_model_takes_one_thread_unless_the_user_says_how_many(monkeypatch, parameters, said_by_user, threads):
-    """Two threads of a small model wait for each other: beside another program an answer took 25 times as long."""
+def test_a_small_model_takes_one_thread_unless_the_user_says_how_many(
+    monkeypatch, parameters, said_by_user, threads
+):
+    """Two threads of a small model wait for each other: beside another program an answer took 25
+    times as long."""
     for name in THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in said_by_user.items():
@@ -475,16 +644,50 @@ def test_verbose_tells_of_the_search(run):
     assert "3 beams" in lines[-1]
 
 
-# --- help and wrong usage -------------------------------------------------------------------------------------
+# --- help and wrong usage -------------------------------------------------------------------------
 
 FLAGS = {
-    "model": ["--weights", "-m", "--model", "--model-path", "--device", "--dtype", "--template", "--conv-mode"],
+    "model": [
+        "--weights",
+        "-m",
+        "--model",
+        "--model-path",
+        "--device",
+        "--dtype",
+        "--template",
+        "--conv-mode",
+    ],
     "quantized": ["--quantize"],
     "question": ["--image", "-i", "--image-aspect-ratio", "--prompt", "-p", "--query", "--system"],
-    "several": ["--num-beams", "--length-penalty", "--early-stopping", "--num-return-sequences", "--logprobs"],
+    "several": [
+        "--num-beams",
+        "--length-penalty",
+        "--early-stopping",
+        "--num-return-sequences",
+        "--logprobs",
+    ],
     "barred": ["--min-new-tokens", "--typical-p", "--no-repeat-ngram-size"],
-    "answer": ["--max-new-tokens", "-n", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty"],
-    "output": ["--seed", "--json", "--print-prompt", "--verbose", "-v", "--quiet", "-q", "--version", "--help", "-h"],
+    "answer": [
+        "--max-new-tokens",
+        "-n",
+        "--temperature",
+        "--top-k",
+        "--top-p",
+        "--min-p",
+        "--repetition-penalty",
+    ],
+    "output": [
+        "--seed",
+        "--json",
+        "--print-prompt",
+        "--verbose",
+        "-v",
+        "--quiet",
+        "-q",
+        "--version",
+        "--help",
+        "-h",
+    ],
 }
 
 
@@ -494,7 +697,12 @@ def test_help_names_every_flag(run):
     assert {flag for group in FLAGS.values() for flag in group} <= set(
         re.findall(r"(?<!\S)--?[a-z][a-z-]*", out.replace(",", " "))
     )
-    for choices in (TEMPLATES, ("auto", "cpu", "cuda", "mps"), ("float32", "bfloat16", "float16"), ("pad", "crop")):
+    for choices in (
+        TEMPLATES,
+        ("auto", "cpu", "cuda", "mps"),
+        ("float32", "bfloat16", "float16"),
+        ("pad", "crop"),
+    ):
         assert all(choice in out for choice in choices)
     assert WEIGHTS_VARIABLE in out
 
@@ -508,18 +716,27 @@ def test_the_defaults_are_those_of_options_and_help_shows_them(run):
     arguments = vars(parsers.generate_parser().parse_args([]))
     defaults = Options()
     for name in Options.__dataclass_fields__:
-        assert arguments[name] == vars(Options)[name] or (name == "stop" and not arguments[name]), name
+        assert arguments[name] == vars(Options)[name] or (name == "stop" and not arguments[name]), (
+            name
+        )
     text = " ".join(run("--help")[1].split())
     assert f"longest answer (default: {defaults.max_new_tokens})" in text
     assert f"samples (default: {defaults.temperature})" in text
     assert f"(default: {DEFAULT_PROMPT!r})" in text
     assert f"(default: {DEFAULT_TEMPLATE})" in text
     assert (defaults.max_new_tokens, defaults.temperature) == (512, 0)
-    assert (DEFAULT_PROMPT, DEFAULT_TEMPLATE) == ("Please describe this image in detail.", "llava_v1")
+    assert (DEFAULT_PROMPT, DEFAULT_TEMPLATE) == (
+        "Please describe this image in detail.",
+        "llava_v1",
+    )
 
 
 def test_the_examples_of_help_are_valid_commands(run):
-    lines = [line.strip() for line in run("--help")[1].splitlines() if "python -m minillava.generate -" in line]
+    lines = [
+        line.strip()
+        for line in run("--help")[1].splitlines()
+        if "python -m minillava.generate -" in line
+    ]
     assert len(lines) >= 3
     for line in lines:
         words = shlex.split(line.split("python -m minillava.generate")[1])
@@ -534,10 +751,16 @@ def test_the_examples_of_help_are_valid_commands(run):
         (["--max_tokens=5"], "did you mean --max-new-tokens?"),
         (["--temper", "0.5"], "did you mean --temperature?"),
         (["--tem", "0.5"], "did you mean --template or --temperature?"),
-        (["--pictures", "x.jpg", "--topk", "3"], "unrecognized arguments: --pictures x.jpg --topk 3"),
+        (
+            ["--pictures", "x.jpg", "--topk", "3"],
+            "unrecognized arguments: --pictures x.jpg --topk 3",
+        ),
         (["-image", "x.jpg"], "-image is read as -i with the value 'mage': did you mean --image?"),
         (["-prompt=What?"], "did you mean --prompt?"),
-        (["-i", "x.jpg", "What is it?"], "'What is it?': a question goes behind --prompt; a picture goes behind"),
+        (
+            ["-i", "x.jpg", "What is it?"],
+            "'What is it?': a question goes behind --prompt; a picture goes behind",
+        ),
         (["--two\nlines\x1b[31m"], "--two\\nlines\\x1b[31m"),
     ],
 )
@@ -560,7 +783,11 @@ def test_stdin_at_a_terminal_says_that_it_is_awaited(run, monkeypatch, flag, wha
     content = QUESTION.encode() if flag == "-p" else Path(PICTURE).read_bytes()
     for quiet in ((), ("-q",)):
         monkeypatch.setattr(sys, "stdin", Keyboard(io.BytesIO(content), encoding="utf-8"))
-        _, _, err = run("-i", PICTURE, "-p", QUESTION, flag, "-", *quiet) if flag == "-p" else run(flag, "-", *quiet)
+        _, _, err = (
+            run("-i", PICTURE, "-p", QUESTION, flag, "-", *quiet)
+            if flag == "-p"
+            else run(flag, "-", *quiet)
+        )
         assert (f"note: - reads {what} from here; " in err) == (not quiet)
 
 
@@ -575,7 +802,9 @@ def test_lists_of_numbers(text, numbers):
     assert number_list(text) == numbers
 
 
-@pytest.mark.parametrize("text", ["", "x", "1,", ",1", "3-2", "-1", "1-2-3", "1.5", "0-99999999", "1;2", "all,1"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "1,", ",1", "3-2", "-1", "1-2-3", "1.5", "0-99999999", "1;2", "all,1"]
+)
 def test_what_is_no_list_of_numbers(text):
     with pytest.raises(argparse.ArgumentTypeError, match="is not like 3 or 0,2-4 or all"):
         number_list(text)
@@ -627,7 +856,7 @@ def test_wrong_usage_is_one_line_and_status_2(run, arguments, found):
     assert "--help" in err
 
 
-# --- what can go wrong ----------------------------------------------------------------------------------------
+# --- what can go wrong ----------------------------------------------------------------------------
 # Each takes the copied folder, damages something and returns further arguments. Beside it: what the one line on
 # stderr must name, what it must say was found, and the verb of the next step.
 
@@ -651,9 +880,13 @@ def shards(folder) -> list[Path]:
     placed = {}
     for i in (1, 2):
         names = sorted(tensors)[i - 1 :: 2]
-        save_file({name: tensors[name] for name in names}, folder / f"model-0000{i}-of-00002.safetensors")
+        save_file(
+            {name: tensors[name] for name in names}, folder / f"model-0000{i}-of-00002.safetensors"
+        )
         placed |= dict.fromkeys(names, f"model-0000{i}-of-00002.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}), encoding="utf-8")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": placed}), encoding="utf-8"
+    )
     return sorted(folder.glob("model-*"))
 
 
@@ -682,7 +915,10 @@ def key_of_the_wrong_shape(folder):
 
 def several_wrong_keys(folder):
     tensors = load_file(folder / "model.safetensors")
-    save_file({name: tensors[name] for name in tensors if "q_proj" not in name}, folder / "model.safetensors")
+    save_file(
+        {name: tensors[name] for name in tensors if "q_proj" not in name},
+        folder / "model.safetensors",
+    )
 
 
 def weights_missing(folder):
@@ -706,7 +942,9 @@ def config_of_another_language_model(folder):
 
 
 def preprocessor_of_another_size(folder):
-    (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": {"height": 7, "width": 7}}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"crop_size": {"height": 7, "width": 7}})
+    )
 
 
 def tokenizer_missing(folder):
@@ -745,11 +983,18 @@ def decompression_bomb(folder):
     """A few bytes that claim to be a picture of 60000 x 60000."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(1000))
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    png = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
     (folder / "picture.png").write_bytes(png)
     return ["-i", folder / "picture.png"]
 
@@ -803,15 +1048,35 @@ FAILURES = [
     (file_for_folder, "config.json", "is a file", "expected the folder it is in"),
     (shard_missing, "model-00002-of-00002.safetensors", "not found", "download"),
     (shard_truncated, "model-00001-of-00002.safetensors", "truncated", "download"),
-    (index_with_an_absent_key, "model.safetensors.index.json", "language_model.model.ghost", "download"),
-    (key_of_the_wrong_shape, "plain", "language_model.model.norm.weight has shape [7]", "check that config.json"),
+    (
+        index_with_an_absent_key,
+        "model.safetensors.index.json",
+        "language_model.model.ghost",
+        "download",
+    ),
+    (
+        key_of_the_wrong_shape,
+        "plain",
+        "language_model.model.norm.weight has shape [7]",
+        "check that config.json",
+    ),
     (several_wrong_keys, "plain", "6 tensor(s)", "check that config.json"),
     (weights_missing, "plain", "no weights, expected model.safetensors", LLAVA),
     (config_missing, "config.json", "not found", "check that"),
     (config_not_json, "config.json", "not valid JSON", "download"),
     (config_of_another_family, "config.json", "model_type is 'qwen2_vl'", LLAVA),
-    (config_of_another_language_model, "config.json", "text_config.model_type is 'mistral'", "supported: llama"),
-    (preprocessor_of_another_size, "preprocessor_config.json", "crop_size is {'height': 7", "image_size 56"),
+    (
+        config_of_another_language_model,
+        "config.json",
+        "text_config.model_type is 'mistral'",
+        "supported: llama",
+    ),
+    (
+        preprocessor_of_another_size,
+        "preprocessor_config.json",
+        "crop_size is {'height': 7",
+        "image_size 56",
+    ),
     (tokenizer_missing, "tokenizer.model", "not found", "copy"),
     (tokenizer_corrupt, "tokenizer.model", "not a SentencePiece model", "download"),
     (tokenizer_empty, "tokenizer.model", "not a SentencePiece model", "download"),
@@ -823,8 +1088,18 @@ FAILURES = [
     (folder_for_picture, "plain", "a folder", "give the path of a picture"),
     (stdin_not_a_picture, "stdin", "not a picture", "convert"),
     (data_url_not_base64, "data: URL", "not base64", "encode"),
-    (two_pictures_one_place, "<image>", "1 picture(s) with <image> but 2 picture(s) were given", "write <image> once"),
-    (no_picture_one_place, "<image>", "1 picture(s) with <image> but 0 picture(s) were given", "leave it out"),
+    (
+        two_pictures_one_place,
+        "<image>",
+        "1 picture(s) with <image> but 2 picture(s) were given",
+        "write <image> once",
+    ),
+    (
+        no_picture_one_place,
+        "<image>",
+        "1 picture(s) with <image> but 0 picture(s) were given",
+        "leave it out",
+    ),
     (empty_question, "question", "empty", "write"),
     (context_too_short, "context holds 64", "1 picture(s) of 16 each", "shorten the prompt"),
     (device_missing, "'cuda'", "not available", "--device cpu"),
@@ -833,8 +1108,12 @@ FAILURES = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "name", "found", "step"), FAILURES, ids=[row[0].__name__ for row in FAILURES])
-def test_a_failure_is_one_line_that_names_it_and_the_next_step(run, folder, monkeypatch, damage, name, found, step):
+@pytest.mark.parametrize(
+    ("damage", "name", "found", "step"), FAILURES, ids=[row[0].__name__ for row in FAILURES]
+)
+def test_a_failure_is_one_line_that_names_it_and_the_next_step(
+    run, folder, monkeypatch, damage, name, found, step
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "stdin", sys.stdin)  # some of them replace it
     arguments = damage(folder) or ["-i", PICTURE, "-p", QUESTION]
@@ -889,12 +1168,13 @@ def test_a_terminal_without_the_answers_characters_gets_question_marks(run, monk
     assert (status, raw.getvalue()) == (0, expected.encode(encoding, "replace"))
 
 
-# --- streams that are closed, full, or in another encoding -----------------------------------------------------
+# --- streams that are closed, full, or in another encoding ----------------------------------------
 
 
 @pytest.mark.parametrize("question", [QUESTION, f"{QUESTION}\r", f"\ufeff{QUESTION}"])
 def test_a_question_of_windows_is_the_question_typed(result, stdin, question):
-    """The carriage return, and a byte order mark, went into the prompt. A shell's $(cat file) leaves both."""
+    """The carriage return, and a byte order mark, went into the prompt. A shell's $(cat file)
+    leaves both."""
     expected = result("-i", PICTURE, "-p", QUESTION)["prompt"]
     assert result("-i", PICTURE, "-p", question)["prompt"] == expected
     for content in (f"{question}\n".encode(), f"{question}\n".lstrip("\ufeff").encode("utf-16")):
@@ -908,7 +1188,9 @@ def test_lines_inside_a_question_end_as_ours_do(result, stdin):
     assert result("-i", PICTURE, "-p", "-")["prompt"] == expected
 
 
-@pytest.mark.parametrize("content", [b"What\0?", b"caf\xe9?", "What?".encode("utf-16-le"), b"\xff\xfe?"])
+@pytest.mark.parametrize(
+    "content", [b"What\0?", b"caf\xe9?", "What?".encode("utf-16-le"), b"\xff\xfe?"]
+)
 def test_stdin_that_is_not_text_is_one_line(run, stdin, content):
     stdin(content)
     status, out, err = run("-i", PICTURE, "-p", "-")
@@ -945,9 +1227,13 @@ def test_without_stderr_the_answer_is_alone_on_stdout(answer, capsys, monkeypatc
 
 def test_without_stdout_there_is_one_line_and_no_work(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
-    monkeypatch.setattr("minillava.assistant.load", lambda *_, **__: pytest.fail("opened the model"))
+    monkeypatch.setattr(
+        "minillava.assistant.load", lambda *_, **__: pytest.fail("opened the model")
+    )
     assert main(["-m", WEIGHTS, *BASE, "-i", PICTURE]) == 1
-    assert capsys.readouterr().err.startswith("error: stdout is closed, so the answer has nowhere to go; ")
+    assert capsys.readouterr().err.startswith(
+        "error: stdout is closed, so the answer has nowhere to go; "
+    )
     with contextlib.suppress(OSError):
         sys.stdout.close()
 
@@ -960,7 +1246,9 @@ def test_without_stdin_the_question_is_empty(run, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
-def test_a_full_disk_under_stderr_costs_nothing_and_under_stdout_the_answer(answer, capsys, monkeypatch):
+def test_a_full_disk_under_stderr_costs_nothing_and_under_stdout_the_answer(
+    answer, capsys, monkeypatch
+):
     expected = answer("-i", PICTURE, "-p", QUESTION)
     arguments = ["-m", WEIGHTS, *BASE, "-i", PICTURE, "-p", QUESTION, "-v"]
     with monkeypatch.context() as patch, open("/dev/full", "w") as full:
@@ -971,7 +1259,9 @@ def test_a_full_disk_under_stderr_costs_nothing_and_under_stdout_the_answer(answ
         with monkeypatch.context() as patch, open("/dev/full", "w") as full:
             patch.setattr(sys, "stdout", full)
             assert main([*arguments[:-1], *more]) == 1
-        assert capsys.readouterr().err.startswith("error: stdout: No space left on device; make room")
+        assert capsys.readouterr().err.startswith(
+            "error: stdout: No space left on device; make room"
+        )
 
 
 @pytest.mark.skipif(os.name != "posix", reason="closes what a shell closes")
@@ -979,9 +1269,24 @@ def test_closed_streams_are_not_the_numbers_of_the_next_files(tmp_path, answer):
     """What is meant for stderr went into whatever file was opened next."""
     log, code = tmp_path / "log", "import sys, os; from minillava.cli.doors import enter; "
     code += "from minillava.cli.messages import open_streams; open_streams(); "
-    code += "file = open(sys.argv.pop(1), 'w'); print('note', file=sys.stderr, flush=True); os.write(2, b'more'); "
+    code += (
+        "file = open(sys.argv.pop(1), 'w'); print('note', file=sys.stderr, flush=True); "
+        "os.write(2, b'more'); "
+    )
     code += "file.write(str(file.fileno() > 2)); file.close(); sys.exit(enter('generate'))"
-    command = [sys.executable, "-c", code, str(log), "-m", WEIGHTS, *BASE, "-i", PICTURE, "-p", QUESTION]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(log),
+        "-m",
+        WEIGHTS,
+        *BASE,
+        "-i",
+        PICTURE,
+        "-p",
+        QUESTION,
+    ]
     shell = subprocess.run(
         ["sh", "-c", f"exec {shlex.join(command)} <&- 2>&-"],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=60,
@@ -990,17 +1295,20 @@ def test_closed_streams_are_not_the_numbers_of_the_next_files(tmp_path, answer):
     assert log.read_text() == "True"
 
 
-# --- files to write -------------------------------------------------------------------------------------------
+# --- files to write -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def check(capsys):
-    """`check(outputs, inputs, **arguments)`: (exit status, stderr) of cli.check_outputs; 0 where it is content."""
+    """`check(outputs, inputs, **arguments)`: (exit status, stderr) of cli.check_outputs; 0 where it
+    is content."""
 
     def checked(outputs: list, inputs: list = (), **arguments) -> tuple[int, str]:
         parser = Parser(prog="test")
         try:
-            check_outputs(parser, argparse.Namespace(**arguments), [*map(str, outputs), None], inputs)
+            check_outputs(
+                parser, argparse.Namespace(**arguments), [*map(str, outputs), None], inputs
+            )
         except SystemExit as exit:
             return exit.code, capsys.readouterr().err
         return 0, capsys.readouterr().err
@@ -1049,7 +1357,8 @@ def test_that_a_file_can_be_written_is_known_before_the_work(check, tmp_path):
 
 
 def test_an_output_that_fails_keeps_neither_the_answer_nor_the_others(run, tmp_path, monkeypatch):
-    """The disk is full when the log is written: the answer is there, the old log too, and the exit status is 1."""
+    """The disk is full when the log is written: the answer is there, the old log too, and the exit
+    status is 1."""
     (tmp_path / "log").write_text("old")
 
     def full(path, content):
@@ -1060,13 +1369,16 @@ def test_an_output_that_fails_keeps_neither_the_answer_nor_the_others(run, tmp_p
     expected = run("-i", PICTURE, "-p", QUESTION, "--contrast", "vcd")[1]
     status, out, err = run("-i", PICTURE, "-p", QUESTION, *log)
     assert (status, out) == (1, expected)
-    assert err == f"error: {tmp_path}/log: No space left on device; make room there, then repeat the command\n"
+    assert (
+        err
+        == f"error: {tmp_path}/log: No space left on device; make room there, then repeat the command\n"
+    )
     status, out, _ = run("-i", PICTURE, "-p", QUESTION, *log, "--json")
     assert (status, json.loads(out)["text"] + "\n") == (1, expected)
     assert write_outputs({"a": "", "b": ""}) == 1
 
 
-# --- in a process of its own ----------------------------------------------------------------------------------
+# --- in a process of its own ----------------------------------------------------------------------
 
 
 def test_as_a_command_the_answer_is_on_stdout_and_errors_are_on_stderr(answer):
@@ -1082,8 +1394,23 @@ def test_as_a_command_the_answer_is_on_stdout_and_errors_are_on_stderr(answer):
 @pytest.fixture
 def endless(folder) -> list[str]:
     """Arguments of an answer that takes minutes: no end token, all of the context."""
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 447}), encoding="utf-8")
-    return ["-m", str(folder), "--device", "cpu", "--dtype", "float32", "-n", "4000", "-i", PICTURE, "-p", QUESTION]
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 447}), encoding="utf-8"
+    )
+    return [
+        "-m",
+        str(folder),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "-n",
+        "4000",
+        "-i",
+        PICTURE,
+        "-p",
+        QUESTION,
+    ]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")

@@ -1,4 +1,5 @@
-"""config.json in both dialects: what is read, what is filled in, and what is refused by file and field."""
+"""config.json in both dialects: what is read, what is filled in, and what is refused by file and
+field."""
 
 import json
 from dataclasses import fields
@@ -149,7 +150,9 @@ def changed(config: dict, changes: dict) -> dict:
 def read(tmp_path):
     """`read(config, generation=None, clip=None)`: the three as files, read by read_config."""
 
-    def write_and_read(config: dict, generation: dict | None = None, clip: dict | None = None) -> LlavaConfig:
+    def write_and_read(
+        config: dict, generation: dict | None = None, clip: dict | None = None
+    ) -> LlavaConfig:
         (tmp_path / "clip").mkdir(exist_ok=True)
         for name, content in (
             ("config.json", config),
@@ -164,7 +167,8 @@ def read(tmp_path):
 
 
 def count_parameters(config: LlavaConfig) -> int:
-    """Of the whole checkpoint: what is built, and the parts of the tower that LLaVA-1.5 does not need."""
+    """Of the whole checkpoint: what is built, and the parts of the tower that LLaVA-1.5 does not
+    need."""
     with torch.device("meta"):
         model = Llava(config)
     width, inner = config.vision.hidden_size, config.vision.intermediate_size
@@ -173,7 +177,7 @@ def count_parameters(config: LlavaConfig) -> int:
     return sum(p.numel() for p in model.parameters()) + unneeded * block + 2 * width
 
 
-# --- the published files --------------------------------------------------------------------------------------
+# --- the published files --------------------------------------------------------------------------
 
 
 def test_the_hubs_7b(read):
@@ -196,7 +200,9 @@ def test_the_hubs_7b(read):
 
 
 def test_the_hubs_13b(read):
-    config = read(changed(HUB_7B, {f"text_config.{key}": value for key, value in HUB_13B_TEXT.items()}))
+    config = read(
+        changed(HUB_7B, {f"text_config.{key}": value for key, value in HUB_13B_TEXT.items()})
+    )
     text = config.text
     assert (text.hidden_size, text.intermediate_size, text.num_hidden_layers) == (5120, 13824, 40)
     assert (text.num_attention_heads, text.num_key_value_heads, text.head_dim) == (40, 40, 128)
@@ -220,7 +226,7 @@ def test_the_originals_7b(read):
     assert (config.tokens_per_image, config.vision_layers_needed) == (576, 23)
 
 
-# --- what a config.json leaves out ----------------------------------------------------------------------------
+# --- what a config.json leaves out ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dialect", [HUB, ORIGINAL])
@@ -241,7 +247,11 @@ def test_an_almost_empty_config_means_the_defaults_of_llama(read, dialect):
         tie_word_embeddings=False,
     )
     assert config.vision == CLIP_LARGE  # an absent vision_config means CLIP-L/336
-    assert (config.feature_layer, config.keep_class_token, config.projector_bias) == (-2, False, True)
+    assert (config.feature_layer, config.keep_class_token, config.projector_bias) == (
+        -2,
+        False,
+        True,
+    )
     assert (config.image_token_id, config.eos_token_ids, config.pad_token_id) == (32000, (2,), 2)
 
 
@@ -258,21 +268,36 @@ def test_a_partial_vision_config_means_the_defaults_of_clip_base(read, given):
         "layer_norm_eps": 1e-5,
     }
     given = {**given, "num_attention_heads": 16} if given else {}
-    assert read(changed(HUB_7B, {"vision_config": given})).vision == VisionConfig(**{**base, **given})
+    assert read(changed(HUB_7B, {"vision_config": given})).vision == VisionConfig(
+        **{**base, **given}
+    )
 
 
 def test_null_means_absent(read):
     config = read(
-        changed(HUB_7B, {"vision_config": None, "text_config.num_key_value_heads": None, "pad_token_id": None})
+        changed(
+            HUB_7B,
+            {"vision_config": None, "text_config.num_key_value_heads": None, "pad_token_id": None},
+        )
     )
-    assert (config.vision, config.text.num_key_value_heads, config.pad_token_id) == (CLIP_LARGE_336, 32, 2)
+    assert (config.vision, config.text.num_key_value_heads, config.pad_token_id) == (
+        CLIP_LARGE_336,
+        32,
+        2,
+    )
 
 
 def test_head_numbers_follow_from_each_other(read):
     text = read(changed(HUB_7B, {"text_config.num_attention_heads": 16})).text
     assert (text.num_attention_heads, text.num_key_value_heads, text.head_dim) == (16, 16, 256)
-    grouped = read(changed(HUB_7B, {"text_config.num_key_value_heads": 8, "text_config.head_dim": 64})).text
-    assert (grouped.num_attention_heads, grouped.num_key_value_heads, grouped.head_dim) == (32, 8, 64)
+    grouped = read(
+        changed(HUB_7B, {"text_config.num_key_value_heads": 8, "text_config.head_dim": 64})
+    ).text
+    assert (grouped.num_attention_heads, grouped.num_key_value_heads, grouped.head_dim) == (
+        32,
+        8,
+        64,
+    )
 
 
 @pytest.mark.parametrize("dialect", [HUB, ORIGINAL])
@@ -288,7 +313,8 @@ def test_head_numbers_follow_from_each_other(read):
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, 1.0),
         ({"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5}}, 5e5, 8.0),
         ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, 5e5, 1.0),
-        # both ways of writing at once: a rope_scaling replaces the whole of rope_parameters, a null one does not
+        # both ways of writing at once: a rope_scaling replaces the whole of rope_parameters, a null
+        # one does not
         ({"rope_parameters": {"rope_theta": 1e6, "factor": 8.0}, "rope_scaling": {"type": "linear", "factor": 2.0}},
          10000.0, 2.0),
         ({"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5},
@@ -296,7 +322,9 @@ def test_head_numbers_follow_from_each_other(read):
         ({"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": None, "rope_theta": 5e5}, 1e6, 1.0),
     ],
 )  # fmt: skip
-def test_rotary_embedding_in_the_words_of_transformers_4_and_5(read, dialect, fields, theta, factor):
+def test_rotary_embedding_in_the_words_of_transformers_4_and_5(
+    read, dialect, fields, theta, factor
+):
     prefix = "text_config." if dialect == HUB else ""
     text = read(changed(FULL[dialect], {prefix + key: value for key, value in fields.items()})).text
     assert (text.rope_theta, text.rope_factor) == (theta, factor)
@@ -304,10 +332,18 @@ def test_rotary_embedding_in_the_words_of_transformers_4_and_5(read, dialect, fi
 
 @pytest.mark.parametrize(
     ("top", "text", "tied"),
-    [(False, False, False), (True, ABSENT, True), (ABSENT, True, True), (False, True, True), (ABSENT, ABSENT, False)],
+    [
+        (False, False, False),
+        (True, ABSENT, True),
+        (ABSENT, True, True),
+        (False, True, True),
+        (ABSENT, ABSENT, False),
+    ],
 )
 def test_the_head_is_tied_when_either_place_says_so(read, top, text, tied):
-    config = read(changed(HUB_7B, {"tie_word_embeddings": top, "text_config.tie_word_embeddings": text}))
+    config = read(
+        changed(HUB_7B, {"tie_word_embeddings": top, "text_config.tie_word_embeddings": text})
+    )
     assert config.text.tie_word_embeddings is tied
 
 
@@ -355,7 +391,8 @@ def test_the_hubs_image_token(read, changes, expected):
 
 
 @pytest.mark.parametrize(
-    ("kind", "layers"), [(ABSENT, 1), ("linear", 1), ("mlp1x_gelu", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)]
+    ("kind", "layers"),
+    [(ABSENT, 1), ("linear", 1), ("mlp1x_gelu", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)],
 )
 def test_the_originals_projectors(read, kind, layers):
     assert read(changed(ORIGINAL_7B, {"mm_projector_type": kind})).projector_layers == layers
@@ -377,9 +414,12 @@ def test_the_class_token_is_kept_on_request(read, dialect, changes, tokens):
     assert (config.tokens_per_image, config.keep_class_token) == (tokens, tokens == 577)
 
 
-@pytest.mark.parametrize(("dialect", "key"), [(HUB, "vision_feature_layer"), (ORIGINAL, "mm_vision_select_layer")])
 @pytest.mark.parametrize(
-    ("layer", "needed"), [(-1, 24), (-2, 23), (-24, 1), (-25, 0), (0, 0), (1, 1), (23, 23), (24, 24), (ABSENT, 23)]
+    ("dialect", "key"), [(HUB, "vision_feature_layer"), (ORIGINAL, "mm_vision_select_layer")]
+)
+@pytest.mark.parametrize(
+    ("layer", "needed"),
+    [(-1, 24), (-2, 23), (-24, 1), (-25, 0), (0, 0), (1, 1), (23, 23), (24, 24), (ABSENT, 23)],
 )
 def test_how_many_blocks_the_feature_layer_needs(read, dialect, key, layer, needed):
     assert read(changed(FULL[dialect], {key: layer})).vision_layers_needed == needed
@@ -402,7 +442,11 @@ def test_the_original_dialect_is_known_by_its_fields_not_by_its_model_type(read,
 @pytest.mark.parametrize(
     "clip",
     [
-        {"model_type": "clip", "text_config": {"hidden_size": 16}, "vision_config": {"hidden_size": 24}},
+        {
+            "model_type": "clip",
+            "text_config": {"hidden_size": 16},
+            "vision_config": {"hidden_size": 24},
+        },
         {"model_type": "clip_vision_model", "hidden_size": 24},
     ],
     ids=["a whole CLIP", "its vision half"],
@@ -412,7 +456,7 @@ def test_a_clip_folder_describes_the_tower(read, dialect, clip):
     assert read(FULL[dialect], clip=clip).vision == VisionConfig(hidden_size=24)
 
 
-# --- what is refused ------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 NOT_NUMBERS = ("12", [12], {}, True)
 COUNTS = [*NOT_NUMBERS, 1.5, 0, -4]
@@ -476,8 +520,11 @@ REFUSED = [
 
 
 def ways_to_show(value) -> set[str]:
-    """How a message may show a value: as Python does, a flag as JSON does, a whole number also as 12.0."""
-    return {repr(value)} | ({"true"} if value is True else {f"{value}.0"} if type(value) is int else set())
+    """How a message may show a value: as Python does, a flag as JSON does, a whole number also as
+    12.0."""
+    return {repr(value)} | (
+        {"true"} if value is True else {f"{value}.0"} if type(value) is int else set()
+    )
 
 
 @pytest.mark.parametrize(("dialect", "field", "value"), REFUSED, ids=lambda part: str(part))
@@ -511,7 +558,8 @@ LINEAR = {"type": "linear", "factor": 4.0}
         ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}, "max_position_embeddings": 4096}, 16384),
         ({"rope_scaling": {}, "rope_parameters": LINEAR, "max_position_embeddings": 4096}, 16384),
         ({"rope_scaling": {"type": "default", "factor": 4.0}, "max_position_embeddings": 4096}, 4096),
-        # FastChat's 16k models say the whole length, too; others have stretched max_position_embeddings already
+        # FastChat's 16k models say the whole length, too; others have stretched
+        # max_position_embeddings already
         ({"rope_scaling": LINEAR, "max_position_embeddings": 4096, "max_sequence_length": 16384}, 16384),
         ({"rope_scaling": LINEAR, "max_position_embeddings": 16384, "max_sequence_length": 16384}, 16384),
         ({"rope_scaling": {**LINEAR, "original_max_position_embeddings": 4096}, "max_position_embeddings": 16384},
@@ -519,17 +567,29 @@ LINEAR = {"type": "linear", "factor": 4.0}
         ({"rope_scaling": LINEAR, "original_max_position_embeddings": 4096, "max_position_embeddings": 16384}, 16384),
     ],
 )  # fmt: skip
-def test_the_context_is_what_linear_scaling_makes_of_the_trained_positions(read, dialect, fields, context):
-    """max_position_embeddings alone was taken, so that a model trained for 16,384 positions refused its 4,097th."""
+def test_the_context_is_what_linear_scaling_makes_of_the_trained_positions(
+    read, dialect, fields, context
+):
+    """max_position_embeddings alone was taken, so that a model trained for 16,384 positions refused
+    its 4,097th."""
     prefix = "text_config." if dialect == HUB else ""
     fields = {"max_position_embeddings": None} | fields
-    assert read(changed(FULL[dialect], {prefix + key: value for key, value in fields.items()})).text.context == context
+    assert (
+        read(
+            changed(FULL[dialect], {prefix + key: value for key, value in fields.items()})
+        ).text.context
+        == context
+    )
 
 
 def test_the_context_has_one_home():
     """Whoever reads max_position_embeddings instead forgets that scaling multiplies it."""
     package = Path(minillava.__file__).parent
-    readers = {p.name for p in package.rglob("*.py") if "max_position_embeddings" in p.read_text(encoding="utf-8")}
+    readers = {
+        p.name
+        for p in package.rglob("*.py")
+        if "max_position_embeddings" in p.read_text(encoding="utf-8")
+    }
     assert readers == {"config.py"}
 
 
@@ -554,23 +614,39 @@ def test_a_linear_rope_scaling_needs_a_factor_above_zero(read, tmp_path, scaling
     with pytest.raises(ValueError) as caught:
         read(changed(HUB_7B, {"text_config.rope_scaling": scaling}))
     message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'config.json'}: text_config.rope_scaling.factor is {shown}"), message
+    assert message.startswith(
+        f"{tmp_path / 'config.json'}: text_config.rope_scaling.factor is {shown}"
+    ), message
 
 
 @pytest.mark.parametrize(
     ("dialect", "changes", "numbers"),
     [
-        (HUB, {"text_config.num_key_value_heads": 5}, ("num_attention_heads is 32", "num_key_value_heads 5")),
+        (
+            HUB,
+            {"text_config.num_key_value_heads": 5},
+            ("num_attention_heads is 32", "num_key_value_heads 5"),
+        ),
         (HUB, {"text_config.head_dim": 127}, ("head_dim is 127", "even")),
-        (HUB, {"vision_config.num_attention_heads": 15}, ("hidden_size is 1024", "num_attention_heads 15")),
+        (
+            HUB,
+            {"vision_config.num_attention_heads": 15},
+            ("hidden_size is 1024", "num_attention_heads 15"),
+        ),
         (HUB, {"vision_config.image_size": 10}, ("image_size is 10", "patch_size 14")),
         (HUB, {"vision_feature_layer": 25}, ("layer is 25", "24")),
         (HUB, {"vision_feature_layer": -26}, ("layer is -26", "24")),
         (ORIGINAL, {"mm_vision_select_layer": 25}, ("layer is 25", "24")),
-        (ORIGINAL, {"num_key_value_heads": 5}, ("num_attention_heads is 32", "num_key_value_heads 5")),
+        (
+            ORIGINAL,
+            {"num_key_value_heads": 5},
+            ("num_attention_heads is 32", "num_key_value_heads 5"),
+        ),
     ],
 )
-def test_fields_that_contradict_each_other_are_named_with_both_numbers(read, tmp_path, dialect, changes, numbers):
+def test_fields_that_contradict_each_other_are_named_with_both_numbers(
+    read, tmp_path, dialect, changes, numbers
+):
     with pytest.raises(ValueError) as caught:
         read(changed(FULL[dialect], changes))
     message = str(caught.value)
@@ -580,7 +656,9 @@ def test_fields_that_contradict_each_other_are_named_with_both_numbers(read, tmp
 
 def test_a_llama_without_eyes_is_not_taken_for_an_original_llava(read, tmp_path):
     blind = {key: value for key, value in ORIGINAL_7B.items() if not key.startswith("mm_")}
-    with pytest.raises(ValueError, match=r"neither a `text_config`.* nor `mm_vision_tower`.*llava-1.5-7b-hf") as caught:
+    with pytest.raises(
+        ValueError, match=r"neither a `text_config`.* nor `mm_vision_tower`.*llava-1.5-7b-hf"
+    ) as caught:
         read(blind)
     assert str(caught.value).startswith(str(tmp_path / "config.json"))
 
@@ -588,15 +666,21 @@ def test_a_llama_without_eyes_is_not_taken_for_an_original_llava(read, tmp_path)
 def test_a_wrong_field_of_a_clip_folder_is_found_in_its_own_file(read, tmp_path):
     with pytest.raises(ValueError) as caught:
         read(ORIGINAL_7B, clip={"vision_config": {"hidden_size": "24"}})
-    assert str(caught.value).startswith(f"{tmp_path / 'clip' / 'config.json'}: vision_config.hidden_size is '24'")
-    with pytest.raises(ValueError, match="model_type is 'siglip_vision_model', supported: clip_vision_model"):
+    assert str(caught.value).startswith(
+        f"{tmp_path / 'clip' / 'config.json'}: vision_config.hidden_size is '24'"
+    )
+    with pytest.raises(
+        ValueError, match="model_type is 'siglip_vision_model', supported: clip_vision_model"
+    ):
         read(ORIGINAL_7B, clip={"model_type": "siglip_vision_model"})
 
 
 def test_a_wrong_field_of_generation_config_is_found_there(read, tmp_path):
     with pytest.raises(ValueError) as caught:
         read(HUB_7B, generation={"eos_token_id": "2"})
-    assert str(caught.value).startswith(f"{tmp_path / 'generation_config.json'}: eos_token_id is '2'")
+    assert str(caught.value).startswith(
+        f"{tmp_path / 'generation_config.json'}: eos_token_id is '2'"
+    )
 
 
 @pytest.mark.parametrize(

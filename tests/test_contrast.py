@@ -1,4 +1,5 @@
-"""Contrastive decoding: the formulas, what the second row sees, and that two rows of a batch are two separate runs."""
+"""Contrastive decoding: the formulas, what the second row sees, and that two rows of a batch are
+two separate runs."""
 
 import math
 from dataclasses import replace
@@ -29,7 +30,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(scope="module", params=["eager", "fused"])
 def toy(request, reference):
-    return minillava.load(reference / "plain", device="cpu", dtype="float64", attention=request.param)
+    return minillava.load(
+        reference / "plain", device="cpu", dtype="float64", attention=request.param
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +44,15 @@ def inputs(toy, picture, question="What is it?"):
     return [toy.tokenizer.encode(toy.prompt(question))], toy.image_processor([picture])
 
 
-# --- the formulas ---------------------------------------------------------------------------------------------
+# --- the formulas ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("method", "other", "step", "expected"),
     [
         (VCD(), SECOND, 0, [3, 0.5, 0, -INF]),
-        (RITUAL(), torch.tensor([[0.0, 3, 0, 9]]), 0, [2, 10, 0, -INF]),  # the cut is by the first row
+        # the cut is by the first row
+        (RITUAL(), torch.tensor([[0.0, 3, 0, 9]]), 0, [2, 10, 0, -INF]),
         (M3ID(), SECOND, 0, [2, 1, 0, -INF]),
         (M3ID(), SECOND, 35, [3.013753, 0.493124, 0, -INF]),
         (VCD(beta=0), SECOND, 0, [3, 0.5, 0, -3]),
@@ -58,7 +62,9 @@ def inputs(toy, picture, question="What is it?"):
     ],
 )
 def test_formulas(method, other, step, expected):
-    torch.testing.assert_close(method(FIRST, other, step), torch.tensor([expected], dtype=torch.float32))
+    torch.testing.assert_close(
+        method(FIRST, other, step), torch.tensor([expected], dtype=torch.float32)
+    )
 
 
 def test_m3id_is_sure_from_the_very_probability():
@@ -69,7 +75,9 @@ def test_m3id_is_sure_from_the_very_probability():
 
 def test_vcd_as_probabilities():
     found = VCD()(FIRST, SECOND, 0).softmax(-1)
-    torch.testing.assert_close(found, torch.tensor([[0.8835, 0.0725, 0.0440, 0]]), atol=5e-5, rtol=0)
+    torch.testing.assert_close(
+        found, torch.tensor([[0.8835, 0.0725, 0.0440, 0]]), atol=5e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("method", [VCD(), RITUAL(), M3ID(rate=0.1)])
@@ -85,9 +93,19 @@ def test_a_row_that_says_the_same_only_cuts(method):
 
 def test_m3ids_factor_grows_with_the_answer():
     other = FIRST - 1
-    for step, factor in ((0, 0), (1, 0.020201), (10, 0.221403), (35, 1.013753), (64, 2.59664), (200, 53.598)):
+    for step, factor in (
+        (0, 0),
+        (1, 0.020201),
+        (10, 0.221403),
+        (35, 1.013753),
+        (64, 2.59664),
+        (200, 53.598),
+    ):
         torch.testing.assert_close(
-            M3ID(beta=0).combine(FIRST, other, step) - FIRST, torch.full((1, 4), float(factor)), rtol=1e-4, atol=1e-5
+            M3ID(beta=0).combine(FIRST, other, step) - FIRST,
+            torch.full((1, 4), float(factor)),
+            rtol=1e-4,
+            atol=1e-5,
         )
 
 
@@ -112,7 +130,7 @@ def test_values_out_of_range(make, message):
         make()
 
 
-# --- what the second row sees ---------------------------------------------------------------------------------
+# --- what the second row sees ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -141,7 +159,9 @@ def test_noise_is_added_to_normalised_pixels_by_a_seed():
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("size", [(90, 60), (20, 300)])
 def test_transforms_keep_mode_and_size_and_follow_the_seed(name, size):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    )
     change = lambda seed: RITUAL(transform=name).change(picture, 56, generator(seed))  # noqa: E731
     made = change(1)
     assert (made.mode, made.size) == ("RGB", (56, 56) if name == "crop" else size)
@@ -165,7 +185,9 @@ def test_flips_are_their_own_inverse(picture):
 def test_transforms_do_what_they_are_called():
     spot = np.zeros((31, 31, 3), np.uint8)
     spot[15, 15] = 255
-    blurred = np.asarray(RITUAL(transform="blur").change(Image.fromarray(spot), 56, generator()))[..., 0].astype(float)
+    blurred = np.asarray(RITUAL(transform="blur").change(Image.fromarray(spot), 56, generator()))[
+        ..., 0
+    ].astype(float)
     assert np.array_equal(blurred, blurred.T)
     assert blurred[15, 15] == blurred.max()
     assert not blurred[:9].any()  # it reaches six pixels
@@ -178,8 +200,12 @@ def test_transforms_do_what_they_are_called():
     assert (turned == (200, 100, 50)).all(-1).any()
     assert (turned == 0).all(-1).any()  # the corners are filled with black
 
-    grey = Image.new("RGB", (9, 9), (100, 100, 100))  # has no hue and no saturation, and is its own mean
-    shades = {RITUAL(transform="jitter").change(grey, 56, generator(seed)).getpixel((4, 4)) for seed in range(40)}
+    # has no hue and no saturation, and is its own mean
+    grey = Image.new("RGB", (9, 9), (100, 100, 100))
+    shades = {
+        RITUAL(transform="jitter").change(grey, 56, generator(seed)).getpixel((4, 4))
+        for seed in range(40)
+    }
     assert all(max(s) == min(s) for s in shades)
     assert min(s[0] for s in shades) < 40
     assert max(s[0] for s in shades) > 160  # brightness from 0 to 2
@@ -187,10 +213,14 @@ def test_transforms_do_what_they_are_called():
             for seed in range(40)}  # fmt: skip
     assert len(hues) > 15
 
-    gradient = Image.fromarray(np.arange(100, dtype=np.uint8)[None, :, None].repeat(80, 0).repeat(3, 2))
+    gradient = Image.fromarray(
+        np.arange(100, dtype=np.uint8)[None, :, None].repeat(80, 0).repeat(3, 2)
+    )
     areas = []
     for seed in range(60):
-        columns = np.asarray(RITUAL(transform="crop").change(gradient, 56, generator(seed)))[28, :, 0]
+        columns = np.asarray(RITUAL(transform="crop").change(gradient, 56, generator(seed)))[
+            28, :, 0
+        ]
         areas.append((int(columns[-1]) - int(columns[0]) + 1) / 100)
     assert min(areas) < 0.45
     assert max(areas) > 0.8
@@ -235,11 +265,14 @@ def test_jitter_draws_brightness_contrast_saturation_and_hue(uniform, factors, e
     assert abs(found - np.asarray(expected(coloured))).max() <= 2  # there and back through HSV
 
 
-@pytest.mark.parametrize(("turn", "colour"), [(-0.5, (0, 255, 255)), (1 / 3, (0, 255, 0)), (-1 / 3, (0, 0, 255))])
+@pytest.mark.parametrize(
+    ("turn", "colour"), [(-0.5, (0, 255, 255)), (1 / 3, (0, 255, 0)), (-1 / 3, (0, 0, 255))]
+)
 def test_jitter_turns_the_hue(uniform, turn, colour):
     uniform(1, 1, 1, turn)
     found = transformed("jitter", Image.new("RGB", (9, 9), (255, 0, 0))).getpixel((0, 0))
-    assert np.abs(np.subtract(found, colour)).max() <= 10  # a little more than a 255th of the circle
+    # a little more than a 255th of the circle
+    assert np.abs(np.subtract(found, colour)).max() <= 10
 
 
 def test_jitter_is_in_random_order(monkeypatch):
@@ -294,10 +327,13 @@ def test_crop_draws_area_and_shape(uniform):
 
 
 @pytest.mark.parametrize(
-    ("size", "box"), [((20, 300), (0, 136, 20, 163)), ((300, 20), (136, 0, 163, 20)), ((5, 90), (0, 41, 5, 48))]
+    ("size", "box"),
+    [((20, 300), (0, 136, 20, 163)), ((300, 20), (136, 0, 163, 20)), ((5, 90), (0, 41, 5, 48))],
 )
 def test_crop_takes_the_middle_of_a_strip(size, box):
-    strip = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    strip = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    )
     expected = strip.resize((56, 56), Image.Resampling.BILINEAR, box=box)
     assert transformed("crop", strip).tobytes() == expected.tobytes()
 
@@ -305,7 +341,10 @@ def test_crop_takes_the_middle_of_a_strip(size, box):
 def test_every_transform_is_drawn(picture):
     seen = {RITUAL().change(picture, 56, generator(seed)).tobytes() for seed in range(40)}
     assert picture.tobytes() not in seen
-    flips = {RITUAL(transform=name).change(picture, 56, generator()).tobytes() for name in ("flip", "upside down")}
+    flips = {
+        RITUAL(transform=name).change(picture, 56, generator()).tobytes()
+        for name in ("flip", "upside down")
+    }
     assert flips < seen
 
 
@@ -330,17 +369,22 @@ def test_only_the_pixels_differ_for_the_others(toy, picture):
         assert rows == ids
         assert images.shape == pixels.shape
         assert not torch.equal(images, pixels)
-        assert not toy.model.splice([*ids, *rows], torch.cat([pixels, images])).attention_mask is not None
+        assert (
+            not toy.model.splice([*ids, *rows], torch.cat([pixels, images])).attention_mask
+            is not None
+        )
 
 
-# --- two rows of one batch ------------------------------------------------------------------------------------
+# --- two rows of one batch ------------------------------------------------------------------------
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("method", [VCD(beta=0), RITUAL(beta=0), M3ID(beta=0, rate=0.3)], ids=METHODS)
+@pytest.mark.parametrize(
+    "method", [VCD(beta=0), RITUAL(beta=0), M3ID(beta=0, rate=0.3)], ids=METHODS
+)
 def test_two_rows_equal_two_separate_runs_without_a_cache(toy, picture, method):
-    """At every step both streams' logits are those of a fresh run over everything so far, and the choice is the best
-    of what the formula makes of them."""
+    """At every step both streams' logits are those of a fresh run over everything so far, and the
+    choice is the best of what the formula makes of them."""
     ids, pixels = inputs(toy, picture)
     rows, images = method.second(ids, [picture], toy.image_processor, generator(5))
     result = []
@@ -378,13 +422,25 @@ def test_a_batch_of_two_questions_equals_each_alone(toy, picture):
         alone = run([some], [shown])
         assert torch.equal(together.sequences[row], alone.sequences[0])
         assert_same_in_float64(together.logits[0][row], alone.logits[0][0])
-    assert len(together.finish_reason) == len(together.image_spans) == len(together.attentions[0][0]) == 2
+    assert (
+        len(together.finish_reason)
+        == len(together.image_spans)
+        == len(together.attentions[0][0])
+        == 2
+    )
 
 
 def test_nothing_contrasted_is_plain_decoding(toy, picture):
     plain = toy.ask(picture, "What is it?", max_new_tokens=12, temperature=1.0, seed=3)
     assert (
-        toy.ask(picture, "What is it?", max_new_tokens=12, temperature=1.0, seed=3, contrast=VCD(alpha=0, beta=0))
+        toy.ask(
+            picture,
+            "What is it?",
+            max_new_tokens=12,
+            temperature=1.0,
+            seed=3,
+            contrast=VCD(alpha=0, beta=0),
+        )
         == plain
     )
 
@@ -417,7 +473,14 @@ def test_filters_see_the_combination(toy, picture):
     ids, pixels = inputs(toy, picture)
     second = VCD().second(ids, [picture], toy.image_processor, generator())
     spliced = toy.model.splice([*ids, *second[0]], torch.cat([pixels, second[1]]))
-    step = next(steps(toy.model, spliced, Options(temperature=1.0, top_p=0.5, max_new_tokens=1), contrast=VCD()))
+    step = next(
+        steps(
+            toy.model,
+            spliced,
+            Options(temperature=1.0, top_p=0.5, max_new_tokens=1),
+            contrast=VCD(),
+        )
+    )
     assert torch.equal(step.scores, top_p(VCD()(step.logits, step.other_logits, 0), 0.5))
 
 
@@ -425,13 +488,26 @@ def test_the_log_names_each_stream_by_what_it_says(toy, picture):
     ids, pixels = inputs(toy, picture)
     second = VCD().second(ids, [picture], toy.image_processor, generator())
     spliced = toy.model.splice([*ids, *second[0]], torch.cat([pixels, second[1]]))
-    step = next(steps(toy.model, spliced, Options(max_new_tokens=1), tokenizer=toy.tokenizer, contrast=VCD()))
+    step = next(
+        steps(
+            toy.model, spliced, Options(max_new_tokens=1), tokenizer=toy.tokenizer, contrast=VCD()
+        )
+    )
     described = describe(VCD(), step, 0, toy.tokenizer, best=3)
     combined = VCD()(step.logits, step.other_logits, 0)
-    for name, logits in (("first", step.logits), ("second", step.other_logits), ("combined", combined)):
+    for name, logits in (
+        ("first", step.logits),
+        ("second", step.other_logits),
+        ("combined", combined),
+    ):
         likely, which = logits[0].softmax(-1).topk(3)
-        assert [probability for _, probability in described[name]] == pytest.approx(likely.tolist(), rel=5e-6, abs=0)
-        assert described[name][0][0] in (toy.tokenizer.sentencepiece.id_to_piece(int(which[0])), f"<{int(which[0])}>")
+        assert [probability for _, probability in described[name]] == pytest.approx(
+            likely.tolist(), rel=5e-6, abs=0
+        )
+        assert described[name][0][0] in (
+            toy.tokenizer.sentencepiece.id_to_piece(int(which[0])),
+            f"<{int(which[0])}>",
+        )
     assert described["first"] != described["second"]
 
 
@@ -451,7 +527,9 @@ def test_a_method_of_ones_own(toy, picture):
         def combine(self, logits, other, step):
             return other + 3 * (logits - other)
 
-    assert isinstance(toy.ask(picture, "What is it?", contrast=Guidance(beta=0), max_new_tokens=4), str)
+    assert isinstance(
+        toy.ask(picture, "What is it?", contrast=Guidance(beta=0), max_new_tokens=4), str
+    )
 
 
 def test_m3id_stays_a_number_in_long_answers():
@@ -460,7 +538,8 @@ def test_m3id_stays_a_number_in_long_answers():
 
 
 def test_cut_and_minimum_length_can_leave_nothing(toy, picture):
-    """The one token that the cut leaves is the end, which min_new_tokens bars: an error, not id 0."""
+    """The one token that the cut leaves is the end, which min_new_tokens bars: an error, not id
+    0."""
     ids, pixels = inputs(toy, picture)
     best = int(generate(toy.model, ids, pixels, max_new_tokens=1).sequences[0, 0])
     original = toy.model.config
@@ -483,5 +562,10 @@ def test_second_rows_must_match_the_first(toy, picture):
         generate(toy.model, ids * 2, second=(ids, pixels), **two)
     with pytest.raises(ValueError, match="encode both or neither"):
         generate(
-            toy.model, ids, toy.model.encode_images(pixels), second=(ids, pixels), contrast=VCD(), max_new_tokens=1
+            toy.model,
+            ids,
+            toy.model.encode_images(pixels),
+            second=(ids, pixels),
+            contrast=VCD(),
+            max_new_tokens=1,
         )

@@ -1,4 +1,5 @@
-"""tools/convert.py: every layout to every other, compared with safetensors' own reader; and what interrupts it."""
+"""tools/convert.py: every layout to every other, compared with safetensors' own reader; and what
+interrupts it."""
 
 import errno
 import json
@@ -89,8 +90,12 @@ def copy(folder: Path, name: str = "plain", **config) -> Path:
 
 def change(folder: Path, **tensors: torch.Tensor | None) -> None:
     """Other tensors instead of stored ones; None takes one out."""
-    new = {name: tensor.clone() for name, tensor in load_file(folder / SINGLE_NAME).items()} | tensors
-    save_file({name: tensor for name, tensor in new.items() if tensor is not None}, folder / SINGLE_NAME)
+    new = {
+        name: tensor.clone() for name, tensor in load_file(folder / SINGLE_NAME).items()
+    } | tensors
+    save_file(
+        {name: tensor for name, tensor in new.items() if tensor is not None}, folder / SINGLE_NAME
+    )
 
 
 def command(*args: object, capsys) -> tuple[int, str]:
@@ -101,19 +106,24 @@ def command(*args: object, capsys) -> tuple[int, str]:
     return status, [line for line in printed.err.splitlines() if line.startswith(("error", "note"))]
 
 
-# --- the same bits under other names --------------------------------------------------------------------------
+# --- the same bits under other names --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("to", ["hf", "original"])
 @pytest.mark.parametrize("dialect", hf.DIALECTS)
-def test_every_layout_becomes_every_other_and_answers_the_same(tmp_path, write_dialect, dialect, to):
+def test_every_layout_becomes_every_other_and_answers_the_same(
+    tmp_path, write_dialect, dialect, to
+):
     options = write_dialect(dialect, tmp_path / "source", shards=2)
     source, tower = options["weights"], options.get("vision_tower")
     target = tmp_path / "new" / "target"
     notes = convert.convert(source, target, to, vision_tower=tower, shard_size=2e5)
     found = held(target)
     stored = load_file(REFERENCE / "plain" / SINGLE_NAME)
-    expected = {n: stored[key] for n, key in hf.read_json(REFERENCE / "dialects.json")[KEYS[to]]["."]["keys"].items()}
+    expected = {
+        n: stored[key]
+        for n, key in hf.read_json(REFERENCE / "dialects.json")[KEYS[to]]["."]["keys"].items()
+    }
     rows = 440 if dialect.startswith("original") else 448
     for name in TABLES[to]:
         expected[name] = expected[name][:rows].clone()
@@ -129,13 +139,16 @@ def test_every_layout_becomes_every_other_and_answers_the_same(tmp_path, write_d
     largest = max(path.stat().st_size for path in target.glob("*.safetensors"))
     assert len(set(index["weight_map"].values())) > 2
     assert largest < 2.2e5  # and their headers
-    assert len({path.stat().st_mode for path in target.iterdir()}) == 1  # who may read the one may read the other
+    # who may read the one may read the other
+    assert len({path.stat().st_mode for path in target.iterdir()}) == 1
     before, after = logits(source, **({"vision_tower": tower} if tower else {})), logits(target)
     if rows < 448 and to == "hf":
         exactly = minillava.load(target, device="cpu", dtype="float64", attention="eager").model
         size = exactly.config.vision.image_size
         pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).double()
-        allowed = network(exactly, lambda: {"logits": exactly(ROWS, pixels).logits[..., :rows]})["logits"]
+        allowed = network(exactly, lambda: {"logits": exactly(ROWS, pixels).logits[..., :rows]})[
+            "logits"
+        ]
         for found in (before, after[..., :rows]):  # another width of the product, other last digits
             assert_within(found, allowed)
         assert "440 is <image>" in notes[0] or "<image> is 440" in notes[0]
@@ -159,7 +172,8 @@ def test_safetensors_keeps_names_files_and_every_tensor(tmp_path, write_dialect,
 
 
 def test_bin_shards_with_tensors_that_share_their_bytes(tmp_path, write_dialect):
-    """torch.save writes two names of one tensor once, and a view with all of what it is a view of."""
+    """torch.save writes two names of one tensor once, and a view with all of what it is a view
+    of."""
     source = write_dialect("original", tmp_path / "source")["weights"]
     tensors = held(source)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -173,7 +187,9 @@ def test_bin_shards_with_tensors_that_share_their_bytes(tmp_path, write_dialect)
     hf.write_json({"weight_map": placed}, source / "pytorch_model.bin.index.json")
     for to in ("safetensors", "original"):
         convert.convert(source, tmp_path / to, to)
-        assert same(held(tmp_path / to), {name: tensor.contiguous() for name, tensor in tensors.items()})
+        assert same(
+            held(tmp_path / to), {name: tensor.contiguous() for name, tensor in tensors.items()}
+        )
         assert not list((tmp_path / to).glob("*.bin*"))
 
 
@@ -187,14 +203,24 @@ def test_to_the_original_and_back_is_where_it_came_from(tmp_path, name):
     assert changed(source, tmp_path / "back") == {}
     tokenizer = hf.read_json(source / "tokenizer_config.json")
     back = hf.read_json(tmp_path / "back" / "tokenizer_config.json")
-    same_fields = ("added_tokens_decoder", "legacy", "pad_token", "padding_side", "bos_token", "eos_token", "unk_token")
+    same_fields = (
+        "added_tokens_decoder",
+        "legacy",
+        "pad_token",
+        "padding_side",
+        "bos_token",
+        "eos_token",
+        "unk_token",
+    )
     assert {key: back[key] for key in same_fields} == {key: tokenizer[key] for key in same_fields}
 
 
 def test_unusual_numbers_survive_every_step(tmp_path):
     """A NaN with a payload, minus zero, and a number that float32 does not have."""
     source = copy(tmp_path / "source")
-    odd = torch.tensor([0x7FF8_0000_0000_1234, -(2**63), 0x3FF0_0000_0000_0001] + [0] * 29).view(torch.float64)
+    odd = torch.tensor([0x7FF8_0000_0000_1234, -(2**63), 0x3FF0_0000_0000_0001] + [0] * 29).view(
+        torch.float64
+    )
     change(source, **{f"{TOWER}post_layernorm.bias": odd})
     convert.convert(source, tmp_path / "original", "original")
     convert.convert(tmp_path / "original", tmp_path / "back", "hf")
@@ -204,17 +230,28 @@ def test_unusual_numbers_survive_every_step(tmp_path):
 def test_config_fields_survive_or_are_named(tmp_path, write_dialect, capsys):
     """Every field that differs from the default, in both directions."""
     text = hf.read_json(REFERENCE / "grouped" / "config.json")["text_config"]
-    text |= {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}, "rms_norm_eps": 1e-3}
+    text |= {
+        "rope_theta": 5e5,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rms_norm_eps": 1e-3,
+    }
     source = copy(tmp_path / "hub", "grouped", text_config=text, vision_feature_layer=-3,
                   vision_feature_select_strategy="full")  # fmt: skip
-    hf.write_json({"eos_token_id": [2, 9], "pad_token_id": 4, "temperature": 0.9}, source / "generation_config.json")
+    hf.write_json(
+        {"eos_token_id": [2, 9], "pad_token_id": 4, "temperature": 0.9},
+        source / "generation_config.json",
+    )
     for to in ("hf", "original"):
         convert.convert(source, tmp_path / to, to)
         assert changed(source, tmp_path / to).keys() <= {"vision_tower_name"}
         assert hf.read_json(tmp_path / to / "generation_config.json")["temperature"] == 0.9
         assert torch.equal(logits(tmp_path / to), logits(source))
     original = write_dialect("original", tmp_path / "square")["weights"]
-    config = {**hf.read_json(original / "config.json"), "image_aspect_ratio": "square", "mm_vision_tower": "my/clip"}
+    config = {
+        **hf.read_json(original / "config.json"),
+        "image_aspect_ratio": "square",
+        "mm_vision_tower": "my/clip",
+    }
     hf.write_json(config, original / "config.json")
     convert.convert(original, tmp_path / "square original", "original")
     assert changed(original, tmp_path / "square original") == {}
@@ -238,7 +275,10 @@ def test_another_dtype_is_that_of_every_weight_and_of_the_config(tmp_path, write
             expected = {name: t for name, t in expected.items() if not name.endswith(computed)}
         found = held(tmp_path / to)
         assert found.keys() == expected.keys()
-        assert all(found[n].dtype == expected[n].dtype and torch.equal(found[n], expected[n]) for n in found)
+        assert all(
+            found[n].dtype == expected[n].dtype and torch.equal(found[n], expected[n])
+            for n in found
+        )
         config = hf.read_json(tmp_path / to / "config.json")
         assert config["torch_dtype"] == config["text_config"]["torch_dtype"] == "bfloat16"
 
@@ -247,13 +287,18 @@ def test_a_number_too_large_for_the_dtype_is_refused(tmp_path, capsys):
     source = copy(tmp_path / "source")
     change(source, **{"multi_modal_projector.linear_1.bias": torch.full((64,), 70000.0)})
     for to in ("original", "safetensors"):
-        status, errors = command(source, tmp_path / "x", "--to", to, "--dtype", "float16", capsys=capsys)
+        status, errors = command(
+            source, tmp_path / "x", "--to", to, "--dtype", "float16", capsys=capsys
+        )
         assert status == 1
-        assert errors == ["error: multi_modal_projector.linear_1.bias has numbers too large for float16; use bfloat16"]
+        assert errors == [
+            "error: multi_modal_projector.linear_1.bias has numbers too large for float16; use "
+            "bfloat16"
+        ]
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-# --- several folders --------------------------------------------------------------------------------------------
+# --- several folders ------------------------------------------------------------------------------
 
 
 def write_adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -262,8 +307,17 @@ def write_adapter(folder: Path) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 64, generator=generator), torch.randn(96, 2, generator=generator)
     prefix = "base_model.model.model.layers.1.mlp.up_proj"
-    save_file({f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["up_proj"], "layers_to_transform": [1]}
+    save_file(
+        {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b},
+        folder / "adapter_model.safetensors",
+    )
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 6,
+        "target_modules": ["up_proj"],
+        "layers_to_transform": [1],
+    }
     hf.write_json(config, folder / "adapter_config.json")
     return {"language_model.model.layers.1.mlp.up_proj.weight": (b @ a) * 3.0}
 
@@ -309,16 +363,26 @@ def test_a_projector_and_its_base_become_one_folder(tmp_path, write_dialect):
 def test_a_clip_of_other_colours_keeps_them(tmp_path, write_dialect):
     """Without preprocessor_config.json a reader takes CLIP's own numbers."""
     source, tower = write_dialect("original-bare", tmp_path / "source").values()
-    processor = {**hf.read_json(tower / "preprocessor_config.json"), "image_mean": [0.5, 0.25, 0.125]}
+    processor = {
+        **hf.read_json(tower / "preprocessor_config.json"),
+        "image_mean": [0.5, 0.25, 0.125],
+    }
     hf.write_json(processor, tower / "preprocessor_config.json")
     for to in ("hf", "original"):
         convert.convert(source, tmp_path / to, to, vision_tower=tower)
-        assert minillava.load(tmp_path / to, device="cpu").image_processor.mean == (0.5, 0.25, 0.125)
+        assert minillava.load(tmp_path / to, device="cpu").image_processor.mean == (
+            0.5,
+            0.25,
+            0.125,
+        )
 
 
 def test_tokens_of_early_models_stay_where_they_were(tmp_path, write_dialect, capsys):
     source = write_dialect("original", tmp_path / "source")["weights"]
-    hf.write_json({**hf.read_json(source / "config.json"), "mm_use_im_start_end": True}, source / "config.json")
+    hf.write_json(
+        {**hf.read_json(source / "config.json"), "mm_use_im_start_end": True},
+        source / "config.json",
+    )
     hf.write_json({"<im_start>": 441, "<im_end>": 440}, source / "added_tokens.json")
     convert.convert(source, tmp_path / "original", "original")
     assert changed(source, tmp_path / "original") == {}
@@ -329,15 +393,24 @@ def test_tokens_of_early_models_stay_where_they_were(tmp_path, write_dialect, ca
     assert "puts <im_start> before each picture" in errors[0]
 
 
-def test_an_image_id_that_is_a_word_and_a_token_that_no_prompt_contains_do_not_reach_the_hub(tmp_path, write_dialect):
+def test_an_image_id_that_is_a_word_and_a_token_that_no_prompt_contains_do_not_reach_the_hub(
+    tmp_path, write_dialect
+):
     source = write_dialect("original", tmp_path / "source")["weights"]
-    config = {**hf.read_json(source / "config.json"), "image_token_index": 5, "mm_use_im_patch_token": True}
+    config = {
+        **hf.read_json(source / "config.json"),
+        "image_token_index": 5,
+        "mm_use_im_patch_token": True,
+    }
     hf.write_json(config, source / "config.json")
     convert.convert(source, tmp_path / "hf", "hf")
     config = read_config(tmp_path / "hf")
     assert (config.image_token_id, config.pad_token_id, config.text.vocab_size) == (440, 441, 448)
     assert config.added_tokens == ()
-    assert minillava.load(tmp_path / "hf", device="cpu").tokenizer.encode("<image>") == [1, hf.IMAGE]
+    assert minillava.load(tmp_path / "hf", device="cpu").tokenizer.encode("<image>") == [
+        1,
+        hf.IMAGE,
+    ]
 
 
 def test_a_stored_head_is_the_head_although_the_config_says_tied(tmp_path):
@@ -357,16 +430,20 @@ def test_side_files_stay_within_their_dialect(tmp_path, to):
     names = {path.name for path in (tmp_path / to).iterdir()}
     common = {SINGLE_NAME, "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model",
               "tokenizer_config.json"}  # fmt: skip
-    assert names == common | ({"tokenizer.json", "LICENSE", "processor_config.json"} if to == "hf" else set())
+    assert names == common | (
+        {"tokenizer.json", "LICENSE", "processor_config.json"} if to == "hf" else set()
+    )
 
 
-# --- what a layout needs --------------------------------------------------------------------------------------
+# --- what a layout needs --------------------------------------------------------------------------
 
 
 def without_last_block(folder: Path) -> Path:
     source = copy(folder)
     names = load_file(source / SINGLE_NAME)
-    lost = {n for n in names if n.startswith((f"{TOWER}encoder.layers.2.", f"{TOWER}post_layernorm."))}
+    lost = {
+        n for n in names if n.startswith((f"{TOWER}encoder.layers.2.", f"{TOWER}post_layernorm."))
+    }
     assert len(lost) == 18
     change(source, **dict.fromkeys(lost))
     return source
@@ -380,7 +457,9 @@ def test_a_last_block_that_nobody_stored_passes_its_input_on(tmp_path, capsys):
     made = {name: t for name, t in held(tmp_path / "hf").items() if name not in held(source)}
     assert len(made) == 18
     for name, tensor in made.items():
-        assert torch.equal(tensor, torch.full_like(tensor, float("norm" in name and name.endswith("weight")))), name
+        assert torch.equal(
+            tensor, torch.full_like(tensor, float("norm" in name and name.endswith("weight")))
+        ), name
     convert.convert(source, tmp_path / "original", "original")
     assert len(held(tmp_path / "original")) == len(held(source))
     assert torch.equal(logits(tmp_path / "hf"), logits(source))
@@ -399,14 +478,21 @@ def test_a_last_block_that_nobody_stored_passes_its_input_on(tmp_path, capsys):
         ("no tokenizer", "hf", "tokenizer.model: not found"),
     ],
 )
-def test_what_cannot_be_converted_says_why_and_leaves_nothing(tmp_path, write_dialect, capsys, kind, to, message):
-    source = write_dialect("original-bare" if kind == "bare" else "original", tmp_path / "source")["weights"]
+def test_what_cannot_be_converted_says_why_and_leaves_nothing(
+    tmp_path, write_dialect, capsys, kind, to, message
+):
+    source = write_dialect("original-bare" if kind == "bare" else "original", tmp_path / "source")[
+        "weights"
+    ]
     config, arguments = hf.read_json(source / "config.json"), []
     if kind == "linear":
         hf.write_json({**config, "mm_projector_type": "linear"}, source / "config.json")
-        two = {f"model.mm_projector.{i}.{part}": None for i in (0, 2) for part in ("weight", "bias")}
+        two = {
+            f"model.mm_projector.{i}.{part}": None for i in (0, 2) for part in ("weight", "bias")
+        }
         one = {
-            f"model.mm_projector.{part}": held(source)[f"model.mm_projector.0.{part}"] for part in ("weight", "bias")
+            f"model.mm_projector.{part}": held(source)[f"model.mm_projector.0.{part}"]
+            for part in ("weight", "bias")
         }
         change(source, **two, **one)
     elif kind == "unbiased":
@@ -428,15 +514,21 @@ def test_what_cannot_be_converted_says_why_and_leaves_nothing(tmp_path, write_di
 
 def test_one_projector_layer_keeps_its_name_without_a_number(tmp_path, write_dialect):
     source = write_dialect("original", tmp_path / "source")["weights"]
-    hf.write_json({**hf.read_json(source / "config.json"), "mm_projector_type": "linear"}, source / "config.json")
+    hf.write_json(
+        {**hf.read_json(source / "config.json"), "mm_projector_type": "linear"},
+        source / "config.json",
+    )
     two = {f"model.mm_projector.{i}.{part}": None for i in (0, 2) for part in ("weight", "bias")}
-    one = {f"model.mm_projector.{part}": held(source)[f"model.mm_projector.0.{part}"] for part in ("weight", "bias")}
+    one = {
+        f"model.mm_projector.{part}": held(source)[f"model.mm_projector.0.{part}"]
+        for part in ("weight", "bias")
+    }
     change(source, **two, **one)
     convert.convert(source, tmp_path / "target", "original")
     assert same(held(tmp_path / "target"), held(source))
 
 
-# --- transformers ---------------------------------------------------------------------------------------------
+# --- transformers ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["original-bare", "without last block", "tied", "stretched"])
@@ -465,7 +557,9 @@ def test_transformers_loads_the_hub_layout_and_agrees_to_the_bit(tmp_path, write
 
 def test_transformers_processor_makes_as_many_tokens_as_the_model_wants(tmp_path, write_dialect):
     pytest.importorskip("transformers", minversion="5", reason="live parity needs transformers 5")
-    pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with protobuf")
+    pytest.importorskip(
+        "google.protobuf", reason="transformers reads tokenizer.model with protobuf"
+    )
     from PIL import Image
     from transformers import LlavaProcessor
 
@@ -482,11 +576,12 @@ def test_transformers_processor_makes_as_many_tokens_as_the_model_wants(tmp_path
         assert theirs(**given).logits.isfinite().all()
 
 
-# --- tokens that a fine-tune added -------------------------------------------------------------------------------
+# --- tokens that a fine-tune added ----------------------------------------------------------------
 
 
 def with_boxes(folder: Path, dialect: str) -> Path:
-    """A model with three tokens of its own, saved as transformers does; the original has no <image> before them."""
+    """A model with three tokens of its own, saved as transformers does; the original has no <image>
+    before them."""
     source = copy(folder)
     first = 442 if dialect == "hf" else 440
     if dialect == "original":
@@ -494,7 +589,14 @@ def with_boxes(folder: Path, dialect: str) -> Path:
         shutil.rmtree(folder)
         shutil.copytree(folder.with_name("plain-original"), folder)
     flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-    texts = {"<unk>": 0, "<s>": 1, "</s>": 2, "<box>": first, "</box>": first + 1, "[SEG]": first + 2}
+    texts = {
+        "<unk>": 0,
+        "<s>": 1,
+        "</s>": 2,
+        "<box>": first,
+        "</box>": first + 1,
+        "[SEG]": first + 2,
+    }
     texts |= {"<image>": 440, "<pad>": 441} if dialect == "hf" else {}
     plain = ("<box>", "</box>")
     entries = {str(i): {"content": t, **flags, "special": t not in plain, "rstrip": t == "</box>"}
@@ -508,10 +610,13 @@ def with_boxes(folder: Path, dialect: str) -> Path:
 @pytest.mark.parametrize("dialect", ["hf", "original"])
 @pytest.mark.parametrize("to", ["hf", "original"])
 def test_added_tokens_go_along(tmp_path, dialect, to):
-    """They were lost on the way to the other layout, and the first of them became <image> on the way to the hub."""
+    """They were lost on the way to the other layout, and the first of them became <image> on the
+    way to the hub."""
     source = with_boxes(tmp_path / "source", dialect)
     convert.convert(source, tmp_path / "new", to)
-    before, after = (minillava.load(path, device="cpu").tokenizer for path in (source, tmp_path / "new"))
+    before, after = (
+        minillava.load(path, device="cpu").tokenizer for path in (source, tmp_path / "new")
+    )
     markers = ("<image>", "<pad>")
     mine = [{i: t for i, t in x.by_id.items() if t.text not in markers} for x in (before, after)]
     assert mine[0] == mine[1] and len(mine[0]) == 6
@@ -521,13 +626,17 @@ def test_added_tokens_go_along(tmp_path, dialect, to):
     assert config.image_token_id not in mine[0] or to == "original"
     assert inspect_folder(tmp_path / "new").loadable
     convert.convert(tmp_path / "new", tmp_path / "back", dialect)
-    assert minillava.load(tmp_path / "back", device="cpu").tokenizer.encode(text) == before.encode(text)
+    assert minillava.load(tmp_path / "back", device="cpu").tokenizer.encode(text) == before.encode(
+        text
+    )
 
 
 @pytest.mark.parametrize("to", ["hf", "original"])
 def test_transformers_reads_added_tokens_as_we_write_them(tmp_path, to):
     pytest.importorskip("transformers", minversion="5", reason="live parity needs transformers 5")
-    pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with protobuf")
+    pytest.importorskip(
+        "google.protobuf", reason="transformers reads tokenizer.model with protobuf"
+    )
     from transformers import LlamaTokenizer
 
     convert.convert(with_boxes(tmp_path / "source", "original"), tmp_path / "new", to)
@@ -535,7 +644,9 @@ def test_transformers_reads_added_tokens_as_we_write_them(tmp_path, to):
     ours = minillava.load(tmp_path / "new", device="cpu").tokenizer
     text = "a <box>dog</box> \n[SEG]"
     assert theirs(text).input_ids == ours.encode(text)
-    assert theirs.decode(ours.encode(text), skip_special_tokens=True) == ours.decode(ours.encode(text))
+    assert theirs.decode(ours.encode(text), skip_special_tokens=True) == ours.decode(
+        ours.encode(text)
+    )
     assert theirs.convert_tokens_to_ids(["<box>", "</box>", "[SEG]"]) == [440, 441, 442]
     assert len(theirs) <= read_config(tmp_path / "new").text.vocab_size
 
@@ -547,7 +658,10 @@ def test_a_merged_adapter_s_tokens_go_along(tmp_path):
     name = "language_model.model.layers.0.self_attn.q_proj"
     shape = load_file(source / SINGLE_NAME)[f"{name}.weight"].shape
     stored = f"base_model.model.{name}"
-    pair = {f"{stored}.lora_A.weight": torch.ones(1, shape[1]), f"{stored}.lora_B.weight": torch.ones(shape[0], 1)}
+    pair = {
+        f"{stored}.lora_A.weight": torch.ones(1, shape[1]),
+        f"{stored}.lora_B.weight": torch.ones(shape[0], 1),
+    }
     save_file(pair, adapter / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "layers_to_transform": [0]}
     hf.write_json(settings, adapter / "adapter_config.json")
@@ -557,7 +671,7 @@ def test_a_merged_adapter_s_tokens_go_along(tmp_path):
         assert minillava.load(tmp_path / to, device="cpu").tokenizer.added["<box>"] == 442
 
 
-# --- what goes wrong on the way -------------------------------------------------------------------------------
+# --- what goes wrong on the way -------------------------------------------------------------------
 
 
 def test_a_folder_that_holds_something_is_not_touched(tmp_path, capsys):
@@ -584,7 +698,9 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path, capsys):
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 600_000))
+    monkeypatch.setattr(
+        convert.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 600_000)
+    )
     monkeypatch.setattr(convert, "save_file", lambda *arguments, **options: pytest.fail("wrote"))
     status, errors = command(REFERENCE / "plain", tmp_path / "x", "--to", "original", capsys=capsys)
     assert status == 1
@@ -683,7 +799,10 @@ def test_what_a_living_run_is_writing_is_left_alone(tmp_path, capsys):
     with convert._unfinished(tmp_path / "target") as folder:
         (folder / "a").touch()
         assert convert.main([str(REFERENCE / "plain"), str(tmp_path / "target"), "--to", "hf"]) == 1
-        assert f"process {os.getpid()} is converting to it; wait until it ends" in capsys.readouterr().err
+        assert (
+            f"process {os.getpid()} is converting to it; wait until it ends"
+            in capsys.readouterr().err
+        )
         assert (folder / "a").exists()
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["a"]
 
@@ -692,10 +811,16 @@ def test_what_a_living_run_is_writing_is_left_alone(tmp_path, capsys):
     ("number", "kind", "found"),
     [
         (errno.EACCES, PermissionError, r"may not be written .*chmod"),
-        (errno.ENOSPC, OSError, "No space left on device; make room there, then repeat the command"),
+        (
+            errno.ENOSPC,
+            OSError,
+            "No space left on device; make room there, then repeat the command",
+        ),
     ],
 )
-def test_a_system_that_does_not_let_us_write_is_told_with_a_step(tmp_path, monkeypatch, number, kind, found):
+def test_a_system_that_does_not_let_us_write_is_told_with_a_step(
+    tmp_path, monkeypatch, number, kind, found
+):
     def refuse(tensors, path, metadata):
         raise OSError(number, os.strerror(number), str(path))
 
@@ -709,7 +834,11 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -745,12 +874,18 @@ def hub_name(ours: str) -> str:
 
 
 def test_memory_holds_a_shard_and_not_the_checkpoint(tmp_path):
-    """Converted to another dtype, so that every tensor is made in memory rather than mapped from its file."""
+    """Converted to another dtype, so that every tensor is made in memory rather than mapped from
+    its file."""
     status = Path("/proc/self/status")
     if not status.exists() or "RssAnon" not in status.read_text(encoding="utf-8"):
         pytest.skip("needs Linux's /proc to measure memory")
     text = hf.read_json(REFERENCE / "plain" / "config.json")["text_config"]
-    text |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+    text |= {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    }
     source = copy(tmp_path / "large", text_config=text)
     with torch.device("meta"):
         state = Llava(read_config(source)).state_dict()
@@ -768,13 +903,18 @@ def test_memory_holds_a_shard_and_not_the_checkpoint(tmp_path):
     assert found["growth"] < sum(files) / 2
 
 
-# --- the command line -----------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def test_sizes_and_layouts_are_checked_before_anything_happens(tmp_path, capsys):
     sizes = {"4GB": 4e9, "512MB": 512e6, "1.5 g": 1.5e9, "200KB": 2e5, "7": 7.0}
     assert {text: convert.read_size(text) for text in sizes} == sizes
-    for wrong in (["--to", "hf", "--shard-size", "big"], ["--to", "hf", "--shard-size", "0GB"], ["--to", "gguf"], []):
+    for wrong in (
+        ["--to", "hf", "--shard-size", "big"],
+        ["--to", "hf", "--shard-size", "0GB"],
+        ["--to", "gguf"],
+        [],
+    ):
         with pytest.raises(SystemExit) as caught:
             convert.main([str(REFERENCE / "plain"), str(tmp_path / "x"), *wrong])
         assert caught.value.code == 2
@@ -782,12 +922,16 @@ def test_sizes_and_layouts_are_checked_before_anything_happens(tmp_path, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
-# --- quantised ----------------------------------------------------------------------------------------------------
+# --- quantised ------------------------------------------------------------------------------------
 
 
 def test_int8_weights_lie_where_the_kernel_can_read_them(tmp_path):
     """So that opening them copies nothing."""
-    tensors = {"a.weight_int8": torch.ones(64, 64, dtype=torch.int8), "a.scale": torch.ones(64), "b": torch.ones(32)}
+    tensors = {
+        "a.weight_int8": torch.ones(64, 64, dtype=torch.int8),
+        "a.scale": torch.ones(64),
+        "b": torch.ones(32),
+    }
     for name in ("x", "name of another length"):
         convert._save({**tensors, name: torch.ones(32)}, tmp_path / "x.safetensors")
         with (tmp_path / "x.safetensors").open("rb") as file:
@@ -803,7 +947,9 @@ def test_int8_weights_lie_where_the_kernel_can_read_them(tmp_path):
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("to", ["hf", "original"])
 def test_a_quantised_folder_is_what_loading_would_make(tmp_path, kind, to, capsys):
-    status, errors = command(SHAPES, tmp_path / "small", "--to", to, "--quantize", kind, capsys=capsys)
+    status, errors = command(
+        SHAPES, tmp_path / "small", "--to", to, "--quantize", kind, capsys=capsys
+    )
     assert (status, f"note: {kind} in a form that only minillava reads" in errors) == (0, True)
     ours, theirs = (
         minillava.load(folder, device="cpu", dtype="float32", quantize=quantize)
@@ -816,7 +962,10 @@ def test_a_quantised_folder_is_what_loading_would_make(tmp_path, kind, to, capsy
         assert torch.equal(found, expected)
     picture = SHAPES / "example-1.png"
     assert ours.ask(picture, max_new_tokens=40) == theirs.ask(picture, max_new_tokens=40) != ""
-    weights, sizes = ((f, sum(p.stat().st_size for p in f.glob("*.safetensors"))) for f in (tmp_path / "small", SHAPES))
+    weights, sizes = (
+        (f, sum(p.stat().st_size for p in f.glob("*.safetensors")))
+        for f in (tmp_path / "small", SHAPES)
+    )
     assert weights[1] < 0.9 * sizes[1]
     report = inspect_folder(tmp_path / "small")
     assert report.loadable
@@ -847,7 +996,10 @@ def test_what_is_quantised_is_not_changed_again(small, tmp_path):
     folder.mkdir()
     matrices = {"lora_A": torch.zeros(2, 192), "lora_B": torch.zeros(192, 2)}
     prefix = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
-    save_file({f"{prefix}.{name}.weight": w for name, w in matrices.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {f"{prefix}.{name}.weight": w for name, w in matrices.items()},
+        folder / "adapter_model.safetensors",
+    )
     hf.write_json({"peft_type": "LORA", "layers_to_transform": [0]}, folder / "adapter_config.json")
     with pytest.raises(ValueError, match=r"q_proj\.weight, which is quantised"):
         minillava.load(small, adapter=folder)
@@ -859,13 +1011,18 @@ def test_a_weight_that_an_adapter_keeps_whole_replaces_a_quantised_one(small, tm
     matrices = {"lora_A": torch.zeros(2, 192), "lora_B": torch.zeros(192, 2)}
     prefix, head = "base_model.model.multi_modal_projector.linear_1", torch.full((640, 192), 0.5)
     tensors = {f"{prefix}.{name}.weight": w for name, w in matrices.items()}
-    save_file(tensors | {"base_model.model.language_model.lm_head.weight": head}, folder / "adapter_model.safetensors")
+    save_file(
+        tensors | {"base_model.model.language_model.lm_head.weight": head},
+        folder / "adapter_model.safetensors",
+    )
     hf.write_json({"peft_type": "LORA", "layers_to_transform": [0]}, folder / "adapter_config.json")
     model = minillava.load(small, adapter=folder, device="cpu", dtype="float32").model
     assert torch.equal(model.language_model.lm_head.weight, head)
 
 
-@pytest.mark.parametrize("damage", ["no scale", "wrong scale", "wrong dtype", "weight besides", "wrong shape"])
+@pytest.mark.parametrize(
+    "damage", ["no scale", "wrong scale", "wrong dtype", "weight besides", "wrong shape"]
+)
 def test_damaged_parts_of_a_quantised_weight_are_named(small, damage):
     index = small / "model.safetensors.index.json"
     tensors = held(small)

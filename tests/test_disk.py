@@ -1,4 +1,5 @@
-"""Files whole or not at all, whatever has their name; text in any encoding; what errors of the system say."""
+"""Files whole or not at all, whatever has their name; text in any encoding; what errors of the
+system say."""
 
 import errno
 import io
@@ -11,18 +12,28 @@ from pathlib import Path
 import pytest
 
 from minillava.files import disk
-from minillava.files.disk import _beside, check_writable, explain, is_stream, refused, same_file, write_whole
+from minillava.files.disk import (
+    _beside,
+    check_writable,
+    explain,
+    is_stream,
+    refused,
+    same_file,
+    write_whole,
+)
 from minillava.files.text import decode, read_lines
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links, pipes and modes of Unix")
-not_root = pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+not_root = pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere"
+)
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# --- what may not be read -------------------------------------------------------------------------------------
+# --- what may not be read -------------------------------------------------------------------------
 
 
 @posix
@@ -33,7 +44,10 @@ def test_missing_rights_name_the_file_that_lacks_them_and_the_command(tmp_path, 
     file.touch()
     error = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     told = str(refused(file, error))
-    assert told == f"{file}: may not be read (Permission denied); its owner can allow it with: chmod u+r '{file}'"
+    assert (
+        told
+        == f"{file}: may not be read (Permission denied); its owner can allow it with: chmod u+r '{file}'"
+    )
     assert str(refused(closed, error)).endswith(f"chmod u+rx {closed}")
     assert str(refused(file, error, writing=True)).endswith(f"chmod u+w '{file}'")
     assert str(refused(closed / "new", error, writing=True)).endswith(f"chmod u+wx {closed}")
@@ -52,7 +66,7 @@ def test_other_refusals_keep_the_system_s_words_and_get_a_step(number, step):
     assert told.startswith(f"a.json: {os.strerror(number)}; {step}")
 
 
-# --- writing --------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def test_a_new_and_an_old_file_hold_what_was_written_and_nothing_else_is_left(tmp_path):
@@ -138,7 +152,10 @@ def test_a_device_gets_the_content_and_stays_a_device():
         os.close(theirs)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/fd") and not os.path.exists("/dev/fd"), reason="no names for these")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/fd") and not os.path.exists("/dev/fd"),
+    reason="no names for these",
+)
 @pytest.mark.parametrize("folder", ["/dev/fd", "/proc/self/fd"])
 def test_an_open_file_by_its_number_is_written_where_it_stands(tmp_path, folder):
     """`--json /dev/stdout` replaced the machine's link by a file."""
@@ -210,10 +227,22 @@ def test_asking_whether_a_file_can_be_written_leaves_nothing(tmp_path):
 
 def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path):
     """a.json.123.new stayed for ever. Other files with such names are other people's."""
-    for name in ("a.json.123.new", "a.json.notes.new", "a.json.123.new.txt", "b.json.123.new", "a.json.new"):
+    for name in (
+        "a.json.123.new",
+        "a.json.notes.new",
+        "a.json.123.new.txt",
+        "b.json.123.new",
+        "a.json.new",
+    ):
         (tmp_path / name).write_text("left")
     write_whole(tmp_path / "a.json", "new")
-    assert names(tmp_path) == ["a.json", "a.json.123.new.txt", "a.json.new", "a.json.notes.new", "b.json.123.new"]
+    assert names(tmp_path) == [
+        "a.json",
+        "a.json.123.new.txt",
+        "a.json.new",
+        "a.json.notes.new",
+        "b.json.123.new",
+    ]
     (tmp_path / f"b.json.{os.getpid()}.new").write_text("of a process that had our number")
     check_writable(tmp_path / "b.json")
     assert not [name for name in names(tmp_path) if name.startswith("b.json")]
@@ -230,7 +259,9 @@ def test_what_another_run_is_writing_is_not_a_leftover(tmp_path):
 
 def test_runs_at_once_leave_one_whole_file(tmp_path):
     contents = [bytes([i]) * 50_000 for i in range(8)]
-    threads = [threading.Thread(target=write_whole, args=(tmp_path / "a", content)) for content in contents]
+    threads = [
+        threading.Thread(target=write_whole, args=(tmp_path / "a", content)) for content in contents
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -239,7 +270,7 @@ def test_runs_at_once_leave_one_whole_file(tmp_path):
     assert names(tmp_path) == ["a"]
 
 
-# --- which files are the same ---------------------------------------------------------------------------------
+# --- which files are the same ---------------------------------------------------------------------
 
 
 @posix
@@ -258,18 +289,23 @@ def test_the_same_file_by_every_spelling(tmp_path, monkeypatch):
     assert not same_file(os.devnull, os.devnull)  # which everybody may write to
 
 
-# --- errors ---------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def test_an_error_of_the_system_is_a_name_what_happened_and_a_next_step():
     found = explain(OSError(errno.ENOSPC, "No space left on device", "a.json"))
     assert found == "a.json: No space left on device; make room there, then repeat the command"
-    assert explain(OSError(errno.EACCES, "Permission denied", b"a\nb")).startswith("'a\\nb': Permission denied; ")
+    assert explain(OSError(errno.EACCES, "Permission denied", b"a\nb")).startswith(
+        "'a\\nb': Permission denied; "
+    )
     assert explain(OSError(errno.EIO, "Failed"), "name").startswith("name: Failed; ")
-    assert explain(FileNotFoundError("x: no such picture; check the path")) == "x: no such picture; check the path"
+    assert (
+        explain(FileNotFoundError("x: no such picture; check the path"))
+        == "x: no such picture; check the path"
+    )
 
 
-# --- text -----------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 TEXT = "Où est 星?\nÀ gauche?"
 
@@ -278,7 +314,10 @@ TEXT = "Où est 星?\nÀ gauche?"
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_text_of_any_program_reads_the_same(encoding, end):
     text = TEXT.replace("\n", end)
-    wide = {"le": b"\xff\xfe" + text.encode("utf-16-le"), "be": b"\xfe\xff" + text.encode("utf-16-be")}
+    wide = {
+        "le": b"\xff\xfe" + text.encode("utf-16-le"),
+        "be": b"\xfe\xff" + text.encode("utf-16-be"),
+    }
     content = wide.get(encoding) or text.encode(encoding)
     assert decode(content, "a.txt") == TEXT
     for last in ("", end):

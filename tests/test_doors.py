@@ -20,7 +20,8 @@ WEIGHTS = ROOT / "weights" / "shapes"
 
 @pytest.fixture
 def front(capsys, monkeypatch):
-    """`front(*words)`: status, stdout and stderr of `python -m minillava WORDS`, in this process."""
+    """`front(*words)`: status, stdout and stderr of `python -m minillava WORDS`, in this
+    process."""
     monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
     monkeypatch.setattr(sys, "argv", ["/somewhere/minillava/__main__.py"])
     before = signal.getsignal(signal.SIGINT)
@@ -49,7 +50,9 @@ def test_without_a_door_they_are_listed(front, words):
 
 def test_a_door_by_its_name_answers_as_the_door_does(front):
     picture = str(WEIGHTS / "example-1.png")
-    status, out, err = front("generate", "-q", "--weights", str(WEIGHTS), "-i", picture, "-p", "Is there a red star?")
+    status, out, err = front(
+        "generate", "-q", "--weights", str(WEIGHTS), "-i", picture, "-p", "Is there a red star?"
+    )
     assert (status, out, err) == (0, "Yes.\n", "")
 
 
@@ -71,7 +74,10 @@ def test_what_a_full_disk_or_a_closed_stdout_swallows_is_not_a_success(front, mo
         status, _, err = front(*words)
         with contextlib.suppress(OSError):
             sys.stdout.close()
-    assert (status, err.startswith("error: stdout is closed, so the answer has nowhere to go; ")) == (1, True)
+    assert (
+        status,
+        err.startswith("error: stdout is closed, so the answer has nowhere to go; "),
+    ) == (1, True)
 
 
 @FULL
@@ -116,14 +122,22 @@ def test_version(front):
 
 
 def test_an_installed_package_has_the_command():
-    script = re.search(r'"console_scripts": \["minillava = minillava\.(\w+):(\w+)"\]', (ROOT / "setup.py").read_text())
+    script = re.search(
+        r'"console_scripts": \["minillava = minillava\.(\w+):(\w+)"\]',
+        (ROOT / "setup.py").read_text(),
+    )
     assert script.groups() == (doors.main.__module__.split(".")[1], doors.main.__name__)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=100
+        [sys.executable, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
     )
 
 
@@ -169,7 +183,8 @@ runpy.run_module("minillava.{door}", run_name="__main__", alter_sys=True)
     ],
 )
 def test_ctrl_c_while_something_is_imported_leaves_no_traceback(door, module):
-    """Python's signal handler raises KeyboardInterrupt in the middle of whatever runs: for 1.7 s that was torch."""
+    """Python's signal handler raises KeyboardInterrupt in the middle of whatever runs: for 1.7 s
+    that was torch."""
     words = {"chat": [], "inspect": [], "look": [*ASKED, "--npy", os.devnull]}.get(door, ASKED)
     done = run("-c", INTERRUPTED.format(module=module, door=door, words=words))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
@@ -209,7 +224,8 @@ def test_ctrl_c_that_became_another_error_is_still_ctrl_c():
 
 
 def test_ctrl_c_after_the_answer_changes_nothing():
-    """While Python ended, the signal ended it first: the answer was there, with the status of a killed process."""
+    """While Python ended, the signal ended it first: the answer was there, with the status of a
+    killed process."""
     script = """if 1:
         import os, signal
         from minillava import answer, doors

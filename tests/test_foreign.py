@@ -1,4 +1,5 @@
-"""Weights that other programs quantised: refused as quantised, by whose hand, and with a step that helps."""
+"""Weights that other programs quantised: refused as quantised, by whose hand, and with a step that
+helps."""
 
 import json
 import shutil
@@ -31,7 +32,9 @@ def pack(folder: Path, parts, to: str = SINGLE_NAME) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / SINGLE_NAME).items()}
     for name in [n for n in tensors if n.startswith(LAYERS) and n.endswith("_proj.weight")]:
         rows, columns = tensors.pop(name).shape
-        tensors |= {f"{name.removesuffix('.weight')}{end}": t for end, t in parts(rows, columns).items()}
+        tensors |= {
+            f"{name.removesuffix('.weight')}{end}": t for end, t in parts(rows, columns).items()
+        }
     (folder / SINGLE_NAME).unlink()
     torch.save(tensors, folder / to) if to == BIN_NAME else save_file(tensors, folder / to)
 
@@ -49,7 +52,12 @@ def awq(n: int, c: int) -> dict:
 
 
 def gptq(n: int, c: int) -> dict:
-    return {".qweight": zeros(c // 8, n), ".qzeros": zeros(1, n // 8), ".scales": half(1, n), ".g_idx": zeros(c)}
+    return {
+        ".qweight": zeros(c // 8, n),
+        ".qzeros": zeros(1, n // 8),
+        ".scales": half(1, n),
+        ".g_idx": zeros(c),
+    }
 
 
 def bits4(n: int, c: int) -> dict:
@@ -57,7 +65,11 @@ def bits4(n: int, c: int) -> dict:
         ".weight.quant_map": half(16).float(),
         ".weight.quant_state.bitsandbytes__nf4": zeros(9, dtype=torch.uint8),
     }
-    return {".weight": zeros(n * c // 2, 1, dtype=torch.uint8), ".weight.absmax": half(n * c // 64).float(), **state}
+    return {
+        ".weight": zeros(n * c // 2, 1, dtype=torch.uint8),
+        ".weight.absmax": half(n * c // 64).float(),
+        **state,
+    }
 
 
 def bits4_in_halves(n: int, c: int) -> dict:
@@ -70,23 +82,43 @@ def bits8(n: int, c: int) -> dict:
 
 
 def fp8(n: int, c: int) -> dict:
-    return {".weight": half(n, c).to(torch.float8_e4m3fn), ".weight_scale": half(n, 1), ".input_scale": half(1)}
+    return {
+        ".weight": half(n, c).to(torch.float8_e4m3fn),
+        ".weight_scale": half(n, 1),
+        ".input_scale": half(1),
+    }
 
 
 def packed(n: int, c: int) -> dict:
-    return {".weight_packed": zeros(n, c // 8), ".weight_scale": half(n, 1), ".weight_shape": zeros(2)}
+    return {
+        ".weight_packed": zeros(n, c // 8),
+        ".weight_scale": half(n, 1),
+        ".weight_shape": zeros(2),
+    }
 
 
 def mlx(n: int, c: int) -> dict:
-    return {".weight": zeros(n, c // 8).view(torch.uint32), ".scales": half(n, 1), ".biases": half(n, 1)}
+    return {
+        ".weight": zeros(n, c // 8).view(torch.uint32),
+        ".scales": half(n, 1),
+        ".biases": half(n, 1),
+    }
 
 
 def hqq(n: int, c: int) -> dict:
-    return {".W_q": zeros(n * c // 2, 1, dtype=torch.uint8), ".scale": half(n, 1), ".zero": half(n, 1)}
+    return {
+        ".W_q": zeros(n * c // 2, 1, dtype=torch.uint8),
+        ".scale": half(n, 1),
+        ".zero": half(n, 1),
+    }
 
 
 def quanto(n: int, c: int) -> dict:
-    return {".weight._data": zeros(n, c, dtype=torch.int8), ".weight._scale": half(n, 1), ".input_scale": half(1)}
+    return {
+        ".weight._data": zeros(n, c, dtype=torch.int8),
+        ".weight._scale": half(n, 1),
+        ".input_scale": half(1),
+    }
 
 
 def method(name: str, **more) -> dict:
@@ -125,7 +157,9 @@ def test_what_others_quantised_is_refused_as_that(folder, parts, config, by, fil
     """They were called a wrong config.json, which nobody could mend."""
     pack(folder, parts, file)
     state(folder, config)
-    with pytest.raises(ValueError, match=f"is quantised by .*{by}.* use a release that is not quantised") as caught:
+    with pytest.raises(
+        ValueError, match=f"is quantised by .*{by}.* use a release that is not quantised"
+    ) as caught:
         minillava.load(folder, device="cpu")
     assert "\n" not in str(caught.value)
     report = inspect_folder(folder)

@@ -1,4 +1,5 @@
-"""The layouts that fine-tunes come in: .bin files, a projector alone, LoRA adapters, tokens added to the vocabulary."""
+"""The layouts that fine-tunes come in: .bin files, a projector alone, LoRA adapters, tokens added
+to the vocabulary."""
 
 import json
 import os
@@ -50,8 +51,15 @@ def base(release, tmp_path) -> Path:
     tensors = weights_of(release["weights"])
     store({name: w for name, w in tensors.items() if "mm_projector" not in name}, folder)
     shutil.copy(release["weights"] / "tokenizer.model", folder)
-    config = {k: v for k, v in read_json(release["weights"] / "config.json").items() if not k.startswith("mm_")}
-    write_json({**config, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}, folder / "config.json")
+    config = {
+        k: v
+        for k, v in read_json(release["weights"] / "config.json").items()
+        if not k.startswith("mm_")
+    }
+    write_json(
+        {**config, "model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+        folder / "config.json",
+    )
     return folder
 
 
@@ -62,7 +70,10 @@ def pretrain(release, tmp_path) -> Path:
     folder.mkdir()
     shutil.copy(release["weights"] / "config.json", folder)
     tensors = weights_of(release["weights"])
-    torch.save({name: w for name, w in tensors.items() if "mm_projector" in name}, folder / "mm_projector.bin")
+    torch.save(
+        {name: w for name, w in tensors.items() if "mm_projector" in name},
+        folder / "mm_projector.bin",
+    )
     return folder
 
 
@@ -85,17 +96,19 @@ def logits(assistant, picture: Path) -> torch.Tensor:
 
 
 def assert_same_logits(found: torch.Tensor, expected, picture: Path) -> None:
-    """Within what float32 allows the expected model, whose weights may differ in their last digit from those that made
-    `found`: less than a layer's sums may. `expected` is made float64."""
+    """Within what float32 allows the expected model, whose weights may differ in their last digit
+    from those that made `found`: less than a layer's sums may. `expected` is made float64."""
     expected.model.double()
-    assert_within(found, network(expected.model, lambda: {"logits": logits(expected, picture)})["logits"])
+    assert_within(
+        found, network(expected.model, lambda: {"logits": logits(expected, picture)})["logits"]
+    )
 
 
 def change(path: Path, **fields) -> None:
     write_json({**read_json(path), **fields}, path)
 
 
-# --- .bin ---------------------------------------------------------------------------------------------------------
+# --- .bin -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["one file", "shards", "saved before PyTorch 1.6"])
@@ -141,10 +154,15 @@ class Evil:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_runs_code_is_refused(release, tmp_path, zipped):
     folder, trace = release["weights"], tmp_path / "was-here"
-    torch.save({**weights_of(folder), "evil": Evil(trace)}, folder / BIN_NAME, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {**weights_of(folder), "evil": Evil(trace)},
+        folder / BIN_NAME,
+        _use_new_zipfile_serialization=zipped,
+    )
     (folder / SINGLE_NAME).unlink()
     with pytest.raises(
-        ValueError, match=r"holds more than tensors, namely \w+\.mkdir, which opening it would run: refused"
+        ValueError,
+        match=r"holds more than tensors, namely \w+\.mkdir, which opening it would run: refused",
     ) as error:
         load(**release)
     assert str(error.value).startswith(f"{folder / BIN_NAME}: ")
@@ -190,7 +208,7 @@ def test_a_bin_file_that_is_no_checkpoint_is_refused(tmp_path, content, found):
     assert len(str(error.value).splitlines()) == 1
 
 
-# --- a projector alone --------------------------------------------------------------------------------------------
+# --- a projector alone ----------------------------------------------------------------------------
 
 
 def test_a_projector_and_its_base_make_the_release(release, base, pretrain, picture):
@@ -200,9 +218,14 @@ def test_a_projector_and_its_base_make_the_release(release, base, pretrain, pict
 
 
 def test_parts_that_need_a_base_say_so(pretrain, base, release):
-    with pytest.raises(FileNotFoundError, match=r"holds a projector and no language model; .* --model-base"):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds a projector and no language model; .* --model-base"
+    ):
         load(pretrain, vision_tower=release["vision_tower"])
-    with pytest.raises(ValueError, match="holds a language model of its own, so --model-base has nothing to complete"):
+    with pytest.raises(
+        ValueError,
+        match="holds a language model of its own, so --model-base has nothing to complete",
+    ):
         load(**release, model_base=base)
 
 
@@ -210,7 +233,9 @@ def test_a_projector_that_would_stay_random_is_refused(release, base, pretrain):
     """A language model with a LLaVA configuration, and a base with neither projector."""
     tower = release["vision_tower"]
     shutil.copy(release["weights"] / "config.json", base)
-    with pytest.raises(FileNotFoundError, match="holds no projector, without which the model cannot see"):
+    with pytest.raises(
+        FileNotFoundError, match="holds no projector, without which the model cannot see"
+    ):
         load(base, vision_tower=tower)
     content = torch.load(pretrain / "mm_projector.bin")
     del content["model.mm_projector.2.bias"]
@@ -219,32 +244,49 @@ def test_a_projector_that_would_stay_random_is_refused(release, base, pretrain):
         load(pretrain, model_base=base, vision_tower=tower)
 
 
-# --- LoRA ---------------------------------------------------------------------------------------------------------
+# --- LoRA -----------------------------------------------------------------------------------------
 
 
-def lora(model: dict[str, torch.Tensor], kinds: list[str], rank: int = 3, default: str = "") -> dict[str, torch.Tensor]:
+def lora(
+    model: dict[str, torch.Tensor], kinds: list[str], rank: int = 3, default: str = ""
+) -> dict[str, torch.Tensor]:
     """Random matrices for every layer of these kinds, by PEFT's names."""
     generator, found = torch.Generator().manual_seed(5), {}
     for name, w in model.items():
         module = name.removesuffix(".weight")
         if module.rpartition(".")[2] in kinds and "vision" not in name:
             prefix = f"base_model.model.{module}"
-            found[f"{prefix}.lora_A{default}.weight"] = torch.randn(rank, w.shape[1], generator=generator) * 0.1
-            found[f"{prefix}.lora_B{default}.weight"] = torch.randn(w.shape[0], rank, generator=generator) * 0.1
+            found[f"{prefix}.lora_A{default}.weight"] = (
+                torch.randn(rank, w.shape[1], generator=generator) * 0.1
+            )
+            found[f"{prefix}.lora_B{default}.weight"] = (
+                torch.randn(w.shape[0], rank, generator=generator) * 0.1
+            )
     return found
 
 
 @pytest.fixture
 def write_lora(release, base, tmp_path):
-    """`write_lora(config..., default=, file=)`: a folder as LLaVA's LoRA training leaves it, with the projector in
-    non_lora_trainables.bin; returns the folder and the weights it stands for."""
+    """`write_lora(config..., default=, file=)`: a folder as LLaVA's LoRA training leaves it, with
+    the projector in non_lora_trainables.bin; returns the folder and the weights it stands for."""
 
-    def write(default: str = "", file: str = "adapter_model.bin", rest: str = "base_model.model.", **fields):
+    def write(
+        default: str = "",
+        file: str = "adapter_model.bin",
+        rest: str = "base_model.model.",
+        **fields,
+    ):
         folder, tensors = tmp_path / "lora", weights_of(release["weights"])
         folder.mkdir()
         kinds = ["q_proj", "down_proj"]
         matrices = lora(tensors, kinds, default=default)
-        config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": kinds, "fan_in_fan_out": False}
+        config = {
+            "peft_type": "LORA",
+            "r": 3,
+            "lora_alpha": 6,
+            "target_modules": kinds,
+            "fan_in_fan_out": False,
+        }
         config |= {"base_model_name_or_path": "lmsys/vicuna-7b-v1.5", "use_rslora": False, **fields}
         write_json(config, folder / "adapter_config.json")
         (torch.save if file.endswith(".bin") else save_file)(matrices, folder / file)
@@ -256,7 +298,8 @@ def write_lora(release, base, tmp_path):
             key = f"base_model.model.{name.removesuffix('.weight')}.lora_%s{default}.weight"
             if key % "A" in matrices:
                 tensors[name] = (
-                    tensors[name].double() + scale * matrices[key % "B"].double() @ matrices[key % "A"].double()
+                    tensors[name].double()
+                    + scale * matrices[key % "B"].double() @ matrices[key % "A"].double()
                 ).float()
         return folder, tensors
 
@@ -309,7 +352,11 @@ def test_the_merge_is_rounded_once(release, base, write_lora):
     """At bfloat16 the sum of float32 numbers is rounded, not a sum of rounded numbers."""
     folder, merged = write_lora()
     found = minillava.load(
-        folder, model_base=base, vision_tower=release["vision_tower"], device="cpu", dtype="bfloat16"
+        folder,
+        model_base=base,
+        vision_tower=release["vision_tower"],
+        device="cpu",
+        dtype="bfloat16",
     )
     ours = found.model.language_model.layers[0].self_attn.q_proj.weight
     assert torch.equal(ours, merged[f"{LAYER}.weight"].bfloat16())
@@ -323,7 +370,9 @@ def test_an_adapter_goes_on_top_of_a_whole_model(release, base, write_lora, pict
 
 def test_an_adapter_without_a_base_names_it(write_lora, release):
     folder, _ = write_lora()
-    with pytest.raises(FileNotFoundError, match=r"a LoRA adapter and no language model; .*\(lmsys/vicuna-7b-v1.5\)"):
+    with pytest.raises(
+        FileNotFoundError, match=r"a LoRA adapter and no language model; .*\(lmsys/vicuna-7b-v1.5\)"
+    ):
         load(folder, vision_tower=release["vision_tower"])
 
 
@@ -383,12 +432,19 @@ def test_other_kinds_of_adapter_are_refused(release, base, write_lora, fields, f
         load(folder, model_base=base, vision_tower=release["vision_tower"])
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "LoftQ", "lora_ga"])
-def test_a_beginning_that_moved_the_base_is_refused_in_any_spelling(release, base, write_lora, start):
+@pytest.mark.parametrize(
+    "start", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "LoftQ", "lora_ga"]
+)
+def test_a_beginning_that_moved_the_base_is_refused_in_any_spelling(
+    release, base, write_lora, start
+):
     """LoRA-GA and OLoRA in capitals were opened as plain LoRA: the logits were off by 7."""
     folder, _ = write_lora()
     change(folder / "adapter_config.json", init_lora_weights=start)
-    with pytest.raises(ValueError, match=f"init_lora_weights is '{start}', which also changes the base model; merge"):
+    with pytest.raises(
+        ValueError,
+        match=f"init_lora_weights is '{start}', which also changes the base model; merge",
+    ):
         load(folder, model_base=base, vision_tower=release["vision_tower"])
 
 
@@ -396,14 +452,20 @@ def test_a_beginning_that_moved_the_base_is_refused_in_any_spelling(release, bas
 def test_a_beginning_that_nobody_knows_is_refused_by_name(release, base, write_lora, start):
     folder, _ = write_lora()
     change(folder / "adapter_config.json", init_lora_weights=start)
-    with pytest.raises(ValueError, match=r"init_lora_weights is .*, which may change the base model, too; known: true"):
+    with pytest.raises(
+        ValueError,
+        match=r"init_lora_weights is .*, which may change the base model, too; known: true",
+    ):
         load(folder, model_base=base, vision_tower=release["vision_tower"])
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        *({"init_lora_weights": s} for s in (True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica")),
+        *(
+            {"init_lora_weights": s}
+            for s in (True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica")
+        ),
         {"eva_config": {"rho": 2.0}},
         {"loftq_config": {}, "use_dora": None, "runtime_config": {"ephemeral_gpu_offload": False}},
     ],
@@ -419,7 +481,9 @@ def test_a_beginning_that_left_the_base_alone_is_plain_lora(release, base, write
 
 def test_the_beginnings_are_those_of_peft():
     """A way to begin that PEFT learns must be sorted into the two lists of adapter.py."""
-    config = pytest.importorskip("peft.tuners.lora.config", reason="PEFT is not installed (extra: parity)")
+    config = pytest.importorskip(
+        "peft.tuners.lora.config", reason="PEFT is not installed (extra: parity)"
+    )
     hint = config.LoraConfig.__dataclass_fields__["init_lora_weights"].type
     words = [word for word in re.findall(r"'(\w+)'|\"(\w+)\"", str(hint)) for word in word if word]
     assert "gaussian" in words
@@ -430,13 +494,23 @@ def test_the_beginnings_are_those_of_peft():
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "_fsdp_wrapped_module."])
 def test_adapter_and_projector_may_be_wrapped_too(release, base, pretrain, write_lora, wrapper):
     lora, _ = write_lora()
-    files = {lora: ("adapter_model.bin", "non_lora_trainables.bin"), pretrain: ("mm_projector.bin",)}
+    files = {
+        lora: ("adapter_model.bin", "non_lora_trainables.bin"),
+        pretrain: ("mm_projector.bin",),
+    }
     for folder, names in files.items():
-        plain = load(folder, model_base=base, vision_tower=release["vision_tower"]).model.state_dict()
-        plain = {name: tensor.clone() for name, tensor in plain.items()}  # which are mapped from the files below
+        plain = load(
+            folder, model_base=base, vision_tower=release["vision_tower"]
+        ).model.state_dict()
+        # which are mapped from the files below
+        plain = {name: tensor.clone() for name, tensor in plain.items()}
         for name in names:
-            torch.save({wrapper + key: w for key, w in torch.load(folder / name).items()}, folder / name)
-        found = load(folder, model_base=base, vision_tower=release["vision_tower"]).model.state_dict()
+            torch.save(
+                {wrapper + key: w for key, w in torch.load(folder / name).items()}, folder / name
+            )
+        found = load(
+            folder, model_base=base, vision_tower=release["vision_tower"]
+        ).model.state_dict()
         assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
 
 
@@ -445,7 +519,9 @@ def test_two_files_of_an_adapter_are_told(release, base, write_lora):
     folder, _ = write_lora()
     matrices = torch.load(folder / "adapter_model.bin")
     save_file({name: w * 2 for name, w in matrices.items()}, folder / "adapter_model.safetensors")
-    with pytest.warns(UserWarning, match=r"read from adapter_model\.safetensors, not from adapter_model\.bin"):
+    with pytest.warns(
+        UserWarning, match=r"read from adapter_model\.safetensors, not from adapter_model\.bin"
+    ):
         found = load(folder, model_base=base, vision_tower=release["vision_tower"]).model
     (folder / "adapter_model.bin").unlink()
     alone = load(folder, model_base=base, vision_tower=release["vision_tower"]).model
@@ -466,14 +542,18 @@ def test_a_model_with_an_adapter_beside_it_is_refused(release, write_lora):
     """Whether it is merged already cannot be seen."""
     folder, _ = write_lora()
     shutil.copy(folder / "adapter_config.json", release["weights"])
-    with pytest.raises(ValueError, match="remove the adapter if it is merged already, else move it"):
+    with pytest.raises(
+        ValueError, match="remove the adapter if it is merged already, else move it"
+    ):
         load(**release)
 
 
 def test_an_adapter_without_configuration_says_which_one_is_missing(write_lora, release, base):
     folder, _ = write_lora()
     (folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.json, and its base .* is no LLaVA"):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no config\.json, and its base .* is no LLaVA"
+    ):
         load(folder, model_base=base, vision_tower=release["vision_tower"])
     with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json, expected a LoRA"):
         load(**release, adapter=base)
@@ -481,20 +561,31 @@ def test_an_adapter_without_configuration_says_which_one_is_missing(write_lora, 
 
 def test_some_layers_are_enough_where_the_configuration_says_so(write_lora, release, base):
     folder, _ = write_lora(layers_to_transform=[1])
-    matrices = {k: w for k, w in torch.load(folder / "adapter_model.bin").items() if ".layers.1." in k}
+    matrices = {
+        k: w for k, w in torch.load(folder / "adapter_model.bin").items() if ".layers.1." in k
+    }
     torch.save(matrices, folder / "adapter_model.bin")
-    plain, found = load(**release), load(folder, model_base=base, vision_tower=release["vision_tower"])
+    plain, found = (
+        load(**release),
+        load(folder, model_base=base, vision_tower=release["vision_tower"]),
+    )
     for i, equal in ((0, True), (1, False)):
-        ours, theirs = (a.model.language_model.layers[i].self_attn.q_proj.weight for a in (found, plain))
+        ours, theirs = (
+            a.model.language_model.layers[i].self_attn.q_proj.weight for a in (found, plain)
+        )
         assert torch.equal(ours, theirs) is equal
 
 
 def test_a_table_of_fewer_rows_is_not_lost_on_a_whole_model(release, write_lora):
     """Only a base grows; a whole model's table that does not fit is an error, never left out."""
     folder, _ = write_lora()
-    rest = torch.load(folder / "non_lora_trainables.bin") | {f"base_model.model.{TABLE}": torch.zeros(2, 64)}
+    rest = torch.load(folder / "non_lora_trainables.bin") | {
+        f"base_model.model.{TABLE}": torch.zeros(2, 64)
+    }
     torch.save(rest, folder / "non_lora_trainables.bin")
-    with pytest.raises(ValueError, match=r"embed_tokens\.weight has shape \[2, 64\], config.json expects"):
+    with pytest.raises(
+        ValueError, match=r"embed_tokens\.weight has shape \[2, 64\], config.json expects"
+    ):
         load(**release, adapter=folder)
 
 
@@ -505,7 +596,9 @@ def test_half_a_lora_run_is_refused(write_lora, base, release):
         load(folder, model_base=base, vision_tower=release["vision_tower"])
     folder.joinpath("adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     (folder / "adapter_model.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no adapter_model\.safetensors or adapter_model\.bin"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no adapter_model\.safetensors or adapter_model\.bin"
+    ):
         load(folder, model_base=base, vision_tower=release["vision_tower"])
 
 
@@ -526,7 +619,9 @@ def test_half_a_lora_run_is_refused(write_lora, base, release):
 def test_equals_peft(base, pretrain, release, tmp_path, settings):
     """Adapter written by PEFT on transformers' Llama; merged by PEFT, and by us."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed (extra: parity)")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: parity)")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed (extra: parity)"
+    )
     model = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(0)
     model = peft.get_peft_model(model, peft.LoraConfig(**settings, init_lora_weights=False))
@@ -554,9 +649,12 @@ def test_equals_peft(base, pretrain, release, tmp_path, settings):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "linear_2"]], ids=str)
 def test_equals_peft_on_the_hub_s_llava(reference, tmp_path, targets, picture):
-    """README's row for a LoRA on top of a whole model: its tower and projector may have one, too."""
+    """README's row for a LoRA on top of a whole model: its tower and projector may have one,
+    too."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed (extra: parity)")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: parity)")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed (extra: parity)"
+    )
     hub = reference / "plain"
     model = transformers.LlavaForConditionalGeneration.from_pretrained(hub, dtype=torch.float32)
     torch.manual_seed(0)
@@ -568,10 +666,16 @@ def test_equals_peft_on_the_hub_s_llava(reference, tmp_path, targets, picture):
     model.save_pretrained(tmp_path / "peft")
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     shutil.copy(hub / "tokenizer.model", tmp_path / "merged")
-    found, expected, plain = load(hub, adapter=tmp_path / "peft"), load(tmp_path / "merged"), load(hub)
+    found, expected, plain = (
+        load(hub, adapter=tmp_path / "peft"),
+        load(tmp_path / "merged"),
+        load(hub),
+    )
     changed = 0
     for name, theirs in expected.model.state_dict().items():
-        torch.testing.assert_close(found.model.state_dict()[name], theirs, rtol=1e-6, atol=1e-7, msg=name)
+        torch.testing.assert_close(
+            found.model.state_dict()[name], theirs, rtol=1e-6, atol=1e-7, msg=name
+        )
         changed += not torch.equal(plain.model.state_dict()[name], theirs)
     assert changed >= 4
     assert_same_logits(logits(found, picture), expected, picture)
@@ -580,35 +684,53 @@ def test_equals_peft_on_the_hub_s_llava(reference, tmp_path, targets, picture):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*save_embedding_layers")
 def test_equals_peft_where_a_run_added_tokens(reference, tmp_path, picture):
-    """Its tables are larger than the base's: it was refused with the advice to use another base, and there is none."""
+    """Its tables are larger than the base's: it was refused with the advice to use another base,
+    and there is none."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed (extra: parity)")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: parity)")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed (extra: parity)"
+    )
     hub = reference / "plain"
     model = transformers.LlavaForConditionalGeneration.from_pretrained(hub, dtype=torch.float32)
     before = model.config.text_config.vocab_size
     torch.manual_seed(0)
     model.resize_token_embeddings(before + 24)
-    settings = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    settings = {
+        "r": 2,
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens", "lm_head"],
+    }
     model = peft.get_peft_model(model, peft.LoraConfig(**settings, init_lora_weights=False))
     model.save_pretrained(tmp_path / "peft")
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     shutil.copy(hub / "tokenizer.model", tmp_path / "merged")
     found, expected = load(hub, adapter=tmp_path / "peft"), load(tmp_path / "merged")
-    assert found.model.config.text.vocab_size == expected.model.config.text.vocab_size == before + 24
+    assert (
+        found.model.config.text.vocab_size == expected.model.config.text.vocab_size == before + 24
+    )
     for name, theirs in expected.model.state_dict().items():
-        torch.testing.assert_close(found.model.state_dict()[name], theirs, rtol=1e-6, atol=1e-7, msg=name)
+        torch.testing.assert_close(
+            found.model.state_dict()[name], theirs, rtol=1e-6, atol=1e-7, msg=name
+        )
     assert isinstance(found.ask(picture, QUESTION, max_new_tokens=3), str)
     assert inspect_folder(hub, adapter=tmp_path / "peft").loadable
 
 
 @pytest.mark.parametrize("name", [TABLE, HEAD])
-def test_one_table_that_grew_without_the_other_is_refused_with_both_numbers(release, base, write_lora, name):
+def test_one_table_that_grew_without_the_other_is_refused_with_both_numbers(
+    release, base, write_lora, name
+):
     folder, _ = write_lora()
     matrices = torch.load(folder / "adapter_model.bin")
     rows, width = weights_of(release["weights"])[name].shape
-    torch.save(matrices | {f"base_model.model.{name}": torch.zeros(rows + 8, width)}, folder / "adapter_model.bin")
-    with pytest.raises(ValueError, match=f"enlarged the vocabulary from {rows} to {rows + 8}, but it does not hold"):
+    torch.save(
+        matrices | {f"base_model.model.{name}": torch.zeros(rows + 8, width)},
+        folder / "adapter_model.bin",
+    )
+    with pytest.raises(
+        ValueError, match=f"enlarged the vocabulary from {rows} to {rows + 8}, but it does not hold"
+    ):
         load(folder, model_base=base, vision_tower=release["vision_tower"])
 
 
@@ -619,11 +741,13 @@ def test_a_lora_of_a_larger_head_says_what_its_run_did(release, base, write_lora
     key = "base_model.model.lm_head.lora_%s.weight"
     more = {key % "A": torch.zeros(2, width), key % "B": torch.zeros(rows + 8, 2)}
     torch.save(matrices | more, folder / "adapter_model.bin")
-    with pytest.raises(ValueError, match=f"enlarged the vocabulary from {rows} to {rows + 8}; merge it with PEFT"):
+    with pytest.raises(
+        ValueError, match=f"enlarged the vocabulary from {rows} to {rows + 8}; merge it with PEFT"
+    ):
         load(folder, model_base=base, vision_tower=release["vision_tower"])
 
 
-# --- tokens added to the vocabulary -------------------------------------------------------------------------------
+# --- tokens added to the vocabulary ---------------------------------------------------------------
 
 
 def test_new_rows_are_the_mean_of_the_old(release):
@@ -653,7 +777,9 @@ def test_new_rows_are_the_mean_of_the_old(release):
 
 def test_growth_in_half_precision_is_the_mean_of_float32():
     table = (torch.randn(1000, 8) + 3).bfloat16()
-    torch.testing.assert_close(grow_rows(table, 1001)[-1], table.double().mean(0).bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        grow_rows(table, 1001)[-1], table.double().mean(0).bfloat16(), rtol=0, atol=0
+    )
 
 
 def test_tokens_around_pictures_grow_tokenizer_and_model(release, picture):
@@ -682,7 +808,10 @@ def test_ids_come_from_added_tokens_json_when_they_are_there(release):
     assert before == {"[PAD]": pieces, IM_START: pieces + 5}
     found = Tokenizer(path, added=(IM_PATCH, IM_START, IM_END)).added
     assert found == before | {IM_PATCH: pieces + 6, IM_END: pieces + 7}
-    write_json({"added_tokens_decoder": {str(pieces + 8): {"content": IM_END}}}, folder / "tokenizer_config.json")
+    write_json(
+        {"added_tokens_decoder": {str(pieces + 8): {"content": IM_END}}},
+        folder / "tokenizer_config.json",
+    )
     found = Tokenizer(path, added=(IM_PATCH, IM_START, IM_END)).added
     assert found == before | {IM_PATCH: pieces + 9, IM_END: pieces + 8}
     write_json({IM_START: "many"}, folder / "added_tokens.json")
@@ -693,8 +822,8 @@ def test_ids_come_from_added_tokens_json_when_they_are_there(release):
 @pytest.mark.parametrize("patch", [False, True])
 @pytest.mark.parametrize("form", ["new rows", "full table", "none"])
 def test_a_pre_train_may_bring_rows_for_its_tokens(release, base, pretrain, form, patch):
-    """LLaVA's first stage with mm_use_im_start_end saves the two rows that it learned, or the whole table; the row of
-    <im_patch>, which comes before them, is the mean of the base's."""
+    """LLaVA's first stage with mm_use_im_start_end saves the two rows that it learned, or the whole
+    table; the row of <im_patch>, which comes before them, is the mean of the base's."""
     rows = read_json(pretrain / "config.json")["vocab_size"]
     tokens = {"mm_use_im_start_end": True, "mm_use_im_patch_token": patch}
     change(pretrain / "config.json", **tokens, vocab_size=rows + 2 + patch)
@@ -704,14 +833,18 @@ def test_a_pre_train_may_bring_rows_for_its_tokens(release, base, pretrain, form
     if form != "none":
         content[TABLE] = new if form == "new rows" else torch.cat([old, *[mean] * patch, new])
     torch.save(content, pretrain / "mm_projector.bin")
-    model = load(pretrain, model_base=base, vision_tower=release["vision_tower"]).model.language_model
+    model = load(
+        pretrain, model_base=base, vision_tower=release["vision_tower"]
+    ).model.language_model
     expected = mean.expand(2, -1) if form == "none" else new
-    torch.testing.assert_close(model.embed_tokens.weight[rows:], torch.cat([*[mean] * patch, expected]))
+    torch.testing.assert_close(
+        model.embed_tokens.weight[rows:], torch.cat([*[mean] * patch, expected])
+    )
     assert torch.equal(model.embed_tokens.weight[:rows], old)
     assert len(model.lm_head.weight) == rows + 2 + patch
 
 
-# --- the hub's cache ----------------------------------------------------------------------------------------------
+# --- the hub's cache ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -739,15 +872,21 @@ def test_an_id_finds_a_download(cached, picture, reference):
 
 
 def test_what_is_not_downloaded_says_how_to_get_it(cached, reference):
-    with pytest.raises(FileNotFoundError, match="no such folder here, and no such model in the hub cache"):
+    with pytest.raises(
+        FileNotFoundError, match="no such folder here, and no such model in the hub cache"
+    ):
         load("someone/other")
     with pytest.raises(FileNotFoundError, match=r"hf download someone/llava --revision old"):
         load(cached, revision="old")
-    with pytest.raises(ValueError, match=r"revision 'main' belongs to a model of the hub, but .* is a folder"):
+    with pytest.raises(
+        ValueError, match=r"revision 'main' belongs to a model of the hub, but .* is a folder"
+    ):
         load(reference / "plain", revision="main")
 
 
-def test_the_command_line_takes_ids_and_parts(cached, capfd, picture, pretrain, base, release, monkeypatch):
+def test_the_command_line_takes_ids_and_parts(
+    cached, capfd, picture, pretrain, base, release, monkeypatch
+):
     def run(*arguments: str) -> tuple[int, str]:
         status = main(["-i", str(picture), "-n", "2", "--dtype", "float32", "--json", *arguments])
         return status, capfd.readouterr().out
@@ -759,4 +898,7 @@ def test_the_command_line_takes_ids_and_parts(cached, capfd, picture, pretrain, 
     tower = ["--vision-tower", str(release["vision_tower"])]
     status, whole = run("-m", str(release["weights"]), *tower)
     assert status == 0
-    assert json.loads(run("-m", str(pretrain), "--model-base", str(base), *tower)[1])["ids"] == json.loads(whole)["ids"]
+    assert (
+        json.loads(run("-m", str(pretrain), "--model-base", str(base), *tower)[1])["ids"]
+        == json.loads(whole)["ids"]
+    )

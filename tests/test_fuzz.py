@@ -1,8 +1,9 @@
-"""Damaged files of every kind: each gets the right answer or one clear error, never a traceback, a hang, a crash of the
-interpreter, or more memory than twice what the file needs.
+"""Damaged files of every kind: each gets the right answer or one clear error, never a traceback, a
+hang, a crash of the interpreter, or more memory than twice what the file needs.
 
-By default a seeded sample runs, with MINILLAVA_FUZZ=full all. The cases run in another process (this file as a
-program), which is started again after a case that it did not survive. To repeat one by hand:
+By default a seeded sample runs, with MINILLAVA_FUZZ=full all. The cases run in another process
+(this file as a program), which is started again after a case that it did not survive. To repeat one
+by hand:
 
     python tests/test_fuzz.py safetensors 12
 """
@@ -55,15 +56,17 @@ FULL = os.environ.get("MINILLAVA_FUZZ") == "full"
 SAMPLE = 2  # cases of each category by default
 SECONDS = 60  # a case takes some hundredths of one; this is for a busy machine
 SLACK = 64 << 20  # what a first time costs besides: decoders' tables, the allocator's arenas
-ADDRESS_SPACE = 4 << 30  # beyond what the process has when it starts; a belt, should a case ask for everything
+# beyond what the process has when it starts; a belt, should a case ask for everything
+ADDRESS_SPACE = 4 << 30
 
 
 class Case(NamedTuple):
     """One corruption.
 
-    damage: spoils a folder, or makes what is to be opened as a picture in it. names: what an error must name.
-    must: "error" or "load", where one of the two would be wrong; "same" means the undamaged pixels or an error,
-    "turned" the undamaged ones, upright or as they are stored, or an error.
+    damage: spoils a folder, or makes what is to be opened as a picture in it. names: what an error
+    must name. must: "error" or "load", where one of the two would be wrong; "same" means the
+    undamaged pixels or an error, "turned" the undamaged ones, upright or as they are stored, or an
+    error.
     """
 
     category: str
@@ -73,28 +76,40 @@ class Case(NamedTuple):
     must: str = ""
 
 
-# --- damages --------------------------------------------------------------------------------------------------
+# --- damages --------------------------------------------------------------------------------------
 
 
 def write(path: Path, content: bytes | str) -> None:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    path.write_bytes(
+        content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    )
 
 
-def truncations(category: str, path: str, content: bytes, lengths, must: str = "error") -> Iterator[Case]:
+def truncations(
+    category: str, path: str, content: bytes, lengths, must: str = "error"
+) -> Iterator[Case]:
     for length in sorted({n for n in lengths if 0 <= n < len(content)}):
         yield Case(
-            category, f"{path} cut to {length} bytes", lambda to, n=length: write(to / path, content[:n]), path, must
+            category,
+            f"{path} cut to {length} bytes",
+            lambda to, n=length: write(to / path, content[:n]),
+            path,
+            must,
         )
 
 
-def flips(category: str, path: str, content: bytes, count: int, low: int, high: int, must: str = "") -> Iterator[Case]:
+def flips(
+    category: str, path: str, content: bytes, count: int, low: int, high: int, must: str = ""
+) -> Iterator[Case]:
     """Single bytes changed at random places from `low` to `high`: one bit, or all of it."""
     dice = random.Random(f"{category} {path} {low} {high}")
     for _ in range(count):
         place, mask = dice.randrange(low, high), dice.choice([1 << dice.randrange(8), 0xFF])
 
         def damage(to: Path, place=place, mask=mask) -> Path:
-            write(to / path, content[:place] + bytes([content[place] ^ mask]) + content[place + 1 :])
+            write(
+                to / path, content[:place] + bytes([content[place] ^ mask]) + content[place + 1 :]
+            )
             return to / path
 
         yield Case(category, f"{path} byte {place} ^ {mask:#04x}", damage, "", must)
@@ -134,16 +149,19 @@ NO_CONTENT = {
 
 def no_files(category: str, path: str) -> Iterator[Case]:
     for name, damage in NO_FILES.items():
-        # Optional files, too: a link to nowhere is what an interrupted download leaves in the hub cache.
+        # Optional files, too: a link to nowhere is what an interrupted download leaves in the hub
+        # cache.
         yield Case(category, f"{path} is {name}", lambda to, d=damage: d(to / path), "", "error")
 
 
 def no_content(category: str, path: str, must: str = "error") -> Iterator[Case]:
     for name, content in NO_CONTENT.items():
-        yield Case(category, f"{path} holds {name}", lambda to, c=content: write(to / path, c), path, must)
+        yield Case(
+            category, f"{path} holds {name}", lambda to, c=content: write(to / path, c), path, must
+        )
 
 
-# --- safetensors ----------------------------------------------------------------------------------------------
+# --- safetensors ----------------------------------------------------------------------------------
 
 
 def safetensors_cases() -> Iterator[Case]:
@@ -161,17 +179,36 @@ def safetensors_cases() -> Iterator[Case]:
     yield from no_content("safetensors no content", SINGLE)
     category = "safetensors header edited"
 
-    def raw(name: str, length: int, head: bytes, rest: bytes = content[start:], must: str = "error") -> Case:
+    def raw(
+        name: str, length: int, head: bytes, rest: bytes = content[start:], must: str = "error"
+    ) -> Case:
         whole = struct.pack("<Q", length) + head + rest
-        return Case(category, name, lambda to: write(to / SINGLE, whole), SINGLE if must else "", must)
+        return Case(
+            category, name, lambda to: write(to / SINGLE, whole), SINGLE if must else "", must
+        )
 
     def edited(name: str, new: dict, must: str = "error", **options) -> Case:
         head = json.dumps(new, **options).encode("utf-8", "surrogatepass")
         case = raw(name, len(head), head, must=must)
-        return case._replace(names="")  # what is well-formed may be reported as a model that does not fit
+        # what is well-formed may be reported as a model that does not fit
+        return case._replace(names="")
 
     head = content[8:start]
-    for length in (0, 1, 2, start - 9, start - 7, 10**6, 10**8 + 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1):
+    for length in (
+        0,
+        1,
+        2,
+        start - 9,
+        start - 7,
+        10**6,
+        10**8 + 1,
+        2**31,
+        2**32,
+        2**62,
+        2**63 - 1,
+        2**63,
+        2**64 - 1,
+    ):
         yield raw(f"header length {length}", length, head)
     for name, text in {
         "header in UTF-16": head.decode().encode("utf-16"), "header after a BOM": b"\xef\xbb\xbf" + head,
@@ -194,7 +231,9 @@ def safetensors_cases() -> Iterator[Case]:
     }  # fmt: skip
     for field, values in wrong.items():
         for value in values:
-            yield edited(f"{first} {field} {value}", {**header, first: {**header[first], field: value}})
+            yield edited(
+                f"{first} {field} {value}", {**header, first: {**header[first], field: value}}
+            )
         less = {key: value for key, value in header[first].items() if key != field}
         yield edited(f"{first} without {field}", {**header, first: less})
     for entry in (None, [], "x", 1, {}):
@@ -202,7 +241,17 @@ def safetensors_cases() -> Iterator[Case]:
     yield edited("a field more", {**header, first: {**header[first], "extra": 1}}, must="")
     for value in (None, [], "x", 1, {"a": 1}, {"a": {}}, {"format": "tf"}):
         yield edited(f"__metadata__ is {value}", {**header, "__metadata__": value}, must="")
-    names = ["", "x" * 10_000, "a\nb", "\x1b[2J", "\0", "\udc80", "../../x", "language_model." * 50, "é" * 300]
+    names = [
+        "",
+        "x" * 10_000,
+        "a\nb",
+        "\x1b[2J",
+        "\0",
+        "\udc80",
+        "../../x",
+        "language_model." * 50,
+        "é" * 300,
+    ]
     for name in names:
         renamed = {name if key == first else key: value for key, value in header.items()}
         yield edited(f"{first} called {name[:20]!r}", renamed)
@@ -211,11 +260,13 @@ def safetensors_cases() -> Iterator[Case]:
     yield raw("a name twice", len(twice), twice)
     swapped = {**header, first: header[other], other: header[first]}
     yield edited(f"{first} and {other} swapped", swapped, must="")
-    several = {f"extra.{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(20_000)}
+    several = {
+        f"extra.{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(20_000)
+    }
     yield edited("20000 empty tensors more", {**header, **several})
 
 
-# --- index files ----------------------------------------------------------------------------------------------
+# --- index files ----------------------------------------------------------------------------------
 
 
 def make_shards(folder: Path) -> None:
@@ -227,7 +278,10 @@ def make_shards(folder: Path) -> None:
     for file, some in halves.items():
         save_file({name: tensors[name] for name in some}, folder / file)
     write(
-        folder / INDEX, json.dumps({"metadata": {}, "weight_map": {n: f for f, some in halves.items() for n in some}})
+        folder / INDEX,
+        json.dumps(
+            {"metadata": {}, "weight_map": {n: f for f, some in halves.items() for n in some}}
+        ),
     )
 
 
@@ -260,19 +314,27 @@ def index_cases(folder: Path) -> Iterator[Case]:
             (to / "zero").touch()
             write(to / INDEX, json.dumps({"weight_map": new}))
 
-        yield Case(category, f"{INDEX} places {'all' if whole else first} in {file!r}", damage, "", "error")
+        yield Case(
+            category, f"{INDEX} places {'all' if whole else first} in {file!r}", damage, "", "error"
+        )
     for weight_map in (None, [], "x", 1, True, {}, [placed], {first: placed}):
         yield edited(f"weight_map is {str(weight_map)[:40]}", {"weight_map": weight_map})
     for index in (None, [], "x", 1, {}, placed, [{"weight_map": placed}]):
         yield edited(f"is {str(index)[:40]}", index)
     for metadata in (None, [], "x", -1, {"total_size": "x"}, {"total_size": 10**30}):
-        yield edited(f"metadata is {metadata}", {"metadata": metadata, "weight_map": placed}, must="load")
+        yield edited(
+            f"metadata is {metadata}", {"metadata": metadata, "weight_map": placed}, must="load"
+        )
     for name in ("", "x" * 10_000, "a\nb", "\x1b[2J", "\0", "\udc80"):
-        yield edited(f"one name more: {name[:20]!r}", {"weight_map": {**placed, name: "a.safetensors"}})
+        yield edited(
+            f"one name more: {name[:20]!r}", {"weight_map": {**placed, name: "a.safetensors"}}
+        )
     less = {name: file for name, file in placed.items() if name != first}
     yield edited(f"without {first}", {"weight_map": less}, names="")
     step = len(content) // 20
-    yield from truncations("index cut", INDEX, content, {0, 1, 2, *range(0, len(content), step), len(content) - 1})
+    yield from truncations(
+        "index cut", INDEX, content, {0, 1, 2, *range(0, len(content), step), len(content) - 1}
+    )
     yield from flips("index flipped", INDEX, content, 60, 0, len(content))
     yield from no_files("index no file", INDEX)
     yield from no_content("index no content", INDEX)
@@ -288,16 +350,34 @@ def index_cases(folder: Path) -> Iterator[Case]:
     whole = (VICTIM / SINGLE).read_bytes()
     for name, content in {"the same": whole, "cut": whole[:-1], **NO_CONTENT}.items():
         must = "load" if name == "the same" else "error"
-        yield Case("index two sets", f"{SINGLE}: {name}", lambda to, c=content: write(to / SINGLE, c), SINGLE, must)
-        yield Case("index two sets", f"{BIN}: {name}", lambda to, c=content: write(to / BIN, c), "", "load")
+        yield Case(
+            "index two sets",
+            f"{SINGLE}: {name}",
+            lambda to, c=content: write(to / SINGLE, c),
+            SINGLE,
+            must,
+        )
+        yield Case(
+            "index two sets", f"{BIN}: {name}", lambda to, c=content: write(to / BIN, c), "", "load"
+        )
     yield Case(
-        "index two sets", "a shard of an earlier save", lambda to: write(to / "model-1.safetensors", whole), "", "load"
+        "index two sets",
+        "a shard of an earlier save",
+        lambda to: write(to / "model-1.safetensors", whole),
+        "",
+        "load",
     )
-    yield Case("index two sets", "a bin index of nothing", lambda to: write(to / f"{BIN}.index.json", "{}"), "", "load")
+    yield Case(
+        "index two sets",
+        "a bin index of nothing",
+        lambda to: write(to / f"{BIN}.index.json", "{}"),
+        "",
+        "load",
+    )
     yield Case(category, "shards swapped", swap, "", "error")
 
 
-# --- JSON files -----------------------------------------------------------------------------------------------
+# --- JSON files -----------------------------------------------------------------------------------
 
 VALUES = [
     "null", "[]", "{}", '""', '"x"', '"64"', "true", "false", "-1", "0", "1", "0.5", "3", "1e-30", "2147483648",
@@ -317,7 +397,8 @@ def paths_of(value, prefix: tuple = ()) -> Iterator[tuple]:
 
 
 def replaced(content: dict, path: tuple, text: str) -> str:
-    """The JSON of an object where the value at `path` is spelled `text`, which may be no JSON at all."""
+    """The JSON of an object where the value at `path` is spelled `text`, which may be no JSON at
+    all."""
     copy = json.loads(json.dumps(content))
     inner = copy
     for key in path[:-1]:
@@ -343,7 +424,9 @@ MORE_FIELDS = {  # which the victim's files leave to their defaults
 def merged(base: dict, more: dict) -> dict:
     both = {**more, **base}
     return both | {
-        key: merged(base[key], value) for key, value in more.items() if isinstance(value, dict) and key in base
+        key: merged(base[key], value)
+        for key, value in more.items()
+        if isinstance(value, dict) and key in base
     }
 
 
@@ -359,16 +442,23 @@ def json_cases() -> Iterator[Case]:
         yield from json_file_cases(file, (VICTIM / file).read_bytes(), share, many, dice)
 
 
-def json_file_cases(file: str, raw: bytes, share: float, many: int, dice: random.Random) -> Iterator[Case]:
+def json_file_cases(
+    file: str, raw: bytes, share: float, many: int, dice: random.Random
+) -> Iterator[Case]:
     content = merged(json.loads(raw), MORE_FIELDS.get(file, {}))
     stem = file.removesuffix(".json")
     for path in paths_of(content):
         for text in VALUES:
             if dice.random() < share or path[-1] == "legacy":
-                name = f"{file} {'.'.join(path)} = {text if len(text) < 40 else text[:10] + f'... ({len(text)})'}"
+                name = (
+                    f"{file} {'.'.join(path)} = "
+                    f"{text if len(text) < 40 else text[:10] + f'... ({len(text)})'}"
+                )
                 new = replaced(content, path, text)
                 yield Case(f"{stem} field", name, lambda to, f=file, t=new: write(to / f, t))
-    yield from truncations(f"{stem} cut", file, raw.rstrip(), range(0, len(raw.rstrip()), max(1, len(raw) // many)))
+    yield from truncations(
+        f"{stem} cut", file, raw.rstrip(), range(0, len(raw.rstrip()), max(1, len(raw) // many))
+    )
     yield from flips(f"{stem} flipped", file, raw, 2 * many, 0, len(raw))
     yield from no_files(f"{stem} no file", file)
     yield from no_content(f"{stem} no content", file)
@@ -379,12 +469,24 @@ def json_file_cases(file: str, raw: bytes, share: float, many: int, dice: random
         "nested lists": b"[" * 100_000,
         "nested objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "not UTF-8": b'{"a": "\xff"}',
     }.items():  # fmt: skip
-        yield Case(f"{stem} no content", f"{file}: {name}", lambda to, f=file, t=text: write(to / f, t), file, "error")
+        yield Case(
+            f"{stem} no content",
+            f"{file}: {name}",
+            lambda to, f=file, t=text: write(to / f, t),
+            file,
+            "error",
+        )
 
 
-# --- files that name added tokens -----------------------------------------------------------------------------
+# --- files that name added tokens -----------------------------------------------------------------
 
-_FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": False}
+_FLAGS = {
+    "lstrip": False,
+    "normalized": False,
+    "rstrip": False,
+    "single_word": False,
+    "special": False,
+}
 TOKEN_FILES = {  # what one run writes beside a tokenizer.model, in all four places
     "added_tokens.json": {"<box>": 442, "[SEG]": 443},
     "special_tokens_map.json": {
@@ -408,7 +510,20 @@ def token_cases() -> Iterator[Case]:
     dice = random.Random("tokens")
     for file, content in TOKEN_FILES.items():
         yield from json_file_cases(file, json.dumps(content, indent=1).encode(), 0.5, 20, dice)
-    texts = ("<box>", "<a>", "</s>", "<image>", "<pad>", "▁a", "a", "", " ", "\ud800", "x" * 5000, "\n")
+    texts = (
+        "<box>",
+        "<a>",
+        "</s>",
+        "<image>",
+        "<pad>",
+        "▁a",
+        "a",
+        "",
+        " ",
+        "\ud800",
+        "x" * 5000,
+        "\n",
+    )
     ids = (442, 443, 444, 447, 448, 0, 2, 400, 440, -1, 2**31, 10**400, 1.5, "442", None, True)
     for text, i in itertools.product(texts, ids):
         for file, key in (("added_tokens.json", None), ("tokenizer.json", "added_tokens")):
@@ -418,7 +533,7 @@ def token_cases() -> Iterator[Case]:
             yield Case("tokens ids", name, lambda to, f=file, n=new: write(to / f, json.dumps(n)))
 
 
-# --- tokenizer.model ------------------------------------------------------------------------------------------
+# --- tokenizer.model ------------------------------------------------------------------------------
 
 
 def tokenizer_cases() -> Iterator[Case]:
@@ -433,11 +548,15 @@ def tokenizer_cases() -> Iterator[Case]:
     for i in range(30):
         low = dice.randrange(len(content))
         high = min(len(content), low + dice.choice([1, 2, 15, 300]))
-        changed = dice.choice([content[:low] + content[high:], content[:high] + content[low:high] + content[high:]])
-        yield Case("tokenizer spliced", f"{file} splice {i}", lambda to, c=changed: write(to / file, c))
+        changed = dice.choice(
+            [content[:low] + content[high:], content[:high] + content[low:high] + content[high:]]
+        )
+        yield Case(
+            "tokenizer spliced", f"{file} splice {i}", lambda to, c=changed: write(to / file, c)
+        )
 
 
-# --- .bin files -----------------------------------------------------------------------------------------------
+# --- .bin files -----------------------------------------------------------------------------------
 
 
 class Program:
@@ -475,30 +594,55 @@ def bin_cases() -> Iterator[Case]:
     for form, content in forms.items():
         yield made("bin undamaged", form, content, "load")
         size, dice = len(content), random.Random(form)
-        lengths = {*range(8), *dice.sample(range(size), 30), *range(size - 3, size), *dice.sample(range(4000), 10)}
+        lengths = {
+            *range(8),
+            *dice.sample(range(size), 30),
+            *range(size - 3, size),
+            *dice.sample(range(4000), 10),
+        }
         for n in sorted(lengths):
             yield made(f"bin {form} cut", f"{form} cut to {n} bytes", content[:n], "error", BIN)
-        for part, low, high, count in (("start", 0, 12_000, 50), ("end", size - 8000, size, 40), ("all", 0, size, 10)):
+        for part, low, high, count in (
+            ("start", 0, 12_000, 50),
+            ("end", size - 8000, size, 40),
+            ("all", 0, size, 10),
+        ):
             for case in flips(f"bin {form} flipped", BIN, content, count, low, high):
                 yield case._replace(name=f"{case.name} ({form}, {part})")
     yield from no_files("bin no file", BIN)
     yield from no_content("bin no content", BIN)
 
-    attacks = {"mkdir": os.mkdir, "eval": eval, "exec": exec, "open": open, "mknod": os.mknod, "link": os.symlink}
+    attacks = {
+        "mkdir": os.mkdir,
+        "eval": eval,
+        "exec": exec,
+        "open": open,
+        "mknod": os.mknod,
+        "link": os.symlink,
+    }
     for (name, function), form in itertools.product(attacks.items(), forms):
 
         def attack(to: Path, name=name, function=function, form=form) -> None:
             ran = str(to / "ran")  # Bench.run looks whether this is there
             code = f"__import__('os').mkdir({ran!r})"
-            arguments = {"eval": (code,), "exec": (code,), "open": (ran, "w"), "link": ("nowhere", ran)}.get(
-                name, (ran,)
-            )
+            arguments = {
+                "eval": (code,),
+                "exec": (code,),
+                "open": (ran, "w"),
+                "link": ("nowhere", ran),
+            }.get(name, (ran,))
             evil = {**tensors, first: Program(function, *arguments)}
             write(to / BIN, saved(evil, _use_new_zipfile_serialization=form == "zip"))
 
         yield Case("bin runs code", f"{BIN}: {form} calls {name}", attack, BIN, "error")
 
-    yield made("bin other content", "a checkpoint inside", saved({"state_dict": tensors, "epoch": 3}), "load", "")
+    yield made(
+        "bin other content",
+        "a checkpoint inside",
+        saved({"state_dict": tensors, "epoch": 3}),
+        "load",
+        "",
+    )
     for name, content in {
         "a list": [1, 2], "a number": 3, "nothing": None, "a tensor": tensors[first], "an empty dict": {},
         "numbers": {"a": 1},
@@ -513,9 +657,9 @@ def bin_cases() -> Iterator[Case]:
         "x": torch.zeros(1)},
         "a nested name": {**tensors, ("a", "b"): torch.zeros(1)}, "a string": {**tensors, first: "x" * 10_000},
     }.items():  # fmt: skip
-        yield made("bin other content", name, saved(content), "error", BIN if name != "nothing" else "")._replace(
-            names=""
-        )
+        yield made(
+            "bin other content", name, saved(content), "error", BIN if name != "nothing" else ""
+        )._replace(names="")
     strided = {**tensors, first: torch.nn.Parameter(tensors[first].clone().T.contiguous().T)}
     yield made("bin other content", "a strided Parameter", saved(strided), "load")
     inside = zipfile.ZipFile(io.BytesIO(forms["zip"]))
@@ -550,7 +694,7 @@ def bin_cases() -> Iterator[Case]:
         yield Case("bin bomb", f"{BIN}: 150 MiB of zeros in {entry}", pack, BIN, "error")
 
 
-# --- pictures -------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -564,7 +708,10 @@ def pictures() -> dict[str, bytes]:
     x, y = np.meshgrid(np.arange(40), np.arange(30))
     rgb = Image.fromarray(np.stack([x * 6, y * 8, (x * y) % 256], axis=-1).astype(np.uint8))
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
-    palette, deep = rgb.convert("P", palette=Image.Palette.ADAPTIVE), Image.fromarray((x * 1600).astype(np.uint16))
+    palette, deep = (
+        rgb.convert("P", palette=Image.Palette.ADAPTIVE),
+        Image.fromarray((x * 1600).astype(np.uint16)),
+    )
     alpha = rgb.convert("RGBA")
     alpha.putalpha(rgb.convert("L"))
     exif = Image.Exif()
@@ -594,8 +741,8 @@ def pictures() -> dict[str, bytes]:
 
 
 def described_pictures() -> dict[str, tuple[bytes, int, int]]:
-    """The same picture with all that cameras write beside it, which says that it lies on its side; and from where to
-    where that stands in the file."""
+    """The same picture with all that cameras write beside it, which says that it lies on its side;
+    and from where to where that stands in the file."""
     x, y = np.meshgrid(np.arange(40), np.arange(30))
     image = Image.fromarray(np.stack([x * 6, y * 8, (x * y) % 256], axis=-1).astype(np.uint8))
     exif = Image.Exif()
@@ -626,7 +773,10 @@ def metadata_cases() -> Iterator[Case]:
             for _ in range(dice.choice([1, 1, 2, 20])):
                 damaged[dice.randrange(low, high)] ^= dice.choice([1 << dice.randrange(8), 0xFF])
             damaged[entry.start() : entry.end() + 4] = content[entry.start() : entry.end() + 4]
-            text = f"{name} {sum(a != b for a, b in zip(damaged, content, strict=True))} bytes of its metadata"
+            text = (
+                f"{name} {sum(a != b for a, b in zip(damaged, content, strict=True))} bytes of its "
+                "metadata"
+            )
 
             def make(to: Path, name=name, damaged=bytes(damaged)) -> Path:
                 write(to / name, damaged)
@@ -654,14 +804,23 @@ def picture_cases() -> Iterator[Case]:
     for name, content in pictures().items():
         kind = name.split(".")[1]
         yield made("picture undamaged", name, content, "load")
-        lengths = {*dice.sample(range(min(len(content), 300)), 3), *dice.sample(range(len(content)), 4)}
-        for n in sorted({*lengths, len(content) - 1, len(content) - 2, len(content) - 9, len(content) - 13}):
+        lengths = {
+            *dice.sample(range(min(len(content), 300)), 3),
+            *dice.sample(range(len(content)), 4),
+        }
+        for n in sorted(
+            {*lengths, len(content) - 1, len(content) - 2, len(content) - 9, len(content) - 13}
+        ):
             yield made(f"{kind} cut", f"{name} cut to {n}", content[:n], "same")
         for high in (60, len(content)):
             for case in flips(f"{kind} flipped", name, content, 6, 0, high):
                 yield case._replace(names=name)
         place = dice.randrange(len(content) - 20)
-        yield made(f"{kind} flipped", f"{name} zeros at {place}", content[:place] + bytes(20) + content[place + 20 :])
+        yield made(
+            f"{kind} flipped",
+            f"{name} zeros at {place}",
+            content[:place] + bytes(20) + content[place + 20 :],
+        )
     for name, content in NO_CONTENT.items():
         yield made("picture no content", f"x.png of {name}", content, "error")
     for name, damage in NO_FILES.items():
@@ -679,7 +838,9 @@ def picture_cases() -> Iterator[Case]:
         yield made("picture sizes", f"{width}x{height}.png", encoded(image, "PNG"), "load")
     for width, height in ((0, 0), (0, 5), (60_000, 60_000), (13_000, 13_000), (2**31 - 1, 1), (1, 2**31 - 1),
                           (2**32 - 1, 2**32 - 1), (100_000, 100_000), (178_956_970, 1), (9000, 9000)):  # fmt: skip
-        yield made("picture sizes", f"claims-{width}x{height}.png", claiming(width, height), "error")
+        yield made(
+            "picture sizes", f"claims-{width}x{height}.png", claiming(width, height), "error"
+        )
     for name in (
         "no-such-picture.png",
         "no/such/folder.png",
@@ -691,7 +852,9 @@ def picture_cases() -> Iterator[Case]:
         "a\nb.png",
         "\udc80.png",
     ):
-        yield Case("picture paths", f"path {name[:20]!r}", lambda to, n=name: n, repr(name)[1:-1], "error")
+        yield Case(
+            "picture paths", f"path {name[:20]!r}", lambda to, n=name: n, repr(name)[1:-1], "error"
+        )
     good = base64.b64encode(PICTURE.read_bytes()).decode()
     prefix = "data:image/png;base64,"
     for name, url in {
@@ -707,13 +870,20 @@ def picture_cases() -> Iterator[Case]:
     }.items():  # fmt: skip
         yield Case("data: URLs", f"data: URL, {name}", lambda to, u=url: u, "data: URL", "error")
     for mime in ("image/jpeg", "text/plain", "", "image/png;charset=utf-8"):
-        yield Case("data: URLs", f"data: URL of {mime!r}", lambda to, m=mime: f"data:{m};base64,{good}", must="load")
+        yield Case(
+            "data: URLs",
+            f"data: URL of {mime!r}",
+            lambda to, m=mime: f"data:{m};base64,{good}",
+            must="load",
+        )
     for name, payload in {
         "spaces": good[:40] + " " + good[40:], "line breaks": good[:40] + "\r\n" + good[40:] + "\n",
         "no padding": good.rstrip("="), "escapes": good.replace("+", "%2B").replace("=", "%3D"),
         "the alphabet of URLs": good.replace("+", "-").replace("/", "_"),
     }.items():  # fmt: skip
-        yield Case("data: URLs", f"data: URL, {name}", lambda to, u=prefix + payload: u, must="load")
+        yield Case(
+            "data: URLs", f"data: URL, {name}", lambda to, u=prefix + payload: u, must="load"
+        )
     for i in range(20):
         place = dice.randrange(len(good))
         broken = prefix + good[:place] + dice.choice("=%\n A/+") + good[place + 1 :]
@@ -724,13 +894,21 @@ def picture_cases() -> Iterator[Case]:
         file.name = "stdin"  # as cli.py names it
         return file
 
-    for name, content in {"empty": b"", "text": b"hello", "cut": PICTURE.read_bytes()[:100]}.items():
-        yield Case("picture no content", f"stdin, {name}", lambda to, c=content: stdin(c), "stdin", "error")
+    for name, content in {
+        "empty": b"",
+        "text": b"hello",
+        "cut": PICTURE.read_bytes()[:100],
+    }.items():
+        yield Case(
+            "picture no content", f"stdin, {name}", lambda to, c=content: stdin(c), "stdin", "error"
+        )
     for source in (None, 3, 1.5, {}, object, np.zeros((3, 3)), torch.zeros(3, 3)):
-        yield Case("picture no content", f"{source!r} for a picture", lambda to, s=source: s, must="error")
+        yield Case(
+            "picture no content", f"{source!r} for a picture", lambda to, s=source: s, must="error"
+        )
 
 
-# --- adapters -------------------------------------------------------------------------------------------------
+# --- adapters -------------------------------------------------------------------------------------
 
 LORA, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LORA_FIELDS = {
@@ -745,12 +923,16 @@ def make_adapter(folder: Path) -> None:
     folder.mkdir()
     tensors, numbers = load_file(VICTIM / SINGLE), torch.Generator().manual_seed(0)
     lora = {}
-    for name in [n for n in tensors if n.startswith("language_model.") and n.endswith("q_proj.weight")]:
+    for name in [
+        n for n in tensors if n.startswith("language_model.") and n.endswith("q_proj.weight")
+    ]:
         rows, columns = tensors[name].shape
         for half, shape in (("A", (2, columns)), ("B", (rows, 2))):
             key = f"base_model.model.{name.removesuffix('.weight')}.lora_{half}.weight"
             lora[key] = torch.randn(shape, generator=numbers) / 10
-    lora["base_model.model.language_model.model.norm.weight"] = tensors["language_model.model.norm.weight"].clone()
+    lora["base_model.model.language_model.model.norm.weight"] = tensors[
+        "language_model.model.norm.weight"
+    ].clone()
     save_file(lora, folder / LORA)
     write(folder / LORA_CONFIG, json.dumps(LORA_FIELDS))
 
@@ -762,14 +944,20 @@ def adapter_cases(folder: Path) -> Iterator[Case]:
         for text in VALUES:
             if dice.random() < 0.3 or path[-1] == "init_lora_weights":
                 new = replaced(LORA_FIELDS, path, text)
-                yield Case("adapter field", f"{path} = {text[:40]}", lambda to, t=new: write(to / LORA_CONFIG, t))
+                yield Case(
+                    "adapter field",
+                    f"{path} = {text[:40]}",
+                    lambda to, t=new: write(to / LORA_CONFIG, t),
+                )
     yield from truncations("adapter config cut", LORA_CONFIG, raw, range(0, len(raw), 20))
     yield from flips("adapter config flipped", LORA_CONFIG, raw, 40, 0, len(raw))
     for name in (LORA_CONFIG, LORA):
         yield from no_files("adapter no file", name)
         yield from no_content("adapter no content", name)
     start = 8 + struct.unpack("<Q", content[:8])[0]
-    yield from truncations("adapter cut", LORA, content, {0, 7, 8, start - 1, start, start + 9, len(content) - 1})
+    yield from truncations(
+        "adapter cut", LORA, content, {0, 7, 8, start - 1, start, start + 9, len(content) - 1}
+    )
     yield from flips("adapter header flipped", LORA, content, 60, 0, start)
     yield from flips("adapter data flipped", LORA, content, 20, start, len(content), "load")
 
@@ -784,7 +972,10 @@ def adapter_cases(folder: Path) -> Iterator[Case]:
     for shape in ((0,), (1,), (0, 4), (2, 3), (4, 4, 4), (2**16, 1)):
         yield edited(f"{first} has shape {shape}", {**tensors, first: torch.zeros(shape)})
     for dtype in (torch.int8, torch.int64, torch.bool):
-        yield edited(f"{first} is {dtype}", {**tensors, first: torch.zeros(tensors[first].shape, dtype=dtype)})
+        yield edited(
+            f"{first} is {dtype}",
+            {**tensors, first: torch.zeros(tensors[first].shape, dtype=dtype)},
+        )
     yield edited(f"no {first}", {name: tensor for name, tensor in tensors.items() if name != first})
     yield edited("nothing", {})
     for name in (
@@ -797,13 +988,22 @@ def adapter_cases(folder: Path) -> Iterator[Case]:
     ):
         yield edited(f"{name} more", {**tensors, name: torch.zeros(2)})
     grown = torch.zeros(500, tensors[first].shape[1])
-    yield edited("a larger table", {**tensors, "base_model.model.language_model.model.embed_tokens.weight": grown}, "")
+    yield edited(
+        "a larger table",
+        {**tensors, "base_model.model.language_model.model.embed_tokens.weight": grown},
+        "",
+    )
 
 
-# --- questions and journals of batch --------------------------------------------------------------------------
+# --- questions and journals of batch --------------------------------------------------------------
 
 ASKED = [
-    {"question_id": i if i % 2 else f"q{i}", "image": "a.png", "text": f"Où est l'étoile {i}?\nDis-le.", "label": "x"}
+    {
+        "question_id": i if i % 2 else f"q{i}",
+        "image": "a.png",
+        "text": f"Où est l'étoile {i}?\nDis-le.",
+        "label": "x",
+    }
     for i in range(6)
 ]
 JOURNAL = Journal(Path("a.partial"), {"questions": "0" * 64, "top_p": None})
@@ -819,9 +1019,17 @@ def questions_of(raw: list[dict]) -> list[Question]:
 
 def journal_lines() -> list[bytes]:
     """A whole journal of five answers and an error, which is finished."""
-    said = [(f"À gauche {i}.", None, {"finish_reason": "stop"}) for i in range(5)] + [(None, "no such picture", None)]
-    records = [asked_record(question, *found) for question, found in zip(questions_of(ASKED), said, strict=True)]
-    return [JOURNAL.header, *(json.dumps([i, one]).encode() + b"\n" for i, one in enumerate(records, start=1))]
+    said = [(f"À gauche {i}.", None, {"finish_reason": "stop"}) for i in range(5)] + [
+        (None, "no such picture", None)
+    ]
+    records = [
+        asked_record(question, *found)
+        for question, found in zip(questions_of(ASKED), said, strict=True)
+    ]
+    return [
+        JOURNAL.header,
+        *(json.dumps([i, one]).encode() + b"\n" for i, one in enumerate(records, start=1)),
+    ]
 
 
 def stored(category: str, file: str, name: str, content: bytes | str, must: str = "") -> Case:
@@ -833,7 +1041,8 @@ def stored(category: str, file: str, name: str, content: bytes | str, must: str 
 
 
 def batch_files(name: str, contents: dict[str, bytes]) -> Iterator[Case]:
-    """Each content undamaged, cut, with a byte changed, with zeros, and other things in its place."""
+    """Each content undamaged, cut, with a byte changed, with zeros, and other things in its
+    place."""
     dice = random.Random(name)
 
     def made(category: str, what: str, content: bytes, must: str = "") -> Case:
@@ -842,13 +1051,17 @@ def batch_files(name: str, contents: dict[str, bytes]) -> Iterator[Case]:
     for kind, content in contents.items():
         yield made("undamaged", kind, content, "load")
         for n in sorted(dice.sample(range(len(content)), 12)):
-            yield made("cut", f"{kind} cut to {n}", content[:n], "same" if name == "journal" else "")
+            yield made(
+                "cut", f"{kind} cut to {n}", content[:n], "same" if name == "journal" else ""
+            )
         yield from flips(f"{name} flipped", name, content, 40, 0, len(content))
         for n in dice.sample(range(len(content)), 6):
             zeros = content[:n] + bytes(min(512, len(content) - n)) + content[n + 512 :]
             yield made("zeros", f"{kind} zeros at {n}", zeros, "same" if name == "journal" else "")
     for kind, content in NO_CONTENT.items():
-        yield made("no content", kind, content, "" if kind == "nothing" or name == "journal" else "error")
+        yield made(
+            "no content", kind, content, "" if kind == "nothing" or name == "journal" else "error"
+        )
 
 
 def question_cases() -> Iterator[Case]:
@@ -861,8 +1074,13 @@ def question_cases() -> Iterator[Case]:
     for path in paths_of(ASKED[0]):
         for value in VALUES:
             first, *others = replaced(ASKED[0], path, value), *map(json.dumps, ASKED[1:])
-            for form, content in (("lines", "\n".join([first, *others])), ("array", f"[{','.join([first, *others])}]")):
-                yield stored("questions replaced", "questions", f"{form}, {path[0]} is {value[:20]}", content)
+            for form, content in (
+                ("lines", "\n".join([first, *others])),
+                ("array", f"[{','.join([first, *others])}]"),
+            ):
+                yield stored(
+                    "questions replaced", "questions", f"{form}, {path[0]} is {value[:20]}", content
+                )
 
 
 def journal_cases() -> Iterator[Case]:
@@ -886,7 +1104,9 @@ def read_batch_file(group: str, case: Case, path: Path) -> str | None:
     if group == "questions":
         found = read_questions(path.read_bytes(), "", str(path))
         for question in found:
-            if question.error is None and not (isinstance(question.text, str) and question.question_id is not None):
+            if question.error is None and not (
+                isinstance(question.text, str) and question.question_id is not None
+            ):
                 return f"a question without a text or an id: {question}"
             if question.error is not None and (
                 not question.error or "\n" in question.error or len(question.error) > 500
@@ -905,14 +1125,28 @@ def read_batch_file(group: str, case: Case, path: Path) -> str | None:
         return f"read twice, it says {found}, then {again}"
     if case.must and not all([line, one] in known for line, one in found.items()):
         return f"other answers than were given: {found}"
-    if case.must == "load" and len(found) != {"whole": 6, "anew": 3, "begun": 2}[case.name.split(": ")[1]]:
+    if (
+        case.must == "load"
+        and len(found) != {"whole": 6, "anew": 3, "begun": 2}[case.name.split(": ")[1]]
+    ):
         return f"{len(found)} answers of an undamaged journal"
     return None
 
 
-# --- the process that runs them -------------------------------------------------------------------------------
+# --- the process that runs them -------------------------------------------------------------------
 
-GROUPS = ("safetensors", "index", "json", "tokenizer", "tokens", "bin", "pictures", "adapters", "questions", "journals")
+GROUPS = (
+    "safetensors",
+    "index",
+    "json",
+    "tokenizer",
+    "tokens",
+    "bin",
+    "pictures",
+    "adapters",
+    "questions",
+    "journals",
+)
 ALONE = ("pictures", "questions", "journals")  # which need no checkpoint
 
 
@@ -927,13 +1161,17 @@ class Bench:
         self.victims["tokens"] = Path(shutil.copytree(VICTIM, folder / "tokens"))
         for name, content in TOKEN_FILES.items():
             write(self.victims["tokens"] / name, json.dumps(content))
-        self.victims["bin"] = Path(shutil.copytree(VICTIM, folder / "bin", ignore=shutil.ignore_patterns(SINGLE)))
+        self.victims["bin"] = Path(
+            shutil.copytree(VICTIM, folder / "bin", ignore=shutil.ignore_patterns(SINGLE))
+        )
         write(self.victims["bin"] / BIN, saved(load_file(VICTIM / SINGLE)))
         self.victims["adapters"] = folder / "adapter"
         make_adapter(self.victims["adapters"])
         self.processor = ImageProcessor(SIDE)
         self.undamaged = {name: self.processor(content) for name, content in pictures().items()}
-        self.upright = {name: open_image(content) for name, (content, _, _) in described_pictures().items()}
+        self.upright = {
+            name: open_image(content) for name, (content, _, _) in described_pictures().items()
+        }
 
     def cases(self, group: str) -> list[Case]:
         makers = {
@@ -951,7 +1189,8 @@ class Bench:
         return list(makers[group]())
 
     def run(self, group: str, case: Case) -> dict:
-        """{"outcome": "loaded", "error" or "wrong", "what": ..., "mib": memory above what there was}"""
+        """{"outcome": "loaded", "error" or "wrong", "what": ..., "mib": memory above what there
+        was}"""
         self.count += 1
         folder, need = self.folder / str(self.count), 0
         if group in ALONE:
@@ -959,7 +1198,9 @@ class Bench:
         else:
             shutil.copytree(self.victims[group], folder)
             need = sum(path.stat().st_size for path in folder.iterdir())
-            need += sum(path.stat().st_size for path in VICTIM.iterdir()) if group == "adapters" else 0
+            need += (
+                sum(path.stat().st_size for path in VICTIM.iterdir()) if group == "adapters" else 0
+            )
         source = case.damage(folder)
         before = start_measuring()
         with warnings.catch_warnings(record=True) as warned:
@@ -971,13 +1212,24 @@ class Bench:
         if group == "pictures":
             need = claimed_bytes(source)
         if grown > 2 * need + SLACK:
-            outcome, what = "wrong", f"took {grown >> 20} MiB, needs {need >> 20}; {outcome}: {what}"
-        # Of two sets of weights one is read, which a person must know; of nothing else is there a warning.
+            outcome, what = (
+                "wrong",
+                f"took {grown >> 20} MiB, needs {need >> 20}; {outcome}: {what}",
+            )
+        # Of two sets of weights one is read, which a person must know; of nothing else is there a
+        # warning.
         noted = case.category.endswith("two sets")
-        if noted and outcome == "loaded" and not any("are read from" in str(w.message) for w in warned):
+        if (
+            noted
+            and outcome == "loaded"
+            and not any("are read from" in str(w.message) for w in warned)
+        ):
             outcome, what = "wrong", "read one of two sets of weights without a word"
         if warned and outcome != "wrong" and not noted:
-            outcome, what = "wrong", f"warns: {warned[0].category.__name__}: {warned[0].message}; {outcome}: {what}"
+            outcome, what = (
+                "wrong",
+                f"warns: {warned[0].category.__name__}: {warned[0].message}; {outcome}: {what}",
+            )
         shutil.rmtree(folder)
         return {"outcome": outcome, "what": what, "mib": round(grown / 2**20, 1)}
 
@@ -1014,7 +1266,11 @@ class Bench:
         if hasattr(source, "seek"):
             source.seek(0)
         pixels = self.processor(source)
-        if image.mode != "RGB" or pixels.shape != (1, 3, SIDE, SIDE) or pixels.dtype != torch.float32:
+        if (
+            image.mode != "RGB"
+            or pixels.shape != (1, 3, SIDE, SIDE)
+            or pixels.dtype != torch.float32
+        ):
             return f"mode {image.mode}, pixels {list(pixels.shape)} {pixels.dtype}"
         if not pixels.isfinite().all():
             return "pixels are not finite"
@@ -1023,7 +1279,8 @@ class Bench:
         if case.must == "turned":
             upright = self.upright[case.names]
             if not any(
-                np.array_equal(image, known) for known in (upright, upright.transpose(Image.Transpose.ROTATE_90))
+                np.array_equal(image, known)
+                for known in (upright, upright.transpose(Image.Transpose.ROTATE_90))
             ):
                 return "opened, neither upright nor as it is stored"
         if case.category == "picture undamaged":
@@ -1033,7 +1290,8 @@ class Bench:
 
 
 def complaint(error: Exception, case: Case, folder: str) -> tuple[str, str]:
-    """Whether an error is clear: one line that names the file (only lists of tensors are longer)."""
+    """Whether an error is clear: one line that names the file (only lists of tensors are
+    longer)."""
     first, *more = str(error).splitlines() or [""]
     shown = f"{type(error).__name__}: {error!s:.600}"
     if case.must == "load":
@@ -1048,7 +1306,8 @@ def complaint(error: Exception, case: Case, folder: str) -> tuple[str, str]:
 
 
 def claimed_bytes(source) -> int:
-    """What the picture that a header claims takes at four bytes a pixel; its margin takes nothing."""
+    """What the picture that a header claims takes at four bytes a pixel; its margin takes
+    nothing."""
     if not isinstance(source, Path) or not source.is_file():
         return 0
     try:
@@ -1086,7 +1345,8 @@ def serve() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench, known = Bench(Path(folder)), {}
         warm = minillava.load(VICTIM, device="cpu", dtype="float32")
-        warm.ask(PICTURE, "What is it?", max_new_tokens=2)  # what a first time costs is not the cases'
+        # what a first time costs is not the cases'
+        warm.ask(PICTURE, "What is it?", max_new_tokens=2)
         if size := memory("VmSize"):
             import resource
 
@@ -1124,14 +1384,20 @@ class Runner:
         return {"outcome": "wrong", "what": what, "mib": 0.0}
 
     def _start(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        }
         with open(self.folder / "stderr", "w", encoding="utf-8") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
                 text=True, env=environment,
             )  # fmt: skip
         self.lines = queue.Queue()
-        self.listener = threading.Thread(target=self._listen, args=(self.process.stdout, self.lines), daemon=True)
+        self.listener = threading.Thread(
+            target=self._listen, args=(self.process.stdout, self.lines), daemon=True
+        )
         self.listener.start()
         if self.lines.get() is None:  # no case has run yet: what is wrong is not what it damages
             words = self._last_words()
@@ -1160,7 +1426,7 @@ class Runner:
             self.process = None
 
 
-# --- the tests ------------------------------------------------------------------------------------------------
+# --- the tests ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -1185,7 +1451,9 @@ def table(request):
         total.update(counts)
     lines = [f"{'damaged':<32}{'cases':>7}{'loaded':>8}{'error':>7}{'wrong':>7}"]
     for category, counts in [*rows, ("all" if FULL else "all; more: MINILLAVA_FUZZ=full", total)]:
-        numbers = "".join(f"{counts[key]:>{width}}" for key, width in (("loaded", 8), ("error", 7), ("wrong", 7)))
+        numbers = "".join(
+            f"{counts[key]:>{width}}" for key, width in (("loaded", 8), ("error", 7), ("wrong", 7))
+        )
         lines.append(f"{category:<32}{sum(counts.values()):>7}{numbers}")
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print("\n" + "\n".join(lines))
@@ -1197,7 +1465,11 @@ def chosen(cases: list[Case]) -> list[int]:
     for number, case in enumerate(cases):
         categories.setdefault(case.category, []).append(number)
     dice = random.Random(0)
-    return [i for same in categories.values() for i in (same if FULL else dice.sample(same, min(SAMPLE, len(same))))]
+    return [
+        i
+        for same in categories.values()
+        for i in (same if FULL else dice.sample(same, min(SAMPLE, len(same))))
+    ]
 
 
 def test_there_are_more_than_a_thousand_cases(bench):
@@ -1213,9 +1485,14 @@ def test_damage_gets_the_right_answer_or_one_clear_error(group, runner, bench, t
         found = runner.run(group, number)
         counts.setdefault(cases[number].category, Counter())[found["outcome"]] += 1
         if found["outcome"] == "wrong":
-            wrong.append(f"{cases[number].name}\n  {found['what']}\n  python tests/test_fuzz.py {group} {number}")
+            wrong.append(
+                f"{cases[number].name}\n  {found['what']}\n  python tests/test_fuzz.py {group} "
+                f"{number}"
+            )
     table += counts.items()
-    assert not wrong, f"{len(wrong)} of {sum(c.total() for c in counts.values())}:\n" + "\n".join(wrong)
+    assert not wrong, f"{len(wrong)} of {sum(c.total() for c in counts.values())}:\n" + "\n".join(
+        wrong
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The loop: when it stops, what it returns, what it refuses. Which tokens it chooses is in the parity tests."""
+"""The loop: when it stops, what it returns, what it refuses. Which tokens it chooses is in the
+parity tests."""
 
 import re
 from contextlib import contextmanager
@@ -40,17 +41,30 @@ def ending_with(model, token_id):
 
 def test_shapes_of_what_is_recorded(toy, pixels):
     result = generate(
-        toy.model, [IDS], pixels[:1], max_new_tokens=3, record=("scores", "logits", "hidden_states", "attentions")
+        toy.model,
+        [IDS],
+        pixels[:1],
+        max_new_tokens=3,
+        record=("scores", "logits", "hidden_states", "attentions"),
     )
     config = toy.model.config
-    length, layers, heads = 4 + config.tokens_per_image, config.text.num_hidden_layers, config.text.num_attention_heads
+    length, layers, heads = (
+        4 + config.tokens_per_image,
+        config.text.num_hidden_layers,
+        config.text.num_attention_heads,
+    )
     assert result.sequences.shape == (1, 3)
     assert result.image_spans == [[(2, 2 + config.tokens_per_image)]]
     assert [tuple(x.shape) for x in result.logits] == [(1, config.text.vocab_size)] * 3
-    assert all(torch.equal(a, b) for a, b in zip(result.logits, result.scores, strict=True))  # greedy: nothing between
-    for step, (states, weights) in enumerate(zip(result.hidden_states, result.attentions, strict=True)):
+    # greedy: nothing between
+    assert all(torch.equal(a, b) for a, b in zip(result.logits, result.scores, strict=True))
+    for step, (states, weights) in enumerate(
+        zip(result.hidden_states, result.attentions, strict=True)
+    ):
         queries, keys = (length, length) if step == 0 else (1, length + step)
-        assert [tuple(s.shape) for s in states] == [(1, queries, config.text.hidden_size)] * (layers + 1)
+        assert [tuple(s.shape) for s in states] == [(1, queries, config.text.hidden_size)] * (
+            layers + 1
+        )
         assert [tuple(w.shape) for w in weights] == [(1, heads, queries, keys)] * layers
         for w in weights:
             one = torch.ones(1, heads, queries, dtype=torch.float64)
@@ -61,13 +75,20 @@ def test_shapes_of_what_is_recorded(toy, pixels):
 
 def test_what_was_not_asked_for_is_none(toy, pixels):
     result = generate(toy.model, [IDS], pixels[:1], max_new_tokens=1)
-    assert (result.scores, result.logits, result.hidden_states, result.attentions, result.text) == (None,) * 5
+    assert (result.scores, result.logits, result.hidden_states, result.attentions, result.text) == (
+        None,
+    ) * 5
 
 
 @pytest.mark.numeric
 def test_a_fused_model_records_the_weights_of_eager(reference):
-    models = [load(reference / "plain", device="cpu", dtype="float64", attention=a).model for a in ("fused", "eager")]
-    first, second = (generate(model, [[1, 30, 41]], max_new_tokens=2, record=("attentions",)) for model in models)
+    models = [
+        load(reference / "plain", device="cpu", dtype="float64", attention=a).model
+        for a in ("fused", "eager")
+    ]
+    first, second = (
+        generate(model, [[1, 30, 41]], max_new_tokens=2, record=("attentions",)) for model in models
+    )
     for ours, theirs in zip(first.attentions, second.attentions, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert_same_in_float64(a, b)
@@ -76,7 +97,8 @@ def test_a_fused_model_records_the_weights_of_eager(reference):
 def test_the_end_token_stops_its_row_and_the_rest_is_padding(toy, pixels):
     rows = [IDS, [1, 99, -200, 12]]
     free = generate(toy.model, rows, pixels, max_new_tokens=8).sequences
-    end = next(int(t) for t in free[0, 1:] if t not in free[1])  # a token that only the first row produces
+    # a token that only the first row produces
+    end = next(int(t) for t in free[0, 1:] if t not in free[1])
     at = free[0].tolist().index(end)
     with ending_with(toy.model, end):
         result = generate(toy.model, rows, pixels, max_new_tokens=8)
@@ -102,7 +124,9 @@ def test_no_forward_pass_after_the_last_token(toy, pixels):
 
 def test_the_head_sees_one_position_at_prefill(toy, pixels):
     seen = []
-    hook = toy.model.language_model.lm_head.register_forward_hook(lambda *args: seen.append(args[1][0].shape[1]))
+    hook = toy.model.language_model.lm_head.register_forward_hook(
+        lambda *args: seen.append(args[1][0].shape[1])
+    )
     try:
         generate(toy.model, [IDS], pixels[:1], max_new_tokens=2)
     finally:
@@ -111,7 +135,9 @@ def test_the_head_sees_one_position_at_prefill(toy, pixels):
 
 
 def test_interleaved_loops_do_not_disturb_each_other(toy, pixels):
-    prompts = [toy.model.splice([row], pixels[i : i + 1]) for i, row in enumerate((IDS, [1, 99, -200, 12]))]
+    prompts = [
+        toy.model.splice([row], pixels[i : i + 1]) for i, row in enumerate((IDS, [1, 99, -200, 12]))
+    ]
     options = Options(max_new_tokens=6, temperature=1.0, seed=5)
     alone = [[int(s.token_ids) for s in steps(toy.model, p, options)] for p in prompts]
     loops = [steps(toy.model, p, options) for p in prompts]
@@ -134,11 +160,18 @@ def test_a_seed_reproduces_a_sample_whatever_else_draws(toy, pixels):
 def test_end_tokens_are_barred_until_enough_is_said(toy, pixels):
     free = generate(toy.model, [IDS], pixels[:1], max_new_tokens=6).sequences[0].tolist()
     with ending_with(toy.model, free[1]):
-        assert generate(toy.model, [IDS], pixels[:1], max_new_tokens=6).sequences[0].tolist() == free[:2]
-        longer = generate(toy.model, [IDS], pixels[:1], max_new_tokens=6, min_new_tokens=3, record="scores")
+        assert (
+            generate(toy.model, [IDS], pixels[:1], max_new_tokens=6).sequences[0].tolist()
+            == free[:2]
+        )
+        longer = generate(
+            toy.model, [IDS], pixels[:1], max_new_tokens=6, min_new_tokens=3, record="scores"
+        )
     assert longer.sequences.shape[1] >= 3
     assert free[1] not in longer.sequences[0, :3]
-    assert [bool(s[0, free[1]].isinf()) for s in longer.scores[:4]] == [True, True, True, False][: len(longer.scores)]
+    assert [bool(s[0, free[1]].isinf()) for s in longer.scores[:4]] == [True, True, True, False][
+        : len(longer.scores)
+    ]
 
 
 def test_a_stop_text_ends_an_answer_however_much_should_be_said(toy, pixels):
@@ -155,7 +188,14 @@ def test_what_must_not_repeat_counts_the_pictures_patches_and_no_padding(toy, pi
     def barred(row, size):
         pictures = pixels[: row.count(-200)]
         found = [
-            generate(toy.model, rows, pictures, max_new_tokens=1, no_repeat_ngram_size=size, record="scores")
+            generate(
+                toy.model,
+                rows,
+                pictures,
+                max_new_tokens=1,
+                no_repeat_ngram_size=size,
+                record="scores",
+            )
             for rows in ([row], [[1, *[9] * 40], row])
         ]
         alone, padded = (x.scores[0][-1].isinf().nonzero().flatten().tolist() for x in found)
@@ -174,18 +214,32 @@ def test_several_samples_stand_in_adjacent_rows(reference, pixels):
     rows = [[1, 99, -200, 12], IDS]
     options = {"temperature": 1.2, "seed": 4, "max_new_tokens": 6, "tokenizer": toy.tokenizer}
     found = generate(toy.model, rows, pixels, num_return_sequences=3, record="logits", **options)
-    assert (len(found.sequences), len(found.text), len(found.finish_reason), len(found.image_spans)) == (6, 6, 6, 6)
+    assert (
+        len(found.sequences),
+        len(found.text),
+        len(found.finish_reason),
+        len(found.image_spans),
+    ) == (6, 6, 6, 6)
     assert len(set(found.text)) > 2
     for prompt in (found.logits[0][:3], found.logits[0][3:]):
         assert_same_in_float64(prompt, prompt[:1].expand(3, -1))
-    repeated = generate(toy.model, [rows[0]] * 3 + [rows[1]] * 3, pixels.repeat_interleave(3, 0), **options)
+    repeated = generate(
+        toy.model, [rows[0]] * 3 + [rows[1]] * 3, pixels.repeat_interleave(3, 0), **options
+    )
     assert torch.equal(found.sequences, repeated.sequences)
 
 
 def test_a_stop_text_ends_the_answer_and_is_cut(toy, pixels):
     whole = generate(toy.model, [IDS], pixels[:1], max_new_tokens=12, tokenizer=toy.tokenizer)
     stop = whole.text[0][3:6]
-    result = generate(toy.model, [IDS], pixels[:1], max_new_tokens=12, tokenizer=toy.tokenizer, stop=[stop, "never"])
+    result = generate(
+        toy.model,
+        [IDS],
+        pixels[:1],
+        max_new_tokens=12,
+        tokenizer=toy.tokenizer,
+        stop=[stop, "never"],
+    )
     assert result.text[0] == whole.text[0][: whole.text[0].index(stop)]
     assert result.finish_reason == ["stop"]
     assert torch.equal(result.sequences, whole.sequences[:, : result.sequences.shape[1]])
@@ -197,13 +251,20 @@ class Letters:
     by_id: ClassVar[dict] = {}
 
     class sentencepiece:
-        vocab_size, is_control, is_unknown, is_byte = lambda: 128, lambda i: i == 0, lambda i: False, lambda i: False
+        vocab_size, is_control, is_unknown, is_byte = (
+            lambda: 128,
+            lambda i: i == 0,
+            lambda i: False,
+            lambda i: False,
+        )
         id_to_piece = staticmethod(chr)
 
 
 def feed(text, stop, end=None):
     row = Row((0,), Letters, stop)
-    return [row.feed(ord(c), last=i == len(text) - 1) for i, c in enumerate(text)], row.finish_reason
+    return [
+        row.feed(ord(c), last=i == len(text) - 1) for i, c in enumerate(text)
+    ], row.finish_reason
 
 
 def test_text_that_may_become_a_stop_text_is_held_back():
@@ -216,7 +277,9 @@ def test_text_that_may_become_a_stop_text_is_held_back():
 
 def test_a_prompt_that_fills_the_context_is_refused_with_its_numbers(toy, pixels):
     context = toy.model.config.text.context
-    with pytest.raises(ValueError, match=rf"prompt takes {context} positions \(1 picture.*context holds {context}"):
+    with pytest.raises(
+        ValueError, match=rf"prompt takes {context} positions \(1 picture.*context holds {context}"
+    ):
         generate(toy.model, [[1] * (context - 16) + [-200]], pixels[:1])
 
 
@@ -235,7 +298,9 @@ def test_numbers_that_are_not_finite_are_refused(reference, pixels):
 
 
 def test_unknown_records_and_stop_without_tokenizer(toy):
-    with pytest.raises(ValueError, match=r"cannot record \['attention'\], expected some of: scores"):
+    with pytest.raises(
+        ValueError, match=r"cannot record \['attention'\], expected some of: scores"
+    ):
         generate(toy.model, [[1, 2]], record=("attention",))
     with pytest.raises(ValueError, match="need a tokenizer"):
         generate(toy.model, [[1, 2]], stop=["x"])
@@ -266,10 +331,19 @@ def test_unknown_records_and_stop_without_tokenizer(toy):
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1"),
         ({"min_new_tokens": 1.5}, "min_new_tokens is 1.5, expected a whole number"),
         ({"num_beams": 0}, "num_beams is 0, expected a whole number of at least 1"),
-        ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences is 3, but num_beams is 2"),
-        ({"num_beams": 2, "early_stopping": "maybe"}, "early_stopping is 'maybe', expected False, True or \"never\""),
+        (
+            {"num_beams": 2, "num_return_sequences": 3},
+            "num_return_sequences is 3, but num_beams is 2",
+        ),
+        (
+            {"num_beams": 2, "early_stopping": "maybe"},
+            "early_stopping is 'maybe', expected False, True or \"never\"",
+        ),
         ({"num_beams": 2, "early_stopping": 1}, "early_stopping is 1, expected"),
-        ({"num_beams": 2, "length_penalty": float("inf")}, "length_penalty is inf, expected a number from -10 to 10"),
+        (
+            {"num_beams": 2, "length_penalty": float("inf")},
+            "length_penalty is inf, expected a number from -10 to 10",
+        ),
         ({"length_penalty": 2.0}, "about beams: set num_beams above 1"),
         ({"early_stopping": True}, "about beams: set num_beams above 1"),
     ],
@@ -291,41 +365,67 @@ def test_a_half_character_at_the_end_is_the_same_text_however_it_ended(toy):
     texts = []
     for ids, last in ((half, True), ([*half, toy.tokenizer.eos_id], False)):
         row = Row((toy.tokenizer.eos_id,), toy.tokenizer, ())
-        texts.append("".join(row.feed(i, last=last and n == len(ids) - 1) for n, i in enumerate(ids)))
+        texts.append(
+            "".join(row.feed(i, last=last and n == len(ids) - 1) for n, i in enumerate(ids))
+        )
     assert texts[0] == texts[1] == toy.tokenizer.decode(half)
 
 
 def test_the_penalty_reaches_pictures_only_where_they_have_an_id(toy, pixels):
-    """In transformers a picture is an id of the prompt; in the original dialect it has none, and none is penalised."""
+    """In transformers a picture is an id of the prompt; in the original dialect it has none, and
+    none is penalised."""
     model, image_id = toy.model, toy.model.config.image_token_id
 
     def scores(**change):
         original = model.config
         model.config = replace(original, **change)
         try:
-            taken = generate(model, [IDS], pixels[:1], max_new_tokens=1, repetition_penalty=2.0, record=RECORDABLE[:2])
+            taken = generate(
+                model,
+                [IDS],
+                pixels[:1],
+                max_new_tokens=1,
+                repetition_penalty=2.0,
+                record=RECORDABLE[:2],
+            )
         finally:
             model.config = original
         return taken.logits[0][0], taken.scores[0][0]
 
     logits, penalised = scores()
-    assert penalised[image_id] == (logits[image_id] * 2 if logits[image_id] < 0 else logits[image_id] / 2)
+    assert penalised[image_id] == (
+        logits[image_id] * 2 if logits[image_id] < 0 else logits[image_id] / 2
+    )
     logits, penalised = scores(image_token_id=model.config.text.vocab_size)
-    assert (logits != penalised).nonzero().flatten().tolist() == sorted(i for i in set(IDS) if i >= 0)
+    assert (logits != penalised).nonzero().flatten().tolist() == sorted(
+        i for i in set(IDS) if i >= 0
+    )
 
 
 def test_second_pictures_follow_the_first_to_their_device(toy, pixels, monkeypatch):
-    """Those that contrast makes lie on the CPU; beside pictures on a GPU they were a RuntimeError."""
+    """Those that contrast makes lie on the CPU; beside pictures on a GPU they were a
+    RuntimeError."""
     seen = []
-    monkeypatch.setattr(toy.model, "splice", lambda ids, images: seen.append(images) or toy.model.no_such_step)
+    monkeypatch.setattr(
+        toy.model, "splice", lambda ids, images: seen.append(images) or toy.model.no_such_step
+    )
     with pytest.raises(AttributeError, match="no_such_step"):
-        generate(toy.model, [IDS], pixels[:1].to("meta"), second=([IDS], pixels[:1]), contrast=lambda a, b, step: a)
+        generate(
+            toy.model,
+            [IDS],
+            pixels[:1].to("meta"),
+            second=([IDS], pixels[:1]),
+            contrast=lambda a, b, step: a,
+        )
     assert (seen[0].device.type, len(seen[0])) == ("meta", 2)
 
 
 def test_no_token_left_is_an_error(toy, pixels):
-    """A cut that leaves one token and a bar on all tokens said before: nothing to choose, not id 0."""
-    only = lambda logits, other, step: torch.full_like(logits, -float("inf")).index_fill(1, torch.tensor([30]), 0)  # noqa: E731
+    """A cut that leaves one token and a bar on all tokens said before: nothing to choose, not id
+    0."""
+    only = lambda logits, other, step: torch.full_like(logits, -float("inf")).index_fill(  # noqa: E731
+        1, torch.tensor([30]), 0
+    )
     with pytest.raises(ValueError, match="no token is left"):
         generate(
             toy.model, [IDS], pixels[:1], second=([IDS], pixels[:1]), contrast=only,
@@ -333,7 +433,7 @@ def test_no_token_left_is_an_error(toy, pixels):
         )  # fmt: skip
 
 
-# --- sampling of one's own ------------------------------------------------------------------------------------
+# --- sampling of one's own ------------------------------------------------------------------------
 
 
 def only(*allowed):
@@ -351,11 +451,20 @@ def test_process_sees_scores_after_penalties_and_before_temperature(toy, pixels)
         scores.zero_(), history.zero_()  # it may work in place: nobody else reads its copies
         return seen[-1][0]
 
-    options = {"max_new_tokens": 3, "temperature": 0.5, "repetition_penalty": 1.5, "seed": 1, "record": "scores"}
+    options = {
+        "max_new_tokens": 3,
+        "temperature": 0.5,
+        "repetition_penalty": 1.5,
+        "seed": 1,
+        "record": "scores",
+    }
     plain = generate(toy.model, [IDS, IDS[:1]], pixels[:1], **options)
     watched = generate(toy.model, [IDS, IDS[:1]], pixels[:1], process=watch, **options)
     assert watched.sequences.tolist() == plain.sequences.tolist()
-    assert all(torch.equal(scores / 0.5, after) for (scores, _), after in zip(seen, plain.scores, strict=True))
+    assert all(
+        torch.equal(scores / 0.5, after)
+        for (scores, _), after in zip(seen, plain.scores, strict=True)
+    )
     image, patches = toy.model.config.image_token_id, toy.model.config.tokens_per_image
     assert seen[2][1].tolist() == [
         [1, 30, *[image] * patches, 41, 42, *plain.sequences[0, :2].tolist()],
@@ -370,15 +479,23 @@ def test_process_decides_with_filters_beams_and_contrast(toy, pixels):
         {"num_beams": 3},
         {"second": ([IDS], pixels[1:]), "contrast": lambda logits, other, step: 2 * logits - other},
     ):
-        found = generate(toy.model, [IDS], pixels[:1], max_new_tokens=4, process=only(50, 60), **options)
+        found = generate(
+            toy.model, [IDS], pixels[:1], max_new_tokens=4, process=only(50, 60), **options
+        )
         assert set(found.sequences.flatten().tolist()) <= {50, 60}
 
 
 @pytest.mark.parametrize(
     ("process", "message"),
     [
-        (lambda scores, history: None, r"process returned NoneType, expected a tensor \[1, \d+\] float32"),
-        (lambda scores, history: scores[0], r"process returned a tensor \[\d+\] float32 on cpu, expected \[1, \d+\]"),
+        (
+            lambda scores, history: None,
+            r"process returned NoneType, expected a tensor \[1, \d+\] float32",
+        ),
+        (
+            lambda scores, history: scores[0],
+            r"process returned a tensor \[\d+\] float32 on cpu, expected \[1, \d+\]",
+        ),
         (lambda scores, history: scores.double(), "float64 on cpu, expected .* float32 on cpu"),
         (lambda scores, history: scores.abs() / 0, r"process returned NaN or \+inf"),
         (lambda scores, history: scores * float("nan"), r"process returned NaN or \+inf"),
@@ -387,16 +504,19 @@ def test_process_decides_with_filters_beams_and_contrast(toy, pixels):
 )
 def test_what_process_may_not_return(toy, pixels, process, message):
     for options in ({}, {"num_beams": 2}):
-        with pytest.raises(ValueError, match=message.replace("[1,", "[[12],") if options else message) as caught:
+        with pytest.raises(
+            ValueError, match=message.replace("[1,", "[[12],") if options else message
+        ) as caught:
             generate(toy.model, [IDS], pixels[:1], max_new_tokens=2, process=process, **options)
         assert "\n" not in str(caught.value)
 
 
-# --- lengths and options are known before anything is computed ------------------------------------------------
+# --- lengths and options are known before anything is computed ------------------------------------
 
 
 def test_a_prompt_too_long_is_refused_before_anything_is_computed(toy, pixels, monkeypatch):
-    """It took gigabytes to look up megabytes of ids, and seconds to encode pictures, before the refusal."""
+    """It took gigabytes to look up megabytes of ids, and seconds to encode pictures, before the
+    refusal."""
 
     def computed(*args):
         raise AssertionError("this was computed")
@@ -406,12 +526,14 @@ def test_a_prompt_too_long_is_refused_before_anything_is_computed(toy, pixels, m
     context, each = toy.model.config.text.context, toy.model.config.tokens_per_image
     pictures = context // each + 1
     with pytest.raises(
-        ValueError, match=rf"{1 + pictures * each} positions \({pictures} picture\(s\) of {each} each\)"
+        ValueError,
+        match=rf"{1 + pictures * each} positions \({pictures} picture\(s\) of {each} each\)",
     ):
         generate(toy.model, [[1], [1, *[-200] * pictures]], torch.zeros(pictures, 3, 56, 56))
     for ids in ([[1] * context], torch.ones(1, context, dtype=torch.long), [1] * context):
         with pytest.raises(
-            ValueError, match=f"the prompt takes {context} positions .* holds {context} with the answer"
+            ValueError,
+            match=f"the prompt takes {context} positions .* holds {context} with the answer",
         ):
             generate(toy.model, ids)
 

@@ -1,4 +1,5 @@
-"""tools/gpu_check.py: what it checks on a GPU, as far as a CPU can run it; and that its checks can fail."""
+"""tools/gpu_check.py: what it checks on a GPU, as far as a CPU can run it; and that its checks can
+fail."""
 
 import json
 import sys
@@ -57,19 +58,28 @@ def test_the_command_makes_a_table_and_a_file(few, capsys, tmp_path):
 def test_every_way_to_answer_agrees(few, monkeypatch):
     rows = verdicts(rows_of(gpu_check.answers))
     assert set(rows.values()) == {OK}
-    for way in ("as a batch", "vcd, as a batch", "a conversation's kept cache", "sampled, running ahead", "int8"):
+    for way in (
+        "as a batch",
+        "vcd, as a batch",
+        "a conversation's kept cache",
+        "sampled, running ahead",
+        "int8",
+    ):
         assert {f"{way} float32", f"{way} bfloat16"} <= set(rows)
     assert {"captured float32", "captured bfloat16", "captured, int4 bfloat16"} <= set(rows)
 
 
 def test_another_answer_is_found(monkeypatch):
-    """One way that says something else fails, and names both answers; the others stay as they are."""
+    """One way that says something else fails, and names both answers; the others stay as they
+    are."""
 
     def ask(self, image, question, **options):
         return "A ship." if isinstance(question, str) else ["A boat."] * len(question)
 
     monkeypatch.setattr(gpu_check.Assistant, "ask", ask)
-    monkeypatch.setattr(gpu_check.Conversation, "ask", lambda self, question, **options: str(self.cache))
+    monkeypatch.setattr(
+        gpu_check.Conversation, "ask", lambda self, question, **options: str(self.cache)
+    )
     monkeypatch.setattr(gpu_check.Assistant, "score", lambda *arguments: [-1.0, 0.0, -2.0])
     rows = rows_of(gpu_check.answers)
     failed = {row.check for row in rows if row.verdict == FAILED}
@@ -175,7 +185,10 @@ def test_a_section_that_fails_is_a_row_and_the_next_one_runs(monkeypatch, capsys
         time.sleep(30)
 
     def killed(run):
-        assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["rows"][0]["check"] == "before"
+        assert (
+            json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["rows"][0]["check"]
+            == "before"
+        )
         run.report.check("kept", "", 1, 1, True)
 
     sections = {"a": (broken, 60), "b": (slow, 0.2), "c": (killed, 60)}
@@ -188,16 +201,20 @@ def test_a_section_that_fails_is_a_row_and_the_next_one_runs(monkeypatch, capsys
     assert "| c: kept |  | 1 | 1 | ok |" in out
     assert "Traceback" in err
     assert "Traceback" not in out
-    assert gpu_check.main([*arguments, "--seconds", "1"]) == 0  # nothing is begun, and so nothing failed
+    # nothing is begun, and so nothing failed
+    assert gpu_check.main([*arguments, "--seconds", "1"]) == 0
     assert capsys.readouterr().out.count("| skipped |") == 3
 
 
 def test_what_only_a_gpu_runs_is_run_here_with_a_cpu_in_its_place(few, monkeypatch):
-    """So that nothing is misspelt where a mistake costs a machine: the device is a CPU by another name."""
+    """So that nothing is misspelt where a mistake costs a machine: the device is a CPU by another
+    name."""
     as_a_gpu(monkeypatch)
     sections = ("syncs", "growth", "growth-captured", "first", "int8-captured")
     rows = {name: rows_of(gpu_check.SECTIONS[name][0], "cpu:0") for name in sections}
-    waits = [row.found for row in rows["syncs"] if "waits in" in row.check or "three times" in row.check]
+    waits = [
+        row.found for row in rows["syncs"] if "waits in" in row.check or "three times" in row.check
+    ]
     assert waits == ["1"] * len(waits)  # as often as it was said
     assert {row.verdict for row in rows["growth"] + rows["growth-captured"]} == {OK, MEASURED}
     found = [row.found for row in rows["first"] if row.verdict == MEASURED]
@@ -227,9 +244,18 @@ def as_a_gpu(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--only", "parity,speed"], "--only: unknown speed, expected some of: parity, answers, syncs"),
-        (["--device", "cuda"], "there is no GPU that this PyTorch can use; --device cpu runs what a CPU can"),
-        (["--device", "cpu", "--json", "/no/such/folder/x.json"], "--json: /no/such/folder: no such folder"),
+        (
+            ["--only", "parity,speed"],
+            "--only: unknown speed, expected some of: parity, answers, syncs",
+        ),
+        (
+            ["--device", "cuda"],
+            "there is no GPU that this PyTorch can use; --device cpu runs what a CPU can",
+        ),
+        (
+            ["--device", "cpu", "--json", "/no/such/folder/x.json"],
+            "--json: /no/such/folder: no such folder",
+        ),
     ],
 )
 def test_wrong_usage(capsys, monkeypatch, wrong, message):

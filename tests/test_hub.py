@@ -23,7 +23,9 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "hub"
 
 
-def store(cache: Path, commit: str = FIRST, refs: tuple[str, ...] = ("main",), files=("config.json",)) -> Path:
+def store(
+    cache: Path, commit: str = FIRST, refs: tuple[str, ...] = ("main",), files=("config.json",)
+) -> Path:
     """A snapshot as huggingface_hub writes it: files are relative links into blobs/."""
     home = cache / "models--org--name"
     folder = home / "snapshots" / commit
@@ -48,11 +50,13 @@ def refusal(error: type[Exception], *arguments: str | None) -> str:
     return str(caught.value)
 
 
-# --- what is there --------------------------------------------------------------------------------------------
+# --- what is there --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "revision", [None, "main", "v1.0", "refs/pr/1", FIRST, FIRST[:7], FIRST[:4]], ids=lambda r: str(r)[:10]
+    "revision",
+    [None, "main", "v1.0", "refs/pr/1", FIRST, FIRST[:7], FIRST[:4]],
+    ids=lambda r: str(r)[:10],
 )
 def test_a_snapshot_is_found_by_branch_tag_and_commit(cache, revision):
     folder = store(cache, refs=("main", "v1.0", "refs/pr/1"))
@@ -95,7 +99,7 @@ def test_without_variables_the_cache_is_in_the_home_folder(monkeypatch, tmp_path
     assert cache_folder() == tmp_path / ".cache" / "huggingface" / "hub"
 
 
-# --- what is not there ----------------------------------------------------------------------------------------
+# --- what is not there ----------------------------------------------------------------------------
 
 
 def test_what_is_not_there_names_the_folder_the_size_and_the_one_command(cache):
@@ -106,9 +110,13 @@ def test_what_is_not_there_names_the_folder_the_size_and_the_one_command(cache):
         f"{repo}: no revision 'main' of it in the hub cache {home}; {command} (14.1 GB)"
     )
     assert refusal(FileNotFoundError, repo, "v2").endswith(f"{command} --revision v2 (14.1 GB)")
-    assert refusal(FileNotFoundError, repo, "$(v2)").endswith(f"{command} --revision '$(v2)' (14.1 GB)")
+    assert refusal(FileNotFoundError, repo, "$(v2)").endswith(
+        f"{command} --revision '$(v2)' (14.1 GB)"
+    )
     for known in ("lmsys/vicuna-7b-v1.5", "openai/clip-vit-large-patch14-336"):
-        assert refusal(FileNotFoundError, known).endswith(f"; put it there with: hf download {known}")
+        assert refusal(FileNotFoundError, known).endswith(
+            f"; put it there with: hf download {known}"
+        )
     assert all(is_repo_id(name) and re.match(r"\d+\.\d GB", size) for name, size in SIZES.items())
 
 
@@ -167,7 +175,8 @@ def test_an_abbreviation_of_two_commits_is_refused_naming_both(cache):
 @pytest.mark.parametrize("damage", ["no file", "dangling link", "directory", "no snapshot", "loop"])
 def test_a_snapshot_without_config_json_says_so_and_how_to_finish_it(cache, damage):
     folder = store(cache, files=("model.safetensors",))
-    if damage == "dangling link":  # a download that was interrupted: the blob is still called .incomplete
+    # a download that was interrupted: the blob is still called .incomplete
+    if damage == "dangling link":
         (folder / "config.json").symlink_to(Path("..", "..", "blobs", "absent"))
     elif damage == "directory":
         (folder / "config.json").mkdir()
@@ -176,15 +185,18 @@ def test_a_snapshot_without_config_json_says_so_and_how_to_finish_it(cache, dama
     elif damage == "no snapshot":
         folder.rename(folder.with_name("away"))
     message = refusal(FileNotFoundError, REPO)
-    assert message.startswith(f"{folder}: " + ("no such folder" if damage == "no snapshot" else "holds no config.json"))
+    assert message.startswith(
+        f"{folder}: " + ("no such folder" if damage == "no snapshot" else "holds no config.json")
+    )
     assert message.endswith("finish it with: hf download org/name")
 
 
-# --- nothing outside the cache --------------------------------------------------------------------------------
+# --- nothing outside the cache --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "content", ["../../etc", f"../{FIRST}", "/etc", "", "main", FIRST + "0", FIRST.upper(), "\udc80"]
+    "content",
+    ["../../etc", f"../{FIRST}", "/etc", "", "main", FIRST + "0", FIRST.upper(), "\udc80"],
 )
 def test_a_reference_cannot_lead_out_of_the_snapshots(cache, content):
     store(cache)
@@ -195,7 +207,22 @@ def test_a_reference_cannot_lead_out_of_the_snapshots(cache, content):
 
 @pytest.mark.parametrize(
     "revision",
-    ["../x", "..", ".", "", "/etc/hostname", "a/../../b", "a//b", "a\\b", "C:x", "a b", "a\nb", "*", "a/", "x" * 300],
+    [
+        "../x",
+        "..",
+        ".",
+        "",
+        "/etc/hostname",
+        "a/../../b",
+        "a//b",
+        "a\\b",
+        "C:x",
+        "a b",
+        "a\nb",
+        "*",
+        "a/",
+        "x" * 300,
+    ],
 )
 def test_a_revision_cannot_lead_out_of_the_references(cache, revision):
     store(cache)
@@ -233,12 +260,14 @@ def test_a_path_that_exists_is_no_repo_id(tmp_path, monkeypatch):
     assert is_repo_id("liuhaotian/llava-v1.5-7b")
 
 
-# --- huggingface_hub itself -----------------------------------------------------------------------------------
+# --- huggingface_hub itself -----------------------------------------------------------------------
 
 
 @pytest.fixture
 def huggingface_hub():
-    return pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed to compare with")
+    return pytest.importorskip(
+        "huggingface_hub", reason="huggingface_hub is not installed to compare with"
+    )
 
 
 @pytest.mark.parametrize("revision", [None, "v1.0", "refs/pr/1", FIRST, SECOND, THIRD, "v2"])
@@ -254,11 +283,14 @@ def test_huggingface_hub_finds_the_same(cache, huggingface_hub, revision):
             huggingface_hub.snapshot_download(REPO, local_files_only=True, **options)
         return
     assert ours == Path(huggingface_hub.snapshot_download(REPO, local_files_only=True, **options))
-    assert str(ours / "config.json") == huggingface_hub.try_to_load_from_cache(REPO, "config.json", **options)
+    assert str(ours / "config.json") == huggingface_hub.try_to_load_from_cache(
+        REPO, "config.json", **options
+    )
 
 
 def test_huggingface_hub_allows_the_same_names(huggingface_hub):
-    """It also allows names without an organisation, of which there is no LLaVA; and it allows no path."""
+    """It also allows names without an organisation, of which there is no LLaVA; and it allows no
+    path."""
     for repo in [*NO_REPOS, *SIZES, "a/b", "A_b/c.d-e"]:
         try:
             huggingface_hub.utils.validate_repo_id(repo)
@@ -277,6 +309,8 @@ def test_huggingface_hub_writes_what_is_found_here(cache, huggingface_hub, tmp_p
         path.parent.mkdir(parents=True)
     blob.write_text("{}", encoding="utf-8")
     huggingface_hub.file_download._create_symlink(str(blob), str(pointer))
-    huggingface_hub.file_download._cache_commit_hash_for_specific_revision(str(home), "refs/pr/7", FIRST)
+    huggingface_hub.file_download._cache_commit_hash_for_specific_revision(
+        str(home), "refs/pr/7", FIRST
+    )
     assert find_snapshot(REPO, "refs/pr/7") == pointer.parent
     assert os.path.samefile(pointer, blob)

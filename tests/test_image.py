@@ -1,4 +1,5 @@
-"""Pictures of every kind to pixel values. Bit-equality with transformers' processor is in the parity tests."""
+"""Pictures of every kind to pixel values. Bit-equality with transformers' processor is in the
+parity tests."""
 
 import base64
 import io
@@ -15,7 +16,14 @@ from PIL import Image
 from minillava import image as image_module
 from minillava.files import pictures
 from minillava.files.pictures import open_image, to_rgb
-from minillava.image import CLIP_MEAN, CLIP_STD, ImageProcessor, pad_and_resize, pad_to_square, resize_and_crop
+from minillava.image import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ImageProcessor,
+    pad_and_resize,
+    pad_to_square,
+    resize_and_crop,
+)
 
 MODES = ["1", "L", "P", "RGB", "RGBA", "RGBX", "RGBa", "La", "LA", "PA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F",
          "I;16", "I;16L", "I;16B", "I;16N"]  # fmt: skip
@@ -49,9 +57,13 @@ def test_transparency_is_composited_on_white():
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
 def test_sixteen_bit_greys_are_scaled_not_clipped(mode):
     values = np.array([[0, 257, 32896, 65535]])
-    image = Image.fromarray(values.astype(np.int32 if mode == "I" else ">u2" if mode.endswith("B") else "<u2"))
+    image = Image.fromarray(
+        values.astype(np.int32 if mode == "I" else ">u2" if mode.endswith("B") else "<u2")
+    )
     assert image.mode == mode
-    assert [to_rgb(image).getpixel((x, 0)) for x in range(4)] == [(v, v, v) for v in (0, 1, 128, 255)]
+    assert [to_rgb(image).getpixel((x, 0)) for x in range(4)] == [
+        (v, v, v) for v in (0, 1, 128, 255)
+    ]
 
 
 def test_float_greys_are_taken_from_0_to_1_or_from_0_to_255():
@@ -88,7 +100,8 @@ def test_every_kind_of_source(tmp_path):
 
 
 def test_pad_centres_on_the_mean_colour_and_rounds_to_the_top_left():
-    """500 x 334 as in the walk-through: offset 83, and rows 0..53 and 282..335 of 336 are exactly the fill."""
+    """500 x 334 as in the walk-through: offset 83, and rows 0..53 and 282..335 of 336 are exactly
+    the fill."""
     white = Image.new("RGB", (500, 334), (255, 255, 255))
     square = np.asarray(pad_to_square(white, (122, 116, 104)))
     assert square.shape == (500, 500, 3)
@@ -116,7 +129,8 @@ def test_unknown_aspect_is_refused():
 def test_one_pixel_and_very_flat_pictures():
     process = ImageProcessor(56)
     assert process([Image.new("RGB", (1, 1), (122, 116, 104))]).shape == (1, 3, 56, 56)
-    assert process([Image.new("RGB", (3, 1))]).shape == (1, 3, 56, 56)  # HWC, never mistaken for channels first
+    # HWC, never mistaken for channels first
+    assert process([Image.new("RGB", (3, 1))]).shape == (1, 3, 56, 56)
     assert ImageProcessor(56, "crop")([Image.new("RGB", (1, 500))]).shape == (1, 3, 56, 56)
 
 
@@ -160,7 +174,9 @@ def test_what_is_no_file_is_refused_and_a_pipe_not_waited_for(tmp_path):
         open_image(path)
     path.unlink()
     path.symlink_to("x.png")
-    with pytest.raises(ValueError, match=r"x\.png: cannot be read \(Too many levels of symbolic links\)"):
+    with pytest.raises(
+        ValueError, match=r"x\.png: cannot be read \(Too many levels of symbolic links\)"
+    ):
         open_image(path)
 
 
@@ -184,23 +200,30 @@ def test_decompression_bombs_are_refused(monkeypatch):
         open_image(png(picture()))
 
 
-# --- long pictures --------------------------------------------------------------------------------------------
+# --- long pictures --------------------------------------------------------------------------------
 
 COLOUR = (122, 116, 104)
 
 
 def test_padding_around_the_resize_gives_the_bits_of_the_whole_square(monkeypatch):
-    """A margin needs no memory, but both passes of Pillow's resize round: the order of the work decides the last bit.
-    Extreme values overshoot at every edge, also at that of the margin."""
+    """A margin needs no memory, but both passes of Pillow's resize round: the order of the work
+    decides the last bit. Extreme values overshoot at every edge, also at that of the margin."""
     dice, rng = random.Random(0), np.random.default_rng(0)
     for number in range(60):
         longest = dice.choice([3, 20, 100, 500])
-        width, height, size = dice.randint(1, longest), dice.randint(1, longest), dice.choice([1, 14, 56, 99, 336])
+        width, height, size = (
+            dice.randint(1, longest),
+            dice.randint(1, longest),
+            dice.choice([1, 14, 56, 99, 336]),
+        )
         pixels = (
-            rng.integers(0, 256, (height, width, 3)) if number % 2 else 255 * rng.integers(0, 2, (height, width, 3))
+            rng.integers(0, 256, (height, width, 3))
+            if number % 2
+            else 255 * rng.integers(0, 2, (height, width, 3))
         )
         image = Image.fromarray(pixels.astype(np.uint8))
-        monkeypatch.setattr(image_module, "WHOLE_SQUARE", (30, 2048)[number % 2])  # strips of few rows, or of all
+        # strips of few rows, or of all
+        monkeypatch.setattr(image_module, "WHOLE_SQUARE", (30, 2048)[number % 2])
         square = resize_and_crop(pad_to_square(image, COLOUR), size)
         assert np.array_equal(pad_and_resize(image, size, COLOUR), square), (width, height, size)
 
@@ -209,17 +232,25 @@ def test_a_very_tall_picture_is_a_very_wide_one_turned(monkeypatch):
     monkeypatch.setattr(image_module, "EXACT_SIDE", 50)
     image = picture(9, 60)
     turned = pad_and_resize(image.transpose(Image.Transpose.TRANSPOSE), 14, COLOUR)
-    assert np.array_equal(pad_and_resize(image, 14, COLOUR).transpose(Image.Transpose.TRANSPOSE), turned)
+    assert np.array_equal(
+        pad_and_resize(image, 14, COLOUR).transpose(Image.Transpose.TRANSPOSE), turned
+    )
 
 
-@pytest.mark.parametrize("size", [(13_400, 100), (100, 2_100), (60_000, 30), (30, 60_000), (1, 65_535)])
+@pytest.mark.parametrize(
+    "size", [(13_400, 100), (100, 2_100), (60_000, 30), (30, 60_000), (1, 65_535)]
+)
 def test_panoramas_and_long_screenshots_are_opened(size):
-    """The limit is on a picture's own pixels: padded to a square, these would have up to 4 billion."""
+    """The limit is on a picture's own pixels: padded to a square, these would have up to 4
+    billion."""
     image = Image.new("RGB", size, (10, 200, 30))
-    assert np.asarray(ImageProcessor(56, "crop").square(image)).tolist() == [[[10, 200, 30]] * 56] * 56
+    assert (
+        np.asarray(ImageProcessor(56, "crop").square(image)).tolist() == [[[10, 200, 30]] * 56] * 56
+    )
     padded = np.asarray(ImageProcessor(56).square(image))
     assert (padded[0, 0] == COLOUR).all()
-    assert (padded[28, 28] == COLOUR).all() == (1 in size)  # one pixel in 65,535 is nothing, after rounding
+    # one pixel in 65,535 is nothing, after rounding
+    assert (padded[28, 28] == COLOUR).all() == (1 in size)
 
 
 def test_an_opened_picture_keeps_its_name(tmp_path, monkeypatch):
@@ -227,12 +258,15 @@ def test_an_opened_picture_keeps_its_name(tmp_path, monkeypatch):
     picture().save(tmp_path / "x.png")
     opened = open_image(open_image(tmp_path / "x.png"))
     monkeypatch.setattr(pictures, "MAX_SIDE", 39)
-    with pytest.raises(ValueError, match=r"x\.png: the picture is 40 x 30, with a side of more than 39 pixels"):
+    with pytest.raises(
+        ValueError, match=r"x\.png: the picture is 40 x 30, with a side of more than 39 pixels"
+    ):
         ImageProcessor(56)([opened])
 
 
 def test_a_path_in_the_home_folder(tmp_path, monkeypatch):
-    """`--image=~/x.png` reaches us as it is written, since a shell expands only a `~` at a word's beginning."""
+    """`--image=~/x.png` reaches us as it is written, since a shell expands only a `~` at a word's
+    beginning."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     picture().save(tmp_path / "x.png")
@@ -244,7 +278,7 @@ def test_a_path_in_the_home_folder(tmp_path, monkeypatch):
         open_image("~/y.png")
 
 
-# --- data: URLs -----------------------------------------------------------------------------------------------
+# --- data: URLs -----------------------------------------------------------------------------------
 
 
 def test_a_data_url_as_people_and_programs_write_it():
@@ -258,7 +292,9 @@ def test_a_data_url_as_people_and_programs_write_it():
         "DATA:Image/PNG;BASE64," + good,
         "data:image/png;charset=utf-8;name=x.png;base64," + good,
         "data:;base64," + good.rstrip("="),
-        "data:image/png; base64," + good.replace("+", "%2B").replace("/", "%2f").replace("=", "%3D") + "%0A",
+        "data:image/png; base64,"
+        + good.replace("+", "%2B").replace("/", "%2f").replace("=", "%3D")
+        + "%0A",
         "data:image/png;base64," + base64.urlsafe_b64encode(content).decode(),
         "data:image/png," + "".join(f"%{byte:02x}" for byte in content),
         "data:image/png;base64," + "".join(f"%{ord(letter):02X}" for letter in good),
@@ -266,7 +302,7 @@ def test_a_data_url_as_people_and_programs_write_it():
         assert np.array_equal(open_image(url), image), url[:60]
 
 
-# --- metadata -------------------------------------------------------------------------------------------------
+# --- metadata -------------------------------------------------------------------------------------
 
 
 def directory(*entries, order="<", extra=b""):
@@ -297,7 +333,10 @@ EXIF = {
     "no values": (directory((0x112, 3, 0, b"\6\0\0\0")), False),
     "four billion values": (directory((0x112, 3, 2**32 - 1, b"\6\0\0\0")), False),
     "a directory beyond the end": (b"II*\0\xff\xff\0\0" + directory(UPRIGHT)[8:], False),
-    "a directory that says it is long": (directory(UPRIGHT).replace(b"\1\0\x12\1", b"\xff\xff\x12\1", 1), True),
+    "a directory that says it is long": (
+        directory(UPRIGHT).replace(b"\1\0\x12\1", b"\xff\xff\x12\1", 1),
+        True,
+    ),
     "no byte order": (b"??" + directory(UPRIGHT)[2:], False),
     "nothing": (b"", False),
     "something else": (bytes(range(200)), False),
@@ -310,7 +349,9 @@ def jpeg(*segments):
     picture().save(file, "JPEG", quality=95)
     content = file.getvalue()
     return (
-        content[:2] + b"".join(bytes([0xFF, m]) + struct.pack(">H", len(p) + 2) + p for m, p in segments) + content[2:]
+        content[:2]
+        + b"".join(bytes([0xFF, m]) + struct.pack(">H", len(p) + 2) + p for m, p in segments)
+        + content[2:]
     )
 
 
@@ -318,7 +359,10 @@ def with_chunks(*chunks):
     """picture() as a PNG with these (kind, payload, sound) before its pixels."""
     content = png(picture())
     made = [
-        struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload) ^ (not sound))
+        struct.pack(">I", len(payload))
+        + kind
+        + payload
+        + struct.pack(">I", zlib.crc32(kind + payload) ^ (not sound))
         for kind, payload, sound in chunks
     ]
     return content[:33] + b"".join(made) + content[33:]
@@ -326,8 +370,9 @@ def with_chunks(*chunks):
 
 @pytest.mark.parametrize("name", EXIF)
 def test_malformed_exif_hides_no_pixels(name):
-    """Upright where the orientation can be read, as it is stored where it cannot: Pillow's exif_transpose refuses the
-    picture, or loses the orientation, for one malformed tag beside it."""
+    """Upright where the orientation can be read, as it is stored where it cannot: Pillow's
+    exif_transpose refuses the picture, or loses the orientation, for one malformed tag beside
+    it."""
     exif, readable = EXIF[name]
     image = picture()
     webp = io.BytesIO()
@@ -337,7 +382,11 @@ def test_malformed_exif_hides_no_pixels(name):
         "PNG": with_chunks((b"eXIf", exif, True)),
         "PNG with a damaged text": with_chunks((b"tEXt", b"a\0b", False), (b"eXIf", exif, True)),
         "ImageMagick's PNG": with_chunks(
-            (b"tEXt", b"Raw profile type exif\0\nexif\n%8d\n%s\n" % (len(exif), exif.hex().encode()), True)
+            (
+                b"tEXt",
+                b"Raw profile type exif\0\nexif\n%8d\n%s\n" % (len(exif), exif.hex().encode()),
+                True,
+            )
         ),
         "WebP": webp.getvalue(),
     }
@@ -346,11 +395,13 @@ def test_malformed_exif_hides_no_pixels(name):
         expected = stored.transpose(Image.Transpose.ROTATE_270) if readable else stored
         opened = open_image(content)
         assert np.array_equal(opened, expected), kind
-        assert np.array_equal(open_image(opened), expected), kind  # commands open twice; it must not turn twice
+        # commands open twice; it must not turn twice
+        assert np.array_equal(open_image(opened), expected), kind
 
 
 def test_a_tiff_is_turned_once():
-    """Pillow turns it as it loads, and takes the orientation out of its metadata; XMP still has it in other words."""
+    """Pillow turns it as it loads, and takes the orientation out of its metadata; XMP still has it
+    in other words."""
     image, file = picture(), io.BytesIO()
     exif = Image.Exif()
     exif[0x112], exif[700] = 6, b"<x tiff:Orientation = '6'/>"
@@ -362,7 +413,8 @@ def test_a_tiff_is_turned_once():
 
 
 def test_orientation_in_xmp():
-    """Read when EXIF has none, as Pillow does, which writes a digit without looking whether it is one of eight."""
+    """Read when EXIF has none, as Pillow does, which writes a digit without looking whether it is
+    one of eight."""
     stored = open_image(jpeg())
     for text, turn in (
         (b'tiff:Orientation="6"', True),
@@ -376,9 +428,12 @@ def test_orientation_in_xmp():
         assert open_image(content).size == ((30, 40) if turn else (40, 30)), text
         itxt = b"XML:com.adobe.xmp\0\0\0\0\0" + text
         for other in ((), ((b"tIME", b"x", False),)):
-            assert open_image(with_chunks((b"iTXt", itxt, True), *other)).size == ((30, 40) if turn else (40, 30)), text
+            assert open_image(with_chunks((b"iTXt", itxt, True), *other)).size == (
+                (30, 40) if turn else (40, 30)
+            ), text
     wins = jpeg(
-        (0xE1, b"Exif\0\0" + directory((0x112, 3, 1, b"\1\0\0\0"))), (0xE1, b"http://ns.adobe.com/xap/1.0/\0" + text)
+        (0xE1, b"Exif\0\0" + directory((0x112, 3, 1, b"\1\0\0\0"))),
+        (0xE1, b"http://ns.adobe.com/xap/1.0/\0" + text),
     )
     assert np.array_equal(open_image(wins), stored)
 
@@ -419,7 +474,8 @@ def test_webp_and_avif_with_damaged_metadata():
     content = file.getvalue()
     expected = picture().transpose(Image.Transpose.ROTATE_270)
     assert np.array_equal(open_image(content[:-60]), expected)  # cut in its XMP
-    assert np.array_equal(open_image(content[: content.index(b"EXIF") + 8 + 24]), expected)  # cut behind the value
+    # cut behind the value
+    assert np.array_equal(open_image(content[: content.index(b"EXIF") + 8 + 24]), expected)
     if "AVIF" not in Image.registered_extensions().values():
         pytest.skip("this Pillow has no AVIF; the rest of the test has passed")
     file = io.BytesIO()
@@ -431,8 +487,8 @@ def test_webp_and_avif_with_damaged_metadata():
 
 
 def test_damage_to_pixels_stays_an_error():
-    """What helps metadata must not let through a picture with other pixels: half of them, or without its palette or
-    its transparency."""
+    """What helps metadata must not let through a picture with other pixels: half of them, or
+    without its palette or its transparency."""
     palette = png(picture().convert("P", palette=Image.Palette.ADAPTIVE), transparency=3)
     for content in (
         png(picture())[:-600],

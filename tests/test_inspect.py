@@ -1,4 +1,5 @@
-"""What a folder holds and lacks, against the files themselves and against `load`; and the doctor, who must notice."""
+"""What a folder holds and lacks, against the files themselves and against `load`; and the doctor,
+who must notice."""
 
 import json
 import math
@@ -40,7 +41,9 @@ def change_json(path: Path, change) -> None:
 
 
 def change_weights(folder: Path, change) -> None:
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors = {
+        name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
 
@@ -58,13 +61,19 @@ def opens(weights, **others) -> bool:
     return True
 
 
-# --- figures --------------------------------------------------------------------------------------------------
+# --- figures --------------------------------------------------------------------------------------
 
 
 def test_parameters_and_bytes_are_those_in_the_files():
-    stored = {name: tensor for path in WEIGHTS.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    stored = {
+        name: tensor
+        for path in WEIGHTS.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
     needed = {
-        name: tensor for name, tensor in stored.items() if "layers.5." not in name and "post_layernorm" not in name
+        name: tensor
+        for name, tensor in stored.items()
+        if "layers.5." not in name and "post_layernorm" not in name
     }
     report = inspect.inspect_folder(WEIGHTS)
     prefixes = {
@@ -76,7 +85,9 @@ def test_parameters_and_bytes_are_those_in_the_files():
         mine = [tensor.numel() for name, tensor in needed.items() if name.startswith(prefix)]
         assert report.parts[part] == {"tensors": len(mine), "parameters": sum(mine)}
     count = sum(tensor.numel() for tensor in needed.values())
-    assert report.dtypes == {"float16": {"tensors": len(needed), "parameters": count, "bytes": 2 * count}}
+    assert report.dtypes == {
+        "float16": {"tensors": len(needed), "parameters": count, "bytes": 2 * count}
+    }
     assert set(report.unneeded) == stored.keys() - needed.keys()
     assert {tensor["stored"] for tensor in report.tensors} == needed.keys()
     assert {(tensor["stored"], *tensor["shape"]) for tensor in report.tensors} == {
@@ -85,7 +96,9 @@ def test_parameters_and_bytes_are_those_in_the_files():
 
 
 def test_every_dtype_is_counted(folder):
-    change_weights(folder, lambda tensors: tensors.update({PROJECTOR: tensors[PROJECTOR].bfloat16()}))
+    change_weights(
+        folder, lambda tensors: tensors.update({PROJECTOR: tensors[PROJECTOR].bfloat16()})
+    )
     dtypes, count = inspect.inspect_folder(folder).dtypes, 64 * 64
     assert dtypes["bfloat16"] == {"tensors": 1, "parameters": count, "bytes": 2 * count}
     assert dtypes["float32"]["bytes"] == 4 * dtypes["float32"]["parameters"]
@@ -103,31 +116,56 @@ def test_the_memory_table_is_what_the_model_takes(reference):
             cache = KVCache(text, 1, positions, dtype=getattr(torch, dtype), device="cpu")
             sizes[positions] = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
         small, full = sizes.values()
-        assert table[dtype] == {"weights": weights, "cache_per_1000": small, "full_context": weights + full}
-    assert table["int8"]["cache_per_1000"] == table["int4"]["cache_per_1000"] == table["bfloat16"]["cache_per_1000"]
+        assert table[dtype] == {
+            "weights": weights,
+            "cache_per_1000": small,
+            "full_context": weights + full,
+        }
+    assert (
+        table["int8"]["cache_per_1000"]
+        == table["int4"]["cache_per_1000"]
+        == table["bfloat16"]["cache_per_1000"]
+    )
 
 
 def test_int8_and_int4_by_hand():
     shapes = {
         "language_model.embed_tokens.weight": (10, 96),
-        "language_model.layers.0.mlp.up_proj.weight": (20, 96),  # two groups a row, the second of 32
+        # two groups a row, the second of 32
+        "language_model.layers.0.mlp.up_proj.weight": (20, 96),
         "language_model.norm.weight": (96,),
         "projector.linear_1.weight": (96, 8),
     }
     rest = 2 * (10 * 96 + 96 + 96 * 8)
     assert doctor.weight_bytes(shapes, "int8") == rest + 20 * 96 + 20 * 2
     assert doctor.weight_bytes(shapes, "int4") == rest + 20 * 48 + 20 * 2 * 4
-    assert doctor.weight_bytes(shapes, "float32") == 2 * doctor.weight_bytes(shapes, "bfloat16") == 2 * (rest + 40 * 96)
+    assert (
+        doctor.weight_bytes(shapes, "float32")
+        == 2 * doctor.weight_bytes(shapes, "bfloat16")
+        == 2 * (rest + 40 * 96)
+    )
 
 
 def test_seven_billion_weights_are_counted_without_reading_them(folder, monkeypatch):
-    """A file with the header of LLaVA-1.5-7B and 14 GB of nothing behind it, which takes no room on the disk."""
-    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32}
-    tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
+    """A file with the header of LLaVA-1.5-7B and 14 GB of nothing behind it, which takes no room on
+    the disk."""
+    sizes = {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+    }
+    tower = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+    }
     change_json(folder / "config.json", lambda c: c["text_config"].update(sizes, vocab_size=32064))
     change_json(folder / "config.json", lambda c: c["vision_config"].update(tower, image_size=336))
     config = LlavaConfig(
-        vision=VisionConfig(**tower, image_size=336, patch_size=14), text=TextConfig(**sizes, vocab_size=32064)
+        vision=VisionConfig(**tower, image_size=336, patch_size=14),
+        text=TextConfig(**sizes, vocab_size=32064),
     )
     header, end = {}, 0
     for name, shape in inspect.weight_shapes(config).items():
@@ -147,23 +185,32 @@ def test_seven_billion_weights_are_counted_without_reading_them(folder, monkeypa
     (folder / "added_tokens.json").write_text(json.dumps({f"<{i}>": i for i in range(442, 32064)}))
     report = inspect.inspect_folder(folder)
     assert report.loadable
-    assert report.parts["language model"]["parameters"] == 6_738_939_904  # Llama-7B's 6,738,415,616 and 64 rows twice
+    # Llama-7B's 6,738,415,616 and 64 rows twice
+    assert report.parts["language model"]["parameters"] == 6_738_939_904
     assert report.parts["projector"]["parameters"] == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
     assert report.memory["bfloat16"]["cache_per_1000"] == 524_288_000
     assert 14.1e9 < report.memory["bfloat16"]["weights"] == end < 14.2e9
     assert 7.4e9 < report.memory["int8"]["weights"] < 7.7e9
 
 
-# --- folders of all kinds -------------------------------------------------------------------------------------
+# --- folders of all kinds -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_dialect_is_whole_and_known(tmp_path, write_dialect, dialect):
     given = write_dialect(dialect, tmp_path)
     report = inspect.inspect_folder(given.pop("weights"), **given)
-    assert (report.problems, report.missing, report.misshapen, report.unexpected) == ([], [], [], [])
+    assert (report.problems, report.missing, report.misshapen, report.unexpected) == (
+        [],
+        [],
+        [],
+        [],
+    )
     assert report.loadable
-    assert ("original" in report.dialect, "hub" in report.dialect) == ("original" in dialect, "original" not in dialect)
+    assert ("original" in report.dialect, "hub" in report.dialect) == (
+        "original" in dialect,
+        "original" not in dialect,
+    )
     plain = inspect.inspect_folder(REFERENCE / "plain")
     assert report.parts["projector"] == plain.parts["projector"]
     assert report.parts["vision tower"] == plain.parts["vision tower"]
@@ -174,7 +221,10 @@ def test_a_release_without_tower_says_which_to_get(tmp_path, write_dialect, caps
     change_json(weights / "config.json", lambda c: c.update(mm_vision_tower="some/clip-336"))
     status, out = run(capsys, weights)
     assert status == 1
-    assert "missing: vision tower; get it with: hf download some/clip-336 --local-dir clip-336; then pass" in out
+    assert (
+        "missing: vision tower; get it with: hf download some/clip-336 --local-dir clip-336; then "
+        "pass" in out
+    )
     assert out.partition("it cannot be opened as it is:")[2].count("missing") == 1
     change_json(weights / "config.json", lambda c: c.update(mm_vision_tower="/home/me/clip"))
     assert f"hf download {CLIP_RELEASE} " in run(capsys, weights)[1]
@@ -187,7 +237,9 @@ def test_a_plain_clip_and_a_plain_llama_are_called_so(tmp_path, write_dialect):
     assert "--vision-tower" in clip.dialect
     tower = load_file(tmp_path / "clip" / "model.safetensors")
     vision = sum(
-        t.numel() for name, t in tower.items() if name.startswith("vision_model.") and "position_ids" not in name
+        t.numel()
+        for name, t in tower.items()
+        if name.startswith("vision_model.") and "position_ids" not in name
     )
     assert clip.parts["vision tower"]["parameters"] == vision
     assert clip.parts["language model"]["tensors"] == clip.parts["projector"]["tensors"] == 0
@@ -207,16 +259,31 @@ def lora(tmp_path, write_dialect) -> dict[str, Path]:
     shutil.copy(base / "config.json", folder)
     change_json(base / "config.json", lambda c: c.update(model_type="llama"))
     tensors = load_file(base / "model.safetensors")
-    projector = {name: tensors.pop(name).clone() for name in list(tensors) if "mm_projector" in name}
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, base / "model.safetensors")
+    projector = {
+        name: tensors.pop(name).clone() for name in list(tensors) if "mm_projector" in name
+    }
+    save_file(
+        {name: tensor.clone() for name, tensor in tensors.items()}, base / "model.safetensors"
+    )
     torch.save(
-        {f"base_model.model.{name}": tensor for name, tensor in projector.items()}, folder / "non_lora_trainables.bin"
+        {f"base_model.model.{name}": tensor for name, tensor in projector.items()},
+        folder / "non_lora_trainables.bin",
     )
     (folder / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "lora_alpha": 4, "r": 2, "base_model_name_or_path": "lmsys/some-vicuna"})
+        json.dumps(
+            {
+                "peft_type": "LORA",
+                "lora_alpha": 4,
+                "r": 2,
+                "base_model_name_or_path": "lmsys/some-vicuna",
+            }
+        )
     )
     query = "base_model.model.model.layers.0.self_attn.q_proj"
-    halves = {f"{query}.lora_A.weight": torch.ones(2, 64), f"{query}.lora_B.weight": torch.ones(64, 2)}
+    halves = {
+        f"{query}.lora_A.weight": torch.ones(2, 64),
+        f"{query}.lora_B.weight": torch.ones(64, 2),
+    }
     save_file(halves, folder / "adapter_model.safetensors")
     return {"weights": folder, "model_base": base, "vision_tower": whole["vision_tower"]}
 
@@ -234,7 +301,12 @@ def test_a_lora_alone_asks_for_its_base(lora, capsys):
 
 def test_a_lora_with_its_base_is_whole(lora, capsys):
     status, out = run(
-        capsys, lora["weights"], "--model-base", lora["model_base"], "--vision-tower", lora["vision_tower"]
+        capsys,
+        lora["weights"],
+        "--model-base",
+        lora["model_base"],
+        "--vision-tower",
+        lora["vision_tower"],
     )
     assert status == 0, out
     assert f"is a LoRA adapter, on the base in {lora['model_base']}" in out
@@ -249,9 +321,14 @@ def test_a_projector_alone_needs_a_language_model(lora):
         (lora["weights"] / name).unlink()
     rest = lora["weights"] / "non_lora_trainables.bin"
     projector = torch.load(rest)
-    torch.save({name.removeprefix("base_model.model."): projector[name] for name in projector}, rest)
+    torch.save(
+        {name.removeprefix("base_model.model."): projector[name] for name in projector}, rest
+    )
     rest.rename(lora["weights"] / "mm_projector.bin")
-    alone, whole = inspect.inspect_folder(lora["weights"]), inspect.inspect_folder(lora.pop("weights"), **lora)
+    alone, whole = (
+        inspect.inspect_folder(lora["weights"]),
+        inspect.inspect_folder(lora.pop("weights"), **lora),
+    )
     assert alone.dialect == "a projector from pre-training alone, without its base"
     assert not alone.loadable
     assert whole.problems == []
@@ -266,10 +343,14 @@ def test_files_of_pytorch_are_counted_too(folder, tmp_path):
     after = inspect.inspect_folder(folder)
     assert after.loadable
     assert opens(folder)
-    assert (after.parts, after.dtypes, after.unneeded) == (before.parts, before.dtypes, before.unneeded)
+    assert (after.parts, after.dtypes, after.unneeded) == (
+        before.parts,
+        before.dtypes,
+        before.unneeded,
+    )
 
 
-# --- broken folders: inspect says no where load does, and says why --------------------------------------------
+# --- broken folders: inspect says no where load does, and says why --------------------------------
 
 
 def _widen(folder):
@@ -282,7 +363,12 @@ def _take(name):
 
 def _take_part(prefix):
     def damage(folder):
-        change_weights(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(prefix)])
+        change_weights(
+            folder,
+            lambda tensors: [
+                tensors.pop(name) for name in list(tensors) if name.startswith(prefix)
+            ],
+        )
 
     return damage
 
@@ -334,7 +420,13 @@ def test_what_load_refuses_is_refused_with_a_reason(folder, capsys, damage):
 
 def test_a_part_that_cannot_be_read_is_not_called_missing(folder):
     def quantise(tensors):
-        tensors.update({name: t.char() for name, t in tensors.items() if name.startswith("multi_modal_projector.")})
+        tensors.update(
+            {
+                name: t.char()
+                for name, t in tensors.items()
+                if name.startswith("multi_modal_projector.")
+            }
+        )
 
     change_weights(folder, quantise)
     problems = inspect.inspect_folder(folder).problems
@@ -342,7 +434,9 @@ def test_a_part_that_cannot_be_read_is_not_called_missing(folder):
     assert all("not quantised" in problem for problem in problems)
 
 
-@pytest.mark.parametrize("harmless", ["generation_config.json", "preprocessor_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "harmless", ["generation_config.json", "preprocessor_config.json", "tokenizer_config.json"]
+)
 def test_what_load_does_without_is_no_problem(folder, capsys, harmless):
     (folder / harmless).unlink()
     assert opens(folder)
@@ -375,7 +469,7 @@ def test_many_problems_are_cut_for_a_person_and_whole_in_json(folder, capsys):
     assert f"and {len(misshapen) - 8} more like it" in out
 
 
-# --- the command line -----------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def test_json_is_one_object_with_everything(folder, capsys):
@@ -385,8 +479,14 @@ def test_json_is_one_object_with_everything(folder, capsys):
     assert found["loadable"] is True
     assert found["template"]["name"] == "vicuna_v1"
     assistant = minillava.load(folder, device="cpu", template="vicuna_v1")
-    assert found["template"]["prompt"] == assistant.prompt(minillava.prompt.DEFAULT_PROMPT, system="Be brief.")
-    assert found["tokenizer"] == {"pieces": 440, "legacy": False, "added": {"<image>": 440, "<pad>": 441}}
+    assert found["template"]["prompt"] == assistant.prompt(
+        minillava.prompt.DEFAULT_PROMPT, system="Be brief."
+    )
+    assert found["tokenizer"] == {
+        "pieces": 440,
+        "legacy": False,
+        "added": {"<image>": 440, "<pad>": 441},
+    }
     assert found["network"]["positions_per_picture"] == 16
     assert found["picture"] == {"side": 56, "aspect": "pad"}
 
@@ -394,16 +494,24 @@ def test_json_is_one_object_with_everything(folder, capsys):
 def test_keys_lists_every_tensor_once(folder, capsys):
     out = run(capsys, folder, "--keys")[1]
     for name, tensor in load_file(folder / "model.safetensors").items():
-        (line,) = [words for line in out.splitlines() if name in (words := re.split(r" {2,}", line))[1:]]
+        (line,) = [
+            words for line in out.splitlines() if name in (words := re.split(r" {2,}", line))[1:]
+        ]
         if line[0] != "(not needed)":
             assert line[2:] == [str(list(tensor.shape)), "float32", "model.safetensors"]
             assert line[0].split(".")[-2:] == name.split(".")[-2:]
-    assert f"language_model.layers.1.self_attn.q_proj.weight  {QUERY} " in re.sub(r" +(?= {2})", "", out)
+    assert f"language_model.layers.1.self_attn.q_proj.weight  {QUERY} " in re.sub(
+        r" +(?= {2})", "", out
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
-    [(["a", "-m", "b"], "are the same"), (["a", "-i", "x.png"], "give both"), (["a", "b"], "unrecognized")],
+    [
+        (["a", "-m", "b"], "are the same"),
+        (["a", "-i", "x.png"], "give both"),
+        (["a", "b"], "unrecognized"),
+    ],
 )
 def test_wrong_usage_is_one_line(capsys, arguments, complaint):
     with pytest.raises(SystemExit) as caught:
@@ -421,12 +529,14 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
     assert captured.err.startswith("error: ")
 
 
-# --- the doctor -----------------------------------------------------------------------------------------------
+# --- the doctor -----------------------------------------------------------------------------------
 
 
 def visit(capsys, folder, *arguments) -> tuple[int, dict[str, dict]]:
     """Exit status, and check -> finding; on a CPU, in float32 unless said otherwise."""
-    status, out = run(capsys, folder, "--doctor", "--json", "--device", "cpu", "--dtype", "float32", *arguments)
+    status, out = run(
+        capsys, folder, "--doctor", "--json", "--device", "cpu", "--dtype", "float32", *arguments
+    )
     return status, {finding["check"]: finding for finding in json.loads(out)["doctor"]}
 
 
@@ -444,7 +554,8 @@ def test_a_healthy_model_passes_every_check(capsys):
     ]  # fmt: skip
     assert 0 < found["eager and fused attention"]["figures"]["relative_difference"] < 1e-5
     distances = found["blind test"]["figures"]["total_variation"]
-    assert min(distances["picture and black"], distances["picture and noise"]) > 0.5  # it says yes to one, no to others
+    # it says yes to one, no to others
+    assert min(distances["picture and black"], distances["picture and noise"]) > 0.5
     assert torch.__version__ in found["environment"]["text"]
 
 
@@ -469,7 +580,10 @@ def test_one_nan_is_found_and_named(folder, capsys):
     change_weights(folder, lambda tensors: tensors[QUERY][3, 5].fill_(math.nan))
     status, out = run(capsys, folder, "--doctor", "--device", "cpu", "--dtype", "float32")
     assert status == 1
-    assert "FAILED   weights: NaN or infinity in language_model.layers.1.self_attn.q_proj.weight:" in out
+    assert (
+        "FAILED   weights: NaN or infinity in language_model.layers.1.self_attn.q_proj.weight:"
+        in out
+    )
     assert "FAILED   answer: the logits are not finite" in out
 
 
@@ -481,7 +595,9 @@ def test_a_number_too_large_for_the_dtype_is_found(folder, capsys):
 
 def test_a_wrong_attention_is_found(capsys, reference, monkeypatch):
     right = minillava.attention.eager
-    monkeypatch.setitem(doctor.ATTENTION, "eager", lambda q, k, v, *rest: right(q, k * 1.5, v, *rest))
+    monkeypatch.setitem(
+        doctor.ATTENTION, "eager", lambda q, k, v, *rest: right(q, k * 1.5, v, *rest)
+    )
     assert "eager and fused attention" in failed(visit(capsys, reference / "plain")[1])
 
 
@@ -506,9 +622,12 @@ def test_a_black_picture_looks_like_a_black_one(capsys, tmp_path, reference):
 def test_attention_is_put_back(reference):
     model = minillava.load(reference / "plain", device="cpu").model
     before = [vars(module).get("attend") for module in model.modules()]
-    assert sum(attend is not None for attend in before) == 3  # the language model, two blocks of the tower
+    # the language model, two blocks of the tower
+    assert sum(attend is not None for attend in before) == 3
     with pytest.raises(ZeroDivisionError), doctor.attending(model, minillava.attention.eager):
-        assert {vars(m)["attend"] for m in model.modules() if "attend" in vars(m)} == {minillava.attention.eager}
+        assert {vars(m)["attend"] for m in model.modules() if "attend" in vars(m)} == {
+            minillava.attention.eager
+        }
         raise ZeroDivisionError
     assert [vars(module).get("attend") for module in model.modules()] == before
 
@@ -539,7 +658,13 @@ def test_the_rule_of_the_blind_test():
 
 @pytest.mark.parametrize(
     ("available", "mapped", "status"),
-    [(120, False, "ok"), (None, False, "ok"), (110, False, "warning"), (90, True, "warning"), (90, False, "FAILED")],
+    [
+        (120, False, "ok"),
+        (None, False, "ok"),
+        (110, False, "warning"),
+        (90, True, "warning"),
+        (90, False, "FAILED"),
+    ],
 )
 def test_memory_is_weighed(monkeypatch, available, mapped, status):
     monkeypatch.setattr(doctor, "available_memory", lambda device: available)
@@ -550,7 +675,9 @@ def test_a_model_that_does_not_fit_is_not_opened(capsys, reference, monkeypatch)
     monkeypatch.setattr(doctor, "available_memory", lambda device: 1000)
     status, found = visit(capsys, reference / "plain", "--dtype", "float64")
     assert (status, list(found)) == (1, ["environment", "device and dtype", "memory"])
-    count = sum(part["parameters"] for part in inspect.inspect_folder(reference / "plain").parts.values())
+    count = sum(
+        part["parameters"] for part in inspect.inspect_folder(reference / "plain").parts.values()
+    )
     assert found["memory"]["figures"]["weights"] == 8 * count
 
 

@@ -11,7 +11,15 @@ from torch import nn
 
 import minillava
 from minillava.fast import linear as home
-from minillava.fast.linear import BLOCK, FEW_NARROW_ROWS, MANY_ROWS, FastLinear, linear, product, use_fast_linear
+from minillava.fast.linear import (
+    BLOCK,
+    FEW_NARROW_ROWS,
+    MANY_ROWS,
+    FastLinear,
+    linear,
+    product,
+    use_fast_linear,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -32,7 +40,8 @@ def test_every_way_to_the_product_is_a_sum_of_its_terms(processor, dtype, rows, 
     """Against float64, and not against another kernel, whose error may be small by luck."""
     generator = torch.Generator().manual_seed(rows)
     x, weight, b = (
-        torch.randn(*s, generator=generator).to(dtype) for s in ((rows, WIDTH), (WIDTH_AFTER, WIDTH), (WIDTH_AFTER,))
+        torch.randn(*s, generator=generator).to(dtype)
+        for s in ((rows, WIDTH), (WIDTH_AFTER, WIDTH), (WIDTH_AFTER,))
     )
     b = b if bias else None
     found = linear(x, weight, b)
@@ -41,7 +50,16 @@ def test_every_way_to_the_product_is_a_sum_of_its_terms(processor, dtype, rows, 
 
 
 @pytest.mark.parametrize(
-    "shape", [(WIDTH,), (1, WIDTH), (2, 3, WIDTH), (0, WIDTH), (2, 0, WIDTH), (1, 1, WIDTH), (3, 7, 2, WIDTH)]
+    "shape",
+    [
+        (WIDTH,),
+        (1, WIDTH),
+        (2, 3, WIDTH),
+        (0, WIDTH),
+        (2, 0, WIDTH),
+        (1, 1, WIDTH),
+        (3, 7, 2, WIDTH),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shapes_are_those_of_the_plain_product(processor, shape, dtype):
@@ -52,13 +70,18 @@ def test_shapes_are_those_of_the_plain_product(processor, shape, dtype):
 
 def test_each_way_is_taken(monkeypatch):
     """A fast path that is never reached would pass every test above."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # two blocks of these sizes share out among one, not three
+    # two blocks of these sizes share out among one, not three
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     weight = torch.randn(WIDTH_AFTER, WIDTH)
     seen = []
     for name in ("mv", "bmm"):
         real = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, name=name, real=real: seen.append(name) or real(*a))
-    monkeypatch.setattr(home, "product", lambda *a, real=product: seen.append(len(a[1])) or real(*a))
+        monkeypatch.setattr(
+            torch, name, lambda *a, name=name, real=real: seen.append(name) or real(*a)
+        )
+    monkeypatch.setattr(
+        home, "product", lambda *a, real=product: seen.append(len(a[1])) or real(*a)
+    )
     monkeypatch.setattr(home, "has_fast_bfloat16", lambda: False)
     rest = WIDTH_AFTER - BLOCK
     for rows, dtype, ways in (
@@ -111,31 +134,41 @@ def no_grad_linear(x, weight):
 
 
 def test_gradients_are_those_of_the_product(processor):
-    """Of the sum of g · product: the gradients are products, too, of g with the weight and with x."""
+    """Of the sum of g · product: the gradients are products, too, of g with the weight and with
+    x."""
     for rows in ROWS:
         generator = torch.Generator().manual_seed(rows)
         x, weight, b, g = (
-            torch.randn(*s, generator=generator) for s in ((rows, WIDTH), (50, WIDTH), (50,), (rows, 50))
+            torch.randn(*s, generator=generator)
+            for s in ((rows, WIDTH), (50, WIDTH), (50,), (rows, 50))
         )
         leaves = [p.requires_grad_() for p in (x, weight, b)]
         (linear(*leaves) * g).sum().backward()
         x, weight = x.detach(), weight.detach()
         expected = products(g, weight.T), products(g.T, x.T), products(torch.ones(1, rows), g.T)
         for leaf, exact_and_bound in zip(leaves, expected, strict=True):
-            assert_within(leaf.grad.view(exact_and_bound[0].shape), exact_and_bound, (rows, tuple(leaf.shape)))
+            assert_within(
+                leaf.grad.view(exact_and_bound[0].shape), exact_and_bound, (rows, tuple(leaf.shape))
+            )
 
 
 def test_pictures_are_cut_into_patches_in_float32(monkeypatch):
     torch.manual_seed(0)
-    conv, x = nn.Conv2d(3, 8, 4, stride=4, bias=False).bfloat16(), torch.randn(2, 3, 16, 16).bfloat16()
-    plain, patches = conv(x), F.unfold(x.float(), 4, stride=4).transpose(1, 2).bfloat16()  # [B, P, 3·4·4]
+    conv, x = (
+        nn.Conv2d(3, 8, 4, stride=4, bias=False).bfloat16(),
+        torch.randn(2, 3, 16, 16).bfloat16(),
+    )
+    # [B, P, 3·4·4]
+    plain, patches = conv(x), F.unfold(x.float(), 4, stride=4).transpose(1, 2).bfloat16()
     use_fast_linear(conv)
     monkeypatch.setattr(home, "has_fast_bfloat16", lambda: True)
     assert torch.equal(conv(x), plain)
     monkeypatch.setattr(home, "has_fast_bfloat16", lambda: False)
     found = conv(x)
     assert (found.dtype, found.shape) == (plain.dtype, plain.shape)
-    assert_within(found.flatten(2).transpose(1, 2), products(patches, conv.weight.detach().flatten(1)))
+    assert_within(
+        found.flatten(2).transpose(1, 2), products(patches, conv.weight.detach().flatten(1))
+    )
     conv(x).sum().backward()
     assert conv.weight.grad.isfinite().all()
 
@@ -167,7 +200,9 @@ def test_names_and_weights_stay():
     before = dict(model.state_dict())
     use_fast_linear(model)
     assert list(model.state_dict()) == list(before)
-    assert all(after.data_ptr() == before[name].data_ptr() for name, after in model.state_dict().items())
+    assert all(
+        after.data_ptr() == before[name].data_ptr() for name, after in model.state_dict().items()
+    )
 
 
 def test_memory_kept_from_inference_mode_can_be_written_to_later(monkeypatch):

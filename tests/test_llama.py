@@ -1,4 +1,5 @@
-"""The pieces of the decoder against their papers' formulas; the whole against Hugging Face is in the parity tests."""
+"""The pieces of the decoder against their papers' formulas; the whole against Hugging Face is in
+the parity tests."""
 
 import math
 
@@ -19,7 +20,8 @@ def test_rms_norm_is_the_formula_and_rounds_before_the_weight():
     norm = RMSNorm(8, 1e-5).double()
     norm.weight.data = torch.arange(1.0, 9.0, dtype=torch.float64)
     expected = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5) * norm.weight
-    assert_within(norm(x), (expected, 2 * gamma(8 + 6, torch.float64) * expected.abs()))  # of it and of the formula
+    # of it and of the formula
+    assert_within(norm(x), (expected, 2 * gamma(8 + 6, torch.float64) * expected.abs()))
     half, weight = x.bfloat16(), norm.weight.bfloat16()
     exact = half.float() * torch.rsqrt(half.float().pow(2).mean(-1, keepdim=True) + 1e-5)
     assert torch.equal(norm.bfloat16()(half), weight * exact.bfloat16())
@@ -38,8 +40,12 @@ def test_rotary_turns_each_pair_by_position_times_frequency():
         for i in range(4):
             angle = position * 100.0 ** (-2 * i / 8)
             a, b = x[0, 0, 0, i].item(), x[0, 0, 0, i + 4].item()
-            expected = (a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle))
-            # An angle of four roundings, its cosine and sine of a few more, and two products and a sum.
+            expected = (
+                a * math.cos(angle) - b * math.sin(angle),
+                b * math.cos(angle) + a * math.sin(angle),
+            )
+            # An angle of four roundings, its cosine and sine of a few more, and two products and a
+            # sum.
             bound = gamma(8, torch.float32) * (1 + angle) * (abs(a) + abs(b))
             expected = torch.tensor(expected, dtype=torch.float64)
             assert_within(turned[[i, i + 4]], (expected, torch.full((2,), bound).double()))
@@ -50,7 +56,9 @@ def test_rotary_scores_depend_on_distance_only():
     q, k = torch.randn(8, generator=g), torch.randn(8, generator=g)
 
     def score(query_at, key_at):
-        tables = [rotary_tables(torch.tensor([[p]]), CONFIG, torch.float32) for p in (query_at, key_at)]
+        tables = [
+            rotary_tables(torch.tensor([[p]]), CONFIG, torch.float32) for p in (query_at, key_at)
+        ]
         return (apply_rotary(q, *tables[0]) * apply_rotary(k, *tables[1])).sum()
 
     # Each pair of q and of k is turned as above, and the products of both added up.
@@ -63,7 +71,9 @@ def test_rotary_scores_depend_on_distance_only():
 def test_half_precision_angles_are_rounded_once():
     """At position 4000 an angle computed in bfloat16 is off by whole turns."""
     cos, _ = rotary_tables(torch.tensor([[4000]]), CONFIG, torch.bfloat16)
-    exact = torch.tensor([math.cos(4000 * 100.0 ** (-2 * i / 8)) for i in range(4)], dtype=torch.float64)
+    exact = torch.tensor(
+        [math.cos(4000 * 100.0 ** (-2 * i / 8)) for i in range(4)], dtype=torch.float64
+    )
     # Rounded once, to bfloat16, and in float32 the angle itself, four times.
     bound = unit(torch.bfloat16) + gamma(8, torch.float32) * (1 + 4000)
     assert_within(cos[0, 0, 0, :4], (exact, torch.full((4,), bound).double()))

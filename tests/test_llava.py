@@ -1,4 +1,5 @@
-"""The splice, padding, the loss and the cache on a tiny random model; the parity tests compare with Hugging Face."""
+"""The splice, padding, the loss and the cache on a tiny random model; the parity tests compare with
+Hugging Face."""
 
 import pytest
 import torch
@@ -13,7 +14,12 @@ from minillava.llava import Llava, next_token_loss
 pytestmark = pytest.mark.numeric
 
 VISION = VisionConfig(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=28,
+    patch_size=14,
 )
 TEXT = TextConfig(
     vocab_size=50,
@@ -26,13 +32,16 @@ TEXT = TextConfig(
 P = VISION.num_patches  # 4
 # No picture, one, two, and a text that ends with one; pictures are taken in row order.
 ROWS = [[1, 5, 6], [1, -200, 7, 8, 9], [1, -200, 7, -200, 9, 3], [2, -200]]
-PICTURES = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+PICTURES = torch.randn(
+    4, 3, 28, 28, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+)
 PER_ROW = [PICTURES[:0], PICTURES[:1], PICTURES[1:3], PICTURES[3:]]
 
 
 @pytest.fixture(params=ATTENTION)
 def model(request):
-    """float64, where differences of order and differences of value lie far apart (see bounds.py)."""
+    """float64, where differences of order and differences of value lie far apart (see
+    bounds.py)."""
     torch.manual_seed(0)
     made = Llava(LlavaConfig(VISION, TEXT), ATTENTION[request.param]).double().eval()
     for name, parameter in made.named_parameters():
@@ -80,9 +89,17 @@ def test_a_batch_equals_its_rows_alone(model):
 
 def test_padding_in_the_input_stays_where_it_is(model):
     alone = model([[1, -200, 7]], PICTURES[:1]).logits[0]
-    right = model(torch.tensor([[1, -200, 7, 0, 0]]), PICTURES[:1], attention_mask=torch.tensor([[1, 1, 1, 0, 0]]))
+    right = model(
+        torch.tensor([[1, -200, 7, 0, 0]]),
+        PICTURES[:1],
+        attention_mask=torch.tensor([[1, 1, 1, 0, 0]]),
+    )
     assert_same_in_float64(right.logits[0, : len(alone)], alone)
-    left = model(torch.tensor([[0, 0, 1, -200, 7]]), PICTURES[:1], attention_mask=torch.tensor([[0, 0, 1, 1, 1]]))
+    left = model(
+        torch.tensor([[0, 0, 1, -200, 7]]),
+        PICTURES[:1],
+        attention_mask=torch.tensor([[0, 0, 1, 1, 1]]),
+    )
     assert_same_in_float64(left.logits[0, 2:], alone)
     assert left.image_spans == [[(3, 7)]]
 
@@ -108,24 +125,35 @@ def test_cached_decoding_of_a_padded_batch_equals_its_rows_alone(model):
 def test_several_tokens_behind_a_cache(model):
     cache = KVCache(TEXT, 1, 20, dtype=torch.float64, device="cpu")
     model([[1, 5, 6]], cache=cache)
-    assert_same_in_float64(model([[7, 8, 9]], cache=cache).logits, model([[1, 5, 6, 7, 8, 9]]).logits[:, 3:])
+    assert_same_in_float64(
+        model([[7, 8, 9]], cache=cache).logits, model([[1, 5, 6, 7, 8, 9]]).logits[:, 3:]
+    )
 
 
 def test_a_truncated_cache_continues_as_if_the_rest_had_never_been(model):
     cache = KVCache(TEXT, 1, 20, dtype=torch.float64, device="cpu")
     model([[1, 5, 6, 7, 8]], cache=cache)
     cache.truncate(3)
-    assert_same_in_float64(model([[9]], cache=cache).logits[:, -1], model([[1, 5, 6, 9]]).logits[:, -1])
+    assert_same_in_float64(
+        model([[9]], cache=cache).logits[:, -1], model([[1, 5, 6, 9]]).logits[:, -1]
+    )
 
 
 def test_two_generations_on_one_model_interleave(model):
-    prompts, caches = ([1, 5, 6], [2, 8]), [KVCache(TEXT, 1, 9, dtype=torch.float64, device="cpu") for _ in range(2)]
+    prompts, caches = (
+        ([1, 5, 6], [2, 8]),
+        [KVCache(TEXT, 1, 9, dtype=torch.float64, device="cpu") for _ in range(2)],
+    )
     mixed = [[], []]
     for token in (None, 11, 12, 13):
         for i in (0, 1):
-            mixed[i].append(model([prompts[i] if token is None else [token]], cache=caches[i]).logits[:, -1])
+            mixed[i].append(
+                model([prompts[i] if token is None else [token]], cache=caches[i]).logits[:, -1]
+            )
     for prompt, logits in zip(prompts, mixed, strict=True):
-        assert_same_in_float64(torch.cat(logits), model([[*prompt, 11, 12, 13]]).logits[0, len(prompt) - 1 :])
+        assert_same_in_float64(
+            torch.cat(logits), model([[*prompt, 11, 12, 13]]).logits[0, len(prompt) - 1 :]
+        )
 
 
 def test_any_embeddings_can_be_a_prefix(model):
@@ -136,7 +164,8 @@ def test_any_embeddings_can_be_a_prefix(model):
     word = torch.tensor([[7]])
     whole = torch.cat([prefix, model.language_model.embed_tokens(word)], dim=1)
     assert_same_in_float64(
-        model.language_model(word, cache=cache).logits[:, -1], model.language_model(whole).logits[:, -1]
+        model.language_model(word, cache=cache).logits[:, -1],
+        model.language_model(whole).logits[:, -1],
     )
 
 
@@ -164,12 +193,15 @@ def test_the_loss_reaches_every_parameter():
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model([[1, -200, 7]], PICTURES[:1].float(), labels=[[1, -100, 7]]).loss.backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()
+    ] == []
 
 
 def test_a_loss_over_nothing_is_refused():
     with pytest.raises(ValueError, match="every label is ignored"):
-        next_token_loss(torch.zeros(1, 3, 5), torch.tensor([[7, -100, -100]]))  # the first is never predicted
+        # the first is never predicted
+        next_token_loss(torch.zeros(1, 3, 5), torch.tensor([[7, -100, -100]]))
 
 
 def test_half_precision_loss_is_taken_in_float32():
@@ -200,12 +232,16 @@ def test_wrong_input_is_named(model, rows, pictures, message):
 def test_wrong_lengths_are_named(model):
     with pytest.raises(ValueError, match=r"labels has rows of \[2\] tokens, input_ids of \[3\]"):
         model([[1, 2, 3]], labels=[[1, 2]])
-    with pytest.raises(ValueError, match=r"attention_mask has rows of \[4\] tokens, input_ids of \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"attention_mask has rows of \[4\] tokens, input_ids of \[3\]"
+    ):
         model(torch.tensor([[1, 2, 3]]), attention_mask=torch.ones(1, 4))
 
 
 def test_wrong_pictures_labels_and_ranks_are_named(model):
-    with pytest.raises(ValueError, match=r"images are \[3, 28, 28\], expected a tensor \[n, 3, R, R\]"):
+    with pytest.raises(
+        ValueError, match=r"images are \[3, 28, 28\], expected a tensor \[n, 3, R, R\]"
+    ):
         model([[1, -200]], PICTURES[0])
     with pytest.raises(ValueError, match="images are list"):
         model([[1, -200]], [PICTURES[0]])

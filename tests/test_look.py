@@ -1,4 +1,5 @@
-"""What each word looked at: whose row it is, that looking changes nothing, where it lies on the picture, the files."""
+"""What each word looked at: whose row it is, that looking changes nothing, where it lies on the
+picture, the files."""
 
 import base64
 import io
@@ -43,7 +44,9 @@ SHORT = Options(max_new_tokens=7)
 @pytest.fixture(scope="module", params=["eager", "fused"])
 def toy(request, reference):
     """Two query heads share a key/value head."""
-    return minillava.load(reference / "grouped", device="cpu", dtype="float64", attention=request.param)
+    return minillava.load(
+        reference / "grouped", device="cpu", dtype="float64", attention=request.param
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def prepare(assistant, picture, question=QUESTION):
     return assistant.prepare(picture, assistant.prompt(question))
 
 
-# --- the row that chose a token -------------------------------------------------------------------------------
+# --- the row that chose a token -------------------------------------------------------------------
 
 
 @pytest.mark.numeric
@@ -71,10 +74,13 @@ def test_a_tokens_row_is_that_of_the_position_before_it(toy, picture):
     watched = list(look.watch(toy.model, spliced, SHORT, toy.tokenizer))
     ids = torch.stack([step.token_ids for step, _ in watched], dim=1)  # [1, n]
     language = toy.model.language_model
-    all_at_once = language(torch.cat([spliced.embeds, language.embed_tokens(ids)], dim=1), attentions=True).attentions
+    all_at_once = language(
+        torch.cat([spliced.embeds, language.embed_tokens(ids)], dim=1), attentions=True
+    ).attentions
     (start, end), length = spliced.image_spans[0][0], spliced.embeds.shape[1]
     for i, (_, rows) in enumerate(watched):
-        expected = torch.stack([layer[0, :, length - 1 + i, start:end] for layer in all_at_once])  # [L, H, P]
+        # [L, H, P]
+        expected = torch.stack([layer[0, :, length - 1 + i, start:end] for layer in all_at_once])
         assert_same_in_float64(rows.double(), expected.double())
         other = torch.stack([layer[0, :, length + i, start:end] for layer in all_at_once])
         assert (rows - other).abs().max() > 1e-3, "the rows are too alike to tell them apart"
@@ -98,7 +104,9 @@ def test_looking_leaves_the_logits_bit_identical(reference, picture, attention, 
     alone = [step.logits for step in steps(toy.model, spliced, SHORT)]
     attend = toy.model.language_model.attend
     watched = []
-    for step, rows in look.watch(toy.model, spliced, SHORT, toy.tokenizer, record=("hidden_states",)):
+    for step, rows in look.watch(
+        toy.model, spliced, SHORT, toy.tokenizer, record=("hidden_states",)
+    ):
         watched.append(step.logits)
         assert toy.model.language_model.attend is attend  # between two steps the model is as it was
         assert rows.dtype == torch.float32
@@ -118,11 +126,15 @@ def test_padding_changes_no_row(toy, picture):
 
 
 def test_two_can_be_watched_in_turn(toy, picture):
-    prompts = [prepare(toy, picture, question) for question in (QUESTION, "And what colour does it have?")]
+    prompts = [
+        prepare(toy, picture, question) for question in (QUESTION, "And what colour does it have?")
+    ]
     alone = [[rows for _, rows in look.watch(toy.model, p, SHORT, toy.tokenizer)] for p in prompts]
     both = zip_longest(*(look.watch(toy.model, p, SHORT, toy.tokenizer) for p in prompts))
     for i, pair in enumerate(both):
-        assert all(torch.equal(found[1], expected[i]) for found, expected in zip(pair, alone, strict=True))
+        assert all(
+            torch.equal(found[1], expected[i]) for found, expected in zip(pair, alone, strict=True)
+        )
 
 
 def test_an_error_leaves_the_model_as_it_was(toy, picture):
@@ -137,7 +149,9 @@ def test_an_error_leaves_the_model_as_it_was(toy, picture):
 def test_a_kept_class_token_is_no_patch(reference, tmp_path, picture):
     folder = shutil.copytree(reference / "plain", tmp_path / "full")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"vision_feature_select_strategy": "full"}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"vision_feature_select_strategy": "full"})
+    )
     toy = minillava.load(folder, device="cpu", dtype="float32")
     spliced = prepare(toy, picture)
     (start, end), patches = spliced.image_spans[0][0], toy.model.config.vision.num_patches
@@ -150,17 +164,22 @@ def test_a_kept_class_token_is_no_patch(reference, tmp_path, picture):
 @pytest.mark.parametrize("pictures", [0, 2])
 def test_one_picture_is_looked_at(plain, picture, pictures):
     spliced = plain.prepare([picture] * pictures, plain.prompt(QUESTION, images=pictures))
-    with pytest.raises(ValueError, match=rf"1 row\(s\) with {pictures} picture\(s\), expected one with one"):
+    with pytest.raises(
+        ValueError, match=rf"1 row\(s\) with {pictures} picture\(s\), expected one with one"
+    ):
         next(look.watch(plain.model, spliced, SHORT, plain.tokenizer))
 
 
-# --- words, layers and heads ----------------------------------------------------------------------------------
+# --- words, layers and heads ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("pieces", "words"),
     [
-        (["I", " see", " a", " tri", "angle", "."], [("I", [0]), ("see", [1]), ("a", [2]), ("triangle.", [3, 4])]),
+        (
+            ["I", " see", " a", " tri", "angle", "."],
+            [("I", [0]), ("see", [1]), ("a", [2]), ("triangle.", [3, 4])],
+        ),
         ([" left", ",", " don", "'", "t"], [("left,", [0]), ("don't", [2, 4])]),
         (["a", " ", "...", "\n", "b"], [("a", [0]), ("...", [2]), ("b", [4])]),
         (["", "", "星", "", "", "円", "。"], [("星", [0, 1, 2]), ("円", [3, 4, 5]), ("。", [6])]),
@@ -174,7 +193,10 @@ def test_tokens_are_joined_to_words(pieces, words):
 
 
 def test_a_word_is_the_mean_over_its_tokens_layers_and_heads(plain, picture):
-    spliced, options = prepare(plain, picture), {"max_new_tokens": 30, "temperature": 2.0, "seed": 1}
+    spliced, options = (
+        prepare(plain, picture),
+        {"max_new_tokens": 30, "temperature": 2.0, "seed": 1},
+    )
     watched = list(look.watch(plain.model, spliced, plain.options(**options), plain.tokenizer))
     found = look.look(plain, picture, QUESTION, layers=[1], heads=[0, 2], **options)
     assert found.answer == plain.ask(picture, QUESTION, **options)
@@ -183,9 +205,15 @@ def test_a_word_is_the_mean_over_its_tokens_layers_and_heads(plain, picture):
     assert len(joined.token_ids) > 1
     ids = [int(step.token_ids[0]) for step, _ in watched]
     for word in found.words:
-        rows = [rows[1][[0, 2]].mean(0) for (_, rows), i in zip(watched, ids, strict=True) if i in word.token_ids]
+        rows = [
+            rows[1][[0, 2]].mean(0)
+            for (_, rows), i in zip(watched, ids, strict=True)
+            if i in word.token_ids
+        ]
         if len(rows) == len(word.token_ids):  # none of its tokens is used twice
-            np.testing.assert_allclose(word.heat.flatten(), torch.stack(rows).mean(0).numpy(), rtol=1e-5)
+            np.testing.assert_allclose(
+                word.heat.flatten(), torch.stack(rows).mean(0).numpy(), rtol=1e-5
+            )
         assert 0 < word.heat.sum() < 1
 
 
@@ -195,7 +223,9 @@ def test_what_a_stop_text_cuts_off_is_no_word(plain, picture):
     cut = look.look(plain, picture, QUESTION, max_new_tokens=12, stop=[stop])
     assert stop not in cut.answer
     assert "".join(word.text for word in cut.words).startswith("".join(cut.answer.split()))
-    assert len("".join(word.text for word in cut.words)) < len("".join(word.text for word in whole.words))
+    assert len("".join(word.text for word in cut.words)) < len(
+        "".join(word.text for word in whole.words)
+    )
 
 
 def test_words_hold_no_more_than_the_answer(plain, picture):
@@ -220,7 +250,7 @@ def test_layers_and_heads_must_exist(plain, picture):
         look.look(plain, picture, QUESTION, heads=[9])
 
 
-# --- logit lens -----------------------------------------------------------------------------------------------
+# --- logit lens -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -234,23 +264,32 @@ def test_the_last_layer_of_the_lens_is_the_models_own_answer(toy, picture):
     assert [text for text, _ in found.patches[-1]] == expected
     layers = toy.model.config.text.num_hidden_layers
     assert len(found.patches) == len(found.tokens) == layers + 1
-    first = toy.model.language_model.norm(spliced.embeds[0, start:end])  # layer 0: the patches themselves
+    # layer 0: the patches themselves
+    first = toy.model.language_model.norm(spliced.embeds[0, start:end])
     first = toy.model.language_model.head(first).softmax(-1).max(-1)
     assert [p for _, p in found.patches[0]] == pytest.approx(first.values.tolist(), abs=1e-4)
 
 
-# --- back to the picture --------------------------------------------------------------------------------------
+# --- back to the picture --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(300, 300), (301, 200), (200, 333), (97, 640), (640, 351), (40, 31)])
+@pytest.mark.parametrize(
+    "size", [(300, 300), (301, 200), (200, 333), (97, 640), (640, 351), (40, 31)]
+)
 @pytest.mark.parametrize("aspect", ["pad", "crop"])
 def test_a_patch_lies_on_the_picture_where_the_model_saw_it(size, aspect):
-    """What is painted over a patch's place in the picture is what that patch becomes in the processor's square."""
+    """What is painted over a patch's place in the picture is what that patch becomes in the
+    processor's square."""
     processor, grid = ImageProcessor(96, aspect), 6
     left, top, right, bottom = look.seen_box(size, processor)
     for row, column in ((0, 0), (2, 3), (3, 2), (5, 5)):
         wide, high = (right - left) / grid, (bottom - top) / grid
-        place = [left + column * wide, top + row * high, left + (column + 1) * wide, top + (row + 1) * high]
+        place = [
+            left + column * wide,
+            top + row * high,
+            left + (column + 1) * wide,
+            top + (row + 1) * high,
+        ]
         inside = max(0, place[0]), max(0, place[1]), min(size[0], place[2]), min(size[1], place[3])
         if inside[2] - inside[0] < wide / 2 or inside[3] - inside[1] < high / 2:
             continue  # in the padding
@@ -270,7 +309,10 @@ def test_the_drawn_map_is_hot_where_the_patch_lies(aspect):
     box = left, top, right, bottom = look.seen_box(size, processor)
     heat = np.zeros((6, 6), np.float32)
     heat[2, 4] = 0.3
-    drawn = np.asarray(look_draw.heat_map(Image.new("RGB", size, (255, 255, 255)), box, heat, (600, 360)), dtype=int)
+    drawn = np.asarray(
+        look_draw.heat_map(Image.new("RGB", size, (255, 255, 255)), box, heat, (600, 360)),
+        dtype=int,
+    )
     hot = np.abs(drawn - look_draw.SCALE[-1]).sum(-1) < 40
     rows, columns = np.nonzero(hot)
     assert rows.mean() == pytest.approx(2 * (top + (bottom - top) * 2.5 / 6), abs=2)
@@ -294,7 +336,8 @@ def test_each_map_stands_above_its_word(monkeypatch):
 
     monkeypatch.setattr(look_draw.ImageDraw.ImageDraw, "text", note)
     heats = np.zeros((3, 2, 2), np.float32)
-    heats[0, 0, 0], heats[1, 0, 1], heats[2, 1, 0] = 0.25, 0.5, 0.125  # hot at the left, the right, below
+    # hot at the left, the right, below
+    heats[0, 0, 0], heats[1, 0, 1], heats[2, 1, 0] = 0.25, 0.5, 0.125
     heats += 0.01
     picture = Image.new("RGB", (200, 200), "white")
     words = list(zip(("left", "right", "below"), heats, strict=True))
@@ -303,9 +346,13 @@ def test_each_map_stands_above_its_word(monkeypatch):
     for word, row, column in (("left", 0, 0), ("right", 0, 1), ("below", 1, 0)):
         middle, bottom = map(int, texts[word])
         side = (look_draw.WIDTH - 2 * look_draw.MARGIN - 3 * look_draw.GAP) // 4
-        panel = pixels[bottom - 4 - side : bottom - 4, middle - side // 2 : middle - side // 2 + side]
+        panel = pixels[
+            bottom - 4 - side : bottom - 4, middle - side // 2 : middle - side // 2 + side
+        ]
         dark = 765 - panel.sum(-1)
-        halves = dark[: side // 2 * 2, : side // 2 * 2].reshape(2, side // 2, 2, side // 2).sum((1, 3))
+        halves = (
+            dark[: side // 2 * 2, : side // 2 * 2].reshape(2, side // 2, 2, side // 2).sum((1, 3))
+        )
         assert np.unravel_index(halves.argmax(), (2, 2)) == (row, column)
     order = ("the picture", "left", "right", "below")
     assert sorted(order, key=lambda word: texts[word][0]) == list(order)
@@ -329,7 +376,9 @@ def test_the_grid_shows_each_patch_at_its_row_and_column():
 def test_a_long_answer_becomes_more_rows_and_no_text_is_too_wide(picture):
     heat = np.random.default_rng(0).random((4, 4), np.float32) / 16
     sheets = [
-        look_draw.draw_words(picture, (0, 0, *picture.size), [("w" * 60, heat)] * count, "why " * 100, "note " * 60)
+        look_draw.draw_words(
+            picture, (0, 0, *picture.size), [("w" * 60, heat)] * count, "why " * 100, "note " * 60
+        )
         for count in (0, 1, 30, 120)
     ]
     assert {sheet.width for sheet in sheets} == {look_draw.WIDTH}
@@ -352,18 +401,24 @@ def test_what_to_know_about_the_maps_is_said(tmp_path, run):
     assert "scale of its own" in wide
     assert "of the whole padded picture" in wide
     assert "lies in the padding, beside what is shown, for: up, down." in wide
-    high = look_draw.remarks([("left", heat(1, 0)), ("in", heat(0, 2))], (-50, 0, 150, 200), (100, 200))
+    high = look_draw.remarks(
+        [("left", heat(1, 0)), ("in", heat(0, 2))], (-50, 0, 150, 200), (100, 200)
+    )
     assert high.endswith("for: left.")
     square = look_draw.remarks(words, (0, 0, 200, 200), (200, 200))
     assert "scale of its own" in square
     assert "padd" not in square
     run("--html", tmp_path / "a.html")
-    assert "scale of its own" in page_data((tmp_path / "a.html").read_text(encoding="utf-8"))["note"]
+    assert (
+        "scale of its own" in page_data((tmp_path / "a.html").read_text(encoding="utf-8"))["note"]
+    )
 
 
 def test_the_sheet_says_what_to_know_about_the_maps(tmp_path, run, monkeypatch):
     notes, draw = [], look_draw.draw_words
-    monkeypatch.setattr(look_draw, "draw_words", lambda *given: notes.append(given[-1]) or draw(*given))
+    monkeypatch.setattr(
+        look_draw, "draw_words", lambda *given: notes.append(given[-1]) or draw(*given)
+    )
     assert run("--out", tmp_path / "a.png")[0] == 0
     assert "scale of its own" in notes[0]
     assert "of the whole padded picture" in notes[0]
@@ -373,7 +428,7 @@ def test_numbers_are_listed_shortly():
     assert look_draw.listed([0, 2, 3, 4, 9]) == "0, 2-4, 9"
 
 
-# --- the pages ------------------------------------------------------------------------------------------------
+# --- the pages ------------------------------------------------------------------------------------
 
 
 def page_data(page: str) -> dict:
@@ -389,12 +444,15 @@ def test_the_page_holds_the_numbers_and_loads_nothing(plain, picture):
     assert data["question"] == page_data(lens)["question"] == found.question
     assert data["words"][0]["text"] == found.answer
     np.testing.assert_array_equal([w["map"] for w in data["words"]], [w.heat for w in found.words])
-    assert page_data(lens)["tokens"] == [[list(pair) for pair in layer] for layer in found.lens.tokens]
+    assert page_data(lens)["tokens"] == [
+        [list(pair) for pair in layer] for layer in found.lens.tokens
+    ]
     for text in (page, lens):
         assert text.count("</script>") == 1
         assert not re.search(r"https?://|src=\"(?!data:)|@import|\burl\(", text)
         assert not re.search(
-            r"\b(TITLE|THEME|COLOURS|STYLE|BODY|SCRIPT|SIZE|CONTRAST)\b", text.replace("DATA TITLE", "")
+            r"\b(TITLE|THEME|COLOURS|STYLE|BODY|SCRIPT|SIZE|CONTRAST)\b",
+            text.replace("DATA TITLE", ""),
         )
 
 
@@ -416,14 +474,18 @@ def in_page(page: str, script: str):
     """What `script` prints as JSON behind the page's own, on a document of its own."""
     own = re.search(r"<script>(.*)</script>", page, re.DOTALL)[1]
     given = f"{DOCUMENT}\n{own}\n{script}"
-    ran = subprocess.run(["node", "-"], input=given, capture_output=True, text=True, encoding="utf-8", timeout=60)
+    ran = subprocess.run(
+        ["node", "-"], input=given, capture_output=True, text=True, encoding="utf-8", timeout=60
+    )
     assert ran.stderr == ""
     return json.loads(ran.stdout)
 
 
 def made_page(words: dict[str, np.ndarray], size=(100, 100), box=(0, 0, 100, 100)) -> str:
     words = [look.Word(text, [1], heat) for text, heat in words.items()]
-    found = look.Look(Image.new("RGB", size), box, "why", " ".join(w.text for w in words), [0], [0], words, None)
+    found = look.Look(
+        Image.new("RGB", size), box, "why", " ".join(w.text for w in words), [0], [0], words, None
+    )
     return look_html.look_page(found.picture, look.as_json(found, words))
 
 
@@ -433,7 +495,10 @@ needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node runs 
 @needs_node
 @pytest.mark.parametrize(
     ("size", "box", "place"),
-    [((200, 100), (0, -50, 200, 150), [0, -50, 100, 200]), ((100, 200), (-50, 0, 150, 200), [-50, 0, 200, 100])],
+    [
+        ((200, 100), (0, -50, 200, 150), [0, -50, 100, 200]),
+        ((100, 200), (-50, 0, 150, 200), [-50, 0, 200, 100]),
+    ],
 )
 def test_the_page_paints_a_patch_where_it_lies(size, box, place):
     heat = np.zeros((4, 4))
@@ -454,7 +519,9 @@ console.log(JSON.stringify({place: [l, t, width, height], painted, said: element
 @needs_node
 def test_the_page_opens_on_the_word_that_used_the_picture_most():
     """It opened on the first, whose map says little: an answer begins with "I"."""
-    page = made_page({"I": np.full((2, 2), 0.01), "see": np.full((2, 2), 0.2), "it": np.full((2, 2), 0.1)})
+    page = made_page(
+        {"I": np.full((2, 2), 0.01), "see": np.full((2, 2), 0.2), "it": np.full((2, 2), 0.1)}
+    )
     assert in_page(page, "console.log(JSON.stringify(elements.said.textContent));") == (
         "\u201csee\u201d: 80.0 % of its attention on the picture"
     )
@@ -462,7 +529,8 @@ def test_the_page_opens_on_the_word_that_used_the_picture_most():
 
 @needs_node
 def test_the_patches_can_be_reached_with_keys():
-    """They listened to the pointer alone. Tab reaches one, arrows the others, Escape leaves for the word."""
+    """They listened to the pointer alone. Tab reaches one, arrows the others, Escape leaves for the
+    word."""
     page = made_page({"a": np.eye(3) / 10, "b": np.eye(3) / 5})
     script = """
 const reached = () => cells.map((e, i) => e.tabIndex === 0 ? i : -1).filter(i => i >= 0);
@@ -503,7 +571,9 @@ def test_the_lens_shows_pieces_whole_and_has_keys(plain, picture):
     """A piece inside a word, "ass" of "assistant", stood there like a word."""
     found = look.look(plain, picture, QUESTION, max_new_tokens=4, lens=True)
     found.lens.patches[-1][0] = ("\u2581star", 1e-9)
-    page = look_html.lens_page(plain.image_processor.square(picture), vars(found.lens), found.question, found.answer)
+    page = look_html.lens_page(
+        plain.image_processor.square(picture), vars(found.lens), found.question, found.answer
+    )
     script = """
 cells[0].focus();
 const text = cells[0].textContent;
@@ -524,17 +594,33 @@ def test_pages_keep_their_colours_on_paper_and_in_the_dark(plain, picture, page)
     assert "print-color-adjust: exact" in text
     assert re.search(r"@media screen and \(prefers-color-scheme: dark\) \{\s*:root", text)
     fixed = re.findall(
-        r"(?<!-)\b(?:color|background(?:-color)?): *(#\w+)", text.replace("color: #19191e; background: #fff;", "")
+        r"(?<!-)\b(?:color|background(?:-color)?): *(#\w+)",
+        text.replace("color: #19191e; background: #fff;", ""),
     )
     assert fixed == []  # but for the text on the lens's picture, every colour is one of the theme's
 
 
 def test_small_probabilities_are_not_rounded_to_nothing():
-    assert [significant(x) for x in (0.123456, 1.23456e-9, 0.0, 1.0)] == [0.1235, 1.235e-9, 0.0, 1.0]
+    assert [significant(x) for x in (0.123456, 1.23456e-9, 0.0, 1.0)] == [
+        0.1235,
+        1.235e-9,
+        0.0,
+        1.0,
+    ]
 
 
 def test_each_page_has_its_own_picture(run, tmp_path, plain, picture):
-    assert run("--html", tmp_path / "a.html", "--lens", tmp_path / "b.html", "--grid", tmp_path / "c.png")[0] == 0
+    assert (
+        run(
+            "--html",
+            tmp_path / "a.html",
+            "--lens",
+            tmp_path / "b.html",
+            "--grid",
+            tmp_path / "c.png",
+        )[0]
+        == 0
+    )
     sizes = []
     for name in ("a.html", "b.html"):
         image = page_data((tmp_path / name).read_text(encoding="utf-8"))["image"]
@@ -545,7 +631,7 @@ def test_each_page_has_its_own_picture(run, tmp_path, plain, picture):
         assert grid.width == grid.height
 
 
-# --- the command ----------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -579,7 +665,9 @@ def test_everything_is_written_and_the_answer_printed(run, tmp_path):
     assert raw["answer"] + "\n" == out
     array = np.load(names["npy"])
     assert array.dtype == np.float32
-    np.testing.assert_array_equal(array, np.array([word["map"] for word in raw["words"]], np.float32))
+    np.testing.assert_array_equal(
+        array, np.array([word["map"] for word in raw["words"]], np.float32)
+    )
     assert [word["share"] for word in raw["words"]] == pytest.approx(array.sum((1, 2)).tolist())
     assert (raw["layers"], raw["heads"]) == ([1], [0, 1, 2, 3])
     for flag in ("out", "grid"):
@@ -603,7 +691,8 @@ def test_json_without_a_file_goes_to_stdout(run, tmp_path):
     assert run("--json", path)[0] == 0
     status, out, _ = run("--json")
     assert (status, out) == (0, path.read_text(encoding="utf-8"))
-    assert run("--json", "-") == run("--json", "--layers", "all", "--layers", "1")  # a flag behind it is no file
+    # a flag behind it is no file
+    assert run("--json", "-") == run("--json", "--layers", "all", "--layers", "1")
 
 
 def test_one_word_of_chosen_layers_and_heads(run, tmp_path):
@@ -630,10 +719,22 @@ def test_one_word_of_chosen_layers_and_heads(run, tmp_path):
         (["--json", "a.json", "--heads", "1-2-3"], 2, "'1-2-3' is not like 3 or 0,2-4 or all"),
         (["--json", "a.json", "--layers", "7"], 1, "no layer 7: this model has layers 0 to 1"),
         (["--json", "a.json", "--heads", "0,4"], 1, "no head 4: this model has heads 0 to 3"),
-        (["--json", "a.json", "--word", "giraffe"], 1, "the answer has no word 'giraffe'; its words: "),
+        (
+            ["--json", "a.json", "--word", "giraffe"],
+            1,
+            "the answer has no word 'giraffe'; its words: ",
+        ),
         (["--json", "a.json", "-i", "nowhere.png"], 1, "nowhere.png: no such picture"),
-        (["--json", "a.json", "-i", "a.png", "-i", "b.png"], 2, "--image is given 2 times: it looks at one picture"),
-        (["--json", "a.json", "-i", "-", "-p", "-"], 2, "only one of --image and --prompt can read stdin"),
+        (
+            ["--json", "a.json", "-i", "a.png", "-i", "b.png"],
+            2,
+            "--image is given 2 times: it looks at one picture",
+        ),
+        (
+            ["--json", "a.json", "-i", "-", "-p", "-"],
+            2,
+            "only one of --image and --prompt can read stdin",
+        ),
         (["--json", "a.json", "--out", "./a.json"], 2, "is given twice"),
         (["--out", "."], 2, ".: is a folder"),
         (["--html", ""], 2, "an empty name"),
@@ -643,7 +744,9 @@ def test_one_word_of_chosen_layers_and_heads(run, tmp_path):
         (["--json", "a.json", "-p", "<image> or <image>?"], 1, "2"),
     ],
 )
-def test_errors_are_one_line_and_write_nothing(run, tmp_path, monkeypatch, arguments, status, message):
+def test_errors_are_one_line_and_write_nothing(
+    run, tmp_path, monkeypatch, arguments, status, message
+):
     monkeypatch.chdir(tmp_path)
     found, out, err = run(*arguments)
     assert (found, out) == (status, "")
@@ -653,16 +756,27 @@ def test_errors_are_one_line_and_write_nothing(run, tmp_path, monkeypatch, argum
     assert list(tmp_path.iterdir()) == []
 
 
-# --- pointing -------------------------------------------------------------------------------------------------
+# --- pointing -------------------------------------------------------------------------------------
 
 
 def test_words_about_a_thing_are_found_in_a_description():
     thing = shapes.Thing("star", "red", "large", 1)
-    text = "I see a large red star at the top left, a large red star at the top and a small blue ring on the left."
+    text = (
+        "I see a large red star at the top left, a large red star at the top and a small blue ring "
+        "on the left."
+    )
     words = [word.strip(".,") for word in text.split()]
-    assert point_shapes.words_about(thing, words) == {"size": 11, "colour": 12, "shape": 13, "place": 16}
+    assert point_shapes.words_about(thing, words) == {
+        "size": 11,
+        "colour": 12,
+        "shape": 13,
+        "place": 16,
+    }
     assert point_shapes.words_about(shapes.Thing("star", "red", "small", 1), words) == {}
-    assert point_shapes.words_about(shapes.Thing("ring", "blue", "small", 3), words)["place"] == len(words) - 1
+    assert (
+        point_shapes.words_about(shapes.Thing("ring", "blue", "small", 3), words)["place"]
+        == len(words) - 1
+    )
 
 
 @pytest.mark.parametrize(("width", "height"), [(200, 200), (250, 200), (160, 200)])
@@ -672,10 +786,16 @@ def test_cells_are_where_things_are_drawn(plain, width, height):
     for place in range(9):
         thing = shapes.Thing("square", "red", "large", place)
         image = shapes.draw(shapes.Scene(width, height, (thing,), place)).convert("HSV")
-        saturated = Image.fromarray((np.asarray(image)[..., 1] > 150).astype(np.uint8) * 255).convert("RGB")
-        square = np.asarray(ImageProcessor(300, "pad", mean=(0, 0, 0)).square(saturated), dtype=float)[..., 0]
+        saturated = Image.fromarray(
+            (np.asarray(image)[..., 1] > 150).astype(np.uint8) * 255
+        ).convert("RGB")
+        square = np.asarray(
+            ImageProcessor(300, "pad", mean=(0, 0, 0)).square(saturated), dtype=float
+        )[..., 0]
         patches = square.reshape(side, 10, side, 10).mean((1, 3)).flatten()
-        cell = point_shapes.cells(shapes.Scene(width, height, (thing,), 0), plain, side * side).numpy()
+        cell = point_shapes.cells(
+            shapes.Scene(width, height, (thing,), 0), plain, side * side
+        ).numpy()
         assert patches[cell == place].sum() > 0.9 * patches.sum()
         assert len(set(cell)) == (9 if width == height else 10)
 

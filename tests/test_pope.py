@@ -1,4 +1,5 @@
-"""tools/pope.py: the three published readings of an answer, figures computed by hand, and what a file lacks."""
+"""tools/pope.py: the three published readings of an answer, figures computed by hand, and what a
+file lacks."""
 
 import hashlib
 import json
@@ -27,17 +28,24 @@ def write(tmp_path):
 
 @pytest.fixture
 def score(write, capsys):
-    """`score(questions, answers, *flags)` -> (exit status, stdout, stderr); as lists of (id, label[, category]) and of
-    (id, text) or whole records."""
+    """`score(questions, answers, *flags)` -> (exit status, stdout, stderr); as lists of (id,
+    label[, category]) and of (id, text) or whole records."""
 
     def scored(questions, answers, *flags):
         questions = [
-            dict(zip(("question_id", "label", "category"), q, strict=False), image="x.jpg", text=f"Is {q[0]}?")
+            dict(
+                zip(("question_id", "label", "category"), q, strict=False),
+                image="x.jpg",
+                text=f"Is {q[0]}?",
+            )
             if isinstance(q, tuple)
             else q
             for q in questions
         ]
-        answers = [dict(zip(("question_id", "text"), a, strict=True)) if isinstance(a, tuple) else a for a in answers]
+        answers = [
+            dict(zip(("question_id", "text"), a, strict=True)) if isinstance(a, tuple) else a
+            for a in answers
+        ]
         files = write("questions.jsonl", questions), write("answers.jsonl", answers)
         status = pope.main(["--questions", files[0], "--answers", files[1], *flags])
         return (status, *capsys.readouterr())
@@ -68,9 +76,15 @@ def score(write, capsys):
     ],
 )
 def test_readings(text, llava, vcd_where_yes, vcd_where_no, ritual):
-    read = lambda scorer, truth: " ".join("yes" if v else "no" for v in pope.SCORERS[scorer](text, truth))  # noqa: E731
+    read = lambda scorer, truth: " ".join(  # noqa: E731
+        "yes" if v else "no" for v in pope.SCORERS[scorer](text, truth)
+    )
     for truth, vcd in ((True, vcd_where_yes), (False, vcd_where_no)):
-        assert (read("llava", truth), read("vcd", truth), read("ritual", truth)) == (llava, vcd, ritual)
+        assert (read("llava", truth), read("vcd", truth), read("ritual", truth)) == (
+            llava,
+            vcd,
+            ritual,
+        )
 
 
 QUESTIONS = [
@@ -81,7 +95,14 @@ QUESTIONS = [
     (5, "yes", "popular"),
     (6, "no", "popular"),
 ]
-ANSWERS = [(1, "Yes"), (2, "I know snow"), (3, "I know snow"), (4, "No"), (5, "No."), (6, "There isn't.")]
+ANSWERS = [
+    (1, "Yes"),
+    (2, "I know snow"),
+    (3, "I know snow"),
+    (4, "No"),
+    (5, "No."),
+    (6, "There isn't."),
+]
 
 
 def test_figures_by_hand(score):
@@ -89,8 +110,21 @@ def test_figures_by_hand(score):
     assert (status, err) == (0, "")
     scores = json.loads(out)["scores"]
     assert list(scores) == ["llava", "vcd", "ritual"]
-    assert {tuple(categories) for categories in scores.values()} == {("random", "popular", "overall")}
-    names = ("answers", "TP", "FP", "TN", "FN", "accuracy", "precision", "recall", "F1", "yes-ratio")
+    assert {tuple(categories) for categories in scores.values()} == {
+        ("random", "popular", "overall")
+    }
+    names = (
+        "answers",
+        "TP",
+        "FP",
+        "TN",
+        "FN",
+        "accuracy",
+        "precision",
+        "recall",
+        "F1",
+        "yes-ratio",
+    )
 
     def row(scorer, category):
         return [scores[scorer][category][name] for name in names]
@@ -98,10 +132,14 @@ def test_figures_by_hand(score):
     # random: 1 yes/yes, 2 yes/yes, 3 yes/no, 4 no/no (said/true); popular: 5 no/yes, 6 yes/no
     assert row("llava", "random") == pytest.approx([4, 2, 1, 1, 0, 3 / 4, 2 / 3, 1, 4 / 5, 3 / 4])
     assert row("llava", "popular") == [2, 0, 1, 0, 1, 0, 0, 0, None, 1 / 2]
-    assert row("llava", "overall") == pytest.approx([6, 2, 2, 1, 1, 1 / 2, 1 / 2, 2 / 3, 4 / 7, 4 / 6])
+    assert row("llava", "overall") == pytest.approx(
+        [6, 2, 2, 1, 1, 1 / 2, 1 / 2, 2 / 3, 4 / 7, 4 / 6]
+    )
     # 2 has no "yes", 3 has a "no" in "know"; 6 has no "no"
     assert row("vcd", "random") == pytest.approx([4, 1, 0, 2, 1, 3 / 4, 1, 1 / 2, 2 / 3, 1 / 4])
-    assert row("vcd", "overall") == pytest.approx([6, 1, 1, 2, 2, 1 / 2, 1 / 2, 1 / 3, 2 / 5, 2 / 6])
+    assert row("vcd", "overall") == pytest.approx(
+        [6, 1, 1, 2, 2, 1 / 2, 1 / 2, 1 / 3, 2 / 5, 2 / 6]
+    )
     # 6 ends in n't
     assert row("ritual", "popular") == [2, 0, 0, 1, 1, 1 / 2, None, 0, None, 0]
 
@@ -110,9 +148,17 @@ def test_answers_of_several_lines_shift_what_follows_in_ritual_only(score):
     answers = [(1, "Yes.\nIt is not red."), *ANSWERS[1:]]
     result = json.loads(score(QUESTIONS, answers, "--json")[1])["scores"]
     assert result["llava"] == json.loads(score(QUESTIONS, ANSWERS, "--json")[1])["scores"]["llava"]
-    # verdicts yes no yes yes no; the labels yes yes no no take the first four, the yes-ratio all of them
+    # verdicts yes no yes yes no; the labels yes yes no no take the first four, the yes-ratio all of
+    # them
     random = result["ritual"]["random"]
-    assert [random[name] for name in ("TP", "FP", "TN", "FN", "verdicts", "yes")] == [1, 2, 0, 1, 5, 3]
+    assert [random[name] for name in ("TP", "FP", "TN", "FN", "verdicts", "yes")] == [
+        1,
+        2,
+        0,
+        1,
+        5,
+        3,
+    ]
     assert (random["accuracy"], random["yes-ratio"]) == (1 / 4, 3 / 5)
     assert result["ritual"]["popular"]["accuracy"] == 1 / 2  # the shift ends with the category
     assert "ritual: 1 verdict(s) more than answers" in score(QUESTIONS, answers)[1]
@@ -122,7 +168,9 @@ def test_the_report_says_what_was_scored_and_where_the_scorers_disagree(score):
     status, out, err = score(QUESTIONS, ANSWERS)
     assert (status, err) == (0, "")
     prompts = hashlib.sha256("".join(f"Is {i}?\0" for i in range(1, 7)).encode()).hexdigest()
-    assert f"questions: 6 in {out.split(' in ')[1].split(',')[0]}, prompts sha256 {prompts}\n" in out
+    assert (
+        f"questions: 6 in {out.split(' in ')[1].split(',')[0]}, prompts sha256 {prompts}\n" in out
+    )
     assert "| llava | random | 4 | 75.00 | 66.67 | 100.00 | 80.00 | 75.00 |\n" in out
     assert "| ritual | popular | 2 | 50.00 | – | 0.00 | – | 0.00 |\n" in out
     assert "The scorers disagree about 3 of 6 answers.\n" in out
@@ -132,13 +180,19 @@ def test_the_report_says_what_was_scored_and_where_the_scorers_disagree(score):
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(score):
     marked = ["\ufeff" + json.dumps({"question_id": 1, "text": "Is 1?", "label": "yes"})]
-    status, out, _ = score(marked, ["\ufeff" + json.dumps({"question_id": 1, "text": "Yes"})], "--json")
+    status, out, _ = score(
+        marked, ["\ufeff" + json.dumps({"question_id": 1, "text": "Yes"})], "--json"
+    )
     assert (status, json.loads(out)["answered"]) == (0, 1)
 
 
 @pytest.mark.parametrize("scorer", ["llava", "vcd", "ritual"])
 def test_one_scorer_alone(score, scorer):
-    rows = [line for line in score(QUESTIONS, ANSWERS, "--scorer", scorer)[1].splitlines() if line.startswith("| ")]
+    rows = [
+        line
+        for line in score(QUESTIONS, ANSWERS, "--scorer", scorer)[1].splitlines()
+        if line.startswith("| ")
+    ]
     assert [row.split(" | ")[0] for row in rows[1:]] == [f"| {scorer}"] * 3
 
 
@@ -158,7 +212,11 @@ def test_nothing_is_dropped_in_silence(score):
         (1, "No"),
         {"question_id": 2, "error": "x.jpg: no such picture"},
         {"line": 7, "error": "not JSON"},
-        {"question_id": 3, "text": "No", "prompt": "Is 3 black? Please answer this question with one word."},
+        {
+            "question_id": 3,
+            "text": "No",
+            "prompt": "Is 3 black? Please answer this question with one word.",
+        },
         (99, "Yes"),
         {"question_id": 4, "error": "killed"},
         (4, "No"),
@@ -170,15 +228,21 @@ def test_nothing_is_dropped_in_silence(score):
         "answers: 2 in ",
         "missing: 4 questions have no answer and are not in the figures (2, 3, 5, 6)\n",
         'errors: 3 lines are errors instead of answers (2, {"line": 7}, 4)\n',
-        "duplicate: 1 further answers to a question that had one; the first is in the figures (1)\n",
+        "duplicate: 1 further answers to a question that had one; the first is in the figures "
+        "(1)\n",
         "unknown: 1 answers to questions that are not in the file (99)\n",
-        "another prompt: 1 answers name another prompt, picture or category and are not in the figures (3)\n",
+        "another prompt: 1 answers name another prompt, picture or category and are not in the "
+        "figures (3)\n",
         "| llava | random | 2 | 100.00 | 100.00 | 100.00 | 100.00 | 50.00 |\n",
         "| llava | popular | 0 | – | – | – | – | – |\n",
     ):
         assert line in out
     result = json.loads(score(QUESTIONS, answers, "--json")[1])
-    assert (result["missing"], result["unknown"], result["errors"]) == ([2, 3, 5, 6], [99], [2, {"line": 7}, 4])
+    assert (result["missing"], result["unknown"], result["errors"]) == (
+        [2, 3, 5, 6],
+        [99],
+        [2, {"line": 7}, 4],
+    )
 
 
 def test_no_answers_at_all(score):
@@ -196,10 +260,22 @@ def test_no_answers_at_all(score):
         (["[[]]"], [], "questions.jsonl, entry 1: found list, expected an object"),
         (["["], [], "questions.jsonl, line 1: not JSON"),
         (["[" * 100_000], [], "questions.jsonl, line 1: not JSON"),
-        ([{"question_id": True, "text": "Is 1?", "label": "yes"}], [], "question_id is True, expected a number"),
-        ([{"question_id": 1, "text": ["Is 1?"], "label": "yes"}], [], "text is ['Is 1?'], expected the question"),
+        (
+            [{"question_id": True, "text": "Is 1?", "label": "yes"}],
+            [],
+            "question_id is True, expected a number",
+        ),
+        (
+            [{"question_id": 1, "text": ["Is 1?"], "label": "yes"}],
+            [],
+            "text is ['Is 1?'], expected the question",
+        ),
         ([], [], "questions.jsonl: holds no questions"),
-        ([(1, "yes"), (2,)], [], "questions.jsonl, line 2: has no label; give the POPE file that has it"),
+        (
+            [(1, "yes"), (2,)],
+            [],
+            "questions.jsonl, line 2: has no label; give the POPE file that has it",
+        ),
         ([(1, "maybe")], [], "line 1: label is 'maybe', expected yes or no"),
         (
             [(1, "yes"), (1, "no")],
@@ -208,7 +284,11 @@ def test_no_answers_at_all(score):
         ),
         ([([1], "yes")], [], "line 1: question_id is [1], expected a number or a text"),
         ([(1, "yes")], ["nonsense"], "answers.jsonl, line 1: not JSON"),
-        ([(1, "yes")], [{"question_id": 1}], "answers.jsonl, line 1: expected question_id and text, or an error"),
+        (
+            [(1, "yes")],
+            [{"question_id": 1}],
+            "answers.jsonl, line 1: expected question_id and text, or an error",
+        ),
     ],
 )
 def test_a_damaged_file_is_one_line(score, questions, answers, message):
@@ -220,14 +300,19 @@ def test_a_damaged_file_is_one_line(score, questions, answers, message):
 def test_a_file_that_is_not_there(capsys, tmp_path):
     """It was an error number without a next step."""
     assert pope.main(["--questions", str(tmp_path / "no.jsonl"), "--answers", "no.jsonl"]) == 1
-    assert capsys.readouterr().err == f"error: {tmp_path / 'no.jsonl'}: no such file; check the name\n"
+    assert (
+        capsys.readouterr().err == f"error: {tmp_path / 'no.jsonl'}: no such file; check the name\n"
+    )
 
 
 def test_answers_that_batch_has_not_finished(score, write, capsys, tmp_path):
     write("answers.jsonl.partial", [])
     questions = write("questions.jsonl", [{"question_id": 1, "text": "Is 1?", "label": "yes"}])
     assert pope.main(["--questions", questions, "--answers", str(tmp_path / "answers.jsonl")]) == 1
-    assert "no such file; minillava.batch has not finished it: give its command again\n" in capsys.readouterr().err
+    assert (
+        "no such file; minillava.batch has not finished it: give its command again\n"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_file_that_is_no_utf_8(capsys, tmp_path):
@@ -258,7 +343,9 @@ def test_an_instruction_is_no_part_of_a_question(prompt, text, same):
 @pytest.mark.parametrize("ids", ["unique", "repeated"])
 def test_answers_to_other_prompts_are_no_answers(score, ids):
     """They were scored, with exit status 0."""
-    answers = [{"question_id": i, "prompt": f"Is {i + (i > 1)}?", "text": "No"} for i in range(1, 7)]
+    answers = [
+        {"question_id": i, "prompt": f"Is {i + (i > 1)}?", "text": "No"} for i in range(1, 7)
+    ]
     answers += [{"question_id": 1, "prompt": "Is 1?", "text": "Yes"}] * (ids == "repeated")
     status, out, _ = score(QUESTIONS, answers)
     assert status == 1
@@ -292,18 +379,34 @@ class Llava:
             labels = []
             for i, (what, label) in enumerate(OBJECTS.items(), start=1):
                 text, picture = f"Is there a {what} in the image?", "x.jpg"
-                labels.append({"question_id": i, "image": f"val/{picture}", "text": text, "label": label})
+                labels.append(
+                    {"question_id": i, "image": f"val/{picture}", "text": text, "label": label}
+                )
                 prompt = f"{text}\nAnswer the question using a single word or phrase."
-                one = {"question_id": start + i, "image": picture, "text": prompt, "category": category}
+                one = {
+                    "question_id": start + i,
+                    "image": picture,
+                    "text": prompt,
+                    "category": category,
+                }
                 self.asked.append(one)
                 said = label if category != "adversarial" else "no" if label == "yes" else "yes"
-                self.answers.append({"question_id": start + i, "prompt": prompt, "text": said.title()})
+                self.answers.append(
+                    {"question_id": start + i, "prompt": prompt, "text": said.title()}
+                )
             self.labels[category] = labels
 
     def arguments(self, *categories, asked=True):
         files = [self.write(f"coco_pope_{name}.json", self.labels[name]) for name in categories]
         given = ["--asked", self.write("asked.jsonl", self.asked)] if asked else []
-        return ["--questions", *files, *given, "--answers", self.write("answers.jsonl", self.answers), "--json"]
+        return [
+            "--questions",
+            *files,
+            *given,
+            "--answers",
+            self.write("answers.jsonl", self.answers),
+            "--json",
+        ]
 
 
 @pytest.fixture
@@ -315,7 +418,9 @@ def scored(arguments, capsys):
     """(exit status, accuracy by category)."""
     status, (out, err) = pope.main(arguments), capsys.readouterr()
     assert (out == "") == bool(err)
-    return status, {name: row["accuracy"] for name, row in json.loads(out)["scores"]["llava"].items()} if out else err
+    return status, {
+        name: row["accuracy"] for name, row in json.loads(out)["scores"]["llava"].items()
+    } if out else err
 
 
 @pytest.mark.parametrize("category", Llava.categories)
@@ -324,7 +429,10 @@ def test_ids_that_begin_anew_in_each_file_of_labels_are_refused(of_llava, capsys
     0."""
     status, found = scored(of_llava.arguments(category, asked=False), capsys)
     assert status == 1
-    assert "6 answers have ids that the questions have not, and prompts that they have (question_id 10000001" in found
+    assert (
+        "6 answers have ids that the questions have not, and prompts that they have (question_id "
+        "10000001" in found
+    )
     assert "--asked" in found
 
 
@@ -336,7 +444,10 @@ def test_with_what_was_asked_each_answer_finds_its_label(of_llava, capsys, categ
 
 def test_all_files_of_labels_at_once(of_llava, capsys):
     status, found = scored(of_llava.arguments(*Llava.categories), capsys)
-    assert (status, found) == (0, {"adversarial": 0, "popular": 1, "random": 1, "overall": pytest.approx(2 / 3)})
+    assert (status, found) == (
+        0,
+        {"adversarial": 0, "popular": 1, "random": 1, "overall": pytest.approx(2 / 3)},
+    )
     status, found = scored(of_llava.arguments(*Llava.categories, asked=False), capsys)
     assert (status, "for the second time among the questions" in found) == (1, True)
 
@@ -349,13 +460,18 @@ def test_labels_in_another_order_and_other_forms_of_file(of_llava, write, capsys
     arguments = of_llava.arguments("popular")
     expected = (0, {"popular": 1, "overall": 1})
     assert scored(arguments, capsys) == expected
-    for lines in (["\ufeff" + json.dumps(labels, indent=1)], [json.dumps(label) + "\r" for label in labels]):
+    for lines in (
+        ["\ufeff" + json.dumps(labels, indent=1)],
+        [json.dumps(label) + "\r" for label in labels],
+    ):
         arguments[1] = write("labels.json", lines)
         assert scored(arguments, capsys) == expected
 
 
 def test_one_file_with_all_labels_whose_ids_repeat(of_llava, write, capsys):
-    labels = [{**label, "category": name} for name in Llava.categories for label in of_llava.labels[name]]
+    labels = [
+        {**label, "category": name} for name in Llava.categories for label in of_llava.labels[name]
+    ]
     arguments = of_llava.arguments("random")
     arguments[1] = write("labels.json", labels)
     assert scored(arguments, capsys)[1] == {
@@ -370,7 +486,10 @@ def test_labels_whose_category_nothing_says(of_llava, write, capsys):
     arguments = of_llava.arguments("random")
     arguments[1] = write("labels.json", of_llava.labels["random"])
     status, found = scored(arguments, capsys)
-    assert (status, "of which category are its labels (adversarial, popular, random)?" in found) == (1, True)
+    assert (
+        status,
+        "of which category are its labels (adversarial, popular, random)?" in found,
+    ) == (1, True)
 
 
 def test_labels_of_a_category_that_was_not_asked(of_llava, capsys):
@@ -396,8 +515,12 @@ def test_what_was_asked_without_categories(of_llava, write, capsys):
         (lambda found: found.asked.pop(), {"missing", "unknown"}),
         (lambda found: found.answers.append(found.answers[-1]), {"duplicate"}),
         (lambda found: found.answers.append({"question_id": 7, "text": "Yes"}), {"unknown"}),
-        (lambda found: found.answers[-1].update(prompt="Is there a dog?"), {"missing", "another_prompt"}),
-        (lambda found: found.answers.pop(0), set()),  # of another category, whose labels are not given
+        (
+            lambda found: found.answers[-1].update(prompt="Is there a dog?"),
+            {"missing", "another_prompt"},
+        ),
+        # of another category, whose labels are not given
+        (lambda found: found.answers.pop(0), set()),
         (lambda found: found.answers.reverse(), set()),
     ],
 )

@@ -1,4 +1,5 @@
-"""Templates byte for byte (golden strings of LLaVA's conversation.py), pictures in questions, nothing injected."""
+"""Templates byte for byte (golden strings of LLaVA's conversation.py), pictures in questions,
+nothing injected."""
 
 import copy
 import pickle
@@ -8,12 +9,14 @@ import pytest
 from minillava.prompt import TEMPLATES, find_template, place_images, render
 
 HUMAN = (
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
+    "helpful, "
     "detailed, and polite answers to the human's questions."
 )
 USER = HUMAN.replace("curious human", "curious user").replace("the human's", "the user's")
 VISION = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "You are a helpful language and vision assistant. You are able to understand the visual "
+    "content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
 TWO_TURNS = [("<image>\nA", "B"), ("C", None)]
@@ -41,7 +44,11 @@ def test_every_template_has_a_golden_string():
 
 
 def test_system_texts_have_their_original_lengths():
-    assert [len(TEMPLATES[name].system) for name in ("llava_v1", "vicuna_v1", "llava_llama_2")] == [156, 154, 186]
+    assert [len(TEMPLATES[name].system) for name in ("llava_v1", "vicuna_v1", "llava_llama_2")] == [
+        156,
+        154,
+        186,
+    ]
 
 
 def test_plain_is_a_caption_and_holds_one_turn():
@@ -52,14 +59,22 @@ def test_plain_is_a_caption_and_holds_one_turn():
 
 def test_system_text_can_be_replaced_or_left_out():
     turn = [("Hi", None)]
-    assert render(TEMPLATES["llava_v1"], turn, system="Be brief.") == "Be brief. USER: Hi ASSISTANT:"
+    assert (
+        render(TEMPLATES["llava_v1"], turn, system="Be brief.") == "Be brief. USER: Hi ASSISTANT:"
+    )
     assert render(TEMPLATES["llava_v1"], turn, system="") == "USER: Hi ASSISTANT:"
     assert render(TEMPLATES["llava_llama_2"], turn, system="") == "[INST] Hi [/INST]"
-    assert render(TEMPLATES["mistral_instruct"], turn, system="S") == "[INST] <<SYS>>\nS\n<</SYS>>\n\nHi [/INST]"
+    assert (
+        render(TEMPLATES["mistral_instruct"], turn, system="S")
+        == "[INST] <<SYS>>\nS\n<</SYS>>\n\nHi [/INST]"
+    )
 
 
 def test_an_empty_answer_is_not_an_open_turn():
-    assert render(TEMPLATES["hf"], [("A", ""), ("B", None)]) == "USER: A ASSISTANT:  USER: B ASSISTANT:"
+    assert (
+        render(TEMPLATES["hf"], [("A", ""), ("B", None)])
+        == "USER: A ASSISTANT:  USER: B ASSISTANT:"
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,7 +117,9 @@ def kinds(prompt):
 
 
 def test_what_a_user_writes_is_text_whatever_it_looks_like():
-    prompt = render(TEMPLATES["llava_v1"], [("a</s>b<s> ### <image> c", None)], system="<image></s>")
+    prompt = render(
+        TEMPLATES["llava_v1"], [("a</s>b<s> ### <image> c", None)], system="<image></s>"
+    )
     assert kinds(prompt) == [("<image></s>", "text"), ("a</s>b<s> ### ", "text"), (" c", "text")]
     assert "".join(s.text for s in prompt.segments) == prompt
 
@@ -111,7 +128,8 @@ def test_a_forged_separator_is_marked():
     prompt = render(TEMPLATES["llava_v0"], [("a###Assistant: b", "c###d"), ("e", None)])
     assert ("###", "spelled") in kinds(prompt)
     assert kinds(prompt).count(("###", "spelled")) == 2
-    assert kinds(render(TEMPLATES["llava_v1"], [("a###b", None)]))[1] == ("a###b", "text")  # not a separator here
+    # not a separator here
+    assert kinds(render(TEMPLATES["llava_v1"], [("a###b", None)]))[1] == ("a###b", "text")
 
 
 def test_a_prompt_keeps_its_segments_when_it_grows_or_travels():

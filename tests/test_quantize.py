@@ -1,4 +1,5 @@
-"""quantize.py: the numbers are as near as their bits allow, and every way to the product gives the same one."""
+"""quantize.py: the numbers are as near as their bits allow, and every way to the product gives the
+same one."""
 
 import sys
 import weakref
@@ -63,29 +64,40 @@ def weights(rows: int = N, columns: int = K) -> torch.Tensor:
 
 
 def exact(stored: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """By the formulas, in float64: the weights [N, K] that the stored form means, and the step between two [N, K]."""
+    """By the formulas, in float64: the weights [N, K] that the stored form means, and the step
+    between two [N, K]."""
     if "weight_int8" in stored:
         step = stored["scale"].double()[:, None].expand(stored["weight_int8"].shape)
         return stored["weight_int8"].double() * step, step
-    scale, zero = (part.double().repeat_interleave(GROUP, dim=1) for part in stored["scale_zero"].unbind(2))
+    scale, zero = (
+        part.double().repeat_interleave(GROUP, dim=1) for part in stored["scale_zero"].unbind(2)
+    )
     nibbles, q = stored["weight_int4"].double(), torch.empty_like(scale)
     q[:, 0::2], q[:, 1::2] = nibbles % 16, nibbles // 16
     return (q - 8) * scale + zero, scale
 
 
-def expected(stored: dict[str, torch.Tensor], x: torch.Tensor, kernel: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The exact product and its bound. A kernel may round x, the weights and the product to bfloat16; without one the
-    weights are made in x's dtype, half precision that is emulated in float32: rounded at most as bfloat16 rounds."""
+def expected(
+    stored: dict[str, torch.Tensor], x: torch.Tensor, kernel: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exact product and its bound. A kernel may round x, the weights and the product to
+    bfloat16; without one the weights are made in x's dtype, half precision that is emulated in
+    float32: rounded at most as bfloat16 rounds."""
     weight, step = exact(stored)
-    narrow = torch.bfloat16 if kernel or x.dtype == torch.bfloat16 else torch.promote_types(x.dtype, torch.float32)
-    # Of scale times q, and of the sum with the zero where there is one; a zero of at most 8 steps is at most |w| + 8.
+    narrow = (
+        torch.bfloat16
+        if kernel or x.dtype == torch.bfloat16
+        else torch.promote_types(x.dtype, torch.float32)
+    )
+    # Of scale times q, and of the sum with the zero where there is one; a zero of at most 8 steps
+    # is at most |w| + 8.
     dw = gamma(2, narrow) * (weight.abs() + ("scale_zero" in stored) * 8 * step.abs())
     dx = unit(torch.bfloat16) * x.double().abs() if kernel else 0
     values, bound = products(x, weight, dtype=x.dtype, dx=dx, dw=dw)
     return values, bound + kernel * unit(torch.bfloat16) * (values.abs() + bound)
 
 
-# --- the numbers ----------------------------------------------------------------------------------------------
+# --- the numbers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,15 +106,18 @@ def test_errors_are_at_most_half_a_step(kind):
     stored = quantize_tensor(weight, kind)
     found, step = exact(stored)
     errors = (found - weight.double()).abs()
-    # q is a float32 quotient: up to three roundings move the place where it is rounded to an integer, by that part of
-    # it. q is at most 127 steps; in int4, where the zero is taken off first, at most 8 and the zero as many again.
+    # q is a float32 quotient: up to three roundings move the place where it is rounded to an
+    # integer, by that part of it. q is at most 127 steps; in int4, where the zero is taken off
+    # first, at most 8 and the zero as many again.
     most = 127 if kind == "int8" else 16
     assert (errors <= step * (0.5 + gamma(3, torch.float32) * most)).all()
-    # A rounding error is a quarter of a step on average, and nothing where the smallest and the largest number of a
-    # group lie. Its standard deviation is a step / √48; a mean of n lies within six times that / √n.
+    # A rounding error is a quarter of a step on average, and nothing where the smallest and the
+    # largest number of a group lie. Its standard deviation is a step / √48; a mean of n lies within
+    # six times that / √n.
     mean, slack = float((errors[6:] / step[6:]).mean()), 6 / (48 * errors[6:].numel()) ** 0.5
     assert 0.25 * (1 - 2 / GROUP) - slack < mean < 0.25 + slack
-    assert found[5].abs().max() <= 8 * torch.finfo(torch.bfloat16).tiny  # zeros: the smallest scale and its zero
+    # zeros: the smallest scale and its zero
+    assert found[5].abs().max() <= 8 * torch.finfo(torch.bfloat16).tiny
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,9 +128,12 @@ def test_steps_are_as_small_as_the_range_allows(kind):
         ideal = (weight.abs().amax(1, keepdim=True) / 127).expand_as(weight)
     else:
         groups = weight.view(N, -1, GROUP)
-        ideal = (groups.amax(2).clamp(min=0) - groups.amin(2).clamp(max=0)).repeat_interleave(GROUP, dim=1) / 15
+        ideal = (groups.amax(2).clamp(min=0) - groups.amin(2).clamp(max=0)).repeat_interleave(
+            GROUP, dim=1
+        ) / 15
     ideal = ideal.double().clamp(min=torch.finfo(torch.bfloat16).tiny)
-    off = gamma(1, torch.bfloat16) + gamma(4, torch.float32)  # stored in bfloat16, computed in float32, here as well
+    # stored in bfloat16, computed in float32, here as well
+    off = gamma(1, torch.bfloat16) + gamma(4, torch.float32)
     assert ((step - ideal).abs() <= off * ideal).all()
 
 
@@ -135,7 +153,9 @@ def test_the_stored_form_has_the_promised_shapes():
 @pytest.mark.parametrize("shape", [(TILE, GROUP - 2), (TILE - 16, GROUP), (TILE + 1, GROUP)])
 def test_shapes_that_int4_cannot_pack_become_int8(shape):
     assert isinstance(quantised_layer(quantize_tensor(torch.randn(shape), "int4")), Int8Linear)
-    assert isinstance(quantised_layer(quantize_tensor(torch.randn(TILE, GROUP), "int4")), Int4Linear)
+    assert isinstance(
+        quantised_layer(quantize_tensor(torch.randn(TILE, GROUP), "int4")), Int4Linear
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,17 +170,20 @@ def test_damaged_weights_stay_visible(kind, value):
         assert finite[:, 4].all()
 
 
-# --- the packing ----------------------------------------------------------------------------------------------
+# --- the packing ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (64, 192), (192, 64), (BLOCK, 128), (BLOCK + 64, 320), (64, 11008)])
+@pytest.mark.parametrize(
+    "shape", [(64, 64), (64, 192), (192, 64), (BLOCK, 128), (BLOCK + 64, 320), (64, 11008)]
+)
 def test_unpacking_is_the_inverse_of_packing(shape):
     q = torch.randint(0, 16, shape, dtype=torch.uint8)
     assert torch.equal(unpack(pack(q)), q)
 
 
 def pack_as(rows: int, low: list[int], high: list[int]):
-    """A packing of tiles of so many rows: byte i of each column holds row low[i], and in its high half row high[i]."""
+    """A packing of tiles of so many rows: byte i of each column holds row low[i], and in its high
+    half row high[i]."""
 
     def packed(q):
         tiles = q.view(-1, rows, q.shape[1]).transpose(1, 2)  # [N/R, K, R]
@@ -209,16 +232,19 @@ def test_a_layer_that_was_not_packed_gives_the_same():
     assert torch.equal(split(stored["weight_int4"])[:, 1], stored["weight_int4"][:, 0] >> 4)
 
 
-# --- the product ----------------------------------------------------------------------------------------------
+# --- the product ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 5, FEW_ROWS, FEW_ROWS + 1, 40])
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_right_to_the_rounding_of_their_dtype(kind, rows, dtype):
-    """Number by number against what rounding explains at worst; and all of them together against what it explains on
-    average: roundings of x, scale times q, zero and product are four errors of u / √3 at most, and independent."""
-    stored = quantize_tensor(torch.randn(N, K, generator=torch.Generator().manual_seed(1)) * 1e-3, kind)
+    """Number by number against what rounding explains at worst; and all of them together against
+    what it explains on average: roundings of x, scale times q, zero and product are four errors of
+    u / √3 at most, and independent."""
+    stored = quantize_tensor(
+        torch.randn(N, K, generator=torch.Generator().manual_seed(1)) * 1e-3, kind
+    )
     x = torch.randn(rows, K, generator=torch.Generator().manual_seed(rows)).to(dtype)
     found = quantised_layer(stored)(x)
     assert (found.dtype, tuple(found.shape)) == (dtype, (rows, N))
@@ -229,12 +255,18 @@ def test_products_are_right_to_the_rounding_of_their_dtype(kind, rows, dtype):
 
 
 MISTAKES = {
-    "a scale is its neighbour's": lambda parts: {k: v if k.startswith("weight") else v.roll(1, 0) for k, v in parts},
-    "a block of columns is left out": lambda parts: {k: _cut(v) if k == "weight_int8" else v for k, v in parts},
+    "a scale is its neighbour's": lambda parts: {
+        k: v if k.startswith("weight") else v.roll(1, 0) for k, v in parts
+    },
+    "a block of columns is left out": lambda parts: {
+        k: _cut(v) if k == "weight_int8" else v for k, v in parts
+    },
     "low and high halves of bytes swapped": lambda parts: {
         k: v >> 4 | v << 4 if k == "weight_int4" else v for k, v in parts
     },
-    "no zero": lambda parts: {k: v * torch.tensor([1.0, 0.0]) if k == "scale_zero" else v for k, v in parts},
+    "no zero": lambda parts: {
+        k: v * torch.tensor([1.0, 0.0]) if k == "scale_zero" else v for k, v in parts
+    },
 }
 
 
@@ -285,9 +317,15 @@ def kernels(monkeypatch):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_for_a_gpu_a_row_is_a_sum(kind, packed, dtype, monkeypatch):
-    """A product would have its weights written out wide at every token, twice the bytes of bfloat16's."""
-    stored = quantize_tensor(torch.randn(N, K, generator=torch.Generator().manual_seed(1)) * 1e-3, kind)
-    layer, x = quantised_layer(stored), torch.randn(2, 1, K, generator=torch.Generator().manual_seed(2)).to(dtype)
+    """A product would have its weights written out wide at every token, twice the bytes of
+    bfloat16's."""
+    stored = quantize_tensor(
+        torch.randn(N, K, generator=torch.Generator().manual_seed(1)) * 1e-3, kind
+    )
+    layer, x = (
+        quantised_layer(stored),
+        torch.randn(2, 1, K, generator=torch.Generator().manual_seed(2)).to(dtype),
+    )
     if not packed:
         layer.weight, layer.has_kernel = next(iter(stored.values())), False
     found = layer.as_sum(x)
@@ -322,15 +360,18 @@ def test_gradients_are_those_of_the_weights_that_are_meant(kind):
         x, g = torch.randn(rows, K, requires_grad=True), torch.randn(rows, N)
         (quantised_layer(stored)(x) * g).sum().backward()
         weight, step = exact(stored)
-        # Weights of float32, each off by its roundings, and the blocks' gradients added up in another order.
+        # Weights of float32, each off by its roundings, and the blocks' gradients added up in
+        # another order.
         dw = gamma(2, torch.float32) * (weight.abs() + 8 * step.abs())
         assert_within(x.grad, products(g, weight.T, dw=dw.T))
 
 
-# --- the model ------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("int8", "float32"), ("int8", "bfloat16"), ("int4", "float32")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("int8", "float32"), ("int8", "bfloat16"), ("int4", "float32")]
+)
 def test_the_bundled_model_still_describes_what_it_sees(kind, dtype, kernels):
     assistant = minillava.load(WEIGHTS, device="cpu", dtype=dtype, quantize=kind)
     for i, example in enumerate(shapes.EXAMPLES, start=1):
@@ -342,11 +383,19 @@ def test_the_bundled_model_still_describes_what_it_sees(kind, dtype, kernels):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_language_model_is_quantised_and_nothing_else(kind, attention):
     plain, small = (
-        minillava.load(WEIGHTS, device="cpu", dtype="float32", attention=attention, quantize=q).model
+        minillava.load(
+            WEIGHTS, device="cpu", dtype="float32", attention=attention, quantize=q
+        ).model
         for q in (None, kind)
     )
-    before = {name: module for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
-    after = {name: module for name, module in small.named_modules() if isinstance(module, nn.Linear | QuantisedLinear)}
+    before = {
+        name: module for name, module in plain.named_modules() if isinstance(module, nn.Linear)
+    }
+    after = {
+        name: module
+        for name, module in small.named_modules()
+        if isinstance(module, nn.Linear | QuantisedLinear)
+    }
     assert list(before) == list(after)
     assert {name.split(".")[0] for name, m in after.items() if isinstance(m, nn.Linear)} == {
         "vision_tower",
@@ -355,7 +404,9 @@ def test_the_language_model_is_quantised_and_nothing_else(kind, attention):
     kinds = {type(module) for name, module in after.items() if name.startswith("language_model.")}
     assert kinds == {LAYERS[kind]}
     assert "language_model.lm_head" in after
-    same = [name for name, p in small.named_parameters() if torch.equal(p, plain.get_parameter(name))]
+    same = [
+        name for name, p in small.named_parameters() if torch.equal(p, plain.get_parameter(name))
+    ]
     assert same == [name for name, _ in small.named_parameters()]
     assert quantize.count_parameters(small) == sum(p.numel() for p in plain.parameters())
 
@@ -381,7 +432,10 @@ def test_new_tokens_get_their_rows_before(reference):
     tokens = config.text.vocab_size + 3
     settings = {"dtype": torch.float32, "device": "cpu", "quantize": "int8", "tokens": tokens}
     model = build_model(config, stored, fused, **settings)
-    assert (model.config.text.vocab_size, len(model.language_model.embed_tokens.weight)) == (tokens, tokens)
+    assert (model.config.text.vocab_size, len(model.language_model.embed_tokens.weight)) == (
+        tokens,
+        tokens,
+    )
     head = quantize_tensor(grow_rows(stored.read("language_model.lm_head.weight"), tokens), "int8")
     assert torch.equal(model.language_model.lm_head.weight, head["weight_int8"])
 
@@ -396,7 +450,16 @@ def test_an_unknown_kind_names_the_known_ones(capsys):
 
 
 def test_the_command_line_says_what_it_loaded(capsys):
-    arguments = ["-m", str(WEIGHTS), "-i", str(WEIGHTS / "example-2.png"), "--dtype", "float32", "--device", "cpu"]
+    arguments = [
+        "-m",
+        str(WEIGHTS),
+        "-i",
+        str(WEIGHTS / "example-2.png"),
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    ]
     assert main([*arguments, "--quantize", "int4", "--verbose"]) == 0
     out, err = capsys.readouterr()
     assert out == shapes.describe(shapes.EXAMPLES[1]) + "\n"

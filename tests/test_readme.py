@@ -1,6 +1,7 @@
 """README: its blocks, typed one after another into one shell, do and print what it says.
 
-Marked `<!-- run -->` is what runs here; `<!-- ci: NAME -->` makes the environment, which .ci/run does.
+Marked `<!-- run -->` is what runs here; `<!-- ci: NAME -->` makes the environment, which .ci/run
+does.
 """
 
 import os
@@ -108,13 +109,17 @@ sys.exit(server.recv(1)[0])
 
 @pytest.fixture(scope="module")
 def done(reference, tmp_path_factory):
-    """`done[i]` -> (exit status, stdout, stderr) of what `TYPED[i]` does, all in one shell and folder."""
-    folder, short = tmp_path_factory.mktemp("readme"), tempfile.mkdtemp()  # a socket's path has 100 characters
+    """`done[i]` -> (exit status, stdout, stderr) of what `TYPED[i]` does, all in one shell and
+    folder."""
+    # a socket's path has 100 characters
+    folder, short = tmp_path_factory.mktemp("readme"), tempfile.mkdtemp()
     furnish(folder, reference, address := f"{short}/python")
     own = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment = {k: v for k, v in os.environ.items() if k != "MINILLAVA_WEIGHTS"} | own
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    server = subprocess.Popen([sys.executable, "-c", SERVER, address], env=environment, stdout=subprocess.PIPE)
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, address], env=environment, stdout=subprocess.PIPE
+    )
     try:
         assert server.stdout.readline() == b"ready\n"
         subprocess.run(
@@ -128,7 +133,9 @@ def done(reference, tmp_path_factory):
         server.terminate()
         server.communicate()
         shutil.rmtree(short)
-    read = lambda i: [(folder / f"{name}.{i}").read_text(encoding="utf-8") for name in ("status", "out", "err")]  # noqa: E731
+    read = lambda i: [  # noqa: E731
+        (folder / f"{name}.{i}").read_text(encoding="utf-8") for name in ("status", "out", "err")
+    ]
     yield [(int(status), out, err) for status, out, err in map(read, range(len(TYPED)))]
 
 
@@ -141,8 +148,8 @@ def script(typed: list[Typed]) -> str:
 
 
 def furnish(folder: Path, reference: Path, address: str) -> None:
-    """A checkout after README's first command: an environment that is not active yet, with a toy under the name of the
-    real model and two pictures of the reader's."""
+    """A checkout after README's first command: an environment that is not active yet, with a toy
+    under the name of the real model and two pictures of the reader's."""
     for name in ("tests", "tools"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "weights").mkdir()
@@ -156,7 +163,10 @@ def furnish(folder: Path, reference: Path, address: str) -> None:
     (environment / "activate").write_text('PATH="$PWD/.venv/bin:$PATH"\n')
     client = f'exec "{sys.executable}" -IS "{folder}/client.py" "{address}" "$@"'
     (folder / "bin").mkdir()
-    for path, does in ((environment, client), (folder / "bin", 'echo "python: not found" >&2; exit 127')):
+    for path, does in (
+        (environment, client),
+        (folder / "bin", 'echo "python: not found" >&2; exit 127'),
+    ):
         (path / "python").write_text(f"#!/bin/sh\n{does}\n")
         (path / "python").chmod(0o755)
 
@@ -175,8 +185,8 @@ def test_there_is_something_to_type():
 
 @pytest.mark.parametrize("i", range(len(TYPED)), ids=lambda i: f"{i}-{TYPED[i].text[:40]}")
 def test_typed_after_all_before_it(i, done):
-    """Blocks that each ran in a folder of its own hid that one needed another's name for its answers,
-    and that nothing had made `python` known to the shell."""
+    """Blocks that each ran in a folder of its own hid that one needed another's name for its
+    answers, and that nothing had made `python` known to the shell."""
     kind, text, output = TYPED[i]
     status, out, err = done[i]
     if kind == "console":
@@ -194,8 +204,13 @@ def test_the_memory_table_is_true():
         with torch.device("meta"):
             model = Llava(LlavaConfig(CLIP_LARGE_336, text))
         count = sum(p.numel() for p in model.parameters()) / 1e9
-        cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2 * 1000 / 1e9
-        row = f"| LLaVA-1.5 {name} | {count:.2f} billion | {2 * count:.1f} GB | {4 * count:.1f} GB | {cache:.2f} GB |"
+        cache = (
+            2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2 * 1000 / 1e9
+        )
+        row = (
+            f"| LLaVA-1.5 {name} | {count:.2f} billion | {2 * count:.1f} GB | {4 * count:.1f} GB | "
+            f"{cache:.2f} GB |"
+        )
         assert row in README
 
 

@@ -1,4 +1,5 @@
-"""The filters on numbers small enough to check by hand; equality with transformers is in the parity tests."""
+"""The filters on numbers small enough to check by hand; equality with transformers is in the parity
+tests."""
 
 import math
 
@@ -19,7 +20,9 @@ def test_temperature_divides():
     assert torch.equal(sampling.temperature(LOGITS, 2.0), LOGITS / 2)
 
 
-@pytest.mark.parametrize(("k", "expected"), [(1, [0]), (2, [0, 1]), (4, [0, 1, 2, 3]), (99, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    ("k", "expected"), [(1, [0]), (2, [0, 1]), (4, [0, 1, 2, 3]), (99, [0, 1, 2, 3])]
+)
 def test_top_k(k, expected):
     assert kept(sampling.top_k(LOGITS, k)) == expected
 
@@ -29,13 +32,16 @@ def test_top_k_keeps_ties_with_the_kth():
 
 
 @pytest.mark.parametrize(
-    ("p", "expected"), [(0.5, [0]), (0.65, [0, 1]), (0.9, [0, 1, 2]), (1.0, [0, 1, 2, 3]), (1e-9, [0])]
+    ("p", "expected"),
+    [(0.5, [0]), (0.65, [0, 1]), (0.9, [0, 1, 2]), (1.0, [0, 1, 2, 3]), (1e-9, [0])],
 )
 def test_top_p_keeps_the_smallest_set_that_reaches_p(p, expected):
     assert kept(sampling.top_p(LOGITS, p)) == expected
 
 
-@pytest.mark.parametrize(("p", "expected"), [(0.5, [0]), (0.3, [0, 1]), (0.1, [0, 1, 2]), (1.0, [0])])
+@pytest.mark.parametrize(
+    ("p", "expected"), [(0.5, [0]), (0.3, [0, 1]), (0.1, [0, 1, 2]), (1.0, [0])]
+)
 def test_min_p_is_relative_to_the_best(p, expected):
     assert kept(sampling.min_p(LOGITS, p)) == expected
 
@@ -45,9 +51,12 @@ def test_repetition_penalty_moves_seen_tokens_down_on_both_sides_of_zero():
     assert sampling.repetition_penalty(LOGITS, seen, 2.0).tolist() == [[1.0, 1.0, 0.0, -2.0]]
 
 
-@pytest.mark.parametrize(("p", "expected"), [(0.2, [1]), (0.3, [0, 1]), (0.9, [0, 1, 2]), (1.0, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    ("p", "expected"), [(0.2, [1]), (0.3, [0, 1]), (0.9, [0, 1, 2]), (1.0, [0, 1, 2, 3])]
+)
 def test_typical_p_takes_the_least_unusual_first(p, expected):
-    """The entropy is .947 nats; the surprises .440, 1.440, 2.440, 3.440 are .507, .493, 1.493, 2.493 away from it."""
+    """The entropy is .947 nats; the surprises .440, 1.440, 2.440, 3.440 are .507, .493, 1.493,
+    2.493 away from it."""
     assert kept(sampling.typical_p(LOGITS, p)) == expected
 
 
@@ -92,7 +101,9 @@ def test_draw_follows_the_distribution_and_the_seed():
     scores = LOGITS.expand(20000, -1)
     drawn = sampling.draw(scores, torch.Generator().manual_seed(0)).squeeze(1)
     assert torch.equal(drawn, sampling.draw(scores, torch.Generator().manual_seed(0)).squeeze(1))
-    assert not torch.equal(drawn, sampling.draw(scores, torch.Generator().manual_seed(1)).squeeze(1))
+    assert not torch.equal(
+        drawn, sampling.draw(scores, torch.Generator().manual_seed(1)).squeeze(1)
+    )
     share = drawn.bincount(minlength=4) / 20000
     p = LOGITS[0].softmax(0)
     assert ((share - p).abs() < 4 * (p * (1 - p) / 20000).sqrt()).all()  # four standard errors

@@ -1,4 +1,5 @@
-"""The bundled model: its world (tools/shapes.py), its recipe (tools/train_shapes.py) and its weights."""
+"""The bundled model: its world (tools/shapes.py), its recipe (tools/train_shapes.py) and its
+weights."""
 
 import json
 import random
@@ -54,7 +55,7 @@ def bundled():
     return minillava.load(WEIGHTS, device="cpu", dtype="float32")
 
 
-# --- the world ------------------------------------------------------------------------------------------------
+# --- the world ------------------------------------------------------------------------------------
 
 
 def test_scenes_are_what_they_promise():
@@ -78,7 +79,9 @@ def test_held_out_pairs_leave_every_shape_and_colour_to_training():
     assert {shape for shape, _ in shapes.HELD_OUT} == set(shapes.SHAPES)
     assert len({colour for _, colour in shapes.HELD_OUT}) == len(shapes.HELD_OUT)
     for options in (eval_shapes.HELD_OUT_SCENE, {}):
-        shown = {(t.shape, t.colour) for i in range(100) for t in scene(i, count=3, **options).things}
+        shown = {
+            (t.shape, t.colour) for i in range(100) for t in scene(i, count=3, **options).things
+        }
         assert bool(shown & shapes.HELD_OUT) == bool(options)
 
 
@@ -86,12 +89,15 @@ def test_training_never_names_a_held_out_pair():
     names = {f"{colour} {shape}" for shape, colour in shapes.HELD_OUT}
     for i in range(300):
         for dialogue in shapes.ask_any(scene(i), 5, random.Random(i)):
-            assert not any(name in text for turn in dialogue.turns for text in turn for name in names)
+            assert not any(
+                name in text for turn in dialogue.turns for text in turn for name in names
+            )
 
 
 @pytest.mark.parametrize("sharpness", [1, 3])
 def test_pictures_show_what_the_scene_says(sharpness):
-    """In every place the thing's colour, and about as much of it as its size allows; in the others none."""
+    """In every place the thing's colour, and about as much of it as its size allows; in the others
+    none."""
     for i in range(15):
         s = scene(i)
         picture = shapes.draw(s, sharpness)
@@ -117,7 +123,8 @@ def things_of(text: str) -> list[tuple[str, ...]]:
     """Every "large red circle at the top left" of a text as (size, colour, shape, place)."""
     places = "|".join(sorted(shapes.PLACES, key=len, reverse=True))
     return [
-        (m["size"], m["colour"], m["shape"], m["at"]) for m in re.finditer(f"{THING}(?: is)? (?P<at>{places})", text)
+        (m["size"], m["colour"], m["shape"], m["at"])
+        for m in re.finditer(f"{THING}(?: is)? (?P<at>{places})", text)
     ]
 
 
@@ -129,13 +136,17 @@ def is_true(s: shapes.Scene, question: str, answer: str) -> bool:
     """Judges an answer from its words and the scene alone, without shapes.py's way of making it."""
     full = {(t.size, t.colour, t.shape, shapes.PLACES[t.place]) for t in s.things}
     named = {f"{t.colour} {t.shape}": t for t in s.things}
-    called = {name: [t for t in s.things if name in names_of(t)] for t in s.things for name in names_of(t)}
+    called = {
+        name: [t for t in s.things if name in names_of(t)] for t in s.things for name in names_of(t)
+    }
     if answer.startswith("I see"):
         return answer == shapes.EMPTY if not full else set(things_of(answer)) == full
     if m := re.fullmatch(r"There (?:is|are) (\w+) shapes?\.", answer):
         return shapes.NUMBERS.index(m[1]) == len(full)
     if m := re.fullmatch(r"Is there (?:a|an) (\w+)( shape)?\?", question):
-        return answer == ("Yes." if any(m[1] == (t.colour if m[2] else t.shape) for t in s.things) else "No.")
+        return answer == (
+            "Yes." if any(m[1] == (t.colour if m[2] else t.shape) for t in s.things) else "No."
+        )
     if m := re.fullmatch(r"Is there (?:a|an) (\w+ \w+)(?: in this image)?\?", question):
         return answer == ("Yes." if m[1] in named else "No.")
     if m := re.fullmatch(r"What is (.+)\?", question):
@@ -145,7 +156,8 @@ def is_true(s: shapes.Scene, question: str, answer: str) -> bool:
         winner = answer.removeprefix("The ").removesuffix(f" is {m[1]}.")
         (loser,) = {m[2], m[3]} - {winner}
         key = (lambda t: t.place % 3) if m[1] == "further left" else (lambda t: t.place // 3)
-        (first,), (second,) = called[winner], called[loser]  # a name that fits two things would be no name
+        # a name that fits two things would be no name
+        (first,), (second,) = called[winner], called[loser]
         return key(first) < key(second)
     m = re.fullmatch(r"(?:The (?P<who>[\w ]+?)|It) is (?P<what>.+)\.", answer)
     meant = s.things if m["who"] is None else called[m["who"]]
@@ -180,7 +192,7 @@ def test_yes_and_no_are_equally_often_true_and_no_is_hard():
     assert hard > 0.7 * said["No."]
 
 
-# --- the recipe -----------------------------------------------------------------------------------------------
+# --- the recipe -----------------------------------------------------------------------------------
 
 
 def test_tokenizer_has_llamas_conventions(tokenizer):
@@ -188,8 +200,10 @@ def test_tokenizer_has_llamas_conventions(tokenizer):
     assert [model.id_to_piece(i) for i in range(4)] == ["<unk>", "<s>", "</s>", "<0x00>"]
     assert model.pad_id() == -1
     assert tokenizer.legacy is True
-    assert tokenizer.decode(tokenizer.encode("naïve  Ω 12\n ok")) == "naïve  Ω 12\n ok"  # bytes, spaces and all
-    assert [model.id_to_piece(i) for i in model.encode("12")][-2:] == ["<0x31>", "<0x32>"]  # digit by digit
+    # bytes, spaces and all
+    assert tokenizer.decode(tokenizer.encode("naïve  Ω 12\n ok")) == "naïve  Ω 12\n ok"
+    # digit by digit
+    assert [model.id_to_piece(i) for i in model.encode("12")][-2:] == ["<0x31>", "<0x32>"]
 
 
 def test_labels_are_the_answers_that_inference_would_give(train_shapes, tokenizer):
@@ -203,11 +217,18 @@ def test_labels_are_the_answers_that_inference_would_give(train_shapes, tokenize
             assert wanted.count(tokenizer.eos_id) == len(dialogue.turns)
             first = labels.index(wanted[0])
             question = f"<image>\n{dialogue.turns[0][0]}"
-            assert ids[:first] == tokenizer.encode(render(train_shapes.TEMPLATE, [(question, None)]))
+            assert ids[:first] == tokenizer.encode(
+                render(train_shapes.TEMPLATE, [(question, None)])
+            )
 
 
 def test_patch_names_are_those_of_their_ninth(train_shapes):
-    s = shapes.Scene(200, 160, (shapes.Thing("star", "red", "small", 3), shapes.Thing("ring", "blue", "large", 8)), 0)
+    s = shapes.Scene(
+        200,
+        160,
+        (shapes.Thing("star", "red", "small", 3), shapes.Thing("ring", "blue", "large", 8)),
+        0,
+    )
     names = train_shapes.patch_names(s, 9).reshape(9, 9, 4)
     words = {kind: np.array(values) for kind, values in train_shapes.NAMES.items()}
     assert (words["place"][names[0, :, 0]] == "padding").all()  # 20 of 200 pixels above the picture
@@ -218,7 +239,9 @@ def test_patch_names_are_those_of_their_ninth(train_shapes):
     )
     assert left == ["on the left", "star", "red", "small"]
     assert corner == ["at the bottom right", "ring", "blue", "large"]
-    assert (names[4, 4, 1:] == [words["shape"].tolist().index("none"), IGNORE_INDEX, IGNORE_INDEX]).all()
+    assert (
+        names[4, 4, 1:] == [words["shape"].tolist().index("none"), IGNORE_INDEX, IGNORE_INDEX]
+    ).all()
 
 
 def test_a_shared_picture_trains_as_if_each_conversation_had_its_own(train_shapes, tokenizer):
@@ -231,7 +254,9 @@ def test_a_shared_picture_trains_as_if_each_conversation_had_its_own(train_shape
     with torch.no_grad():
         words = model.language_model.embed_tokens(torch.tensor([head] * 2))
         prefix = torch.cat([words, model.encode_images(pixels)], dim=1)
-        scores, true, counts = train_shapes.answer_scores(model, prefix, torch.full((2,), prefix.shape[1]), tails)
+        scores, true, counts = train_shapes.answer_scores(
+            model, prefix, torch.full((2,), prefix.shape[1]), tails
+        )
         together = torch.nn.functional.cross_entropy(scores, true, reduction="sum")
         alone, count = 0.0, 0
         for row, several in enumerate(dialogues):
@@ -285,7 +310,10 @@ def test_training_survives_being_killed(train_shapes, tmp_path, monkeypatch, cap
     monkeypatch.setattr(train_shapes, "train", lambda *arguments: trained.append(arguments))
     capsys.readouterr()
     run(whole)
-    assert capsys.readouterr().out == f"{whole} holds a finished model; --restart trains it anew. {asked}"
+    assert (
+        capsys.readouterr().out
+        == f"{whole} holds a finished model; --restart trains it anew. {asked}"
+    )
     assert {path: path.read_bytes() for path in whole.iterdir()} == before
     assert trained == []
     run(whole, "--restart")
@@ -306,7 +334,14 @@ def test_the_card_says_how_many_turns_were_trained():
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the workers in /proc")
 def test_two_workers_train_and_die_together(train_shapes, tmp_path):
     """Nobody goes on without the first process."""
-    command = [sys.executable, str(ROOT / "tools" / "train_shapes.py"), "--out", str(tmp_path), "--save-every", "1"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "train_shapes.py"),
+        "--out",
+        str(tmp_path),
+        "--save-every",
+        "1",
+    ]
     process = subprocess.Popen([*command, "--pictures", "4"], stderr=subprocess.DEVNULL)
     try:
         wait_until((tmp_path / train_shapes.CHECKPOINT).exists)
@@ -347,9 +382,11 @@ def test_muon_is_torchs_in_float32(train_shapes):
         assert (ours_p - theirs_p).norm() < 0.02 * (theirs_p - start_p).norm()
 
 
-# --- the weights ----------------------------------------------------------------------------------------------
+# --- the weights ----------------------------------------------------------------------------------
 
-needs_weights = pytest.mark.skipif(not (WEIGHTS / "config.json").exists(), reason="weights/shapes is not trained yet")
+needs_weights = pytest.mark.skipif(
+    not (WEIGHTS / "config.json").exists(), reason="weights/shapes is not trained yet"
+)
 
 
 @needs_weights
@@ -360,7 +397,9 @@ def test_folder_is_small_and_in_the_hubs_layout():
     assert not (WEIGHTS / "training.pt").exists()
     for i, example in enumerate(shapes.EXAMPLES, start=1):
         with Image.open(WEIGHTS / f"example-{i}.png") as picture:
-            assert np.array_equal(np.asarray(picture), np.asarray(shapes.draw(example, sharpness=4)))
+            assert np.array_equal(
+                np.asarray(picture), np.asarray(shapes.draw(example, sharpness=4))
+            )
 
 
 @needs_weights
@@ -371,7 +410,8 @@ def test_examples_are_described_truly(dtype):
         "I see a large red star at the top left, a small blue circle in the center "
         "and a large green square at the bottom right.",
         "I see a small purple ring at the top right and a large orange triangle on the left.",
-        "I see a large pink cross at the top, a small black circle on the left, a small yellow square on the right "
+        "I see a large pink cross at the top, a small black circle on the left, a small yellow "
+        "square on the right "
         "and a large green star at the bottom.",
     ]
     for i, (text, example) in enumerate(zip(golden, shapes.EXAMPLES, strict=True), start=1):
@@ -381,7 +421,8 @@ def test_examples_are_described_truly(dtype):
 
 @needs_weights
 def test_the_model_looks_at_the_picture(bundled):
-    """More than nine in ten answers about fresh scenes are true, and few once the pictures are swapped."""
+    """More than nine in ten answers about fresh scenes are true, and few once the pictures are
+    swapped."""
 
     def right(name, count, kinds, picture=None) -> float:
         items = eval_shapes.make_items(name, count, kinds, picture=picture)
@@ -397,7 +438,8 @@ def test_the_model_looks_at_the_picture(bundled):
 
 @needs_weights
 def test_hugging_face_agrees(count: int = 20):
-    """The folder as it is, in transformers: the same logits to the bit, and the same greedy answers."""
+    """The folder as it is, in transformers: the same logits to the bit, and the same greedy
+    answers."""
     pytest.importorskip("transformers", minversion="5", reason="live parity needs transformers 5")
     ours = minillava.load(WEIGHTS, device="cpu", dtype="float32", attention="eager")
     theirs = hf.load(WEIGHTS, dtype="float32", attention="eager")

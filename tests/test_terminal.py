@@ -65,7 +65,9 @@ def test_several_paths_at_once(folder):
 
 
 @POSIX
-@pytest.mark.parametrize("name", ["'b.png'", '"b.png"', "b\\ c.png", "b.png ", " b.png", "b.png b.png", "~", "#b.png"])
+@pytest.mark.parametrize(
+    "name", ["'b.png'", '"b.png"', "b\\ c.png", "b.png ", " b.png", "b.png b.png", "~", "#b.png"]
+)
 def test_a_file_that_is_really_called_so_goes_first(folder, name):
     (folder / name).touch()
     assert read_paths(name) == [name] or (name == "~" and read_paths("./~") == ["./~"])
@@ -89,7 +91,9 @@ def test_what_is_not_there_comes_back_for_the_message(folder, typed, shown):
     assert dropped(typed) == []
 
 
-@pytest.mark.parametrize("line", ["Is b.png there?", "b.png", "/", "'What is it?'", "/my photos", "", "~", "file:///"])
+@pytest.mark.parametrize(
+    "line", ["Is b.png there?", "b.png", "/", "'What is it?'", "/my photos", "", "~", "file:///"]
+)
 def test_a_question_is_no_dropped_file(folder, line):
     assert dropped(line) == []
 
@@ -99,7 +103,9 @@ def test_tab_completes_commands_and_paths(folder, monkeypatch):
     complete = Terminal(["/image", "/save", "/help"]).completions
     assert complete("/i") == ["/image "]
     assert complete("/") == ["/image ", "/save ", "/help"]
-    assert complete("") == complete("What") == complete("/help b") == complete("/image no/where") == []
+    assert (
+        complete("") == complete("What") == complete("/help b") == complete("/image no/where") == []
+    )
     assert complete("/image ") == ["/image b.png", "/image my photos/"]
     assert complete("/image my") == complete("/image 'my") == ["/image my photos/"]
     assert complete('/save "my') == ["/save my photos/"]

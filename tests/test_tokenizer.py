@@ -1,4 +1,5 @@
-"""Token ids. The toy tokenizer is always there; golden ids need the real Llama tokenizer and are skipped without."""
+"""Token ids. The toy tokenizer is always there; golden ids need the real Llama tokenizer and are
+skipped without."""
 
 import json
 import random
@@ -23,11 +24,14 @@ WALKTHROUGH_ANSWER_IDS = [
     8439, 526, 263, 2846,
 ]  # fmt: skip
 WALKTHROUGH_ANSWER = (
-    "The image features a man with a skateboard and a dog, either walking down the street together or crossing the "
-    "street while holding hands with the dog on a leash. The man appears to be skateboarding with the dog close by, "
+    "The image features a man with a skateboard and a dog, either walking down the street together "
+    "or crossing the "
+    "street while holding hands with the dog on a leash. The man appears to be skateboarding with "
+    "the dog close by, "
     "creating a fun and friendly atmosphere. \n\nThere are a few"
 )
-# What LLaVA's tokenizer_image_token returns, run with the slow Llama tokenizer of transformers 4.46.
+# What LLaVA's tokenizer_image_token returns, run with the slow Llama tokenizer of transformers
+# 4.46.
 GOLDEN_IDS = {
     "": [1],
     "<image>": [1, -200],
@@ -73,14 +77,17 @@ def toy(reference):
 
 
 def test_the_fifty_ids_of_the_walk_through(real):
-    prompt = render(TEMPLATES["llava_v1"], [(place_images("Please describe this image in detail.", 1), None)])
+    prompt = render(
+        TEMPLATES["llava_v1"], [(place_images("Please describe this image in detail.", 1), None)]
+    )
     assert real.encode(prompt) == WALKTHROUGH_IDS
     assert real.encode(str(prompt)) == WALKTHROUGH_IDS
 
 
 def test_the_answer_of_the_walk_through(real):
     assert real.decode(WALKTHROUGH_ANSWER_IDS) == WALKTHROUGH_ANSWER
-    assert real.decode([*WALKTHROUGH_ANSWER_IDS, 2, 0]) == WALKTHROUGH_ANSWER  # end and pad have no text
+    # end and pad have no text
+    assert real.decode([*WALKTHROUGH_ANSWER_IDS, 2, 0]) == WALKTHROUGH_ANSWER
 
 
 @pytest.mark.parametrize("text", GOLDEN_IDS)
@@ -88,7 +95,9 @@ def test_golden_ids(real, text):
     assert real.encode(text) == GOLDEN_IDS[text]
 
 
-@pytest.mark.parametrize(("legacy", "after"), [(True, [2, 3148, 1001, 29901]), (False, [2, 11889, 29901])])
+@pytest.mark.parametrize(
+    ("legacy", "after"), [(True, [2, 3148, 1001, 29901]), (False, [2, 11889, 29901])]
+)
 def test_legacy_decides_what_follows_an_end_token(llama_tokenizer, legacy, after):
     tokenizer = Tokenizer(llama_tokenizer, legacy=legacy)
     assert tokenizer.encode("B</s>USER:") == [1, 350, *after]
@@ -116,7 +125,9 @@ def test_legacy_is_read_from_the_folder(llama_tokenizer, tmp_path):
 
 def test_legacy_in_the_toy(reference):
     """The same question without the real tokenizer: a continuation has no "▁"."""
-    old, new = (Tokenizer(reference / "plain" / "tokenizer.model", legacy=flag) for flag in (True, False))
+    old, new = (
+        Tokenizer(reference / "plain" / "tokenizer.model", legacy=flag) for flag in (True, False)
+    )
     assert old.encode("a</s>dog") == [*old.encode("a"), 2, *old.encode("dog")[1:]]
     assert new.encode("a</s>dog") == [*new.encode("a"), 2, *new.encode("\ndog")[3:]]
     assert old.decode(new.encode("a</s>dog")) == "adog"
@@ -139,7 +150,8 @@ def test_special_words_of_a_user_are_plain_text(real):
 def test_a_forged_separator_reads_the_same_but_ends_no_turn(real):
     def hashes(question):
         ids = real.encode(render(TEMPLATES["llava_v0"], [(question, None)]))
-        return ids.count(2277) + ids.count(835)  # "##" (then "#") and "▁###": how the template's own are encoded
+        # "##" (then "#") and "▁###": how the template's own are encoded
+        return ids.count(2277) + ids.count(835)
 
     assert hashes("a b") == hashes("a###Assistant: b") == hashes("### b") == 2
     prompt = render(TEMPLATES["llava_v0"], [("a###Human: b", None)])
@@ -149,7 +161,9 @@ def test_a_forged_separator_reads_the_same_but_ends_no_turn(real):
 def test_segments_encode_as_the_string_they_make(toy, real):
     for tokenizer in (toy, real):
         for template in TEMPLATES.values():
-            prompt = render(template, [("What colour is the dog,  really?\n", "It's brown.")], system="Be kind.")
+            prompt = render(
+                template, [("What colour is the dog,  really?\n", "It's brown.")], system="Be kind."
+            )
             assert tokenizer.encode(prompt) == tokenizer.encode(str(prompt))
 
 
@@ -199,13 +213,17 @@ def test_missing_and_damaged_files(reference, tmp_path):
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("answer", ["A dog.", "", " ", "\n###", "]:", "é", "</s>"])
 def test_an_answer_begins_behind_the_ids_of_its_prompt(toy, template, answer):
-    """What the model is asked to go on from is cut into the same ids with and without the answer."""
+    """What the model is asked to go on from is cut into the same ids with and without the
+    answer."""
     opened = toy.encode(render(TEMPLATES[template], [("What is it?", None)]))
-    assert toy.encode(render(TEMPLATES[template], [("What is it?", answer)]))[: len(opened)] == opened
+    assert (
+        toy.encode(render(TEMPLATES[template], [("What is it?", answer)]))[: len(opened)] == opened
+    )
 
 
 def test_labels_end_where_the_next_question_is_cut_otherwise(toy):
-    """The blank that `hf` writes behind an answer is one id at the end of a text, and a part of "▁U" within it."""
+    """The blank that `hf` writes behind an answer is one id at the end of a text, and a part of
+    "▁U" within it."""
     turns = [("What?", "A dog."), ("Color?", "Brown.")]
     ids, labels = encode_answers(toy, TEMPLATES["hf"], turns)
     assert all(label in (IGNORE_INDEX, i) for i, label in zip(ids, labels, strict=True))
@@ -222,13 +240,15 @@ def test_labels_end_where_the_next_question_is_cut_otherwise(toy):
 def test_labels_are_those_of_llavas_training(llama_tokenizer, legacy, length, places):
     """The positions and ids that LLaVA's preprocess_v1 keeps of this conversation."""
     turns = [("<image>\nWhat is it?", "A dog."), ("Color?", "Brown.")]
-    ids, labels = encode_answers(Tokenizer(llama_tokenizer, legacy=legacy), TEMPLATES["vicuna_v1"], turns)
+    ids, labels = encode_answers(
+        Tokenizer(llama_tokenizer, legacy=legacy), TEMPLATES["vicuna_v1"], turns
+    )
     assert len(ids) == len(labels) == length
     assert [i for i, label in enumerate(labels) if label != IGNORE_INDEX] == places
     assert [labels[i] for i in places] == [319, 11203, 29889, 2, 9817, 29889, 2]
 
 
-# --- tokens that a fine-tune added --------------------------------------------------------------------------------
+# --- tokens that a fine-tune added ----------------------------------------------------------------
 
 ADDED = {  # text -> flags; the ids follow the pieces in this order
     "<box>": {}, "</box>": {}, "<loc_1>": {}, "<loc_10>": {}, "[SEG]": {"special": True}, "<l>": {"lstrip": True},
@@ -241,7 +261,10 @@ ADDED_IDS = {
     "a<box>dog": ([1, 259, 440, 289, 399, 405], [1, 259, 440, 402, 399, 405]),
     "<box></box>": ([1, 440, 441], [1, 391, 440, 441]),
     "<loc_10><loc_1>0": ([1, 443, 442, 391, 51], [1, 391, 443, 442, 51]),
-    "<loc_100>": ([1, 391, 63, 401, 399, 403, 98, 52, 51, 51, 65], [1, 391, 63, 401, 399, 403, 98, 52, 51, 51, 65]),
+    "<loc_100>": (
+        [1, 391, 63, 401, 399, 403, 98, 52, 51, 51, 65],
+        [1, 391, 63, 401, 399, 403, 98, 52, 51, 51, 65],
+    ),
     "[SEG]": ([1, 444], [1, 444]),
     "[SEG] a": ([1, 444, 391, 259], [1, 444, 259]),
     "a [SEG]a": ([1, 259, 391, 444, 259], [1, 259, 391, 444, 393]),
@@ -266,10 +289,18 @@ def write_added(folder, model, tokens=ADDED, legacy=True, **config):
     path = folder / "tokenizer.model"
     shutil.copy(model, path)
     pieces = SentencePieceProcessor(model_file=str(path)).vocab_size()
-    entries = {str(pieces + i): {"content": text, **flags} for i, (text, flags) in enumerate(tokens.items())}
+    entries = {
+        str(pieces + i): {"content": text, **flags}
+        for i, (text, flags) in enumerate(tokens.items())
+    }
     raw = {"legacy": legacy, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     raw |= {"added_tokens_decoder": entries}
-    raw |= {"additional_special_tokens": [text for text, flags in tokens.items() if flags.get("special")], **config}
+    raw |= {
+        "additional_special_tokens": [
+            text for text, flags in tokens.items() if flags.get("special")
+        ],
+        **config,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(raw))
     return path
 
@@ -282,7 +313,9 @@ def boxes(reference, tmp_path):
 @pytest.mark.parametrize("legacy", [True, False])
 def test_added_tokens_have_the_ids_of_transformers(reference, tmp_path, legacy):
     """They were spelled in pieces that the fine-tune never saw."""
-    tokenizer = Tokenizer(write_added(tmp_path, reference / "plain" / "tokenizer.model", legacy=legacy))
+    tokenizer = Tokenizer(
+        write_added(tmp_path, reference / "plain" / "tokenizer.model", legacy=legacy)
+    )
     assert {text: tokenizer.encode(text) for text in ADDED_IDS} == {
         text: ids[not legacy] for text, ids in ADDED_IDS.items()
     }
@@ -300,12 +333,33 @@ def test_added_tokens_as_transformers_own_slow_tokenizer_has_them(reference, tmp
     tokens = {text: {flag: rows > 0 and choose.random() < 0.4 for flag in flags} for text in texts}
     path = write_added(tmp_path, reference / "plain" / "tokenizer.model", tokens)
     control = dict(enumerate(("<unk>", "<s>", "</s>")))
-    decoder = {440 + i: AddedToken(text, normalized=False, **tokens[text]) for i, text in enumerate(texts)}
+    decoder = {
+        440 + i: AddedToken(text, normalized=False, **tokens[text]) for i, text in enumerate(texts)
+    }
     decoder |= {i: AddedToken(text, special=True, normalized=False) for i, text in control.items()}
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    theirs = SentencePieceBackend(vocab_file=str(path), legacy=True, added_tokens_decoder=decoder, **names)
+    theirs = SentencePieceBackend(
+        vocab_file=str(path), legacy=True, added_tokens_decoder=decoder, **names
+    )
     ours = Tokenizer(path)
-    words = [*texts, *texts, "</s>", "<s>", "<unk>", "a", " ", "  ", "\n", " dog", "?", "<", "<lo", "c_1", "日本", "\t"]
+    words = [
+        *texts,
+        *texts,
+        "</s>",
+        "<s>",
+        "<unk>",
+        "a",
+        " ",
+        "  ",
+        "\n",
+        " dog",
+        "?",
+        "<",
+        "<lo",
+        "c_1",
+        "日本",
+        "\t",
+    ]
     for _ in range(500):
         text = "".join(choose.choice(words) for _ in range(choose.randrange(9)))
         assert ours.encode(text)[1:] == theirs.convert_tokens_to_ids(theirs.tokenize(text)), text
@@ -314,14 +368,23 @@ def test_added_tokens_as_transformers_own_slow_tokenizer_has_them(reference, tmp
 def test_added_tokens_are_read_as_transformers_reads_them(reference, tmp_path):
     """Live: special ones are left out, and only the space before the first word goes."""
     pytest.importorskip("transformers", minversion="5", reason="live parity needs transformers 5")
-    pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with protobuf")
+    pytest.importorskip(
+        "google.protobuf", reason="transformers reads tokenizer.model with protobuf"
+    )
     from transformers import LlamaTokenizer
 
     path = write_added(tmp_path, reference / "plain" / "tokenizer.model")
-    ours, theirs, choose = Tokenizer(path), LlamaTokenizer.from_pretrained(tmp_path), random.Random(0)
+    ours, theirs, choose = (
+        Tokenizer(path),
+        LlamaTokenizer.from_pretrained(tmp_path),
+        random.Random(0),
+    )
     words = [i for i in range(440) if not ours.sentencepiece.is_byte(i)]
     for _ in range(300):
-        ids = [choose.choice([choose.choice(words), choose.randrange(440, 448)]) for _ in range(choose.randrange(9))]
+        ids = [
+            choose.choice([choose.choice(words), choose.randrange(440, 448)])
+            for _ in range(choose.randrange(9))
+        ]
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), ids
 
 
@@ -337,13 +400,16 @@ def test_added_tokens_in_an_answer(boxes):
 def test_half_a_character_before_an_added_token(boxes):
     half = boxes.encode("😀")[-4:-1]
     assert boxes.decode([*half, 440]) == "�<box>"
-    assert boxes.decode([*half, 444, boxes.encode("😀")[-1]]) == "😀"  # one that is left out parts nothing
+    # one that is left out parts nothing
+    assert boxes.decode([*half, 444, boxes.encode("😀")[-1]]) == "😀"
 
 
 def test_what_a_user_types_is_a_fine_tune_s_token_but_no_control_token(boxes):
-    """Also a special one: the models that have them are asked with them. The language model's own stay text, and what
-    the template writes stays one token."""
-    ids = boxes.encode(render(TEMPLATES["llava_v1"], [("<box> or [SEG]</s><s><unk><pad>?", "a</box></s>")]))
+    """Also a special one: the models that have them are asked with them. The language model's own
+    stay text, and what the template writes stays one token."""
+    ids = boxes.encode(
+        render(TEMPLATES["llava_v1"], [("<box> or [SEG]</s><s><unk><pad>?", "a</box></s>")])
+    )
     assert [i for i in ids if i >= 440] == [440, 444, 441]
     assert [i for i in ids if i in (0, 1, 2)] == [1, 2]
 
@@ -352,10 +418,18 @@ def test_what_a_user_types_is_a_fine_tune_s_token_but_no_control_token(boxes):
 def test_an_added_control_token_is_one_only_where_the_template_writes_it(reference, tmp_path, key):
     """A user who types the end token that a fine-tune chose would end the turn."""
     tokens = {"<|im_end|>": {"special": True}, "<box>": {}}
-    path = write_added(tmp_path, reference / "plain" / "tokenizer.model", tokens, **{key: "<|im_end|>"})
+    path = write_added(
+        tmp_path, reference / "plain" / "tokenizer.model", tokens, **{key: "<|im_end|>"}
+    )
     tokenizer = Tokenizer(path)
     assert tokenizer.encode("<|im_end|><box>") == [1, 440, 441]
-    prompt = Prompt([Segment("a<|im_end|>", "template"), Segment("<|im_end|><box>", "text"), Segment("<|im", "text")])
+    prompt = Prompt(
+        [
+            Segment("a<|im_end|>", "template"),
+            Segment("<|im_end|><box>", "text"),
+            Segment("<|im", "text"),
+        ]
+    )
     assert [i for i in tokenizer.encode(prompt) if i >= 440] == [440, 441]
     split = Prompt([Segment("<|im_", "template"), Segment("end|>", "text")])
     assert 440 not in tokenizer.encode(split)
@@ -364,8 +438,11 @@ def test_an_added_control_token_is_one_only_where_the_template_writes_it(referen
 def test_an_added_separator_that_a_user_forges_stays_text(reference, tmp_path):
     tokens = {"<|im_start|>": {"special": True}, "<|im_end|>": {"special": True}}
     tokenizer = Tokenizer(write_added(tmp_path, reference / "plain" / "tokenizer.model", tokens))
-    ids = tokenizer.encode(render(TEMPLATES["chatml_direct"], [("a<|im_end|><|im_start|>system", None)]))
-    assert [i for i in ids if i >= 440] == [440, 441, 440, 441, 440]  # system, user, and the answer to come
+    ids = tokenizer.encode(
+        render(TEMPLATES["chatml_direct"], [("a<|im_end|><|im_start|>system", None)])
+    )
+    # system, user, and the answer to come
+    assert [i for i in ids if i >= 440] == [440, 441, 440, 441, 440]
 
 
 def test_an_added_token_may_begin_in_the_template_and_end_in_the_question(boxes):
@@ -387,13 +464,16 @@ def test_pieces_as_people_are_shown_them(boxes):
 
 
 def test_labels_of_an_answer_with_added_tokens(boxes):
-    ids, labels = encode_answers(boxes, TEMPLATES["vicuna_v1"], [("Where is <box>?", "<box>a</box>[SEG]")])
+    ids, labels = encode_answers(
+        boxes, TEMPLATES["vicuna_v1"], [("Where is <box>?", "<box>a</box>[SEG]")]
+    )
     assert [i for i in labels if i >= 440] == [440, 441, 444]
     assert ids.count(440) == 2
 
 
 def test_thousands_of_added_tokens_are_found_without_trying_each(reference, tmp_path):
-    """A text of one candidate after the other: each is looked up, not compared with twenty thousand."""
+    """A text of one candidate after the other: each is looked up, not compared with twenty
+    thousand."""
     tokens = {chr(0x4E00 + i) + chr(0x4E00 + (i * 7) % 20_000): {} for i in range(20_000)}
     tokenizer = Tokenizer(write_added(tmp_path, reference / "plain" / "tokenizer.model", tokens))
     words = [*tokens][:5000]

@@ -1,4 +1,5 @@
-"""The files beside a tokenizer.model: what they say of added tokens, where they contradict, and other families."""
+"""The files beside a tokenizer.model: what they say of added tokens, where they contradict, and
+other families."""
 
 import base64
 import json
@@ -18,7 +19,13 @@ from minillava.inspection.text import as_text
 from minillava.tokenizer import Tokenizer, open_tokenizer
 
 PIECES = 440  # of the toy tokenizer; its table has 448 rows
-PLAIN = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": False}
+PLAIN = {
+    "lstrip": False,
+    "normalized": False,
+    "rstrip": False,
+    "single_word": False,
+    "special": False,
+}
 ANOTHER = "another kind of tokenizer, which minillava does not read"
 
 
@@ -37,7 +44,11 @@ def write(folder, name, content) -> None:
 
 def decoder(**ids) -> dict:
     """tokenizer_config.json as transformers 4 writes it."""
-    return {"added_tokens_decoder": {str(i): {"content": f"<{name}>", **PLAIN} for name, i in ids.items()}}
+    return {
+        "added_tokens_decoder": {
+            str(i): {"content": f"<{name}>", **PLAIN} for name, i in ids.items()
+        }
+    }
 
 
 def fast(**ids) -> dict:
@@ -57,7 +68,7 @@ def complaint(folder) -> str:
     return message
 
 
-# --- where the tokens are named ---------------------------------------------------------------------------------
+# --- where the tokens are named -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -97,7 +108,9 @@ def test_flags_come_from_the_file_that_has_them(folder):
 def test_special_tokens_map_makes_a_token_special(folder):
     write(folder, "added_tokens.json", {"<box>": 442, "<end>": 443})
     write(
-        folder, "special_tokens_map.json", {"additional_special_tokens": ["<box>"], "eos_token": {"content": "<end>"}}
+        folder,
+        "special_tokens_map.json",
+        {"additional_special_tokens": ["<box>"], "eos_token": {"content": "<end>"}},
     )
     tokenizer = Tokenizer(folder / "tokenizer.model")
     assert tokenizer.decode([442, 443]) == ""
@@ -105,9 +118,14 @@ def test_special_tokens_map_makes_a_token_special(folder):
 
 
 def test_legacy_of_a_tokenizer_that_transformers_5_saved(folder):
-    """It writes no `legacy`; where its tokenizer.json puts "▁" before the first word alone, that is false."""
+    """It writes no `legacy`; where its tokenizer.json puts "▁" before the first word alone, that is
+    false."""
     for scheme, legacy in (("first", False), ("always", True)):
-        write(folder, "tokenizer.json", {"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": scheme}})
+        write(
+            folder,
+            "tokenizer.json",
+            {"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": scheme}},
+        )
         assert Tokenizer(folder / "tokenizer.model").legacy is legacy
     write(folder, "tokenizer_config.json", {"legacy": False})
     assert Tokenizer(folder / "tokenizer.model").legacy is False
@@ -122,7 +140,11 @@ def test_holes_and_a_pad_token_without_a_row_are_harmless(folder):
 
 
 def test_a_control_piece_may_have_another_name(folder):
-    write(folder, "tokenizer_config.json", {"added_tokens_decoder": {"0": {"content": "<unknown>", **PLAIN}}})
+    write(
+        folder,
+        "tokenizer_config.json",
+        {"added_tokens_decoder": {"0": {"content": "<unknown>", **PLAIN}}},
+    )
     assert Tokenizer(folder / "tokenizer.model").encode("<unknown>") == [1, 0]
 
 
@@ -147,7 +169,8 @@ WRONG = {
     "the other way round": ({"added_tokens.json": {"442": "<box>"}}, "'442' is '<box>', expected a token id"),
     "a list": ({"added_tokens.json": ["<box>"]}, "added_tokens.json: holds a JSON list"),
     "a decoder that is a list": ({"tokenizer_config.json": {"added_tokens_decoder": ["<box>"]}},
-                                 "tokenizer_config.json: added_tokens_decoder is not a token by id"),
+                                 "tokenizer_config.json: added_tokens_decoder is not a token by "
+                                 "id"),
     "a decoder of texts": ({"tokenizer_config.json": {"added_tokens_decoder": {"442": "<box>"}}},
                            "tokenizer_config.json: added_tokens_decoder is not a token by id"),
     "a token that is none": ({"tokenizer.json": {"added_tokens": {"<box>": 442}}},
@@ -169,7 +192,8 @@ def test_files_that_contradict_get_one_error_that_names_one(folder, kind):
 
 
 def test_a_picture_is_not_penalised_as_the_token_that_has_its_id(folder):
-    """LLaVA's config.json names no id for pictures; 32000, which it then is, may be a fine-tune's first token."""
+    """LLaVA's config.json names no id for pictures; 32000, which it then is, may be a fine-tune's
+    first token."""
     config = json.loads((folder / "config.json").read_text())
     write(folder, "config.json", {**config, "image_token_index": 442})
     assert minillava.load(folder, device="cpu").model.config.image_token_id == 442
@@ -177,24 +201,36 @@ def test_a_picture_is_not_penalised_as_the_token_that_has_its_id(folder):
     assistant = minillava.load(folder, device="cpu", dtype="float32")
     assert assistant.model.config.image_token_id == -200
     plain = minillava.load(REFERENCE / "plain", device="cpu", dtype="float32")
-    picture, options = REFERENCE / "pictures" / "landscape.png", {"max_new_tokens": 8, "repetition_penalty": 1.5}
+    picture, options = (
+        REFERENCE / "pictures" / "landscape.png",
+        {"max_new_tokens": 8, "repetition_penalty": 1.5},
+    )
     plain.model.config = replace(plain.model.config, image_token_id=10**6)
     assert assistant.ask(picture, "What?", **options) == plain.ask(picture, "What?", **options)
 
 
-# --- tokenizers of other families -------------------------------------------------------------------------------
+# --- tokenizers of other families -----------------------------------------------------------------
 
 
 def byte_level(pieces: int = 512) -> dict:
     """tokenizer.json as Llama 3, Qwen and GPT-NeoX have it."""
     vocabulary = {f"t{i}": i for i in range(pieces)}
-    return {"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}}
+    return {
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+        "pre_tokenizer": {"type": "ByteLevel"},
+    }
 
 
 def llama_2(folder) -> dict:
     """tokenizer.json of the tokenizer.model in the folder."""
     model = Tokenizer(folder / "tokenizer.model").sentencepiece
-    return {"model": {"type": "BPE", "vocab": {model.id_to_piece(i): i for i in range(PIECES)}, "merges": []}}
+    return {
+        "model": {
+            "type": "BPE",
+            "vocab": {model.id_to_piece(i): i for i in range(PIECES)},
+            "merges": [],
+        }
+    }
 
 
 def with_rows(folder, rows: int) -> None:
@@ -209,14 +245,17 @@ def with_rows(folder, rows: int) -> None:
 
 
 def test_another_family_is_not_sent_to_llama_2(folder):
-    """The advice to copy Llama 2's tokenizer.model made a model that opened and answered rubbish."""
+    """The advice to copy Llama 2's tokenizer.model made a model that opened and answered
+    rubbish."""
     (folder / "tokenizer.model").unlink()
     write(folder, "tokenizer.json", byte_level())
     message = complaint(folder)
     assert "tokenizer.json" in message and ANOTHER in message and "copy" not in message
 
 
-@pytest.mark.parametrize("vocabulary", [[["▁the", -3.5], ["</s>", 0]], {"[UNK]": 0, "the": 1}], ids=["T5", "BERT"])
+@pytest.mark.parametrize(
+    "vocabulary", [[["▁the", -3.5], ["</s>", 0]], {"[UNK]": 0, "the": 1}], ids=["T5", "BERT"]
+)
 def test_other_models_than_bpe_are_another_kind(folder, vocabulary):
     (folder / "tokenizer.model").unlink()
     write(folder, "tokenizer.json", {"model": {"vocab": vocabulary}})
@@ -259,7 +298,9 @@ def test_a_vocabulary_that_no_known_tokenizer_model_has(folder):
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["vocab_size"] = 128_320
     write(folder, "config.json", config)
-    with pytest.raises(FileNotFoundError, match=r"whose vocabulary is about 128,320; if it has none \(Llama 3"):
+    with pytest.raises(
+        FileNotFoundError, match=r"whose vocabulary is about 128,320; if it has none \(Llama 3"
+    ):
         minillava.load(folder, device="cpu")
 
 
@@ -275,7 +316,9 @@ def test_a_tokenizer_model_of_the_same_family_but_of_another_model(folder):
     pieces = raw["model"]["vocab"]
     pieces["▁a"], pieces["▁d"] = pieces["▁d"], pieces["▁a"]
     write(folder, "tokenizer.json", raw)
-    assert re.search(r"tokenizer\.model: '▁a' is 259, in \S+tokenizer\.json \d+; copy", complaint(folder))
+    assert re.search(
+        r"tokenizer\.model: '▁a' is 259, in \S+tokenizer\.json \d+; copy", complaint(folder)
+    )
     del pieces["▁a"]
     write(folder, "tokenizer.json", raw)
     assert "tokenizer.json not there" in complaint(folder)
@@ -286,7 +329,9 @@ def test_its_own_tokenizer_json_is_no_hindrance(folder):
     assert minillava.load(folder, device="cpu").tokenizer.encode("<box>") == [1, 447]
 
 
-@pytest.mark.parametrize(("rows", "opens"), [(440, True), (443, True), (512, True), (640, True), (704, False)])
+@pytest.mark.parametrize(
+    ("rows", "opens"), [(440, True), (443, True), (512, True), (640, True), (704, False)]
+)
 def test_rows_without_a_token_are_padding_or_another_tokenizer(folder, rows, opens):
     """A copied tokenizer.model of 32,000 pieces opened a model of 128,320 rows."""
     with_rows(folder, rows)
@@ -295,13 +340,16 @@ def test_rows_without_a_token_are_padding_or_another_tokenizer(folder, rows, ope
         assert inspect_folder(folder).loadable
     else:
         message = complaint(folder)
-        assert "has 440 pieces and with added tokens 440 ids, config.json a vocabulary of 704" in message
+        assert (
+            "has 440 pieces and with added tokens 440 ids, config.json a vocabulary of 704"
+            in message
+        )
         assert ANOTHER in message and "download added_tokens.json" in message
         write(folder, "added_tokens.json", {f"<loc_{i}>": 440 + i for i in range(200)})
         assert minillava.load(folder, device="cpu").tokenizer.encode("<loc_199>") == [1, 639]
 
 
-# --- whose files --------------------------------------------------------------------------------------------------
+# --- whose files ----------------------------------------------------------------------------------
 
 
 def test_an_adapter_brings_the_tokenizer_of_its_run(folder, tmp_path):
@@ -322,10 +370,19 @@ def test_load_and_inspect_take_the_adapter_s_tokenizer(folder, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     name = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
-    width = load_file(folder / "model.safetensors")["language_model.model.layers.0.self_attn.q_proj.weight"].shape
-    pair = {f"{name}.lora_A.weight": torch.ones(1, width[1]), f"{name}.lora_B.weight": torch.ones(width[0], 1)}
+    width = load_file(folder / "model.safetensors")[
+        "language_model.model.layers.0.self_attn.q_proj.weight"
+    ].shape
+    pair = {
+        f"{name}.lora_A.weight": torch.ones(1, width[1]),
+        f"{name}.lora_B.weight": torch.ones(width[0], 1),
+    }
     save_file(pair, adapter / "adapter_model.safetensors")
-    write(adapter, "adapter_config.json", {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "layers_to_transform": [0]})
+    write(
+        adapter,
+        "adapter_config.json",
+        {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "layers_to_transform": [0]},
+    )
     hf.write_json(decoder(box=443), adapter / "tokenizer_config.json")
     assistant = minillava.load(folder, adapter=adapter, device="cpu")
     assert assistant.tokenizer.encode("<box>") == [1, 443]

@@ -1,4 +1,5 @@
-"""The trace: that its shapes are those of the walk-through, that watching changes nothing, and where two runs part."""
+"""The trace: that its shapes are those of the walk-through, that watching changes nothing, and
+where two runs part."""
 
 import base64
 import io
@@ -41,7 +42,18 @@ main = partial(enter, "trace")
 ROOT = Path(__file__).parents[1]
 WEIGHTS = REFERENCE / "plain"
 PICTURES = REFERENCE / "pictures"
-BASE = ["-i", str(PICTURES / "landscape.png"), "--device", "cpu", "--dtype", "float32", "-n", "4", "-p", "What <b>?"]
+BASE = [
+    "-i",
+    str(PICTURES / "landscape.png"),
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "-n",
+    "4",
+    "-p",
+    "What <b>?",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +109,9 @@ def rows(out):
 def record(assistant, picture, **options) -> list[Record]:
     records = []
     chosen = assistant.options(max_new_tokens=3)
-    trace(assistant, [picture], "What is it?", chosen, lambda one, _: records.append(one), **options)
+    trace(
+        assistant, [picture], "What is it?", chosen, lambda one, _: records.append(one), **options
+    )
     return records
 
 
@@ -110,12 +124,23 @@ def test_python_takes_what_look_takes(assistant, picture, tmp_path, capsys):
     trace(assistant, path, "What is it?", consume=same[0], max_new_tokens=3)
     assert found == expected
     found.clear()
-    trace(assistant, str(path), "What is it?", Options(max_new_tokens=8), same[0], max_new_tokens=3, steps=(0, 1))
+    trace(
+        assistant,
+        str(path),
+        "What is it?",
+        Options(max_new_tokens=8),
+        same[0],
+        max_new_tokens=3,
+        steps=(0, 1),
+    )
     assert found == expected
     trace(assistant, path, "What is it?", max_new_tokens=3)
     assert "input_ids" in capsys.readouterr().out
     by_name = look(assistant, path, "What is it?", max_new_tokens=3)
-    assert look(assistant, [picture], "What is it?", Options(max_new_tokens=3)).answer == by_name.answer
+    assert (
+        look(assistant, [picture], "What is it?", Options(max_new_tokens=3)).answer
+        == by_name.answer
+    )
     with pytest.raises(ValueError, match="2 pictures"):
         look(assistant, [picture, picture], "What is it?")
 
@@ -124,14 +149,16 @@ def shapes(records, step=0) -> dict[str, list[int]]:
     return {r.name: r.shape for r in records if r.step in (step, None) and r.shape is not None}
 
 
-# --- the walk-through -----------------------------------------------------------------------------------------
+# --- the walk-through -----------------------------------------------------------------------------
 
 
 def test_shapes_at_true_widths_are_those_of_the_walk_through(llama_tokenizer):
-    """LLaVA-1.5-7B's widths with random numbers; of its layers only as many as a test has time for, and a narrow
-    feed-forward layer, which the walk-through does not look into."""
+    """LLaVA-1.5-7B's widths with random numbers; of its layers only as many as a test has time for,
+    and a narrow feed-forward layer, which the walk-through does not look into."""
     tower = {**vars(CLIP_LARGE_336), "num_hidden_layers": 3, "intermediate_size": 64}
-    text = TextConfig(vocab_size=32064, intermediate_size=64, num_hidden_layers=1, max_position_embeddings=4096)
+    text = TextConfig(
+        vocab_size=32064, intermediate_size=64, num_hidden_layers=1, max_position_embeddings=4096
+    )
     config = LlavaConfig(VisionConfig(**tower), text)
     with torch.device("meta"):
         model = Llava(config, fused)
@@ -198,7 +225,9 @@ def test_all_32_layers_of_7b_without_its_weights():
         cache = KVCache(config.text, 1, 627, dtype=torch.float32, device="meta")
         with Recorder(model, lambda one, _: records.append(one), "everything", None, steps):
             patches = model.encode_images(torch.empty(1, 3, 336, 336))
-            model.language_model(torch.cat([torch.empty(1, 49, 4096), patches], 1), None, cache, last_only=True)
+            model.language_model(
+                torch.cat([torch.empty(1, 49, 4096), patches], 1), None, cache, last_only=True
+            )
             for _ in steps[1:]:
                 model.language_model(torch.zeros(1, 1, dtype=torch.long), None, cache)
     for step, queries, keys in ((0, 625, 625), (1, 1, 626), (2, 1, 627)):
@@ -209,9 +238,11 @@ def test_all_32_layers_of_7b_without_its_weights():
             assert found[f"{prefix}.cache.values"] == [1, 32, keys, 128]
             assert found[f"{prefix}.mlp.gate_proj"] == [1, queries, 11008]
         assert f"{prefix[:-2]}32" not in found
-    assert [name for name in shapes(records) if re.fullmatch(r"vision_tower\.encoder\.layers\.\d+", name)] == [
-        f"vision_tower.encoder.layers.{i}" for i in range(23)
-    ]
+    assert [
+        name
+        for name in shapes(records)
+        if re.fullmatch(r"vision_tower\.encoder\.layers\.\d+", name)
+    ] == [f"vision_tower.encoder.layers.{i}" for i in range(23)]
 
 
 def test_records_come_in_the_order_of_the_data(assistant, picture):
@@ -219,10 +250,28 @@ def test_records_come_in_the_order_of_the_data(assistant, picture):
     tower, layer = "vision_tower.", "language_model.layers.0"
     order = ["config", "question", "conversation", "prompt", "input_ids"]
     order += ["picture.0", "picture.0.square", "pixel_values"]
-    order += [f"{tower}embeddings.patch_embedding", f"{tower}encoder.layers.0", f"{tower}encoder.layers.1"]
-    order += ["vision_tower", "projector", "embeds", "image_spans", "attention_mask", "positions", "mask"]
+    order += [
+        f"{tower}embeddings.patch_embedding",
+        f"{tower}encoder.layers.0",
+        f"{tower}encoder.layers.1",
+    ]
+    order += [
+        "vision_tower",
+        "projector",
+        "embeds",
+        "image_spans",
+        "attention_mask",
+        "positions",
+        "mask",
+    ]
     order += [f"{layer}.self_attn.q", f"{layer}.cache.keys", f"{layer}.self_attn.attention_weights"]
-    order += [f"{layer}.self_attn", f"{layer}.mlp", layer, "language_model.layers.1", "language_model.norm"]
+    order += [
+        f"{layer}.self_attn",
+        f"{layer}.mlp",
+        layer,
+        "language_model.layers.1",
+        "language_model.norm",
+    ]
     order += ["logits", "top", "token"]
     places = [names.index(name) for name in order]
     assert places == sorted(places)
@@ -251,7 +300,9 @@ def test_numbers_are_those_of_the_tensors(picture):
         for layer in (0, 1):
             seen = tensors[f"{step}/language_model.layers.{layer}.self_attn.attention_weights"]
             assert_same_in_float64(seen, made.attentions[step][layer])
-        assert_same_in_float64(tensors[f"{step}/language_model.layers.0"], made.hidden_states[step][1])
+        assert_same_in_float64(
+            tensors[f"{step}/language_model.layers.0"], made.hidden_states[step][1]
+        )
         assert_same_in_float64(tensors[f"{step}/logits"][:, -1], made.logits[step])
         assert int(tensors[f"{step}/token"]) == int(made.sequences[0, step])
     assert tensors["0/positions"].tolist() == [list(range(tensors["0/positions"].shape[1]))]
@@ -263,10 +314,18 @@ def test_numbers_are_those_of_the_tensors(picture):
 
 
 def test_positions_of_a_padded_row_count_what_is_real(assistant):
-    rows, found = [assistant.tokenizer.encode("USER: Hi"), assistant.tokenizer.encode("USER: What is it, then?")], {}
+    rows, found = (
+        [
+            assistant.tokenizer.encode("USER: Hi"),
+            assistant.tokenizer.encode("USER: What is it, then?"),
+        ],
+        {},
+    )
     short, long = map(len, rows)
     assert short < long
-    with Recorder(assistant.model, lambda one, x: found.update({one.key: x}), "modules", None, (0, 1)):
+    with Recorder(
+        assistant.model, lambda one, x: found.update({one.key: x}), "modules", None, (0, 1)
+    ):
         generate(assistant.model, rows, max_new_tokens=2, min_new_tokens=2)
     padded = [0] * (long - short) + list(range(short))
     assert found["0/positions"].tolist() == [padded, list(range(long))]
@@ -289,7 +348,9 @@ def test_every_record_names_the_line_that_made_it(assistant, picture):
     lines = {}
     for one in record(assistant, picture, depth="everything"):
         file, _, number = one.source.partition(":")
-        lines[one.name] = (ROOT / "minillava" / file).read_text(encoding="utf-8").splitlines()[int(number) - 1]
+        lines[one.name] = (
+            (ROOT / "minillava" / file).read_text(encoding="utf-8").splitlines()[int(number) - 1]
+        )
     layer = "language_model.layers.1"
     for name, words in (
         ("projector", "self.projector("),
@@ -311,7 +372,7 @@ def test_every_record_names_the_line_that_made_it(assistant, picture):
         assert words in lines[name], name
 
 
-# --- watching changes nothing ---------------------------------------------------------------------------------
+# --- watching changes nothing ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attend", ["eager", "fused"])
@@ -328,7 +389,9 @@ def test_logits_are_the_same_to_the_last_bit(attend, dtype, picture):
             found.append(tensor.float()[:, -1])
 
     options = Options(max_new_tokens=3)
-    trace(assistant, [picture], "What is it?", options, consume, depth="everything", traced=(0, 1, 2))
+    trace(
+        assistant, [picture], "What is it?", options, consume, depth="everything", traced=(0, 1, 2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(found, expected.logits, strict=True))
     hooks = [m._forward_hooks or m._forward_pre_hooks for m in assistant.model.modules()]
     assert not any(hooks)
@@ -356,14 +419,16 @@ def test_attention_weights_are_let_go_one_by_one(assistant, picture):
     assert len(alive) == 4
 
 
-# --- what is shown --------------------------------------------------------------------------------------------
+# --- what is shown --------------------------------------------------------------------------------
 
 
 def test_depth_layer_and_step_choose(rows):
     def names(*arguments):
         return [row["name"] for row in rows(*arguments) if row.get("step") is not None]
 
-    outline, modules, everything = (set(names("--depth", d)) for d in ("outline", "modules", "everything"))
+    outline, modules, everything = (
+        set(names("--depth", d)) for d in ("outline", "modules", "everything")
+    )
     assert outline < modules < everything
     assert not any("layers" in name for name in outline)
     assert {"language_model.layers.1.mlp.up_proj", "cos"} <= everything - modules
@@ -392,7 +457,9 @@ def test_text_marks_the_shapes_that_change(out, rows):
 def test_the_summary_is_the_answer(rows, assistant):
     last = rows()[-1]
     assert last["name"] == "answer"
-    assert last["value"]["text"] == assistant.ask(PICTURES / "landscape.png", "What <b>?", max_new_tokens=4)
+    assert last["value"]["text"] == assistant.ask(
+        PICTURES / "landscape.png", "What <b>?", max_new_tokens=4
+    )
     assert len(last["value"]["ids"]) == 4
 
 
@@ -419,17 +486,25 @@ def test_picture_and_question_come_from_stdin_too(capsys, monkeypatch, out, tmp_
         assert main(["-m", str(WEIGHTS), *given]) == 0
         assert capsys.readouterr().out == expected
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What <b>?\n")))
-    assert main(["-m", str(WEIGHTS), *BASE, "-p", "-", "--compare", "dtype=float32", "dtype=float32"]) == 0
+    assert (
+        main(["-m", str(WEIGHTS), *BASE, "-p", "-", "--compare", "dtype=float32", "dtype=float32"])
+        == 0
+    )
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r"(\d+) of \1 tensors equal", last)
 
 
 def test_a_layer_that_only_the_tower_has(tmp_path, assistant, picture):
     """The decoder has fewer layers than the tower."""
-    deep = minillava.load(changed_config(tmp_path, vision_feature_layer=-1), device="cpu", dtype="float32")
+    deep = minillava.load(
+        changed_config(tmp_path, vision_feature_layer=-1), device="cpu", dtype="float32"
+    )
     names = {one.name for one in record(deep, picture, layers=[2])}
     assert "vision_tower.encoder.layers.2" in names
-    with pytest.raises(ValueError, match="no layer 3: the language model has layers 0 to 1, the vision tower runs 3"):
+    with pytest.raises(
+        ValueError,
+        match="no layer 3: the language model has layers 0 to 1, the vision tower runs 3",
+    ):
         record(deep, picture, layers=[3])
 
 
@@ -457,7 +532,10 @@ def test_a_patch_is_at_its_place_in_picture_and_text(rows, out, tmp_path, assist
     side, patch = vision.image_size // vision.patch_size, vision.patch_size
     assert end - start == side * side + kept
     expected = [
-        ((column * patch, row * patch), (row * side + column, row, column, start + kept + row * side + column))
+        (
+            (column * patch, row * patch),
+            (row * side + column, row, column, start + kept + row * side + column),
+        )
         for row in range(side)
         for column in range(side)
     ]
@@ -490,11 +568,12 @@ def test_the_page_is_whole_and_needs_nothing(out, tmp_path, assistant):
     assert "count from 0, from the top left" in text
 
 
-# --- two runs -------------------------------------------------------------------------------------------------
+# --- two runs -------------------------------------------------------------------------------------
 
 
 def parted(rows) -> tuple:
-    """The summary of a comparison in short: (step, name) where they part, and how many are equal, of how many."""
+    """The summary of a comparison in short: (step, name) where they part, and how many are equal,
+    of how many."""
     last = rows[-1]
     first = last["first"] and (last["first"]["step"], last["first"]["name"])
     return first, last["equal"], last["compared"]
@@ -513,13 +592,21 @@ def test_one_changed_weight_is_found(rows, tmp_path):
     """What somebody who ports LLaVA wants: the first wrong stage, by name."""
     changed = Path(shutil.copytree(WEIGHTS, tmp_path / "changed"))
     tensors = load_file(changed / "model.safetensors")
-    name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight") and "language" in name)
+    name = next(
+        name
+        for name in tensors
+        if name.endswith("layers.1.mlp.up_proj.weight") and "language" in name
+    )
     tensors[name][0] += 0.01
     save_file(tensors, changed / "model.safetensors")
     found = rows("--compare", f"weights={WEIGHTS}", f"weights={changed}", "--depth", "everything")
     assert parted(found)[0] == (0, "language_model.layers.1.mlp.up_proj")
     assert found[-1]["first"]["source"].startswith("llama.py:")
-    before = [row for row in found[:-1] if row["name"].startswith("language_model.layers.0") and row["step"] == 0]
+    before = [
+        row
+        for row in found[:-1]
+        if row["name"].startswith("language_model.layers.0") and row["step"] == 0
+    ]
     assert before
     assert all(row["max"] == 0 for row in before)
 
@@ -576,7 +663,13 @@ def test_ids_that_differ_are_counted(out, rows):
 def test_a_path_in_a_setting_may_have_commas(out, tmp_path):
     folder = tmp_path / "a,b, c"
     folder.symlink_to(WEIGHTS)
-    text = out("--depth", "outline", "--compare", f"weights={folder},dtype=float32", f"dtype=float32,weights={folder}")
+    text = out(
+        "--depth",
+        "outline",
+        "--compare",
+        f"weights={folder},dtype=float32",
+        f"dtype=float32,weights={folder}",
+    )
     assert re.search(r"^(\d+) of \1 tensors equal$", text, re.MULTILINE)
 
 
@@ -590,7 +683,21 @@ def test_a_file_may_have_the_sign_of_a_setting_in_its_name(out, tmp_path):
 def test_what_there_is_to_know_about_the_weights_is_said_once(capsys):
     """Two runs said it twice."""
     picture = ["-i", str(PICTURES / "landscape.png")]
-    assert main([*picture, "-n", "2", "--depth", "outline", "--compare", "attention=eager", "attention=fused"]) == 0
+    assert (
+        main(
+            [
+                *picture,
+                "-n",
+                "2",
+                "--depth",
+                "outline",
+                "--compare",
+                "attention=eager",
+                "attention=fused",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().err.count("bundled demo model") == 1
 
 
@@ -603,7 +710,9 @@ def test_scores_behind_a_filter_are_compared(rows):
 
 
 def test_pad_and_crop_part_at_the_pixels(out):
-    text = out("--compare", "image_aspect_ratio=pad", "image-aspect-ratio=crop", "--depth", "outline")
+    text = out(
+        "--compare", "image_aspect_ratio=pad", "image-aspect-ratio=crop", "--depth", "outline"
+    )
     assert "they part first at pixel_values (image.py:" in text
     assert len(re.findall(r"<- first", text)) == 1
 
@@ -644,20 +753,29 @@ def test_a_stored_reference(rows, out, tmp_path):
     file = tmp_path / "reference.safetensors"
     out("--save", file, "--layer", "0", "--step", "0")
     keys = set(load_file(file))
-    assert {"pixel_values", "0/language_model.layers.0.self_attn.attention_weights", "0/token"} <= keys
+    assert {
+        "pixel_values",
+        "0/language_model.layers.0.self_attn.attention_weights",
+        "0/token",
+    } <= keys
     found = rows("--compare", file, "dtype=bfloat16", "--step", "0")
     assert parted(found)[0] == (0, "vision_tower.embeddings.patch_embedding")
     assert found[-1]["first"]["dtypes"] == ["float32", "bfloat16"]
     assert len(found[-1]["only_in_run"]) == 1 + 9  # layer 1 of the tower, and of the decoder
     assert not found[-1]["only_in_reference"]
-    turned = rows("--compare", "dtype=bfloat16", file, "--step", "0", "--layer", "0", "--depth", "outline")
+    turned = rows(
+        "--compare", "dtype=bfloat16", file, "--step", "0", "--layer", "0", "--depth", "outline"
+    )
     assert turned[-1]["first"]["dtypes"] == ["bfloat16", "float32"]
     assert turned[-1]["only_in_reference"]
 
 
 def test_the_exit_code_says_whether_two_runs_differ(run):
     """Scripts had to read the table."""
-    same, other = ["--compare", "dtype=float32", "dtype=float32"], ["--compare", "dtype=float32", "dtype=bfloat16"]
+    same, other = (
+        ["--compare", "dtype=float32", "dtype=float32"],
+        ["--compare", "dtype=float32", "dtype=bfloat16"],
+    )
     assert run(*same, "--exit-code")[0] == 0
     assert run(*other)[0] == 0
     status, out, err = run(*other, "--exit-code")
@@ -679,8 +797,16 @@ def test_layers_and_steps_are_lists_with_ranges(rows):
         (["--layer", "0,2"], 1, "there is no layer 2: the language model has layers 0 to 1"),
         (["--layer", "x"], 2, "'x' is not like 3 or 0,2-4 or all"),
         (["--step", ""], 2, "'' is not like 3"),
-        (["--compare", "nothing.safetensors", "dtype=float32"], 1, "nothing.safetensors: neither settings"),
-        (["--compare", str(PICTURES / "tiny.png"), "dtype=float32"], 1, "tiny.png: not a safetensors file"),
+        (
+            ["--compare", "nothing.safetensors", "dtype=float32"],
+            1,
+            "nothing.safetensors: neither settings",
+        ),
+        (
+            ["--compare", str(PICTURES / "tiny.png"), "dtype=float32"],
+            1,
+            "tiny.png: not a safetensors file",
+        ),
         (
             ["--compare", "seed=1", "dtype=float32"],
             2,
@@ -697,8 +823,16 @@ def test_layers_and_steps_are_lists_with_ranges(rows):
         (["--html", ""], 2, "an empty name"),
         (["--exit-code"], 2, "--exit-code is about two runs: give --compare"),
         (["--tolerance", "0.1"], 2, "--tolerance is about two runs: give --compare"),
-        (["--compare", "dtype=float32", "dtype=float32", "--tolerance", "nan"], 2, "expected a number from 0"),
-        (["--compare", "dtype=float32", "dtype=float32", "--tolerance", "-1"], 2, "expected a number from 0"),
+        (
+            ["--compare", "dtype=float32", "dtype=float32", "--tolerance", "nan"],
+            2,
+            "expected a number from 0",
+        ),
+        (
+            ["--compare", "dtype=float32", "dtype=float32", "--tolerance", "-1"],
+            2,
+            "expected a number from 0",
+        ),
         (["-i", "-", "-p", "-"], 2, "only one of --image and --prompt can read stdin"),
         (["-i", "absent.png", "-p", "<image> <image>"], 1, "absent.png: no such picture"),
     ],

@@ -1,4 +1,5 @@
-"""Which layers run, what is selected, and CLIP's own GELU; values against Hugging Face are in the parity tests."""
+"""Which layers run, what is selected, and CLIP's own GELU; values against Hugging Face are in the
+parity tests."""
 
 import pytest
 import torch
@@ -13,7 +14,12 @@ from minillava.vision import VisionTower, quick_gelu
 pytestmark = pytest.mark.numeric
 
 VISION = VisionConfig(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=14
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    image_size=28,
+    patch_size=14,
 )
 TEXT = TextConfig(hidden_size=12, num_attention_heads=2)
 
@@ -34,7 +40,9 @@ def test_only_the_needed_blocks_exist(layer, blocks):
 def test_a_shallower_selection_is_the_same_network_cut_short():
     pixels = torch.randn(2, 3, 28, 28)
     whole, cut = tower(feature_layer=-1), tower(feature_layer=-2)
-    cut.load_state_dict({k: v for k, v in whole.state_dict().items() if not k.startswith("encoder.layers.3.")})
+    cut.load_state_dict(
+        {k: v for k, v in whole.state_dict().items() if not k.startswith("encoder.layers.3.")}
+    )
     seen = []
     whole.encoder.layers[2].register_forward_hook(lambda *args: seen.append(args[2]))
     whole(pixels)
@@ -88,4 +96,7 @@ def test_projector_is_linear_layers_with_exact_gelu_between(layers):
 
 def test_projector_without_bias():
     projector = Projector(LlavaConfig(VISION, TEXT, projector_bias=False))
-    assert [name for name, _ in projector.named_parameters()] == ["linear_1.weight", "linear_2.weight"]
+    assert [name for name, _ in projector.named_parameters()] == [
+        "linear_1.weight",
+        "linear_2.weight",
+    ]

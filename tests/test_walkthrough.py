@@ -1,5 +1,5 @@
-"""minillava/walkthrough.ipynb: every cell runs, every stage finds itself equal to the model, and what is stored is
-what comes out."""
+"""minillava/walkthrough.ipynb: every cell runs, every stage finds itself equal to the model, and
+what is stored is what comes out."""
 
 import json
 import subprocess
@@ -29,14 +29,21 @@ nbformat.write(notebook, sys.argv[3])
 def printed(notebook: dict) -> list[str]:
     """Per code cell, the text that it printed."""
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    return ["".join("".join(out["text"]) for out in cell["outputs"] if out.get("name") == "stdout") for cell in cells]
+    return [
+        "".join("".join(out["text"]) for out in cell["outputs"] if out.get("name") == "stdout")
+        for cell in cells
+    ]
 
 
 def test_every_stage_equals_the_model_and_the_stored_outputs_are_true(tmp_path):
-    """A renamed function, or a stage that no longer computes what the model does, would leave a notebook that
-    teaches something false."""
-    pytest.importorskip("nbclient", reason="pip install -e '.[test]' brings nbclient, which runs the notebook")
-    pytest.importorskip("ipykernel", reason="pip install -e '.[test]' brings ipykernel, which runs the notebook")
+    """A renamed function, or a stage that no longer computes what the model does, would leave a
+    notebook that teaches something false."""
+    pytest.importorskip(
+        "nbclient", reason="pip install -e '.[test]' brings nbclient, which runs the notebook"
+    )
+    pytest.importorskip(
+        "ipykernel", reason="pip install -e '.[test]' brings ipykernel, which runs the notebook"
+    )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", RUN, str(NOTEBOOK), str(ROOT), str(tmp_path / "done.ipynb")],
         capture_output=True, text=True, timeout=300,
@@ -47,5 +54,6 @@ def test_every_stage_equals_the_model_and_the_stored_outputs_are_true(tmp_path):
     stages = [cell for cell in stored["cells"] if "".join(cell["source"]).startswith("## ")]
     checks = [line for text in made for line in text.splitlines() if line.startswith("check:")]
     assert set(checks) == {"check: True"}
-    assert len(checks) == len(stages)  # one for each stage; the tower has two, the last heading has none
+    # one for each stage; the tower has two, the last heading has none
+    assert len(checks) == len(stages)
     assert made == printed(stored)

@@ -8,9 +8,9 @@
     python tools/bench.py contrast --size 0.5b           # what a second row of logits costs
     python tools/bench.py threads --size shapes,0.5b     # one thread or all, on an idle machine and on a busy one
 
-Weights are random, of the true shapes. All variants take turns, round after round, and a figure is the median of its
-rounds. Machines are shared: `others` is how many cores other processes kept busy meanwhile; a figure with more than a
-few hundredths there is worth a second run.
+Weights are random, of the true shapes. All variants take turns, round after round, and a figure is
+the median of its rounds. Machines are shared: `others` is how many cores other processes kept busy
+meanwhile; a figure with more than a few hundredths there is worth a second run.
 """
 
 import argparse
@@ -33,7 +33,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+# run from a checkout, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench_checkpoint import SIZES, config_of, make_checkpoint, make_gguf
 
@@ -51,7 +52,8 @@ PROMPT = 625  # positions of the walk-through's picture question: the default
 LARGE = 1 << 29  # numbers, 2 GiB in float32: more than any cache holds
 RUN = Path(__file__).with_name("bench_run.py")
 PICTURE = Path(__file__).resolve().parents[1] / "weights" / "shapes" / "example-1.png"
-BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4.5, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5}  # a weight
+# a weight
+BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4.5, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5}
 HEAD_BITS = {"q4_0": 6.5625}  # q6_K, in which llama.cpp leaves the head
 ROWS = {  # by the name that --rows takes: peer, dtype, compiled
     "float32": ("minillava", "float32", False),
@@ -85,21 +87,26 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Half the distance between the slowest round and the fastest, as a fraction of the median."""
+        """Half the distance between the slowest round and the fastest, as a fraction of the
+        median."""
         return (max(self.seconds) - min(self.seconds)) / 2 / self.median
 
 
 def busy_elsewhere() -> float:
-    """Seconds of processor time that were neither ours nor our children's, so far; 0 where the system does not say."""
+    """Seconds of processor time that were neither ours nor our children's, so far; 0 where the
+    system does not say."""
     try:
-        user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
+        user, nice, system, _, _, irq, softirq, *_ = map(
+            int, Path("/proc/stat").read_text().split()[1:11]
+        )
     except FileNotFoundError:
         return 0.0
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def take_turns(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
-    """Each variant does its work and returns the seconds that count; one round to warm up goes before."""
+    """Each variant does its work and returns the seconds that count; one round to warm up goes
+    before."""
     timings = {name: Timing() for name in variants}
     for number in range(rounds + 1):
         for name, work in variants.items():
@@ -107,11 +114,13 @@ def take_turns(variants: dict[str, Callable[[], float]], rounds: int) -> dict[st
             seconds = work()
             if number > 0:
                 timings[name].seconds.append(seconds)
-                timings[name].others.append((busy_elsewhere() - before) / (time.perf_counter() - started))
+                timings[name].others.append(
+                    (busy_elsewhere() - before) / (time.perf_counter() - started)
+                )
     return timings
 
 
-# --- compare: processes side by side --------------------------------------------------------------------------
+# --- compare: processes side by side --------------------------------------------------------------
 
 
 @dataclass
@@ -119,7 +128,8 @@ class Limits:
     """What this machine does at most, as torch reaches it."""
 
     bandwidth: float  # bytes read per second
-    rate: float  # floating-point operations per second of a matrix product, in the dtype that is fastest
+    # floating-point operations per second of a matrix product, in the dtype that is fastest
+    rate: float
 
     @classmethod
     def measure(cls, device: str) -> "Limits":
@@ -145,8 +155,13 @@ class Limits:
         rates = []
         width = LARGE >> 17 if device == "cpu" else 8192
         for dtype in (torch.float32, torch.bfloat16):
-            x, weight = (torch.ones(rows, width, dtype=dtype, device=device) for rows in (max(640, width // 8), width))
-            rates.append(2 * x.numel() * len(weight) / best(lambda x=x, weight=weight: x @ weight.T, 5))
+            x, weight = (
+                torch.ones(rows, width, dtype=dtype, device=device)
+                for rows in (max(640, width // 8), width)
+            )
+            rates.append(
+                2 * x.numel() * len(weight) / best(lambda x=x, weight=weight: x @ weight.T, 5)
+            )
         return cls(bandwidth, max(rates))
 
 
@@ -167,16 +182,30 @@ class Measured:
 
 
 def compare(
-    names: Sequence[str], folder: Path, size: str, device: str, tokens: int, rounds: int, questions: int, cold: bool
+    names: Sequence[str],
+    folder: Path,
+    size: str,
+    device: str,
+    tokens: int,
+    rounds: int,
+    questions: int,
+    cold: bool,
 ) -> list[Measured]:
     """Start every row's process in turn, `rounds` times."""
-    text = [1, *range(5, PROMPT - config_of(size).tokens_per_image + 4)]  # ids that every vocabulary has
+    # ids that every vocabulary has
+    text = [1, *range(5, PROMPT - config_of(size).tokens_per_image + 4)]
     ids = [*text[: len(text) // 2], IMAGE_TOKEN_INDEX, *text[len(text) // 2 :]]
     rows = [Measured(name, *ROWS[name][:2]) for name in names]
     for number in range(-1 if cold else 0, rounds):
         for row in rows:
             peer, dtype, compiled = ROWS[row.name]
-            job = {"peer": peer, "dtype": dtype, "compile": compiled, "folder": str(folder), "device": device}
+            job = {
+                "peer": peer,
+                "dtype": dtype,
+                "compile": compiled,
+                "folder": str(folder),
+                "device": device,
+            }
             if number < 0:
                 if peer == "llama.cpp":  # its weights cannot be touched from here
                     continue
@@ -187,7 +216,12 @@ def compare(
                 found, _ = run(job | {"questions": 0, "touch": True})
                 row.cold = found["open"] + found["touch"]
                 continue
-            job |= {"questions": questions + compiled, "tokens": tokens, "picture": str(PICTURE), "ids": ids}
+            job |= {
+                "questions": questions + compiled,
+                "tokens": tokens,
+                "picture": str(PICTURE),
+                "ids": ids,
+            }
             if peer == "llama.cpp":
                 at = ids.index(IMAGE_TOKEN_INDEX)
                 job["ids"] = [*ids[:at], *[5] * config_of(size).tokens_per_image, *ids[at + 1 :]]
@@ -195,19 +229,25 @@ def compare(
             row.rounds.append(found)
             row.others.append(others)
             speed = f", {1 / found['decode']:.2f} tokens/s" if found["decode"] else ""
-            say(f"round {number + 1}: {row.name}: first token after {found['process']:.1f} s{speed}")
+            say(
+                f"round {number + 1}: {row.name}: first token after {found['process']:.1f} s{speed}"
+            )
     return rows
 
 
 def run(job: dict, environment: dict[str, str] | None = None) -> tuple[dict, float]:
     """What one process reports, and how many cores others kept busy meanwhile.
 
-    environment: variables that the process gets besides ours, or without one of ours that is None."""
+    environment: variables that the process gets besides ours, or without one of ours that is
+    None."""
     variables = os.environ | (environment or {})
     before, started = busy_elsewhere(), time.perf_counter()
     command = [sys.executable, str(RUN), str(time.monotonic()), json.dumps(job)]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={k: v for k, v in variables.items() if v is not None}
+        command,
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in variables.items() if v is not None},
     )
     if done.returncode:
         raise RuntimeError(f"{job['peer']} {job['dtype']} failed:\n{done.stderr[-2000:]}")
@@ -216,8 +256,12 @@ def run(job: dict, environment: dict[str, str] | None = None) -> tuple[dict, flo
 
 
 def weights_read(text: TextConfig) -> int:
-    """Weights that decoding a token reads: all of the language model but the table, of which it reads one row."""
-    width, heads = text.hidden_size, text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
+    """Weights that decoding a token reads: all of the language model but the table, of which it
+    reads one row."""
+    width, heads = (
+        text.hidden_size,
+        text.head_dim * (text.num_attention_heads + text.num_key_value_heads),
+    )
     layer = 2 * width * heads + 3 * width * text.intermediate_size
     return text.num_hidden_layers * layer + width * text.vocab_size
 
@@ -229,13 +273,16 @@ def cache_size(config: LlavaConfig, positions: int) -> int:
 
 
 def table(rows: Sequence[Measured], config: LlavaConfig, limits: Limits, tokens: int) -> str:
-    """Markdown. The fractions of the limits are those of decoding (bandwidth) and of reading the prompt (rate)."""
+    """Markdown. The fractions of the limits are those of decoding (bandwidth) and of reading the
+    prompt (rate)."""
     text, read = config.text, weights_read(config.text)
     head = text.hidden_size * text.vocab_size
-    attention = 2 * text.num_hidden_layers * PROMPT**2 * text.num_attention_heads * text.head_dim  # half is masked
+    # half is masked
+    attention = 2 * text.num_hidden_layers * PROMPT**2 * text.num_attention_heads * text.head_dim
     operations = 2 * (read - head) * PROMPT + 2 * head + attention
     lines = [
-        "| | start to first token, s | open, s | cold, s | peak GB | picture, s | prompt, s | of rate | tokens/s "
+        "| | start to first token, s | open, s | cold, s | peak GB | picture, s | prompt, s | of "
+        "rate | tokens/s "
         "| spread | of bandwidth | others |",
         "|---|" + "---:|" * 11,
     ]
@@ -248,7 +295,8 @@ def table(rows: Sequence[Measured], config: LlavaConfig, limits: Limits, tokens:
         bits = (read - head) * BITS[row.dtype] + head * HEAD_BITS.get(row.dtype, BITS[row.dtype])
         compiled = ROWS[row.name][2]
         cells = [
-            "" if compiled else f"{process.median:.1f}",  # it compiles at the second token, or at the first
+            # it compiles at the second token, or at the first
+            "" if compiled else f"{process.median:.1f}",
             f"{opened.median:.2f}",
             f"{row.cold:.1f}" if row.cold else "",
             f"{max(found['peak'] for found in row.rounds) / 1e9:.2f}",
@@ -285,25 +333,36 @@ def ratios(rows: Sequence[Measured], config: LlavaConfig, tokens: int) -> str:
                     whole = a.timing("process").median / b.timing("process").median
                     lines.append(f"| {ours}: start to first token, to {peer}'s | {whole:.2f} |")
                 both = b.timing("first").median / a.timing("first").median
-                lines.append(f"| {ours}: speed of reading picture and prompt, to {peer}'s | {both:.2f} |")
+                lines.append(
+                    f"| {ours}: speed of reading picture and prompt, to {peer}'s | {both:.2f} |"
+                )
                 lines.append(f"| {ours}: tokens/s, to {peer}'s | {speed(a) / speed(b):.2f} |")
     for small in ("int8", "int4"):
         if small in known and "bfloat16" in known:
             a, b = known[small], known["bfloat16"]
             lines.append(f"| {small}: tokens/s, to our bfloat16's | {speed(a) / speed(b):.2f} |")
-            lines.append(f"| {small}: time of the prompt, to our bfloat16's | {prompt(a) / prompt(b):.2f} |")
-    for ours, peer in (("bfloat16", "llama.cpp-bf16"), ("int8", "llama.cpp-q8_0"), ("int4", "llama.cpp-q4_0")):
+            lines.append(
+                f"| {small}: time of the prompt, to our bfloat16's | {prompt(a) / prompt(b):.2f} |"
+            )
+    for ours, peer in (
+        ("bfloat16", "llama.cpp-bf16"),
+        ("int8", "llama.cpp-q8_0"),
+        ("int4", "llama.cpp-q4_0"),
+    ):
         if ours in known and peer in known:
             a, b = known[ours], known[peer]
             lines.append(f"| {ours}: tokens/s, to {peer}'s | {speed(a) / speed(b):.2f} |")
-            lines.append(f"| {ours}: time of the prompt, to {peer}'s | {prompt(a) / prompt(b):.2f} |")
+            lines.append(
+                f"| {ours}: time of the prompt, to {peer}'s | {prompt(a) / prompt(b):.2f} |"
+            )
     for name in ("float32", "bfloat16", "int8", "int4"):
         if name in known:
             found = max(known[name].rounds, key=lambda found: found["peak"])
             cache = cache_size(config, PROMPT + tokens) * found["width"]
             expected = 1.05 * found["weights"] + cache + 0.3e9
             lines.append(
-                f"| {name}: peak memory, to 1.05 × weights + cache + 300 MB | {found['peak'] / expected:.2f} |"
+                f"| {name}: peak memory, to 1.05 × weights + cache + 300 MB | "
+                f"{found['peak'] / expected:.2f} |"
             )
     return "\n".join(lines)
 
@@ -312,11 +371,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# --- growth, quality, contrast: the language model alone, in this process -------------------------------------
+# --- growth, quality, contrast: the language model alone, in this process -------------------------
 
 
 def random_model(size: str, dtype: torch.dtype, quantize: str | None = None) -> Llava:
-    """A language model of that size with random weights; a CLIP is not needed to decode, so it has none."""
+    """A language model of that size with random weights; a CLIP is not needed to decode, so it has
+    none."""
     with torch.device("meta"):
         model = Llava(config_of(size))
     model.vision_tower = model.projector = None
@@ -329,7 +389,8 @@ def random_model(size: str, dtype: torch.dtype, quantize: str | None = None) -> 
             p.fill_(1)
         else:
             p.copy_(torch.randn(p.shape[-1], generator=generator) * 0.02)  # one random row, and ...
-            p.mul_(torch.randn(p.shape[0], 1, generator=generator))  # ... a factor for each: quick to make
+            # ... a factor for each: quick to make
+            p.mul_(torch.randn(p.shape[0], 1, generator=generator))
     if quantize:
         for name, layer in list(model.named_modules()):
             if isinstance(layer, torch.nn.Linear):
@@ -341,9 +402,11 @@ CONTEXTS = (128, 512, 1024, 2048, 4096)
 BATCHES = (1, 2, 4, 8, 16)
 
 
-def growth(size: str, dtypes: Sequence[str], tokens: int, rounds: int) -> dict[tuple[str, str, int], Timing]:
-    """Seconds per step by (dtype, "context" or "batch", how many): one row behind ever longer contexts, and ever more
-    rows behind PROMPT positions."""
+def growth(
+    size: str, dtypes: Sequence[str], tokens: int, rounds: int
+) -> dict[tuple[str, str, int], Timing]:
+    """Seconds per step by (dtype, "context" or "batch", how many): one row behind ever longer
+    contexts, and ever more rows behind PROMPT positions."""
 
     def step_time(model: Llava, rows: int, context: int) -> float:
         dtype = model.language_model.embed_tokens.weight.dtype
@@ -361,8 +424,12 @@ def growth(size: str, dtypes: Sequence[str], tokens: int, rounds: int) -> dict[t
     for name in dtypes:  # one model at a time; what is compared is the same model with more to do
         dtype = getattr(torch, name) if name in DTYPES else torch.bfloat16
         model = random_model(size, dtype, None if name in DTYPES else name)
-        variants = {(name, "context", n): lambda n=n, m=model: step_time(m, 1, n - tokens) for n in CONTEXTS}
-        variants |= {(name, "batch", n): lambda n=n, m=model: step_time(m, n, PROMPT) for n in BATCHES}
+        variants = {
+            (name, "context", n): lambda n=n, m=model: step_time(m, 1, n - tokens) for n in CONTEXTS
+        }
+        variants |= {
+            (name, "batch", n): lambda n=n, m=model: step_time(m, n, PROMPT) for n in BATCHES
+        }
         found |= take_turns(variants, rounds)
         say(f"{name}: done")
     return found
@@ -379,24 +446,43 @@ def growth_table(found: dict[tuple[str, str, int], Timing]) -> str:
             others = statistics.median(other for timing in timings for other in timing.others)
             lines.append(f"| {name} | {' | '.join(cells)} | {others:.2f} |")
             if kind == "batch":
-                gains = [n * timings[0].median / timing.median for n, timing in zip(counts, timings, strict=True)]
-                lines.append(f"| {name}, tokens per second to batch 1 | {' | '.join(f'{g:.1f}' for g in gains)} | |")
+                gains = [
+                    n * timings[0].median / timing.median
+                    for n, timing in zip(counts, timings, strict=True)
+                ]
+                lines.append(
+                    f"| {name}, tokens per second to batch 1 | "
+                    f"{' | '.join(f'{g:.1f}' for g in gains)} | |"
+                )
     return "\n".join(lines[1:])
 
 
 def growth_plot(found: dict[tuple[str, str, int], Timing], title: str, path: Path) -> None:
-    """Two panels, a line per dtype; bars from the fastest round to the slowest. Raises ImportError naming the extra."""
+    """Two panels, a line per dtype; bars from the fastest round to the slowest. Raises ImportError
+    naming the extra."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("--png draws with matplotlib; install it with: pip install -e '.[bench]'") from None
+        raise ImportError(
+            "--png draws with matplotlib; install it with: pip install -e '.[bench]'"
+        ) from None
     figure = Figure(figsize=(10, 4), layout="constrained")
-    for axis, kind, label in zip(figure.subplots(1, 2), ("context", "batch"), ("positions", "rows"), strict=True):
+    for axis, kind, label in zip(
+        figure.subplots(1, 2), ("context", "batch"), ("positions", "rows"), strict=True
+    ):
         for name in dict.fromkeys(name for name, _, _ in found):
-            chosen = {n: timing for (of, what, n), timing in found.items() if (of, what) == (name, kind)}
+            chosen = {
+                n: timing for (of, what, n), timing in found.items() if (of, what) == (name, kind)
+            }
             middle = [1000 * timing.median for timing in chosen.values()]
-            low = [m - 1000 * min(timing.seconds) for m, timing in zip(middle, chosen.values(), strict=True)]
-            high = [1000 * max(timing.seconds) - m for m, timing in zip(middle, chosen.values(), strict=True)]
+            low = [
+                m - 1000 * min(timing.seconds)
+                for m, timing in zip(middle, chosen.values(), strict=True)
+            ]
+            high = [
+                1000 * max(timing.seconds) - m
+                for m, timing in zip(middle, chosen.values(), strict=True)
+            ]
             axis.errorbar(list(chosen), middle, yerr=[low, high], marker="o", capsize=3, label=name)
         axis.set(xlabel=f"{kind} ({label})", ylabel="ms per step", ylim=(0, None), xlim=(0, None))
         axis.grid(alpha=0.3)
@@ -407,9 +493,11 @@ def growth_plot(found: dict[tuple[str, str, int], Timing], title: str, path: Pat
     write_whole(path, picture.getvalue())
 
 
-def quality(shapes: Sequence[tuple[int, int]] = ((4096, 4096), (11008, 4096), (4096, 11008))) -> list[dict]:
-    """Layers [N, C] of random weights at each precision: the distance to float64 as a fraction of what they make, for
-    one row and for many."""
+def quality(
+    shapes: Sequence[tuple[int, int]] = ((4096, 4096), (11008, 4096), (4096, 11008)),
+) -> list[dict]:
+    """Layers [N, C] of random weights at each precision: the distance to float64 as a fraction of
+    what they make, for one row and for many."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for n, c in shapes:
@@ -422,7 +510,10 @@ def quality(shapes: Sequence[tuple[int, int]] = ((4096, 4096), (11008, 4096), (4
         layers |= {kind: quantised_layer(quantize_tensor(weight, kind)) for kind in KINDS}
         for rows in (1, 32):
             exact = x[:rows].double() @ weight.double().T
-            errors = {name: float((layer(x[:rows]) - exact).norm() / exact.norm()) for name, layer in layers.items()}
+            errors = {
+                name: float((layer(x[:rows]) - exact).norm() / exact.norm())
+                for name, layer in layers.items()
+            }
             found.append({"shape": [n, c], "rows": rows, **errors})
     return found
 
@@ -432,7 +523,9 @@ def quality_table(found: Sequence[dict]) -> str:
     lines = [f"| error of a layer, % | {' | '.join(kinds)} |", "|---|" + "---:|" * len(kinds)]
     for row in found:
         cells = [f"{100 * row[kind]:.2g}" for kind in kinds]
-        lines.append(f"| {row['shape'][0]} × {row['shape'][1]}, {row['rows']} row(s) | {' | '.join(cells)} |")
+        lines.append(
+            f"| {row['shape'][0]} × {row['shape'][1]}, {row['rows']} row(s) | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 
@@ -440,7 +533,8 @@ ROW_COUNTS = (1, 2, 4, 8, 16, 32, 625)
 
 
 def kernels(rounds: int, n: int = 11008, c: int = 4096) -> dict[tuple[str, int], Timing]:
-    """Seconds that one product of a layer [N, C] takes, by (way, how many rows); each weight is read from memory."""
+    """Seconds that one product of a layer [N, C] takes, by (way, how many rows); each weight is
+    read from memory."""
     weight = torch.randn(n, c, generator=torch.Generator().manual_seed(0))
     variants = {}
     for name, dtype, bits in (("float32", torch.float32, 32), ("bfloat16", torch.bfloat16, 16)):
@@ -458,13 +552,17 @@ def kernels(rounds: int, n: int = 11008, c: int = 4096) -> dict[tuple[str, int],
             for _ in range(copies_of(sum(small.values())))
         ]
         call = lambda x, layer: layer(x)  # noqa: E731
-        variants |= {(kind, rows): partial(one_product, call, layers, torch.randn(rows, c)) for rows in ROW_COUNTS}
+        variants |= {
+            (kind, rows): partial(one_product, call, layers, torch.randn(rows, c))
+            for rows in ROW_COUNTS
+        }
     with torch.no_grad():
         return take_turns(variants, rounds)
 
 
 def copies_of(size: int) -> int:
-    """So many that the first is in no cache any more when its turn comes again: four times 64 MB."""
+    """So many that the first is in no cache any more when its turn comes again: four times 64
+    MB."""
     return -(-(LARGE >> 1) // size)
 
 
@@ -479,15 +577,22 @@ def kernels_table(found: dict[tuple[str, int], Timing]) -> str:
     counts = list(dict.fromkeys(rows for _, rows in found))
     lines = [f"| ms, rows | {' | '.join(map(str, counts))} |", "|---|" + "---:|" * len(counts)]
     for way in dict.fromkeys(way for way, _ in found):
-        lines.append(f"| {way} | {' | '.join(f'{1000 * found[way, rows].median:.1f}' for rows in counts)} |")
+        lines.append(
+            f"| {way} | {' | '.join(f'{1000 * found[way, rows].median:.1f}' for rows in counts)} |"
+        )
     return "\n".join(lines)
 
 
 def contrast(model: Llava, tokens: int, rounds: int, prompt: int) -> dict[str, Timing]:
-    """Seconds per decoded token after a prompt of so many positions: plain, with a second row in the same batch, and
-    with a second pass of its own."""
+    """Seconds per decoded token after a prompt of so many positions: plain, with a second row in
+    the same batch, and with a second pass of its own."""
     config, dtype = model.config.text, model.language_model.embed_tokens.weight.dtype
-    embeds = torch.randn(2, prompt, config.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype) * 0.02
+    embeds = (
+        torch.randn(2, prompt, config.hidden_size, generator=torch.Generator().manual_seed(1)).to(
+            dtype
+        )
+        * 0.02
+    )
 
     def spliced(rows: int) -> Spliced:
         ids = [torch.zeros(prompt, dtype=torch.long)] * rows
@@ -496,7 +601,10 @@ def contrast(model: Llava, tokens: int, rounds: int, prompt: int) -> dict[str, T
     def loop(rows: int) -> float:
         method = VCD() if rows == 2 else None
         made = steps(
-            model, spliced(rows), Options(max_new_tokens=tokens + 1, min_new_tokens=tokens + 1), contrast=method
+            model,
+            spliced(rows),
+            Options(max_new_tokens=tokens + 1, min_new_tokens=tokens + 1),
+            contrast=method,
         )
         next(made)  # the prefill
         started = time.perf_counter()
@@ -516,7 +624,9 @@ def contrast(model: Llava, tokens: int, rounds: int, prompt: int) -> dict[str, T
         started = time.perf_counter()
         for step in range(tokens):
             token = method(*outputs, step).argmax(-1)
-            outputs = [decode(model, token, cache, **wanted).logits[:, -1].float() for cache in caches]
+            outputs = [
+                decode(model, token, cache, **wanted).logits[:, -1].float() for cache in caches
+            ]
         return (time.perf_counter() - started) / tokens
 
     variants = {
@@ -531,12 +641,16 @@ def contrast_table(timings: dict[str, Timing]) -> str:
     first = next(iter(timings.values())).median
     lines = ["| decode | ms per token | spread | ratio | others |", "|---|---:|---:|---:|---:|"]
     for name, timing in timings.items():
-        cells = f"{1000 * timing.median:.1f}", f"±{timing.spread:.0%}", f"{timing.median / first:.2f}"
+        cells = (
+            f"{1000 * timing.median:.1f}",
+            f"±{timing.spread:.0%}",
+            f"{timing.median / first:.2f}",
+        )
         lines.append(f"| {name} | {' | '.join(cells)} | {statistics.median(timing.others):.2f} |")
     return "\n".join(lines)
 
 
-# --- threads: processes with one thread or all, idle and beside busy loops -------------------------------------
+# --- threads: processes with one thread or all, idle and beside busy loops ------------------------
 
 POLICIES = {  # by the name in the table: variables that libgomp and torch read when they are loaded
     "1 thread": {"OMP_NUM_THREADS": "1"},
@@ -560,20 +674,31 @@ def busy_loops(count: int) -> Iterator[None]:
             loop.wait()
 
 
-def threads(folders: dict[str, Path], tokens: int, rounds: int) -> dict[tuple[str, int, str], dict[str, Timing]]:
-    """Milliseconds to the first token and per further one, by (size, busy loops, policy): every policy takes its turn
-    in each round, in a process of its own, on an idle machine and beside one and two busy loops."""
+def threads(
+    folders: dict[str, Path], tokens: int, rounds: int
+) -> dict[tuple[str, int, str], dict[str, Timing]]:
+    """Milliseconds to the first token and per further one, by (size, busy loops, policy): every
+    policy takes its turn in each round, in a process of its own, on an idle machine and beside one
+    and two busy loops."""
     found: dict[tuple[str, int, str], dict[str, Timing]] = {}
     for number in range(rounds):
         for size, folder in folders.items():
             ids = [1, *range(5, 40), IMAGE_TOKEN_INDEX, 5, 6]
-            job = {"peer": "minillava", "dtype": "auto", "folder": str(folder), "device": "cpu", "tokens": tokens}
+            job = {
+                "peer": "minillava",
+                "dtype": "auto",
+                "folder": str(folder),
+                "device": "cpu",
+                "tokens": tokens,
+            }
             job |= {"questions": 2, "picture": str(PICTURE), "ids": ids}  # the first warms up
             for loops in (0, 1, 2):
                 with busy_loops(loops):
                     for policy, variables in POLICIES.items():
                         measured, others = run(job, dict.fromkeys(THREAD_VARIABLES) | variables)
-                        timings = found.setdefault((size, loops, policy), {"first": Timing(), "decode": Timing()})
+                        timings = found.setdefault(
+                            (size, loops, policy), {"first": Timing(), "decode": Timing()}
+                        )
                         for key, timing in timings.items():
                             timing.seconds.append(measured[key])
                             timing.others.append(others)
@@ -582,7 +707,10 @@ def threads(folders: dict[str, Path], tokens: int, rounds: int) -> dict[tuple[st
 
 
 def threads_table(found: dict[tuple[str, int, str], dict[str, Timing]]) -> str:
-    lines = [f"| ms | busy loops | {' | '.join(POLICIES)} | others |", "|---|---:|" + "---:|" * (len(POLICIES) + 1)]
+    lines = [
+        f"| ms | busy loops | {' | '.join(POLICIES)} | others |",
+        "|---|---:|" + "---:|" * (len(POLICIES) + 1),
+    ]
     for size, loops, _ in dict.fromkeys((size, loops, None) for size, loops, _ in found):
         for key, text in (("first", "first token"), ("decode", "each further token")):
             timings = [found[size, loops, policy][key] for policy in POLICIES]
@@ -592,7 +720,7 @@ def threads_table(found: dict[tuple[str, int, str], dict[str, Timing]]) -> str:
     return "\n".join(lines)
 
 
-# --- the door -------------------------------------------------------------------------------------------------
+# --- the door -------------------------------------------------------------------------------------
 
 
 def machine(device: str) -> str:
@@ -600,37 +728,70 @@ def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpu = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.partition(":")[2].strip()
+        for line in cpu.read_text().splitlines()
+        if line.startswith("model name")
+    ]
     name, kind = names[0] if names else "a processor", torch.backends.cpu.get_cpu_capability()
     return f"{torch.get_num_threads()} threads of {name}, {kind}, torch {torch.__version__}"
 
 
 def default_rows(device: str) -> list[str]:
     """Ours at every precision, and every peer that is installed."""
-    there = {"minillava", *(peer for peer, packages in PACKAGES.items() if all(map(find_spec, packages)))}
+    there = {
+        "minillava",
+        *(peer for peer, packages in PACKAGES.items() if all(map(find_spec, packages))),
+    }
     compiled = device != "cpu"  # on a CPU compiling gains nothing, and takes a minute
-    return [name for name, (peer, _, extra) in ROWS.items() if peer in there and (compiled or not extra)]
+    return [
+        name for name, (peer, _, extra) in ROWS.items() if peer in there and (compiled or not extra)
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["compare", "growth", "kernels", "quality", "contrast", "threads"])
-    parser.add_argument("--size", choices=SIZES, default="1b", help="random weights of this shape (default 1b)")
-    parser.add_argument(
-        "--sizes", default="shapes,0.04b,0.13b,0.5b", help="threads: these, `shapes` being the bundled model"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", metavar="NAMES", help=f"compare: some of {','.join(ROWS)} (default: all installed)")
-    parser.add_argument("--folder", type=Path, help="compare: keep the checkpoints here (default: made and removed)")
+    parser.add_argument(
+        "what", choices=["compare", "growth", "kernels", "quality", "contrast", "threads"]
+    )
+    parser.add_argument(
+        "--size", choices=SIZES, default="1b", help="random weights of this shape (default 1b)"
+    )
+    parser.add_argument(
+        "--sizes",
+        default="shapes,0.04b,0.13b,0.5b",
+        help="threads: these, `shapes` being the bundled model",
+    )
+    parser.add_argument(
+        "--rows",
+        metavar="NAMES",
+        help=f"compare: some of {','.join(ROWS)} (default: all installed)",
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="compare: keep the checkpoints here (default: made and removed)"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--questions", type=int, default=1, help="compare: asked per process; the last is timed")
-    parser.add_argument("--no-cold", action="store_true", help="compare: leave out loading from disk")
-    parser.add_argument("--dtypes", default="float32,bfloat16,int8,int4", help="growth: which lines")
+    parser.add_argument(
+        "--questions", type=int, default=1, help="compare: asked per process; the last is timed"
+    )
+    parser.add_argument(
+        "--no-cold", action="store_true", help="compare: leave out loading from disk"
+    )
+    parser.add_argument(
+        "--dtypes", default="float32,bfloat16,int8,int4", help="growth: which lines"
+    )
     parser.add_argument("--png", type=Path, help="growth: draw it here")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="contrast")
-    parser.add_argument("--prompt", type=int, default=PROMPT, help=f"contrast: positions before (default {PROMPT})")
+    parser.add_argument(
+        "--prompt", type=int, default=PROMPT, help=f"contrast: positions before (default {PROMPT})"
+    )
     parser.add_argument("--tokens", type=int, default=16, help="decoded per round (default 16)")
     parser.add_argument("--rounds", type=int, default=3, help="(default 3)")
-    parser.add_argument("--json", action="store_true", help="every figure as JSON, instead of tables")
+    parser.add_argument(
+        "--json", action="store_true", help="every figure as JSON, instead of tables"
+    )
     options = parser.parse_args(argv)
     if options.rounds < 1 or options.tokens < 1 or options.questions < 1:
         parser.error("--rounds, --tokens and --questions need at least 1")
@@ -642,9 +803,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             parser.exit(1, f"error: {explain(error)}\n")
     if options.device != "cpu" and options.what != "compare":
-        parser.error(f"--device {options.device} is for compare: {options.what} measures the processor")
+        parser.error(
+            f"--device {options.device} is for compare: {options.what} measures the processor"
+        )
     if options.what == "growth" and options.tokens >= min(CONTEXTS):
-        parser.error(f"--tokens is {options.tokens}, expected less than the shortest context, {min(CONTEXTS)}")
+        parser.error(
+            f"--tokens is {options.tokens}, expected less than the shortest context, "
+            f"{min(CONTEXTS)}"
+        )
     command = " ".join(["python tools/bench.py", *(sys.argv[1:] if argv is None else argv)])
     head = f"`{command}`, {date.today()}, {machine(options.device)}"
     if options.what == "compare":
@@ -661,7 +827,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--dtypes: unknown {', '.join(sorted(unknown))}")
         found = growth(options.size, dtypes, options.tokens, options.rounds)
         if options.png:
-            growth_plot(found, f"{options.size}, random weights, {machine(options.device)}", options.png)
+            growth_plot(
+                found, f"{options.size}, random weights, {machine(options.device)}", options.png
+            )
         timings, text = found, growth_table(found)
     elif options.what == "kernels":
         timings = kernels(options.rounds)
@@ -697,8 +865,16 @@ def _compare(parser: argparse.ArgumentParser, options: argparse.Namespace, head:
         print(json.dumps({"limits": vars(limits), "rows": [vars(row) for row in rows]}))
         return 0
     config = config_of(options.size)
-    print(f"{head}; {weights_read(config.text) / 1e9:.2f} billion weights read per token, {PROMPT} positions,", end=" ")
-    print(f"{options.tokens} tokens, {options.rounds} round(s); at most {limits.bandwidth / 1e9:.1f} GB/s", end=" ")
+    print(
+        f"{head}; {weights_read(config.text) / 1e9:.2f} billion weights read per token, {PROMPT} "
+        "positions,",
+        end=" ",
+    )
+    print(
+        f"{options.tokens} tokens, {options.rounds} round(s); at most {limits.bandwidth / 1e9:.1f} "
+        "GB/s",
+        end=" ",
+    )
     print(f"and {limits.rate / 1e12:.3f} TFLOP/s\n\n{table(rows, config, limits, options.tokens)}")
     print(f"\n{ratios(rows, config, options.tokens)}")
     return 0
@@ -707,10 +883,15 @@ def _compare(parser: argparse.ArgumentParser, options: argparse.Namespace, head:
 def _threads(parser: argparse.ArgumentParser, options: argparse.Namespace, head: str) -> int:
     sizes = options.sizes.split(",")
     if unknown := [size for size in sizes if size not in ("shapes", *SIZES)]:
-        parser.error(f"--sizes: unknown {', '.join(unknown)}, expected some of: shapes, {', '.join(SIZES)}")
+        parser.error(
+            f"--sizes: unknown {', '.join(unknown)}, expected some of: shapes, {', '.join(SIZES)}"
+        )
     with ExitStack() as stack:
         home = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folders = {size: PICTURE.parent if size == "shapes" else home / f"{size}-bfloat16" for size in sizes}
+        folders = {
+            size: PICTURE.parent if size == "shapes" else home / f"{size}-bfloat16"
+            for size in sizes
+        }
         for size, folder in folders.items():
             if size != "shapes":
                 make_checkpoint(folder, size, torch.bfloat16)

@@ -1,5 +1,5 @@
-"""Checkpoints of true size with random weights, in the hub's layout, for tools/bench.py; and the same language model as
-GGUF, for llama.cpp."""
+"""Checkpoints of true size with random weights, in the hub's layout, for tools/bench.py; and the
+same language model as GGUF, for llama.cpp."""
 
 import json
 import math
@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+# run from a checkout, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from convert import hub_config, preprocessor_config
 
@@ -36,7 +37,12 @@ SIZES = {
     "13b": (5120, 13824, 40, 40),
 }
 TOY_CLIP = VisionConfig(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=56,
+    patch_size=14,
 )
 TOKENIZER = Path(__file__).resolve().parents[1] / "weights" / "shapes" / "tokenizer.model"
 SHARD = 2e9  # bytes
@@ -53,12 +59,15 @@ def config_of(size: str) -> LlavaConfig:
         vocab_size=32064,  # as llava-hf pads it
         max_position_embeddings=4096,
     )
-    return LlavaConfig(vision=CLIP_LARGE_336 if hidden >= CLIP_LARGE_336.hidden_size else TOY_CLIP, text=text)
+    return LlavaConfig(
+        vision=CLIP_LARGE_336 if hidden >= CLIP_LARGE_336.hidden_size else TOY_CLIP, text=text
+    )
 
 
 def random_tensors(config: LlavaConfig) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint by its name on the hub, float32, one after the other: products keep the size of
-    what goes in, so that logits stay finite and no number is too small for the processor to be quick with."""
+    """Every tensor of a checkpoint by its name on the hub, float32, one after the other: products
+    keep the size of what goes in, so that logits stay finite and no number is too small for the
+    processor to be quick with."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Llava(config).state_dict().items()}
     # transformers builds CLIP to its end; minillava leaves out the last block.
@@ -78,7 +87,9 @@ def random_tensors(config: LlavaConfig) -> Iterator[tuple[str, Tensor]]:
 def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     """A parameter of our name, float32, on the generator's device."""
     if len(shape) == 1:
-        return torch.full(shape, float("norm" in name and name.endswith("weight")), device=generator.device)
+        return torch.full(
+            shape, float("norm" in name and name.endswith("weight")), device=generator.device
+        )
     width = 50 if "embed" in name else math.prod(shape[1:])
     return torch.empty(shape, device=generator.device).normal_(0, width**-0.5, generator=generator)
 
@@ -118,14 +129,15 @@ def make_checkpoint(folder: Path, size: str, dtype: torch.dtype) -> None:
     )
     shutil.copy(TOKENIZER, partial)
     pieces = SentencePieceProcessor(model_file=str(TOKENIZER)).vocab_size()
-    names = {f"<{i}>": i for i in range(pieces, config.text.vocab_size)}  # a row without a token is only padding
+    # a row without a token is only padding
+    names = {f"<{i}>": i for i in range(pieces, config.text.vocab_size)}
     (partial / "added_tokens.json").write_text(json.dumps(names))
     partial.rename(folder)
 
 
 def make_gguf(folder: Path, kind: str) -> None:
-    """The language model of a checkpoint as `kind`.gguf in its folder, unless it is there: bf16, or made of that by
-    llama.cpp itself. Raises ImportError naming what to install."""
+    """The language model of a checkpoint as `kind`.gguf in its folder, unless it is there: bf16, or
+    made of that by llama.cpp itself. Raises ImportError naming what to install."""
     path = folder / f"{kind}.gguf"
     if path.exists():
         return
@@ -145,7 +157,10 @@ def _make_gguf(folder: Path, kind: str, partial: Path) -> None:
 
         make_gguf(folder, "bf16")
         settings = llama_cpp.llama_model_quantize_default_params()
-        settings.ftype = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}[kind]
+        settings.ftype = {
+            "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+            "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+        }[kind]
         source = str(folder / "bf16.gguf").encode()
         if llama_cpp.llama_model_quantize(source, str(partial).encode(), settings):
             raise RuntimeError(f"llama.cpp cannot make {kind} of {source.decode()}")
@@ -172,20 +187,37 @@ def _write_gguf(folder: Path, path: Path) -> None:
     writer.add_rope_freq_base(text.rope_theta)
     writer.add_vocab_size(text.vocab_size)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    writer.add_tokenizer_model("llama")  # of which it wants to see every token, though it is given ids
+    # of which it wants to see every token, though it is given ids
+    writer.add_tokenizer_model("llama")
     writer.add_token_list([f"<{i}>".encode() for i in range(text.vocab_size)])
     writer.add_token_scores([0.0] * text.vocab_size)
     writer.add_token_types([int(gguf.TokenType.NORMAL)] * text.vocab_size)
     names = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-    names |= {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
-    names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
-    names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    names |= {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+    }
+    names |= {
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+    }
+    names |= {
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
     for name in checkpoint.tensors:
         if not name.startswith("language_model."):
             continue
-        tensor, layer = checkpoint.read(name), re.match(r"language_model\.layers\.(\d+)\.(.*)\.weight", name)
+        tensor, layer = (
+            checkpoint.read(name),
+            re.match(r"language_model\.layers\.(\d+)\.(.*)\.weight", name),
+        )
         stem = layer[2] if layer else name.removeprefix("language_model.").removesuffix(".weight")
-        if stem.endswith(("q_proj", "k_proj")):  # Meta's order of a head's rows: the pairs that turn lie side by side
+        # Meta's order of a head's rows: the pairs that turn lie side by side
+        if stem.endswith(("q_proj", "k_proj")):
             heads = tensor.view(-1, 2, text.head_dim // 2, tensor.shape[1])
             tensor = heads.transpose(1, 2).reshape(tensor.shape)
         prefix = f"blk.{layer[1]}." if layer else ""

@@ -1,7 +1,9 @@
-"""One model in a process of its own, measured from the process's start; tools/bench.py starts it and reads the JSON.
+"""One model in a process of its own, measured from the process's start; tools/bench.py starts it
+and reads the JSON.
 
-Each implementation imports what it needs, opens the weights, and answers questions of the same ids about a picture. It
-is given numbers instead of a text: so all read the same positions, and a peer's tokenizer takes no time.
+Each implementation imports what it needs, opens the weights, and answers questions of the same ids
+about a picture. It is given numbers instead of a text: so all read the same positions, and a peer's
+tokenizer takes no time.
 """
 
 import json
@@ -16,13 +18,16 @@ class Minillava:
     """This repository, as `python -m minillava.generate` opens it."""
 
     def __init__(self, folder: str, dtype: str, device: str, compile: bool):
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+        # run from a checkout, installed or not
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
         import minillava
         from minillava.options import KINDS
 
         self.imported = clock()
         quantize, dtype = (dtype, "auto") if dtype in KINDS else (None, dtype)
-        self.assistant = minillava.load(folder, device=device, dtype=dtype, quantize=quantize, compile=compile)
+        self.assistant = minillava.load(
+            folder, device=device, dtype=dtype, quantize=quantize, compile=compile
+        )
         self.weights = list(self.assistant.model.state_dict().values())
 
     def answer(self, picture: str, ids: list[int], tokens: int) -> dict:
@@ -45,9 +50,12 @@ class Minillava:
 
 
 class Transformers:
-    """Its defaults, with its fastest attention; `compile`: generate's static cache and torch.compile."""
+    """Its defaults, with its fastest attention; `compile`: generate's static cache and
+    torch.compile."""
 
-    def __init__(self, folder: str, dtype: str, device: str, compile: bool, attention: str = "sdpa"):
+    def __init__(
+        self, folder: str, dtype: str, device: str, compile: bool, attention: str = "sdpa"
+    ):
         import torch
         from transformers import AutoImageProcessor, LlavaForConditionalGeneration
 
@@ -76,7 +84,9 @@ class Transformers:
             ids = [*ids[:at], *[config.image_token_id] * side**2, *ids[at + 1 :]]
         hooks = [
             model.model.vision_tower.register_forward_pre_hook(lambda *_: marks.append(clock())),
-            model.model.multi_modal_projector.register_forward_hook(lambda _, x, y: marks.append(after(y))),
+            model.model.multi_modal_projector.register_forward_hook(
+                lambda _, x, y: marks.append(after(y))
+            ),
         ]
 
         class Clock:
@@ -93,7 +103,8 @@ class Transformers:
             from transformers import CompileConfig
 
             settings = {"cache_implementation": "static", "compile_config": CompileConfig()}
-            settings["compile_config"]._compile_all_devices = True  # it compiles on a GPU only, unless told so
+            # it compiles on a GPU only, unless told so
+            settings["compile_config"]._compile_all_devices = True
         input_ids = torch.tensor([ids], device=model.device)
         made = model.generate(
             input_ids=input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, streamer=Clock(),
@@ -102,7 +113,12 @@ class Transformers:
         for hook in hooks:
             hook.remove()
         vision = marks[1] - marks[0] if marks else 0.0
-        return {"started": started, "vision": vision, "times": times[1:], "ids": made[0, len(ids) :].tolist()}
+        return {
+            "started": started,
+            "vision": vision,
+            "times": times[1:],
+            "ids": made[0, len(ids) :].tolist(),
+        }
 
 
 class LlamaCpp:
@@ -151,7 +167,8 @@ def after(tensor) -> float:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes, at most, that this process had in memory, mapped files included; of a GPU, what torch had there."""
+    """Bytes, at most, that this process had in memory, mapped files included; of a GPU, what torch
+    had there."""
     if device != "cpu":
         import torch
 
@@ -165,7 +182,9 @@ def peak_memory(device: str) -> int:
 def main() -> int:
     started = float(sys.argv[1])
     job = json.loads(sys.argv[2])
-    model = PEERS[job["peer"]](job["folder"], job["dtype"], job["device"], job.get("compile", False))
+    model = PEERS[job["peer"]](
+        job["folder"], job["dtype"], job["device"], job.get("compile", False)
+    )
     opened = clock()
     result = {"import": model.imported - started, "open": opened - model.imported}
     if job.get("touch"):  # a file that is only mapped has not been read yet
@@ -174,18 +193,24 @@ def main() -> int:
         for tensor in model.weights:
             tensor.contiguous().view(torch.uint8).flatten()[::4096].sum()
         result["touch"] = clock() - opened
-    answers = [model.answer(job["picture"], job["ids"], job["tokens"]) for _ in range(job["questions"])]
+    answers = [
+        model.answer(job["picture"], job["ids"], job["tokens"]) for _ in range(job["questions"])
+    ]
     if answers:
         last = answers[-1]
         result["process"] = answers[0]["times"][0] - started
         result["vision"] = last["vision"]
         result["first"] = last["times"][0] - last["started"]
-        steps = [after - before for before, after in zip(last["times"], last["times"][1:], strict=False)]
+        steps = [
+            after - before for before, after in zip(last["times"], last["times"][1:], strict=False)
+        ]
         result["decode"] = sum(steps) / len(steps) if steps else None
         result["ids"] = last["ids"]
     result["peak"] = peak_memory(job["device"])
     if model.weights:  # bytes of the weights, and of one number of the cache
-        result["weights"] = sum({tensor.data_ptr(): tensor.nbytes for tensor in model.weights}.values())
+        result["weights"] = sum(
+            {tensor.data_ptr(): tensor.nbytes for tensor in model.weights}.values()
+        )
         result["width"] = model.weights[0].itemsize
     print("\n" + json.dumps(result))
     return 0

@@ -7,8 +7,8 @@
     original     LLaVA's own names and flat config.json, the vision tower inside
     safetensors  the names and files of SRC as they are, its .bin weights as safetensors
 
-Weights are written shard by shard, so that memory holds one, and read back and compared. Until then the folder is
-called DST.partial.
+Weights are written shard by shard, so that memory holds one, and read back and compared. Until then
+the folder is called DST.partial.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+# run from a checkout, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from minillava.attention import eager
 from minillava.checkpoint.build import build_model
@@ -67,8 +68,18 @@ except ImportError:
 
 # Of the prefixes that are read, those that are written: each stands for one part of the network.
 LAYOUTS = {
-    "hf": ("language_model.model.", "language_model.lm_head.", "vision_tower.vision_model.", "multi_modal_projector."),
-    "original": ("model.", "lm_head.", "model.vision_tower.vision_tower.vision_model.", "model.mm_projector."),
+    "hf": (
+        "language_model.model.",
+        "language_model.lm_head.",
+        "vision_tower.vision_model.",
+        "multi_modal_projector.",
+    ),
+    "original": (
+        "model.",
+        "lm_head.",
+        "model.vision_tower.vision_tower.vision_model.",
+        "model.mm_projector.",
+    ),
 }
 SIDE_FILES = (".json", ".jinja", ".md", ".model", ".txt")
 OWNER = "convert.pid"  # in a folder that is not finished: the process that makes it
@@ -88,7 +99,8 @@ class Planned(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A folder to be written: its tensors by their new names, its other files, and how its config.json must read."""
+    """A folder to be written: its tensors by their new names, its other files, and how its
+    config.json must read."""
 
     tensors: dict[str, Planned]
     files: dict[str, bytes]
@@ -108,11 +120,13 @@ def convert(
     quantize: str | None = None,
     shard_size: float = 4e9,
 ) -> list[str]:
-    """Write `target`, which must not exist or be empty; returns what its owner should know, a line each.
+    """Write `target`, which must not exist or be empty; returns what its owner should know, a line
+    each.
 
-    dtype: of all weights, instead of the stored ones. quantize: int8 or int4, the language model's linear layers in the
-    form of minillava/quantize.py, which other programs cannot read. shard_size: of a file, in bytes.
-    Raises FileNotFoundError or ValueError in one line; what was written is then gone.
+    dtype: of all weights, instead of the stored ones. quantize: int8 or int4, the language model's
+    linear layers in the form of minillava/quantize.py, which other programs cannot read.
+    shard_size: of a file, in bytes. Raises FileNotFoundError or ValueError in one line; what was
+    written is then gone.
     """
     source = find_folder(source)
     parts = {"vision_tower": vision_tower, "model_base": model_base, "adapter": adapter}
@@ -120,29 +134,38 @@ def convert(
     with _unfinished(target) as folder:
         if to == "safetensors":
             if any(parts.values()) or quantize:
-                raise ValueError("--to safetensors keeps the tensors of SRC alone; use --to hf or --to original")
+                raise ValueError(
+                    "--to safetensors keeps the tensors of SRC alone; use --to hf or --to original"
+                )
             job = _copy(source, dtype)
         else:
             job = _rename(source, to, parts, dtype, quantize)
         needed = sum(p.nbytes for p in job.tensors.values()) + sum(map(len, job.files.values()))
         free = shutil.disk_usage(folder).free
         if needed > free:
-            raise ValueError(f"{target}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+            raise ValueError(
+                f"{target}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
+            )
         _write_weights(job.tensors, folder, shard_size)
         _verify_weights(job.tensors, folder)
-        for name, content in sorted(job.files.items(), key=lambda file: file[0] == "config.json"):  # which goes last
+        # which goes last
+        for name, content in sorted(job.files.items(), key=lambda file: file[0] == "config.json"):
             (folder / name).write_bytes(content)
-        for path in folder.glob("*.safetensors"):  # safetensors lets only the owner read what it writes
+        # safetensors lets only the owner read what it writes
+        for path in folder.glob("*.safetensors"):
             shutil.copymode(folder / "config.json", path)
         if read_config(folder) != job.config:
-            raise ValueError(f"{target}: its config.json does not say what that of {source} says; please report this")
+            raise ValueError(
+                f"{target}: its config.json does not say what that of {source} says; please report "
+                "this"
+            )
     return job.notes
 
 
 @contextmanager
 def _unfinished(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that takes its name when the body succeeds, and goes when it fails. Raises
-    ValueError, or OSError where the system does not let us write."""
+    """A new folder beside `target` that takes its name when the body succeeds, and goes when it
+    fails. Raises ValueError, or OSError where the system does not let us write."""
     target = Path(target).expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: exists and is not an empty folder; name a new one")
@@ -159,7 +182,11 @@ def _unfinished(target: Path) -> Iterator[Path]:
         folder.rename(target)
     except BaseException as error:
         shutil.rmtree(folder)
-        if isinstance(error, OSError) and error.errno and str(error.filename or folder).startswith(str(folder)):
+        if (
+            isinstance(error, OSError)
+            and error.errno
+            and str(error.filename or folder).startswith(str(folder))
+        ):
             raise refused(target, error, writing=True) from None
         raise
     finally:
@@ -167,8 +194,8 @@ def _unfinished(target: Path) -> Iterator[Path]:
 
 
 def _claim(folder: Path) -> TextIO:
-    """Make the folder; in it lies a file that is locked while we live, so that the next run can tell what a killed one
-    left, which it removes, from what another is writing: ValueError."""
+    """Make the folder; in it lies a file that is locked while we live, so that the next run can
+    tell what a killed one left, which it removes, from what another is writing: ValueError."""
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
@@ -192,7 +219,7 @@ def _claim(folder: Path) -> TextIO:
     return owner
 
 
-# --------------------------------------------------------------------------------------------- what to write
+# ------------------------------------------------------------------------------------ what to write
 
 
 def _copy(source: Path, dtype: torch.dtype | None) -> Job:
@@ -202,7 +229,9 @@ def _copy(source: Path, dtype: torch.dtype | None) -> Job:
         found = stored.file.read(stored.name)  # mapped, not read
         as_is = dtype is None or not found.is_floating_point() or stored.name.endswith(COMPUTED)
         kept = found.dtype if as_is else dtype
-        tensors[stored.name] = Planned(stored.shape, kept, partial(_narrow, found.to, stored.name, kept))
+        tensors[stored.name] = Planned(
+            stored.shape, kept, partial(_narrow, found.to, stored.name, kept)
+        )
     files = _side_files(source)
     if dtype is not None:
         raw = read_json(source / "config.json")
@@ -216,13 +245,20 @@ def _side_files(folder: Path) -> dict[str, bytes]:
     """What a folder holds besides weights and what made them."""
     side = [p for p in folder.iterdir() if p.suffix in SIDE_FILES or p.name.startswith("LICENSE")]
     side = [p for p in side if not p.name.startswith(("adapter_", "trainer_"))]
-    return {p.name: p.read_bytes() for p in side if p.is_file() and not p.name.endswith(".index.json")}
+    return {
+        p.name: p.read_bytes() for p in side if p.is_file() and not p.name.endswith(".index.json")
+    }
 
 
 def _rename(
-    source: Path, to: str, parts: dict[str, Path | None], dtype: torch.dtype | None, quantize: str | None
+    source: Path,
+    to: str,
+    parts: dict[str, Path | None],
+    dtype: torch.dtype | None,
+    quantize: str | None,
 ) -> Job:
-    """The whole network, under other names and in another dialect. parts: further folders, as `gather` takes them."""
+    """The whole network, under other names and in another dialect. parts: further folders, as
+    `gather` takes them."""
     vision_tower, base = parts["vision_tower"], parts["model_base"] or source
 
     def home(name: str) -> Path:
@@ -232,11 +268,17 @@ def _rename(
     checkpoint = gather(source, **parts, vocabulary=config.text.vocab_size)
     if checkpoint.quantised:
         raise ValueError(f"{source}: is quantised; convert the weights that it was made from")
-    needed, config = open_checkpoint(source, config, **parts)  # `checkpoint`, less what only other layouts need
+    # `checkpoint`, less what only other layouts need
+    needed, config = open_checkpoint(source, config, **parts)
     needed.deltas.clear()  # which change no shape, and take time
-    model = build_model(config, needed, eager, dtype=needed.dtype(), device="meta")  # raises for what does not fit
-    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    homes = [folder for folder in (parts["adapter"], source, parts["model_base"]) if folder is not None]
+    # raises for what does not fit
+    model = build_model(config, needed, eager, dtype=needed.dtype(), device="meta")
+    linear = {
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    homes = [
+        folder for folder in (parts["adapter"], source, parts["model_base"]) if folder is not None
+    ]
     tokenizer, (_, beside) = open_tokenizer(homes, config), find_tokenizer(homes)
     config = replace(config, vision_stated=True)  # as the config.json that is written will do
     new, notes = (_for_hub if to == "hf" else _for_original)(config, tokenizer, source)
@@ -249,7 +291,9 @@ def _rename(
             module, rows = name.removesuffix(".weight"), shape[0]
             for suffix, (size, kind) in stored_shapes(shape, quantize).items():
                 make = partial(_make_part, checkpoint, name, rows, quantize, suffix)
-                planned[f"{module}.{suffix}"] = Planned(size, kind, make, name if suffix in PARTS else None)
+                planned[f"{module}.{suffix}"] = Planned(
+                    size, kind, make, name if suffix in PARTS else None
+                )
             continue
         planned[name] = Planned(shape, kept, partial(_make, checkpoint, name, kept, shape[0]), name)
     if to == "hf":
@@ -257,7 +301,8 @@ def _rename(
         planned |= made
         if made:
             notes.append(
-                f"made {len(made)} tensors of the vision tower which transformers wants and LLaVA does not use: "
+                f"made {len(made)} tensors of the vision tower which transformers wants and LLaVA "
+                "does not use: "
                 "blocks that pass their input on, and a norm"
             )
     if quantize:
@@ -265,7 +310,8 @@ def _rename(
     notes += checkpoint.notes
     if checkpoint.unused:
         notes.append(
-            f"left out {len(checkpoint.unused)} stored tensors (tables that are computed, the text half of a CLIP, a "
+            f"left out {len(checkpoint.unused)} stored tensors (tables that are computed, the text "
+            "half of a CLIP, a "
             f"tower that another replaces): {checkpoint.unused[0]} is one"
         )
     same_dialect = ("text_config" in read_json(home("config.json") / "config.json")) == (to == "hf")
@@ -277,7 +323,8 @@ def _rename(
         files["tokenizer_config.json"] = _json(_tokenizer_config(new, tokenizer, to))
     if to == "hf" and "tokenizer.json" not in files:
         notes.append(
-            "from tokenizer.model alone, transformers 5 cuts some texts otherwise than the hub's tokenizer.json says: "
+            "from tokenizer.model alone, transformers 5 cuts some texts otherwise than the hub's "
+            "tokenizer.json says: "
             "copy that file from a llava-hf release of the same vocabulary"
         )
     if to == "hf":
@@ -287,8 +334,12 @@ def _rename(
     main_dtype = dtype or checkpoint.dtype()
     processor = read_image_processor(vision_tower or home("preprocessor_config.json"), config)
     files |= {
-        "config.json": _json(hub_config(new, main_dtype) if to == "hf" else original_config(new, main_dtype)),
-        "generation_config.json": _json(_generation(home("generation_config.json"), new, tokenizer)),
+        "config.json": _json(
+            hub_config(new, main_dtype) if to == "hf" else original_config(new, main_dtype)
+        ),
+        "generation_config.json": _json(
+            _generation(home("generation_config.json"), new, tokenizer)
+        ),
         "preprocessor_config.json": _json(preprocessor_config(processor)),
         "tokenizer.model": tokenizer.sentencepiece.serialized_model_proto(),
     }
@@ -297,7 +348,8 @@ def _rename(
 
 
 def _stored_name(name: str, to: str, projector_layers: int) -> str:
-    """The stored name for one of ours: checkpoint.PREFIXES and PROJECTOR, read from right to left."""
+    """The stored name for one of ours: checkpoint.PREFIXES and PROJECTOR, read from right to
+    left."""
     layer = re.match(r"projector\.linear_(\d+)\.", name)
     if to == "original" and layer and projector_layers > 1:
         return f"model.mm_projector.{2 * int(layer[1]) - 2}.{name[layer.end() :]}"
@@ -330,12 +382,14 @@ def _narrow(read: Callable[[torch.dtype], Tensor], name: str, dtype: torch.dtype
 
 
 def _unused_tower(config: LlavaConfig, planned: dict[str, Planned]) -> dict[str, Planned]:
-    """What is missing of the tower beyond the features that LLaVA uses: blocks of zeros, which add nothing to their
-    input, and the norm at the end."""
+    """What is missing of the tower beyond the features that LLaVA uses: blocks of zeros, which add
+    nothing to their input, and the norm at the end."""
     with torch.device("meta"):
         whole = Llava(replace(config, feature_layer=-1), eager).vision_tower.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in whole.items()}
-    shapes |= dict.fromkeys(("post_layernorm.weight", "post_layernorm.bias"), (config.vision.hidden_size,))
+    shapes |= dict.fromkeys(
+        ("post_layernorm.weight", "post_layernorm.bias"), (config.vision.hidden_size,)
+    )
     dtype, made = planned["vision_tower.embeddings.class_embedding"].dtype, {}
     for name, shape in shapes.items():
         if f"vision_tower.{name}" not in planned:
@@ -345,32 +399,46 @@ def _unused_tower(config: LlavaConfig, planned: dict[str, Planned]) -> dict[str,
     return made
 
 
-# --------------------------------------------------------------------------------------------- configurations
+# ----------------------------------------------------------------------------------- configurations
 
 
-def _for_hub(config: LlavaConfig, tokenizer: Tokenizer, source: Path) -> tuple[LlavaConfig, list[str]]:
-    """What config.json must say on the hub: Hugging Face looks the ids of <image> and <pad> up in the table."""
+def _for_hub(
+    config: LlavaConfig, tokenizer: Tokenizer, source: Path
+) -> tuple[LlavaConfig, list[str]]:
+    """What config.json must say on the hub: Hugging Face looks the ids of <image> and <pad> up in
+    the table."""
     if config.projector_layers != 2:
-        raise ValueError(f"{source}: its projector has {config.projector_layers} layer(s); Hugging Face's has two")
+        raise ValueError(
+            f"{source}: its projector has {config.projector_layers} layer(s); Hugging Face's has "
+            "two"
+        )
     if IM_START in config.added_tokens:
-        raise ValueError(f"{source}: puts {IM_START} before each picture, which Hugging Face's LLaVA does not")
+        raise ValueError(
+            f"{source}: puts {IM_START} before each picture, which Hugging Face's LLaVA does not"
+        )
     notes, rows = [], config.text.vocab_size
     if config.image_aspect_ratio != "pad":
-        notes.append("the hub's config.json cannot say image_aspect_ratio; now use --image-aspect-ratio crop")
+        notes.append(
+            "the hub's config.json cannot say image_aspect_ratio; now use --image-aspect-ratio crop"
+        )
     new = replace(config, image_aspect_ratio="pad", vision_tower_name=None, added_tokens=())
     is_free = tokenizer.written_as(config.image_token_id) is None
-    if not (tokenizer.vocab_size <= config.image_token_id < rows and is_free):  # a row that is no word and no token
+    # a row that is no word and no token
+    if not (tokenizer.vocab_size <= config.image_token_id < rows and is_free):
         total = -(-(rows + 2) // 64) * 64
         text = replace(config.text, vocab_size=total)
         new = replace(new, text=text, image_token_id=rows, pad_token_id=rows + 1)
         notes.append(
-            f"appended {total - rows} rows, each the mean of the {rows} before, to embeddings and head: {IMAGE_MARKER} "
+            f"appended {total - rows} rows, each the mean of the {rows} before, to embeddings and "
+            f"head: {IMAGE_MARKER} "
             f"is {rows}, {PAD_MARKER} is {rows + 1}"
         )
     return new, notes
 
 
-def _for_original(config: LlavaConfig, tokenizer: Tokenizer, source: Path) -> tuple[LlavaConfig, list[str]]:
+def _for_original(
+    config: LlavaConfig, tokenizer: Tokenizer, source: Path
+) -> tuple[LlavaConfig, list[str]]:
     if not config.projector_bias:
         raise ValueError(f"{source}: its projector has no biases; LLaVA's has")
     return replace(config, vision_tower_name=config.vision_tower_name or CLIP_RELEASE), []
@@ -387,7 +455,11 @@ def hub_config(config: LlavaConfig, dtype: torch.dtype) -> dict:
         "multimodal_projector_bias": config.projector_bias,
         "pad_token_id": config.pad_token_id,
         "projector_hidden_act": "gelu",
-        "text_config": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **_llama(config.text, dtype)},
+        "text_config": {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            **_llama(config.text, dtype),
+        },
         "tie_word_embeddings": config.text.tie_word_embeddings,
         "torch_dtype": _name(dtype),
         "vision_config": _clip(config),
@@ -398,7 +470,8 @@ def hub_config(config: LlavaConfig, dtype: torch.dtype) -> dict:
 
 
 def original_config(config: LlavaConfig, dtype: torch.dtype) -> dict:
-    """config.json of the original LLaVA, and what we read besides: `vision_config` and `image_token_index`."""
+    """config.json of the original LLaVA, and what we read besides: `vision_config` and
+    `image_token_index`."""
     layers = config.projector_layers
     return {
         "architectures": ["LlavaLlamaForCausalLM"],
@@ -415,7 +488,8 @@ def original_config(config: LlavaConfig, dtype: torch.dtype) -> dict:
         "mm_vision_tower": config.vision_tower_name,
         "model_type": "llava_llama",
         "pad_token_id": config.pad_token_id,
-        "unfreeze_mm_vision_tower": True,  # or LLaVA reads mm_vision_tower instead of the tower inside
+        # or LLaVA reads mm_vision_tower instead of the tower inside
+        "unfreeze_mm_vision_tower": True,
         "use_mm_proj": True,
         "vision_config": _clip(config),
         **_llama(config.text, dtype),
@@ -425,7 +499,9 @@ def original_config(config: LlavaConfig, dtype: torch.dtype) -> dict:
 def _llama(text: TextConfig, dtype: torch.dtype) -> dict:
     fields = {**asdict(text), "torch_dtype": _name(dtype)}
     factor = fields.pop("rope_factor")
-    return fields if factor == 1 else {**fields, "rope_scaling": {"type": "linear", "factor": factor}}
+    return (
+        fields if factor == 1 else {**fields, "rope_scaling": {"type": "linear", "factor": factor}}
+    )
 
 
 def _clip(config: LlavaConfig) -> dict:
@@ -462,7 +538,8 @@ def preprocessor_config(processor: ImageProcessor) -> dict:
 
 
 def processor_config(config: LlavaConfig) -> dict:
-    """processor_config.json of the hub: how many tokens transformers' processor makes of a picture."""
+    """processor_config.json of the hub: how many tokens transformers' processor makes of a
+    picture."""
     return {
         "image_token": IMAGE_MARKER,
         "num_additional_image_tokens": 1,  # the class token, which "default" takes away again
@@ -473,8 +550,12 @@ def processor_config(config: LlavaConfig) -> dict:
 
 
 def _tokenizer_config(config: LlavaConfig, tokenizer: Tokenizer, to: str) -> dict:
-    """tokenizer_config.json, with every token that has a row; <image> and <pad> where config.json puts them."""
-    pieces, markers = tokenizer.vocab_size, ((config.image_token_id, IMAGE_MARKER), (config.pad_token_id, PAD_MARKER))
+    """tokenizer_config.json, with every token that has a row; <image> and <pad> where config.json
+    puts them."""
+    pieces, markers = (
+        tokenizer.vocab_size,
+        ((config.image_token_id, IMAGE_MARKER), (config.pad_token_id, PAD_MARKER)),
+    )
     tokens = {
         i: token
         for i, token in tokenizer.by_id.items()
@@ -484,7 +565,9 @@ def _tokenizer_config(config: LlavaConfig, tokenizer: Tokenizer, to: str) -> dic
         if pieces <= i < config.text.vocab_size:
             tokens.setdefault(i, AddedToken(text, i, special=True, listed=True, control=True))
     model = tokenizer.sentencepiece
-    unk, bos, eos = (model.id_to_piece(i) for i in (model.unk_id(), tokenizer.bos_id, tokenizer.eos_id))
+    unk, bos, eos = (
+        model.id_to_piece(i) for i in (model.unk_id(), tokenizer.bos_id, tokenizer.eos_id)
+    )
     pad = config.pad_token_id
     pad_text = tokens[pad].text if pad in tokens else tokenizer.piece(pad)
     flags = ("lstrip", "rstrip", "single_word", "special")
@@ -493,7 +576,11 @@ def _tokenizer_config(config: LlavaConfig, tokenizer: Tokenizer, to: str) -> dic
         "add_bos_token": True,
         "add_eos_token": False,
         "added_tokens_decoder": {
-            str(i): {"content": token.text, "normalized": False, **{flag: getattr(token, flag) for flag in flags}}
+            str(i): {
+                "content": token.text,
+                "normalized": False,
+                **{flag: getattr(token, flag) for flag in flags},
+            }
             for i, token in sorted(tokens.items())
         },
         **({"additional_special_tokens": more} if more else {}),
@@ -520,11 +607,12 @@ def _json(content: dict) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-# --------------------------------------------------------------------------------------------- to and from the disk
+# ----------------------------------------------------------------------------- to and from the disk
 
 
 def _write_weights(tensors: dict[str, Planned], folder: Path, shard_size: float) -> None:
-    """Files of at most `shard_size` bytes (a larger tensor has its own), and an index if there are several."""
+    """Files of at most `shard_size` bytes (a larger tensor has its own), and an index if there are
+    several."""
     shards, size = [[]], 0
     for name, planned in tensors.items():
         if shards[-1] and size + planned.nbytes > shard_size:
@@ -533,14 +621,23 @@ def _write_weights(tensors: dict[str, Planned], folder: Path, shard_size: float)
         shards[-1].append(name)
         size += planned.nbytes
     count = len(shards)
-    files = [SINGLE_NAME] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    files = (
+        [SINGLE_NAME]
+        if count == 1
+        else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    )
     for file, names in tqdm(list(zip(files, shards, strict=True)), desc="write", unit="file"):
         # Clones, since a .bin may hold two tensors in the same bytes, which safetensors refuses.
-        _save({n: tensors[n].make().clone(memory_format=torch.contiguous_format) for n in names}, folder / file)
+        _save(
+            {n: tensors[n].make().clone(memory_format=torch.contiguous_format) for n in names},
+            folder / file,
+        )
     if count > 1:
         placed = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(planned.nbytes for planned in tensors.values())
-        (folder / INDEX_NAME).write_bytes(_json({"metadata": {"total_size": total}, "weight_map": placed}))
+        (folder / INDEX_NAME).write_bytes(
+            _json({"metadata": {"total_size": total}, "weight_map": placed})
+        )
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -553,21 +650,32 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     with path.open("rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little")).rstrip(b" ")
     if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
-        # Its kernel loads whole lines of memory: with a header that ends where a line does, so do all tensors of usual
-        # shapes, and need not be copied when they are opened.
+        # Its kernel loads whole lines of memory: with a header that ends where a line does, so do
+        # all tensors of usual shapes, and need not be copied when they are opened.
         padding = -(8 + len(header) + len(',"padding":""')) % LINE
         save_file(tensors, path, metadata={**metadata, "padding": "-" * padding})
 
 
 def _verify_weights(tensors: dict[str, Planned], folder: Path) -> None:
-    """Raises ValueError unless the folder, opened again, holds these tensors, to the bit and under our names."""
+    """Raises ValueError unless the folder, opened again, holds these tensors, to the bit and under
+    our names."""
     written = {stored.name: stored for stored in open_folder(folder)}
     ours = {stored.name: name for name, stored in gather(folder).tensors.items()}
     for name, planned in tqdm(list(tensors.items()), desc="compare", unit="tensor"):
         found, expected = written[name].file.read(name), planned.make()
-        same = (found.dtype, found.shape) == (expected.dtype, expected.shape) == (planned.dtype, planned.shape)
-        if not same or not torch.equal(_bits(found), _bits(expected)) or planned.ours not in (None, ours.get(name)):
-            raise ValueError(f"{folder}: {name} does not read back as it was written; check the disk")
+        same = (
+            (found.dtype, found.shape)
+            == (expected.dtype, expected.shape)
+            == (planned.dtype, planned.shape)
+        )
+        if (
+            not same
+            or not torch.equal(_bits(found), _bits(expected))
+            or planned.ours not in (None, ours.get(name))
+        ):
+            raise ValueError(
+                f"{folder}: {name} does not read back as it was written; check the disk"
+            )
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -575,7 +683,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
-# --------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def read_size(text: str) -> float:
@@ -588,15 +696,36 @@ def read_size(text: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SRC", type=Path, help="folder of LLaVA-1.5 weights in any layout")
-    parser.add_argument("target", metavar="DST", type=Path, help="folder to make: one that does not exist, or is empty")
-    parser.add_argument("--to", required=True, choices=[*LAYOUTS, "safetensors"], help="the layout of DST")
-    parser.add_argument("--vision-tower", metavar="DIR", type=Path, help="folder of a CLIP, if SRC holds no tower")
-    parser.add_argument("--model-base", metavar="DIR", type=Path, help="folder of the language model that SRC lacks")
-    parser.add_argument("--adapter", metavar="DIR", type=Path, help="folder of a LoRA adapter to merge")
+    parser.add_argument(
+        "source", metavar="SRC", type=Path, help="folder of LLaVA-1.5 weights in any layout"
+    )
+    parser.add_argument(
+        "target",
+        metavar="DST",
+        type=Path,
+        help="folder to make: one that does not exist, or is empty",
+    )
+    parser.add_argument(
+        "--to", required=True, choices=[*LAYOUTS, "safetensors"], help="the layout of DST"
+    )
+    parser.add_argument(
+        "--vision-tower", metavar="DIR", type=Path, help="folder of a CLIP, if SRC holds no tower"
+    )
+    parser.add_argument(
+        "--model-base", metavar="DIR", type=Path, help="folder of the language model that SRC lacks"
+    )
+    parser.add_argument(
+        "--adapter", metavar="DIR", type=Path, help="folder of a LoRA adapter to merge"
+    )
     dtypes = ("float32", "float16", "bfloat16")
-    parser.add_argument("--dtype", choices=dtypes, help="precision to convert to (default: as stored)")
-    parser.add_argument("--quantize", choices=KINDS, help="the language model's linear layers in 8 or 4 bits a weight")
+    parser.add_argument(
+        "--dtype", choices=dtypes, help="precision to convert to (default: as stored)"
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=KINDS,
+        help="the language model's linear layers in 8 or 4 bits a weight",
+    )
     parser.add_argument("--shard-size", metavar="SIZE", type=read_size, default="4GB",
                         help="largest weight file (default: %(default)s)")  # fmt: skip
     parser.add_argument("-v", "--verbose", action="store_true", help="show where an error happened")

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Asks the bundled model about scenes it has never seen and prints how often its answers are exactly true, as markdown.
+"""Asks the bundled model about scenes it has never seen and prints how often its answers are
+exactly true, as markdown.
 
     python tools/eval_shapes.py --weights weights/shapes
     python tools/eval_shapes.py --contrast    # what sampling and contrastive decoding make of it
 
-Everything goes through minillava's public functions: `load`, the template, and batched greedy `generate`.
+Everything goes through minillava's public functions: `load`, the template, and batched greedy
+`generate`.
 """
 
 import argparse
@@ -23,7 +25,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+# run from a checkout, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import shapes
 
@@ -38,16 +41,20 @@ Item = tuple[shapes.Dialogue, Image.Image]
 HELD_OUT_SCENE = {"pairs": shapes.PAIRS, "must_have": sorted(shapes.HELD_OUT)}
 
 
-def make_items(name: str, count: int, kinds: Sequence[str] = shapes.KINDS, picture=None, **scene_options) -> list[Item]:
-    """One dialogue of each kind about each of `count` scenes, where it can be asked. picture: what is shown instead
-    of the drawing, made from the scene and its random numbers."""
+def make_items(
+    name: str, count: int, kinds: Sequence[str] = shapes.KINDS, picture=None, **scene_options
+) -> list[Item]:
+    """One dialogue of each kind about each of `count` scenes, where it can be asked. picture: what
+    is shown instead of the drawing, made from the scene and its random numbers."""
     items = []
     for i in range(count):
         rng = random.Random(f"evaluation/{name}/{i}")
         scene = shapes.sample_scene(rng, **scene_options)
         shown = shapes.draw(scene) if picture is None else picture(scene, rng)
         for kind in kinds:
-            dialogue = shapes.ask(scene, kind, rng, scene_options.get("pairs", shapes.TRAINING_PAIRS))
+            dialogue = shapes.ask(
+                scene, kind, rng, scene_options.get("pairs", shapes.TRAINING_PAIRS)
+            )
             if dialogue is not None:
                 items.append((dialogue, shown))
     return items
@@ -61,7 +68,9 @@ def names_held_out(dialogue: shapes.Dialogue) -> bool:
 
 
 def noise(scene: shapes.Scene, rng: random.Random) -> Image.Image:
-    pixels = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (scene.height, scene.width, 3), np.uint8)
+    pixels = np.random.default_rng(rng.getrandbits(32)).integers(
+        0, 256, (scene.height, scene.width, 3), np.uint8
+    )
     return Image.fromarray(pixels)
 
 
@@ -70,15 +79,25 @@ def blank(scene: shapes.Scene, rng: random.Random) -> Image.Image:
     return shapes.draw(replace(scene, things=()))
 
 
-def answer(assistant, items: Sequence[Item], contrast: Contrast | None = None, **options) -> list[str]:
-    """The model's answer to the last question of every dialogue; earlier turns are given with their true answers.
-    options: those of `generate`."""
+def answer(
+    assistant, items: Sequence[Item], contrast: Contrast | None = None, **options
+) -> list[str]:
+    """The model's answer to the last question of every dialogue; earlier turns are given with their
+    true answers. options: those of `generate`."""
     ids = []
     for dialogue, _ in items:
-        turns = [(place_images(q, 1) if i == 0 else q, a) for i, (q, a) in enumerate(dialogue.turns)]
-        ids.append(assistant.tokenizer.encode(render(assistant.template, [*turns[:-1], (turns[-1][0], None)])))
+        turns = [
+            (place_images(q, 1) if i == 0 else q, a) for i, (q, a) in enumerate(dialogue.turns)
+        ]
+        ids.append(
+            assistant.tokenizer.encode(
+                render(assistant.template, [*turns[:-1], (turns[-1][0], None)])
+            )
+        )
     pictures = [picture for _, picture in items]
-    second = contrast and contrast.second(ids, pictures, assistant.image_processor, torch.Generator().manual_seed(0))
+    second = contrast and contrast.second(
+        ids, pictures, assistant.image_processor, torch.Generator().manual_seed(0)
+    )
     made = generate(
         assistant.model,
         ids,
@@ -92,12 +111,20 @@ def answer(assistant, items: Sequence[Item], contrast: Contrast | None = None, *
     return made.text
 
 
-def answer_all(answer_batch: Callable, items: Sequence[Item], batch: int = 64, map=map) -> list[str]:
-    """All answers, in the order of the items. map: how the batches are handed out, one after the other or not."""
-    order = sorted(range(len(items)), key=lambda i: (items[i][0].kind, len(items[i][0].turns[-1][1])))  # alike together
+def answer_all(
+    answer_batch: Callable, items: Sequence[Item], batch: int = 64, map=map
+) -> list[str]:
+    """All answers, in the order of the items. map: how the batches are handed out, one after the
+    other or not."""
+    # alike together
+    order = sorted(
+        range(len(items)), key=lambda i: (items[i][0].kind, len(items[i][0].turns[-1][1]))
+    )
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
     answers = [""] * len(items)
-    for chosen, texts in zip(batches, map(answer_batch, [[items[i] for i in b] for b in batches]), strict=True):
+    for chosen, texts in zip(
+        batches, map(answer_batch, [[items[i] for i in b] for b in batches]), strict=True
+    ):
         for i, text in zip(chosen, texts, strict=True):
             answers[i] = text
     return answers
@@ -129,7 +156,9 @@ def score(items, answers) -> dict[str, tuple[int, int]]:
 
 def pope(items, answers) -> dict[str, float]:
     """For yes/no questions, the figures of POPE (Li et al. 2023); "yes" is the positive class."""
-    pairs = [(a, d.turns[-1][1]) for (d, _), a in zip(items, answers, strict=True) if d.kind == "yes/no"]
+    pairs = [
+        (a, d.turns[-1][1]) for (d, _), a in zip(items, answers, strict=True) if d.kind == "yes/no"
+    ]
     said, true = [a.startswith("Yes") for a, _ in pairs], [t.startswith("Yes") for _, t in pairs]
     hits = sum(s and t for s, t in zip(said, true, strict=True))
     precision, recall = hits / max(1, sum(said)), hits / max(1, sum(true))
@@ -147,11 +176,15 @@ def conditions(scenes: int) -> dict[str, list]:
     return {
         "unseen scenes": make_items("plain", scenes),
         "held-out pairs": [
-            item for item in make_items("held-out", 2 * fewer, **HELD_OUT_SCENE) if names_held_out(item[0])
+            item
+            for item in make_items("held-out", 2 * fewer, **HELD_OUT_SCENE)
+            if names_held_out(item[0])
         ],
         "other sizes": make_items("sizes", fewer, sides=(261, 800)),
         "wider, taller": make_items("aspects", fewer, aspects=(0.7, 1 / 0.7)),
-        "smooth edges": make_items("smooth", fewer, picture=lambda scene, rng: shapes.draw(scene, sharpness=3)),
+        "smooth edges": make_items(
+            "smooth", fewer, picture=lambda scene, rng: shapes.draw(scene, sharpness=3)
+        ),
         "noise": make_items("noise", fewer, picture=noise),
     }
 
@@ -165,9 +198,13 @@ def report(ask: Callable, scenes: int) -> str:
         results[name] = score(items, answers)
         if name in ("unseen scenes", "held-out pairs", "noise"):
             yes_no[name] = pope(items, answers)
-        figures = ", ".join(f"{kind} {percent(*counted)}" for kind, counted in results[name].items())
+        figures = ", ".join(
+            f"{kind} {percent(*counted)}" for kind, counted in results[name].items()
+        )
         took = time.perf_counter() - started
-        print(f"{name}: {len(items)} answers in {took:.0f} s: {figures}", file=sys.stderr, flush=True)
+        print(
+            f"{name}: {len(items)} answers in {took:.0f} s: {figures}", file=sys.stderr, flush=True
+        )
     empty = make_items("blank", max(1, scenes // 5), kinds=("describe",), picture=blank)
     answers = ask(empty)
     seen_empty = sum(answer == shapes.EMPTY for answer in answers)
@@ -178,9 +215,15 @@ def report(ask: Callable, scenes: int) -> str:
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     counts = [sum(asked for _, asked in scored.values()) for scored in results.values()]
     lines.append("| answers | " + " | ".join(map(str, counts)) + " |")
-    lines += ["", "| yes/no, % | " + " | ".join(next(iter(yes_no.values()))) + " |", "|---|" + "---:|" * 5]
+    lines += [
+        "",
+        "| yes/no, % | " + " | ".join(next(iter(yes_no.values()))) + " |",
+        "|---|" + "---:|" * 5,
+    ]
     for name, figures in yes_no.items():
-        lines.append(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in figures.values()) + " |")
+        lines.append(
+            f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in figures.values()) + " |"
+        )
     lines += ["", f'Blank pictures described as "{shapes.EMPTY}": {seen_empty} of {len(empty)}.']
     return "\n".join(lines)
 
@@ -188,23 +231,32 @@ def report(ask: Callable, scenes: int) -> str:
 CHOICES = {
     "greedy": {},
     "sampling": {"temperature": 1.0, "seed": 0},
-    **{f"sampling, {name}": {"temperature": 1.0, "seed": 0, "contrast": make()} for name, make in METHODS.items()},
+    **{
+        f"sampling, {name}": {"temperature": 1.0, "seed": 0, "contrast": make()}
+        for name, make in METHODS.items()
+    },
     **{f"greedy, {name}": {"contrast": make()} for name, make in METHODS.items()},
 }
 
 
 def report_contrast(ask: Callable, scenes: int) -> str:
-    """POPE's figures and the descriptions of unseen scenes for every way to choose tokens, methods at their defaults.
-    ask: from items and the options of a way to answers."""
+    """POPE's figures and the descriptions of unseen scenes for every way to choose tokens, methods
+    at their defaults. ask: from items and the options of a way to answers."""
     items = make_items("contrast", scenes, kinds=("describe", "yes/no"))
     lines = []
     for name, options in CHOICES.items():
         answers = ask(items, options)
         counted, figures = score(items, answers), pope(items, answers)
-        cells = [with_error(*counted["yes/no"]), *(f"{100 * figures[k]:.1f}" for k in ("precision", "recall", "F1"))]
+        cells = [
+            with_error(*counted["yes/no"]),
+            *(f"{100 * figures[k]:.1f}" for k in ("precision", "recall", "F1")),
+        ]
         lines.append(f"| {name} | {' | '.join([*cells, with_error(*counted['describe'])])} |")
         print(lines[-1], file=sys.stderr, flush=True)
-    head = ["| % | yes/no right | precision | recall | F1 | descriptions exactly right |", "|---|" + "---:|" * 5]
+    head = [
+        "| % | yes/no right | precision | recall | F1 | descriptions exactly right |",
+        "|---|" + "---:|" * 5,
+    ]
     return "\n".join([*head, *lines])
 
 
@@ -219,23 +271,38 @@ def percent(right: int, asked: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default = Path(__file__).resolve().parents[1] / "weights" / "shapes"
     parser.add_argument("--weights", type=Path, default=default)
-    parser.add_argument("--scenes", type=int, default=1000, help="unseen scenes; the other columns have a fifth of it")
+    parser.add_argument(
+        "--scenes",
+        type=int,
+        default=1000,
+        help="unseen scenes; the other columns have a fifth of it",
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--quantize", choices=KINDS)
-    parser.add_argument("--contrast", action="store_true", help="compare ways to choose tokens, instead")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default 2)")
+    parser.add_argument(
+        "--contrast", action="store_true", help="compare ways to choose tokens, instead"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes of one thread each (default 2)"
+    )
     options = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     opened = options.weights, options.dtype, options.quantize
     with ProcessPoolExecutor(options.workers, spawn, Worker.open, opened) as pool:
         if options.contrast:
-            ask = lambda items, chosen: answer_all(partial(Worker.answer, **chosen), items, map=pool.map)  # noqa: E731
+            ask = lambda items, chosen: answer_all(  # noqa: E731
+                partial(Worker.answer, **chosen), items, map=pool.map
+            )
             print(report_contrast(ask, options.scenes))
         else:
-            print(report(lambda items: answer_all(Worker.answer, items, map=pool.map), options.scenes))
+            print(
+                report(lambda items: answer_all(Worker.answer, items, map=pool.map), options.scenes)
+            )
     return 0
 
 

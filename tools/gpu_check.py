@@ -5,10 +5,10 @@
     python tools/gpu_check.py --only parity,answers --size 1b    # some of it
     python tools/gpu_check.py --device cpu --size tiny           # what a CPU can run of it
 
-Parity: the network against itself in float64 and against transformers. Answers: every way to make one gives the CPU's.
-Syncs: how often a token makes the processor wait. Growth: memory after many answers. The others time random weights of
-a true size, which lie nowhere on disk; `first` takes the time to the first token apart. Exit
-status: 1 if a check failed; a measured time is no check.
+Parity: the network against itself in float64 and against transformers. Answers: every way to make
+one gives the CPU's. Syncs: how often a token makes the processor wait. Growth: memory after many
+answers. The others time random weights of a true size, which lie nowhere on disk; `first` takes the
+time to the first token apart. Exit status: 1 if a check failed; a measured time is no check.
 """
 
 import argparse
@@ -71,12 +71,17 @@ from minillava.options import KINDS, Options  # noqa: E402
 
 BUNDLED = bundled_weights()
 PICTURES = [BUNDLED / f"example-{number}.png" for number in (1, 2, 3)]
-QUESTIONS = ("Is there a red star?", "What is at the bottom?", "Please describe this image in detail.")
+QUESTIONS = (
+    "Is there a red star?",
+    "What is at the bottom?",
+    "Please describe this image in detail.",
+)
 PRECISIONS = ("float32", "bfloat16", "float16")
 SIZES = {"7b": "7b", "1b": "1b", "tiny": "toy"}  # by bench_checkpoint's names
 TOKENS = {"7b": 64, "1b": 64, "tiny": 4}  # of a timed answer
 ANSWERS = {"7b": 200, "1b": 200, "tiny": 14}  # of which none may leave memory behind
-COPIED = {"cuda": 2 << 30, "cpu": 1 << 24}  # bytes, more than a cache holds; on a CPU the number means nothing
+# bytes, more than a cache holds; on a CPU the number means nothing
+COPIED = {"cuda": 2 << 30, "cpu": 1 << 24}
 LONGEST = 40  # tokens of an answer that is compared
 SYNC_TOKENS = 12  # of an answer whose waits are counted
 
@@ -123,7 +128,9 @@ class Report:
             return
         rows = [asdict(row) for row in self.rows]
         partial_path = self.path.with_name(self.path.name + ".partial")
-        partial_path.write_text(json.dumps({"about": self.about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        partial_path.write_text(
+            json.dumps({"about": self.about, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
         os.replace(partial_path, self.path)
 
     @property
@@ -133,7 +140,9 @@ class Report:
     def table(self) -> str:
         """Markdown."""
         cells = [("check", "dtype", "found", "expected", "verdict")]
-        cells += [(f"{r.section}: {r.check}", r.dtype, r.found, r.expected, r.verdict) for r in self.rows]
+        cells += [
+            (f"{r.section}: {r.check}", r.dtype, r.found, r.expected, r.verdict) for r in self.rows
+        ]
         lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in cells]
         return "\n".join([*(f"{name}: {value}  " for name, value in self.about.items()), "", lines[0],
                           "|---" * len(cells[0]) + "|", *lines[1:]])  # fmt: skip
@@ -156,7 +165,7 @@ class Run:
         return config_of(SIZES[self.size])
 
 
-# --- models ---------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 def random_state(config: LlavaConfig, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -168,16 +177,25 @@ def random_state(config: LlavaConfig, dtype: torch.dtype, device: str) -> dict[s
 
 
 def network(
-    config: LlavaConfig, state: dict[str, Tensor], attention: str = "fused", quantize: str | None = None
+    config: LlavaConfig,
+    state: dict[str, Tensor],
+    attention: str = "fused",
+    quantize: str | None = None,
 ) -> Llava:
     """The network around these tensors, without a copy of them; what is quantised is a copy."""
     with torch.device("meta"):
         model = Llava(config, ATTENTION[attention])
     model.load_state_dict(state, strict=True, assign=True)
     if quantize:
-        layers = [(n, m) for n, m in model.language_model.named_modules() if isinstance(m, torch.nn.Linear)]
+        layers = [
+            (n, m)
+            for n, m in model.language_model.named_modules()
+            if isinstance(m, torch.nn.Linear)
+        ]
         for name, layer in layers:
-            model.language_model.set_submodule(name, quantised_layer(quantize_tensor(layer.weight.detach(), quantize)))
+            model.language_model.set_submodule(
+                name, quantised_layer(quantize_tensor(layer.weight.detach(), quantize))
+            )
     if attention != "eager":
         use_fast_linear(model)
     return model.eval().requires_grad_(False)
@@ -197,18 +215,25 @@ def transformers_of(config: LlavaConfig, state: dict[str, Tensor]):
     finally:
         torch.set_default_dtype(before)
     language, head, tower, projector = hf.PREFIXES["modules"]
-    parts = {"language_model.lm_head.": f"{head}lm_head.", "language_model.": language, "vision_tower.": tower}
+    parts = {
+        "language_model.lm_head.": f"{head}lm_head.",
+        "language_model.": language,
+        "vision_tower.": tower,
+    }
     parts["projector."] = projector
     named = {}
     for name, tensor in state.items():
         part = next(part for part in parts if name.startswith(part))
         named[parts[part] + name.removeprefix(part)] = tensor
     missing, unexpected = theirs.load_state_dict(named, strict=False, assign=True)
-    last = f"{tower}encoder.layers.{config.vision.num_hidden_layers - 1}."  # which nobody reads, and we do not build
+    # which nobody reads, and we do not build
+    last = f"{tower}encoder.layers.{config.vision.num_hidden_layers - 1}."
     unread = (last, f"{tower}post_layernorm.")
     missing = [name for name in missing if not name.startswith(unread)]
     if missing or unexpected:
-        raise ValueError(f"transformers has other names: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        raise ValueError(
+            f"transformers has other names: missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
     theirs.config.dtype = some.dtype
     return theirs.eval().requires_grad_(False)
 
@@ -219,12 +244,12 @@ def prompt_ids(config: LlavaConfig) -> list[int]:
     return [*text[: len(text) // 2], IMAGE_TOKEN_INDEX, *text[len(text) // 2 :]]
 
 
-# --- parity ---------------------------------------------------------------------------------------------------
+# --- parity ---------------------------------------------------------------------------------------
 
 
 def parity(run: Run) -> None:
-    """Two networks: the bundled one, and two layers of the true width, each with a padded batch. Convolutions without
-    TF32, so that transformers' float32 is one."""
+    """Two networks: the bundled one, and two layers of the true width, each with a padded batch.
+    Convolutions without TF32, so that transformers' float32 is one."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -237,14 +262,21 @@ def compare_both(run: Run) -> None:
     bundled = load(BUNDLED, device=run.device, dtype="float64")
     ids = [bundled.tokenizer.encode(bundled.prompt(question)) for question in QUESTIONS]
     pixels = bundled.image_processor(PICTURES)
-    compare_networks(run, "bundled model", bundled.model.config, bundled.model.state_dict(), ids, pixels)
+    compare_networks(
+        run, "bundled model", bundled.model.config, bundled.model.state_dict(), ids, pixels
+    )
     whole = run.config
-    text, vision = replace(whole.text, num_hidden_layers=2), replace(whole.vision, num_hidden_layers=3)
+    text, vision = (
+        replace(whole.text, num_hidden_layers=2),
+        replace(whole.vision, num_hidden_layers=3),
+    )
     config, side = replace(whole, text=text, vision=vision), vision.image_size
     pixels = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
     ids = [[1, *range(9, 20), IMAGE_TOKEN_INDEX, *range(30, 30 + more)] for more in (5, 1, 30)]
     state = random_state(config, torch.float32, run.device)
-    compare_networks(run, "two wide layers", config, {name: t.double() for name, t in state.items()}, ids, pixels)
+    compare_networks(
+        run, "two wide layers", config, {name: t.double() for name, t in state.items()}, ids, pixels
+    )
 
 
 def compare_networks(
@@ -256,7 +288,9 @@ def compare_networks(
     for dtype in PRECISIONS:
         narrow = {key: tensor.to(getattr(torch, dtype)) for key, tensor in state.items()}
         # The weights of this dtype, exactly, so that only the computation rounds.
-        exact = tensors_of(network(config, {key: t.double() for key, t in narrow.items()}, "eager"), ids, pixels)
+        exact = tensors_of(
+            network(config, {key: t.double() for key, t in narrow.items()}, "eager"), ids, pixels
+        )
         theirs = transformers_of(config, narrow) if find_spec("transformers") else None
         if theirs is None:
             run.report.skip(f"{name}: against transformers", "transformers is not installed")
@@ -270,11 +304,20 @@ def compare_networks(
                 same = torch.equal(tensors_of(model, ids, pixels)["logits"], ours["logits"])
                 torch.backends.cudnn.allow_tf32 = False
                 found = "the same bits" if same else "others"
-                run.report.check(f"{what}: with TF32 allowed in convolutions", dtype, found, "the same bits", same)
-            model.config = replace(config, eos_token_ids=())  # of random weights any token may be the end
+                run.report.check(
+                    f"{what}: with TF32 allowed in convolutions",
+                    dtype,
+                    found,
+                    "the same bits",
+                    same,
+                )
+            # of random weights any token may be the end
+            model.config = replace(config, eos_token_ids=())
             answer = generate(model, ids, pixels, max_new_tokens=tokens).sequences.tolist()
             if theirs is None:
-                run.report.measure(f"{what}: logits to float64, relative norm", dtype, f"{error['norm']:.2e}")
+                run.report.measure(
+                    f"{what}: logits to float64, relative norm", dtype, f"{error['norm']:.2e}"
+                )
                 continue
             theirs.set_attn_implementation(peer)
             others = their_tensors(theirs, ids, pixels)
@@ -289,11 +332,20 @@ def compare_networks(
                 # Both pad on the left; what stands at a padded position nobody reads.
                 equal = [key for key in ours if torch.equal(ours[key], others[key])]
                 worst = distance(ours["logits"], others["logits"])["max"]
-                found = f"{len(equal)} of {len(ours)} tensors bit-identical, logits differ by {worst:.1e}"
+                found = (
+                    f"{len(equal)} of {len(ours)} tensors bit-identical, logits differ by "
+                    f"{worst:.1e}"
+                )
                 if run.on_gpu:  # where nobody promises it
                     run.report.measure(f"{what}: against transformers'", dtype, found)
                 else:
-                    run.report.check(f"{what}: against transformers'", dtype, found, "all", len(equal) == len(ours))
+                    run.report.check(
+                        f"{what}: against transformers'",
+                        dtype,
+                        found,
+                        "all",
+                        len(equal) == len(ours),
+                    )
             their_answer = their_ids(theirs, ids, pixels, tokens)
             same = sum(a == b for a, b in zip(answer, their_answer, strict=True))
             found = f"{same} of {len(answer)} answers have the ids of {peer}"
@@ -308,7 +360,9 @@ def tensors_of(model: Llava, ids: list, pixels: Tensor) -> dict[str, Tensor]:
     """What is compared, from one pass without a cache; of padded positions nothing."""
     prompt = model.splice(ids, pixels)
     eager = model.language_model.attend is ATTENTION["eager"]
-    out = model.language_model(prompt.embeds, prompt.attention_mask, hidden_states=True, attentions=eager)
+    out = model.language_model(
+        prompt.embeds, prompt.attention_mask, hidden_states=True, attentions=eager
+    )
     return real_only(out, prompt.attention_mask)
 
 
@@ -327,14 +381,19 @@ def their_tensors(theirs, ids: list, pixels: Tensor) -> dict[str, Tensor]:
 
 def real_only(out, mask: Tensor) -> dict[str, Tensor]:
     tensors = {f"hidden_states.{i}": x[mask] for i, x in enumerate(out.hidden_states)}
-    tensors |= {f"attentions.{i}": x.transpose(1, 2)[mask] for i, x in enumerate(out.attentions or ())}
+    tensors |= {
+        f"attentions.{i}": x.transpose(1, 2)[mask] for i, x in enumerate(out.attentions or ())
+    }
     return tensors | {"logits": out.logits[mask]}
 
 
 def distance(x: Tensor, exact: Tensor) -> dict[str, float]:
     """max: of any number. norm: of all, as a fraction of what is exact."""
     difference = x.double() - exact.double()
-    return {"max": float(difference.abs().max()), "norm": float(difference.norm() / exact.double().norm())}
+    return {
+        "max": float(difference.abs().max()),
+        "norm": float(difference.norm() / exact.double().norm()),
+    }
 
 
 def their_ids(theirs, ids: list, pixels: Tensor, tokens: int) -> list[list[int]]:
@@ -346,13 +405,16 @@ def their_ids(theirs, ids: list, pixels: Tensor, tokens: int) -> list[list[int]]
     return made[:, given["input_ids"].shape[1] :].tolist()
 
 
-# --- answers --------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 Ask = Callable[[Assistant, list[tuple[Path, str]]], list[str]]
 
 
 def one_by_one(assistant: Assistant, asked: list[tuple[Path, str]], **options) -> list[str]:
-    return [assistant.ask(picture, question, max_new_tokens=LONGEST, **options) for picture, question in asked]
+    return [
+        assistant.ask(picture, question, max_new_tokens=LONGEST, **options)
+        for picture, question in asked
+    ]
 
 
 def as_batch(assistant: Assistant, asked: list[tuple[Path, str]], **options) -> list[str]:
@@ -403,7 +465,9 @@ def not_ahead(assistant: Assistant, asked: list, **options) -> list[str]:
 def captured(assistant: Assistant, device: str) -> Assistant:
     """The same model, decoding by capture.py: compiled on a GPU, on a CPU the step as it is."""
     model = network(assistant.model.config, assistant.model.state_dict())
-    return captured_model(Assistant(model, assistant.tokenizer, assistant.image_processor, assistant.template), device)
+    return captured_model(
+        Assistant(model, assistant.tokenizer, assistant.image_processor, assistant.template), device
+    )
 
 
 def captured_model(assistant: Assistant, device: str) -> Assistant:
@@ -416,28 +480,44 @@ def captured_model(assistant: Assistant, device: str) -> Assistant:
 
 def answers(run: Run) -> None:
     """Ways to make an answer, those that compile last."""
-    asked = [(picture, question) for question in QUESTIONS for picture in PICTURES][:: 4 if run.size == "tiny" else 1]
+    asked = [(picture, question) for question in QUESTIONS for picture in PICTURES][
+        :: 4 if run.size == "tiny" else 1
+    ]
     contrasts = {name: {"contrast": METHODS[name](), "seed": 1} for name in METHODS}
-    plain = {dtype: load(BUNDLED, device=run.device, dtype=dtype) for dtype in ("float32", "bfloat16")}
+    plain = {
+        dtype: load(BUNDLED, device=run.device, dtype=dtype) for dtype in ("float32", "bfloat16")
+    }
     cpu = load(BUNDLED, device="cpu", dtype="float32")
     whose = "as on the CPU in float32"
     few = asked[:3]  # a conversation's pictures have to fit into one context
     with running_ahead(False):
-        right = {"plain": one_by_one(cpu, asked), "turns": in_turns_anew(cpu, few), "score": likelier(cpu, asked)}
+        right = {
+            "plain": one_by_one(cpu, asked),
+            "turns": in_turns_anew(cpu, few),
+            "score": likelier(cpu, asked),
+        }
         right["beams"] = one_by_one(cpu, asked, num_beams=3)
         right |= {name: one_by_one(cpu, asked, **options) for name, options in contrasts.items()}
 
     def compare(what: str, dtype: str, found: list[str], expected: list[str], whose: str) -> None:
         same = sum(a == b for a, b in zip(found, expected, strict=True))
-        odd = next((f"; {a!r} instead of {b!r}" for a, b in zip(found, expected, strict=True) if a != b), "")
-        run.report.check(what, dtype, f"{same} of {len(expected)} the same{odd}", f"all {whose}", not odd)
+        odd = next(
+            (f"; {a!r} instead of {b!r}" for a, b in zip(found, expected, strict=True) if a != b),
+            "",
+        )
+        run.report.check(
+            what, dtype, f"{same} of {len(expected)} the same{odd}", f"all {whose}", not odd
+        )
 
     ways: list[tuple[str, str, Ask]] = [
         ("one by one", "plain", one_by_one),
         ("one by one, not running ahead", "plain", not_ahead),
         ("as a batch", "plain", as_batch),
         ("beams, as a batch", "beams", partial(as_batch, num_beams=3)),
-        *((f"{name}, as a batch", name, partial(as_batch, **options)) for name, options in contrasts.items()),
+        *(
+            (f"{name}, as a batch", name, partial(as_batch, **options))
+            for name, options in contrasts.items()
+        ),
         ("a conversation's kept cache", "turns", in_turns),
         ("the likeliest of three answers", "score", likelier),
     ]
@@ -463,9 +543,17 @@ def answers(run: Run) -> None:
     compare("captured, as a batch", "float32", as_batch(fast, asked), right["plain"], whose)
     compare("captured, vcd", "float32", ahead(fast, asked, **contrasts["vcd"]), right["vcd"], whose)
     compare("captured, a conversation", "float32", in_turns(fast, few), right["turns"], whose)
-    compare("captured", "bfloat16", ahead(captured(plain["bfloat16"], run.device), asked), right["plain"], whose)
+    compare(
+        "captured",
+        "bfloat16",
+        ahead(captured(plain["bfloat16"], run.device), asked),
+        right["plain"],
+        whose,
+    )
     for kind in KINDS:
-        small = captured_model(load(BUNDLED, device=run.device, dtype="bfloat16", quantize=kind), run.device)
+        small = captured_model(
+            load(BUNDLED, device=run.device, dtype="bfloat16", quantize=kind), run.device
+        )
         compare(f"captured, {kind}", "bfloat16", ahead(small, asked), right[kind], whose)
     if run.on_gpu:
         found = graph_skips() - skips
@@ -482,7 +570,7 @@ def graph_skips() -> int:
     return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
-# --- syncs ----------------------------------------------------------------------------------------------------
+# --- syncs ----------------------------------------------------------------------------------------
 
 
 class CountWaits(TorchDispatchMode):
@@ -497,13 +585,20 @@ class CountWaits(TorchDispatchMode):
         indexed = name in ("index", "index_put_") and any(
             i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
         )
-        self.count += indexed or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
+        self.count += indexed or name in (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "equal",
+            "unique",
+        )
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def waits(device: str) -> Iterator[Callable[[], int]]:
-    """Inside, the number so far of operations for which the processor waits until the device has done its work."""
+    """Inside, the number so far of operations for which the processor waits until the device has
+    done its work."""
     if device == "cpu":
         with CountWaits() as mode:
             yield lambda: mode.count
@@ -528,13 +623,21 @@ def syncs(run: Run) -> None:
     assistant = load(BUNDLED, device=run.device, dtype="bfloat16" if run.on_gpu else "float32")
     ids = [assistant.tokenizer.encode(assistant.prompt(question)) for question in QUESTIONS]
     pixels = assistant.image_processor(PICTURES)
-    all_of_them = {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.95, "seed": 3}
+    all_of_them = {
+        "temperature": 1.0,
+        "top_k": 50,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "typical_p": 0.95,
+        "seed": 3,
+    }
     penalties = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3}
     ways = {
         "greedy": (assistant, 1, {}, None),
         "a batch": (assistant, 3, {}, None),
         "penalties": (assistant, 1, penalties, None),
-        "contrast": (assistant, 1, {}, VCD(beta=0)),  # its cut may leave the end alone, which is barred
+        # its cut may leave the end alone, which is barred
+        "contrast": (assistant, 1, {}, VCD(beta=0)),
     }
     if run.on_gpu:  # on a CPU, torch looks at what it draws from
         ways["sampled, by every filter"] = (assistant, 1, all_of_them, None)
@@ -550,7 +653,14 @@ def syncs(run: Run) -> None:
     found = []
     for tokens in (4, 4 + SYNC_TOKENS):
         with waits(run.device) as count:
-            generate(assistant.model, ids[:1], pixels[:1], num_beams=3, max_new_tokens=tokens, min_new_tokens=tokens)
+            generate(
+                assistant.model,
+                ids[:1],
+                pixels[:1],
+                num_beams=3,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+            )
             found.append(count())
     run.report.measure("beams: waits per token", "", f"{(found[1] - found[0]) / SYNC_TOKENS:.1f}")
 
@@ -564,7 +674,7 @@ def waits_of(answer: Iterator, device: str) -> int:
         return count()
 
 
-# --- growth ---------------------------------------------------------------------------------------------------
+# --- growth ---------------------------------------------------------------------------------------
 
 
 def held(device: str) -> int:
@@ -639,7 +749,8 @@ def growth_captured(run: Run) -> None:
 
 
 def check_growth(run: Run, what: str, work: Callable[[int], None], count: int) -> int:
-    """What many answers leave behind. One round before counts for nothing; -> `recorded_inputs` after it."""
+    """What many answers leave behind. One round before counts for nothing; -> `recorded_inputs`
+    after it."""
     for number in range(min(21, count)):
         work(number)
     before, recorded = held(run.device), recorded_inputs()
@@ -670,7 +781,7 @@ def of_the_card(device: str) -> tuple[int, int]:
     return reserved, total - free - reserved
 
 
-# --- times ----------------------------------------------------------------------------------------------------
+# --- times ----------------------------------------------------------------------------------------
 
 
 def wait_for(device: str) -> None:
@@ -680,7 +791,9 @@ def wait_for(device: str) -> None:
 
 def copy_bandwidth(device: str) -> float:
     """Bytes per second, read and written, of a copy."""
-    source = torch.ones(COPIED["cpu" if device == "cpu" else "cuda"], dtype=torch.uint8, device=device)
+    source = torch.ones(
+        COPIED["cpu" if device == "cpu" else "cuda"], dtype=torch.uint8, device=device
+    )
     target, seconds = torch.empty_like(source), []
     for _ in range(12):
         wait_for(device)
@@ -692,7 +805,8 @@ def copy_bandwidth(device: str) -> float:
 
 
 class Clocked:
-    """An answer's times: seconds to its first token and per token after it, each the median of the rounds."""
+    """An answer's times: seconds to its first token and per token after it, each the median of the
+    rounds."""
 
     def __init__(self, answer: Callable[[], list[float]], warm: int, rounds: int):
         """answer: makes one, and says when it was begun and when each token was there."""
@@ -727,7 +841,8 @@ def timed_answer(run: Run, model: Llava) -> Callable[[], list[float]]:
 
 
 def their_timed_answer(run: Run, theirs, compiled: bool) -> Callable[[], list[float]]:
-    """transformers' generate, told to go on to the last token. compiled: its static cache and torch.compile."""
+    """transformers' generate, told to go on to the last token. compiled: its static cache and
+    torch.compile."""
     tokens, config = TOKENS[run.size], run.config
     given = their_inputs(theirs, [prompt_ids(config)], random_pixels(config))
     del given["position_ids"]  # generate makes its own
@@ -759,7 +874,8 @@ def their_timed_answer(run: Run, theirs, compiled: bool) -> Callable[[], list[fl
 
 
 def show_times(run: Run, what: str, dtype: str, clocked: Clocked, bandwidth: float) -> None:
-    """The fraction is of a copy's bandwidth, were reading every weight and the cache all that a token takes."""
+    """The fraction is of a copy's bandwidth, were reading every weight and the cache all that a
+    token takes."""
     text, tokens = run.config.text, TOKENS[run.size]
     cache = 2 * cache_size(run.config, PROMPT + tokens // 2)  # bytes, in 16 bits
     read = weights_read(text) * BITS[dtype] / 8 + cache
@@ -769,7 +885,9 @@ def show_times(run: Run, what: str, dtype: str, clocked: Clocked, bandwidth: flo
     run.report.measure(f"{what}: tokens per second", dtype, found)
 
 
-def timed(run: Run, quantize: str | None, compiled: bool, state: dict[str, Tensor] | None = None) -> None:
+def timed(
+    run: Run, quantize: str | None, compiled: bool, state: dict[str, Tensor] | None = None
+) -> None:
     """Time our own. state: weights that are there already."""
     if compiled and not run.on_gpu:
         run.report.skip("captured", "a CUDA graph needs a GPU")
@@ -795,12 +913,16 @@ def timed(run: Run, quantize: str | None, compiled: bool, state: dict[str, Tenso
         peak = torch.cuda.max_memory_allocated() / 1e9
         weights = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values()) / 1e9
         run.report.measure(
-            f"{name}: GB at most, of which weights", quantize or "bfloat16", f"{peak:.2f}, {weights:.2f}"
+            f"{name}: GB at most, of which weights",
+            quantize or "bfloat16",
+            f"{peak:.2f}, {weights:.2f}",
         )
 
 
 def plain(run: Run) -> None:
-    run.report.measure("GB per second of a copy, read and written", "", f"{copy_bandwidth(run.device) / 1e9:.0f}")
+    run.report.measure(
+        "GB per second of a copy, read and written", "", f"{copy_bandwidth(run.device) / 1e9:.0f}"
+    )
     timed(run, None, compiled=False)
 
 
@@ -814,7 +936,9 @@ def transformers(run: Run, compiled: bool) -> None:
     theirs = transformers_of(run.config, random_state(run.config, torch.bfloat16, run.device))
     theirs.set_attn_implementation("sdpa")
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    clocked = Clocked(their_timed_answer(run, theirs, compiled), warm=2 if compiled else 1, rounds=2)
+    clocked = Clocked(
+        their_timed_answer(run, theirs, compiled), warm=2 if compiled else 1, rounds=2
+    )
     name = "transformers, static cache" if compiled else "transformers, sdpa"
     if compiled:
         did = torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
@@ -904,7 +1028,7 @@ def show_part(run: Run, what: str, work: Callable[[], object]) -> None:
     run.report.measure(f"{what}: ms", "bfloat16", found)
 
 
-# --- the whole ------------------------------------------------------------------------------------------------
+# --- the whole ------------------------------------------------------------------------------------
 
 # By value: what it does, and how many seconds it may take at most.
 SECTIONS: dict[str, tuple[Callable[[Run], None], int]] = {
@@ -929,7 +1053,10 @@ LEAST = 5  # seconds with which no section is begun any more
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
     """Raises TimeoutError inside once they are over, where the system has alarms."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    if (
+        not hasattr(signal, "setitimer")
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield
         return
 
@@ -961,7 +1088,8 @@ def check_all(run: Run, names: Sequence[str], seconds: float) -> None:
                 work(run)
         except Exception as error:
             traceback.print_exc()
-            if time.monotonic() - started >= allowed:  # whatever became of the alarm on its way here
+            # whatever became of the alarm on its way here
+            if time.monotonic() - started >= allowed:
                 report.skip("the rest of it", f"its {allowed:.0f} s were over")
             else:
                 found = f"failed: {type(error).__name__}: {one_line(error)[:200]}"
@@ -1009,22 +1137,39 @@ def about(device: str) -> dict[str, object]:
 def driver() -> str:
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return "unknown"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--size", choices=list(SIZES), default="7b", help="of what is timed (default: 7b)")
-    parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAMES", help=f"some of: {', '.join(SECTIONS)}")
-    parser.add_argument("--seconds", type=float, default=390, help="after which nothing is begun (default: 390)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here, as they come")
+    parser.add_argument(
+        "--size", choices=list(SIZES), default="7b", help="of what is timed (default: 7b)"
+    )
+    parser.add_argument(
+        "--only",
+        default=",".join(SECTIONS),
+        metavar="NAMES",
+        help=f"some of: {', '.join(SECTIONS)}",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=390, help="after which nothing is begun (default: 390)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the rows here, as they come"
+    )
     args = parser.parse_args(argv)
     names = args.only.split(",")
     if unknown := [name for name in names if name not in SECTIONS]:
-        parser.error(f"--only: unknown {', '.join(unknown)}, expected some of: {', '.join(SECTIONS)}")
+        parser.error(
+            f"--only: unknown {', '.join(unknown)}, expected some of: {', '.join(SECTIONS)}"
+        )
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU that this PyTorch can use; --device cpu runs what a CPU can")
     if args.json and not args.json.absolute().parent.is_dir():

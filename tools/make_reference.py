@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Makes what the parity tests compare with, by running Hugging Face transformers. Nothing else outside the tests
-imports it.
+"""Makes what the parity tests compare with, by running Hugging Face transformers. Nothing else
+outside the tests imports it.
 
-Without --checkpoint it rewrites tests/reference/: a toy tokenizer, three toy checkpoints, what transformers computes
-with them, pictures with their pixels, and how every kind of checkpoint names its tensors. The tests then need neither
-transformers nor a download. What is stored is the result of the same network in float64 (the exact answer, as far as
-anyone is concerned), and how far transformers in float32, bfloat16 and float16 is from it: the tests allow minillava
-twice that. As every processor rounds in its own way, that distance is taken with each of several instruction sets,
+Without --checkpoint it rewrites tests/reference/: a toy tokenizer, three toy checkpoints, what
+transformers computes with them, pictures with their pixels, and how every kind of checkpoint names
+its tensors. The tests then need neither transformers nor a download. What is stored is the result
+of the same network in float64 (the exact answer, as far as anyone is concerned), and how far
+transformers in float32, bfloat16 and float16 is from it: the tests allow minillava twice that. As
+every processor rounds in its own way, that distance is taken with each of several instruction sets,
 and the largest is stored. Running it twice writes the same files.
 
-With --checkpoint it writes one checkpoint with random weights, of a chosen size, in a chosen dialect, anywhere.
+With --checkpoint it writes one checkpoint with random weights, of a chosen size, in a chosen
+dialect, anywhere.
 """
 
 import argparse
@@ -33,13 +35,17 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "tests" / "reference"
-sys.path.insert(0, str(ROOT / "tests"))  # the tests and this tool drive transformers through the same lines
+# the tests and this tool drive transformers through the same lines
+sys.path.insert(0, str(ROOT / "tests"))
 
 import hf  # noqa: E402
 
 PIECES = 440
 NEW_TOKENS = 16
-PROCESSOR_STD, PROCESSOR_MEAN = (0.26862954, 0.26130258, 0.27577711), (0.48145466, 0.4578275, 0.40821073)
+PROCESSOR_STD, PROCESSOR_MEAN = (
+    (0.26862954, 0.26130258, 0.27577711),
+    (0.48145466, 0.4578275, 0.40821073),
+)
 
 TEXT = """
 A chat between a curious human and an artificial intelligence assistant.
@@ -76,15 +82,30 @@ SAMPLED = [
     {"seed": 2, "temperature": 0.7, "top_k": 5},
     {"seed": 3, "temperature": 1.3, "top_p": 0.8},
     {"seed": 4, "temperature": 1.0, "min_p": 0.1},
-    {"seed": 5, "temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2},
+    {
+        "seed": 5,
+        "temperature": 0.9,
+        "top_k": 20,
+        "top_p": 0.9,
+        "min_p": 0.02,
+        "repetition_penalty": 1.2,
+    },
     {"seed": 6, "repetition_penalty": 1.5},
 ]
 
 # Environments in which torch's libraries use other kernels than this processor's best.
 KERNELS = [
     {},
-    {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
-    {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    },
+    {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+    },
     {"MKL_CBWR": "COMPATIBLE"},
 ]
 
@@ -109,7 +130,8 @@ IMAGE_SIZE = hf.SIZES["toy"]["vision"]["image_size"]
 
 def main() -> None:
     options = parse_options()
-    torch.set_num_threads(1)  # the order of a sum, and so its last bit, can depend on the number of threads
+    # the order of a sum, and so its last bit, can depend on the number of threads
+    torch.set_num_threads(1)
     if options.errors_of is not None:
         print(json.dumps({name: measure_errors(options.errors_of, name) for name in TOYS}))
     elif options.checkpoint is not None:
@@ -120,20 +142,36 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="write one random checkpoint here instead")
-    parser.add_argument("--errors-of", type=Path, help=argparse.SUPPRESS)  # how it calls itself, see KERNELS
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="write one random checkpoint here instead"
+    )
+    # how it calls itself, see KERNELS
+    parser.add_argument("--errors-of", type=Path, help=argparse.SUPPRESS)
     chosen = parser.add_argument_group("with --checkpoint")
     chosen.add_argument("--size", choices=hf.SIZES, default="toy", help="default: %(default)s")
     described = "; ".join(f"{name}: {what}" for name, what in hf.DIALECTS.items())
-    chosen.add_argument("--dialect", choices=hf.DIALECTS, default="hub", help=f"{described}. default: %(default)s")
-    chosen.add_argument("--dtype", choices=list(hf.DTYPES)[:3], default="float32", help="default: %(default)s")
-    chosen.add_argument("--tokenizer", type=Path, help="a SentencePiece tokenizer.model; default: the toy one")
     chosen.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="side of the pictures; default: the size's own"
+        "--dialect", choices=hf.DIALECTS, default="hub", help=f"{described}. default: %(default)s"
     )
-    chosen.add_argument("--shards", type=int, default=1, help="number of weight files; default: %(default)s")
+    chosen.add_argument(
+        "--dtype", choices=list(hf.DTYPES)[:3], default="float32", help="default: %(default)s"
+    )
+    chosen.add_argument(
+        "--tokenizer", type=Path, help="a SentencePiece tokenizer.model; default: the toy one"
+    )
+    chosen.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the pictures; default: the size's own",
+    )
+    chosen.add_argument(
+        "--shards", type=int, default=1, help="number of weight files; default: %(default)s"
+    )
     chosen.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     return parser.parse_args()
 
@@ -154,7 +192,10 @@ def make_checkpoint(options: argparse.Namespace) -> None:
         tokenizer=tokenizer,
         shards=options.shards,
     )
-    print(f"wrote {options.checkpoint}: {sum(w.numel() for w in state.values()):,} weights, {options.dialect}")
+    print(
+        f"wrote {options.checkpoint}: {sum(w.numel() for w in state.values()):,} weights, "
+        f"{options.dialect}"
+    )
 
 
 def make_reference() -> None:
@@ -177,7 +218,9 @@ def make_reference() -> None:
         hf.write_json(facts, partial / f"{name}.json")
         print(f"greedy {facts['greedy']}")
         if name == "plain":
-            hf.write_json(describe_dialects(folder, config, state, pixels), partial / "dialects.json")
+            hf.write_json(
+                describe_dialects(folder, config, state, pixels), partial / "dialects.json"
+            )
     tokenizer.unlink()
     for name, errors in largest_errors(partial).items():
         path = partial / f"{name}.json"
@@ -185,12 +228,15 @@ def make_reference() -> None:
     hf.write_json(conditions(), partial / "made-with.json")
     shutil.rmtree(REFERENCE, ignore_errors=True)
     partial.rename(REFERENCE)
-    print(f"wrote {REFERENCE}: {sum(f.stat().st_size for f in REFERENCE.rglob('*') if f.is_file()):,} bytes")
+    print(
+        f"wrote {REFERENCE}: "
+        f"{sum(f.stat().st_size for f in REFERENCE.rglob('*') if f.is_file()):,} bytes"
+    )
 
 
 def conditions() -> dict:
-    """What made the reference. `exponentials` are the random numbers that sampling is built on: where torch draws
-    others from the same seed, stored samples cannot be compared."""
+    """What made the reference. `exponentials` are the random numbers that sampling is built on:
+    where torch draws others from the same seed, stored samples cannot be compared."""
     torch.manual_seed(0)
     packages = ("torch", "transformers", "sentencepiece", "pillow", "numpy")
     return {
@@ -199,7 +245,7 @@ def conditions() -> dict:
     }
 
 
-# --- tokenizer ------------------------------------------------------------------------------------------------
+# --- tokenizer ------------------------------------------------------------------------------------
 
 
 def train_tokenizer() -> bytes:
@@ -228,7 +274,8 @@ def train_tokenizer() -> bytes:
 
 
 class Tokenizer:
-    """Prompts to ids as the original LLaVA does it: each chunk between pictures is a text of its own."""
+    """Prompts to ids as the original LLaVA does it: each chunk between pictures is a text of its
+    own."""
 
     def __init__(self, path: Path):
         self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -238,11 +285,12 @@ class Tokenizer:
         return [self.model.bos_id(), *first, *(i for chunk in others for i in [hf.IMAGE, *chunk])]
 
 
-# --- pictures -------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def draw(width: int, height: int, seed: int) -> Image.Image:
-    """A gradient with a few shapes on it: smooth parts, hard edges and thin lines for the resizing to work on."""
+    """A gradient with a few shapes on it: smooth parts, hard edges and thin lines for the resizing
+    to work on."""
     choose = random.Random(seed)
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     picture = Image.fromarray(np.stack([x, y, 255 - (x + y) / 2], axis=-1).astype(np.uint8))
@@ -255,10 +303,11 @@ def draw(width: int, height: int, seed: int) -> Image.Image:
 
 
 def make_pictures(folder: Path) -> dict[str, torch.Tensor]:
-    """Writes pictures/, and the pixels transformers makes of them; returns the padded ones, which the models look at.
+    """Writes pictures/, and the pixels transformers makes of them; returns the padded ones, which
+    the models look at.
 
-    For each picture: the SHA-256 of the float32 pixels, and, to see what is wrong when that differs, the grey levels
-    they came from.
+    For each picture: the SHA-256 of the float32 pixels, and, to see what is wrong when that
+    differs, the grey levels they came from.
     """
     alpha = Image.linear_gradient("L")
     pictures = {
@@ -299,19 +348,23 @@ def column(three: tuple[float, ...]) -> torch.Tensor:
     return torch.tensor(three, dtype=torch.float64)[:, None, None]
 
 
-# --- models ---------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
-def cases(tokenizer: Tokenizer, pixels: dict[str, torch.Tensor]) -> tuple[list, torch.Tensor, list, torch.Tensor]:
-    """One prompt with its picture, and a batch of prompts with no, one and two pictures with theirs."""
+def cases(
+    tokenizer: Tokenizer, pixels: dict[str, torch.Tensor]
+) -> tuple[list, torch.Tensor, list, torch.Tensor]:
+    """One prompt with its picture, and a batch of prompts with no, one and two pictures with
+    theirs."""
     one, (a, b) = tokenizer.encode(PROMPTS["one"]), (pixels["landscape"], pixels["portrait"])
     batch = [tokenizer.encode(PROMPTS[name]) for name in ("none", "one", "two")]
     return [one], a[None], batch, torch.stack([a, b, a])
 
 
 def find_weights(name: str, tokenizer: Path, pixels: dict[str, torch.Tensor]) -> tuple[dict, dict]:
-    """The first seed whose answers make a good test: no step nearly a tie (another processor's rounding would decide
-    it), no answer that goes in circles, another answer for another picture, one row that ends before the others."""
+    """The first seed whose answers make a good test: no step nearly a tie (another processor's
+    rounding would decide it), no answer that goes in circles, another answer for another picture,
+    one row that ends before the others."""
     config = hf.hub_config(**TOYS[name], pieces=PIECES)
     one, image, batch, images = cases(Tokenizer(tokenizer), pixels)
     for seed in range(1000):
@@ -322,8 +375,12 @@ def find_weights(name: str, tokenizer: Path, pixels: dict[str, torch.Tensor]) ->
         ends = [2 in row for row in answer.new.tolist()]
         if sum(ends) != 1 or closest(answer) < 1e-3 or 2 in answer.new[:, :4]:
             continue
-        answer, other = (hf.generate(model, one, x, max_new_tokens=NEW_TOKENS) for x in (image, images[1:2]))
-        lively = answer.new.unique().numel() > NEW_TOKENS / 2 and not torch.equal(answer.new, other.new)
+        answer, other = (
+            hf.generate(model, one, x, max_new_tokens=NEW_TOKENS) for x in (image, images[1:2])
+        )
+        lively = answer.new.unique().numel() > NEW_TOKENS / 2 and not torch.equal(
+            answer.new, other.new
+        )
         if closest(answer) > 1e-3 and lively:
             print(f"seed {seed}, ", end="")
             return config, state
@@ -331,19 +388,26 @@ def find_weights(name: str, tokenizer: Path, pixels: dict[str, torch.Tensor]) ->
 
 
 def closest(answer) -> float:
-    """The smallest lead of the best token over the second best, over all steps of rows that have not ended."""
+    """The smallest lead of the best token over the second best, over all steps of rows that have
+    not ended."""
     ended = (answer.new == 2).cumsum(1) - (answer.new == 2).long() > 0
     best = torch.stack(answer.logits, dim=1).topk(2).values  # [B, n, 2]
     return (best[..., 0] - best[..., 1])[~ended].min().item()
 
 
 def check_that_transformers_agrees(folder: Path) -> None:
-    """Load the folder, save it again: transformers must write the same tensors under the same names."""
+    """Load the folder, save it again: transformers must write the same tensors under the same
+    names."""
     with tempfile.TemporaryDirectory() as again:
         hf.load(folder).save_pretrained(again)
-        ours, theirs = load_file(folder / "model.safetensors"), load_file(Path(again) / "model.safetensors")
+        ours, theirs = (
+            load_file(folder / "model.safetensors"),
+            load_file(Path(again) / "model.safetensors"),
+        )
     if ours.keys() != theirs.keys() or not all(torch.equal(ours[k], theirs[k]) for k in ours):
-        raise RuntimeError(f"{folder.name}: transformers writes other names: {sorted(ours.keys() ^ theirs.keys())}")
+        raise RuntimeError(
+            f"{folder.name}: transformers writes other names: {sorted(ours.keys() ^ theirs.keys())}"
+        )
 
 
 def describe(folder: Path, pixels: dict[str, torch.Tensor], tokenizer: Tokenizer) -> dict:
@@ -353,7 +417,9 @@ def describe(folder: Path, pixels: dict[str, torch.Tensor], tokenizer: Tokenizer
     model = hf.load(folder)
 
     def answer(rows: list[list[int]], pictures: torch.Tensor, settings: dict) -> list[list[int]]:
-        return hf.generate(model, rows, pictures, max_new_tokens=NEW_TOKENS, record=False, **settings).new.tolist()
+        return hf.generate(
+            model, rows, pictures, max_new_tokens=NEW_TOKENS, record=False, **settings
+        ).new.tolist()
 
     return {
         "prompt": PROMPTS["one"],
@@ -361,7 +427,9 @@ def describe(folder: Path, pixels: dict[str, torch.Tensor], tokenizer: Tokenizer
         "pictures": ["landscape"],
         "batch_input_ids": batch,
         "batch_pictures": ["landscape", "portrait", "landscape"],
-        "labelled_input_ids": [prompt + ending for prompt, ending in zip(batch, endings, strict=True)],
+        "labelled_input_ids": [
+            prompt + ending for prompt, ending in zip(batch, endings, strict=True)
+        ],
         # A label on a picture, as 5 is here, has to be ignored as well.
         "labels": [
             [5 if i == hf.IMAGE else hf.IGNORED for i in prompt] + ending
@@ -382,7 +450,8 @@ def compute(folder: Path, facts: dict, dtype: str, attention: str) -> dict[str, 
     tensors = hf.forward(model, facts["input_ids"], images[:1])
     batch = hf.forward(model, facts["labelled_input_ids"], images, facts["labels"])
     del tensors["mask"]
-    # The last positions of each row are real, whatever its padding; all of them would be a lot of numbers.
+    # The last positions of each row are real, whatever its padding; all of them would be a lot of
+    # numbers.
     return {name: x.contiguous() for name, x in tensors.items()} | {
         "batch_logits": batch["logits"][:, -4:].contiguous(),
         "loss": batch["loss"],
@@ -391,7 +460,10 @@ def compute(folder: Path, facts: dict, dtype: str, attention: str) -> dict[str, 
 
 def measure_errors(partial: Path, name: str) -> dict:
     """dtype -> attention function -> tensor -> how far transformers' is from the float64 one."""
-    exact, facts = load_file(partial / f"{name}.safetensors"), hf.read_json(partial / f"{name}.json")
+    exact, facts = (
+        load_file(partial / f"{name}.safetensors"),
+        hf.read_json(partial / f"{name}.json"),
+    )
     return {
         dtype: {
             attention: {
@@ -405,10 +477,15 @@ def measure_errors(partial: Path, name: str) -> dict:
 
 
 def largest_errors(partial: Path) -> dict:
-    """For each toy, the errors of the worst of KERNELS; which kernels run is decided when a process starts."""
+    """For each toy, the errors of the worst of KERNELS; which kernels run is decided when a process
+    starts."""
     command = [sys.executable, __file__, "--errors-of", str(partial)]
     measured = [
-        json.loads(subprocess.run(command, env={**os.environ, **kernel}, check=True, stdout=subprocess.PIPE).stdout)
+        json.loads(
+            subprocess.run(
+                command, env={**os.environ, **kernel}, check=True, stdout=subprocess.PIPE
+            ).stdout
+        )
         for kernel in KERNELS
     ]
 
@@ -420,12 +497,15 @@ def largest_errors(partial: Path) -> dict:
     return largest(measured)
 
 
-# --- dialects -------------------------------------------------------------------------------------------------
+# --- dialects -------------------------------------------------------------------------------------
 
 
-def describe_dialects(plain: Path, config: dict, state: dict, pixels: dict[str, torch.Tensor]) -> dict:
-    """For every dialect, the JSON files of its folders and where each of its tensors comes from, so that the tests can
-    write it from the stored `plain` checkpoint. Which tensor is which is told by its bytes, not by its name."""
+def describe_dialects(
+    plain: Path, config: dict, state: dict, pixels: dict[str, torch.Tensor]
+) -> dict:
+    """For every dialect, the JSON files of its folders and where each of its tensors comes from, so
+    that the tests can write it from the stored `plain` checkpoint. Which tensor is which is told by
+    its bytes, not by its name."""
     stored = load_file(plain / "model.safetensors")
     model = hf.load(plain)
     row, picture = [[1, hf.IMAGE, 5, 6, 7]], pixels["landscape"][None]
@@ -437,27 +517,39 @@ def describe_dialects(plain: Path, config: dict, state: dict, pixels: dict[str, 
             if not dialect.startswith("original"):  # transformers cannot read those
                 logits = hf.forward(hf.load(folder), row, picture)["logits"]
                 if not torch.equal(logits, expected):
-                    raise RuntimeError(f"{dialect}: transformers gives other logits than with {plain.name}")
+                    raise RuntimeError(
+                        f"{dialect}: transformers gives other logits than with {plain.name}"
+                    )
             folders = [folder, *(f for f in sorted(folder.iterdir()) if f.is_dir())]
-            dialects[dialect] = {str(f.relative_to(folder)): describe_folder(f, stored) for f in folders}
+            dialects[dialect] = {
+                str(f.relative_to(folder)): describe_folder(f, stored) for f in folders
+            }
     return dialects
 
 
 def describe_folder(folder: Path, stored: dict[str, torch.Tensor]) -> dict:
-    """`keys`: stored name -> its name in the hub dialect; `rows`: how many of its first rows, where not all;
-    `values`: tensors written out (old buffers); `shapes`: tensors whose values do not matter (CLIP's other half)."""
+    """`keys`: stored name -> its name in the hub dialect; `rows`: how many of its first rows, where
+    not all; `values`: tensors written out (old buffers); `shapes`: tensors whose values do not
+    matter (CLIP's other half)."""
     described = {"files": {}, "keys": {}, "rows": {}, "values": {}, "shapes": {}}
     for file in sorted(folder.glob("*.json")):
         described["files"][file.name] = hf.read_json(file)
     for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
-        same = [k for k, w in stored.items() if w[: len(tensor)].equal(tensor)] if tensor.dim() else []
+        same = (
+            [k for k, w in stored.items() if w[: len(tensor)].equal(tensor)] if tensor.dim() else []
+        )
         if len(same) == 1:
             described["keys"][name] = same[0]
             if len(stored[same[0]]) > len(tensor):
                 described["rows"][name] = len(tensor)
         elif name.endswith(("position_ids", "inv_freq")):
-            described["values"][name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "values": tensor.tolist()}
-        elif name.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale")):
+            described["values"][name] = {
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "values": tensor.tolist(),
+            }
+        elif name.startswith(
+            ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+        ):
             described["shapes"][name] = list(tensor.shape)
         else:
             raise RuntimeError(f"{name} is none of the stored tensors, or several: {same}")

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Measures whether the bundled model's attention points at what it talks about, and prints it as markdown tables.
+"""Measures whether the bundled model's attention points at what it talks about, and prints it as
+markdown tables.
 
     python tools/point_shapes.py --weights weights/shapes
 
-The model describes scenes it has never seen. A word about an object points at it when the hottest patch of its map
-(minillava/look.py) has its centre in the object's ninth of the picture; guessing would be right one time in nine. Only
-objects that the answer describes exactly right are counted: of the others nobody knows which one was meant. Choose the
-default layers of look.py (`DEPTH`) by the first table, and measure again whenever the weights change.
+The model describes scenes it has never seen. A word about an object points at it when the hottest
+patch of its map (minillava/look.py) has its centre in the object's ninth of the picture; guessing
+would be right one time in nine. Only objects that the answer describes exactly right are counted:
+of the others nobody knows which one was meant. Choose the default layers of look.py (`DEPTH`) by
+the first table, and measure again whenever the weights change.
 """
 
 import argparse
@@ -17,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+# run from a checkout, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import shapes
 
@@ -27,23 +30,32 @@ from minillava.look import run as look
 from minillava.tokenizer import TextDecoder
 
 QUESTION = "Please describe this image in detail."
-KINDS = ("size", "colour", "shape", "place")  # the words of "large red star at the top left", in their order
+# the words of "large red star at the top left", in their order
+KINDS = ("size", "colour", "shape", "place")
 
 
 def rows_by_word(assistant: Assistant, picture) -> list[tuple[str, Tensor]]:
-    """The words of the model's description, and the attention [L, H, P] of each: the mean over its tokens."""
+    """The words of the model's description, and the attention [L, H, P] of each: the mean over its
+    tokens."""
     spliced = assistant.prepare(picture, assistant.prompt(QUESTION))
-    options, decoder, pieces, rows = assistant.options(max_new_tokens=100), TextDecoder(assistant.tokenizer), [], []
+    options, decoder, pieces, rows = (
+        assistant.options(max_new_tokens=100),
+        TextDecoder(assistant.tokenizer),
+        [],
+        [],
+    )
     for step, row in look.watch(assistant.model, spliced, options, assistant.tokenizer):
         pieces.append(decoder.feed(step.ids[0]))
         rows.append(row)
     words = look.join_words(pieces)
-    return [(text.strip(".,"), torch.stack([rows[i] for i in tokens]).mean(0)) for text, tokens in words]
+    return [
+        (text.strip(".,"), torch.stack([rows[i] for i in tokens]).mean(0)) for text, tokens in words
+    ]
 
 
 def words_about(thing: shapes.Thing, words: list[str]) -> dict[str, int]:
-    """Where in a description each kind of word about one thing stands; {} where the thing is not described exactly.
-    Of the place it is the last word that tells ("left" of "at the top left")."""
+    """Where in a description each kind of word about one thing stands; {} where the thing is not
+    described exactly. Of the place it is the last word that tells ("left" of "at the top left")."""
     phrase = f"{thing.size} {thing.name} {shapes.PLACES[thing.place]}".split()
     for at in range(len(words)):
         end = at + len(phrase)
@@ -64,12 +76,16 @@ def cells(scene: shapes.Scene, assistant: Assistant, patches: int) -> Tensor:
     return torch.where(inside, row * 3 + column, -1).long().flatten()
 
 
-def measure(assistant: Assistant, scenes: int) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], int]:
-    """Per kind of word, (attention [L, H, P], which patches lie in the object's ninth [P]) of every one counted; and
-    how many objects there were."""
+def measure(
+    assistant: Assistant, scenes: int
+) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], int]:
+    """Per kind of word, (attention [L, H, P], which patches lie in the object's ninth [P]) of every
+    one counted; and how many objects there were."""
     found, objects = {kind: [] for kind in KINDS}, 0
     for i in range(scenes):
-        scene = shapes.sample_scene(random.Random(f"pointing/{i}"), count=i % shapes.MAX_OBJECTS + 1)
+        scene = shapes.sample_scene(
+            random.Random(f"pointing/{i}"), count=i % shapes.MAX_OBJECTS + 1
+        )
         described = rows_by_word(assistant, shapes.draw(scene))
         cell = cells(scene, assistant, described[0][1].shape[-1])
         objects += len(scene.things)
@@ -82,7 +98,8 @@ def measure(assistant: Assistant, scenes: int) -> tuple[dict[str, list[tuple[Ten
 
 
 def hits(found: list[tuple[Tensor, Tensor]], layers: slice, head: int | None = None) -> float:
-    """How often, in %, the hottest patch of the mean over these layers and one or all heads is one of the object's."""
+    """How often, in %, the hottest patch of the mean over these layers and one or all heads is one
+    of the object's."""
     heads = slice(None) if head is None else slice(head, head + 1)
     right = [inside[rows[layers, heads].mean((0, 1)).argmax()] for rows, inside in found]
     return 100 * sum(map(int, right)) / max(1, len(right))
@@ -93,7 +110,10 @@ def report(found: dict[str, list[tuple[Tensor, Tensor]]], objects: int, scenes: 
     count, heads = counted[0][0].shape[:2]
     default = look.default_layers(count)
     ranges = [
-        (first, end) for size in range(1, count + 1) for first in range(count - size + 1) for end in [first + size]
+        (first, end)
+        for size in range(1, count + 1)
+        for first in range(count - size + 1)
+        for end in [first + size]
     ]
     lines = [
         f"{scenes} scenes, {objects} objects, {len(counted)} of them described exactly right.\n",
@@ -105,14 +125,20 @@ def report(found: dict[str, list[tuple[Tensor, Tensor]]], objects: int, scenes: 
         name += " (default)" * (default == list(range(first, end)))
         cells = [hits(counted, slice(first, end), head) for head in (*range(heads), None)]
         lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in cells) + " |")
-    lines += ["", "| default layers, all heads | hottest patch in the object's ninth, % |", "|---|---:|"]
+    lines += [
+        "",
+        "| default layers, all heads | hottest patch in the object's ninth, % |",
+        "|---|---:|",
+    ]
     chosen = slice(default[0], default[-1] + 1)
     lines += [f"| {kind} word | {hits(found[kind], chosen):.1f} |" for kind in KINDS]
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default = Path(__file__).resolve().parents[1] / "weights" / "shapes"
     parser.add_argument("--weights", type=Path, default=default)
     parser.add_argument("--scenes", type=int, default=200)
@@ -122,7 +148,10 @@ def main() -> int:
     assistant = minillava.load(options.weights, dtype=options.dtype, device="cpu")
     found, objects = measure(assistant, options.scenes)
     if not found["shape"]:
-        print(f"none of {objects} objects is described exactly right: nothing to measure", file=sys.stderr)
+        print(
+            f"none of {objects} objects is described exactly right: nothing to measure",
+            file=sys.stderr,
+        )
         return 1
     print(report(found, objects, options.scenes))
     return 0

@@ -1,8 +1,9 @@
-"""The world of the bundled model: pictures of coloured shapes, and questions about them whose answers are true
-because the picture was drawn from the same description.
+"""The world of the bundled model: pictures of coloured shapes, and questions about them whose
+answers are true because the picture was drawn from the same description.
 
-A scene has up to nine objects, each a shape, a colour, a size and one of nine places; the model is asked about
-scenes of up to four. Everything is drawn from a `random.Random`, so a seed is a data set.
+A scene has up to nine objects, each a shape, a colour, a size and one of nine places; the model is
+asked about scenes of up to four. Everything is drawn from a `random.Random`, so a seed is a data
+set.
 """
 
 import math
@@ -36,15 +37,19 @@ MAX_OBJECTS = 4
 
 EMPTY = "I see no shapes in this image."
 
-# Training never shows or mentions these pairs; the evaluation asks whether the model can put them together.
-HELD_OUT = frozenset((shape, tuple(COLOURS)[(3 * i + 1) % len(COLOURS)]) for i, shape in enumerate(SHAPES))
+# Training never shows or mentions these pairs; the evaluation asks whether the model can put them
+# together.
+HELD_OUT = frozenset(
+    (shape, tuple(COLOURS)[(3 * i + 1) % len(COLOURS)]) for i, shape in enumerate(SHAPES)
+)
 PAIRS = tuple((shape, colour) for shape in SHAPES for colour in COLOURS)
 TRAINING_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. place: 0 to 8, row by row. No scene holds two things of the same shape and colour."""
+    """One object. place: 0 to 8, row by row. No scene holds two things of the same shape and
+    colour."""
 
     shape: str
     colour: str
@@ -58,7 +63,8 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """things: in the order of their places. seed: decides the jitter and the background of the drawing."""
+    """things: in the order of their places. seed: decides the jitter and the background of the
+    drawing."""
 
     width: int
     height: int
@@ -82,7 +88,7 @@ EXAMPLES = (
     ),
 )  # fmt: skip
 
-# ---------------------------------------------------------------------------------------------- scenes
+# ------------------------------------------------------------------------------------------- scenes
 
 
 def sample_scene(
@@ -93,10 +99,11 @@ def sample_scene(
     sides: tuple[int, int] = (130, 260),
     aspects: tuple[float, float] = (0.8, 1.25),
 ) -> Scene:
-    """A scene of `count` things (None: one to four, and one scene in sixteen empty) of distinct (shape, colour) pairs.
+    """A scene of `count` things (None: one to four, and one scene in sixteen empty) of distinct
+    (shape, colour) pairs.
 
-    must_have: one of the things is of one of these pairs, and the scene is not empty. sides: the longer side in pixels.
-    aspects: width / height.
+    must_have: one of the things is of one of these pairs, and the scene is not empty. sides: the
+    longer side in pixels. aspects: width / height.
     """
     if count is None:
         count = 0 if not must_have and rng.random() < 1 / 16 else rng.randint(1, MAX_OBJECTS)
@@ -105,7 +112,9 @@ def sample_scene(
     rng.shuffle(chosen)
     places = sorted(rng.sample(range(len(PLACES)), count))
     sizes = rng.choices(tuple(SIZES), k=count)
-    things = tuple(Thing(s, c, size, p) for (s, c), size, p in zip(chosen, sizes, places, strict=True))
+    things = tuple(
+        Thing(s, c, size, p) for (s, c), size, p in zip(chosen, sizes, places, strict=True)
+    )
     side = rng.randint(*sides)
     aspect = math.exp(rng.uniform(*map(math.log, aspects)))
     width, height = (side, round(side / aspect)) if aspect > 1 else (round(side * aspect), side)
@@ -113,7 +122,8 @@ def sample_scene(
 
 
 def draw(scene: Scene, sharpness: int = 1) -> Image.Image:
-    """The picture. sharpness: how much finer it is drawn before it is scaled down, for smooth edges."""
+    """The picture. sharpness: how much finer it is drawn before it is scaled down, for smooth
+    edges."""
     rng = random.Random(scene.seed)
     width, height = scene.width * sharpness, scene.height * sharpness
     image = _background(rng, width, height)
@@ -129,7 +139,11 @@ def draw(scene: Scene, sharpness: int = 1) -> Image.Image:
         )
         colour = tuple(min(255, max(0, c + rng.randint(-12, 12))) for c in COLOURS[thing.colour])
         _draw_shape(pen, thing.shape, x, y, extent / 2, colour)
-    return image if sharpness == 1 else image.resize((scene.width, scene.height), Image.Resampling.LANCZOS)
+    return (
+        image
+        if sharpness == 1
+        else image.resize((scene.width, scene.height), Image.Resampling.LANCZOS)
+    )
 
 
 def _background(rng: random.Random, width: int, height: int) -> Image.Image:
@@ -142,10 +156,14 @@ def _background(rng: random.Random, width: int, height: int) -> Image.Image:
     spots = 2 if kind == "shaded" else 5
     shade = [[rng.uniform(-10, 10) for _ in range(spots)] for _ in range(spots)]
     small = np.array(shade)[..., None] + np.array(tint)  # [spots, spots, 3]
-    return Image.fromarray(small.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BILINEAR)
+    return Image.fromarray(small.clip(0, 255).astype(np.uint8)).resize(
+        (width, height), Image.Resampling.BILINEAR
+    )
 
 
-def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, colour: tuple[int, ...]) -> None:
+def _draw_shape(
+    pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, colour: tuple[int, ...]
+) -> None:
     """A shape centred on (x, y) that reaches r to each side."""
 
     def polygon(points):
@@ -172,18 +190,20 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: flo
         raise ValueError(f"unknown shape {shape!r}, expected one of: {', '.join(SHAPES)}")
 
 
-# ------------------------------------------------------------------------------------------- questions
+# ---------------------------------------------------------------------------------------- questions
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """kind: one of KINDS. turns: (question, true answer) pairs; the kind is that of the last one."""
+    """kind: one of KINDS. turns: (question, true answer) pairs; the kind is that of the last
+    one."""
 
     kind: str
     turns: tuple[tuple[str, str], ...]
 
 
-# How often training asks each kind, besides the description that every picture gets: the hard ones more often.
+# How often training asks each kind, besides the description that every picture gets: the hard ones
+# more often.
 FREQUENCIES = {
     "count": 1,
     "colour": 1,
@@ -200,7 +220,8 @@ KINDS = ("describe", *FREQUENCIES)
 
 
 def describe(scene: Scene) -> str:
-    """All things, row by row: "I see a large red circle at the top left and a small blue star in the center." """
+    """All things, row by row: "I see a large red circle at the top left and a small blue star in
+    the center." """
     things = [f"a {t.size} {t.name} {PLACES[t.place]}" for t in scene.things]
     if not things:
         return EMPTY
@@ -210,7 +231,8 @@ def describe(scene: Scene) -> str:
 def ask(
     scene: Scene, kind: str, rng: random.Random, pairs: Sequence[tuple[str, str]] = TRAINING_PAIRS
 ) -> Dialogue | None:
-    """A dialogue of that kind, or None where the scene has nothing to ask it about (how many colours is nothing).
+    """A dialogue of that kind, or None where the scene has nothing to ask it about (how many
+    colours is nothing).
 
     pairs: what may be asked for although it is not there.
     """
@@ -232,14 +254,18 @@ def ask_any(scene: Scene, count: int, rng: random.Random) -> list[Dialogue]:
 
 def _ask_describe(scene, rng, pairs):
     questions = ("Describe this image.", "What is in this image?", "What do you see?")
-    question = "Please describe this image in detail." if rng.random() < 0.6 else rng.choice(questions)
+    question = (
+        "Please describe this image in detail." if rng.random() < 0.6 else rng.choice(questions)
+    )
     return ((question, describe(scene)),)
 
 
 def _ask_count(scene, rng, pairs):
     number = NUMBERS[len(scene.things)]
     question = rng.choice(("How many shapes are there?", "How many shapes are in this image?"))
-    return ((question, "There is one shape." if number == "one" else f"There are {number} shapes."),)
+    return (
+        (question, "There is one shape." if number == "one" else f"There are {number} shapes."),
+    )
 
 
 def _ask_colour(scene, rng, pairs):
@@ -247,11 +273,17 @@ def _ask_colour(scene, rng, pairs):
     if not alone:
         return None
     thing = rng.choice(alone)
-    return ((f"What {rng.choice(('color', 'colour'))} is the {thing.shape}?", f"The {thing.shape} is {thing.colour}."),)
+    return (
+        (
+            f"What {rng.choice(('color', 'colour'))} is the {thing.shape}?",
+            f"The {thing.shape} is {thing.colour}.",
+        ),
+    )
 
 
 def _call(scene, thing, rng):
-    """What to call a thing: "red star", or more shortly "star" or "red shape" where there is but one."""
+    """What to call a thing: "red star", or more shortly "star" or "red shape" where there is but
+    one."""
     names = [thing.name]
     if sum(t.shape == thing.shape for t in scene.things) == 1:
         names.append(thing.shape)
@@ -280,7 +312,10 @@ def _ask_where(scene, rng, pairs):
 def _ask_what_at(scene, rng, pairs):
     if scene.things and rng.random() < 0.75:
         thing = rng.choice(scene.things)
-        place, answer = PLACES[thing.place], f"A {thing.size} {thing.name} is {PLACES[thing.place]}."
+        place, answer = (
+            PLACES[thing.place],
+            f"A {thing.size} {thing.name} is {PLACES[thing.place]}.",
+        )
     else:
         taken = {t.place for t in scene.things}
         place = PLACES[rng.choice([p for p in range(len(PLACES)) if p not in taken])]
@@ -308,7 +343,8 @@ def _ask_yes_no(scene, rng, pairs):
         shape, colour = rng.choice(there)
         answer = "Yes."
     else:
-        # The hardest lies first: shape and colour both there but not together, then one of them, then any pair.
+        # The hardest lies first: shape and colour both there but not together, then one of them,
+        # then any pair.
         absent = [pair for pair in pairs if pair not in there]
         shapes, colours = {s for s, _ in there}, {c for _, c in there}
         both = [(s, c) for s, c in absent if s in shapes and c in colours]
@@ -349,9 +385,17 @@ def _ask_follow_up(scene, rng, pairs):
     answer = first[0][1]
     called = answer.removeprefix("The ").split(" is ")[0]
     (thing,) = (t for t in scene.things if called in (t.name, t.shape, f"{t.colour} shape"))
-    where, size = ("Where is it?", f"It is {PLACES[thing.place]}."), ("Is it small or large?", f"It is {thing.size}.")
+    where, size = (
+        ("Where is it?", f"It is {PLACES[thing.place]}."),
+        ("Is it small or large?", f"It is {thing.size}."),
+    )
     known_place, known_size = PLACES[thing.place] in answer, thing.size in answer
-    return (*first, rng.choice([turn for turn, known in ((where, known_place), (size, known_size)) if not known]))
+    return (
+        *first,
+        rng.choice(
+            [turn for turn, known in ((where, known_place), (size, known_size)) if not known]
+        ),
+    )
 
 
 _ASK = {

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Trains the bundled model from nothing: the recipe of LLaVA in miniature, in an hour and a half on two CPU cores.
+"""Trains the bundled model from nothing: the recipe of LLaVA in miniature, in an hour and a half on
+two CPU cores.
 
     python tools/train_shapes.py --out my-shapes
 
@@ -40,7 +41,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+# run from a checkout, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import shapes
 
@@ -56,7 +58,10 @@ from minillava.tokenizer import Tokenizer, encode_answers
 try:
     from tqdm import tqdm
 except ImportError:
-    sys.exit("train_shapes.py shows its progress with tqdm: pip install 'minillava[tools]' (or pip install tqdm)")
+    sys.exit(
+        "train_shapes.py shows its progress with tqdm: pip install 'minillava[tools]' (or pip "
+        "install tqdm)"
+    )
 
 VISION = VisionConfig(
     hidden_size=192,
@@ -81,8 +86,8 @@ TEMPLATE = TEMPLATES[DEFAULT_TEMPLATE]
 
 @dataclass(frozen=True)
 class Stage:
-    """steps: optimiser steps. pictures: per step, over all workers. rate: Muon's; AdamW's is a tenth of it.
-    cooldown: over this last part of the steps the rate falls to zero."""
+    """steps: optimiser steps. pictures: per step, over all workers. rate: Muon's; AdamW's is a
+    tenth of it. cooldown: over this last part of the steps the rate falls to zero."""
 
     name: str
     steps: int
@@ -106,17 +111,20 @@ FINISHED = "config.json"
 """What a folder has besides, once training has ended."""
 
 
-# ------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
 
 def train_tokenizer(path: Path, seed: int, scenes: int) -> None:
-    """A Llama-style SentencePiece model of the conversations' text, and the file that says how to use it."""
+    """A Llama-style SentencePiece model of the conversations' text, and the file that says how to
+    use it."""
     rng = random.Random(f"{seed}/tokenizer")
     lines = [TEMPLATE.system] * scenes
     for _ in range(scenes):
         scene = shapes.sample_scene(rng)
         for dialogue in shapes.ask_any(scene, QUESTIONS, rng):
-            lines += [f"USER: {question} ASSISTANT: {answer}" for question, answer in dialogue.turns]
+            lines += [
+                f"USER: {question} ASSISTANT: {answer}" for question, answer in dialogue.turns
+            ]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -141,22 +149,26 @@ def train_tokenizer(path: Path, seed: int, scenes: int) -> None:
 
 
 def model_config(pieces: int) -> LlavaConfig:
-    """As on the hub: `<image>` and `<pad>` follow the pieces, and the table is padded to a multiple of 64."""
+    """As on the hub: `<image>` and `<pad>` follow the pieces, and the table is padded to a multiple
+    of 64."""
     text = TextConfig(**{**asdict(TEXT), "vocab_size": math.ceil((pieces + 2) / 64) * 64})
     return LlavaConfig(vision=VISION, text=text, image_token_id=pieces, pad_token_id=pieces + 1)
 
 
-# --------------------------------------------------------------------------------------- initial weights
+# ---------------------------------------------------------------------------------- initial weights
 
 
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
-    """Random matrices that keep a vector's length, except that each block starts close to passing its input on."""
+    """Random matrices that keep a vector's length, except that each block starts close to passing
+    its input on."""
     for name, p in model.named_parameters():
         if name.endswith("position_embedding.weight"):
             p.data.copy_(plane_waves(len(p) - 1, p.shape[1]))
         elif p.dim() > 1:
             std = 1.0 if name.endswith("embed_tokens.weight") else p[0].numel() ** -0.5
-            if name.endswith(("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")):
+            if name.endswith(
+                ("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")
+            ):
                 std *= 0.3
             nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std, generator=generator)
         elif name.endswith("bias"):
@@ -166,19 +178,21 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def plane_waves(patches: int, width: int) -> Tensor:
-    """Positions to start from: sines and cosines along x and y, so that neighbours look alike from the first step.
-    [P + 1, C], the class token's first."""
+    """Positions to start from: sines and cosines along x and y, so that neighbours look alike from
+    the first step. [P + 1, C], the class token's first."""
     side = math.isqrt(patches)
     waves = 0.7 * torch.logspace(0, -1, width // 4) * math.pi / 2  # [C/4] radians per patch
     angles = torch.arange(side)[:, None] * waves  # [side, C/4]
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, C/2]
-    grid = torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], dim=1)  # [P, C]: row, column
+    # [P, C]: row, column
+    grid = torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], dim=1)
     return torch.cat([torch.zeros(1, width), 0.5 * grid])
 
 
-# --------------------------------------------------------------------------------------------- stage 1
+# ------------------------------------------------------------------------------------------ stage 1
 
-# What a patch names: its place (or the padding), and the shape (or none), colour and size of what is there.
+# What a patch names: its place (or the padding), and the shape (or none), colour and size of what
+# is there.
 NAMES = {
     "place": (*shapes.PLACES, "padding"),
     "shape": (*shapes.SHAPES, "none"),
@@ -188,7 +202,8 @@ NAMES = {
 
 
 class Namer(nn.Module):
-    """The heads of stage 1, thrown away after it: from a patch's features to scores for every name."""
+    """The heads of stage 1, thrown away after it: from a patch's features to scores for every
+    name."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -197,35 +212,52 @@ class Namer(nn.Module):
 
     def forward(self, features: Tensor) -> list[Tensor]:
         """[B, P, C] -> per kind of name [B, P, names]"""
-        return self.linear(self.norm(features)).split([len(names) for names in NAMES.values()], dim=-1)
+        return self.linear(self.norm(features)).split(
+            [len(names) for names in NAMES.values()], dim=-1
+        )
 
 
 def patch_names(scene: shapes.Scene, grid: int) -> np.ndarray:
-    """The true names of every patch of the picture padded to a square, [P, 4]; IGNORE_INDEX where there is none."""
+    """The true names of every patch of the picture padded to a square, [P, 4]; IGNORE_INDEX where
+    there is none."""
     side = max(scene.width, scene.height)
     centres = (np.arange(grid) + 0.5) / grid * side
     column, row = (
-        np.floor((centres - (side - length) / 2) / length * 3).astype(int) for length in (scene.width, scene.height)
+        np.floor((centres - (side - length) / 2) / length * 3).astype(int)
+        for length in (scene.width, scene.height)
     )
     outside = (column < 0) | (column > 2) | (row[:, None] < 0) | (row[:, None] > 2)  # [grid, grid]
     place = np.where(outside, len(shapes.PLACES), row[:, None] * 3 + column)
     table = np.full((len(NAMES["place"]), 4), IGNORE_INDEX)
     table[:, 0], table[:, 1] = np.arange(len(table)), NAMES["shape"].index("none")
     for thing in scene.things:
-        table[thing.place, 1:] = [NAMES[kind].index(getattr(thing, kind)) for kind in ("shape", "colour", "size")]
+        table[thing.place, 1:] = [
+            NAMES[kind].index(getattr(thing, kind)) for kind in ("shape", "colour", "size")
+        ]
     return table[place.flatten()]
 
 
-def seeing_batch(rng: random.Random, count: int, processor: ImageProcessor) -> tuple[Tensor, Tensor]:
-    """Crowded pictures, up to nine things: more to learn from each. Pixels [B, 3, S, S] and names [B, P, 4]."""
-    scenes = [shapes.sample_scene(rng, count=rng.randint(0, len(shapes.PLACES))) for _ in range(count)]
-    names = np.stack([patch_names(scene, VISION.image_size // VISION.patch_size) for scene in scenes])
-    return picture_batch([shapes.draw(scene) for scene in scenes], processor), torch.from_numpy(names)
+def seeing_batch(
+    rng: random.Random, count: int, processor: ImageProcessor
+) -> tuple[Tensor, Tensor]:
+    """Crowded pictures, up to nine things: more to learn from each. Pixels [B, 3, S, S] and names
+    [B, P, 4]."""
+    scenes = [
+        shapes.sample_scene(rng, count=rng.randint(0, len(shapes.PLACES))) for _ in range(count)
+    ]
+    names = np.stack(
+        [patch_names(scene, VISION.image_size // VISION.patch_size) for scene in scenes]
+    )
+    return picture_batch([shapes.draw(scene) for scene in scenes], processor), torch.from_numpy(
+        names
+    )
 
 
 def picture_batch(pictures: Sequence[Image.Image], processor: ImageProcessor) -> Tensor:
-    """The same numbers as `processor(pictures)` to float32 rounding, normalised for all of them at once."""
-    squares = np.stack([np.asarray(processor.square(picture)) for picture in pictures])  # [B, height, width, 3]
+    """The same numbers as `processor(pictures)` to float32 rounding, normalised for all of them at
+    once."""
+    # [B, height, width, 3]
+    squares = np.stack([np.asarray(processor.square(picture)) for picture in pictures])
     x = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255
     return (x - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
@@ -238,7 +270,7 @@ def naming_loss(scores: list[Tensor], names: Tensor) -> Tensor:
     )
 
 
-# ----------------------------------------------------------------------------------------- stages 2 to 4
+# ------------------------------------------------------------------------------------ stages 2 to 4
 
 
 def encode_dialogue(tokenizer: Tokenizer, dialogue: shapes.Dialogue) -> tuple[list[int], list[int]]:
@@ -249,8 +281,8 @@ def encode_dialogue(tokenizer: Tokenizer, dialogue: shapes.Dialogue) -> tuple[li
 
 @dataclass
 class Tails:
-    """What follows the picture in conversations of about one length. rows: which picture each belongs to, [N].
-    ids, labels: [N, T], padded on the right, where nothing looks at it."""
+    """What follows the picture in conversations of about one length. rows: which picture each
+    belongs to, [N]. ids, labels: [N, T], padded on the right, where nothing looks at it."""
 
     rows: Tensor
     ids: Tensor
@@ -258,9 +290,9 @@ class Tails:
 
 
 class SharedPrefix:
-    """Takes the place of a KVCache, so that a picture is read once and answers several questions, none of which sees
-    another: the keys and values of what all conversations begin with, and whose they are. Unlike a KVCache it lets
-    gradients through."""
+    """Takes the place of a KVCache, so that a picture is read once and answers several questions,
+    none of which sees another: the keys and values of what all conversations begin with, and whose
+    they are. Unlike a KVCache it lets gradients through."""
 
     def __init__(self):
         self.keys, self.values = [], []
@@ -271,14 +303,18 @@ class SharedPrefix:
             self.keys.append(k)
             self.values.append(v)
             return k, v
-        before = self.keys[layer].index_select(0, self.rows), self.values[layer].index_select(0, self.rows)
+        before = (
+            self.keys[layer].index_select(0, self.rows),
+            self.values[layer].index_select(0, self.rows),
+        )
         return torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
 
 
 def split_dialogues(
     tokenizer: Tokenizer, dialogues: Sequence[Sequence[shapes.Dialogue]]
 ) -> tuple[list[int], list[Tails]]:
-    """The ids before `<image>`, which all conversations share, and what comes after it, sorted by length."""
+    """The ids before `<image>`, which all conversations share, and what comes after it, sorted by
+    length."""
     tails = []
     for row, several in enumerate(dialogues):
         for dialogue in several:
@@ -294,7 +330,9 @@ def split_dialogues(
 def _pad_tails(tails: Sequence[tuple[int, list[int], list[int]]]) -> Tails:
     rows, ids, labels = zip(*tails, strict=True)
     longest = max(map(len, ids))
-    return Tails(torch.tensor(rows), pad_rows(ids, longest, 0), pad_rows(labels, longest, IGNORE_INDEX))
+    return Tails(
+        torch.tensor(rows), pad_rows(ids, longest, 0), pad_rows(labels, longest, IGNORE_INDEX)
+    )
 
 
 def pad_rows(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
@@ -304,9 +342,9 @@ def pad_rows(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
 def answer_scores(
     model: Llava, prefix: Tensor, lengths: Tensor, tails: Sequence[Tails]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The scores of every answer token [n, V], the tokens themselves [n], and how many there are in the same
-    conversation [n]. The scores are those that `model` computes for each conversation alone, which a test checks.
-    prefix [B, S, C], of which `lengths` [B] are not padding."""
+    """The scores of every answer token [n, V], the tokens themselves [n], and how many there are in
+    the same conversation [n]. The scores are those that `model` computes for each conversation
+    alone, which a test checks. prefix [B, S, C], of which `lengths` [B] are not padding."""
     language, shared = model.language_model, SharedPrefix()
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else prefix.dtype
 
@@ -336,11 +374,15 @@ def answer_scores(
     return torch.cat(scores), torch.cat(true), torch.cat(counts)
 
 
-def asking_batch(rng: random.Random, count: int) -> tuple[list[shapes.Scene], list[list[shapes.Dialogue]]]:
-    """Scenes and what is asked about them. The things of one scene in three are of three shapes and three colours, so
-    that telling them apart takes both."""
+def asking_batch(
+    rng: random.Random, count: int
+) -> tuple[list[shapes.Scene], list[list[shapes.Dialogue]]]:
+    """Scenes and what is asked about them. The things of one scene in three are of three shapes and
+    three colours, so that telling them apart takes both."""
     scenes = [
-        shapes.sample_scene(rng, pairs=few_pairs(rng) if rng.random() < 1 / 3 else shapes.TRAINING_PAIRS)
+        shapes.sample_scene(
+            rng, pairs=few_pairs(rng) if rng.random() < 1 / 3 else shapes.TRAINING_PAIRS
+        )
         for _ in range(count)
     ]
     return scenes, [shapes.ask_any(scene, QUESTIONS, rng) for scene in scenes]
@@ -351,7 +393,7 @@ def few_pairs(rng: random.Random) -> list[tuple[str, str]]:
     return [(s, c) for s, c in shapes.TRAINING_PAIRS if s in some_shapes and c in some_colours]
 
 
-# ------------------------------------------------------------------------------------------ the training
+# ------------------------------------------------------------------------------------- the training
 
 
 class Trainer:
@@ -375,7 +417,8 @@ class Trainer:
         }
 
     def loss(self, stage: str, rng: random.Random, count: int) -> tuple[Tensor, float]:
-        """The loss on a fresh batch, and which fraction of the shapes (stage 1) or answer tokens was right."""
+        """The loss on a fresh batch, and which fraction of the shapes (stage 1) or answer tokens
+        was right."""
         if stage == "see":
             pixels, names = seeing_batch(rng, count, self.processor)
             with torch.autocast("cpu", torch.bfloat16, enabled=self.fast_bfloat16):
@@ -394,15 +437,19 @@ class Trainer:
                 prefix = embed(pad_rows(rows, int(lengths.max()), 0))  # [B, S, C]
             else:
                 pictures = [shapes.draw(scene, sharpness=rng.choice((1, 2))) for scene in scenes]
-                patches = self.model.encode_images(picture_batch(pictures, self.processor))  # [B, P, C]
+                # [B, P, C]
+                patches = self.model.encode_images(picture_batch(pictures, self.processor))
                 words = embed(torch.tensor([head] * count))
                 prefix = torch.cat([words, patches.to(words.dtype)], dim=1)  # [B, S, C]
                 lengths = torch.full((count,), prefix.shape[1])
             scores, true, counts = answer_scores(self.model, prefix, lengths, tails)
-        # A plain mean over tokens would be mostly about descriptions, whose tokens are many and easy.
+        # A plain mean over tokens would be mostly about descriptions, whose tokens are many and
+        # easy.
         weights = counts**-0.5
         losses = F.cross_entropy(scores.float(), true, reduction="none")
-        return (losses * weights).sum() / weights.sum(), (scores.argmax(-1) == true).float().mean().item()
+        return (losses * weights).sum() / weights.sum(), (
+            scores.argmax(-1) == true
+        ).float().mean().item()
 
     def learning(self, stage: str) -> list[nn.Parameter]:
         """Lets the stage's parts learn and freezes the others; the parameters that learn."""
@@ -413,9 +460,9 @@ class Trainer:
         return [p for module in self.parts[stage] for p in module.parameters()]
 
     def make_optimisers(self, stage: str, rate: float) -> list[torch.optim.Optimizer]:
-        """Muon (Jordan et al. 2024) for the matrices between hidden vectors: in a four-minute trial of stage 1 it told
-        65 % of the shapes apart, AdamW alone 47 %. AdamW gets the rest: embeddings, norms, biases, the patch
-        convolution and the heads."""
+        """Muon (Jordan et al. 2024) for the matrices between hidden vectors: in a four-minute trial
+        of stage 1 it told 65 % of the shapes apart, AdamW alone 47 %. AdamW gets the rest:
+        embeddings, norms, biases, the patch convolution and the heads."""
         matrices, others = [], []
         for module in self.parts[stage]:
             for name, p in module.named_parameters():
@@ -428,11 +475,18 @@ class Trainer:
 
 
 class Muon(torch.optim.Optimizer):
-    """Gradients averaged over steps, then turned into the nearest matrix that stretches no direction more than another
-    (Jordan et al. 2024; their constants). torch.optim.Muon does the same in bfloat16 alone, which takes ten times as
-    long on a CPU that has no instructions for it."""
+    """Gradients averaged over steps, then turned into the nearest matrix that stretches no
+    direction more than another (Jordan et al. 2024; their constants). torch.optim.Muon does the
+    same in bfloat16 alone, which takes ten times as long on a CPU that has no instructions for
+    it."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01):
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        decay: float = 0.01,
+    ):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
@@ -476,10 +530,13 @@ def average_gradients(parameters: Sequence[nn.Parameter], workers: int) -> None:
 
 def train(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
     """All stages, by one of the workers; the first one (rank 0) reports and saves."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a worker gets when the first process is killed
+    # what a worker gets when the first process is killed
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)  # two processes of one thread each beat one process of two threads
     if options.workers > 1:
-        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=options.workers)
+        dist.init_process_group(
+            "gloo", init_method=rendezvous, rank=rank, world_size=options.workers
+        )
     trainer = Trainer(Tokenizer(options.out / "tokenizer.model"), options.seed)
     path = options.out / CHECKPOINT
     saved = torch.load(path, weights_only=True) if path.exists() else None
@@ -489,7 +546,10 @@ def train(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
         trainer.namer.load_state_dict(saved["namer"])
         first, start = saved["stage"], saved["step"]
         if rank == 0:
-            print(f"resumed {path} at stage {first + 1} ({STAGES[first].name}), step {start}", file=sys.stderr)
+            print(
+                f"resumed {path} at stage {first + 1} ({STAGES[first].name}), step {start}",
+                file=sys.stderr,
+            )
     for number, stage in enumerate(STAGES[first:], start=first):
         run_stage(rank, options, trainer, number, stage, start, saved and saved["optimisers"])
         start, saved = 0, None
@@ -518,7 +578,9 @@ def run_stage(
         optimiser.load_state_dict(state)
     rates = [stage.rate, stage.rate / 10]
     title = f"{number + 1}/{len(STAGES)} {stage.name}"
-    with tqdm(total=steps, initial=start, desc=title, unit="step", mininterval=1, disable=rank > 0) as bar:
+    with tqdm(
+        total=steps, initial=start, desc=title, unit="step", mininterval=1, disable=rank > 0
+    ) as bar:
         shown = None
         for step in range(start, steps):
             rng = random.Random(f"{options.seed}/{stage.name}/{step}/{rank}")
@@ -550,16 +612,20 @@ def save_checkpoint(path: Path, trainer: Trainer, stage: int, step: int, optimis
     path.with_suffix(".new").replace(path)  # a kill in between leaves the old one whole
 
 
-# --------------------------------------------------------------------------------------------- the folder
+# --------------------------------------------------------------------------------------- the folder
 
 
 def export(trainer: Trainer, out: Path) -> None:
-    """The folder as transformers would have written it for the hub (llava-hf), in float16, and the example pictures."""
+    """The folder as transformers would have written it for the hub (llava-hf), in float16, and the
+    example pictures."""
     config, model = trainer.config, trainer.model
     tensors = {}
     for name, tensor in model.state_dict().items():
         part, _, rest = name.partition(".")
-        prefix = {"vision_tower": "vision_tower.vision_model.", "projector": "multi_modal_projector."}.get(part)
+        prefix = {
+            "vision_tower": "vision_tower.vision_model.",
+            "projector": "multi_modal_projector.",
+        }.get(part)
         if prefix is None:
             prefix = "language_model." if rest.startswith("lm_head.") else "language_model.model."
         tensors[prefix + rest] = tensor.to(torch.float16).contiguous()
@@ -572,7 +638,10 @@ def export(trainer: Trainer, out: Path) -> None:
     for name, shard in zip(names, files, strict=True):
         save_file(shard, out / name, metadata={"format": "pt"})
     placed = {tensor: name for name, shard in zip(names, files, strict=True) for tensor in shard}
-    write_json({"metadata": {"total_size": size}, "weight_map": placed}, out / "model.safetensors.index.json")
+    write_json(
+        {"metadata": {"total_size": size}, "weight_map": placed},
+        out / "model.safetensors.index.json",
+    )
     text, vision = asdict(config.text), asdict(config.vision)
     for computed in ("rope_factor", "tie_word_embeddings"):
         del text[computed]
@@ -584,10 +653,19 @@ def export(trainer: Trainer, out: Path) -> None:
         "model_type": "llava",
         "pad_token_id": config.pad_token_id,
         "projector_hidden_act": "gelu",
-        "text_config": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float16", **text},
+        "text_config": {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "torch_dtype": "float16",
+            **text,
+        },
         "tie_word_embeddings": False,
         "torch_dtype": "float16",
-        "vision_config": {"model_type": "clip_vision_model", "projection_dim": vision["hidden_size"], **vision},
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "projection_dim": vision["hidden_size"],
+            **vision,
+        },
         "vision_feature_layer": config.feature_layer,
         "vision_feature_select_strategy": "default",
         "vocab_size": config.text.vocab_size,
@@ -603,12 +681,17 @@ def export(trainer: Trainer, out: Path) -> None:
 
 
 def unused_tensors(model: Llava) -> dict[str, Tensor]:
-    """What the hub's layout has beyond layer -2, which nobody reads: a last block that passes its input on (its two
-    output matrices are zero) and the final norm."""
+    """What the hub's layout has beyond layer -2, which nobody reads: a last block that passes its
+    input on (its two output matrices are zero) and the final norm."""
     depth = len(model.vision_tower.encoder.layers)
-    block = {name: torch.zeros_like(t) for name, t in model.vision_tower.encoder.layers[0].state_dict().items()}
+    block = {
+        name: torch.zeros_like(t)
+        for name, t in model.vision_tower.encoder.layers[0].state_dict().items()
+    }
     tensors = {f"encoder.layers.{depth}.{name}": t for name, t in block.items()}
-    tensors |= {f"post_layernorm.{name}": torch.zeros(VISION.hidden_size) for name in ("weight", "bias")}
+    tensors |= {
+        f"post_layernorm.{name}": torch.zeros(VISION.hidden_size) for name in ("weight", "bias")
+    }
     for name, tensor in tensors.items():
         if "norm" in name and name.endswith("weight"):
             tensor.fill_(1)
@@ -647,14 +730,33 @@ PREPROCESSOR = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the folder to make; holds the checkpoint until then")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default 2)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="the folder to make; holds the checkpoint until then",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes of one thread each (default 2)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="times the steps of every stage, to try things out")
-    parser.add_argument("--pictures", type=int, help="per step, over all workers, instead of each stage's own number")
-    parser.add_argument("--save-every", type=int, default=SAVE_EVERY, help=f"steps (default {SAVE_EVERY})")
-    parser.add_argument("--restart", action="store_true", help="begin anew, and replace what --out holds")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="times the steps of every stage, to try things out"
+    )
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        help="per step, over all workers, instead of each stage's own number",
+    )
+    parser.add_argument(
+        "--save-every", type=int, default=SAVE_EVERY, help=f"steps (default {SAVE_EVERY})"
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="begin anew, and replace what --out holds"
+    )
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.restart:
@@ -662,9 +764,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             (options.out / name).unlink(missing_ok=True)
     if not (options.out / CHECKPOINT).exists():
         if (options.out / FINISHED).exists():
-            print(f"{options.out} holds a finished model; --restart trains it anew. {how_to_ask(options.out)}")
+            print(
+                f"{options.out} holds a finished model; --restart trains it anew. "
+                f"{how_to_ask(options.out)}"
+            )
             return 0
-        train_tokenizer(options.out / "tokenizer.model", options.seed, max(100, round(4000 * min(1, options.scale))))
+        train_tokenizer(
+            options.out / "tokenizer.model",
+            options.seed,
+            max(100, round(4000 * min(1, options.scale))),
+        )
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = f"file://{folder}/rendezvous"
         if options.workers == 1:

@@ -1,4 +1,5 @@
-"""A file of questions, answered in batches, that an interruption cannot break; `python -m minillava.batch`."""
+"""A file of questions, answered in batches, that an interruption cannot break; `python -m
+minillava.batch`."""
 
 from minillava import on_first_use
 

@@ -16,7 +16,8 @@ class Journal:
     """The answers so far, on disk; empty before the first."""
 
     ANEW = b'[0, "anew"]\n'
-    """After the header: the answers file, if there is one, is older than this journal and does not count."""
+    """After the header: the answers file, if there is one, is older than this journal and does not
+    count."""
 
     def __init__(self, path: Path, header: dict):
         self.path, self.header = path, json.dumps(header).encode() + b"\n"
@@ -51,15 +52,16 @@ class Journal:
         return self.path.read_bytes().startswith(self.header + self.ANEW)
 
     def read(self) -> dict[int, dict]:
-        """Line number -> record. What a kill left half written at the end is cut off. Raises ValueError where the
-        journal belongs to another run."""
+        """Line number -> record. What a kill left half written at the end is cut off. Raises
+        ValueError where the journal belongs to another run."""
         content = self.path.read_bytes()
         if self.header.startswith(content):  # nothing yet, or killed before the first answer
             os.truncate(self.path, 0)
             return {}
         if not content.startswith(self.header):
             raise ValueError(
-                f"{self.path} was begun with other {self._differences(content)}; repeat that run's command to finish "
+                f"{self.path} was begun with other {self._differences(content)}; repeat that run's "
+                "command to finish "
                 "it, or pass --overwrite to start anew"
             )
         records, end = {}, len(self.header + self.ANEW * self.is_anew)
@@ -79,7 +81,10 @@ class Journal:
         """On disk when this returns."""
         with open(self.path, "ab") as file:
             new = not file.tell()
-            file.write(self.header * new + b"".join(json.dumps(pair).encode() + b"\n" for pair in records.items()))
+            file.write(
+                self.header * new
+                + b"".join(json.dumps(pair).encode() + b"\n" for pair in records.items())
+            )
             file.flush()
             os.fsync(file.fileno())
         if new:
@@ -87,18 +92,29 @@ class Journal:
 
     def _differences(self, content: bytes) -> str:
         try:
-            theirs, ours = (dict(json.loads(header)) for header in (content.partition(b"\n")[0], self.header))
+            theirs, ours = (
+                dict(json.loads(header)) for header in (content.partition(b"\n")[0], self.header)
+            )
         except (ValueError, TypeError):
             return "settings"
-        different = sorted(name for name in {**ours, **theirs} if ours.get(name, ...) != theirs.get(name, ...))
+        different = sorted(
+            name for name in {**ours, **theirs} if ours.get(name, ...) != theirs.get(name, ...)
+        )
         return ", ".join(different) or "settings"
 
 
-def read_journal(journal: Journal, questions: list[Question], record: Callable[..., dict]) -> dict[int, dict]:
-    """Line number -> record of what the journal answers, as far as that is what this run would write: a
-    disk that lost its power may give back anything. Raises ValueError as `Journal.read`."""
+def read_journal(
+    journal: Journal, questions: list[Question], record: Callable[..., dict]
+) -> dict[int, dict]:
+    """Line number -> record of what the journal answers, as far as that is what this run would
+    write: a disk that lost its power may give back anything. Raises ValueError as
+    `Journal.read`."""
     found, asked = journal.read(), {question.line: question for question in questions}
-    return {line: one for line, one in found.items() if line in asked and _fits(asked[line], one, record)}
+    return {
+        line: one
+        for line, one in found.items()
+        if line in asked and _fits(asked[line], one, record)
+    }
 
 
 def _fits(question: Question, found, record: Callable[..., dict]) -> bool:
@@ -114,9 +130,12 @@ def _fits(question: Question, found, record: Callable[..., dict]) -> bool:
     )
 
 
-def read_answers(path: Path, questions: list[Question], record: Callable[..., dict]) -> dict[int, dict]:
-    """Line number -> record of what a finished file answers, its errors left out. record: what this run would write.
-    Raises ValueError where that is another file's: other questions, model or settings, or something else altogether."""
+def read_answers(
+    path: Path, questions: list[Question], record: Callable[..., dict]
+) -> dict[int, dict]:
+    """Line number -> record of what a finished file answers, its errors left out. record: what this
+    run would write. Raises ValueError where that is another file's: other questions, model or
+    settings, or something else altogether."""
     try:
         records = [json.loads(line) for line in path.read_bytes().splitlines()]
         pairs = list(zip(questions, records, strict=True))
@@ -125,7 +144,8 @@ def read_answers(path: Path, questions: list[Question], record: Callable[..., di
         same = False
     if not same:
         raise ValueError(
-            f"{path} does not hold the answers of this command (other questions, model or settings); choose another "
+            f"{path} does not hold the answers of this command (other questions, model or "
+            "settings); choose another "
             "name, or pass --overwrite to start anew"
         )
     return {question.line: found for question, found in pairs if "error" not in found}
@@ -136,6 +156,7 @@ def digest(value) -> str:
 
 
 def stamp(folder: Path) -> list:
-    """Name, size and time of the files that make a model: what changes when they do, without reading gigabytes."""
+    """Name, size and time of the files that make a model: what changes when they do, without
+    reading gigabytes."""
     files = sorted(path for path in folder.glob("*") if path.suffix in MODEL_FILES)
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]

@@ -10,8 +10,8 @@ from minillava.cli.opening import read_stdin, say_what_is_awaited
 from minillava.files.text import decode
 
 NOT_ASKED = {"answers", "batch_size", "image_cache", "overwrite", "verbose", "quiet", "device"}
-"""The flags that change no answer (beyond the last digits), so that a resumed run may change them; but for the kind of
-device, which `ask_file` adds."""
+"""The flags that change no answer (beyond the last digits), so that a resumed run may change them;
+but for the kind of device, which `ask_file` adds."""
 
 OTHER_FOLDERS = ("model_base", "adapter", "vision_tower")  # besides --weights
 
@@ -28,11 +28,20 @@ class Question:
     place: str = "line"  # or "question": what `line` counts
 
     def record(
-        self, answer: str | None, error: str | None, metadata: dict | None, answer_id: str, model_id: str
+        self,
+        answer: str | None,
+        error: str | None,
+        metadata: dict | None,
+        answer_id: str,
+        model_id: str,
     ) -> dict:
         """What stands in the answers file; LLaVA's own scripts read it."""
         if error is not None:
-            name = {self.place: self.line} if self.question_id is None else {"question_id": self.question_id}
+            name = (
+                {self.place: self.line}
+                if self.question_id is None
+                else {"question_id": self.question_id}
+            )
             return {**name, "error": error}
         names = {"answer_id": answer_id, "model_id": model_id, "metadata": metadata or {}}
         return {"question_id": self.question_id, "prompt": self.text, "text": answer, **names}
@@ -43,16 +52,24 @@ FORM = "one JSON object per line with question_id, text and, if it is about one,
 
 def read_questions(content: bytes, folder: str, name: str = "questions") -> list[Question]:
     """The questions of a file: its lines that are not blank; or, counted from 1, the objects of one
-    JSON array, or objects over several lines. Names of pictures are relative to `folder`, `name` is the
-    file's. One that is not a question has its `error`; ValueError for a file without any."""
+    JSON array, or objects over several lines. Names of pictures are relative to `folder`, `name` is
+    the file's. One that is not a question has its `error`; ValueError for a file without any."""
     text = decode(content, name, errors="surrogateescape")
-    lines = [(i, line.removeprefix("\ufeff")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [
+        (i, line.removeprefix("\ufeff"))
+        for i, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
     first = _parse(lines[0][1]) if lines else None
     values = None if isinstance(first, dict) else _values(text)
     if values is not None:
-        questions = [_check(i, "question", value, folder) for i, value in enumerate(values, start=1)]
+        questions = [
+            _check(i, "question", value, folder) for i, value in enumerate(values, start=1)
+        ]
     elif first is None and lines and lines[0][1].lstrip().startswith("["):
-        raise ValueError(f"{name}: begins as a JSON array, but is not JSON ({_mistake(text)}); correct it")
+        raise ValueError(
+            f"{name}: begins as a JSON array, but is not JSON ({_mistake(text)}); correct it"
+        )
     else:
         questions = [_read_line(i, line, folder) for i, line in lines]
     if questions and all(question.error for question in questions):
@@ -70,7 +87,8 @@ def _parse(text: str):
 
 
 def _values(text: str) -> list | None:
-    """The objects of a text wherever its lines end: in one array, or one after another; else None."""
+    """The objects of a text wherever its lines end: in one array, or one after another; else
+    None."""
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
     found, end = [], space.match(text).end()
     try:
@@ -95,12 +113,20 @@ def _mistake(text: str) -> str:
 
 def _nature(first, line: str) -> str:
     """What a file without questions seems to be."""
-    lists = [key for key, value in first.items() if isinstance(value, list)] if isinstance(first, dict) else []
+    lists = (
+        [key for key, value in first.items() if isinstance(value, list)]
+        if isinstance(first, dict)
+        else []
+    )
     if "conversations" in lists:
         return "it has LLaVA's conversations, as for training or ScienceQA; "
     if lists:
         return f"it has a list {json.dumps(lists[0])[:40]} inside an object; "
-    kinds = {"\t": "tab-separated values", ",": "comma-separated values", ";": "values separated by ;"}
+    kinds = {
+        "\t": "tab-separated values",
+        ",": "comma-separated values",
+        ";": "values separated by ;",
+    }
     kind = next((kind for mark, kind in kinds.items() if mark in line), None)
     return f"it looks like {kind}; " if kind and line.lstrip()[:1] not in ("{", "[") else ""
 
@@ -121,7 +147,9 @@ def _check(number: int, place: str, raw, folder: str) -> Question:
     question = Question(number, place=place)
     if not isinstance(raw, dict):
         found = type(raw).__name__
-        question.error = f"{place} {number} is {found}, expected an object with question_id and text"
+        question.error = (
+            f"{place} {number} is {found}, expected an object with question_id and text"
+        )
         return question
     if type(raw.get("question_id")) in (str, int):
         question.question_id = raw["question_id"]
@@ -130,11 +158,17 @@ def _check(number: int, place: str, raw, folder: str) -> Question:
     checks = (
         ("question_id", question.question_id is not None, "a text or a whole number"),
         ("text", isinstance(raw.get("text"), str), "the question"),
-        ("image", all(isinstance(image, str) for image in images), "the name of a picture, or a list of them"),
+        (
+            "image",
+            all(isinstance(image, str) for image in images),
+            "the name of a picture, or a list of them",
+        ),
     )
     for name, good, expected in checks:
         if not good:
-            question.error = f"{place} {number}: {name} is {json.dumps(raw.get(name))[:80]}, expected {expected}"
+            question.error = (
+                f"{place} {number}: {name} is {json.dumps(raw.get(name))[:80]}, expected {expected}"
+            )
             return question
     question.text, question.images = raw["text"], [os.path.join(folder, image) for image in images]
     return question

@@ -1,9 +1,11 @@
-"""`python -m minillava.batch`: a file of questions to a file of answers, in LLaVA's evaluation format.
+"""`python -m minillava.batch`: a file of questions to a file of answers, in LLaVA's evaluation
+format.
 
-While it runs, finished answers are in a journal beside the answers file, NAME.partial: a header of what was asked and
-how, then one [line number, record] each. Whenever the run is killed, the same command goes on from the journal; when
-all questions are answered, the answers appear under their name at once, in order. The same command then asks again
-what became an error, and nothing else. A second run at the same file waits for the first.
+While it runs, finished answers are in a journal beside the answers file, NAME.partial: a header of
+what was asked and how, then one [line number, record] each. Whenever the run is killed, the same
+command goes on from the journal; when all questions are answered, the answers appear under their
+name at once, in order. The same command then asks again what became an error, and nothing else. A
+second run at the same file waits for the first.
 """
 
 import argparse
@@ -23,7 +25,14 @@ import torch
 
 from minillava.assistant import Assistant
 from minillava.batch.journal import Journal, digest, read_answers, read_journal, stamp
-from minillava.batch.questions import NOT_ASKED, OTHER_FOLDERS, Question, read_question_file, read_questions, shown_line
+from minillava.batch.questions import (
+    NOT_ASKED,
+    OTHER_FOLDERS,
+    Question,
+    read_question_file,
+    read_questions,
+    shown_line,
+)
 from minillava.checkpoint.folders import find_folder
 from minillava.checkpoint.place import choose_device
 from minillava.cli.messages import Messages
@@ -31,17 +40,21 @@ from minillava.cli.opening import find_weights, open_assistant
 from minillava.files.disk import explain, is_stream, same_file, write_whole
 
 WINDOW = 16
-"""Batches sorted by length together. Not all: questions on one picture, neighbours in most files, would drift apart."""
+"""Batches sorted by length together. Not all: questions on one picture, neighbours in most files,
+would drift apart."""
 
 SECONDS = 10
 """Between two lines of progress with --verbose."""
 
 
-def plan(assistant: Assistant, questions: list[Question], system: str | None, longest: int, size: int) -> list[list]:
-    """Questions in batches of similar prompt length; one whose prompt is impossible or too long gets its `error`.
+def plan(
+    assistant: Assistant, questions: list[Question], system: str | None, longest: int, size: int
+) -> list[list]:
+    """Questions in batches of similar prompt length; one whose prompt is impossible or too long
+    gets its `error`.
 
-    The same batches every time, whatever is answered already: the last digits, and so now and then a word, depend on
-    who shares a batch.
+    The same batches every time, whatever is answered already: the last digits, and so now and then
+    a word, depend on who shares a batch.
     """
     context, each = assistant.model.config.text.context, assistant.model.config.tokens_per_image
     lengths: dict[int, int] = {}
@@ -49,23 +62,29 @@ def plan(assistant: Assistant, questions: list[Question], system: str | None, lo
         if question.error is None:
             pictures = len(question.images)
             try:
-                ids = assistant.tokenize(assistant.prompt(question.text, images=pictures, system=system))
+                ids = assistant.tokenize(
+                    assistant.prompt(question.text, images=pictures, system=system)
+                )
                 lengths[question.line] = len(ids) + pictures * (each - 1)
             except ValueError as error:
                 question.error = shown_line(error)
     good, batches = [question for question in questions if question.error is None], []
     for start in range(0, len(good), WINDOW * size):
-        window = sorted(good[start : start + WINDOW * size], key=lambda question: -lengths[question.line])
+        window = sorted(
+            good[start : start + WINDOW * size], key=lambda question: -lengths[question.line]
+        )
         # A long neighbour must not shorten an answer where the context ends.
-        for _, alike in groupby(window, key=lambda question: min(longest, context - lengths[question.line])):
+        for _, alike in groupby(
+            window, key=lambda question: min(longest, context - lengths[question.line])
+        ):
             alike = list(alike)
             batches += [alike[i : i + size] for i in range(0, len(alike), size)]
     return batches
 
 
 def ask(assistant: Assistant, batch: list[Question], seed: int, options: dict) -> list[tuple]:
-    """(answer, error, metadata) of each question. If the batch fails, each is asked alone, to find out
-    whose fault it is."""
+    """(answer, error, metadata) of each question. If the batch fails, each is asked alone, to find
+    out whose fault it is."""
     images, texts = [question.images for question in batch], [question.text for question in batch]
     seeds = [(seed + question.line) % 2**64 for question in batch]
     try:
@@ -73,24 +92,37 @@ def ask(assistant: Assistant, batch: list[Question], seed: int, options: dict) -
         ends = [{"finish_reason": reason} for reason in found.finish_reason]
         return [(answer, None, end) for answer, end in zip(found.text, ends, strict=True)]
     except torch.OutOfMemoryError as error:
-        raise ValueError("the GPU's memory is full; the same command with a smaller --batch-size goes on") from error
+        raise ValueError(
+            "the GPU's memory is full; the same command with a smaller --batch-size goes on"
+        ) from error
     except (ValueError, OSError) as error:
         if len(batch) == 1:
             return [(None, shown_line(error), None)]
-        return [answer for question in batch for answer in ask(assistant, [question], seed, options)]
+        return [
+            answer for question in batch for answer in ask(assistant, [question], seed, options)
+        ]
 
 
 def ask_file(args: argparse.Namespace, options: dict) -> int:
-    """Every question of the file that the journal does not answer; then the journal becomes the answers file."""
+    """Every question of the file that the journal does not answer; then the journal becomes the
+    answers file."""
     messages = Messages(args.verbose, args.quiet)
     content = read_question_file(args)
     if not os.path.isdir(args.images):
-        raise ValueError(f"{args.images}: no such folder of pictures; --images names the one that they are in")
+        raise ValueError(
+            f"{args.images}: no such folder of pictures; --images names the one that they are in"
+        )
     name = "stdin" if str(args.questions) == "-" else str(args.questions)
     questions = read_questions(content, args.images, name)
-    pictures = {image for question in questions for image in question.images} if args.answers.exists() else ()
+    pictures = (
+        {image for question in questions for image in question.images}
+        if args.answers.exists()
+        else ()
+    )
     if any(same_file(args.answers, image) for image in pictures):
-        raise ValueError(f"{args.answers}: is a picture of the questions; choose another name for the answers")
+        raise ValueError(
+            f"{args.answers}: is a picture of the questions; choose another name for the answers"
+        )
     weights = find_weights(args.weights, messages)
     model_id = Path(os.path.abspath(weights)).name
     folders = [find_folder(weights, args.revision)]
@@ -101,9 +133,15 @@ def ask_file(args: argparse.Namespace, options: dict) -> int:
         "weights": digest([model_id, *map(stamp, folders)]),
         "device": choose_device(args.device).partition(":")[0],
     }
-    asked = {name: value for name, value in settings.items() if name not in ("images", "weights", *OTHER_FOLDERS)}
+    asked = {
+        name: value
+        for name, value in settings.items()
+        if name not in ("images", "weights", *OTHER_FOLDERS)
+    }
 
-    def record(question: Question, answer: str | None, error: str | None, metadata: dict | None = None) -> dict:
+    def record(
+        question: Question, answer: str | None, error: str | None, metadata: dict | None = None
+    ) -> dict:
         answer_id = digest([asked, model_id, question.line])[:22]
         return question.record(answer, error, metadata, answer_id, model_id)
 
@@ -112,7 +150,10 @@ def ask_file(args: argparse.Namespace, options: dict) -> int:
         if is_stream(home):  # which nobody can go on with
             home = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "answers"
         journal = Journal(home.with_name(home.name + ".partial"), settings)
-        busy = f"another run is at {args.answers}; waiting for its end, to go on with what it leaves (Ctrl-C leaves)"
+        busy = (
+            f"another run is at {args.answers}; waiting for its end, to go on with what it leaves "
+            "(Ctrl-C leaves)"
+        )
         stack.enter_context(journal.alone(lambda: messages.note(busy)))
         return _ask_rest(args, options, messages, questions, journal, record, weights)
 
@@ -126,16 +167,22 @@ def _ask_rest(
     record: Callable[..., dict],
     weights: str,
 ) -> int:
-    done, finished = {}, args.answers.is_file() and args.answers.stat().st_size > 0 and not is_stream(args.answers)
+    done, finished = (
+        {},
+        args.answers.is_file() and args.answers.stat().st_size > 0 and not is_stream(args.answers),
+    )
     if finished and not args.overwrite and not journal.is_anew:
         done = read_answers(args.answers, questions, record)
         if len(done) == len(questions):
-            messages.note(f"{args.answers} is finished already: nothing to do (--overwrite starts anew)")
+            messages.note(
+                f"{args.answers} is finished already: nothing to do (--overwrite starts anew)"
+            )
             if journal.path.read_bytes().startswith(journal.header):
                 journal.path.unlink()  # killed just after the answers got their name
             return 0
     if not args.overwrite:
-        done |= read_journal(journal, questions, record)  # whether it can go on is known before gigabytes are opened
+        # whether it can go on is known before gigabytes are opened
+        done |= read_journal(journal, questions, record)
 
     assistant = open_assistant(args, weights, messages)
     assistant.encode = lru_cache(args.image_cache)(assistant.encode)
@@ -152,7 +199,9 @@ def _ask_rest(
                 continue
             answers = zip(batch, ask(assistant, batch, seed, options), strict=True)
             new = {
-                question.line: record(question, *answer) for question, answer in answers if question.line not in done
+                question.line: record(question, *answer)
+                for question, answer in answers
+                if question.line not in done
             }
             journal.add(new)
             done |= new
@@ -165,8 +214,14 @@ def _ask_rest(
                 told = time.monotonic()
                 print(text, file=sys.stderr)
         messages.progress("")
-        done |= {question.line: record(question, None, question.error) for question in questions if question.error}
-        write_whole(args.answers, "".join(json.dumps(done[question.line]) + "\n" for question in questions))
+        done |= {
+            question.line: record(question, None, question.error)
+            for question in questions
+            if question.error
+        }
+        write_whole(
+            args.answers, "".join(json.dumps(done[question.line]) + "\n" for question in questions)
+        )
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -176,9 +231,14 @@ def _ask_rest(
         left = f"{journal.path} keeps {kept} answer(s), and the same command goes on with them"
         raise OSError(f"{explain(error, journal.path)}; {left}") from error
     journal.path.unlink(missing_ok=True)
-    errors = [done[question.line]["error"] for question in questions if "error" in done[question.line]]
+    errors = [
+        done[question.line]["error"] for question in questions if "error" in done[question.line]
+    ]
     if errors:
-        what = f"error: {len(errors)} of {len(questions)} questions have no answer; {args.answers} says why"
+        what = (
+            f"error: {len(errors)} of {len(questions)} questions have no answer; {args.answers} "
+            "says why"
+        )
         print(f"{what}; the first: {errors[0]}", file=sys.stderr)
     else:
         messages.note(f"{len(questions)} answer{'s' * (len(questions) != 1)} in {args.answers}")

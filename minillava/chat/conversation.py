@@ -19,10 +19,12 @@ from minillava.prompt import place_images, render
 from minillava.tokenizer import common_prefix
 
 GROWTH = 512
-"""The cache grows by this many positions: all of a 7B's context would be 2 GB, most conversations are short."""
+"""The cache grows by this many positions: all of a 7B's context would be 2 GB, most conversations
+are short."""
 
 
-@dataclass(eq=False)  # compared by identity: what is in the cache is this picture or it is another one
+# compared by identity: what is in the cache is this picture or it is another one
+@dataclass(eq=False)
 class Picture:
     name: str
     patches: Tensor  # [P, C]
@@ -42,9 +44,10 @@ class Turn:
 class Conversation:
     """Questions and answers in turn, about any number of pictures, each encoded once.
 
-    The whole conversation is rendered to ids at every question. The cache is cut back to where these ids first differ
-    from those it was filled with (a finished answer may be written, or cut into tokens, in another way than it was
-    generated), and the rest is prefilled: the answer is that of a fresh start with the same ids.
+    The whole conversation is rendered to ids at every question. The cache is cut back to where
+    these ids first differ from those it was filled with (a finished answer may be written, or cut
+    into tokens, in another way than it was generated), and the rest is prefilled: the answer is
+    that of a fresh start with the same ids.
     """
 
     def __init__(self, assistant: Assistant, system: str | None = None):
@@ -57,8 +60,8 @@ class Conversation:
         self.turns: list[Turn] = []
         self.waiting: list[Picture] = []  # for the next question
         self.cache: KVCache | None = None
-        # What stands, or will stand, at each position: an id, or a Picture P times; the first cache.length are cached.
-        # A stream goes on only while this is its own list.
+        # What stands, or will stand, at each position: an id, or a Picture P times; the first
+        # cache.length are cached. A stream goes on only while this is its own list.
         self.positions: list[int | Picture] = []
 
     @property
@@ -67,44 +70,57 @@ class Conversation:
         return self.assistant.model.config.text.context - len(self.positions)
 
     def add_image(self, source: ImageSource, name: str | None = None) -> Picture:
-        """Encode a picture, for the next question. name: for `record`. Raises as `image.open_image`."""
+        """Encode a picture, for the next question. name: for `record`. Raises as
+        `image.open_image`."""
         self.waiting.append(Picture(name or str(source), self.assistant.encode(source)))
         return self.waiting[-1]
 
     def ask(self, question: str, *, process: Process | None = None, **options) -> str:
-        """The answer to the next question. process: as for `generate`. options: the fields of `options.Options` by
-        name."""
+        """The answer to the next question. process: as for `generate`. options: the fields of
+        `options.Options` by name."""
         return "".join(self.stream(question, process=process, **options))
 
     def stream(self, question: str, *, process: Process | None = None, **options) -> Iterator[str]:
-        """The answer as it is made, one piece per token, some of them empty. Arguments as for `ask`.
+        """The answer as it is made, one piece per token, some of them empty. Arguments as for
+        `ask`.
 
-        Where it is left early (closed, Ctrl-C, another question asked), what was said so far is the answer; if that is
-        nothing, the question was not asked. Raises ValueError, and leaves the conversation as it was, when the context
-        is full; and where it should go on though another question was asked since, or all was cleared.
+        Where it is left early (closed, Ctrl-C, another question asked), what was said so far is the
+        answer; if that is nothing, the question was not asked. Raises ValueError, and leaves the
+        conversation as it was, when the context is full; and where it should go on though another
+        question was asked since, or all was cleared.
         """
         self._leave()
         assistant, model = self.assistant, self.assistant.model
         chosen = assistant.options(**options)
         if chosen.num_return_sequences > 1:
-            raise ValueError(f"num_return_sequences is {chosen.num_return_sequences}, a conversation goes on from one")
+            raise ValueError(
+                f"num_return_sequences is {chosen.num_return_sequences}, a conversation goes on "
+                "from one"
+            )
         turn = Turn(place_images(question, len(self.waiting)), tuple(self.waiting), chosen)
         said = [(before.question, before.answer) for before in self.turns]
         assistant.check_text(question)
-        ids = assistant.tokenizer.encode(render(assistant.template, [*said, (turn.question, None)], self.system))
+        ids = assistant.tokenizer.encode(
+            render(assistant.template, [*said, (turn.question, None)], self.system)
+        )
         pictures = [picture for each in (*self.turns, turn) for picture in each.pictures]
         following = iter(pictures)
         positions = []
         for i in ids:
-            positions += [next(following)] * model.config.tokens_per_image if i == IMAGE_TOKEN_INDEX else [i]
+            positions += (
+                [next(following)] * model.config.tokens_per_image if i == IMAGE_TOKEN_INDEX else [i]
+            )
         context = model.config.text.context
         if len(positions) >= context:
             raise ValueError(
-                f"with this question the conversation takes {len(positions)} positions, the model's context holds "
+                f"with this question the conversation takes {len(positions)} positions, the "
+                "model's context holds "
                 f"{context} with the answer; ask something shorter, or start anew with /clear"
             )
         with torch.no_grad():
-            spliced = model.splice([ids], torch.stack([p.patches for p in pictures]) if pictures else None)
+            spliced = model.splice(
+                [ids], torch.stack([p.patches for p in pictures]) if pictures else None
+            )
         if self.cache is None:
             like = spliced.embeds
             self.cache = KVCache(model.config.text, 1, 0, dtype=like.dtype, device=like.device)
@@ -116,22 +132,34 @@ class Conversation:
         self._make_room(len(positions) + 1)
         self.turns.append(turn)
         self.waiting = []
-        rest = replace(spliced, embeds=spliced.embeds[:, turn.reused :])  # [1, T, C] -> [1, T - reused, C]
+        # [1, T, C] -> [1, T - reused, C]
+        rest = replace(spliced, embeds=spliced.embeds[:, turn.reused :])
         try:
-            for step in steps(model, rest, chosen, tokenizer=assistant.tokenizer, process=process, cache=self.cache):
+            for step in steps(
+                model,
+                rest,
+                chosen,
+                tokenizer=assistant.tokenizer,
+                process=process,
+                cache=self.cache,
+            ):
                 positions.append(step.ids[0])
                 turn.answer += step.text[0]
                 turn.finish_reason = step.finish_reason[0]
-                self._make_room(len(positions) + 1)  # a GPU reads the next one before we are back here
+                # a GPU reads the next one before we are back here
+                self._make_room(len(positions) + 1)
                 yield step.text[0]
                 if self.positions is not positions and step.finish_reason[0] is None:
-                    raise ValueError(f"the conversation went on without the answer to {question!r}; ask again")
+                    raise ValueError(
+                        f"the conversation went on without the answer to {question!r}; ask again"
+                    )
         finally:
             if self.positions is positions:
                 self._leave()
 
     def _leave(self) -> None:
-        """Where the last answer is not finished, what was said so far is the answer; no stream goes on with it."""
+        """Where the last answer is not finished, what was said so far is the answer; no stream goes
+        on with it."""
         if not self.turns or self.turns[-1].finish_reason is not None:
             return
         turn = self.turns[-1]
@@ -143,7 +171,8 @@ class Conversation:
             self.waiting = [*turn.pictures, *self.waiting]
 
     def record(self) -> dict:
-        """The conversation as JSON's kinds of values; options only where they are not the default."""
+        """The conversation as JSON's kinds of values; options only where they are not the
+        default."""
         defaults = vars(Options())
         turns = [
             {
@@ -159,7 +188,10 @@ class Conversation:
             }
             for turn in self.turns
         ]
-        return {"system": self.assistant.template.system if self.system is None else self.system, "turns": turns}
+        return {
+            "system": self.assistant.template.system if self.system is None else self.system,
+            "turns": turns,
+        }
 
     def _make_room(self, length: int) -> None:
         context = self.assistant.model.config.text.context

@@ -22,7 +22,7 @@ from minillava.files.pictures import ImageSource, open_image
 from minillava.files.text import read_lines
 from minillava.prompt import DEFAULT_TEMPLATE
 
-# --- the door -------------------------------------------------------------------------------------------------
+# --- the door -------------------------------------------------------------------------------------
 COMMANDS = ("/image", "/clear", "/save", "/help", "/quit", "/exit")
 
 
@@ -30,12 +30,19 @@ class Session:
     """A conversation with somebody who types: each line is a question or a command."""
 
     def __init__(self, conversation: Conversation, options: dict, about: dict, messages: Messages):
-        """options: the fields of `Options` by name. about: what `/save` writes before the conversation."""
-        self.conversation, self.options, self.about, self.messages = conversation, options, about, messages
+        """options: the fields of `Options` by name. about: what `/save` writes before the
+        conversation."""
+        self.conversation, self.options, self.about, self.messages = (
+            conversation,
+            options,
+            about,
+            messages,
+        )
         self.saved: set[Path] = set()
 
     def handle(self, line: str) -> bool:
-        """One line; False when it was the last. Raises ValueError or OSError for what cannot be done."""
+        """One line; False when it was the last. Raises ValueError or OSError for what cannot be
+        done."""
         found = re.match(r"\s*(/\w+)(?:\s(.*)|$)", line, re.DOTALL)
         command, rest = (found[1], found[2] or "") if found else ("", "")
         if command not in COMMANDS:
@@ -57,7 +64,8 @@ class Session:
         return True
 
     def take(self, line: str) -> bool:
-        """A question, or a file that was dropped. Raises ValueError for a command that there is not."""
+        """A question, or a file that was dropped. Raises ValueError for a command that there is
+        not."""
         if paths := terminal.dropped(line):
             self.add(paths)
         elif line.lstrip().startswith("/"):
@@ -76,7 +84,10 @@ class Session:
         waiting = self.conversation.waiting
         names = [os.path.basename(picture.name) or picture.name for picture in waiting]
         names = ", ".join(name if name.isprintable() else repr(name) for name in names)
-        self.note(f"{len(waiting)} picture{'s wait' if len(waiting) > 1 else ' waits'} for the next question: {names}")
+        self.note(
+            f"{len(waiting)} picture{'s wait' if len(waiting) > 1 else ' waits'} for the next "
+            f"question: {names}"
+        )
 
     def look(self, source: ImageSource, name: str) -> None:
         started = time.perf_counter()
@@ -91,7 +102,10 @@ class Session:
                 for piece in pieces:
                     if not count:
                         turn = self.conversation.turns[-1]
-                        detail = f"{turn.reused} positions reused, {turn.prefilled} prefilled, first token"
+                        detail = (
+                            f"{turn.reused} positions reused, {turn.prefilled} prefilled, first "
+                            "token"
+                        )
                         self.messages.stage("prefill", started, detail)
                         started = time.perf_counter()
                     count += 1
@@ -108,11 +122,14 @@ class Session:
             self.note(f"the model's context of {context} positions is full; /clear starts anew")
 
     def save(self, path: Path) -> None:
-        """As JSON. What stands there is replaced only by a complete file, and only if this session wrote it."""
+        """As JSON. What stands there is replaced only by a complete file, and only if this session
+        wrote it."""
         path = path.absolute()
         if path.exists() and path not in self.saved and not is_stream(path):
             raise ValueError(f"{path}: exists already; choose another name")
-        text = json.dumps({**self.about, **self.conversation.record()}, ensure_ascii=False, indent=2)
+        text = json.dumps(
+            {**self.about, **self.conversation.record()}, ensure_ascii=False, indent=2
+        )
         write_whole(path, f"{text}\n")
         self.saved.add(path)
         self.note(f"{len(self.conversation.turns)} turn(s) written to {path}")
@@ -121,9 +138,14 @@ class Session:
 def run(args: argparse.Namespace, options: dict) -> int:
     messages = Messages(args.verbose, args.quiet)
     weights = find_weights(args.weights, messages)
-    images = [open_image(image) for image in args.image]  # what is wrong with one is found before gigabytes are opened
+    # what is wrong with one is found before gigabytes are opened
+    images = [open_image(image) for image in args.image]
     assistant = open_assistant(args, weights, messages)
-    about = {"minillava": __version__, "weights": weights, "template": args.template or DEFAULT_TEMPLATE}
+    about = {
+        "minillava": __version__,
+        "weights": weights,
+        "template": args.template or DEFAULT_TEMPLATE,
+    }
     session = Session(Conversation(assistant, args.system), options, about, messages)
     for image, name in zip(images, args.image, strict=True):
         session.look(image, name)
@@ -144,10 +166,11 @@ def run(args: argparse.Namespace, options: dict) -> int:
 
 
 def _talk(session: Session, verbose: bool) -> None:
-    """A conversation at a terminal. Ctrl-C stops an answer, and clears the line that is typed; it leaves where it comes
-    twice at an empty line. Raises KeyboardInterrupt then."""
+    """A conversation at a terminal. Ctrl-C stops an answer, and clears the line that is typed; it
+    leaves where it comes twice at an empty line. Raises KeyboardInterrupt then."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 spoils its own question only
+        # what is not UTF-8 spoils its own question only
+        sys.stdin.reconfigure(errors="surrogateescape")
     if not session.conversation.waiting:
         session.note("no picture yet: /image PATH adds one")
     session.note("each line is a question; /help lists the commands")
@@ -161,7 +184,11 @@ def _talk(session: Session, verbose: bool) -> None:
                 return
         except KeyboardInterrupt:
             if asked:
-                kept = "what it said is kept" if len(session.conversation.turns) > turns else "nothing is kept of it"
+                kept = (
+                    "what it said is kept"
+                    if len(session.conversation.turns) > turns
+                    else "nothing is kept of it"
+                )
                 session.note(f"stopped; {kept}")
                 continue
             if warned and not typing.typed():
@@ -176,8 +203,8 @@ def _talk(session: Session, verbose: bool) -> None:
 
 
 def _report(error: Exception, verbose: bool) -> None:
-    """What is wrong with what was typed, without a traceback. Of anything else (memory that runs out, say) with one;
-    what was said before can still be saved."""
+    """What is wrong with what was typed, without a traceback. Of anything else (memory that runs
+    out, say) with one; what was said before can still be saved."""
     report(error, verbose and not isinstance(error, (ValueError, OSError)))
 
 

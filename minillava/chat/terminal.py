@@ -1,4 +1,5 @@
-"""What somebody types at a terminal: lines that can be edited, and paths as a terminal pastes them."""
+"""What somebody types at a terminal: lines that can be edited, and paths as a terminal pastes
+them."""
 
 import os
 import re
@@ -13,7 +14,8 @@ PATH_COMMANDS = "/image", "/save"
 
 
 class Terminal:
-    """Lines of stdin where that is a terminal; edited, remembered and completed where Python has readline."""
+    """Lines of stdin where that is a terminal; edited, remembered and completed where Python has
+    readline."""
 
     def __init__(self, commands: list[str]):
         """commands: the words that Tab completes, apart from paths."""
@@ -23,7 +25,8 @@ class Terminal:
                 import readline
 
                 self.readline = readline
-                readline.set_completer_delims("")  # what is completed is the whole line: paths have spaces
+                # what is completed is the whole line: paths have spaces
+                readline.set_completer_delims("")
                 readline.set_completer(lambda text, i: (*self.completions(text), None)[i])
                 libedit = "libedit" in (readline.__doc__ or "")
                 readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
@@ -70,14 +73,18 @@ def _paths_from(begun: str) -> list[str]:
     except (OSError, ValueError):
         return []
     hidden = name.startswith(".")
-    names = [e.name + "/" * e.is_dir() for e in entries if e.name.startswith(name) and (hidden or e.name[0] != ".")]
+    names = [
+        e.name + "/" * e.is_dir()
+        for e in entries
+        if e.name.startswith(name) and (hidden or e.name[0] != ".")
+    ]
     return sorted(os.path.join(folder, name) for name in names)
 
 
 def read_paths(text: str) -> list[str]:
-    """The paths behind a command. As it stands if there is such a file, blanks, quotes and all; else as terminals
-    paste what is dropped into them: in quotes, with backslashes, as file:// URLs, several at once. A path that
-    leads nowhere comes back, too: who opens it says so."""
+    """The paths behind a command. As it stands if there is such a file, blanks, quotes and all;
+    else as terminals paste what is dropped into them: in quotes, with backslashes, as file:// URLs,
+    several at once. A path that leads nowhere comes back, too: who opens it says so."""
     for whole in (text, text.strip()):
         if _exists(whole):
             return [os.path.expanduser(whole)]

@@ -1,1 +1,2 @@
-"""From folders of weights to a model: names, layouts, adapters, and the files beside the weights."""
+"""From folders of weights to a model: names, layouts, adapters, and the files beside the
+weights."""

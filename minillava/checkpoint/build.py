@@ -26,16 +26,24 @@ def build_model(
     quantize: str | None = None,
     tokens: int = 0,
 ) -> Llava:
-    """The network, built without memory of its own (meta device) and filled with the checkpoint's tensors.
+    """The network, built without memory of its own (meta device) and filled with the checkpoint's
+    tensors.
 
-    At the checkpoint's own dtype on the CPU these stay memory-mapped; otherwise they are converted one by one.
-    quantize: one of quantize.KINDS, for the language model's linear layers. tokens: rows its tables need at least.
-    Raises ValueError listing every missing, unexpected and wrong-shaped tensor.
+    At the checkpoint's own dtype on the CPU these stay memory-mapped; otherwise they are converted
+    one by one. quantize: one of quantize.KINDS, for the language model's linear layers. tokens:
+    rows its tables need at least. Raises ValueError listing every missing, unexpected and
+    wrong-shaped tensor.
     """
     depth = max(config.text.num_hidden_layers, config.vision.num_hidden_layers)
-    if depth > len(checkpoint.tensors) + len(checkpoint.unused):  # before anybody builds a billion layers
-        found = f"num_hidden_layers is {depth}, which is more than there are tensors ({len(checkpoint.tensors)})"
-        raise ValueError(f"{checkpoint.folder}: {found}; check that config.json belongs to these weights")
+    # before anybody builds a billion layers
+    if depth > len(checkpoint.tensors) + len(checkpoint.unused):
+        found = (
+            f"num_hidden_layers is {depth}, which is more than there are tensors "
+            f"({len(checkpoint.tensors)})"
+        )
+        raise ValueError(
+            f"{checkpoint.folder}: {found}; check that config.json belongs to these weights"
+        )
     with torch.device("meta"):
         model = Llava(config, attend)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -48,7 +56,11 @@ def build_model(
     state = {}
     for name, tensor in model.state_dict().items():
         module = name.rpartition(".")[0]
-        small = quantize and name.startswith("language_model.") and isinstance(model.get_submodule(module), nn.Linear)
+        small = (
+            quantize
+            and name.startswith("language_model.")
+            and isinstance(model.get_submodule(module), nn.Linear)
+        )
         if name in checkpoint.quantised:
             parts = {  # int4 is packed anew
                 suffix: stored.file.read(stored.name, passing=suffix == "weight_int4")
@@ -56,7 +68,10 @@ def build_model(
             }
             if checkpoint.shape(name) != tensor.shape:
                 found, wanted = list(checkpoint.shape(name)), list(tensor.shape)
-                raise ValueError(f"{checkpoint.folder}: {name} is quantised with shape {found}, expected {wanted}")
+                raise ValueError(
+                    f"{checkpoint.folder}: {name} is quantised with shape {found}, expected "
+                    f"{wanted}"
+                )
         else:
             passing = bool(small) or torch.device(device).type != "cpu"
             whole = checkpoint.read(name, None if small else dtype, passing)
@@ -80,7 +95,12 @@ def _compare(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> No
         shape = checkpoint.shape(name)
         if shape != expected[name]:
             found = f"{checkpoint.tensors[name].name} has shape {list(shape)}"
-            problems.append((checkpoint.tensors[name].path, f"{found}, config.json expects {list(expected[name])}"))
+            problems.append(
+                (
+                    checkpoint.tensors[name].path,
+                    f"{found}, config.json expects {list(expected[name])}",
+                )
+            )
     near = _nearest(missing, {name: checkpoint.tensors[name].name for name in unexpected})
     problems += [(checkpoint.folder, f"{name} is missing{near[name]}") for name in missing]
     near = _nearest(unexpected, {name: name for name in expected})
@@ -90,15 +110,23 @@ def _compare(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> No
     if problems:
         path, first = problems[0]
         advice = "check that config.json belongs to these weights, or download the folder again"
-        others = [problem if path == checkpoint.folder else f"{path}: {problem}" for path, problem in problems[1:]]
-        raise ValueError("\n  ".join([f"{path}: {first}; {len(problems)} tensor(s) do not fit: {advice}", *others]))
+        others = [
+            problem if path == checkpoint.folder else f"{path}: {problem}"
+            for path, problem in problems[1:]
+        ]
+        raise ValueError(
+            "\n  ".join(
+                [f"{path}: {first}; {len(problems)} tensor(s) do not fit: {advice}", *others]
+            )
+        )
 
 
 def _nearest(names: list[str], known: dict[str, str]) -> dict[str, str]:
-    """For each name a hint at what it may have been meant to be. known: candidate -> how to show it.
+    """For each name a hint at what it may have been meant to be. known: candidate -> how to show
+    it.
 
-    Layers have the same names up to their numbers, so names are compared without them: a thousand wrong
-    names then cost a few dozen comparisons.
+    Layers have the same names up to their numbers, so names are compared without them: a thousand
+    wrong names then cost a few dozen comparisons.
     """
     numbers = re.compile(r"\d+")
     groups: dict[str, dict[tuple, str]] = {}  # name without numbers -> numbers -> how to show it

@@ -1,8 +1,8 @@
 """config.json in either of its two dialects, as a LlavaConfig.
 
-The hub dialect (llava-hf) nests `text_config` and `vision_config`; the original dialect (liuhaotian)
-is one flat Llama config with `mm_*` fields. Both leave most numbers out and rely on the defaults of
-the classes that wrote them, which stand in config.py.
+The hub dialect (llava-hf) nests `text_config` and `vision_config`; the original dialect
+(liuhaotian) is one flat Llama config with `mm_*` fields. Both leave most numbers out and rely on
+the defaults of the classes that wrote them, which stand in config.py.
 """
 
 import math
@@ -10,7 +10,15 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
-from minillava.config import CLIP_LARGE_336, IM_END, IM_PATCH, IM_START, LlavaConfig, TextConfig, VisionConfig
+from minillava.config import (
+    CLIP_LARGE_336,
+    IM_END,
+    IM_PATCH,
+    IM_START,
+    LlavaConfig,
+    TextConfig,
+    VisionConfig,
+)
 from minillava.files.disk import read_json
 from minillava.files.hub import RELEASE
 
@@ -18,10 +26,12 @@ _USE_LLAVA = f"use a LLaVA-1.5 checkpoint such as {RELEASE}"
 
 
 def read_config(folder: Path, vision_tower: Path | None = None) -> LlavaConfig:
-    """The configuration of a checkpoint folder: config.json, and generation_config.json if there is one.
+    """The configuration of a checkpoint folder: config.json, and generation_config.json if there is
+    one.
 
     vision_tower: a CLIP folder whose config.json describes the tower instead (original dialect).
-    Raises FileNotFoundError, or ValueError naming the file and the field that is wrong or unsupported.
+    Raises FileNotFoundError, or ValueError naming the file and the field that is wrong or
+    unsupported.
     """
     path = Path(folder) / "config.json"
     raw = read_json(path)
@@ -32,7 +42,11 @@ def read_config(folder: Path, vision_tower: Path | None = None) -> LlavaConfig:
         tower_path = Path(vision_tower) / "config.json"
         tower = _Reader(tower_path, read_json(tower_path))
         tower = tower.section("vision_config") or tower  # a whole CLIP, or its vision half alone
-    return _parse(reader, _Reader(generation, read_json(generation) if os.path.lexists(generation) else {}), tower)
+    return _parse(
+        reader,
+        _Reader(generation, read_json(generation) if os.path.lexists(generation) else {}),
+        tower,
+    )
 
 
 def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> LlavaConfig:
@@ -41,21 +55,28 @@ def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> Ll
     hub = text is not None
     if not hub and "mm_vision_tower" not in raw and "mm_hidden_size" not in raw:
         raise ValueError(
-            f"{raw.path}: neither a `text_config` (hub dialect) nor `mm_vision_tower` (original dialect): "
+            f"{raw.path}: neither a `text_config` (hub dialect) nor `mm_vision_tower` (original "
+            "dialect): "
             f"not a LLaVA-1.5 config; {_USE_LLAVA}"
         )
     text = text if hub else raw
     vision = tower if tower is not None else vision
-    eos = next(ids for r in (generation, text, raw, _LLAMA_END) if (ids := r.token_ids("eos_token_id")))
+    eos = next(
+        ids for r in (generation, text, raw, _LLAMA_END) if (ids := r.token_ids("eos_token_id"))
+    )
     pad = generation.token_ids("pad_token_id") or raw.token_ids("pad_token_id") or eos
-    tied = bool(raw.value("tie_word_embeddings", bool, False) or text.value("tie_word_embeddings", bool, False))
+    tied = bool(
+        raw.value("tie_word_embeddings", bool, False)
+        or text.value("tie_word_embeddings", bool, False)
+    )
     text_config = _text(text, tied)
     shared = {
         "vision": CLIP_LARGE_336 if vision is None else _vision(vision),
         "vision_stated": vision is not None,
         "text": text_config,
         "eos_token_ids": eos,
-        # Some configs name a pad token that their embedding table does not have; any id will do after the end.
+        # Some configs name a pad token that their embedding table does not have; any id will do
+        # after the end.
         "pad_token_id": pad[0] if pad[0] < text_config.vocab_size else eos[0],
         "image_token_id": raw.value(
             "image_token_index", int, raw.value("image_token_id", int, LlavaConfig.image_token_id)
@@ -71,15 +92,19 @@ def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> Ll
             projector_bias=raw.value("multimodal_projector_bias", bool, True),
         )
     else:
-        # LLaVA takes an absent mm_use_im_patch_token for true. The token it then adds is in no prompt: it matters only
-        # where others come after it.
+        # LLaVA takes an absent mm_use_im_patch_token for true. The token it then adds is in no
+        # prompt: it matters only where others come after it.
         around = raw.value("mm_use_im_start_end", bool, False)
-        added = (IM_PATCH,) * raw.value("mm_use_im_patch_token", bool, around) + (IM_START, IM_END) * around
+        added = (IM_PATCH,) * raw.value("mm_use_im_patch_token", bool, around) + (
+            IM_START,
+            IM_END,
+        ) * around
         aspect = raw.expect("image_aspect_ratio", ("pad", "square"))  # `anyres` is LLaVA-1.6
         config = LlavaConfig(
             **shared,
             feature_layer=raw.value("mm_vision_select_layer", int, LlavaConfig.feature_layer),
-            keep_class_token=raw.expect("mm_vision_select_feature", ("patch", "cls_patch")) == "cls_patch",
+            keep_class_token=raw.expect("mm_vision_select_feature", ("patch", "cls_patch"))
+            == "cls_patch",
             projector_layers=_projector_layers(raw),
             image_aspect_ratio="crop" if aspect == "square" else "pad",
             vision_tower_name=raw.value("mm_vision_tower", str, None),
@@ -94,27 +119,34 @@ def _text(raw: "_Reader", tied: bool) -> TextConfig:
     raw.expect("hidden_act", ("silu",))
     for flag in ("attention_bias", "mlp_bias"):
         if raw.value(flag, bool, False):
-            raise ValueError(f"{raw.path}: {raw.prefix}{flag} is True, supported: False (Llama has no biases)")
+            raise ValueError(
+                f"{raw.path}: {raw.prefix}{flag} is True, supported: False (Llama has no biases)"
+            )
     return raw.fill(TextConfig, tie_word_embeddings=tied, **_rope(raw))
 
 
 def _rope(raw: "_Reader") -> dict[str, float]:
-    """The fields about positions. transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 one
-    `rope_parameters`; when both are there a non-null `rope_scaling` wins, as in transformers 5."""
+    """The fields about positions. transformers 4 writes `rope_theta` and `rope_scaling`,
+    transformers 5 one `rope_parameters`; when both are there a non-null `rope_scaling` wins, as in
+    transformers 5."""
     rope = raw.section("rope_scaling" if raw.raw.get("rope_scaling") else "rope_parameters")
     theta = raw.positive("rope_theta", float, TextConfig.rope_theta)
     stated = raw.positive("max_position_embeddings", int, TextConfig.max_position_embeddings)
     if rope is None:
         return {"rope_theta": theta, "max_position_embeddings": stated}
-    kind = rope.expect("rope_type", ("default", "linear")) or rope.expect("type", ("default", "linear"))
+    kind = rope.expect("rope_type", ("default", "linear")) or rope.expect(
+        "type", ("default", "linear")
+    )
     theta = rope.positive("rope_theta", float, theta)
     if kind != "linear":
         return {"rope_theta": theta, "max_position_embeddings": stated}
     factor = rope.positive("factor", float)
     if not 1e-6 < factor < 1e6:
-        raise ValueError(f"{raw.path}: {rope.prefix}factor is {factor}, expected a number such as 4.0")
-    # Before or after stretching? max_position_embeddings is the training's (LLaVA, FastChat, vLLM) unless other fields
-    # say so: the training's own, or FastChat's, which is the whole length.
+        raise ValueError(
+            f"{raw.path}: {rope.prefix}factor is {factor}, expected a number such as 4.0"
+        )
+    # Before or after stretching? max_position_embeddings is the training's (LLaVA, FastChat, vLLM)
+    # unless other fields say so: the training's own, or FastChat's, which is the whole length.
     trained = rope.value("original_max_position_embeddings", int, None)
     trained = trained or raw.value("original_max_position_embeddings", int, None)
     whole = raw.value("max_sequence_length", int, None)
@@ -130,12 +162,15 @@ def _vision(raw: "_Reader") -> VisionConfig:
 
 
 def _projector_layers(raw: "_Reader") -> int:
-    kind = raw.value("mm_projector_type", str, "linear")  # absent means linear (LLaVA, multimodal_projector/builder.py)
+    # absent means linear (LLaVA, multimodal_projector/builder.py)
+    kind = raw.value("mm_projector_type", str, "linear")
     if kind == "linear":
         return 1
     count = kind.removeprefix("mlp").removesuffix("x_gelu")
     if kind != f"mlp{count}x_gelu" or not count.isdecimal() or int(count) < 1:
-        raise ValueError(f"{raw.path}: mm_projector_type is {kind!r:.80}, expected 'linear' or e.g. 'mlp2x_gelu'")
+        raise ValueError(
+            f"{raw.path}: mm_projector_type is {kind!r:.80}, expected 'linear' or e.g. 'mlp2x_gelu'"
+        )
     return int(count)
 
 
@@ -161,7 +196,8 @@ def check_config(config: LlavaConfig, path: Path) -> None:
 
 
 class _Reader:
-    """A JSON object that knows its file, so that a wrong value is reported by file, field and value."""
+    """A JSON object that knows its file, so that a wrong value is reported by file, field and
+    value."""
 
     def __init__(self, path: Path, raw: dict, prefix: str = ""):
         self.path, self.raw, self.prefix = path, raw, prefix
@@ -170,29 +206,37 @@ class _Reader:
         return self.raw.get(key) is not None
 
     def value(self, key: str, kind: type, default):
-        """The value under `key`, or `default` when it is absent or null; ValueError when of another type."""
+        """The value under `key`, or `default` when it is absent or null; ValueError when of another
+        type."""
         found = self.raw.get(key)
         if found is None:
             return default
         if kind is float and type(found) is int and abs(found) < 2**63:
             found = float(found)
         if type(found) is not kind or (kind is int and abs(found) >= 2**63):
-            raise ValueError(f"{self.path}: {self.prefix}{key} is {found!r:.80}, expected {_EXPECTED[kind]}")
+            raise ValueError(
+                f"{self.path}: {self.prefix}{key} is {found!r:.80}, expected {_EXPECTED[kind]}"
+            )
         return found
 
     def positive(self, key: str, kind: type, default: float | None = None) -> float:
         """A finite number above zero under `key`; required when there is no default."""
         number = self.value(key, kind, default)
         if number is None or not 0 < number < (math.inf if kind is float else 2**31):
-            raise ValueError(f"{self.path}: {self.prefix}{key} is {number}, expected a number above zero")
+            raise ValueError(
+                f"{self.path}: {self.prefix}{key} is {number}, expected a number above zero"
+            )
         return number
 
     def expect(self, key: str, allowed: tuple[str, ...], required: bool = False) -> str | None:
-        """The value under `key` if it is one that minillava computes; None when absent and not required."""
+        """The value under `key` if it is one that minillava computes; None when absent and not
+        required."""
         found = self.value(key, str, None)
         if found not in allowed and (found is not None or required):
             known = f"supported: {', '.join(allowed)}"
-            raise ValueError(f"{self.path}: {self.prefix}{key} is {found!r:.80}, {known}; {_USE_LLAVA}")
+            raise ValueError(
+                f"{self.path}: {self.prefix}{key} is {found!r:.80}, {known}; {_USE_LLAVA}"
+            )
         return found
 
     def section(self, key: str) -> "_Reader | None":
@@ -204,11 +248,15 @@ class _Reader:
         found = self.raw.get(key)
         ids = found if isinstance(found, list) else [] if found is None else [found]
         if not all(type(i) is int for i in ids):
-            raise ValueError(f"{self.path}: {self.prefix}{key} is {found!r:.80}, expected a token id or a list of them")
+            raise ValueError(
+                f"{self.path}: {self.prefix}{key} is {found!r:.80}, expected a token id or a list "
+                "of them"
+            )
         return tuple(i for i in ids if i >= 0)
 
     def fill(self, cls: type, **known):
-        """An instance of a dataclass from the fields of the same name; numbers must be above zero."""
+        """An instance of a dataclass from the fields of the same name; numbers must be above
+        zero."""
         for field in fields(cls):
             if field.name in known or field.name not in self:
                 continue
@@ -218,4 +266,10 @@ class _Reader:
 
 _LLAMA_END = _Reader(Path(), {"eos_token_id": 2})  # what a config means that names no end token
 
-_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "an object"}
+_EXPECTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "an object",
+}

@@ -31,11 +31,13 @@ def gather(
     adapter: str | Path | None = None,
     vocabulary: int | None = None,
 ) -> Checkpoint:
-    """The parts of one model from the folders that hold them; which is which is read from their files, not their names.
+    """The parts of one model from the folders that hold them; which is which is read from their
+    files, not their names.
 
-    folder: a whole model; or a projector (mm_projector.bin) or a LoRA (adapter_config.json), which need `model_base`,
-    the language model they were trained on, whose tables grow to `vocabulary` rows. adapter: a LoRA on top of a whole
-    model. vision_tower: a CLIP instead of the tower in the folder. Raises FileNotFoundError or ValueError.
+    folder: a whole model; or a projector (mm_projector.bin) or a LoRA (adapter_config.json), which
+    need `model_base`, the language model they were trained on, whose tables grow to `vocabulary`
+    rows. adapter: a LoRA on top of a whole model. vision_tower: a CLIP instead of the tower in the
+    folder. Raises FileNotFoundError or ValueError.
     """
     folder = Path(folder)
     check_base(folder, model_base)
@@ -56,18 +58,22 @@ def gather(
     if part and (folder / ADAPTER_CONFIG_NAME).exists():
         checkpoint.adapt(folder)
     elif part and (folder / REST_NAME).exists():
-        raise FileNotFoundError(f"{folder}: holds {REST_NAME}, but no {ADAPTER_CONFIG_NAME}; download the adapter too")
+        raise FileNotFoundError(
+            f"{folder}: holds {REST_NAME}, but no {ADAPTER_CONFIG_NAME}; download the adapter too"
+        )
     if adapter is not None:
         checkpoint.adapt(Path(adapter).expanduser())
     return checkpoint
 
 
 def check_base(folder: Path, model_base: Path | None) -> None:
-    """A part needs a base, and a whole model none. Raises FileNotFoundError naming the base, or ValueError."""
+    """A part needs a base, and a whole model none. Raises FileNotFoundError naming the base, or
+    ValueError."""
     part = part_of_model(folder)
     if holds_weights(folder) and (folder / ADAPTER_CONFIG_NAME).exists():
         raise ValueError(
-            f"{folder}: holds a language model and a LoRA adapter ({ADAPTER_CONFIG_NAME}); remove the adapter if it is "
+            f"{folder}: holds a language model and a LoRA adapter ({ADAPTER_CONFIG_NAME}); remove "
+            "the adapter if it is "
             "merged already, else move it to a folder of its own and pass that with --adapter"
         )
     if part and model_base is None:
@@ -75,12 +81,15 @@ def check_base(folder: Path, model_base: Path | None) -> None:
         base = read_json(path).get("base_model_name_or_path") if path.exists() else None
         named = f" ({base})" if base else ""
         raise FileNotFoundError(
-            f"{folder}: holds {part} and no language model; pass the folder of the one it was trained on{named} "
+            f"{folder}: holds {part} and no language model; pass the folder of the one it was "
+            f"trained on{named} "
             "with --model-base"
         )
     if model_base is not None and not part:
         found = "a language model of its own" if holds_weights(folder) else "no weights"
-        raise ValueError(f"{folder}: holds {found}, so --model-base has nothing to complete; leave it out")
+        raise ValueError(
+            f"{folder}: holds {found}, so --model-base has nothing to complete; leave it out"
+        )
 
 
 def open_checkpoint(
@@ -90,10 +99,12 @@ def open_checkpoint(
     model_base: str | Path | None = None,
     adapter: str | Path | None = None,
 ) -> tuple[Checkpoint, LlavaConfig]:
-    """`gather`, and see that vision tower and projector are there; what the selected features do not need (the tower's
-    last block, `post_layernorm`) is set aside as unused. Also returns the config as the tensors complete it (`settle`).
+    """`gather`, and see that vision tower and projector are there; what the selected features do
+    not need (the tower's last block, `post_layernorm`) is set aside as unused. Also returns the
+    config as the tensors complete it (`settle`).
 
-    Raises FileNotFoundError naming what to get when a part is missing: without values it would stay random.
+    Raises FileNotFoundError naming what to get when a part is missing: without values it would stay
+    random.
     """
     checkpoint = gather(folder, vision_tower, model_base, adapter, config.text.vocab_size)
     if not any(name.startswith("vision_tower.") for name in checkpoint.tensors):
@@ -104,46 +115,61 @@ def open_checkpoint(
         )
     if not any(name.startswith("projector.") for name in checkpoint.tensors):
         raise FileNotFoundError(
-            f"{folder}: holds no projector, without which the model cannot see; expected multi_modal_projector or "
-            f"mm_projector tensors, or {PROJECTOR_NAME} or {REST_NAME} beside them; is this a language model alone?"
+            f"{folder}: holds no projector, without which the model cannot see; expected "
+            "multi_modal_projector or "
+            f"mm_projector tensors, or {PROJECTOR_NAME} or {REST_NAME} beside them; is this a "
+            "language model alone?"
         )
     config = settle(config, checkpoint)
 
     def beyond(name: str) -> bool:
         block = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
-        return bool(block) and config.vision_layers_needed <= int(block[1]) < config.vision.num_hidden_layers
+        return (
+            bool(block)
+            and config.vision_layers_needed <= int(block[1]) < config.vision.num_hidden_layers
+        )
 
-    checkpoint.set_aside(lambda name: name.startswith("vision_tower.post_layernorm.") or beyond(name))
+    checkpoint.set_aside(
+        lambda name: name.startswith("vision_tower.post_layernorm.") or beyond(name)
+    )
     return checkpoint, config
 
 
 def default_weights() -> str:
-    """What is opened where no weights are named: those of $MINILLAVA_WEIGHTS, else the bundled demo model. Raises
-    ValueError where there is neither."""
+    """What is opened where no weights are named: those of $MINILLAVA_WEIGHTS, else the bundled demo
+    model. Raises ValueError where there is neither."""
     named = os.environ.get(WEIGHTS_VARIABLE)
     if named:
         if not os.path.isdir(os.path.expanduser(named)) and not is_repo_id(named):
-            raise ValueError(f"{named}: no such folder; {WEIGHTS_VARIABLE} names it; correct that, or name weights")
+            raise ValueError(
+                f"{named}: no such folder; {WEIGHTS_VARIABLE} names it; correct that, or name "
+                "weights"
+            )
         return named
     bundled = bundled_weights()
     if bundled is None:
-        raise ValueError(f"no weights are named, and the bundled model was left out; {HOW_TO_GET_WEIGHTS}")
+        raise ValueError(
+            f"no weights are named, and the bundled model was left out; {HOW_TO_GET_WEIGHTS}"
+        )
     return str(bundled)
 
 
-HOW_TO_GET_WEIGHTS = f"get LLaVA-1.5 (14 GB) with: {DOWNLOAD}; then --weights or {WEIGHTS_VARIABLE} names its folder"
+HOW_TO_GET_WEIGHTS = (
+    f"get LLaVA-1.5 (14 GB) with: {DOWNLOAD}; then --weights or {WEIGHTS_VARIABLE} names its folder"
+)
 
 
 def bundled_weights() -> Path | None:
     """The folder of the demo model that comes with minillava; None where somebody left it out."""
     package = Path(__file__).parents[1]
-    folders = package / "shapes", package.parent / "weights" / "shapes"  # as installed from a wheel; in a checkout
+    # as installed from a wheel; in a checkout
+    folders = package / "shapes", package.parent / "weights" / "shapes"
     return next((folder for folder in folders if (folder / "config.json").exists()), None)
 
 
 def find_folder(weights: str | Path, revision: str | None = None) -> Path:
-    """The folder that a path or a hub id ("ORG/NAME", downloaded already) means. Raises FileNotFoundError with the
-    command that gets it."""
+    """The folder that a path or a hub id ("ORG/NAME", downloaded already) means. Raises
+    FileNotFoundError with the command that gets it."""
     folder = Path(weights).expanduser()
     if is_repo_id(str(weights)):
         try:
@@ -151,14 +177,19 @@ def find_folder(weights: str | Path, revision: str | None = None) -> Path:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}{_meant(folder)}") from None
     if revision is not None:
-        raise ValueError(f"revision {revision!r} belongs to a model of the hub, but {folder} is a folder: leave it out")
+        raise ValueError(
+            f"revision {revision!r} belongs to a model of the hub, but {folder} is a folder: leave "
+            "it out"
+        )
     get = f"get one with: {DOWNLOAD}"
     try:
         names = os.listdir(folder)
     except NotADirectoryError:
         raise FileNotFoundError(f"{folder}: is a file, expected the folder it is in") from None
     except (FileNotFoundError, ValueError):  # ValueError: a name with a NUL
-        raise FileNotFoundError(f"{folder}: no such folder of weights{_meant(folder)}; {get}") from None
+        raise FileNotFoundError(
+            f"{folder}: no such folder of weights{_meant(folder)}; {get}"
+        ) from None
     except OSError as error:
         raise refused(folder, error) from None
     if not names:

@@ -1,7 +1,8 @@
-"""Weights that another program quantised: how to tell them, and by whose hand they are. They are refused.
+"""Weights that another program quantised: how to tell them, and by whose hand they are. They are
+refused.
 
-By their tensors, not by config.json alone: a fine-tune of a quantised base may keep `quantization_config` although its
-own weights are plain.
+By their tensors, not by config.json alone: a fine-tune of a quantised base may keep
+`quantization_config` although its own weights are plain.
 """
 
 import re
@@ -13,7 +14,8 @@ from minillava.files.disk import read_json
 from minillava.files.hub import RELEASE
 from minillava.files.tensors import DTYPES, Stored
 
-# The ends of names that only quantised weights have -> the method; the first that is found names it.
+# The ends of names that only quantised weights have -> the method; the first that is found names
+# it.
 _MARKS = {
     r"\.g_idx": "GPTQ",
     r"\.(qweight|qzeros)": "GPTQ or AWQ",
@@ -31,20 +33,35 @@ _MARKS = {
     r"_(blocks|scales)": "MXFP4",
 }
 
-_BESIDE = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "quantization_config.json": "quantisation"}
+_BESIDE = {
+    "quantize_config.json": "GPTQ",
+    "quant_config.json": "AWQ",
+    "quantization_config.json": "quantisation",
+}
 
 
-def refuse_quantised(folder: Path, tensors: Sequence[Stored], computed: tuple[str, ...], ours: tuple[str, ...]) -> None:
-    """Raises ValueError when the tensors of a folder are another program's quantised ones. computed, ours: ends of
-    names that are none of it, whatever their dtype."""
+def refuse_quantised(
+    folder: Path, tensors: Sequence[Stored], computed: tuple[str, ...], ours: tuple[str, ...]
+) -> None:
+    """Raises ValueError when the tensors of a folder are another program's quantised ones.
+    computed, ours: ends of names that are none of it, whatever their dtype."""
     others = [stored for stored in tensors if not stored.name.endswith((*computed, *ours))]
     packed = [stored for stored in others if stored.dtype not in DTYPES.values()]
     packed.sort(key=lambda stored: not stored.name.endswith("weight"))
-    method = next((method for mark, method in _MARKS.items() if any(re.search(f"{mark}$", s.name) for s in others)), "")
+    method = next(
+        (
+            method
+            for mark, method in _MARKS.items()
+            if any(re.search(f"{mark}$", s.name) for s in others)
+        ),
+        "",
+    )
     said = stated_method(folder)
     if not method and not (said and packed):
         return  # one tensor of whole numbers will be refused by its name
-    shown = (packed or [s for s in others if any(re.search(f"{mark}$", s.name) for mark in _MARKS)])[0]
+    shown = (
+        packed or [s for s in others if any(re.search(f"{mark}$", s.name) for mark in _MARKS)]
+    )[0]
     kind = str(shown.dtype).removeprefix("torch.")
     raise quantised(folder, said or method, f"{shown.name} is {kind}")
 
@@ -52,11 +69,15 @@ def refuse_quantised(folder: Path, tensors: Sequence[Stored], computed: tuple[st
 def quantised(folder: Path, method: str, found: str) -> ValueError:
     """What to raise for a folder that is quantised. found: what shows it."""
     by = f" by {method}" if method else ""
-    return ValueError(f"{folder}: is quantised{by} ({found}); use a release that is not quantised, such as {RELEASE}")
+    return ValueError(
+        f"{folder}: is quantised{by} ({found}); use a release that is not quantised, such as "
+        f"{RELEASE}"
+    )
 
 
 def stated_method(folder: Path) -> str:
-    """Who quantised a folder, by what it says itself: config.json, or a file beside it. "" when nothing does."""
+    """Who quantised a folder, by what it says itself: config.json, or a file beside it. "" when
+    nothing does."""
     raw = {}
     with suppress(ValueError, OSError):
         raw = read_json(folder / "config.json")

@@ -11,8 +11,8 @@ from pathlib import Path
 from minillava.checkpoint.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from minillava.files.tensors import Stored, holds_weights
 
-# Stored prefix -> ours; where several fit, the longest wins. After the prefix, every dialect of LLaVA
-# checkpoints uses the same names (`layers.0.self_attn.q_proj.weight`, ...), and so do we.
+# Stored prefix -> ours; where several fit, the longest wins. After the prefix, every dialect of
+# LLaVA checkpoints uses the same names (`layers.0.self_attn.q_proj.weight`, ...), and so do we.
 PREFIXES = {
     # on the hub (llava-hf), and as transformers 4.37 to 4.57 write it
     "language_model.model.": "language_model.",
@@ -21,7 +21,8 @@ PREFIXES = {
     "multi_modal_projector.": "projector.",
     # transformers 5, saving a model built from a config: as above, but
     "vision_tower.": "vision_tower.",
-    # the module names of transformers 4.52 and later (raw state_dict, or save_original_format=False)
+    # the module names of transformers 4.52 and later (raw state_dict, or
+    # save_original_format=False)
     "model.language_model.": "language_model.",
     "lm_head.": "language_model.lm_head.",
     "model.vision_tower.vision_model.": "vision_tower.",
@@ -35,58 +36,89 @@ PREFIXES = {
     "mm_projector.": "projector.linear_1.",  # as some pre-trains save it alone
 }
 
-# The original's projector of one layer has no number, one of N has 0, 2, 4, ...: between them stand the GELUs.
+# The original's projector of one layer has no number, one of N has 0, 2, 4, ...: between them stand
+# the GELUs.
 PROJECTOR = re.compile(r"(?:model\.)?mm_projector\.(\d*[02468])\.")
 
 CLIP_PREFIXES = {"vision_model.": "vision_tower.", "": "vision_tower."}  # a CLIP folder of its own
 
-OTHER_TOWERS = re.compile(r"laion|open_?clip|datacomp|siglip|eva|dfn|metaclip|dino|intern", re.IGNORECASE)
+OTHER_TOWERS = re.compile(
+    r"laion|open_?clip|datacomp|siglip|eva|dfn|metaclip|dino|intern", re.IGNORECASE
+)
 
-# Stored names that are never weights of ours, by the end of the name: tables that are computed from the config.
+# Stored names that are never weights of ours, by the end of the name: tables that are computed from
+# the config.
 COMPUTED = (".position_ids", ".inv_freq")
 
 # The other half of a whole CLIP: its text tower and the heads that compare the two.
 CLIP_TEXT_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 
-# What wraps a model in training and then stands in its names: data parallel, torch.compile, FSDP, Fabric, PEFT.
-WRAPPERS = {"module", "_module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# What wraps a model in training and then stands in its names: data parallel, torch.compile, FSDP,
+# Fabric, PEFT.
+WRAPPERS = {
+    "module",
+    "_module",
+    "_orig_mod",
+    "_forward_module",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}
 
 PEFT_PREFIX = "base_model.model."
 
 # How names begin that no wrapper stands in front of ...
-STARTS = {prefix.partition(".")[0] for prefix in (*PREFIXES, *CLIP_PREFIXES, *CLIP_TEXT_HALF, PEFT_PREFIX)} - {""}
+STARTS = {
+    prefix.partition(".")[0] for prefix in (*PREFIXES, *CLIP_PREFIXES, *CLIP_TEXT_HALF, PEFT_PREFIX)
+} - {""}
 
-STARTS |= {"embeddings", "encoder", "pre_layrnorm", "post_layernorm"}  # the vision half of a CLIP alone
+# the vision half of a CLIP alone
+STARTS |= {"embeddings", "encoder", "pre_layrnorm", "post_layernorm"}
 
 # ... but for a model that another one holds as its `model`.
-TWO_MODELS = ("model.model.", "model.lm_head.", "model.language_model.model.", "model.language_model.lm_head.")
+TWO_MODELS = (
+    "model.model.",
+    "model.lm_head.",
+    "model.language_model.model.",
+    "model.language_model.lm_head.",
+)
 
-# What comes beside a language model: a projector trained alone, and what a LoRA run trained besides its adapter.
+# What comes beside a language model: a projector trained alone, and what a LoRA run trained besides
+# its adapter.
 PROJECTOR_NAME, REST_NAME = "mm_projector.bin", "non_lora_trainables.bin"
 
 TABLES = ("language_model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
 def part_of_model(folder: Path) -> str | None:
-    """What a folder without a language model holds of a LLaVA, in words; None for a whole model or for nothing."""
+    """What a folder without a language model holds of a LLaVA, in words; None for a whole model or
+    for nothing."""
     if holds_weights(folder):
         return None
-    parts = {ADAPTER_CONFIG_NAME: "a LoRA adapter", PROJECTOR_NAME: "a projector", REST_NAME: "a part of a LoRA run"}
+    parts = {
+        ADAPTER_CONFIG_NAME: "a LoRA adapter",
+        PROJECTOR_NAME: "a projector",
+        REST_NAME: "a part of a LoRA run",
+    }
     return next((words for name, words in parts.items() if (folder / name).exists()), None)
 
 
 def unwrapped(tensors: Sequence[Stored]) -> list[tuple[str, Stored]]:
     """Tensors by their names without wrappers (`unwrap`)."""
     return (
-        list(zip(unwrap([stored.name for stored in tensors], tensors[0].path), tensors, strict=True)) if tensors else []
+        list(
+            zip(unwrap([stored.name for stored in tensors], tensors[0].path), tensors, strict=True)
+        )
+        if tensors
+        else []
     )
 
 
 def unwrap(names: Sequence[str], path: Path) -> list[str]:
-    """Names without what training programs put around a model: `module.` and the like wherever they stand, and before
-    all names one component that no dialect begins with.
+    """Names without what training programs put around a model: `module.` and the like wherever they
+    stand, and before all names one component that no dialect begins with.
 
-    Raises ValueError naming the file where only some names begin with a wrapper: they may be of two trainings.
+    Raises ValueError naming the file where only some names begin with a wrapper: they may be of two
+    trainings.
     """
     names, before = list(names), None
     while names != before:
@@ -98,16 +130,28 @@ def unwrap(names: Sequence[str], path: Path) -> list[str]:
         elif first == {"model"} and any(name.startswith(TWO_MODELS) for name in names):
             names = [name.removeprefix("model.") for name in names]
         else:
-            wrapped = [name for name in names if name.partition(".")[0] in WRAPPERS or name.startswith(PEFT_PREFIX)]
+            wrapped = [
+                name
+                for name in names
+                if name.partition(".")[0] in WRAPPERS or name.startswith(PEFT_PREFIX)
+            ]
             if wrapped:
-                found = f"{len(wrapped)} of {len(names)} names begin with a wrapper, such as {wrapped[0]}"
-                raise ValueError(f"{path}: {found}, the others do not; save the tensors of one model, unwrapped")
-            names = [".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names]
+                found = (
+                    f"{len(wrapped)} of {len(names)} names begin with a wrapper, such as "
+                    f"{wrapped[0]}"
+                )
+                raise ValueError(
+                    f"{path}: {found}, the others do not; save the tensors of one model, unwrapped"
+                )
+            names = [
+                ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names
+            ]
     return names
 
 
 def renamed(stored: str, prefixes: dict[str, str]) -> str:
-    """Our name for a stored one; a name no prefix fits stays as it is, to be reported as unexpected."""
+    """Our name for a stored one; a name no prefix fits stays as it is, to be reported as
+    unexpected."""
     if layer := PROJECTOR.match(stored):
         return f"projector.linear_{int(layer[1]) // 2 + 1}.{stored[layer.end() :]}"
     fitting = [p for p in prefixes if stored.startswith(p)]

@@ -5,14 +5,19 @@ import torch
 from minillava.fast.linear import has_fast_bfloat16
 from minillava.options import DEVICES, DTYPES
 
-# Parameters from which `auto` is bfloat16 also on a CPU that emulates it: it decodes as fast there as float32, takes
-# half the memory, and needs no copy that is made first.
+# Parameters from which `auto` is bfloat16 also on a CPU that emulates it: it decodes as fast there
+# as float32, takes half the memory, and needs no copy that is made first.
 LARGE = 10**9
 
 
 def choose_device(name: str) -> str:
-    """`auto` is a GPU if there is one. Raises ValueError for an unknown device or one this machine lacks."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    """`auto` is a GPU if there is one. Raises ValueError for an unknown device or one this machine
+    lacks."""
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if name == "auto":
         return next(device for device in ("cuda", "mps", "cpu") if available[device])
     kind, _, index = name.partition(":")
@@ -25,8 +30,8 @@ def choose_device(name: str) -> str:
 
 
 def choose_dtype(name: str, device: str, stored: torch.dtype, parameters: int) -> torch.dtype:
-    """`auto`: what is stored on a GPU; on a CPU bfloat16 if it has instructions for it or the model is LARGE; else
-    float32."""
+    """`auto`: what is stored on a GPU; on a CPU bfloat16 if it has instructions for it or the model
+    is LARGE; else float32."""
     if name == "auto":
         if not device.startswith("cpu"):
             return stored

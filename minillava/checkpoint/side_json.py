@@ -8,9 +8,12 @@ from minillava.files.disk import read_json
 from minillava.image import ImageProcessor
 
 
-def read_image_processor(folder: Path, config: LlavaConfig, aspect: str | None = None) -> ImageProcessor:
-    """The processor a folder describes: preprocessor_config.json (transformers 4), the `image_processor` of
-    processor_config.json (5), or CLIP's own numbers. Raises ValueError for steps minillava does not take."""
+def read_image_processor(
+    folder: Path, config: LlavaConfig, aspect: str | None = None
+) -> ImageProcessor:
+    """The processor a folder describes: preprocessor_config.json (transformers 4), the
+    `image_processor` of processor_config.json (5), or CLIP's own numbers. Raises ValueError for
+    steps minillava does not take."""
     folder = Path(folder)
     path = folder / "preprocessor_config.json"
     raw = read_json(path) if os.path.lexists(path) else {}
@@ -18,8 +21,13 @@ def read_image_processor(folder: Path, config: LlavaConfig, aspect: str | None =
         path = folder / "processor_config.json"
         raw = read_json(path).get("image_processor", {})
         if not isinstance(raw, dict):
-            raise ValueError(f"{path}: image_processor is {raw!r:.80}, expected an object; download the file again")
-    expected = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+            raise ValueError(
+                f"{path}: image_processor is {raw!r:.80}, expected an object; download the file "
+                "again"
+            )
+    expected = dict.fromkeys(
+        ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True
+    )
     expected |= {"resample": 3, "rescale_factor": 1 / 255}  # 3 is Pillow's bicubic
     for key, value in expected.items():
         if raw.get(key, value) != value:
@@ -28,13 +36,21 @@ def read_image_processor(folder: Path, config: LlavaConfig, aspect: str | None =
         size = raw.get(key, config.vision.image_size)
         sides = list(size.values()) if isinstance(size, dict) else [size]
         if not sides or any(side != config.vision.image_size for side in sides):
-            raise ValueError(f"{path}: {key} is {size!r:.80}, config.json has image_size {config.vision.image_size}")
+            raise ValueError(
+                f"{path}: {key} is {size!r:.80}, config.json has image_size "
+                f"{config.vision.image_size}"
+            )
     numbers = {}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if theirs in raw:
             found = raw[theirs]
-            numbers_only = isinstance(found, list) and all(isinstance(x, (int, float)) for x in found)
+            numbers_only = isinstance(found, list) and all(
+                isinstance(x, (int, float)) for x in found
+            )
             if not numbers_only or len(found) != 3 or (ours == "std" and min(found) <= 0):
-                raise ValueError(f"{path}: {theirs} is {found!r:.80}, expected three numbers, above zero for image_std")
+                raise ValueError(
+                    f"{path}: {theirs} is {found!r:.80}, expected three numbers, above zero for "
+                    "image_std"
+                )
             numbers[ours] = found
     return ImageProcessor(config.vision.image_size, aspect or config.image_aspect_ratio, **numbers)

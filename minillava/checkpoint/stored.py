@@ -10,17 +10,33 @@ from torch import Tensor
 
 from minillava.checkpoint.adapter import Adapter, Delta
 from minillava.checkpoint.foreign import quantised, refuse_quantised, stated_method
-from minillava.checkpoint.names import COMPUTED, PREFIXES, PROJECTOR_NAME, REST_NAME, TABLES, renamed, unwrap, unwrapped
+from minillava.checkpoint.names import (
+    COMPUTED,
+    PREFIXES,
+    PROJECTOR_NAME,
+    REST_NAME,
+    TABLES,
+    renamed,
+    unwrap,
+    unwrapped,
+)
 from minillava.fast.quantize import PARTS, whole_shape
-from minillava.files.tensors import OtherObjects, Stored, open_file, open_folder, several_sets, weight_files
+from minillava.files.tensors import (
+    OtherObjects,
+    Stored,
+    open_file,
+    open_folder,
+    several_sets,
+    weight_files,
+)
 from minillava.llama import grow_rows
 
 
 class Checkpoint:
     """The tensors of one model, in the files of one folder or of several; opened but not read.
 
-    tensors: our name -> where it is stored. unused: stored names that this network does not need. deltas: our name ->
-    what a LoRA adds. notes: sentences about what lies there and is not read.
+    tensors: our name -> where it is stored. unused: stored names that this network does not need.
+    deltas: our name -> what a LoRA adds. notes: sentences about what lies there and is not read.
     Raises FileNotFoundError or ValueError naming the file, what was found and what to do.
     """
 
@@ -33,19 +49,26 @@ class Checkpoint:
     ):
         self.folder = Path(folder)  # the one that messages name
         self.rows: int | None = None  # of the two tables, where an adapter enlarged them
-        self.vocabulary = vocabulary  # rows that the two tables grow to, when they have fewer; None: they stay
+        # rows that the two tables grow to, when they have fewer; None: they stay
+        self.vocabulary = vocabulary
         self.unused: list[str] = []
         self.tensors: dict[str, Stored] = {}
-        self.new_rows: dict[str, Stored] = {}  # the last rows of a table: of tokens that the base does not know
+        # the last rows of a table: of tokens that the base does not know
+        self.new_rows: dict[str, Stored] = {}
         self.deltas: dict[str, Delta] = {}
         self.notes: list[str] = []
         for name, stored in self._named(self._open(), prefixes, dropped):
             if name in self.tensors:
                 twin = self.tensors[name].name
-                raise ValueError(f"{self.folder}: {twin} and {stored.name} are both {name}; remove one")
+                raise ValueError(
+                    f"{self.folder}: {twin} and {stored.name} are both {name}; remove one"
+                )
             self.tensors[name] = stored
-        self.quantised: dict[str, dict[str, Stored]] = {}  # our name -> the parts of quantize.py, by their suffixes
-        for name in [n for n in self.tensors if n.endswith(tuple(f".{suffix}" for suffix in PARTS))]:
+        # our name -> the parts of quantize.py, by their suffixes
+        self.quantised: dict[str, dict[str, Stored]] = {}
+        for name in [
+            n for n in self.tensors if n.endswith(tuple(f".{suffix}" for suffix in PARTS))
+        ]:
             self._join_parts(*name.rsplit(".", 1))
 
     def _open(self) -> list[tuple[str, Stored]]:
@@ -55,7 +78,9 @@ class Checkpoint:
         except OtherObjects as error:
             if not (method := stated_method(self.folder)):
                 raise
-            raise quantised(self.folder, method, str(error).removeprefix(f"{self.folder}/")) from None
+            raise quantised(
+                self.folder, method, str(error).removeprefix(f"{self.folder}/")
+            ) from None
         except FileNotFoundError:
             for file in sorted(self.folder.glob("*.gguf"))[:1]:
                 raise quantised(self.folder, "llama.cpp", f"holds {file.name}") from None
@@ -63,22 +88,40 @@ class Checkpoint:
         for stored in tensors:
             if re.search(r"\.lora_[AB]\.", stored.name):
                 found = f"holds a LoRA that was not merged ({stored.name})"
-                raise ValueError(f"{stored.path}: {found}; save what PEFT's merge_and_unload() returns")
+                raise ValueError(
+                    f"{stored.path}: {found}; save what PEFT's merge_and_unload() returns"
+                )
         refuse_quantised(
-            self.folder, tensors, COMPUTED, tuple(f".{suffix}" for pair in PARTS.items() for suffix in pair)
+            self.folder,
+            tensors,
+            COMPUTED,
+            tuple(f".{suffix}" for pair in PARTS.items() for suffix in pair),
         )
         read, others = weight_files(self.folder)
-        others += [self.folder / name for name in (PROJECTOR_NAME, REST_NAME) if (self.folder / name).exists()]
+        others += [
+            self.folder / name
+            for name in (PROJECTOR_NAME, REST_NAME)
+            if (self.folder / name).exists()
+        ]
         if others:
             self.notes.append(several_sets(read[0], others))
         return unwrapped(tensors)
 
     def _join_parts(self, module: str, suffix: str) -> None:
-        """A quantised weight and its scales become one tensor, `<module>.weight`. Raises ValueError."""
-        stored, name, other = self.tensors.pop(f"{module}.{suffix}"), f"{module}.weight", PARTS[suffix]
+        """A quantised weight and its scales become one tensor, `<module>.weight`. Raises
+        ValueError."""
+        stored, name, other = (
+            self.tensors.pop(f"{module}.{suffix}"),
+            f"{module}.weight",
+            PARTS[suffix],
+        )
         scales = self.tensors.pop(f"{module}.{other}", None)
         if scales is None or name in self.tensors:
-            found = f"{self.tensors[name].name} besides" if name in self.tensors else f"no {other} for it"
+            found = (
+                f"{self.tensors[name].name} besides"
+                if name in self.tensors
+                else f"no {other} for it"
+            )
             raise ValueError(f"{stored.path}: holds {stored.name} and {found}; download it again")
         self.tensors[name], self.quantised[name] = stored, {suffix: stored, other: scales}
         dtype = stored.file.read(stored.name).dtype
@@ -90,7 +133,10 @@ class Checkpoint:
             raise ValueError(f"{stored.path}: {stored.name} {error}; download it again") from None
 
     def _named(
-        self, tensors: Iterable[tuple[str, Stored]], prefixes: dict[str, str], dropped: tuple[str, ...] = ()
+        self,
+        tensors: Iterable[tuple[str, Stored]],
+        prefixes: dict[str, str],
+        dropped: tuple[str, ...] = (),
     ) -> Iterable[tuple[str, Stored]]:
         for name, stored in tensors:
             if name.endswith(COMPUTED) or name.startswith(dropped):
@@ -99,8 +145,9 @@ class Checkpoint:
                 yield renamed(name, prefixes), stored
 
     def lay_over(self, tensors: Iterable[tuple[str, Stored]]) -> None:
-        """Tensors, by a name of any dialect, that replace those of the same name. A table of fewer rows holds those of
-        new tokens, all that a training with its base frozen has to save: they become the last ones, as in LLaVA."""
+        """Tensors, by a name of any dialect, that replace those of the same name. A table of fewer
+        rows holds those of new tokens, all that a training with its base frozen has to save: they
+        become the last ones, as in LLaVA."""
         for name, stored in self._named(tensors, PREFIXES):
             before = self.tensors.get(name)
             grows = self.vocabulary is not None and name in TABLES and name not in self.quantised
@@ -112,8 +159,8 @@ class Checkpoint:
                 self.quantised.pop(name, None)
 
     def adapt(self, folder: Path) -> None:
-        """A LoRA from its folder: what it adds, and what was trained besides. Raises ValueError listing what does not
-        fit this model."""
+        """A LoRA from its folder: what it adds, and what was trained besides. Raises ValueError
+        listing what does not fit this model."""
         adapter = Adapter(folder)
         self.notes += adapter.notes
         if (folder / REST_NAME).exists():
@@ -121,20 +168,27 @@ class Checkpoint:
         problems, grown = [], ""
         given = [*adapter.whole, *adapter.deltas]
         plain = dict(zip(given, unwrap(given, adapter.path), strict=True))
-        for name, stored in self._named([(plain[name], stored) for name, stored in adapter.whole.items()], PREFIXES):
+        for name, stored in self._named(
+            [(plain[name], stored) for name, stored in adapter.whole.items()], PREFIXES
+        ):
             before = self.shape(name) if name in self.tensors else stored.shape
             if name in TABLES and stored.shape[1:] == before[1:] and stored.shape > before:
                 grown = f"its run enlarged the vocabulary from {before[0]} to {stored.shape[0]}"
                 self.rows = stored.shape[0]
             elif stored.shape != before:
                 found, ours = list(stored.shape), list(before)
-                problems.append(f"{stored.name} has shape {found}, the base model's {name} has {ours}")
+                problems.append(
+                    f"{stored.name} has shape {found}, the base model's {name} has {ours}"
+                )
             self.tensors[name] = stored
             self.quantised.pop(name, None)
             self.new_rows.pop(name, None)
         for name in TABLES:
             if grown and name in self.tensors and self.shape(name)[0] != self.rows:
-                raise ValueError(f"{adapter.path}: {grown}, but it does not hold {name}; merge it with PEFT first")
+                raise ValueError(
+                    f"{adapter.path}: {grown}, but it does not hold {name}; merge it with PEFT "
+                    "first"
+                )
         for stored_name, delta in adapter.deltas.items():
             name = renamed(plain[stored_name], PREFIXES)
             found = [delta.b.shape[0], delta.a.shape[1]]
@@ -144,27 +198,45 @@ class Checkpoint:
                 problems.append(f"{delta.a.name} is for {name}, which is quantised")
             elif name in TABLES and found[0] > self.shape(name)[0]:
                 rows = f"from {self.shape(name)[0]} to {found[0]}"
-                raise ValueError(f"{adapter.path}: its run enlarged the vocabulary {rows}; merge it with PEFT first")
+                raise ValueError(
+                    f"{adapter.path}: its run enlarged the vocabulary {rows}; merge it with PEFT "
+                    "first"
+                )
             elif found != list(self.shape(name)):
-                problems.append(f"{delta.a.name} and lora_B make {found}, {name} has shape {list(self.shape(name))}")
+                problems.append(
+                    f"{delta.a.name} and lora_B make {found}, {name} has shape "
+                    f"{list(self.shape(name))}"
+                )
             elif name in self.deltas:
                 problems.append(f"{delta.a.name} is a second adapter of {name}")
             self.deltas[name] = delta
         if adapter.everywhere:
             problems += [f"it holds no lora_A and lora_B for {name}" for name in self._left_out()]
         if problems:
-            first = f"{adapter.path}: {problems[0]}; {len(problems)} problem(s) with {len(adapter.deltas)} layers"
-            raise ValueError("\n  ".join([f"{first}: use the base model it was trained on", *problems[1:]]))
+            first = (
+                f"{adapter.path}: {problems[0]}; {len(problems)} problem(s) with "
+                f"{len(adapter.deltas)} layers"
+            )
+            raise ValueError(
+                "\n  ".join([f"{first}: use the base model it was trained on", *problems[1:]])
+            )
 
     def _left_out(self) -> list[str]:
-        """Weights of the language model that a LoRA leaves alone although it changes their like in other layers."""
+        """Weights of the language model that a LoRA leaves alone although it changes their like in
+        other layers."""
         layer = re.compile(r"language_model\.layers\.\d+\.")
         kinds = {layer.sub("", name) for name in self.deltas if layer.match(name)}
-        return [n for n in self.tensors if layer.match(n) and layer.sub("", n) in kinds and n not in self.deltas]
+        return [
+            n
+            for n in self.tensors
+            if layer.match(n) and layer.sub("", n) in kinds and n not in self.deltas
+        ]
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name in self.quantised:
-            return whole_shape({suffix: stored.shape for suffix, stored in self.quantised[name].items()})
+            return whole_shape(
+                {suffix: stored.shape for suffix, stored in self.quantised[name].items()}
+            )
         shape = self.tensors[name].shape
         if name not in TABLES or self.vocabulary is None:
             return shape
@@ -172,12 +244,14 @@ class Checkpoint:
         return (max(shape[0] + new, self.vocabulary), *shape[1:])
 
     def read(self, name: str, dtype: torch.dtype | None = None, passing: bool = False) -> Tensor:
-        """The tensor at `dtype` (None: as stored), memory-mapped where it is stored so; passing: it will be made into
-        another soon. Raises ValueError when it is quantised."""
+        """The tensor at `dtype` (None: as stored), memory-mapped where it is stored so; passing: it
+        will be made into another soon. Raises ValueError when it is quantised."""
         tensor = self.tensors[name].read(passing or dtype not in (None, self.stored_dtype(name)))
         dtype = tensor.dtype if dtype is None else dtype
         if self.shape(name) != tensor.shape:
-            new = self.new_rows[name].read().to(tensor.dtype) if name in self.new_rows else tensor[:0]
+            new = (
+                self.new_rows[name].read().to(tensor.dtype) if name in self.new_rows else tensor[:0]
+            )
             tensor = torch.cat([grow_rows(tensor, self.shape(name)[0] - len(new)), new])
         if name in self.deltas:
             return self.deltas[name].add_to(tensor, dtype)
@@ -187,7 +261,8 @@ class Checkpoint:
         return self.tensors[name].read().dtype
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the largest tensor that is not quantised, which is what people mean by the checkpoint's."""
+        """The dtype of the largest tensor that is not quantised, which is what people mean by the
+        checkpoint's."""
         plain = [name for name in self.tensors if name not in self.quantised]
         return self.stored_dtype(max(plain, key=lambda name: math.prod(self.shape(name))))
 

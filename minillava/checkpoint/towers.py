@@ -13,9 +13,10 @@ CLIP_DEPTHS = {768: 12, 1024: 24}  # width -> blocks of OpenAI's ViT-B and ViT-L
 
 
 def settle(config: LlavaConfig, checkpoint: Checkpoint) -> LlavaConfig:
-    """The config as the tensors complete it. A stored head is the head, whatever `tie_word_embeddings` says; tables
-    that an adapter enlarged are the vocabulary; a tower that no file describes is as large as its tensors.
-    Raises ValueError for a tower whose other properties cannot be known."""
+    """The config as the tensors complete it. A stored head is the head, whatever
+    `tie_word_embeddings` says; tables that an adapter enlarged are the vocabulary; a tower that no
+    file describes is as large as its tensors. Raises ValueError for a tower whose other properties
+    cannot be known."""
     text = config.text
     if TABLES[1] in checkpoint.tensors:
         text = replace(text, tie_word_embeddings=False)
@@ -28,15 +29,26 @@ def settle(config: LlavaConfig, checkpoint: Checkpoint) -> LlavaConfig:
 
 
 def _measure_tower(config: LlavaConfig, checkpoint: Checkpoint) -> VisionConfig:
-    """OpenAI's CLIP of the size that the stored tensors have: its heads are 64 wide. Raises ValueError for others."""
-    embeddings, first_layer = "vision_tower.embeddings.", "vision_tower.encoder.layers.0.mlp.fc1.weight"
-    names = f"{embeddings}position_embedding.weight", f"{embeddings}patch_embedding.weight", first_layer
+    """OpenAI's CLIP of the size that the stored tensors have: its heads are 64 wide. Raises
+    ValueError for others."""
+    embeddings, first_layer = (
+        "vision_tower.embeddings.",
+        "vision_tower.encoder.layers.0.mlp.fc1.weight",
+    )
+    names = (
+        f"{embeddings}position_embedding.weight",
+        f"{embeddings}patch_embedding.weight",
+        first_layer,
+    )
     if not all(name in checkpoint.tensors for name in names):
         return config.vision  # what is missing will be said
     positions, patches, mlp = map(checkpoint.shape, names)  # [P + 1, C], [C, 3, p, p], [F, C]
     name = config.vision_tower_name or "that lies there"
     advice = f"{checkpoint.folder}: config.json does not describe the vision tower {name}"
-    step = "add the `vision_config` that it was trained with, or pass its own folder with --vision-tower"
+    step = (
+        "add the `vision_config` that it was trained with, or pass its own folder with "
+        "--vision-tower"
+    )
     if OTHER_TOWERS.search(config.vision_tower_name or ""):
         raise ValueError(f"{advice}, which is not one of OpenAI's CLIPs; {step}")
     side = math.isqrt(max(positions[0] - 1, 0))
@@ -45,14 +57,19 @@ def _measure_tower(config: LlavaConfig, checkpoint: Checkpoint) -> VisionConfig:
         raise ValueError(f"{advice}, and {found} do not say how large its pictures are; {step}")
     width = patches[0]
     if width % 64 or width > 1024:
-        raise ValueError(f"{advice}, and its width {width} does not say how many heads it has; {step}")
-    blocks = (re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name) for name in checkpoint.tensors)
+        raise ValueError(
+            f"{advice}, and its width {width} does not say how many heads it has; {step}"
+        )
+    blocks = (
+        re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name) for name in checkpoint.tensors
+    )
     depth = 1 + max(int(block[1]) for block in blocks if block)
     return replace(
         config.vision,
         hidden_size=width,
         intermediate_size=mlp[0],
-        # The last blocks may have been left out, since no feature needs them: the index of a layer counts them.
+        # The last blocks may have been left out, since no feature needs them: the index of a layer
+        # counts them.
         num_hidden_layers=max(depth, CLIP_DEPTHS.get(width, 0)),
         num_attention_heads=width // 64,
         image_size=side * patches[2],

@@ -15,7 +15,16 @@ from minillava import __version__
 from minillava.cli.messages import show
 from minillava.files.disk import check_writable, explain, is_stream, same_file
 from minillava.generate.contrast import METHODS, Contrast
-from minillava.options import ASPECTS, ATTENTION, DEVICES, DTYPES, KINDS, TRANSFORMS, WEIGHTS_VARIABLE, Options
+from minillava.options import (
+    ASPECTS,
+    ATTENTION,
+    DEVICES,
+    DTYPES,
+    KINDS,
+    TRANSFORMS,
+    WEIGHTS_VARIABLE,
+    Options,
+)
 from minillava.prompt import DEFAULT_TEMPLATE, TEMPLATES
 
 MODEL_FILES = (".json", ".model", ".safetensors", ".bin", ".pth")
@@ -26,7 +35,8 @@ class Parser(argparse.ArgumentParser):
     """Errors in one line; `--max_new_tokens` is `--max-new-tokens`."""
 
     def error(self, message: str):
-        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # it quotes what was typed
+        # it quotes what was typed
+        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
     def exit(self, status: int = 0, message: str | None = None):
@@ -50,7 +60,10 @@ class Parser(argparse.ArgumentParser):
             if name.replace("_", "-") in self.flags:
                 given[i] = name.replace("_", "-") + equals + value
             elif re.match("-[a-z]{2}", name) and f"-{name}" in self.flags:
-                self.error(f"{name} is read as {name[:2]} with the value {name[2:]!r}: did you mean -{name}?")
+                self.error(
+                    f"{name} is read as {name[:2]} with the value {name[2:]!r}: did you mean "
+                    f"-{name}?"
+                )
         found, unknown = self.parse_known_args(given, namespace)
         if unknown:
             self.error(self._about_unknown(unknown))
@@ -60,14 +73,24 @@ class Parser(argparse.ArgumentParser):
         """What is wrong with arguments that no flag takes, with the nearest flag."""
         name, *_ = unknown[0].partition("=")
         if not name.startswith("-"):
-            places = {"--prompt": "a question", "--image": "a picture", "--questions": "a file of questions"}
-            hint = "; ".join(f"{what} goes behind {flag}" for flag, what in places.items() if flag in self.flags)
+            places = {
+                "--prompt": "a question",
+                "--image": "a picture",
+                "--questions": "a file of questions",
+            }
+            hint = "; ".join(
+                f"{what} goes behind {flag}" for flag, what in places.items() if flag in self.flags
+            )
             return f"unrecognized argument {unknown[0]!r}" + (f": {hint}" if hint else "")
         from difflib import get_close_matches
 
         name, flags = name.replace("_", "-"), [flag for flag in self.flags if flag.startswith("--")]
-        near = [flag for flag in flags if flag.startswith(name)] or get_close_matches(name, flags, 1)
-        return f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        near = [flag for flag in flags if flag.startswith(name)] or get_close_matches(
+            name, flags, 1
+        )
+        return f"unrecognized arguments: {' '.join(unknown)}" + (
+            f"; did you mean {' or '.join(near)}?" if near else ""
+        )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,13 +101,28 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of LLaVA-1.5 weights in any layout, or ORG/NAME in the local hub cache "
         f"(default: ${WEIGHTS_VARIABLE}, else the bundled demo model)",
     )  # fmt: skip
-    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model in the hub cache")
-    group.add_argument("--vision-tower", metavar="DIR", help="folder of a CLIP, for original releases, which hold none")
     group.add_argument(
-        "--model-base", metavar="DIR", help="language model under --weights that hold only a projector or a LoRA"
+        "--revision", metavar="NAME", help="branch, tag or commit of a model in the hub cache"
     )
-    group.add_argument("--adapter", metavar="DIR", help="folder of a LoRA to merge into the weights")
-    group.add_argument("--device", default="auto", metavar="NAME", help=f"one of {', '.join(DEVICES)} (default: auto)")
+    group.add_argument(
+        "--vision-tower",
+        metavar="DIR",
+        help="folder of a CLIP, for original releases, which hold none",
+    )
+    group.add_argument(
+        "--model-base",
+        metavar="DIR",
+        help="language model under --weights that hold only a projector or a LoRA",
+    )
+    group.add_argument(
+        "--adapter", metavar="DIR", help="folder of a LoRA to merge into the weights"
+    )
+    group.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help=f"one of {', '.join(DEVICES)} (default: auto)",
+    )
     group.add_argument(
         "--dtype", default="auto", choices=["auto", *DTYPES],
         help="precision (default: auto: the checkpoint's on a GPU; on a CPU bfloat16 where it is fast, which for large "
@@ -108,7 +146,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--template", "--conv-mode", choices=list(TEMPLATES), metavar="NAME",
         help=f"conversation template: {', '.join(TEMPLATES)} (default: {DEFAULT_TEMPLATE})",
     )  # fmt: skip
-    group.add_argument("--system", metavar="TEXT", help='system text instead of the template\'s; "" for none')
+    group.add_argument(
+        "--system", metavar="TEXT", help='system text instead of the template\'s; "" for none'
+    )
     group.add_argument(
         "--image-aspect-ratio", choices=ASPECTS,
         help="pad the picture to a square, or crop it (default: config.json's, else pad)",
@@ -116,29 +156,60 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of every command that makes text: fields of `Options`, as `read_options` takes them from there."""
+    """Flags of every command that makes text: fields of `Options`, as `read_options` takes them
+    from there."""
     group = parser.add_argument_group("generation")
     flags = (
         ("--max-new-tokens", int, "N", "longest answer (default: {})"),
         ("--min-new-tokens", int, "N", "no end token before N tokens (default: {})"),
-        ("--temperature", float, "T", "0 is greedy: always the most likely token; above 0 samples (default: {})"),
+        (
+            "--temperature",
+            float,
+            "T",
+            "0 is greedy: always the most likely token; above 0 samples (default: {})",
+        ),
         ("--top-k", int, "K", "sample among the K most likely tokens"),
         ("--top-p", float, "P", "sample among the most likely tokens that reach probability P"),
         ("--min-p", float, "P", "sample among tokens at least P times as likely as the best"),
-        ("--typical-p", float, "P", "sample among the least surprising and surprised tokens that reach probability P"),
-        ("--repetition-penalty", float, "R", "above 1 makes tokens already in the text less likely"),
-        ("--no-repeat-ngram-size", int, "N", "never say N tokens in a row that are in prompt or answer already"),
-        ("--seed", int, "S", "makes samples, and the noise of --contrast, reproducible (greedy default: 0)"),
+        (
+            "--typical-p",
+            float,
+            "P",
+            "sample among the least surprising and surprised tokens that reach probability P",
+        ),
+        (
+            "--repetition-penalty",
+            float,
+            "R",
+            "above 1 makes tokens already in the text less likely",
+        ),
+        (
+            "--no-repeat-ngram-size",
+            int,
+            "N",
+            "never say N tokens in a row that are in prompt or answer already",
+        ),
+        (
+            "--seed",
+            int,
+            "S",
+            "makes samples, and the noise of --contrast, reproducible (greedy default: 0)",
+        ),
     )
     for flag, kind, metavar, text in flags:
         names = ["-n", flag] if flag == "--max-new-tokens" else [flag]
         default = vars(Options)[flag.strip("-").replace("-", "_")]
-        group.add_argument(*names, type=kind, default=default, metavar=metavar, help=text.format(default))
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+        group.add_argument(
+            *names, type=kind, default=default, metavar=metavar, help=text.format(default)
+        )
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
+    )
 
 
 def add_search_arguments(parser: argparse.ArgumentParser):
-    """Flags of beams: further fields of `Options`, for a command that takes whole answers; returns their group."""
+    """Flags of beams: further fields of `Options`, for a command that takes whole answers; returns
+    their group."""
     group = parser.add_argument_group("search")
     group.add_argument(
         "--num-beams", type=int, default=Options.num_beams, metavar="N",
@@ -172,8 +243,11 @@ def number_list(text: str) -> list[int] | None:
 
 
 def read_options(parser: Parser, args: argparse.Namespace) -> dict:
-    """What the flags of `add_generation_arguments` say, as fields of `Options`; one out of range is wrong usage."""
-    options = {name: vars(args)[name] for name in Options.__dataclass_fields__ if name in vars(args)}
+    """What the flags of `add_generation_arguments` say, as fields of `Options`; one out of range is
+    wrong usage."""
+    options = {
+        name: vars(args)[name] for name in Options.__dataclass_fields__ if name in vars(args)
+    }
     try:
         Options(**options)
     except ValueError as error:
@@ -189,9 +263,30 @@ def _name(text: str) -> str:
 # flag, kind, metavar, the methods it belongs to, their field, help
 CONTRAST_FLAGS = (
     ("--cd-alpha", float, "A", ("vcd",), "alpha", "weight of the difference in vcd"),
-    ("--cd-beta", float, "B", tuple(METHODS), "beta", "cut tokens less than B times as likely as the best; 0: none"),
-    ("--noise-step", int, "N", ("vcd",), "noise_step", "how noisy the second picture of vcd is, 0 to 999"),
-    ("--ritual-alpha", float, "A", ("ritual",), "alpha", "weight of the transformed picture in ritual"),
+    (
+        "--cd-beta",
+        float,
+        "B",
+        tuple(METHODS),
+        "beta",
+        "cut tokens less than B times as likely as the best; 0: none",
+    ),
+    (
+        "--noise-step",
+        int,
+        "N",
+        ("vcd",),
+        "noise_step",
+        "how noisy the second picture of vcd is, 0 to 999",
+    ),
+    (
+        "--ritual-alpha",
+        float,
+        "A",
+        ("ritual",),
+        "alpha",
+        "weight of the transformed picture in ritual",
+    ),
     (
         "--ritual-transform",
         _name,
@@ -200,30 +295,47 @@ CONTRAST_FLAGS = (
         "transform",
         f"one of: {', '.join(TRANSFORMS)}",
     ),
-    ("--m3id-rate", float, "R", ("m3id",), "rate", "how fast m3id leaves what the text alone says, per token"),
-    ("--m3id-unsure", float, "P", ("m3id",), "unsure", "m3id only while no token is as likely as P"),
+    (
+        "--m3id-rate",
+        float,
+        "R",
+        ("m3id",),
+        "rate",
+        "how fast m3id leaves what the text alone says, per token",
+    ),
+    (
+        "--m3id-unsure",
+        float,
+        "P",
+        ("m3id",),
+        "unsure",
+        "m3id only while no token is as likely as P",
+    ),
 )
 
 NO_DEFAULT = {"--ritual-transform": "drawn for each picture", "--m3id-unsure": "always"}
 
 
 def add_contrast_arguments(parser: argparse.ArgumentParser):
-    """Flags of contrastive decoding, as `read_contrast` takes them from there; returns their group."""
+    """Flags of contrastive decoding, as `read_contrast` takes them from there; returns their
+    group."""
     group = parser.add_argument_group("contrastive decoding")
     group.add_argument(
         "--contrast", choices=list(METHODS),
         help="compare with a second row that sees a noised picture (vcd), a transformed one (ritual) or none (m3id)",
     )  # fmt: skip
     for flag, kind, metavar, methods, field, text in CONTRAST_FLAGS:
-        default = vars(METHODS[methods[0]])[field] if len(methods) == 1 else METHODS[methods[0]].beta
+        default = (
+            vars(METHODS[methods[0]])[field] if len(methods) == 1 else METHODS[methods[0]].beta
+        )
         shown = NO_DEFAULT.get(flag, default)
         group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {shown})")
     return group
 
 
 def read_contrast(parser: Parser, args: argparse.Namespace) -> Contrast | None:
-    """The method that the flags of `add_contrast_arguments` ask for; a flag of another method is wrong usage, and so
-    are beams."""
+    """The method that the flags of `add_contrast_arguments` ask for; a flag of another method is
+    wrong usage, and so are beams."""
     if args.contrast and args.num_beams > 1:
         parser.error("--contrast and --num-beams do not go together: leave one of them out")
     given = {}
@@ -232,7 +344,10 @@ def read_contrast(parser: Parser, args: argparse.Namespace) -> Contrast | None:
         if value is None:
             continue
         if args.contrast not in methods:
-            parser.error(f"{flag} belongs to --contrast {'|'.join(methods)}, found {args.contrast or 'no --contrast'}")
+            parser.error(
+                f"{flag} belongs to --contrast {'|'.join(methods)}, found "
+                f"{args.contrast or 'no --contrast'}"
+            )
         given[field] = value
     try:
         return METHODS[args.contrast](**given) if args.contrast else None
@@ -246,7 +361,9 @@ def add_output_arguments(parser: argparse.ArgumentParser):
     """Flags about messages; returns their group, for a command to add its own."""
     group = parser.add_argument_group("output")
     either = group.add_mutually_exclusive_group()
-    either.add_argument("-v", "--verbose", action="store_true", help="one line per stage with its time; tracebacks")
+    either.add_argument(
+        "-v", "--verbose", action="store_true", help="one line per stage with its time; tracebacks"
+    )
     either.add_argument("-q", "--quiet", action="store_true", help="nothing on stderr but errors")
     group.add_argument("--version", action="version", version=f"minillava {__version__}")
     return group
@@ -258,12 +375,14 @@ def check_stdin(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("only one of --image and --prompt can read stdin")
 
 
-def check_outputs(parser: Parser, args: argparse.Namespace, paths: Sequence[str | None], inputs: Sequence = ()) -> None:
+def check_outputs(
+    parser: Parser, args: argparse.Namespace, paths: Sequence[str | None], inputs: Sequence = ()
+) -> None:
     """Check the files to write before the work begins.
 
-    Wrong usage: an empty name, a folder, a file in a folder that does not exist, the same file twice,
-    or a file that is read (a picture of --image, a file of the model, one of `inputs`), by whatever
-    spelling. A file that the system does not let us write is an error."""
+    Wrong usage: an empty name, a folder, a file in a folder that does not exist, the same file
+    twice, or a file that is read (a picture of --image, a file of the model, one of `inputs`), by
+    whatever spelling. A file that the system does not let us write is an error."""
     paths = [os.fspath(path) for path in paths if path is not None]
     inputs = [*inputs, *_inputs(args)] if any(map(os.path.exists, paths)) else []
     for i, path in enumerate(paths):
@@ -298,4 +417,8 @@ def _inputs(args: argparse.Namespace) -> Iterator[str | Path]:
         with suppress(ValueError, OSError):  # what is wrong with it is told when it is opened
             given = vars(args).get(name) or (default_weights() if name == "weights" else None)
             folder = find_folder(given, vars(args).get("revision")) if given else None
-            yield from () if folder is None else (path for path in folder.glob("*") if path.suffix in MODEL_FILES)
+            yield from (
+                ()
+                if folder is None
+                else (path for path in folder.glob("*") if path.suffix in MODEL_FILES)
+            )

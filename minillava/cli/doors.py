@@ -1,23 +1,38 @@
 """The doors, which are minillava's commands, and how each begins; `python -m minillava` lists them.
 
-Flags are read before torch is imported, which takes a second and more: --help and a wrong flag answer at once, and
-Ctrl-C leaves no traceback of somebody else's import. So this file imports next to nothing.
+Flags are read before torch is imported, which takes a second and more: --help and a wrong flag
+answer at once, and Ctrl-C leaves no traceback of somebody else's import. So this file imports next
+to nothing.
 """
 
 import os
 import signal
 import sys
 
-DOORS = {  # in the order in which people need them: what it is for, and the function it calls, with its file
+# in the order in which people need them: what it is for, and the function it calls, with its file
+DOORS = {
     "generate": ("answer a question about a picture", "generate.answer", "answer"),
     "chat": ("talk about pictures, question after question", "chat.session", "run"),
-    "batch": ("answer a file of questions, and go on after an interruption", "batch.run", "ask_file"),
+    "batch": (
+        "answer a file of questions, and go on after an interruption",
+        "batch.run",
+        "ask_file",
+    ),
     "look": ("show what each word of an answer looked at", "look.run", "run"),
-    "trace": ("print every tensor on the way to an answer, or compare two runs", "tracing.run", "run"),
-    "inspect": ("say what a folder of weights holds, and whether it is well", "inspection.run", "run"),
+    "trace": (
+        "print every tensor on the way to an answer, or compare two runs",
+        "tracing.run",
+        "run",
+    ),
+    "inspect": (
+        "say what a folder of weights holds, and whether it is well",
+        "inspection.run",
+        "run",
+    ),
 }
 
-PRINTING = {"generate", "chat", "look", "trace", "inspect"}  # whose answer goes to stdout, so that it must be open
+# whose answer goes to stdout, so that it must be open
+PRINTING = {"generate", "chat", "look", "trace", "inspect"}
 
 
 def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> int:
@@ -42,7 +57,9 @@ def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
         try:
             return vars(module)[function](*asked)
         except Exception:
-            if came:  # torch has made an error of its own of it, as it does of what happens while it reads a shape
+            # torch has made an error of its own of it, as it does of what happens while it reads a
+            # shape
+            if came:
                 raise KeyboardInterrupt from None
             raise
 
@@ -51,18 +68,21 @@ def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
 
 def begin(name: str, argv: list[str] | None = None, prog: str | None = None) -> None:
     """A door as a process, which ends here."""
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else who started us wants it ignored
+    # else who started us wants it ignored
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if ours:
         signal.signal(signal.SIGINT, _leave)
     try:
         status = enter(name, argv, prog)
         if ours:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; Python takes a moment to end
+            # all is done; Python takes a moment to end
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     except KeyboardInterrupt:  # between the lines above
         status = 130
     if status == 130:
-        # Where the interrupt came inside exec() (torch and dataclasses write code), Python remembers it, though it was
-        # caught, and would end the process by the signal instead of with our status.
+        # Where the interrupt came inside exec() (torch and dataclasses write code), Python
+        # remembers it, though it was caught, and would end the process by the signal instead of
+        # with our status.
         from contextlib import suppress
 
         for stream in (sys.stdout, sys.stderr):
@@ -73,7 +93,8 @@ def begin(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
 
 
 def _leave(*_) -> None:
-    """Ctrl-C where nothing has begun: at once, since an exception in an import can end up anywhere."""
+    """Ctrl-C where nothing has begun: at once, since an exception in an import can end up
+    anywhere."""
     os._exit(130)
 
 
@@ -88,16 +109,22 @@ def listing(prog: str) -> str:
             "",
             *lines,
             "",
-            f"{prog} DOOR --help lists what a door takes; {prog} --version says which minillava this is.",
+            f"{prog} DOOR --help lists what a door takes; {prog} --version says which minillava "
+            "this is.",
             f"To begin with: {prog} generate --image x.jpg",
         ]
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`python -m minillava` and the command `minillava`: a door by its name, or the list of them."""
+    """`python -m minillava` and the command `minillava`: a door by its name, or the list of
+    them."""
     given = sys.argv[1:] if argv is None else list(argv)
-    prog = "minillava" if os.path.basename(sys.argv[0]).startswith("minillava") else "python -m minillava"
+    prog = (
+        "minillava"
+        if os.path.basename(sys.argv[0]).startswith("minillava")
+        else "python -m minillava"
+    )
     first = given[0] if given else "--help"
     if first in DOORS:
         begin(first, given[1:], f"{prog} {first}")
@@ -112,7 +139,11 @@ def main(argv: list[str] | None = None) -> None:
         from difflib import get_close_matches
 
         near = get_close_matches(first, DOORS, 1)
-        found = f"{first} stands where the name of a door should" if first.startswith("-") else f"no door {first!r}"
+        found = (
+            f"{first} stands where the name of a door should"
+            if first.startswith("-")
+            else f"no door {first!r}"
+        )
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(DOORS)}"
 
         def refuse() -> int:

@@ -68,7 +68,8 @@ class _Forgiving:
 
 
 def _discard(stream: TextIO) -> None:
-    """What waits to be written, and all that follows, goes nowhere. Python would complain when it flushes at exit."""
+    """What waits to be written, and all that follows, goes nowhere. Python would complain when it
+    flushes at exit."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -79,8 +80,8 @@ def open_streams() -> None:
     """A stdin, stdout or stderr that is closed, as some launchers start programs, becomes the null
     device; stdout one that cannot be written, so that an answer printed there is an error.
 
-    Otherwise the next file that is opened gets the free number, and what is meant for stderr ends in
-    that file. And print(file=None) writes to stdout."""
+    Otherwise the next file that is opened gets the free number, and what is meant for stderr ends
+    in that file. And print(file=None) writes to stdout."""
     flags = {"stdin": os.O_RDONLY, "stdout": os.O_RDONLY, "stderr": os.O_WRONLY}
     for number, flag in enumerate(flags.values()):
         try:
@@ -90,7 +91,8 @@ def open_streams() -> None:
             if null != number:
                 os.dup2(null, number)
                 os.close(null)
-    for name, flag in flags.items():  # in numbers of their own: another file may have had the free one
+    # in numbers of their own: another file may have had the free one
+    for name, flag in flags.items():
         if getattr(sys, name) is None:
             null = io.FileIO(os.open(os.devnull, flag), "r" if name == "stdin" else "w")
             buffer = io.BufferedReader(null) if name == "stdin" else io.BufferedWriter(null)
@@ -107,12 +109,15 @@ def run(body: Callable[[], int], verbose: bool, prints: bool = False) -> int:
     closed = sys.stdout is None
     open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" rather than an error
+        # a terminal that lacks a character shows "?" rather than an error
+        sys.stdout.reconfigure(errors="replace")
     stderr = sys.stderr
     sys.stderr = _Forgiving(stderr)
     try:
         if closed and prints:
-            raise ValueError("stdout is closed, so the answer has nowhere to go; redirect it to a file or a pipe")
+            raise ValueError(
+                "stdout is closed, so the answer has nowhere to go; redirect it to a file or a pipe"
+            )
         status = body()
         sys.stdout.flush()
         return status
@@ -162,8 +167,8 @@ def print_json(value) -> None:
 
 
 def write_outputs(files: dict[str, str | bytes]) -> int:
-    """Write each name's content by `write_whole`. A file that cannot be written is reported, and the
-    others are written nevertheless; returns the exit status."""
+    """Write each name's content by `write_whole`. A file that cannot be written is reported, and
+    the others are written nevertheless; returns the exit status."""
     status = 0
     for path, content in files.items():
         try:

@@ -26,8 +26,8 @@ SMALL = 50_000_000  # parameters: a model below gains less by a second thread th
 
 
 def read_question(args: argparse.Namespace) -> tuple[str, list[Image.Image]]:
-    """--prompt and --image, `-` from stdin. What can be wrong with them is found here, before gigabytes are opened:
-    raises as `open_image` and `place_images`."""
+    """--prompt and --image, `-` from stdin. What can be wrong with them is found here, before
+    gigabytes are opened: raises as `open_image` and `place_images`."""
     from minillava.files.pictures import open_image
 
     if args.prompt == "-":
@@ -53,7 +53,9 @@ def say_what_is_awaited(args: argparse.Namespace, what: str) -> None:
 def read_stdin() -> bytes:
     """All of stdin. Raises OSError with its name."""
     try:
-        return sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+        return (
+            sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+        )
     except OSError as error:
         raise OSError(error.errno, error.strerror, "stdin") from error
 
@@ -66,13 +68,16 @@ def _read_stdin() -> io.BytesIO:
 
 
 def find_weights(given: str | None, messages: Messages) -> str:
-    """--weights, else the default ones; where those are the bundled model, a note says so. Raises ValueError as
-    `default_weights`."""
+    """--weights, else the default ones; where those are the bundled model, a note says so. Raises
+    ValueError as `default_weights`."""
     from minillava.checkpoint.folders import HOW_TO_GET_WEIGHTS, default_weights
 
     weights = given or default_weights()
     if not given and not os.environ.get(WEIGHTS_VARIABLE):
-        messages.note(f"this is the bundled demo model, which knows only coloured shapes; {HOW_TO_GET_WEIGHTS}")
+        messages.note(
+            "this is the bundled demo model, which knows only coloured shapes; "
+            f"{HOW_TO_GET_WEIGHTS}"
+        )
     return weights
 
 
@@ -106,7 +111,9 @@ def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -
         messages.note(str(note.message))
     parameter = assistant.model.language_model.embed_tokens.weight
     count = count_parameters(assistant.model)
-    dtype = " and ".join([str(parameter.dtype).removeprefix("torch."), *quantised_kinds(assistant.model)])
+    dtype = " and ".join(
+        [str(parameter.dtype).removeprefix("torch."), *quantised_kinds(assistant.model)]
+    )
     rest = f"; {len(assistant.unused)} stored tensors are not needed" if assistant.unused else ""
     where = str(parameter.device)
     if where == "cpu":
@@ -119,8 +126,9 @@ def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -
 def choose_threads(parameters: int) -> int:
     """One thread for a small model, unless the user has set how many; returns how many there are.
 
-    A product of a small layer takes less time than two threads take to meet, and beside another busy program a
-    thread waits for the other's turn: milliseconds, at each of hundreds of products (`tools/bench.py threads`).
+    A product of a small layer takes less time than two threads take to meet, and beside another
+    busy program a thread waits for the other's turn: milliseconds, at each of hundreds of products
+    (`tools/bench.py threads`).
     """
     import torch
 

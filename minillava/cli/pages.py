@@ -17,12 +17,13 @@ THEME = """
 * { box-sizing: border-box; -webkit-print-color-adjust: exact; print-color-adjust: exact; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; }
 """
-"""The style of all pages: bright or dark as the reader's system is, always bright on paper. A browser
-leaves background colours out when it prints, unless a page says that they must stay."""
+"""The style of all pages: bright or dark as the reader's system is, always bright on paper. A
+browser leaves background colours out when it prints, unless a page says that they must stay."""
 
 
 def data_url(picture: Image.Image, kind: str = "JPEG") -> str:
-    """A picture, made smaller if need be, as the text that an <img> takes. kind: JPEG, or PNG to keep every pixel."""
+    """A picture, made smaller if need be, as the text that an <img> takes. kind: JPEG, or PNG to
+    keep every pixel."""
     picture, file = picture.copy(), io.BytesIO()
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
     picture.save(file, kind, quality=92)

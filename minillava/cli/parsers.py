@@ -1,7 +1,7 @@
 """The flags of each door, and which of them go together: read before torch is imported.
 
-For each door NAME of doors.py: `NAME_parser()`, and `read_NAME(parser, argv)`, which returns what the door is called
-with. Wrong usage ends the process with status 2.
+For each door NAME of doors.py: `NAME_parser()`, and `read_NAME(parser, argv)`, which returns what
+the door is called with. Wrong usage ends the process with status 2.
 """
 
 import argparse
@@ -77,16 +77,22 @@ exit status: 0 answered, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
         help=f"N answers, an empty line between them, the best beam first (default: {Options.num_return_sequences})",
     )  # fmt: skip
     add_contrast_arguments(parser).add_argument(
-        "--contrast-log", metavar="FILE", help="write what each token was chosen from, one JSON object a line"
+        "--contrast-log",
+        metavar="FILE",
+        help="write what each token was chosen from, one JSON object a line",
     )
     group = add_output_arguments(parser)
-    group.add_argument("--json", action="store_true", help="one JSON object: text, ids, finish reason, timings")
+    group.add_argument(
+        "--json", action="store_true", help="one JSON object: text, ids, finish reason, timings"
+    )
     group.add_argument(
         "--logprobs", type=int, metavar="K",
         help="with --json: of each token id, piece and log-probability, and the K most likely ones in its place; by "
         "the raw logits, before penalties, temperature and filters",
     )  # fmt: skip
-    group.add_argument("--print-prompt", action="store_true", help="show the exact prompt on stderr")
+    group.add_argument(
+        "--print-prompt", action="store_true", help="show the exact prompt on stderr"
+    )
     return parser
 
 
@@ -99,9 +105,13 @@ def read_generate(parser: Parser, argv: Sequence[str]) -> tuple:
     if args.contrast_log and args.num_return_sequences > 1:
         parser.error("--contrast-log follows one answer: leave --num-return-sequences out")
     if args.logprobs is not None and (not args.json or args.logprobs < 0):
-        parser.error(f"--logprobs {args.logprobs}: " + ("is below 0" if args.json else "needs --json"))
+        parser.error(
+            f"--logprobs {args.logprobs}: " + ("is below 0" if args.json else "needs --json")
+        )
     if contrast is not None and not args.image:
-        parser.error(f"--contrast {args.contrast} contrasts two views of a picture: give one with --image")
+        parser.error(
+            f"--contrast {args.contrast} contrasts two views of a picture: give one with --image"
+        )
     if not args.image and args.prompt is None:
         parser.error("nothing to answer: give a picture with --image, or a question with --prompt")
     check_stdin(parser, args)
@@ -165,7 +175,12 @@ exit status: 0 all answered, 1 some could not be, or an error in one line, 2 wro
     )
     group = parser.add_argument_group("files")
     group.add_argument(
-        "--questions", "--question-file", required=True, type=Path, metavar="FILE", help="questions, - for stdin"
+        "--questions",
+        "--question-file",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="questions, - for stdin",
     )
     group.add_argument(
         "--images", "--image-folder", default=".", metavar="DIR",
@@ -176,10 +191,14 @@ exit status: 0 all answered, 1 some could not be, or an error in one line, 2 wro
         help="answers, JSON lines; FILE.partial while it runs",
     )  # fmt: skip
     group.add_argument(
-        "--overwrite", action="store_true", help="start anew; old answers stay until the new are complete"
+        "--overwrite",
+        action="store_true",
+        help="start anew; old answers stay until the new are complete",
     )
     group = parser.add_argument_group("speed")
-    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions at a time (default: 8)")
+    group.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="questions at a time (default: 8)"
+    )
     group.add_argument(
         "--image-cache", type=int, default=32, metavar="N",
         help="encoded pictures kept, 5 MB each at 7B in 16 bits (default: 32)",
@@ -195,13 +214,18 @@ exit status: 0 all answered, 1 some could not be, or an error in one line, 2 wro
 def read_batch(parser: Parser, argv: Sequence[str]) -> tuple:
     """Flags, and what each question is asked with."""
     args = parser.parse_args(argv)
-    options = read_options(parser, args) | {"contrast": read_contrast(parser, args), "system": args.system}
+    options = read_options(parser, args) | {
+        "contrast": read_contrast(parser, args),
+        "system": args.system,
+    }
     for name, least in (("batch_size", 1), ("image_cache", 0)):
         if vars(args)[name] < least:
             parser.error(f"{name} is {vars(args)[name]}, expected at least {least}")
     if same_file(args.answers, args.questions):
         parser.error("--questions and --answers are the same file")
-    journal = [] if is_stream(args.answers) else [args.answers.with_name(f"{args.answers.name}.partial")]
+    journal = (
+        [] if is_stream(args.answers) else [args.answers.with_name(f"{args.answers.name}.partial")]
+    )
     given = "/dev/stdin" if str(args.questions) == "-" else args.questions
     check_outputs(parser, args, [args.answers, *journal], [given])
     return args, options
@@ -230,17 +254,29 @@ exit status: 0 written, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
         help=f"question, or - for stdin (default: {DEFAULT_PROMPT!r})",
     )  # fmt: skip
     group = parser.add_argument_group("what to write, at least one")
-    group.add_argument("--out", metavar="FILE.png", help="the picture with a heat map for each word")
-    group.add_argument("--html", metavar="FILE", help="a page: hover a word for its map, a patch for its words")
+    group.add_argument(
+        "--out", metavar="FILE.png", help="the picture with a heat map for each word"
+    )
+    group.add_argument(
+        "--html", metavar="FILE", help="a page: hover a word for its map, a patch for its words"
+    )
     group.add_argument(
         "--json", nargs="?", const="-", metavar="FILE",
         help="the maps as numbers, with words and token ids; without FILE on stdout, instead of the answer",
     )  # fmt: skip
-    group.add_argument("--npy", metavar="FILE", help="the maps as one float32 array [words, rows, columns]")
-    group.add_argument("--grid", metavar="FILE.png", help="the picture as the model sees it, cut into patches")
-    group.add_argument("--lens", metavar="FILE", help="a page: the token each patch and layer would decode to")
+    group.add_argument(
+        "--npy", metavar="FILE", help="the maps as one float32 array [words, rows, columns]"
+    )
+    group.add_argument(
+        "--grid", metavar="FILE.png", help="the picture as the model sees it, cut into patches"
+    )
+    group.add_argument(
+        "--lens", metavar="FILE", help="a page: the token each patch and layer would decode to"
+    )
     group = parser.add_argument_group("which attention")
-    group.add_argument("--word", action="append", default=[], metavar="WORD", help="only this word; repeatable")
+    group.add_argument(
+        "--word", action="append", default=[], metavar="WORD", help="only this word; repeatable"
+    )
     group.add_argument(
         "--layers", type=number_list, default=(), metavar="LIST",
         help="layers to average, from 0, like 3 or 0,2-4 or all (default: the upper half)",
@@ -259,7 +295,11 @@ def read_look(parser: Parser, argv: Sequence[str]) -> tuple:
     """Flags and options."""
     args = parser.parse_args(argv)
     options = read_options(parser, args)
-    paths = [path for path in (args.out, args.html, args.json, args.npy, args.grid, args.lens) if path is not None]
+    paths = [
+        path
+        for path in (args.out, args.html, args.json, args.npy, args.grid, args.lens)
+        if path is not None
+    ]
     if not paths:
         parser.error("nothing to write: give --out, --html, --json, --npy, --grid or --lens")
     if len(args.image) > 1:
@@ -328,7 +368,9 @@ exit status: 0 traced or compared, 1 an error in one line, 2 wrong usage, 130 Ct
         "--steps", "--step", type=number_list, default=(0, 1), metavar="LIST",
         help="which steps of the loop, likewise (default: 0,1)",
     )  # fmt: skip
-    group.add_argument("--html", metavar="FILE", help="write one page with pictures; stdout then has the answer")
+    group.add_argument(
+        "--html", metavar="FILE", help="write one page with pictures; stdout then has the answer"
+    )
     group.add_argument(
         "--save",
         metavar="FILE",
@@ -343,11 +385,15 @@ exit status: 0 traced or compared, 1 an error in one line, 2 wrong usage, 130 Ct
         help="with --compare: relative difference that counts as equal (default: 0)",
     )  # fmt: skip
     group.add_argument(
-        "--exit-code", action="store_true", help="with --compare: exit with 1 where the two differ, for scripts"
+        "--exit-code",
+        action="store_true",
+        help="with --compare: exit with 1 where the two differ, for scripts",
     )
     add_model_arguments(parser)
     add_generation_arguments(parser)
-    add_output_arguments(parser).add_argument("--json", action="store_true", help="one JSON object a line")
+    add_output_arguments(parser).add_argument(
+        "--json", action="store_true", help="one JSON object a line"
+    )
     return parser
 
 
@@ -371,7 +417,10 @@ def read_trace(parser: Parser, argv: Sequence[str]) -> tuple:
         parser.error("--html and --save are about one run: leave --compare out")
     sides = [_read_side(parser, argv, side) for side in args.compare]
     if all(isinstance(side, Path) for side in sides):
-        parser.error("--compare has two files, and nothing to run: give settings such as dtype=float32 for one of them")
+        parser.error(
+            "--compare has two files, and nothing to run: give settings such as dtype=float32 for "
+            "one of them"
+        )
     return args, options, sides
 
 
@@ -385,7 +434,8 @@ def _read_side(parser: Parser, given: Sequence[str], side: str) -> Path | argpar
         name = name.strip().replace("-", "_")
         if name not in SETTINGS:
             parser.error(
-                f"--compare: unknown setting {setting!r}, expected NAME=VALUE with one of: {', '.join(SETTINGS)}"
+                f"--compare: unknown setting {setting!r}, expected NAME=VALUE with one of: "
+                f"{', '.join(SETTINGS)}"
             )
         flags.append(f"--{name}={value}")
     return parser.parse_args([*given, *flags])
@@ -407,13 +457,19 @@ exit status: 0 it can be opened (and no check FAILED), 1 it cannot, 2 wrong usag
     )
     parser.add_argument("folder", nargs="?", metavar="DIR", help="the weights, as for --weights")
     group = parser.add_argument_group("what to say")
-    group.add_argument("--keys", action="store_true", help="list every tensor: names, shape, dtype, file")
-    group.add_argument("--json", action="store_true", help="one JSON object instead, with everything")
+    group.add_argument(
+        "--keys", action="store_true", help="list every tensor: names, shape, dtype, file"
+    )
+    group.add_argument(
+        "--json", action="store_true", help="one JSON object instead, with everything"
+    )
     group.add_argument(
         "--doctor", action="store_true",
         help="also open the model and check it here: memory, NaN, two ways to compute the same, whether it sees",
     )  # fmt: skip
-    group.add_argument("-i", "--image", metavar="FILE", help="with --doctor: show it this picture, not a drawn one")
+    group.add_argument(
+        "-i", "--image", metavar="FILE", help="with --doctor: show it this picture, not a drawn one"
+    )
     add_model_arguments(parser)
     add_output_arguments(parser)
     return parser

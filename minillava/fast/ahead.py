@@ -1,18 +1,19 @@
-"""A GPU begins its next step before the last one's token is known; here is how its numbers arrive."""
+"""A GPU begins its next step before the last one's token is known; here is how its numbers
+arrive."""
 
 import torch
 from torch import Tensor
 
 
 def runs_ahead(device: torch.device) -> bool:
-    """Whether a step is begun before it is known that the answer goes on: free where the processor that knows is not
-    the one that computes, and a whole step too many where it is."""
+    """Whether a step is begun before it is known that the answer goes on: free where the processor
+    that knows is not the one that computes, and a whole step too many where it is."""
     return device.type == "cuda"
 
 
 class Arriving:
-    """Numbers on their way from the device. To wait for them is not to wait for what the device was given to do since,
-    so that it never stands still."""
+    """Numbers on their way from the device. To wait for them is not to wait for what the device was
+    given to do since, so that it never stands still."""
 
     def __init__(self, *tensors: Tensor):
         numbers, self.copied = torch.cat([tensor.flatten().long() for tensor in tensors]), None

@@ -12,8 +12,9 @@ CACHED = 1 << 21  # numbers of float32 that stay in a processor's cache: 8 MB
 
 
 def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`fused` for T = 1 and bfloat16 on a CPU without instructions for it (may be skipped): as many heads as its cache
-    holds are made float32 at a time, which takes 0.4 of the one kernel's time."""
+    """`fused` for T = 1 and bfloat16 on a CPU without instructions for it (may be skipped): as many
+    heads as its cache holds are made float32 at a time, which takes 0.4 of the one kernel's
+    time."""
     (rows, heads, _, width), (groups, length) = q.shape, k.shape[1:3]
     q = q.float().view(rows, groups, -1, width) * width**-0.5  # [B, K, H/K, D]
     count = max(1, CACHED // (length * width))
@@ -24,6 +25,8 @@ def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             some = slice(first, first + count)
             scores = convert(k[row, some], memory) @ q[row, some].mT  # [n, S, H/K]
             if mask is not None:
-                scores.masked_fill_(~mask[row % len(mask), 0, 0, :, None], torch.finfo(scores.dtype).min)
+                scores.masked_fill_(
+                    ~mask[row % len(mask), 0, 0, :, None], torch.finfo(scores.dtype).min
+                )
             out[row, some] = scores.softmax(1).mT @ convert(v[row, some], memory)
     return out.view(rows, heads, 1, width).to(k.dtype)

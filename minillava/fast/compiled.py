@@ -1,9 +1,10 @@
-"""The decoding step with shapes that never change, so that it can be compiled once and then replayed: `--compile`. A
-reader may skip this file.
+"""The decoding step with shapes that never change, so that it can be compiled once and then
+replayed: `--compile`. A reader may skip this file.
 
-The step in llama.py reads a cache that is one position longer each time. Here it reads all of the cache, and a mask
-hides what is not filled yet; where the new token stands is a number on the device. On a GPU torch.compile then records
-its few hundred kernels as one CUDA graph, which starts at once instead of kernel by kernel.
+The step in llama.py reads a cache that is one position longer each time. Here it reads all of the
+cache, and a mask hides what is not filled yet; where the new token stands is a number on the
+device. On a GPU torch.compile then records its few hundred kernels as one CUDA graph, which starts
+at once instead of kernel by kernel.
 
 B batch, S capacity of the cache, C width, K key/value heads, D head width, V vocabulary.
 """
@@ -26,11 +27,13 @@ RECOMPILE_LIMIT = 64  # for so many capacities and numbers of rows; torch's own 
 
 
 def compile_decode(model: Llava) -> None:
-    """Let the loop decode by `CapturedDecode`. Compiling happens at an answer's second token, the first that is
-    decoded, and takes from seconds to a minute."""
+    """Let the loop decode by `CapturedDecode`. Compiling happens at an answer's second token, the
+    first that is decoded, and takes from seconds to a minute."""
     on_gpu = model.language_model.embed_tokens.weight.is_cuda
     # torch's name before 2.7, which later ones still know, for what is now called recompile_limit
-    torch._dynamo.config.cache_size_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.cache_size_limit)
+    torch._dynamo.config.cache_size_limit = max(
+        RECOMPILE_LIMIT, torch._dynamo.config.cache_size_limit
+    )
     model.decode_step = torch.compile(
         partial(step, model.language_model),
         mode="reduce-overhead" if on_gpu else "default",
@@ -44,8 +47,8 @@ def spare_cache(model: Llava, rows: int, capacity: int, like: Tensor) -> Iterato
     """An empty cache of at least this capacity, in memory that is given back at the end.
 
     Caches of all shapes begin at the same addresses: for another address the graph would be
-    recorded anew, and torch forgets no recording. As much memory is kept as the largest of them took.
-    like: gives dtype and device."""
+    recorded anew, and torch forgets no recording. As much memory is kept as the largest of them
+    took. like: gives dtype and device."""
     text, capacity = model.config.text, -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
     cache = KVCache(text, rows, capacity, dtype=like.dtype, device="meta")  # the shapes
     size, kind = cache.keys[0].numel(), {"dtype": like.dtype, "device": like.device}
@@ -53,25 +56,30 @@ def spare_cache(model: Llava, rows: int, capacity: int, like: Tensor) -> Iterato
     fits = memory and (memory[0].dtype, memory[0].device) == (like.dtype, like.device)
     if not fits or len(memory[0]) < size:
         memory.clear()  # before there is more
-        with torch.inference_mode(False):  # memory that began in that mode could not be written to outside of it
+        # memory that began in that mode could not be written to outside of it
+        with torch.inference_mode(False):
             memory = [torch.empty(size, **kind) for _ in (*cache.keys, *cache.values)]
     tensors = [beginning(each, cache.keys[0].shape) for each in memory]
     layers = text.num_hidden_layers
     cache.keys, cache.values = tensors[:layers], tensors[layers:]
     try:
         yield cache
-    finally:  # also where somebody stopped listening: what the GPU still does with it comes before what is asked next
+    finally:
+        # Also if somebody stopped listening: what the GPU still does with it comes before what is
+        # asked next.
         model.spare_memory = model.spare_memory or memory  # of two at once, the first to end
 
 
 def beginning(memory: Tensor, shape: torch.Size) -> Tensor:
-    """The first numbers of `memory` as a tensor that is no view, of which a compiler would see the base."""
+    """The first numbers of `memory` as a tensor that is no view, of which a compiler would see the
+    base."""
     with torch.inference_mode(False):
         return memory.new_empty(0).set_(memory.untyped_storage(), 0, shape)
 
 
 class CapturedDecode:
-    """`decode`, one new position per row behind what a cache holds; the same tokens, added up in another order."""
+    """`decode`, one new position per row behind what a cache holds; the same tokens, added up in
+    another order."""
 
     def __init__(self, decode_step: Callable, cache: KVCache):
         """decode_step: `step`, compiled or not, for one model."""
@@ -79,29 +87,37 @@ class CapturedDecode:
         self.position = torch.tensor([cache.length], device=cache.keys[0].device)
 
     def __call__(self, token_ids: Tensor) -> LanguageOutput:
-        """token ids [B] -> logits [B, 1, V]. Raises ValueError where nothing can compile, or the cache is full."""
+        """token ids [B] -> logits [B, 1, V]. Raises ValueError where nothing can compile, or the
+        cache is full."""
         cache = self.cache
         cache.reserve(len(token_ids), 1, None)
         if self.cleared is not cache.keys[0]:  # new, or grown meanwhile
             self._clear()
         try:
-            logits = self.decode_step(token_ids[:, None], self.position, cache.attention_mask, cache.keys, cache.values)
+            logits = self.decode_step(
+                token_ids[:, None], self.position, cache.attention_mask, cache.keys, cache.values
+            )
         except Exception as error:
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 reason = one_line(error)[:200]
-                raise ValueError(f"torch.compile does not work here ({reason}); leave --compile out") from error
+                raise ValueError(
+                    f"torch.compile does not work here ({reason}); leave --compile out"
+                ) from error
             raise
         self.position += 1
         cache.advance(1)
-        return LanguageOutput(logits.clone())  # a replay writes to the same memory as the one before
+        # a replay writes to the same memory as the one before
+        return LanguageOutput(logits.clone())
 
     def _clear(self) -> None:
-        # A mask makes the weight of an unfilled position zero, but zero times what lay in that memory may be NaN.
+        # A mask makes the weight of an unfilled position zero, but zero times what lay in that
+        # memory may be NaN.
         for tensor in (*self.cache.keys, *self.cache.values):
             tensor[:, :, self.cache.length :] = 0
             if tensor.is_cuda:
-                # Or the graph would copy the cache at every step. Without the guard, another cache of this shape is
-                # another recording, not compiled anew, and its memory is not held by what was compiled.
+                # Or the graph would copy the cache at every step. Without the guard, another cache
+                # of this shape is another recording, not compiled anew, and its memory is not held
+                # by what was compiled.
                 torch._dynamo.mark_static_address(tensor, guard=False)
         self.cleared = self.cache.keys[0]
 
@@ -116,8 +132,8 @@ def step(
 ) -> Tensor:
     """`LanguageModel.forward` for one new token per row and a cache that is written in place.
 
-    token_ids [B, 1]; position [1], where they stand; real bool [B, S], False for padding, or None; keys and values per
-    layer [B, K, S, D] -> logits [B, 1, V].
+    token_ids [B, 1]; position [1], where they stand; real bool [B, S], False for padding, or None;
+    keys and values per layer [B, K, S, D] -> logits [B, 1, V].
     """
     x = model.embed_tokens(token_ids)  # [B, 1, C]
     mask = torch.arange(keys[0].shape[2], device=x.device) <= position  # [S]
@@ -141,4 +157,6 @@ class InPlace:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write [B, K, 1, D] at the position; return all [B, K, S, D]."""
-        return self.keys[layer].index_copy_(2, self.position, k), self.values[layer].index_copy_(2, self.position, v)
+        return self.keys[layer].index_copy_(2, self.position, k), self.values[layer].index_copy_(
+            2, self.position, v
+        )

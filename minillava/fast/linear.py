@@ -1,7 +1,9 @@
-"""The matrix product of every layer, by the way that this processor does fastest. A reader may skip this file.
+"""The matrix product of every layer, by the way that this processor does fastest. A reader may skip
+this file.
 
-The model says `nn.Linear`, and that is what `attention="eager"` runs, bit for bit as transformers. The default gives
-the same layers this `forward`: the same product, added up in another order. r rows, C width before, N width after.
+The model says `nn.Linear`, and that is what `attention="eager"` runs, bit for bit as transformers.
+The default gives the same layers this `forward`: the same product, added up in another order. r
+rows, C width before, N width after.
 """
 
 import os
@@ -15,12 +17,22 @@ from torch import Tensor, nn
 # Measured on AVX2, two cores: N = 11008, C = 4096.
 FEW_NARROW_ROWS = 3  # up to here, emulated bfloat16 is faster than converting the weight
 
-BLOCK = 512  # rows of a weight that are made wide at a time, for few rows of x: 8 MB at C = 4096, about a cache
+# rows of a weight that are made wide at a time, for few rows of x: 8 MB at C = 4096, about a cache
+BLOCK = 512
 
-MANY_ROWS = 64  # above, four times as many: the product takes longer than the memory, and likes them large
+# above, four times as many: the product takes longer than the memory, and likes them large
+MANY_ROWS = 64
 
 # Values of ONEDNN_MAX_CPU_ISA that stand for processors without instructions for bfloat16.
-WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+WITHOUT_BFLOAT16 = {
+    "SSE41",
+    "AVX",
+    "AVX2",
+    "AVX2_VNNI",
+    "AVX2_VNNI_2",
+    "AVX512_CORE",
+    "AVX512_CORE_VNNI",
+}
 
 _kept = threading.local()
 
@@ -34,8 +46,8 @@ class FastLinear(nn.Linear):
 
 
 class FastConv2d(nn.Conv2d):
-    """nn.Conv2d, in float32 where bfloat16 is emulated, which takes a fiftieth of the time; and on a GPU float32 as it
-    says, where cuDNN's default is TF32, factors of 10 bits."""
+    """nn.Conv2d, in float32 where bfloat16 is emulated, which takes a fiftieth of the time; and on
+    a GPU float32 as it says, where cuDNN's default is TF32, factors of 10 bits."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda and x.dtype == torch.float32:
@@ -46,8 +58,8 @@ class FastConv2d(nn.Conv2d):
         return self._conv_forward(x.float(), self.weight.float(), bias).to(x.dtype)
 
     def as_product(self, x: Tensor) -> Tensor:
-        """Where the steps are as large as the kernel, each patch is a row of one product; torch's default for products
-        is not TF32. [n, C, H, W] -> [n, N, H', W']"""
+        """Where the steps are as large as the kernel, each patch is a row of one product; torch's
+        default for products is not TF32. [n, C, H, W] -> [n, N, H', W']"""
         assert self.stride == self.kernel_size, "patches that overlap"
         assert self.padding == (0, 0), "patches beyond the picture"
         rows, columns = (side // step for side, step in zip(x.shape[2:], self.stride, strict=True))
@@ -77,7 +89,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     elif rows == 1:
         out = torch.mv(weight, flat[0])
     elif rows > FEW_NARROW_ROWS and is_emulated(x):
-        out = blockwise(flat.float(), len(weight), lambda some, memory: convert(weight[some], memory)).to(x.dtype)
+        out = blockwise(
+            flat.float(), len(weight), lambda some, memory: convert(weight[some], memory)
+        ).to(x.dtype)
     else:
         return F.linear(x, weight, bias)
     return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], len(weight))
@@ -86,27 +100,35 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [r, C], weight [N, C] -> [r, N].
 
-    float32 as a batch of products with a part of the weight each: then every thread reads its parts from end to end,
-    where the library's one product shares work out so finely that it waits for memory. One row takes 0.6 of its time,
-    32 rows half, 625 rows nearly all. For 2 to 4 rows `weight·xᵀ` is faster still.
+    float32 as a batch of products with a part of the weight each: then every thread reads its parts
+    from end to end, where the library's one product shares work out so finely that it waits for
+    memory. One row takes 0.6 of its time, 32 rows half, 625 rows nearly all. For 2 to 4 rows
+    `weight·xᵀ` is faster still.
     """
-    rows, parts = len(x), 1 << (4 * torch.get_num_threads() - 1).bit_length()  # four for each thread
+    # four for each thread
+    rows, parts = len(x), 1 << (4 * torch.get_num_threads() - 1).bit_length()
     if x.dtype != torch.float32 or rows == 0:
         return F.linear(x, weight)
     if 1 < rows <= 4:
         return (weight @ x.T).T.contiguous()
     if len(weight) % parts or not len(weight):
         return F.linear(x, weight)
-    out = torch.bmm(x.expand(parts, -1, -1), weight.view(parts, -1, weight.shape[1]).transpose(1, 2))  # [parts, r, n]
+    # [parts, r, n]
+    out = torch.bmm(
+        x.expand(parts, -1, -1), weight.view(parts, -1, weight.shape[1]).transpose(1, 2)
+    )
     return out.transpose(0, 1).reshape(rows, -1)
 
 
 def blockwise(x: Tensor, n: int, make: Callable[[slice, Tensor | None], Tensor]) -> Tensor:
-    """x [r, C] times a weight that is made block by block, [r, n], n > 0. make: from which rows, and memory for them
-    [m, C] (None: new memory, as gradients want), to these rows in the dtype of x."""
+    """x [r, C] times a weight that is made block by block, [r, n], n > 0. make: from which rows,
+    and memory for them [m, C] (None: new memory, as gradients want), to these rows in the dtype of
+    x."""
     step = BLOCK if len(x) <= MANY_ROWS else 4 * BLOCK
     memory = None if torch.is_grad_enabled() else kept(step * x.shape[1], x.dtype).view(step, -1)
-    return torch.cat([product(x, make(slice(i, min(i + step, n)), memory)) for i in range(0, n, step)], dim=1)
+    return torch.cat(
+        [product(x, make(slice(i, min(i + step, n)), memory)) for i in range(0, n, step)], dim=1
+    )
 
 
 def convert(source: Tensor, out: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -115,23 +137,33 @@ def convert(source: Tensor, out: Tensor | None, dtype: torch.dtype = torch.float
 
 
 def kept(size: int, dtype: torch.dtype) -> Tensor:
-    """`size` numbers of memory, the same at every call: where each block gets memory of its own, the system spends as
-    long on handing it out as the processor on filling it. Each thread has its own, and keeps it (7B: 90 MB)."""
-    if getattr(_kept, "memory", None) is None or _kept.memory.numel() < size or _kept.memory.dtype != dtype:
-        with torch.inference_mode(False):  # memory that began in that mode could not be written to outside of it
+    """`size` numbers of memory, the same at every call: where each block gets memory of its own,
+    the system spends as long on handing it out as the processor on filling it. Each thread has its
+    own, and keeps it (7B: 90 MB)."""
+    if (
+        getattr(_kept, "memory", None) is None
+        or _kept.memory.numel() < size
+        or _kept.memory.dtype != dtype
+    ):
+        # memory that began in that mode could not be written to outside of it
+        with torch.inference_mode(False):
             _kept.memory = torch.empty(size, dtype=dtype)
     return _kept.memory[:size]
 
 
 def is_emulated(x: Tensor) -> bool:
-    """Whether x is bfloat16 on a CPU that is faster in float32, and what can be compiled is not for us to choose."""
-    slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether x is bfloat16 on a CPU that is faster in float32, and what can be compiled is not for
+    us to choose."""
+    slow = (
+        x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    )
     return slow and not has_fast_bfloat16()
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether products of bfloat16 run on instructions for them (AVX512-BF16, AMX); without, they are emulated at an
-    eighth of float32's speed. oneDNN, which computes them, may have been told to leave the instructions alone."""
+    """Whether products of bfloat16 run on instructions for them (AVX512-BF16, AMX); without, they
+    are emulated at an eighth of float32's speed. oneDNN, which computes them, may have been told to
+    leave the instructions alone."""
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT"
     if cap.upper() in WITHOUT_BFLOAT16:
         return False

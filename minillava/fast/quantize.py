@@ -1,7 +1,8 @@
-"""The language model's linear layers in 8 or 4 bits a weight, for `--quantize`. A reader may skip this file.
+"""The language model's linear layers in 8 or 4 bits a weight, for `--quantize`. A reader may skip
+this file.
 
-Decoding reads every weight once a token, so that fewer bytes are less time. Embeddings, norms, vision tower and
-projector stay; activations keep the model's dtype.
+Decoding reads every weight once a token, so that fewer bytes are less time. Embeddings, norms,
+vision tower and projector stay; activations keep the model's dtype.
 
 r rows, K width before, N width after, G = GROUP.
 """
@@ -17,15 +18,19 @@ PARTS = {"weight_int8": "scale", "weight_int4": "scale_zero"}  # names of what i
 
 GROUP = 64  # weights of a row that share a scale and a zero in int4: 4.5 bits a weight
 
-ALIGNED = 16  # K must be a multiple: the int8 kernel reads so many numbers at once, also beyond a row's end
+# K must be a multiple: the int8 kernel reads so many numbers at once, also beyond a row's end
+ALIGNED = 16
 
 LINE = 64  # bytes: what a processor loads of memory at once
 
-TILE = 64  # N must be a multiple for int4: every processor packs so many rows, or a divisor, by one pattern
+# N must be a multiple for int4: every processor packs so many rows, or a divisor, by one pattern
+TILE = 64
 
-NARROW = torch.bfloat16  # of scales, and of activations inside the kernels, which are slow for anything else
+# of scales, and of activations inside the kernels, which are slow for anything else
+NARROW = torch.bfloat16
 
-FUSED_ROWS = 2  # up to here compiled code reads the small weights for each row; one of contrast has two
+# up to here compiled code reads the small weights for each row; one of contrast has two
+FUSED_ROWS = 2
 
 FEW_ROWS = 16  # up to here the kernels are faster than making the weights wide
 
@@ -33,9 +38,9 @@ SMALLEST = torch.finfo(NARROW).tiny  # a scale of zero would divide zero by zero
 
 
 class QuantisedLinear(nn.Module):
-    """x·weightᵀ: with few rows by a kernel that reads the small weights; else, and where a gradient is wanted, by
-    weights made wide again: on a CPU in blocks that stay in its cache, on a GPU whole (or, compiled, nowhere).
-    On a GPU it is therefore slower than bfloat16 unless it is compiled."""
+    """x·weightᵀ: with few rows by a kernel that reads the small weights; else, and where a gradient
+    is wanted, by weights made wide again: on a CPU in blocks that stay in its cache, on a GPU whole
+    (or, compiled, nowhere). On a GPU it is therefore slower than bfloat16 unless it is compiled."""
 
     def __init__(self, weight: Tensor, shape: tuple[int, int]):
         super().__init__()
@@ -58,12 +63,15 @@ class QuantisedLinear(nn.Module):
         emulated = x.dtype == torch.float16 or (x.dtype == NARROW and not has_fast_bfloat16())
         dtype = torch.float32 if emulated else x.dtype
         wide = x.reshape(-1, self.in_features).to(dtype)
-        out = blockwise(wide, self.out_features, lambda some, memory: self.dequantise(some, dtype, memory))
+        out = blockwise(
+            wide, self.out_features, lambda some, memory: self.dequantise(some, dtype, memory)
+        )
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def as_sum(self, x: Tensor) -> Tensor:
-        """The product written as a sum. A compiler makes the weights wide inside a sum, number by number as it adds; in
-        front of a product it would write all of them to memory, and read twice the bytes of bfloat16's."""
+        """The product written as a sum. A compiler makes the weights wide inside a sum, number by
+        number as it adds; in front of a product it would write all of them to memory, and read
+        twice the bytes of bfloat16's."""
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = self.dequantise(slice(None), wide)  # [N, K]
         return (x[..., None, :].to(wide) * weight).sum(-1).to(x.dtype)  # [..., N]
@@ -73,7 +81,8 @@ class Int8Linear(QuantisedLinear):
     """weight int8 [N, K], scale bfloat16 [N]: w = weight · scale."""
 
     def __init__(self, weight_int8: Tensor, scale: Tensor):
-        if weight_int8.data_ptr() % LINE:  # in the middle of a file; some processors' kernels load from whole lines
+        # in the middle of a file; some processors' kernels load from whole lines
+        if weight_int8.data_ptr() % LINE:
             weight_int8 = weight_int8.clone()
         super().__init__(weight_int8, tuple(weight_int8.shape))
         self.register_buffer("scale", scale)
@@ -86,12 +95,16 @@ class Int8Linear(QuantisedLinear):
     def dequantise(self, rows: slice, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Some rows of the weights, written to `out` if given: [n, K]."""
         between = torch.promote_types(dtype, NARROW)  # small scales are too small for float16
-        return convert(self.weight[rows], out, between).mul_(self.scale[rows, None].to(between)).to(dtype)
+        return (
+            convert(self.weight[rows], out, between)
+            .mul_(self.scale[rows, None].to(between))
+            .to(dtype)
+        )
 
 
 class Int4Linear(QuantisedLinear):
-    """weight uint8 [N, K/2], two numbers q from 0 to 15 a byte, on a CPU in the order its kernel wants; scale_zero
-    bfloat16 [K/G, N, 2]: w = (q - 8) · scale + zero."""
+    """weight uint8 [N, K/2], two numbers q from 0 to 15 a byte, on a CPU in the order its kernel
+    wants; scale_zero bfloat16 [K/G, N, 2]: w = (q - 8) · scale + zero."""
 
     def __init__(self, weight_int4: Tensor, scale_zero: Tensor):
         rows, half = weight_int4.shape
@@ -110,39 +123,50 @@ class Int4Linear(QuantisedLinear):
         """Some rows of the weights, whole tiles, written to `out` if given: [n, K]."""
         between = torch.promote_types(dtype, NARROW)
         q = (unpack if self.has_kernel else split)(self.weight[rows]).view(torch.int8) - 8  # [n, K]
-        scale, zero = self.scale_zero[:, rows, :, None].transpose(0, 1).to(between).unbind(2)  # each [n, K/G, 1]
+        # each [n, K/G, 1]
+        scale, zero = self.scale_zero[:, rows, :, None].transpose(0, 1).to(between).unbind(2)
         whole = convert(q, out, between).unflatten(1, (-1, GROUP))  # [n, K/G, G]
         return whole.mul_(scale).add_(zero).flatten(1).to(dtype)
 
     def as_sum(self, x: Tensor) -> Tensor:
         if self.has_kernel:
             return super().as_sum(x)
-        # Both columns of a byte at once: taken apart into one number a byte, the weights would go through memory.
+        # Both columns of a byte at once: taken apart into one number a byte, the weights would go
+        # through memory.
         wide = torch.promote_types(x.dtype, torch.float32)
-        scale, zero = self.scale_zero.transpose(0, 1)[..., None].to(wide).unbind(2)  # each [N, K/G, 1]
-        pairs = x.to(wide).unflatten(-1, (-1, GROUP // 2, 2))[..., None, :, :, :]  # [..., 1, K/G, G/2, 2]
+        # each [N, K/G, 1]
+        scale, zero = self.scale_zero.transpose(0, 1)[..., None].to(wide).unbind(2)
+        # [..., 1, K/G, G/2, 2]
+        pairs = x.to(wide).unflatten(-1, (-1, GROUP // 2, 2))[..., None, :, :, :]
         weight = self.weight.unflatten(1, (-1, GROUP // 2))  # [N, K/G, G/2]
         even, odd = (((q.to(wide) - 8) * scale + zero) for q in (weight & 15, weight >> 4))
         return (even * pairs[..., 0] + odd * pairs[..., 1]).sum((-2, -1)).to(x.dtype)
 
 
 def quantize_tensor(weight: Tensor, kind: str) -> dict[str, Tensor]:
-    """A weight [N, K] in the form to store, the same for every processor, by suffix of its name: `weight_int8` and
-    `scale` as in Int8Linear; or `weight_int4` uint8 [N, K/2], even columns in the low halves of the bytes, and
-    `scale_zero` [N, K/G, 2]. A shape that int4 cannot take, N not a multiple of TILE or K of GROUP, becomes int8."""
+    """A weight [N, K] in the form to store, the same for every processor, by suffix of its name:
+    `weight_int8` and `scale` as in Int8Linear; or `weight_int4` uint8 [N, K/2], even columns in the
+    low halves of the bytes, and `scale_zero` [N, K/G, 2]. A shape that int4 cannot take, N not a
+    multiple of TILE or K of GROUP, becomes int8."""
     fits = len(weight) % TILE == 0 and weight.shape[1] % GROUP == 0
-    parts = [(to_int4 if kind == "int4" and fits else to_int8)(part.float()) for part in weight.split(BLOCK)]
+    parts = [
+        (to_int4 if kind == "int4" and fits else to_int8)(part.float())
+        for part in weight.split(BLOCK)
+    ]
     return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
 
 
-def stored_shapes(shape: tuple[int, int], kind: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def stored_shapes(
+    shape: tuple[int, int], kind: str
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """What `quantize_tensor` makes of a weight of this shape: shape and dtype by suffix."""
     made = quantize_tensor(torch.empty(shape, device="meta"), kind)
     return {suffix: (tuple(tensor.shape), tensor.dtype) for suffix, tensor in made.items()}
 
 
 def whole_shape(parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
-    """[N, K] of a stored weight, from the shapes of its parts. Raises ValueError when they do not belong together."""
+    """[N, K] of a stored weight, from the shapes of its parts. Raises ValueError when they do not
+    belong together."""
     (weight, shape), (_, other) = parts.items()
     n, k = (*shape, 0)[:2]
     k, expected = (k, (n,)) if weight == "weight_int8" else (2 * k, (n, 2 * k // GROUP, 2))
@@ -165,8 +189,18 @@ def to_int4(weight: Tensor) -> dict[str, Tensor]:
     low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)  # [n, K/G]
     scale = ((high - low) / 15).clamp(min=SMALLEST).to(NARROW)
     zero = (low + 8 * scale).to(NARROW)
-    q = ((groups - zero[..., None]) / scale[..., None]).round_().add_(8).clamp_(0, 15).to(torch.uint8).flatten(1)
-    return {"weight_int4": q[:, ::2] | q[:, 1::2] << 4, "scale_zero": torch.stack([scale, zero], dim=-1)}
+    q = (
+        ((groups - zero[..., None]) / scale[..., None])
+        .round_()
+        .add_(8)
+        .clamp_(0, 15)
+        .to(torch.uint8)
+        .flatten(1)
+    )
+    return {
+        "weight_int4": q[:, ::2] | q[:, 1::2] << 4,
+        "scale_zero": torch.stack([scale, zero], dim=-1),
+    }
 
 
 def split(nibbles: Tensor) -> Tensor:
@@ -182,24 +216,31 @@ def pack(q: Tensor) -> Tensor:
 def unpack(packed: Tensor) -> Tensor:
     """The inverse of `pack`: [n, K/2] -> [n, K]"""
     order = packed_order().to(packed.device)
-    columns = packed.view(-1, 2 * packed.shape[1], len(order) // 2).transpose(1, 2)  # [n/R, R/2, K], R rows a tile
+    # [n/R, R/2, K], R rows a tile
+    columns = packed.view(-1, 2 * packed.shape[1], len(order) // 2).transpose(1, 2)
     return torch.cat([columns & 15, columns >> 4], dim=1).index_select(1, order).flatten(0, 1)
 
 
 @cache
 def packed_order() -> Tensor:
-    """Where each of a tile's R rows lies in a packed column, low halves of its bytes before high ones: [R].
+    """Where each of a tile's R rows lies in a packed column, low halves of its bytes before high
+    ones: [R].
 
-    The layout is nowhere promised and differs between processors. So numbers that say where they came from are packed,
-    one bit at a time. Raises NotImplementedError where it is not tile after tile, and in a tile column after column."""
+    The layout is nowhere promised and differs between processors. So numbers that say where they
+    came from are packed, one bit at a time. Raises NotImplementedError where it is not tile after
+    tile, and in a tile column after column."""
     index = torch.arange(TILE * TILE).view(TILE, TILE)  # row · TILE + column
     bits = range((TILE * TILE - 1).bit_length())
     origin = sum(split(pack((index >> bit & 1).byte())).flatten().long() << bit for bit in bits)
     rows = int((origin % TILE != 0).nonzero()[0])  # R: so many numbers of column 0 come first
     order = origin[:rows] // TILE
     known = rows % 2 == 0 == TILE % rows
-    if not known or not torch.equal(index.view(-1, rows, TILE)[:, order].transpose(1, 2).flatten(), origin):
-        raise NotImplementedError("this processor packs int4 in an order that minillava does not know; use int8")
+    if not known or not torch.equal(
+        index.view(-1, rows, TILE)[:, order].transpose(1, 2).flatten(), origin
+    ):
+        raise NotImplementedError(
+            "this processor packs int4 in an order that minillava does not know; use int8"
+        )
     return order.view(-1, 2).T.flatten().argsort()
 
 
@@ -216,5 +257,7 @@ def quantised_kinds(model: nn.Module) -> list[str]:
 
 def count_parameters(model: nn.Module) -> int:
     """How many numbers the weights stand for, quantised or not."""
-    small = (m.out_features * m.in_features for m in model.modules() if isinstance(m, QuantisedLinear))
+    small = (
+        m.out_features * m.in_features for m in model.modules() if isinstance(m, QuantisedLinear)
+    )
     return sum(p.numel() for p in model.parameters()) + sum(small)

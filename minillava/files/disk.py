@@ -1,4 +1,5 @@
-"""Files written whole or not at all, and text read whatever program wrote it. Knows nothing of models."""
+"""Files written whole or not at all, and text read whatever program wrote it. Knows nothing of
+models."""
 
 import errno
 import json
@@ -19,7 +20,7 @@ try:
 except ImportError:  # Windows, where a file that is open can be neither removed nor replaced
     fcntl = None
 
-# --- what a system's error means to its reader ----------------------------------------------------------------
+# --- what a system's error means to its reader ----------------------------------------------------
 _RIGHTS = "change its rights with chmod or chown, or choose another name"
 
 _ROOM = "make room there, then repeat the command"
@@ -62,8 +63,9 @@ def explain(error: OSError, name: str | os.PathLike | None = None) -> str:
 
 
 def refused(path: str | os.PathLike, error: OSError, writing: bool = False) -> OSError:
-    """What to raise where the system refuses to read (or write) a file or folder. Missing rights are not
-    mended by downloading again: it names the file or folder that lacks them, and the command."""
+    """What to raise where the system refuses to read (or write) a file or folder. Missing rights
+    are not mended by downloading again: it names the file or folder that lacks them, and the
+    command."""
     if error.errno not in (errno.EACCES, errno.EPERM):
         return OSError(explain(OSError(error.errno, error.strerror, os.fspath(path))))
     real = Path(os.path.realpath(path))
@@ -76,12 +78,14 @@ def refused(path: str | os.PathLike, error: OSError, writing: bool = False) -> O
     else:
         denied, rights = real, "rx" if real.is_dir() else "r"
     step = f"its owner can allow it with: chmod u+{rights} {shlex.quote(str(denied))}"
-    return PermissionError(f"{path}: may not be {'written' if writing else 'read'} ({error.strerror}); {step}")
+    return PermissionError(
+        f"{path}: may not be {'written' if writing else 'read'} ({error.strerror}); {step}"
+    )
 
 
 def nearest_folder(path: str | os.PathLike) -> Path | None:
-    """The folder that a mistyped path may have meant: each part that is not there is taken for the one
-    most like it. None where nothing is."""
+    """The folder that a mistyped path may have meant: each part that is not there is taken for the
+    one most like it. None where nothing is."""
     found, given = Path(), Path(path).expanduser()
     for part in given.parts:
         if not (found / part).is_dir():
@@ -96,15 +100,15 @@ def nearest_folder(path: str | os.PathLike) -> Path | None:
     return found if found != given else None
 
 
-# --- writing --------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Write a file whole or not at all: under another name first, which is then renamed. It is on disk
-    when this returns.
+    """Write a file whole or not at all: under another name first, which is then renamed. It is on
+    disk when this returns.
 
-    A link keeps leading to its target, which is written; an existing file keeps its mode and, if the
-    system allows, its owner. What is not a regular file (a pipe, a device, /dev/stdout) is written to
-    and never replaced. Surrogates (of a name that is not UTF-8) are written as \\udc.., which JSON
-    reads back. Raises OSError with the name."""
+    A link keeps leading to its target, which is written; an existing file keeps its mode and, if
+    the system allows, its owner. What is not a regular file (a pipe, a device, /dev/stdout) is
+    written to and never replaced. Surrogates (of a name that is not UTF-8) are written as \\udc..,
+    which JSON reads back. Raises OSError with the name."""
     content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     try:
         if is_stream(path):
@@ -113,7 +117,10 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         target = Path(os.path.realpath(path))
         old = _existing(target)
         remove_leftovers(target)
-        with _beside(target, 0o666 if old is None else stat.S_IMODE(old.st_mode)) as (file, temporary):
+        with _beside(target, 0o666 if old is None else stat.S_IMODE(old.st_mode)) as (
+            file,
+            temporary,
+        ):
             if old is not None:
                 _keep_owner(file.fileno(), old)
             file.write(content)
@@ -146,8 +153,8 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 def is_stream(path: str | os.PathLike) -> bool:
-    """Whether this is written to rather than replaced: a pipe, a device, or the number of an open file
-    such as /dev/stdout. Raises OSError for links that lead in a circle."""
+    """Whether this is written to rather than replaced: a pipe, a device, or the number of an open
+    file such as /dev/stdout. Raises OSError for links that lead in a circle."""
     try:
         return _descriptor(path) is not None or not stat.S_ISREG(os.stat(path).st_mode)
     except FileNotFoundError:
@@ -159,16 +166,22 @@ def is_stdout(path: str | os.PathLike) -> bool:
     if _descriptor(path) == 1:
         return True
     try:
-        return os.path.samestat(os.stat(path), os.fstat(1)) and not os.path.samefile(path, os.devnull)
+        return os.path.samestat(os.stat(path), os.fstat(1)) and not os.path.samefile(
+            path, os.devnull
+        )
     except (OSError, ValueError):
         return False
 
 
 def same_file(a: str | os.PathLike, b: str | os.PathLike) -> bool:
-    """Whether writing one would change the other: by links, hard links or another spelling. A device
-    is nobody's."""
+    """Whether writing one would change the other: by links, hard links or another spelling. A
+    device is nobody's."""
     try:
-        if _descriptor(a) is None and _descriptor(b) is None and os.path.realpath(a) == os.path.realpath(b):
+        if (
+            _descriptor(a) is None
+            and _descriptor(b) is None
+            and os.path.realpath(a) == os.path.realpath(b)
+        ):
             return not os.path.exists(a) or not stat.S_ISCHR(os.stat(a).st_mode)
         found = os.stat(a)
         return os.path.samestat(found, os.stat(b)) and not stat.S_ISCHR(found.st_mode)
@@ -177,8 +190,8 @@ def same_file(a: str | os.PathLike, b: str | os.PathLike) -> bool:
 
 
 def sync_folder(path: Path) -> None:
-    """A new or changed name is on disk when its folder is. Where folders cannot be synced, the system
-    decides when."""
+    """A new or changed name is on disk when its folder is. Where folders cannot be synced, the
+    system decides when."""
     with suppress(OSError):
         folder = os.open(path, os.O_RDONLY)
         try:
@@ -188,8 +201,9 @@ def sync_folder(path: Path) -> None:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove what a killed `write_whole` of this file left. Whoever writes holds a lock on it, which
-    ends with the process, also on another host; its number may be another process's by now."""
+    """Remove what a killed `write_whole` of this file left. Whoever writes holds a lock on it,
+    which ends with the process, also on another host; its number may be another process's by
+    now."""
     with suppress(OSError):
         for name in os.listdir(target.parent):
             if re.fullmatch(re.escape(_stem(target)) + r"\.\d+\.new", name):
@@ -199,13 +213,14 @@ def remove_leftovers(target: Path) -> None:
                     continue
                 with suppress(OSError), path.open("rb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if os.path.samestat(os.stat(path), os.fstat(file.fileno())):  # else renamed since
+                    # else renamed since
+                    if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                         path.unlink()
 
 
 def lock(file: BinaryIO | TextIO) -> bool:
-    """Whether the file is ours alone from now on, until it is closed or our process ends. False if another
-    one has it, or where the system has no such locks."""
+    """Whether the file is ours alone from now on, until it is closed or our process ends. False if
+    another one has it, or where the system has no such locks."""
     if fcntl is not None:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -215,8 +230,8 @@ def lock(file: BinaryIO | TextIO) -> bool:
 
 @contextmanager
 def locked(file: BinaryIO, waiting: Callable[[], None]) -> Iterator[None]:
-    """The file is ours alone, among those who ask; `waiting` is called once if somebody else has it.
-    Where the system has no such locks, nobody waits."""
+    """The file is ours alone, among those who ask; `waiting` is called once if somebody else has
+    it. Where the system has no such locks, nobody waits."""
     if fcntl is not None:
         with suppress(OSError):
             try:
@@ -246,8 +261,8 @@ def _stem(target: Path) -> str:
 
 @contextmanager
 def _beside(target: Path, mode: int) -> Iterator[tuple[BinaryIO, Path]]:
-    """A new file in the same folder, locked while it is ours. The body removes or renames it; an error
-    does as well."""
+    """A new file in the same folder, locked while it is ours. The body removes or renames it; an
+    error does as well."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     for attempt in count():
         temporary = target.with_name(f"{_stem(target)}.{os.getpid()}{attempt or ''}.new")
@@ -325,8 +340,8 @@ def _write_through(path: str | os.PathLike, content: bytes) -> None:
 
 
 def _descriptor(path: str | os.PathLike) -> int | None:
-    """The number of our own open file, if /dev/stdout, /dev/fd/N, /proc/self/fd/N or a link to one of
-    them names it."""
+    """The number of our own open file, if /dev/stdout, /dev/fd/N, /proc/self/fd/N or a link to one
+    of them names it."""
     path = os.path.abspath(path)
     for _ in range(40):  # links to links; the system follows as many
         folder, name = os.path.split(path)
@@ -348,19 +363,25 @@ def one_line(error: Exception) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """One JSON object from a file. Raises FileNotFoundError, OSError for what the system refuses, or ValueError when it
-    is not an object."""
-    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for somebody to write to it
+    """One JSON object from a file. Raises FileNotFoundError, OSError for what the system refuses,
+    or ValueError when it is not an object."""
+    # opening a pipe would wait for somebody to write to it
+    if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: is a folder, pipe or device, expected a file; download it again")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: not found; check that this is the folder of a LLaVA checkpoint") from None
+        raise FileNotFoundError(
+            f"{path}: not found; check that this is the folder of a LLaVA checkpoint"
+        ) from None
     except OSError as error:
         raise refused(path, error) from None
     except (ValueError, RecursionError) as error:
         # Not only bad JSON: also bad UTF-8, a number of thousands of digits, endless nesting.
         raise ValueError(f"{path}: not valid JSON ({error}); download the file again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, expected an object; download the file again")
+        raise ValueError(
+            f"{path}: holds a JSON {type(content).__name__}, expected an object; download the file "
+            "again"
+        )
     return content

@@ -1,7 +1,9 @@
-"""Models in the local Hugging Face hub cache, found by its documented layout; nothing is ever downloaded.
+"""Models in the local Hugging Face hub cache, found by its documented layout; nothing is ever
+downloaded.
 
-models--ORG--NAME/refs/REVISION     a text file: the commit that a branch or tag was at when it was downloaded
-models--ORG--NAME/snapshots/COMMIT  the model's files as a folder, each a link to its content in blobs/
+models--ORG--NAME/refs/REVISION a text file: the commit that a branch or tag was at when it was
+downloaded models--ORG--NAME/snapshots/COMMIT the model's files as a folder, each a link to its
+content in blobs/
 """
 
 import os
@@ -17,9 +19,11 @@ SIZES = {
 }
 """What the weights of a release weigh, for the message that recommends to download them."""
 
-_ORGANISATIONS = {"llava-hf", "liuhaotian", "lmsys", "openai"}  # LLaVA, its language models and its vision towers
+# LLaVA, its language models and its vision towers
+_ORGANISATIONS = {"llava-hf", "liuhaotian", "lmsys", "openai"}
 
-_REPO = re.compile(r"\b[A-Za-z0-9._-]{1,96}\b/\b[A-Za-z0-9._-]{1,96}\b")  # as huggingface_hub's validate_repo_id
+# as huggingface_hub's validate_repo_id
+_REPO = re.compile(r"\b[A-Za-z0-9._-]{1,96}\b/\b[A-Za-z0-9._-]{1,96}\b")
 
 _REVISION = re.compile(r"[^\s\\:~^?*\[]{1,200}")  # what git allows in the name of a branch
 
@@ -29,24 +33,32 @@ _ABBREVIATED = re.compile(r"[0-9a-f]{4,40}")
 
 
 def is_repo_id(text: str) -> bool:
-    """Whether a text can only be meant as ORG/NAME on the hub: spelled like one, and neither a path that exists nor one
-    in a folder that does."""
-    return _is_name(str(text)) and not os.path.lexists(text) and not os.path.isdir(os.path.dirname(text))
+    """Whether a text can only be meant as ORG/NAME on the hub: spelled like one, and neither a path
+    that exists nor one in a folder that does."""
+    return (
+        _is_name(str(text))
+        and not os.path.lexists(text)
+        and not os.path.isdir(os.path.dirname(text))
+    )
 
 
 def find_snapshot(repo: str, revision: str | None = None) -> Path:
     """The folder of a model ("ORG/NAME") that `hf download` has put into the cache.
 
-    revision: a branch, a tag, or a commit, which may be abbreviated; None is "main", as for `hf download`.
-    Raises FileNotFoundError, with the command that downloads it if the name is one that we know, or
-    ValueError for names that lead elsewhere.
+    revision: a branch, a tag, or a commit, which may be abbreviated; None is "main", as for `hf
+    download`. Raises FileNotFoundError, with the command that downloads it if the name is one that
+    we know, or ValueError for names that lead elsewhere.
     """
     if not _is_name(repo):
-        raise ValueError(f"{repo!r} is no model on the hub, expected ORG/NAME such as {next(iter(SIZES))}")
+        raise ValueError(
+            f"{repo!r} is no model on the hub, expected ORG/NAME such as {next(iter(SIZES))}"
+        )
     option = "" if revision is None else f" --revision {shlex.quote(revision)}"
     revision = "main" if revision is None else revision
     if not _REVISION.fullmatch(revision) or {"", ".", ".."} & set(revision.split("/")):
-        raise ValueError(f"{repo}: {revision!r} is no revision, expected a branch, a tag or a commit")
+        raise ValueError(
+            f"{repo}: {revision!r} is no revision, expected a branch, a tag or a commit"
+        )
     cache = cache_folder()
     home = cache / f"models--{repo.replace('/', '--')}"
     size = f" ({SIZES[repo]})" if repo in SIZES else ""
@@ -55,7 +67,8 @@ def find_snapshot(repo: str, revision: str | None = None) -> Path:
     if commit is None and not (home.is_dir() or option or repo.partition("/")[0] in _ORGANISATIONS):
         # More likely a folder's name, which anybody may have registered on the hub.
         raise FileNotFoundError(
-            f"{repo}: no such folder here, and no such model in the hub cache {cache}; check the name"
+            f"{repo}: no such folder here, and no such model in the hub cache {cache}; check the "
+            "name"
         )
     if commit is None:
         known = ", ".join(path.name[:8] for path in sorted(home.glob("snapshots/*")))
@@ -65,40 +78,58 @@ def find_snapshot(repo: str, revision: str | None = None) -> Path:
     folder = home / "snapshots" / commit
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         found = "holds no config.json" if folder.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{folder}: {found}, the download is incomplete; finish it with: {command}{size}")
+        raise FileNotFoundError(
+            f"{folder}: {found}, the download is incomplete; finish it with: {command}{size}"
+        )
     return folder
 
 
 def cache_folder() -> Path:
-    """Where huggingface_hub keeps its cache, by the same environment variables; empty ones count as absent."""
+    """Where huggingface_hub keeps its cache, by the same environment variables; empty ones count as
+    absent."""
     variables = {
         "HF_HUB_CACHE": "",
         "HUGGINGFACE_HUB_CACHE": "",
         "HF_HOME": "hub",
         "XDG_CACHE_HOME": "huggingface/hub",
     }
-    given = (Path(os.environ[name], below) for name, below in variables.items() if os.environ.get(name))
+    given = (
+        Path(os.environ[name], below) for name, below in variables.items() if os.environ.get(name)
+    )
     folder = next(given, Path("~", ".cache", "huggingface", "hub"))
     return Path(os.path.expandvars(os.path.expanduser(folder)))
 
 
 def _is_name(text: str) -> bool:
-    return bool(_REPO.fullmatch(text)) and not ("--" in text or ".." in text or text.endswith(".git"))
+    return bool(_REPO.fullmatch(text)) and not (
+        "--" in text or ".." in text or text.endswith(".git")
+    )
 
 
 def _commit(home: Path, revision: str) -> str | None:
-    """The commit that a revision means: itself, what refs/ says, or the one snapshot whose name begins with it."""
+    """The commit that a revision means: itself, what refs/ says, or the one snapshot whose name
+    begins with it."""
     if _COMMIT.fullmatch(revision):
         return revision if (home / "snapshots" / revision).is_dir() else None
     reference = home / "refs" / revision
     if reference.is_file():
         commit = reference.read_text(encoding="utf-8", errors="replace").strip()
         if not _COMMIT.fullmatch(commit):
-            raise ValueError(f"{reference}: holds {commit[:60]!r}, expected a commit of 40 hex digits; download again")
+            raise ValueError(
+                f"{reference}: holds {commit[:60]!r}, expected a commit of 40 hex digits; download "
+                "again"
+            )
         return commit
-    found = [path.name for path in home.glob(f"snapshots/{revision}*")] if _ABBREVIATED.fullmatch(revision) else []
+    found = (
+        [path.name for path in home.glob(f"snapshots/{revision}*")]
+        if _ABBREVIATED.fullmatch(revision)
+        else []
+    )
     if len(found) > 1:
-        raise ValueError(f"{home}: revision {revision!r} begins {len(found)} commits ({', '.join(sorted(found))})")
+        raise ValueError(
+            f"{home}: revision {revision!r} begins {len(found)} commits "
+            f"({', '.join(sorted(found))})"
+        )
     return found[0] if found else None
 
 

@@ -1,6 +1,8 @@
-"""What a picture file says besides its pixels: which way is up, which is needed, and the rest, which is not.
+"""What a picture file says besides its pixels: which way is up, which is needed, and the rest,
+which is not.
 
-Cameras, editors and messengers write metadata that breaks its own rules. Every viewer shows such a picture.
+Cameras, editors and messengers write metadata that breaks its own rules. Every viewer shows such a
+picture.
 """
 
 import re
@@ -20,14 +22,28 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture upright, by its EXIF orientation; with any other value it is upright as it is stored."""
+"""What makes a picture upright, by its EXIF orientation; with any other value it is upright as it
+is stored."""
 
 ORIENTATION = 0x0112
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
 PNG_METADATA = [
-    *(b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"iCCP", b"tIME", b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD"),
+    *(
+        b"tEXt",
+        b"zTXt",
+        b"iTXt",
+        b"eXIf",
+        b"iCCP",
+        b"tIME",
+        b"pHYs",
+        b"gAMA",
+        b"cHRM",
+        b"sRGB",
+        b"sBIT",
+        b"bKGD",
+    ),
     *(b"hIST", b"sPLT", b"cICP", b"mDCV", b"cLLI"),
 ]
 """By name, since another chunk that looks optional may be one with pixels whose name is damaged."""
@@ -36,8 +52,8 @@ PNG_METADATA = [
 def turn_upright(image: Image.Image) -> Image.Image:
     """A loaded picture as its EXIF, else its XMP, says it should be seen.
 
-    Not Pillow's `exif_transpose`, which refuses the picture for one malformed tag: it stops reading there, and writes
-    all tags back, out of range or not.
+    Not Pillow's `exif_transpose`, which refuses the picture for one malformed tag: it stops reading
+    there, and writes all tags back, out of range or not.
     """
     turn = TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
@@ -46,12 +62,17 @@ def turn_upright(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int | None:
     """None where there is none that can be read."""
     info = image.info
-    exif, xmp = info.get("exif"), info.get("xmp") or info.get("XML:com.adobe.xmp") or _jpeg_xmp(image)
+    exif, xmp = (
+        info.get("exif"),
+        info.get("xmp") or info.get("XML:com.adobe.xmp") or _jpeg_xmp(image),
+    )
     found = None
     with suppress(Exception):  # Pillow's readers raise anything on damaged data
         if hasattr(image, "tag_v2"):
-            return image.getexif().get(ORIENTATION)  # TIFF, which Pillow has turned already: it says so by None
-        if exif is None and "Raw profile type exif" in info:  # ImageMagick's way: three lines, then hexadecimal
+            # TIFF, which Pillow has turned already: it says so by None
+            return image.getexif().get(ORIENTATION)
+        # ImageMagick's way: three lines, then hexadecimal
+        if exif is None and "Raw profile type exif" in info:
             exif = bytes.fromhex("".join(info["Raw profile type exif"].split("\n")[3:]))
         if exif is not None:
             found = _read_orientation(exif)
@@ -65,15 +86,16 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _jpeg_xmp(image: Image.Image) -> bytes:
-    """What newer Pillows put in `info["xmp"]`, from the segments of a JPEG; b"" where there is none."""
+    """What newer Pillows put in `info["xmp"]`, from the segments of a JPEG; b"" where there is
+    none."""
     begin = b"http://ns.adobe.com/xap/1.0/\0"
     segments = (data for _, data in getattr(image, "applist", ()) if data.startswith(begin))
     return next(segments, begin)[len(begin) :]
 
 
 def _read_orientation(exif: bytes) -> int | None:
-    """The orientation in the first directory of EXIF data, None where there is none. Raises struct.error where the
-    directory lies outside the data."""
+    """The orientation in the first directory of EXIF data, None where there is none. Raises
+    struct.error where the directory lies outside the data."""
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
@@ -84,7 +106,8 @@ def _read_orientation(exif: bytes) -> int | None:
     for at in range(start + 2, min(start + 2 + 12 * entries, len(exif) - 11), 12):
         tag, kind, count = struct.unpack_from(f"{order}HHI", exif, at)
         letter = {3: "H", 4: "I", 8: "h", 9: "i"}.get(kind)  # whole numbers of 16 and 32 bits
-        if tag == ORIENTATION and letter and 0 < count * struct.calcsize(letter) <= 4:  # which stand in the entry
+        # which stand in the entry
+        if tag == ORIENTATION and letter and 0 < count * struct.calcsize(letter) <= 4:
             return struct.unpack_from(f"{order}{letter}", exif, at + 8)[0]
     return None
 
@@ -95,7 +118,8 @@ def has_removable_metadata(head: bytes) -> bool:
 
 
 def without_metadata(content: bytes) -> bytes:
-    """The same JPEG, PNG, WebP or AVIF without what bears on neither pixels nor orientation; any other as it is."""
+    """The same JPEG, PNG, WebP or AVIF without what bears on neither pixels nor orientation; any
+    other as it is."""
     if content.startswith(JPEG):
         return _jpeg_without_metadata(content)
     if content.startswith(PNG):
@@ -117,15 +141,18 @@ def _is_avif(content: bytes) -> bool:
 
 
 def _jpeg_without_metadata(content: bytes) -> bytes:
-    """Without comments and APP segments, save APP1, which holds EXIF and XMP, and those that say what colours mean."""
+    """Without comments and APP segments, save APP1, which holds EXIF and XMP, and those that say
+    what colours mean."""
     kept, at = [content[:2]], 2
-    while content[at : at + 1] == b"\xff" and content[at + 1 : at + 2] != b"\xda":  # until the pixels begin
+    # until the pixels begin
+    while content[at : at + 1] == b"\xff" and content[at + 1 : at + 2] != b"\xda":
         kind = content[at + 1]
         if kind == 0xFF:  # a filling byte
             at += 1
             continue
         end = at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-        says_colours = kind in (0xE0, 0xEE) and end - at >= 16  # JFIF and Adobe; decoders skip shorter ones
+        # JFIF and Adobe; decoders skip shorter ones
+        says_colours = kind in (0xE0, 0xEE) and end - at >= 16
         if kind == 0xE1 or says_colours or not (kind == 0xFE or 0xE0 <= kind <= 0xEF):
             kept.append(content[at:end])
         at = end
@@ -148,7 +175,8 @@ def _png_chunks(content: bytes) -> Iterator[bytes]:
 
 
 def _webp_chunks(content: bytes) -> Iterator[bytes]:
-    """The chunks with pixels, and EXIF as far as it is there; the header says that there is no other metadata."""
+    """The chunks with pixels, and EXIF as far as it is there; the header says that there is no
+    other metadata."""
     at = 12
     while at + 8 <= len(content):
         kind, size = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")

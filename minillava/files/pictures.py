@@ -19,10 +19,12 @@ from PIL import Image, ImageCms
 from minillava.files.metadata import has_removable_metadata, turn_upright, without_metadata
 
 MAX_PIXELS = 2 * 89_478_485
-"""Pillow's own limit against decompression bombs (about 179 million pixels): of the picture itself."""
+"""Pillow's own limit against decompression bombs (about 179 million pixels): of the picture
+itself."""
 
 MAX_SIDE = 65_535
-"""The longest side of a JPEG, which is the most of the common formats; a header that says more is damaged."""
+"""The longest side of a JPEG, which is the most of the common formats; a header that says more is
+damaged."""
 
 ImageSource = str | Path | bytes | BinaryIO | Image.Image
 
@@ -37,11 +39,12 @@ def as_list(images: Images) -> list[ImageSource]:
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """A picture from a path, a `data:` URL, bytes, a file or Pillow; upright (EXIF orientation applied) and RGB.
+    """A picture from a path, a `data:` URL, bytes, a file or Pillow; upright (EXIF orientation
+    applied) and RGB.
 
-    The original LLaVA ignores EXIF, so phone photos lie on their side there. Metadata that cannot be read is no reason
-    to refuse pixels that can. Raises FileNotFoundError, or ValueError for what is not a picture, is damaged, or is
-    larger than MAX_PIXELS or MAX_SIDE.
+    The original LLaVA ignores EXIF, so phone photos lie on their side there. Metadata that cannot
+    be read is no reason to refuse pixels that can. Raises FileNotFoundError, or ValueError for what
+    is not a picture, is damaged, or is larger than MAX_PIXELS or MAX_SIDE.
     """
     name = name_of(source)
     try:
@@ -51,7 +54,8 @@ def open_image(source: ImageSource) -> Image.Image:
         except (Refused, Image.DecompressionBombError):
             raise
         except Exception as error:
-            # Pillow gives up on some metadata that others skip. The first error is the one to report.
+            # Pillow gives up on some metadata that others skip. The first error is the one to
+            # report.
             try:
                 image = _decode(_without_metadata(file))
             except Exception:
@@ -59,7 +63,9 @@ def open_image(source: ImageSource) -> Image.Image:
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such picture; check the path") from None
     except PermissionError as error:
-        raise ValueError(f"{name}: cannot be read ({error.strerror}); give the path of a picture file") from None
+        raise ValueError(
+            f"{name}: cannot be read ({error.strerror}); give the path of a picture file"
+        ) from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: {str(error).rstrip('.')}; make the picture smaller") from None
     except Refused as error:
@@ -69,16 +75,20 @@ def open_image(source: ImageSource) -> Image.Image:
         raise ValueError(f"{name}: {found}; convert it to PNG or JPEG") from None
     except Exception as error:
         # On damaged data Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"{name}: the picture is damaged ({error}); save or download it again") from error
+        raise ValueError(
+            f"{name}: the picture is damaged ({error}); save or download it again"
+        ) from error
     image.info = {}  # what is upright now must not be turned again
     image.filename = name  # a later complaint about it can say which picture it is
     return image
 
 
 def _decode(file: Image.Image | Path | BinaryIO) -> Image.Image:
-    """Pixels, upright and RGB. Raises Refused for a picture that is too large, and whatever Pillow does."""
+    """Pixels, upright and RGB. Raises Refused for a picture that is too large, and whatever Pillow
+    does."""
     with warnings.catch_warnings():
-        # Pillow warns of what it can do without (damaged EXIF), and of large pictures: MAX_PIXELS is the limit.
+        # Pillow warns of what it can do without (damaged EXIF), and of large pictures: MAX_PIXELS
+        # is the limit.
         warnings.simplefilter("ignore")
         with nullcontext(file) if isinstance(file, Image.Image) else Image.open(file) as image:
             check_size(image.size)
@@ -87,13 +97,15 @@ def _decode(file: Image.Image | Path | BinaryIO) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB: transparency on white (as transformers 5), deep greys scaled rather than clipped."""
+    """Any Pillow mode to RGB: transparency on white (as transformers 5), deep greys scaled rather
+    than clipped."""
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
         # "I" is what older Pillow makes of a 16-bit PNG. 65535 / 255 is exactly 257.
         grey = (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255)
         image = Image.fromarray(grey.astype(np.uint8))
     if image.mode == "F" and image.getextrema()[1] <= 1:
-        image = image.point(lambda v: v * 255)  # floats are either 0 to 255, as Pillow takes them, or 0 to 1
+        # floats are either 0 to 255, as Pillow takes them, or 0 to 1
+        image = image.point(lambda v: v * 255)
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.applyTransform(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
@@ -107,7 +119,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class Refused(ValueError):
-    """A source that Pillow need not be asked about; the message lacks its name, which the caller knows."""
+    """A source that Pillow need not be asked about; the message lacks its name, which the caller
+    knows."""
 
 
 def check_size(size: tuple[int, int]) -> None:
@@ -123,13 +136,15 @@ def check_size(size: tuple[int, int]) -> None:
 def name_of(source: ImageSource) -> str:
     """What messages call a picture."""
     if isinstance(source, Image.Image):
-        return str(vars(source).get("filename") or "picture")  # Pillow notes the file, open_image any source
+        # Pillow notes the file, open_image any source
+        return str(vars(source).get("filename") or "picture")
     if not isinstance(source, (str, Path)):
         name = source.name if hasattr(source, "name") else None  # a file knows its name
         return name if isinstance(name, str) else "picture"
     if _is_data_url(source):
         return "data: URL"
-    return str(source) if str(source).isprintable() and str(source) else repr(str(source))  # always one line
+    # always one line
+    return str(source) if str(source).isprintable() and str(source) else repr(str(source))
 
 
 def _is_data_url(source: str | Path) -> bool:
@@ -171,8 +186,8 @@ def _file(source: str | Path | bytes | BinaryIO, name: str) -> Path | BinaryIO:
 
 
 def _read_data_url(url: str) -> bytes:
-    """What a `data:` URL holds, as browsers read it: percent escapes, white space and missing padding are no mistake,
-    nor is the alphabet of URLs (-_). Raises Refused."""
+    """What a `data:` URL holds, as browsers read it: percent escapes, white space and missing
+    padding are no mistake, nor is the alphabet of URLs (-_). Raises Refused."""
     header, comma, payload = url.strip().partition(",")
     if not comma:
         raise Refused("expected data:image/png;base64,... and found no comma")
@@ -187,12 +202,14 @@ def _read_data_url(url: str) -> bytes:
         return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
     except (binascii.Error, UnicodeEncodeError) as error:
         found = "a letter outside UTF-8" if isinstance(error, UnicodeEncodeError) else error
-        raise Refused(f"what follows ;base64, is not base64 ({found}); encode the picture again") from None
+        raise Refused(
+            f"what follows ;base64, is not base64 ({found}); encode the picture again"
+        ) from None
 
 
 def _without_metadata(file: Path | BinaryIO) -> BinaryIO:
-    """A file that Pillow could not open, once more without its metadata. Raises ValueError where that is no help, and
-    whatever a file raises that cannot be read again."""
+    """A file that Pillow could not open, once more without its metadata. Raises ValueError where
+    that is no help, and whatever a file raises that cannot be read again."""
     with open(file, "rb") if isinstance(file, Path) else nullcontext(file) as again:
         again.seek(0)
         head = again.read(16)

@@ -1,6 +1,7 @@
 """Files of named tensors: safetensors, and the pickled .bin in which the first releases came.
 
-Both are memory-mapped: opening one reads names and shapes, and a tensor's bytes when a layer first uses them.
+Both are memory-mapped: opening one reads names and shapes, and a tensor's bytes when a layer first
+uses them.
 """
 
 import os
@@ -26,7 +27,8 @@ BIN_INDEX_NAME, BIN_NAME = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
 DOWNLOAD_AGAIN = "download it again"
 
-_POINTER = b"version https://git-lfs"  # what a clone without Git LFS holds in the place of a large file
+# what a clone without Git LFS holds in the place of a large file
+_POINTER = b"version https://git-lfs"
 
 # What torch.load says of a pickle that names anything but tensors.
 _FORBIDDEN = re.compile(r"(?:GLOBAL|unrecognized function|unrecognized class) ([\w.]+)")
@@ -57,7 +59,9 @@ class SafetensorsFile:
             raise FileNotFoundError(f"{path}: not found; download this file") from None
         except (SafetensorError, OSError) as error:
             what = one_line(error)
-            raise ValueError(f"{path}: truncated or not a safetensors file ({what}); {DOWNLOAD_AGAIN}") from None
+            raise ValueError(
+                f"{path}: truncated or not a safetensors file ({what}); {DOWNLOAD_AGAIN}"
+            ) from None
         self.path, self.names = path, list(self._file.keys())
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -68,17 +72,18 @@ class SafetensorsFile:
         return DTYPES.get(self._file.get_slice(name).get_dtype()) or self.read(name).dtype
 
     def read(self, name: str, passing: bool = False) -> Tensor:
-        """passing: for a tensor that is soon let go. What was read of the file then leaves memory with it; the file's
-        own mapping stays until the last of its tensors goes."""
+        """passing: for a tensor that is soon let go. What was read of the file then leaves memory
+        with it; the file's own mapping stays until the last of its tensors goes."""
         file = SafetensorsFile(self.path)._file if passing else self._file
         return file.get_tensor(name)
 
 
 class TorchFile:
-    """One file of `torch.save`: a dict of tensors and nothing else. Raises FileNotFoundError or ValueError.
+    """One file of `torch.save`: a dict of tensors and nothing else. Raises FileNotFoundError or
+    ValueError.
 
-    A pickle is a program that runs when it is opened. `weights_only` runs the few instructions that make tensors and
-    refuses all others, so that a file from a stranger can be opened.
+    A pickle is a program that runs when it is opened. `weights_only` runs the few instructions that
+    make tensors and refuses all others, so that a file from a stranger can be opened.
     """
 
     def __init__(self, path: Path):
@@ -90,18 +95,35 @@ class TorchFile:
             code = _FORBIDDEN.search(str(error))
             if code is None:
                 raise _damaged(path, error) from None
-            found = f"holds more than tensors, namely {code[1]}, which opening it would run: refused"
+            found = (
+                f"holds more than tensors, namely {code[1]}, which opening it would run: refused"
+            )
             raise OtherObjects(f"{path}: {found}; get these weights as safetensors") from None
-        except Exception as error:  # damaged bytes raise nearly anything: EOFError, KeyError, RuntimeError, ...
+        except (
+            Exception
+        ) as error:  # damaged bytes raise nearly anything: EOFError, KeyError, RuntimeError, ...
             raise _damaged(path, error) from None
-        nested = [content[nest] for nest in _NESTS if isinstance(content, dict) and isinstance(content.get(nest), dict)]
+        nested = [
+            content[nest]
+            for nest in _NESTS
+            if isinstance(content, dict) and isinstance(content.get(nest), dict)
+        ]
         content = nested[0] if len(nested) == 1 else content
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-            raise ValueError(f"{path}: holds a {type(content).__name__}, expected tensors by name; {DOWNLOAD_AGAIN}")
+            raise ValueError(
+                f"{path}: holds a {type(content).__name__}, expected tensors by name; "
+                f"{DOWNLOAD_AGAIN}"
+            )
         for name, value in content.items():
             if not _is_plain(value):
-                kind = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-                raise OtherObjects(f"{path}: {name} is {kind}, expected a plain tensor; is this file a checkpoint?")
+                kind = (
+                    f"{value.layout} on {value.device}"
+                    if isinstance(value, Tensor)
+                    else type(value).__name__
+                )
+                raise OtherObjects(
+                    f"{path}: {name} is {kind}, expected a plain tensor; is this file a checkpoint?"
+                )
         self._tensors = content
         self.names = list(content)
 
@@ -112,23 +134,29 @@ class TorchFile:
         return self._tensors[name].dtype
 
     def read(self, name: str, passing: bool = False) -> Tensor:
-        """passing: makes no difference here; the file is mapped until the last of its tensors goes."""
+        """passing: makes no difference here; the file is mapped until the last of its tensors
+        goes."""
         return self._tensors[name].detach()
 
 
 # What torch.load begins each of its refusals with: advice that nobody should follow.
 _PREAMBLE = (
-    "Weights only load failed. In PyTorch 2.6, we changed the default value of the `weights_only` argument in "
-    "`torch.load` from `False` to `True`. Re-running `torch.load` with `weights_only` set to `False` will likely "
-    "succeed, but it can result in arbitrary code execution. Do it only if you got the file from a trusted source."
+    "Weights only load failed. In PyTorch 2.6, we changed the default value of the `weights_only` "
+    "argument in "
+    "`torch.load` from `False` to `True`. Re-running `torch.load` with `weights_only` set to "
+    "`False` will likely "
+    "succeed, but it can result in arbitrary code execution. Do it only if you got the file from a "
+    "trusted source."
 )
 
 
 def _unpickle(path: Path) -> object:
     with path.open("rb") as file:
-        zipped = file.read(4) == b"PK\3\4"  # torch.save since 1.6; what was saved before cannot be memory-mapped
+        # torch.save since 1.6; what was saved before cannot be memory-mapped
+        zipped = file.read(4) == b"PK\3\4"
     stored = 0
-    if zipped:  # torch maps as many bytes as the pickle says, whatever the zip's directory says lies there
+    # torch maps as many bytes as the pickle says, whatever the zip's directory says lies there
+    if zipped:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -139,7 +167,10 @@ def _unpickle(path: Path) -> object:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     tensors = list(_tensors_in(content)) if zipped else []
     if tensors and all(_is_plain(value) for value in tensors):
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in tensors
+        }
         if sum(storages.values()) != stored:
             raise ValueError(f"holds {stored} bytes of data, expected {sum(storages.values())}")
     return content
@@ -179,8 +210,8 @@ class Stored(NamedTuple):
         return self.file.dtype(self.name)
 
     def read(self, passing: bool = False) -> Tensor:
-        """The tensor, memory-mapped; passing: as for its file. Raises ValueError for whole numbers, which is how
-        others store quantised ones."""
+        """The tensor, memory-mapped; passing: as for its file. Raises ValueError for whole numbers,
+        which is how others store quantised ones."""
         tensor = self.file.read(self.name, passing)
         if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
             found = f"{self.name} is {tensor.dtype}, expected float32, float16, bfloat16 or float64"
@@ -189,8 +220,10 @@ class Stored(NamedTuple):
 
 
 def open_file(path: Path) -> list[Stored]:
-    """Every tensor of one file, .safetensors or else .bin. Raises FileNotFoundError, OSError or ValueError."""
-    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for somebody to write to it
+    """Every tensor of one file, .safetensors or else .bin. Raises FileNotFoundError, OSError or
+    ValueError."""
+    # opening a pipe would wait for somebody to write to it
+    if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: is a folder, pipe or device, expected a file; {DOWNLOAD_AGAIN}")
     try:
         with path.open("rb") as head:
@@ -200,21 +233,27 @@ def open_file(path: Path) -> list[Stored]:
     except OSError as error:
         raise refused(path, error) from None
     if begins == _POINTER:
-        raise ValueError(f"{path}: is a Git LFS pointer, not the file itself; get that with: git lfs pull")
+        raise ValueError(
+            f"{path}: is a Git LFS pointer, not the file itself; get that with: git lfs pull"
+        )
     file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
     for name in file.names:
         if not name.isprintable() or len(name) > 300:
-            raise ValueError(f"{path}: holds a tensor called {name!r:.80}, no name of a weight; {DOWNLOAD_AGAIN}")
+            raise ValueError(
+                f"{path}: holds a tensor called {name!r:.80}, no name of a weight; {DOWNLOAD_AGAIN}"
+            )
     return [Stored(name, path, file) for name in file.names]
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether the folder has a language model's files: safetensors or .bin, one or indexed shards."""
+    """Whether the folder has a language model's files: safetensors or .bin, one or indexed
+    shards."""
     return any((folder / name).exists() for name in _SETS)
 
 
 def open_folder(folder: Path) -> list[Stored]:
-    """Every tensor of a folder's one file or of its shards. An index must agree with the files that it names.
+    """Every tensor of a folder's one file or of its shards. An index must agree with the files that
+    it names.
 
     Raises FileNotFoundError or ValueError naming the file, what was found and what to do.
     """
@@ -223,7 +262,11 @@ def open_folder(folder: Path) -> list[Stored]:
         raise FileNotFoundError(f"{folder}: {found}; expected a folder with {SINGLE_NAME}")
     chosen = next((name for name in _SETS if (folder / name).exists()), None)
     if chosen is not None:
-        return _open_shards(folder / chosen) if chosen.endswith(".json") else open_file(folder / chosen)
+        return (
+            _open_shards(folder / chosen)
+            if chosen.endswith(".json")
+            else open_file(folder / chosen)
+        )
     for pattern, (single, index) in zip(_SHARDS, (_SETS[:2], _SETS[2:]), strict=True):
         for shard in sorted(folder.glob(pattern))[:1]:
             found = f"found {shard.name}, expected {single} or {index}"
@@ -233,10 +276,12 @@ def open_folder(folder: Path) -> list[Stored]:
 
 
 def weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files of weights that `open_folder` reads, and those that it leaves alone: other sets, and shards that the
-    index does not name. Raises ValueError for an index that cannot be read."""
+    """The files of weights that `open_folder` reads, and those that it leaves alone: other sets,
+    and shards that the index does not name. Raises ValueError for an index that cannot be read."""
     sets = [name for name in _SETS if (folder / name).exists()]
-    shards = sorted({path.name for pattern in _SHARDS for path in folder.glob(pattern)}.difference(sets))
+    shards = sorted(
+        {path.name for pattern in _SHARDS for path in folder.glob(pattern)}.difference(sets)
+    )
     read = sets[:1]
     if read and read[0].endswith(".json"):
         read += sorted(set(_read_index(folder / read[0]).values()))
@@ -252,7 +297,8 @@ def several_sets(read: Path, others: Sequence[Path]) -> str:
     names = [path.name for path in others]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
-        f"{read.parent}: weights are read from {read.name}, not from {', '.join(names[:3])}{more}, which lie beside it"
+        f"{read.parent}: weights are read from {read.name}, not from {', '.join(names[:3])}{more}, "
+        "which lie beside it"
     )
 
 
@@ -268,7 +314,9 @@ def _open_shards(index: Path) -> list[Stored]:
     held = {name: {stored.name for stored in stored_here} for name, stored_here in files.items()}
     for stored, name in placed.items():
         if stored not in held[name]:
-            raise ValueError(f"{index}: says {stored} is in {name}, which does not hold it; {DOWNLOAD_AGAIN}")
+            raise ValueError(
+                f"{index}: says {stored} is in {name}, which does not hold it; {DOWNLOAD_AGAIN}"
+            )
     for name, all_stored in held.items():
         for stored in all_stored:
             if placed.get(stored) != name:
@@ -280,12 +328,20 @@ def _open_shards(index: Path) -> list[Stored]:
 
 def _read_index(path: Path) -> dict[str, str]:
     placed = read_json(path).get("weight_map")
-    if not isinstance(placed, dict) or not placed or not all(isinstance(v, str) for v in placed.values()):
+    if (
+        not isinstance(placed, dict)
+        or not placed
+        or not all(isinstance(v, str) for v in placed.values())
+    ):
         raise ValueError(f"{path}: has no `weight_map` of tensor names to files; {DOWNLOAD_AGAIN}")
     for name in (*placed, *placed.values()):
         if not name.isprintable() or len(name) > 300:
-            raise ValueError(f"{path}: names {name!r:.80}, which no weight or file is called; {DOWNLOAD_AGAIN}")
+            raise ValueError(
+                f"{path}: names {name!r:.80}, which no weight or file is called; {DOWNLOAD_AGAIN}"
+            )
     for name in placed.values():
         if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
-            raise ValueError(f"{path}: names the file {name!r}, expected one beside it; {DOWNLOAD_AGAIN}")
+            raise ValueError(
+                f"{path}: names the file {name!r}, expected one beside it; {DOWNLOAD_AGAIN}"
+            )
     return placed

@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Iterator
 from typing import BinaryIO
 
-# --- reading text ---------------------------------------------------------------------------------------------
+# --- reading text ---------------------------------------------------------------------------------
 _MARKS = (  # of four bytes before those of two, which they begin with
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -16,8 +16,8 @@ _MARKS = (  # of four bytes before those of two, which they begin with
 
 def decode(content: bytes, name: str, other: str | None = None, errors: str = "strict") -> str:
     """Text of any program: by its byte order mark (as PowerShell writes), else UTF-8, else in the
-    encoding `other`; lines end with "\\n". name: of the file, for messages. Raises ValueError for what
-    is not text; errors: of UTF-8, as `bytes.decode` takes them."""
+    encoding `other`; lines end with "\\n". name: of the file, for messages. Raises ValueError for
+    what is not text; errors: of UTF-8, as `bytes.decode` takes them."""
     encoding = next((encoding for mark, encoding in _MARKS if content.startswith(mark)), "utf-8")
     others = [other] if other is not None and encoding == "utf-8" else []
     for candidate in (encoding, *others):
@@ -33,10 +33,12 @@ def decode(content: bytes, name: str, other: str | None = None, errors: str = "s
 
 
 def refuse_nul(text: str, name: str) -> None:
-    """Raises ValueError for text with NUL, which nobody types: another encoding, or no text at all."""
+    """Raises ValueError for text with NUL, which nobody types: another encoding, or no text at
+    all."""
     if "\0" in text:
         raise ValueError(
-            f"{name}: has NUL bytes, so it is not text, or UTF-16 without a byte order mark; save it as UTF-8"
+            f"{name}: has NUL bytes, so it is not text, or UTF-16 without a byte order mark; save "
+            "it as UTF-8"
         )
 
 
@@ -46,8 +48,9 @@ def unify_line_ends(text: str) -> str:
 
 
 def read_lines(stream: BinaryIO, name: str) -> Iterator[str]:
-    """The lines of a stream as they arrive, without their ends, in any of the encodings of `decode`.
-    What is not UTF-8 becomes surrogates, which spoil their own line only. Raises ValueError for NUL."""
+    """The lines of a stream as they arrive, without their ends, in any of the encodings of
+    `decode`. What is not UTF-8 becomes surrogates, which spoil their own line only. Raises
+    ValueError for NUL."""
     raw = stream.readline()
     encoding = next((encoding for mark, encoding in _MARKS if raw.startswith(mark)), "utf-8")
     if encoding not in ("utf-8", "utf-8-sig"):  # a byte "\n" does not end a line there

@@ -1,7 +1,9 @@
-"""What the files beside a tokenizer.model say: tokens that a fine-tune added, `legacy`, which kind of tokenizer it is.
+"""What the files beside a tokenizer.model say: tokens that a fine-tune added, `legacy`, which kind
+of tokenizer it is.
 
-transformers writes an added token into up to four files, and its versions differ in which. They are read together and
-must agree; a token that is only named, without an id, comes after all others, as transformers adds it.
+transformers writes an added token into up to four files, and its versions differ in which. They are
+read together and must agree; a token that is only named, without an id, comes after all others, as
+transformers adds it.
 """
 
 import os
@@ -31,25 +33,38 @@ PAD_MARKER = "<pad>"
 """The pad token of the hub's checkpoints; like IMAGE_NAME, no text becomes its id."""
 
 PADDING = 256
-"""An embedding table has fewer rows than this without a token: it is padded to a multiple of 64, at most of 256."""
+"""An embedding table has fewer rows than this without a token: it is padded to a multiple of 64, at
+most of 256."""
 
-# What names the language model's own control tokens, and what lists tokens that are left out of answers.
+# What names the language model's own control tokens, and what lists tokens that are left out of
+# answers.
 _CONTROL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
 _LISTED = ("additional_special_tokens", "extra_special_tokens")  # the second from transformers 5
 
 _FLAGS = ("special", "lstrip", "rstrip", "single_word")
 
-_LARGEST_LLAMA_2 = 32_256  # its 32,000 pieces, added tokens and padding: what a known tokenizer.model is for
+# its 32,000 pieces, added tokens and padding: what a known tokenizer.model is for
+_LARGEST_LLAMA_2 = 32_256
 
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
-_OTHER_CLASSES = re.compile("Qwen|GPT|Bloom|CodeGen|Bert|Roberta|T5|OPT")  # how tokenizer_class begins
+# how tokenizer_class begins
+_OTHER_CLASSES = re.compile("Qwen|GPT|Bloom|CodeGen|Bert|Roberta|T5|OPT")
 
 _OTHER_KIND = (
-    "this model has another kind of tokenizer, which minillava does not read; use a LLaVA-1.5 whose language model is "
+    "this model has another kind of tokenizer, which minillava does not read; use a LLaVA-1.5 "
+    "whose language model is "
     f"of the Llama 2 family, such as {RELEASE}"
 )
 
@@ -68,33 +83,41 @@ class AddedToken(NamedTuple):
 
 
 class TokenizerFiles:
-    """The four files of a folder, where they are there. Raises ValueError naming the file that cannot be read."""
+    """The four files of a folder, where they are there. Raises ValueError naming the file that
+    cannot be read."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.config, self.added, self.map, self.fast = (
-            read_json(folder / name) if os.path.lexists(folder / name) else {} for name in SIDE_NAMES
+            read_json(folder / name) if os.path.lexists(folder / name) else {}
+            for name in SIDE_NAMES
         )
 
     def legacy(self) -> bool:
-        """What tokenizer_config.json says; where it says nothing, as transformers 5 leaves it, what tokenizer.json
-        does; else True. Raises ValueError."""
+        """What tokenizer_config.json says; where it says nothing, as transformers 5 leaves it, what
+        tokenizer.json does; else True. Raises ValueError."""
         legacy = self.config.get("legacy")
         if legacy is not None and not isinstance(legacy, bool):
-            raise ValueError(f"{self.folder / CONFIG_NAME}: legacy is {legacy!r:.80}, expected true or false")
+            raise ValueError(
+                f"{self.folder / CONFIG_NAME}: legacy is {legacy!r:.80}, expected true or false"
+            )
         if legacy is None:
             before = self.fast.get("pre_tokenizer")
             return not (isinstance(before, dict) and before.get("prepend_scheme") == "first")
         return legacy
 
-    def tokens(self, model: SentencePieceProcessor, wanted: Sequence[str] = ()) -> dict[str, AddedToken]:
-        """Every token that a file names, by its text, the control tokens of `model`, and the `wanted` ones.
-        Raises ValueError where files contradict themselves, one another or `model`."""
+    def tokens(
+        self, model: SentencePieceProcessor, wanted: Sequence[str] = ()
+    ) -> dict[str, AddedToken]:
+        """Every token that a file names, by its text, the control tokens of `model`, and the
+        `wanted` ones. Raises ValueError where files contradict themselves, one another or
+        `model`."""
         own = [model.id_to_piece(i) for i in (model.unk_id(), model.bos_id(), model.eos_id())]
         named, keys = {}, {}
         for text, key, flags in self._named():
             named.setdefault(text, flags)
-            keys.setdefault(text, key)  # the first, which for a control token is the one that says so
+            # the first, which for a control token is the one that says so
+            keys.setdefault(text, key)
         control = {*own, *wanted, PAD_MARKER, *(text for text in named if keys[text] in _CONTROL)}
         listed = {*control, *named, IMAGE_NAME}
         found: dict[str, AddedToken] = {}
@@ -123,42 +146,65 @@ class TokenizerFiles:
 
     def _entries(self) -> Iterator[tuple[str, str, int, dict]]:
         """(file, text, id, flags) as written."""
-        decoder, listed = self.config.get("added_tokens_decoder") or {}, self.fast.get("added_tokens") or []
+        decoder, listed = (
+            self.config.get("added_tokens_decoder") or {},
+            self.fast.get("added_tokens") or [],
+        )
         try:
             for i, entry in decoder.items():
                 yield CONFIG_NAME, entry["content"], int(i), entry
         except (AttributeError, KeyError, TypeError, ValueError):
             file = self.folder / CONFIG_NAME
-            raise ValueError(f"{file}: added_tokens_decoder is not a token by id; download it again") from None
+            raise ValueError(
+                f"{file}: added_tokens_decoder is not a token by id; download it again"
+            ) from None
         try:
             for entry in listed:
                 yield FAST_NAME, entry["content"], entry["id"], entry
         except (AttributeError, KeyError, TypeError):
             file = self.folder / FAST_NAME
-            raise ValueError(f"{file}: added_tokens is not a list of tokens; download it again") from None
+            raise ValueError(
+                f"{file}: added_tokens is not a list of tokens; download it again"
+            ) from None
         for text, i in self.added.items():
             yield ADDED_NAME, text, i, {}
 
-    def _check(self, file: str, text: str, i: int, flags: dict, model: SentencePieceProcessor) -> None:
+    def _check(
+        self, file: str, text: str, i: int, flags: dict, model: SentencePieceProcessor
+    ) -> None:
         path = self.folder / file
         if not _is_text(text):
-            raise ValueError(f"{path}: token {i!r:.80} is {text!r:.80}, expected text; download it again")
+            raise ValueError(
+                f"{path}: token {i!r:.80} is {text!r:.80}, expected text; download it again"
+            )
         if type(i) is not int or not 0 <= i < 2**31:
-            raise ValueError(f"{path}: {text!r:.80} is {i!r:.80}, expected a token id; download it again")
+            raise ValueError(
+                f"{path}: {text!r:.80} is {i!r:.80}, expected a token id; download it again"
+            )
         _check_flags(path, text, flags)
-        # A control piece, which no text is cut into, may have been given a name; a word may not, nor another id.
+        # A control piece, which no text is cut into, may have been given a name; a word may not,
+        # nor another id.
         piece = model.id_to_piece(i) if i < model.vocab_size() and is_word(model, i) else text
         other = model.piece_to_id(text)
         if piece != text or (other != i and is_word(model, other)):
-            said = f"which is {piece!r} in {MODEL_NAME}" if piece != text else f"{MODEL_NAME} says {other}"
+            said = (
+                f"which is {piece!r} in {MODEL_NAME}"
+                if piece != text
+                else f"{MODEL_NAME} says {other}"
+            )
             raise ValueError(f"{path}: {text!r:.80} is {i}, {said}; keep the files of one run")
 
     def _named(self) -> Iterator[tuple[str, str, dict]]:
-        """(text, key, flags) of the tokens named without an id, in the order in which transformers numbers them."""
+        """(text, key, flags) of the tokens named without an id, in the order in which transformers
+        numbers them."""
         for key in (*_NAMED, *_LISTED):
             for name, raw in ((CONFIG_NAME, self.config), (MAP_NAME, self.map)):
                 value = raw.get(key) or []
-                for entry in value.values() if isinstance(value, dict) and key in _LISTED else _as_list(value):
+                for entry in (
+                    value.values()
+                    if isinstance(value, dict) and key in _LISTED
+                    else _as_list(value)
+                ):
                     flags = entry if isinstance(entry, dict) else {"content": entry}
                     text = flags.get("content")
                     if not _is_text(text):
@@ -172,11 +218,16 @@ class TokenizerFiles:
         model = self.fast.get("model")
         pieces = model.get("vocab") if isinstance(model, dict) else None
         if isinstance(pieces, list):  # Unigram: pairs of a piece and its score
-            pieces = {str(entry[0]): i for i, entry in enumerate(pieces) if isinstance(entry, list) and entry}
+            pieces = {
+                str(entry[0]): i
+                for i, entry in enumerate(pieces)
+                if isinstance(entry, list) and entry
+            }
         return pieces if isinstance(pieces, dict) else {}
 
     def of_another_kind(self) -> str | None:
-        """The file that shows that this is no tokenizer of the Llama 2 family; None where nothing does."""
+        """The file that shows that this is no tokenizer of the Llama 2 family; None where nothing
+        does."""
         pieces = self.vocabulary()
         if pieces and "<0x0A>" not in pieces:  # a newline is a byte to all of the family
             return FAST_NAME
@@ -200,7 +251,9 @@ def _is_text(text) -> bool:
 def _check_flags(path: Path, text: str, flags: dict) -> None:
     for name in _FLAGS:
         if not isinstance(flags.get(name, False), bool):
-            raise ValueError(f"{path}: {name} of {text!r:.80} is {flags[name]!r:.80}, expected true or false")
+            raise ValueError(
+                f"{path}: {name} of {text!r:.80} is {flags[name]!r:.80}, expected true or false"
+            )
 
 
 def _token(text: str, i: int, flags: dict, *, listed: bool, control: bool) -> AddedToken:
@@ -210,39 +263,46 @@ def _token(text: str, i: int, flags: dict, *, listed: bool, control: bool) -> Ad
 
 
 def find_tokenizer(folders: Sequence[Path]) -> tuple[Path, Path]:
-    """The tokenizer.model and the folder of the files beside it: each of the first folder that brings one, as an
-    adapter whose run added tokens does. Where there is none: of the last."""
-    model = next((folder for folder in folders if os.path.lexists(folder / MODEL_NAME)), folders[-1])
+    """The tokenizer.model and the folder of the files beside it: each of the first folder that
+    brings one, as an adapter whose run added tokens does. Where there is none: of the last."""
+    model = next(
+        (folder for folder in folders if os.path.lexists(folder / MODEL_NAME)), folders[-1]
+    )
     names = (MODEL_NAME, *SIDE_NAMES)
     beside = next((f for f in folders if any(os.path.lexists(f / name) for name in names)), model)
     return model / MODEL_NAME, beside
 
 
 def check_model_is_there(path: Path, files: TokenizerFiles, vocabulary: int | None = None) -> None:
-    """Raises FileNotFoundError where there is no tokenizer.model, ValueError where none can help. vocabulary: rows of
-    the embedding table, where they are known."""
+    """Raises FileNotFoundError where there is no tokenizer.model, ValueError where none can help.
+    vocabulary: rows of the embedding table, where they are known."""
     if path.is_file():
         return
     if other := files.of_another_kind():
         raise ValueError(f"{files.folder / other}: {_OTHER_KIND}")
     if vocabulary is not None and vocabulary > _LARGEST_LLAMA_2:
         raise FileNotFoundError(
-            f"{path}: not found; get that of the language model this was trained from, whose vocabulary is about "
-            f"{vocabulary:,}; if it has none (Llama 3, Qwen and GPT-NeoX do not), minillava does not read its tokenizer"
+            f"{path}: not found; get that of the language model this was trained from, whose "
+            "vocabulary is about "
+            f"{vocabulary:,}; if it has none (Llama 3, Qwen and GPT-NeoX do not), minillava does "
+            "not read its tokenizer"
         )
     raise FileNotFoundError(
-        f"{path}: not found; copy tokenizer.model from the original checkpoint (liuhaotian/llava-v1.5-7b or "
+        f"{path}: not found; copy tokenizer.model from the original checkpoint "
+        "(liuhaotian/llava-v1.5-7b or "
         "lmsys/vicuna-7b-v1.5 on the hub): a tokenizer.json alone is not enough"
     )
 
 
 def is_word(model: SentencePieceProcessor, i: int) -> bool:
-    """Whether text is cut into this piece: not for control pieces, the unknown one, and unused ones."""
+    """Whether text is cut into this piece: not for control pieces, the unknown one, and unused
+    ones."""
     return not (model.is_control(i) or model.is_unknown(i) or model.is_unused(i))
 
 
 def open_model(path: Path) -> SentencePieceProcessor:
-    """A tokenizer.model of the Llama 2 family. Raises ValueError, or OSError where the system refuses."""
+    """A tokenizer.model of the Llama 2 family. Raises ValueError, or OSError where the system
+    refuses."""
     try:
         with path.open("rb") as file:
             head = file.read(200)
@@ -253,16 +313,24 @@ def open_model(path: Path) -> SentencePieceProcessor:
     try:
         model = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a SentencePiece model ({one_line(error)}); download it again") from None
+        raise ValueError(
+            f"{path}: not a SentencePiece model ({one_line(error)}); download it again"
+        ) from None
     if model.decode(model.encode("a  b")) != "a  b":  # its end, the normaliser, is lost
-        raise ValueError(f"{path}: cut short (it merges spaces, which no Llama tokenizer does); download it again")
+        raise ValueError(
+            f"{path}: cut short (it merges spaces, which no Llama tokenizer does); download it "
+            "again"
+        )
     if model.bos_id() < 0 or model.eos_id() < 0:
-        raise ValueError(f"{path}: has no <s> or </s>, which every Llama tokenizer has; is it another model's?")
+        raise ValueError(
+            f"{path}: has no <s> or </s>, which every Llama tokenizer has; is it another model's?"
+        )
     return model
 
 
 def check_pieces(path: Path, model: SentencePieceProcessor, files: TokenizerFiles) -> None:
-    """A tokenizer.model must be cut from the same vocabulary as the tokenizer.json beside it. Raises ValueError."""
+    """A tokenizer.model must be cut from the same vocabulary as the tokenizer.json beside it.
+    Raises ValueError."""
     pieces = files.vocabulary()
     for i in range(model.vocab_size()) if pieces else ():
         piece = model.id_to_piece(i)
@@ -274,8 +342,11 @@ def check_pieces(path: Path, model: SentencePieceProcessor, files: TokenizerFile
             raise ValueError(f"{path}: {said}; copy the {MODEL_NAME} that belongs to these weights")
 
 
-def check_vocabulary(path: Path, pieces: int, tokens: dict[str, AddedToken], rows: int, files: TokenizerFiles) -> None:
-    """Pieces and added tokens against the rows of the embedding table. Raises ValueError with both numbers."""
+def check_vocabulary(
+    path: Path, pieces: int, tokens: dict[str, AddedToken], rows: int, files: TokenizerFiles
+) -> None:
+    """Pieces and added tokens against the rows of the embedding table. Raises ValueError with both
+    numbers."""
     if pieces > rows:
         raise ValueError(
             f"{path.parent}: {path.name} has {pieces} pieces, config.json a vocabulary of {rows}; "
@@ -285,12 +356,15 @@ def check_vocabulary(path: Path, pieces: int, tokens: dict[str, AddedToken], row
     for file, text, i, _ in files._entries():
         if i >= rows and not tokens[text].control and text != IMAGE_NAME:
             raise ValueError(
-                f"{files.folder / file}: {text!r:.80} is {i}, but config.json has a vocabulary of {rows}; "
+                f"{files.folder / file}: {text!r:.80} is {i}, but config.json has a vocabulary of "
+                f"{rows}; "
                 "keep tokenizer and weights of one run"
             )
     last = max([pieces, *(token.id + 1 for token in tokens.values())])
     if rows - last >= PADDING:
         raise ValueError(
-            f"{path}: has {pieces:,} pieces and with added tokens {last:,} ids, config.json a vocabulary of {rows:,}: "
-            f"{_OTHER_KIND}; if tokens were added to it, download {ADDED_NAME} and {CONFIG_NAME}, too"
+            f"{path}: has {pieces:,} pieces and with added tokens {last:,} ids, config.json a "
+            f"vocabulary of {rows:,}: "
+            f"{_OTHER_KIND}; if tokens were added to it, download {ADDED_NAME} and {CONFIG_NAME}, "
+            "too"
         )

@@ -1,4 +1,5 @@
-"""What `python -m minillava.generate` does: one question, its answer as it is made, or as one JSON object."""
+"""What `python -m minillava.generate` does: one question, its answer as it is made, or as one JSON
+object."""
 
 import argparse
 import json
@@ -19,13 +20,16 @@ from minillava.tokenizer import Tokenizer
 
 
 def _logprobs(token_id: int, logits: Tensor, count: int, tokenizer: Tokenizer) -> dict:
-    """A token and the `count` most likely ones in its place, with their log-probabilities by the logits [V]."""
+    """A token and the `count` most likely ones in its place, with their log-probabilities by the
+    logits [V]."""
     log_p = logits.log_softmax(-1)
 
     def described(i: int) -> dict:
         return {"id": i, "piece": tokenizer.piece(i), "logprob": round(float(log_p[i]), 6)}
 
-    return described(token_id) | {"top": [described(i) for i in log_p.topk(min(count, len(log_p))).indices.tolist()]}
+    return described(token_id) | {
+        "top": [described(i) for i in log_p.topk(min(count, len(log_p))).indices.tolist()]
+    }
 
 
 def _follow(
@@ -38,7 +42,11 @@ def _follow(
 ) -> tuple[list[dict], str]:
     """Token after token; printed as text unless --json, a single answer as it is made. Returns the
     answers, and what --contrast-log asks for."""
-    count, length, started = chosen.num_return_sequences, spliced.embeds.shape[1], time.perf_counter()
+    count, length, started = (
+        chosen.num_return_sequences,
+        spliced.embeds.shape[1],
+        time.perf_counter(),
+    )
     answers = [{"text": "", "ids": [], "finish_reason": None} for _ in range(count)]
     spliced, tokenizer, log, made = spliced.repeat_rows(count), assistant.tokenizer, [], 0
     for step in steps(assistant.model, spliced, chosen, tokenizer=tokenizer, contrast=contrast):
@@ -46,7 +54,9 @@ def _follow(
             messages.stage("prefill", started, f"{length} positions, first token")
             started = time.perf_counter()
         if args.contrast_log:
-            log.append(json.dumps(describe(contrast, step, made, tokenizer), ensure_ascii=False) + "\n")
+            log.append(
+                json.dumps(describe(contrast, step, made, tokenizer), ensure_ascii=False) + "\n"
+            )
         made += 1
         for row, answer in enumerate(answers):
             if answer["finish_reason"] is None:
@@ -62,12 +72,18 @@ def _follow(
         print("" if count == 1 else "\n\n".join(answer["text"] for answer in answers), flush=True)
     more, reasons = made - 1, ", ".join(answer["finish_reason"] for answer in answers)
     speed = f", {more / (time.perf_counter() - started):.1f} per second" if more else ""
-    messages.stage("decode", started, f"{more} more token(s){speed}; ended by {reasons}, seed {chosen.seed}")
+    messages.stage(
+        "decode", started, f"{more} more token(s){speed}; ended by {reasons}, seed {chosen.seed}"
+    )
     return answers, "".join(log)
 
 
 def _search(
-    args: argparse.Namespace, assistant: Assistant, spliced: Spliced, chosen: Options, messages: Messages
+    args: argparse.Namespace,
+    assistant: Assistant,
+    spliced: Spliced,
+    chosen: Options,
+    messages: Messages,
 ) -> list[dict]:
     """Beam search; printed as text unless --json."""
     started, tokenizer = time.perf_counter(), assistant.tokenizer
@@ -76,10 +92,17 @@ def _search(
     answers = []
     for row, length in enumerate(found.lengths):
         ids, score = found.sequences[row, :length].tolist(), round(float(found.scores[row]), 6)
-        answer = {"text": found.text[row], "ids": ids, "finish_reason": found.finish_reason[row], "score": score}
+        answer = {
+            "text": found.text[row],
+            "ids": ids,
+            "finish_reason": found.finish_reason[row],
+            "score": score,
+        }
         if record:
             logits = (step[row] for step in found.recorded["logits"][:length])
-            answer["tokens"] = [_logprobs(i, x, args.logprobs, tokenizer) for i, x in zip(ids, logits, strict=True)]
+            answer["tokens"] = [
+                _logprobs(i, x, args.logprobs, tokenizer) for i, x in zip(ids, logits, strict=True)
+            ]
         answers.append(answer)
     if not args.json:
         print("\n\n".join(found.text), flush=True)
@@ -100,7 +123,9 @@ def answer(args: argparse.Namespace, options: dict, contrast: Contrast | None) -
     started = time.perf_counter()
     spliced = assistant.prepare(images, prompt, contrast, chosen.seed)
     length, words = spliced.embeds.shape[1], len(spliced.input_ids[0])
-    messages.stage("encode", started, f"{len(images)} picture(s), {words} ids -> {length} positions")
+    messages.stage(
+        "encode", started, f"{len(images)} picture(s), {words} ids -> {length} positions"
+    )
 
     if chosen.num_beams > 1:
         answers, log = _search(args, assistant, spliced, chosen, messages), ""

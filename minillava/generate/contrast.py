@@ -1,7 +1,9 @@
-"""Contrastive decoding: a second row of the same batch sees something else, and two rows of logits make one.
+"""Contrastive decoding: a second row of the same batch sees something else, and two rows of logits
+make one.
 
-VCD (Leng et al. 2023, arXiv 2311.16922), RITUAL (Woo et al. 2024, arXiv 2405.17821) and M3ID (Favero et al. 2024,
-arXiv 2403.14003, as the code of RITUAL has it). A method of your own is a subclass of `Contrast` with two functions.
+VCD (Leng et al. 2023, arXiv 2311.16922), RITUAL (Woo et al. 2024, arXiv 2405.17821) and M3ID
+(Favero et al. 2024, arXiv 2403.14003, as the code of RITUAL has it). A method of your own is a
+subclass of `Contrast` with two functions.
 
 B rows, n pictures, R their side in pixels, V vocabulary.
 """
@@ -32,8 +34,8 @@ LARGEST = 1e6
 
 @dataclass(frozen=True)
 class Contrast:
-    """beta: tokens that the first row finds less than beta times as likely as its best one are cut, whatever the second
-    says; 0 cuts none. Raises ValueError for a value out of range."""
+    """beta: tokens that the first row finds less than beta times as likely as its best one are cut,
+    whatever the second says; 0 cuts none. Raises ValueError for a value out of range."""
 
     beta: float = 0.1
 
@@ -41,13 +43,19 @@ class Contrast:
         _check("beta", self.beta, 0, 1)
 
     def second(
-        self, input_ids: Rows, pictures: Sequence[Image.Image], processor: ImageProcessor, generator: Generator
+        self,
+        input_ids: Rows,
+        pictures: Sequence[Image.Image],
+        processor: ImageProcessor,
+        generator: Generator,
     ) -> tuple[Rows, Tensor | None]:
-        """What the second rows see: their ids, and the pictures [n,3,R,R] that stand at their -200."""
+        """What the second rows see: their ids, and the pictures [n,3,R,R] that stand at their
+        -200."""
         raise NotImplementedError
 
     def combine(self, logits: Tensor, other: Tensor, step: int) -> Tensor:
-        """Logits of the first and the second rows, float32 [B,V], after `step` new tokens -> [B,V]"""
+        """Logits of the first and the second rows, float32 [B,V], after `step` new tokens ->
+        [B,V]"""
         raise NotImplementedError
 
     def __call__(self, logits: Tensor, other: Tensor, step: int) -> Tensor:
@@ -55,8 +63,8 @@ class Contrast:
         return self.combine(logits, other, step).masked_fill(self.cut(logits), -math.inf)
 
     def cut(self, logits: Tensor) -> Tensor:
-        """Which tokens are out of the question, bool [B,V]. By the first row's raw logits: a combination that makes an
-        unlikely token look good is just what this guards against."""
+        """Which tokens are out of the question, bool [B,V]. By the first row's raw logits: a
+        combination that makes an unlikely token look good is just what this guards against."""
         least = math.log(self.beta) if self.beta else -math.inf  # nothing is less
         return logits < least + logits.amax(-1, keepdim=True)
 
@@ -86,8 +94,9 @@ class VCD(Contrast):
 
 @dataclass(frozen=True)
 class RITUAL(Contrast):
-    """Together with what a transformed picture suggests: l + alpha · l'. The weights add up to 1 + alpha, so this
-    sharpens as well. transform: one of TRANSFORMS; None draws one for each picture."""
+    """Together with what a transformed picture suggests: l + alpha · l'. The weights add up to 1 +
+    alpha, so this sharpens as well. transform: one of TRANSFORMS; None draws one for each
+    picture."""
 
     alpha: float = 3.0
     transform: str | None = None
@@ -96,11 +105,15 @@ class RITUAL(Contrast):
         super().__post_init__()
         _check("alpha", self.alpha, 0, LARGEST)
         if self.transform not in (None, *TRANSFORMS):
-            raise ValueError(f"transform is {self.transform!r}, expected one of: {', '.join(TRANSFORMS)}")
+            raise ValueError(
+                f"transform is {self.transform!r}, expected one of: {', '.join(TRANSFORMS)}"
+            )
 
     def second(self, input_ids, pictures, processor, generator):
         _need_pictures("ritual", pictures)
-        return input_ids, processor([self.change(p, processor.image_size, generator) for p in pictures])
+        return input_ids, processor(
+            [self.change(p, processor.image_size, generator) for p in pictures]
+        )
 
     def change(self, picture: Image.Image, side: int, generator: Generator) -> Image.Image:
         """The transformed picture; side: what `crop` scales to, in pixels."""
@@ -114,9 +127,9 @@ class RITUAL(Contrast):
 
 @dataclass(frozen=True)
 class M3ID(Contrast):
-    """Away from what the text alone suggests, the more the longer the answer: l + (1 - g) / g · (l - l'), with
-    g = exp(-rate · step). unsure: as in the paper (RITUAL's code leaves it out), only while no token's probability
-    reaches this; None: always."""
+    """Away from what the text alone suggests, the more the longer the answer: l + (1 - g) / g · (l
+    - l'), with g = exp(-rate · step). unsure: as in the paper (RITUAL's code leaves it out), only
+    while no token's probability reaches this; None: always."""
 
     rate: float = 0.02
     unsure: float | None = None
@@ -132,7 +145,8 @@ class M3ID(Contrast):
         return without_pictures(input_ids), None
 
     def combine(self, logits, other, step):
-        # (1 - g) / g = 1 / g - 1; the exponent is capped where float32 would overflow, long after l stopped to matter
+        # (1 - g) / g = 1 / g - 1; the exponent is capped where float32 would overflow, long after l
+        # stopped to matter
         difference = math.expm1(min(self.rate * step, 50)) * (logits - other)
         if self.unsure is not None:
             sure = logits.softmax(-1).amax(-1, keepdim=True) >= self.unsure  # [B, 1]
@@ -149,14 +163,19 @@ def find_method(contrast: Contrast | str | None) -> Contrast | None:
         return contrast
     if not isinstance(contrast, str) or contrast not in METHODS:
         names = ", ".join(METHODS)
-        raise ValueError(f"contrast is {contrast!r}, expected one of: {names}, or a contrast.Contrast such as VCD()")
+        raise ValueError(
+            f"contrast is {contrast!r}, expected one of: {names}, or a contrast.Contrast such as "
+            "VCD()"
+        )
     return METHODS[contrast]()
 
 
-def describe(contrast: Contrast, step: Step, number: int, tokenizer: Tokenizer, best: int = 5) -> dict:
-    """What a contrasted step of one row did, for a log: the token that was chosen, the `best` tokens of the first row,
-    of the second and of their combination (before penalties, temperature and filters), with probabilities; and how
-    many tokens were cut."""
+def describe(
+    contrast: Contrast, step: Step, number: int, tokenizer: Tokenizer, best: int = 5
+) -> dict:
+    """What a contrasted step of one row did, for a log: the token that was chosen, the `best`
+    tokens of the first row, of the second and of their combination (before penalties, temperature
+    and filters), with probabilities; and how many tokens were cut."""
     streams = {"first": step.logits, "second": step.other_logits}
     streams["combined"] = contrast(step.logits, step.other_logits, number)
     top = {}
@@ -165,7 +184,13 @@ def describe(contrast: Contrast, step: Step, number: int, tokenizer: Tokenizer, 
         likely = zip(found.values.tolist(), found.indices.tolist(), strict=True)
         top[name] = [[tokenizer.piece(i), float(f"{p:.6g}")] for p, i in likely if p > 0]
     chosen = step.ids[0]
-    return {"step": number, "id": chosen, "text": step.text[0], **top, "cut": int(contrast.cut(step.logits)[0].sum())}
+    return {
+        "step": number,
+        "id": chosen,
+        "text": step.text[0],
+        **top,
+        "cut": int(contrast.cut(step.logits)[0].sum()),
+    }
 
 
 def without_pictures(input_ids: Rows) -> list[list[int]]:
@@ -175,10 +200,15 @@ def without_pictures(input_ids: Rows) -> list[list[int]]:
 
 def _need_pictures(method: str, pictures: Sequence) -> None:
     if not pictures:
-        raise ValueError(f"{method} contrasts two views of a picture, and there is none; give one with the question")
+        raise ValueError(
+            f"{method} contrasts two views of a picture, and there is none; give one with the "
+            "question"
+        )
 
 
-def _check(name: str, value: float, low: float, high: float = math.inf, whole: bool = False) -> None:
+def _check(
+    name: str, value: float, low: float, high: float = math.inf, whole: bool = False
+) -> None:
     kind = int if whole else (int, float)
     if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
         expected = f"from {low} to {high}" if high < math.inf else f"of at least {low}"

@@ -1,7 +1,8 @@
-"""`generate`: a batch of prompts answered in one call, whichever way tokens are chosen; `python -m minillava.generate`.
+"""`generate`: a batch of prompts answered in one call, whichever way tokens are chosen; `python -m
+minillava.generate`.
 
-B rows: prompts times num_return_sequences. m new tokens, n pictures, R their side in pixels, P patches each, C width,
-V vocabulary.
+B rows: prompts times num_return_sequences. m new tokens, n pictures, R their side in pixels, P
+patches each, C width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +23,11 @@ class Generation:
     """What `generate` returns. What was not asked for with `record` is None."""
 
     sequences: Tensor  # [B, m] new ids only, rows padded after their end token
-    text: list[str] | None  # per row, without special tokens and stop text; None without a tokenizer
+    # per row, without special tokens and stop text; None without a tokenizer
+    text: list[str] | None
     finish_reason: list[str]  # per row: "stop" or "length"
-    image_spans: list[list[tuple[int, int]]]  # per row, (start, end) of each picture in the spliced prompt
+    # per row, (start, end) of each picture in the spliced prompt
+    image_spans: list[list[tuple[int, int]]]
     seed: int  # what reproduces this sample
     sequences_scores: Tensor | None = None  # [B] with beams: what they were ranked by
     scores: tuple[Tensor, ...] | None = None  # m times [B, V]
@@ -45,32 +48,43 @@ def generate(
     tokenizer: Tokenizer | None = None,
     **options,
 ) -> Generation:
-    """Answer a batch of prompts: ragged rows of ids with -200 for each picture of `images` [n,3,R,R] (or [n,P,C],
-    encoded already).
+    """Answer a batch of prompts: ragged rows of ids with -200 for each picture of `images`
+    [n,3,R,R] (or [n,P,C], encoded already).
 
-    second, contrast: (input_ids, images) that see something else, and what makes one row of logits of two (`steps`;
-    contrast.py has both). record: any of "scores", "logits", "hidden_states", "attentions" (shapes as Hugging Face's
-    generate). options: the fields of `Options` by name; any other name is a TypeError.
-    process: f(scores [B,V], history [B,S]) -> scores [B,V], for sampling of your own: after contrast and penalties,
-    before temperature and filters. history: the ids of prompt and answer, a picture as its id in each of its positions,
-    padding on the left as -1.
-    num_beams above 1 is beam search (beam.py), without contrast; stop texts are then cut from the finished answers.
-    Raises ValueError for options out of range or a prompt that does not fit the model's context.
+    second, contrast: (input_ids, images) that see something else, and what makes one row of logits
+    of two (`steps`; contrast.py has both). record: any of "scores", "logits", "hidden_states",
+    "attentions" (shapes as Hugging Face's generate). options: the fields of `Options` by name; any
+    other name is a TypeError. process: f(scores [B,V], history [B,S]) -> scores [B,V], for sampling
+    of your own: after contrast and penalties, before temperature and filters. history: the ids of
+    prompt and answer, a picture as its id in each of its positions, padding on the left as -1.
+    num_beams above 1 is beam search (beam.py), without contrast; stop texts are then cut from the
+    finished answers. Raises ValueError for options out of range or a prompt that does not fit the
+    model's context.
     """
     chosen = read_options(options)
     if isinstance(contrast, str):
-        raise ValueError(f"contrast is {contrast!r}, expected a method with the rows of `second`; ask() takes names")
+        raise ValueError(
+            f"contrast is {contrast!r}, expected a method with the rows of `second`; ask() takes "
+            "names"
+        )
     if (second is None) != (contrast is None):
-        raise ValueError("second and contrast belong together: what else is seen, and how the two are combined")
+        raise ValueError(
+            "second and contrast belong together: what else is seen, and how the two are combined"
+        )
     record = (record,) if isinstance(record, str) else record
     if second is not None:
         if len(second[0]) != len(input_ids):
-            raise ValueError(f"{len(input_ids)} rows of input_ids but {len(second[0])} second rows; give one for each")
+            raise ValueError(
+                f"{len(input_ids)} rows of input_ids but {len(second[0])} second rows; give one "
+                "for each"
+            )
         input_ids = [*input_ids, *second[0]]
         both = [some for some in (images, second[1]) if some is not None]
         if len({some.shape[1:] for some in both}) > 1:
             shapes = " and ".join(str(list(some.shape)) for some in both)
-            raise ValueError(f"images and those of the second rows are {shapes}; encode both or neither")
+            raise ValueError(
+                f"images and those of the second rows are {shapes}; encode both or neither"
+            )
         images = torch.cat([some.to(both[0].device) for some in both]) if both else None
     check_room(model, input_ids)
     with torch.no_grad():
@@ -79,9 +93,20 @@ def generate(
         return _beam_search(model, spliced, chosen, tokenizer, record, process)
     spliced = spliced.repeat_rows(chosen.num_return_sequences)
     token_ids, text, kept = [], None, {name: [] for name in record}
-    for step in steps(model, spliced, chosen, tokenizer=tokenizer, record=record, contrast=contrast, process=process):
+    for step in steps(
+        model,
+        spliced,
+        chosen,
+        tokenizer=tokenizer,
+        record=record,
+        contrast=contrast,
+        process=process,
+    ):
         token_ids.append(step.token_ids)
-        text = [before + new for before, new in zip(text or [""] * len(step.text), step.text, strict=True)]
+        text = [
+            before + new
+            for before, new in zip(text or [""] * len(step.text), step.text, strict=True)
+        ]
         for name in record:
             kept[name].append(vars(step)[name])
     return Generation(
@@ -107,7 +132,9 @@ def _beam_search(
         sequences=found.sequences,
         text=None if tokenizer is None else found.text,
         finish_reason=found.finish_reason,
-        image_spans=[spans for spans in spliced.image_spans for _ in range(chosen.num_return_sequences)],
+        image_spans=[
+            spans for spans in spliced.image_spans for _ in range(chosen.num_return_sequences)
+        ],
         seed=chosen.seed,
         sequences_scores=found.scores,
         **found.recorded,

@@ -1,4 +1,5 @@
-"""What the second row sees in contrastive decoding (contrast.py): VCD's noised picture, and RITUAL's transforms.
+"""What the second row sees in contrastive decoding (contrast.py): VCD's noised picture, and
+RITUAL's transforms.
 
 n pictures, R their side in pixels.
 """
@@ -14,10 +15,14 @@ from torch import Generator, Tensor
 from minillava.options import NOISE_STEPS, TRANSFORMS
 
 
-# ---------------------------------------------------------------------------------------------- VCD's noise
+# -------------------------------------------------------------------------------------- VCD's noise
 def noise_scales(step: int) -> tuple[float, float]:
-    """The weights of picture and noise after `step` (from 0) of 1,000 diffusion steps, as in VCD's code."""
-    betas = torch.linspace(-6, 6, NOISE_STEPS, dtype=torch.float64).sigmoid() * (0.005 - 0.00001) + 0.00001
+    """The weights of picture and noise after `step` (from 0) of 1,000 diffusion steps, as in VCD's
+    code."""
+    betas = (
+        torch.linspace(-6, 6, NOISE_STEPS, dtype=torch.float64).sigmoid() * (0.005 - 0.00001)
+        + 0.00001
+    )
     kept = float((1 - betas).cumprod(0)[step])
     return kept**0.5, (1 - kept) ** 0.5
 
@@ -28,8 +33,9 @@ def add_noise(pixels: Tensor, step: int, generator: Generator) -> Tensor:
     return picture * pixels + noise * torch.randn(pixels.shape, generator=generator)
 
 
-# -------------------------------------------------------------------------------------- RITUAL's transforms
-# Those of its evaluation scripts, with torchvision's parameters and Pillow's operations: each takes the picture
+# ------------------------------------------------------------------------------ RITUAL's transforms
+# Those of its evaluation scripts, with torchvision's parameters and Pillow's operations: each takes
+# the picture
 # (RGB), the side of the pictures that the model reads, and a generator.
 def _uniform(low: float, high: float, generator: Generator) -> float:
     return low + (high - low) * float(torch.rand((), generator=generator))
@@ -44,7 +50,9 @@ def turn_upside_down(picture, side, generator):
 
 
 def rotate(picture, side, generator):
-    return picture.rotate(_uniform(-180, 180, generator), Image.Resampling.NEAREST, fillcolor=(0, 0, 0))
+    return picture.rotate(
+        _uniform(-180, 180, generator), Image.Resampling.NEAREST, fillcolor=(0, 0, 0)
+    )
 
 
 def jitter(picture, side, generator):
@@ -68,11 +76,13 @@ def blur(picture, side, generator):
     sigma, reach = _uniform(1.5, 2.0, generator), 6
     if min(picture.size) <= reach:
         raise ValueError(
-            f"the picture is {picture.width} x {picture.height}, blur needs more than {reach} pixels a side"
+            f"the picture is {picture.width} x {picture.height}, blur needs more than {reach} "
+            "pixels a side"
         )
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
     kernel = (kernel / kernel.sum())[None, None, None]  # [1, 1, 1, 13]
-    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[:, None].float()  # [3, 1, height, width]
+    # [3, 1, height, width]
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[:, None].float()
     x = F.pad(x, (reach, reach, reach, reach), mode="reflect")
     x = F.conv2d(F.conv2d(x, kernel), kernel.transpose(2, 3))
     return Image.fromarray(x[:, 0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
@@ -92,15 +102,19 @@ def crop(picture, side, generator):
     else:  # a long strip: the middle of it, as wide as the shapes above allow
         w, h = min(width, round(height * 4 / 3)), min(height, round(width / (3 / 4)))
         left, top = (width - w) // 2, (height - h) // 2
-    return picture.resize((side, side), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+    return picture.resize(
+        (side, side), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)
+    )
 
 
 FUNCTIONS = dict(zip(TRANSFORMS, (flip, turn_upside_down, rotate, jitter, blur, crop), strict=True))
 
 
-def transform(name: str | None, picture: Image.Image, side: int, generator: Generator) -> Image.Image:
-    """The picture (RGB) by one of TRANSFORMS; None draws one. side: what `crop` scales to, in pixels. Raises ValueError
-    if the picture is too small to blur."""
+def transform(
+    name: str | None, picture: Image.Image, side: int, generator: Generator
+) -> Image.Image:
+    """The picture (RGB) by one of TRANSFORMS; None draws one. side: what `crop` scales to, in
+    pixels. Raises ValueError if the picture is too small to blur."""
     if name is None:
         name = TRANSFORMS[int(torch.randint(len(TRANSFORMS), (), generator=generator))]
     return FUNCTIONS[name](picture, side, generator)

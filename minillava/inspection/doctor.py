@@ -1,4 +1,5 @@
-"""Is a checkpoint well on this machine? The checks of `python -m minillava.inspect DIR --doctor`, one line each.
+"""Is a checkpoint well on this machine? The checks of `python -m minillava.inspect DIR --doctor`,
+one line each.
 
 T prompt positions after the splice, m decoded tokens, C width, V vocabulary; one row everywhere.
 """
@@ -33,23 +34,26 @@ from minillava.loop import last_logits, room_for_answer
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 
 QUESTION = "Is there a red circle in this picture?"
-"""What the checks ask. Its answer begins with yes for the drawn picture and no for a black one, where descriptions of
-all pictures begin with the same word."""
+"""What the checks ask. Its answer begins with yes for the drawn picture and no for a black one,
+where descriptions of all pictures begin with the same word."""
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
-"""How far two ways to compute the same logits may part, relative to the largest: far above what rounding did in the
-models of the tests (8e-7, 2.4e-3, 1.3e-2), since deeper ones round more often, and far below a wrong kernel's 1."""
+"""How far two ways to compute the same logits may part, relative to the largest: far above what
+rounding did in the models of the tests (8e-7, 2.4e-3, 1.3e-2), since deeper ones round more often,
+and far below a wrong kernel's 1."""
 
 BLIND = 3.0
-"""The model tells two pictures apart when their first-token distributions differ by more than BLIND times what rounding
-does to the two, measured once each: another time it may well be twice that. A model that does not read the patches
-stays at rounding, mostly at exactly 0; the bundled one answers yes and no."""
+"""The model tells two pictures apart when their first-token distributions differ by more than BLIND
+times what rounding does to the two, measured once each: another time it may well be twice that. A
+model that does not read the patches stays at rounding, mostly at exactly 0; the bundled one answers
+yes and no."""
 
 ALIKE = 1e-12  # and never by less, which is rounding in float64
 
 GROUP = 64  # weights of int4 that share a scale and a zero point
 
-MEMORY = {"float32": 4, "bfloat16": 2, "int8": 2, "int4": 2}  # row of the table -> bytes of a number in the cache
+# row of the table -> bytes of a number in the cache
+MEMORY = {"float32": 4, "bfloat16": 2, "int8": 2, "int4": 2}
 
 TOKENS = 4  # decoded in the check of the cache
 
@@ -58,7 +62,8 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found: its name, OK, WARNING or FAILED, one line for a person, the numbers behind it."""
+    """What one check found: its name, OK, WARNING or FAILED, one line for a person, the numbers
+    behind it."""
 
     check: str
     status: str
@@ -80,11 +85,18 @@ def environment() -> Finding:
     capability, fast = torch.backends.cpu.get_cpu_capability(), has_fast_bfloat16()
     crowded = processors is not None and threads > processors
     text = (
-        f"{', '.join(f'{name} {version}' for name, version in versions.items())}; {threads} thread(s) on {processors} "
-        f"processor(s){', more than there are: they wait for one another' * crowded}; {capability}, "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}; {threads} "
+        f"thread(s) on {processors} "
+        f"processor(s){', more than there are: they wait for one another' * crowded}; "
+        f"{capability}, "
         f"bfloat16 {'is fast' if fast else 'is emulated'}"
     )
-    figures = {"threads": threads, "processors": processors, "capability": capability, "fast_bfloat16": fast}
+    figures = {
+        "threads": threads,
+        "processors": processors,
+        "capability": capability,
+        "fast_bfloat16": fast,
+    }
     return Finding("environment", WARNING if crowded else OK, text, {**versions, **figures})
 
 
@@ -92,11 +104,18 @@ def precision(device: str, dtype: torch.dtype, stored: torch.dtype, parameters: 
     """What `auto` chooses and why; a warning where device and dtype, as chosen, are slow here."""
     auto_device = choose_device("auto")
     auto_dtype = choose_dtype("auto", auto_device, stored, parameters)
-    emulated = "bfloat16 would be emulated" if auto_dtype == torch.float32 else "so large, it is half as much to read"
+    emulated = (
+        "bfloat16 would be emulated"
+        if auto_dtype == torch.float32
+        else "so large, it is half as much to read"
+    )
     on_cpu = "this processor has instructions for it" if has_fast_bfloat16() else emulated
     why = on_cpu if auto_device == "cpu" else "it is what is stored"
     found = "PyTorch finds no GPU" if auto_device == "cpu" else "PyTorch finds it"
-    text = f"auto chooses {auto_device} ({found}) and {name_of(auto_dtype)} ({why}; stored: {name_of(stored)})"
+    text = (
+        f"auto chooses {auto_device} ({found}) and {name_of(auto_dtype)} ({why}; stored: "
+        f"{name_of(stored)})"
+    )
     if (device, dtype) != (auto_device, auto_dtype):
         text += f"; asked for: {device} and {name_of(dtype)}"
     slow = device.startswith("cpu") and dtype == torch.float16
@@ -110,12 +129,15 @@ def precision(device: str, dtype: torch.dtype, stored: torch.dtype, parameters: 
 
 
 def weight_bytes(shapes: dict[str, tuple[int, ...]], row: str) -> int:
-    """Bytes of the weights: 4 each in float32, 2 in bfloat16. int8 and int4 change the linear layers of the language
-    model, [N, C] each, and leave all else (embedding table, norms, projector, vision tower) in bfloat16: int8 takes
-    N·C bytes and one bfloat16 per row, int4 half of N·C and two bfloat16 per GROUP of a row."""
+    """Bytes of the weights: 4 each in float32, 2 in bfloat16. int8 and int4 change the linear
+    layers of the language model, [N, C] each, and leave all else (embedding table, norms,
+    projector, vision tower) in bfloat16: int8 takes N·C bytes and one bfloat16 per row, int4 half
+    of N·C and two bfloat16 per GROUP of a row."""
     total = 0
     for name, shape in shapes.items():
-        linear = name.startswith("language_model.") and len(shape) == 2 and "embed_tokens" not in name
+        linear = (
+            name.startswith("language_model.") and len(shape) == 2 and "embed_tokens" not in name
+        )
         count = math.prod(shape)
         if row == "int8" and linear:
             total += count + 2 * shape[0]
@@ -129,36 +151,53 @@ def weight_bytes(shapes: dict[str, tuple[int, ...]], row: str) -> int:
 def cache_bytes(config: LlavaConfig, positions: int, bytes_each: int = 2) -> int:
     """Bytes of the keys and values of every layer, for that many positions."""
     text = config.text
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * positions * bytes_each
+    return (
+        2
+        * text.num_hidden_layers
+        * text.num_key_value_heads
+        * text.head_dim
+        * positions
+        * bytes_each
+    )
 
 
 def memory_table(config: LlavaConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict]:
-    """dtype -> bytes of weights, of the cache per 1,000 positions, and of both at full context. The cache has 16 bits,
-    in float32 32, as the loop makes it."""
+    """dtype -> bytes of weights, of the cache per 1,000 positions, and of both at full context. The
+    cache has 16 bits, in float32 32, as the loop makes it."""
     context, table = config.text.context, {}
     for row, each in MEMORY.items():
         weights = weight_bytes(shapes, row)
         full = weights + cache_bytes(config, context, each)
-        table[row] = {"weights": weights, "cache_per_1000": cache_bytes(config, 1000, each), "full_context": full}
+        table[row] = {
+            "weights": weights,
+            "cache_per_1000": cache_bytes(config, 1000, each),
+            "full_context": full,
+        }
     return table
 
 
 def memory(weights: int, cache: int, device: str, mapped: bool) -> Finding:
-    """Bytes needed against those available. mapped: the weights stay on disk, from where the system reads them again
-    when memory is short, so that too little of it is slow but no end."""
+    """Bytes needed against those available. mapped: the weights stay on disk, from where the system
+    reads them again when memory is short, so that too little of it is slow but no end."""
     available = available_memory(device)
     figures = {"weights": weights, "cache_at_full_context": cache, "available": available}
     text = f"weights {gigabytes(weights)}, cache at full context {gigabytes(cache)}"
     if available is None:
-        return Finding("memory", OK, f"{text}; this system does not say how much is available", figures)
+        return Finding(
+            "memory", OK, f"{text}; this system does not say how much is available", figures
+        )
     text += f"; available {gigabytes(available)}"
     if weights + cache <= available:
         return Finding("memory", OK, text, figures)
     if weights <= available:
         return Finding("memory", WARNING, f"{text}: long conversations will not fit", figures)
     if mapped:
-        return Finding("memory", WARNING, f"{text}: the weights are read from disk again and again", figures)
-    return Finding("memory", FAILED, f"{text}: does not fit; try another --dtype or --device", figures)
+        return Finding(
+            "memory", WARNING, f"{text}: the weights are read from disk again and again", figures
+        )
+    return Finding(
+        "memory", FAILED, f"{text}: does not fit; try another --dtype or --device", figures
+    )
 
 
 def available_memory(device: str) -> int | None:
@@ -172,15 +211,22 @@ def available_memory(device: str) -> int | None:
     return next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), None)
 
 
-def examine(assistant: Assistant, picture: Image.Image | None = None, system: str | None = None) -> Iterator[Finding]:
-    """The checks of an opened model: its weights, its two attentions, its cache, its eyes. picture: what it is shown,
-    instead of a drawn one."""
+def examine(
+    assistant: Assistant, picture: Image.Image | None = None, system: str | None = None
+) -> Iterator[Finding]:
+    """The checks of an opened model: its weights, its two attentions, its cache, its eyes. picture:
+    what it is shown, instead of a drawn one."""
     yield finite_weights(assistant.model)
     try:
         yield from _ask(
-            assistant, draw_picture(assistant.image_processor.image_size) if picture is None else picture, system
+            assistant,
+            draw_picture(assistant.image_processor.image_size) if picture is None else picture,
+            system,
         )
-    except (ValueError, RuntimeError) as error:  # RuntimeError: memory that runs out, an operation this device lacks
+    except (
+        ValueError,
+        RuntimeError,
+    ) as error:  # RuntimeError: memory that runs out, an operation this device lacks
         yield Finding("answer", FAILED, one_line(error))
 
 
@@ -188,7 +234,8 @@ def examine(assistant: Assistant, picture: Image.Image | None = None, system: st
 def _ask(assistant: Assistant, picture: Image.Image, system: str | None) -> Iterator[Finding]:
     prompt = assistant.prompt(QUESTION, system=system)
     black, noise = other_pictures(picture.size)
-    logits: dict[str, dict[str, Tensor]] = {name: {} for name in ATTENTION}  # attention -> picture -> [V]
+    # attention -> picture -> [V]
+    logits: dict[str, dict[str, Tensor]] = {name: {} for name in ATTENTION}
     for name, attend in ATTENTION.items():
         with attending(assistant.model, attend):
             for shown, look in {"picture": picture, "black": black, "noise": noise}.items():
@@ -198,7 +245,11 @@ def _ask(assistant: Assistant, picture: Image.Image, system: str | None) -> Iter
     small = bool(quantised_kinds(assistant.model))
     dtype = torch.bfloat16 if small else assistant.model.language_model.embed_tokens.weight.dtype
     yield same("eager and fused attention", eager["picture"], fused["picture"], dtype)
-    yield same("cache and no cache", *cached_and_whole(assistant, assistant.prepare(picture, prompt)), dtype)
+    yield same(
+        "cache and no cache",
+        *cached_and_whole(assistant, assistant.prepare(picture, prompt)),
+        dtype,
+    )
     rounding = {name: total_variation(eager[name], fused[name]) for name in fused}
     yield sight(fused, rounding, assistant.tokenizer.decode)
 
@@ -209,7 +260,10 @@ def finite_weights(model: nn.Module) -> Finding:
     if not wrong:
         return Finding("weights", OK, "every number is finite", {"not_finite": []})
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    text = f"NaN or infinity in {', '.join(wrong[:3])}{more}: damaged, or too large for the dtype; download again"
+    text = (
+        f"NaN or infinity in {', '.join(wrong[:3])}{more}: damaged, or too large for the dtype; "
+        "download again"
+    )
     return Finding("weights", FAILED, text, {"not_finite": wrong})
 
 
@@ -233,20 +287,22 @@ def attending(model: nn.Module, attend: Callable) -> Iterator[None]:
 
 
 def cached_and_whole(assistant: Assistant, spliced: Spliced) -> tuple[Tensor, Tensor]:
-    """The logits of the first tokens of the greedy answer twice, [m + 1, V]: one position after the other with a cache,
-    and all positions at once without."""
+    """The logits of the first tokens of the greedy answer twice, [m + 1, V]: one position after the
+    other with a cache, and all positions at once without."""
     model = assistant.model
     language, length = model.language_model, spliced.embeds.shape[1]
     tokens = min(TOKENS, room_for_answer(model, spliced))
     dtype, device = spliced.embeds.dtype, spliced.embeds.device
     cache = KVCache(model.config.text, 1, length + tokens, dtype=dtype, device=device)
-    cached = [last_logits(language(spliced.embeds, spliced.attention_mask, cache, last_only=True))]  # each [1, V]
+    # each [1, V]
+    cached = [last_logits(language(spliced.embeds, spliced.attention_mask, cache, last_only=True))]
     ids = []
     for _ in range(tokens):
         ids.append(cached[-1].argmax(-1, keepdim=True))  # [1, 1]
         cached.append(last_logits(language(ids[-1], None, cache)))
     words = language.embed_tokens(torch.cat(ids, dim=1))  # [1, m, C]
-    whole = language(torch.cat([spliced.embeds, words], dim=1)).logits[0, length - 1 :]  # [m + 1, V]
+    # [m + 1, V]
+    whole = language(torch.cat([spliced.embeds, words], dim=1)).logits[0, length - 1 :]
     return torch.cat(cached), whole.to(cached[0].dtype)
 
 
@@ -254,9 +310,18 @@ def same(check: str, one: Tensor, other: Tensor, dtype: torch.dtype) -> Finding:
     """Whether logits that were computed in two ways are the same but for rounding (TOLERANCE)."""
     apart = float((one - other).abs().max() / one.abs().max().clamp(min=1e-30))
     agree, limit = apart <= TOLERANCE[dtype], TOLERANCE[dtype]  # NaN does not
-    text = f"the logits differ by {apart:.1e} of their size, {'within' if agree else 'more than'} {limit:.0e}"
-    text += "" if agree else f", what rounding in {name_of(dtype)} explains: this PyTorch computes something else"
-    return Finding(check, OK if agree else FAILED, text, {"relative_difference": apart, "tolerance": limit})
+    text = (
+        f"the logits differ by {apart:.1e} of their size, {'within' if agree else 'more than'} "
+        f"{limit:.0e}"
+    )
+    text += (
+        ""
+        if agree
+        else f", what rounding in {name_of(dtype)} explains: this PyTorch computes something else"
+    )
+    return Finding(
+        check, OK if agree else FAILED, text, {"relative_difference": apart, "tolerance": limit}
+    )
 
 
 def draw_picture(side: int) -> Image.Image:
@@ -276,28 +341,42 @@ def other_pictures(size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
 
 
 def total_variation(one: Tensor, other: Tensor) -> float:
-    """Half the sum of the differences of two distributions, given as logits [V]: 0 where they are the same, 1 where
-    they share no token."""
+    """Half the sum of the differences of two distributions, given as logits [V]: 0 where they are
+    the same, 1 where they share no token."""
     return float((one.double().softmax(-1) - other.double().softmax(-1)).abs().sum() / 2)
 
 
 def sight(shown: dict[str, Tensor], rounding: dict[str, float], decode: Callable) -> Finding:
-    """The blind test: do three pictures lead to three answers? Not to see is to tell the first from none of the others.
-    shown: name -> first-token logits [V]. rounding: name -> total variation of that distribution computed twice."""
+    """The blind test: do three pictures lead to three answers? Not to see is to tell the first from
+    none of the others. shown: name -> first-token logits [V]. rounding: name -> total variation of
+    that distribution computed twice."""
     names = list(shown)
     pairs = {f"{a} and {b}": (a, b) for i, a in enumerate(names) for b in names[i + 1 :]}
     distances = {pair: total_variation(shown[a], shown[b]) for pair, (a, b) in pairs.items()}
-    limits = {pair: max(BLIND * (rounding[a] + rounding[b]), ALIKE) for pair, (a, b) in pairs.items()}
+    limits = {
+        pair: max(BLIND * (rounding[a] + rounding[b]), ALIKE) for pair, (a, b) in pairs.items()
+    }
     alike = [pair for pair in pairs if not distances[pair] > limits[pair]]
     figures = {"total_variation": distances, "limits": limits}
-    numbers = ", ".join(f"{pair} {distance:.2g} (limit {limits[pair]:.1g})" for pair, distance in distances.items())
-    words = ", ".join(f"{name} {decode([int(logits.argmax())])!r}" for name, logits in shown.items())
+    numbers = ", ".join(
+        f"{pair} {distance:.2g} (limit {limits[pair]:.1g})" for pair, distance in distances.items()
+    )
+    words = ", ".join(
+        f"{name} {decode([int(logits.argmax())])!r}" for name, logits in shown.items()
+    )
     text = f"total variation {numbers}; first words: {words}"
     if all(pair in alike for pair, (a, _) in pairs.items() if a == names[0]):
         advice = "check that projector and vision tower are those it was trained with"
-        return Finding("blind test", FAILED, f"THE MODEL IGNORES THE PICTURE: {advice}; {text}", figures)
+        return Finding(
+            "blind test", FAILED, f"THE MODEL IGNORES THE PICTURE: {advice}; {text}", figures
+        )
     if alike:
-        return Finding("blind test", WARNING, f"the model cannot tell {', '.join(alike)} apart; {text}", figures)
+        return Finding(
+            "blind test",
+            WARNING,
+            f"the model cannot tell {', '.join(alike)} apart; {text}",
+            figures,
+        )
     return Finding("blind test", OK, f"the answer depends on the picture; {text}", figures)
 
 

@@ -1,7 +1,8 @@
-"""What a folder of weights holds and lacks, from the headers of its files: `python -m minillava.inspect DIR`.
+"""What a folder of weights holds and lacks, from the headers of its files: `python -m
+minillava.inspect DIR`.
 
-Names, shapes and dtypes stand at the beginning of a file, and no more is read, so that this takes seconds where opening
-takes minutes. With --doctor the model is opened and asked, too (doctor.py).
+Names, shapes and dtypes stand at the beginning of a file, and no more is read, so that this takes
+seconds where opening takes minutes. With --doctor the model is opened and asked, too (doctor.py).
 """
 
 import math
@@ -16,7 +17,13 @@ import torch
 from minillava.attention import fused
 from minillava.checkpoint.config_json import read_config
 from minillava.checkpoint.folders import find_folder, gather, open_checkpoint
-from minillava.checkpoint.names import CLIP_PREFIXES, CLIP_TEXT_HALF, PROJECTOR_NAME, REST_NAME, part_of_model
+from minillava.checkpoint.names import (
+    CLIP_PREFIXES,
+    CLIP_TEXT_HALF,
+    PROJECTOR_NAME,
+    REST_NAME,
+    part_of_model,
+)
 from minillava.checkpoint.side_json import read_image_processor
 from minillava.checkpoint.stored import Checkpoint
 from minillava.checkpoint.towers import settle
@@ -38,13 +45,14 @@ FILES = {  # beside the weights -> what a missing one means
     "preprocessor_config.json": "pictures are then normalised by CLIP's own numbers",
 }
 
-QUANTISED = {"uint8": "int4", "int8": "int8"}  # dtype in which the weights are stored -> row of the memory table
+# dtype in which the weights are stored -> row of the memory table
+QUANTISED = {"uint8": "int4", "int8": "int8"}
 
 
 @dataclass
 class Report:
-    """What could be found out: the fields of --json. `missing`, `misshapen`, `unexpected` and `unneeded` are about
-    tensors, `problems` are sentences about all else."""
+    """What could be found out: the fields of --json. `missing`, `misshapen`, `unexpected` and
+    `unneeded` are about tensors, `problems` are sentences about all else."""
 
     folder: str
     dialect: str
@@ -72,7 +80,8 @@ class Report:
         return not (self.problems or self.missing or self.misshapen or self.unexpected)
 
     def attempt(self, call: Callable, *given):
-        """What the call returns; None where it fails, whose message then is noted as problems, one a line."""
+        """What the call returns; None where it fails, whose message then is noted as problems, one
+        a line."""
         try:
             return call(*given)
         except (ValueError, OSError) as error:
@@ -91,10 +100,13 @@ def inspect_folder(
     system: str | None = None,
     image_aspect_ratio: str | None = None,
 ) -> Report:
-    """All that can be said of weights without reading them. Arguments as for `minillava.load`, which opens them if the
-    report is `loadable`, and else does not. Raises FileNotFoundError or ValueError where a folder is not there."""
+    """All that can be said of weights without reading them. Arguments as for `minillava.load`,
+    which opens them if the report is `loadable`, and else does not. Raises FileNotFoundError or
+    ValueError where a folder is not there."""
     folder = find_folder(weights, revision)
-    tower, base, lora = (None if f is None else find_folder(f) for f in (vision_tower, model_base, adapter))
+    tower, base, lora = (
+        None if f is None else find_folder(f) for f in (vision_tower, model_base, adapter)
+    )
 
     def home(name: str) -> Path:
         """The folder of a file that a fine-tune may leave to its base."""
@@ -106,7 +118,8 @@ def inspect_folder(
     model, beside = find_tokenizer(homes)
     for path in (model, beside / "tokenizer_config.json"):
         report.files[path.name] = path.exists()
-    pictures = tower or home("preprocessor_config.json")  # transformers 5 writes processor_config.json instead
+    # transformers 5 writes processor_config.json instead
+    pictures = tower or home("preprocessor_config.json")
     report.files["preprocessor_config.json"] |= any(pictures.glob("p*rocessor_config.json"))
     config = report.attempt(read_config, home("config.json"), tower)
     checkpoint, tensors, config = _open_weights(report, folder, config, tower, base, lora)
@@ -128,22 +141,33 @@ def inspect_folder(
     _describe_tokenizer(report, homes, config)
     style = find_template(template or DEFAULT_TEMPLATE)
     prompt = render(style, [(place_images(DEFAULT_PROMPT, 1), None)], system)
-    report.template = {"name": template or DEFAULT_TEMPLATE, "default": template is None, "prompt": str(prompt)}
+    report.template = {
+        "name": template or DEFAULT_TEMPLATE,
+        "default": template is None,
+        "prompt": str(prompt),
+    }
     return report
 
 
 def dialect_of(folder: Path, base: Path | None = None) -> str:
-    """What kind of folder this is, by its files and the words of its config.json. base: where `model_base` is."""
+    """What kind of folder this is, by its files and the words of its config.json. base: where
+    `model_base` is."""
     if part := part_of_model(folder):
         kind = "a projector from pre-training" if part == "a projector" else part
-        return f"{kind} alone, without its base" if base is None else f"{kind}, on the base in {base}"
+        return (
+            f"{kind} alone, without its base" if base is None else f"{kind}, on the base in {base}"
+        )
     try:
         raw = read_json(folder / "config.json")
     except (ValueError, OSError):
         return "unknown: it has no config.json that can be read"
     kind = raw.get("model_type")
     if kind in ("llava", "llava_llama"):
-        return "LLaVA as on the hub (llava-hf)" if "text_config" in raw else "the original LLaVA (liuhaotian)"
+        return (
+            "LLaVA as on the hub (llava-hf)"
+            if "text_config" in raw
+            else "the original LLaVA (liuhaotian)"
+        )
     if kind in ("clip", "clip_vision_model"):
         return "a plain CLIP: the --vision-tower of a LLaVA, none by itself"
     if kind == "llama":
@@ -154,8 +178,9 @@ def dialect_of(folder: Path, base: Path | None = None) -> str:
 def _open_weights(
     report: Report, folder: Path, config: LlavaConfig | None, *others: Path | None
 ) -> tuple[Checkpoint | None, dict[str, Stored], LlavaConfig | None]:
-    """The checkpoint, its tensors by our names, and the config: as `load` opens it, else without asking whether it is
-    whole. Where not even that works: None, and what is in those of its files that can be opened, by stored names."""
+    """The checkpoint, its tensors by our names, and the config: as `load` opens it, else without
+    asking whether it is whole. Where not even that works: None, and what is in those of its files
+    that can be opened, by stored names."""
     try:
         if config is not None:
             checkpoint, config = open_checkpoint(folder, config, *others)
@@ -166,7 +191,9 @@ def _open_weights(
     if report.dialect.startswith("a plain CLIP"):
         checkpoint = report.attempt(Checkpoint, folder, CLIP_PREFIXES, CLIP_TEXT_HALF)
     else:
-        checkpoint = report.attempt(gather, folder, *others, None if config is None else config.text.vocab_size)
+        checkpoint = report.attempt(
+            gather, folder, *others, None if config is None else config.text.vocab_size
+        )
     if checkpoint is not None:
         settled = None if config is None else report.attempt(settle, config, checkpoint)
         return checkpoint, checkpoint.tensors, settled or config
@@ -187,7 +214,13 @@ def _weight_files(folder: Path) -> list[Path]:
         read, _ = weight_files(folder)
         if read:
             return [path for path in read if path.suffix != ".json"]
-    patterns = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*", PROJECTOR_NAME, REST_NAME)
+    patterns = (
+        "model*.safetensors",
+        "pytorch_model*.bin",
+        "adapter_model.*",
+        PROJECTOR_NAME,
+        REST_NAME,
+    )
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
@@ -204,12 +237,21 @@ def part_of(name: str) -> str:
         return "adapter"
     if "projector" in name:
         return "projector"
-    return "vision tower" if "vision_tower." in name or name.startswith("vision_model.") else "language model"
+    return (
+        "vision tower"
+        if "vision_tower." in name or name.startswith("vision_model.")
+        else "language model"
+    )
 
 
-def _describe_tensors(report: Report, tensors: dict[str, Stored], checkpoint: Checkpoint | None) -> None:
+def _describe_tensors(
+    report: Report, tensors: dict[str, Stored], checkpoint: Checkpoint | None
+) -> None:
     """Numbers by part and by dtype, and the list of --keys."""
-    report.parts = {part: {"tensors": 0, "parameters": 0} for part in ("language model", "projector", "vision tower")}
+    report.parts = {
+        part: {"tensors": 0, "parameters": 0}
+        for part in ("language model", "projector", "vision tower")
+    }
     quantised = {} if checkpoint is None else checkpoint.quantised
     for name, stored in tensors.items():
         if name in quantised:  # one weight in two tensors
@@ -222,12 +264,19 @@ def _describe_tensors(report: Report, tensors: dict[str, Stored], checkpoint: Ch
             if checkpoint is not None and dtype not in DTYPES.values():
                 report.attempt(stored.read)  # which says what is wrong with it
         part = report.parts.setdefault(part_of(name), {"tensors": 0, "parameters": 0})
-        kind = report.dtypes.setdefault(doctor.name_of(dtype), {"tensors": 0, "parameters": 0, "bytes": 0})
+        kind = report.dtypes.setdefault(
+            doctor.name_of(dtype), {"tensors": 0, "parameters": 0, "bytes": 0}
+        )
         for count in (part, kind):
             count["tensors"] += 1
             count["parameters"] += numbers
         kind["bytes"] += size
-        about = {"name": name, "stored": stored.name, "shape": list(stored.shape), "dtype": doctor.name_of(dtype)}
+        about = {
+            "name": name,
+            "stored": stored.name,
+            "shape": list(stored.shape),
+            "dtype": doctor.name_of(dtype),
+        }
         report.tensors.append({**about, "file": str(stored.path)})
 
 
@@ -246,38 +295,51 @@ def _network(config: LlavaConfig) -> dict:
 
 
 def _compare(report: Report, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
-    """What config.json expects against what is stored, as `load` will find it. A part of which nothing is there is not
-    listed tensor by tensor."""
+    """What config.json expects against what is stored, as `load` will find it. A part of which
+    nothing is there is not listed tensor by tensor."""
     there = {part_of(name) for name in checkpoint.tensors}
-    report.missing = [name for name in shapes if name not in checkpoint.tensors and part_of(name) in there]
+    report.missing = [
+        name for name in shapes if name not in checkpoint.tensors and part_of(name) in there
+    ]
     whole = there >= {part_of(name) for name in shapes}
     for name, stored in checkpoint.tensors.items():
-        # Of a model that lacks a part, `open_checkpoint` has not yet sorted out what of its tower is not needed.
+        # Of a model that lacks a part, `open_checkpoint` has not yet sorted out what of its tower
+        # is not needed.
         if name not in shapes and (whole or part_of(name) != "vision tower"):
             report.unexpected.append(stored.name)
         elif name in shapes and checkpoint.shape(name) != shapes[name]:
             found, wanted = list(checkpoint.shape(name)), list(shapes[name])
-            report.misshapen.append(f"{stored.name} has shape {found}, config.json expects {wanted}")
+            report.misshapen.append(
+                f"{stored.name} has shape {found}, config.json expects {wanted}"
+            )
 
 
 def _say_what_to_get(report: Report, checkpoint: Checkpoint, tower: str | None) -> None:
-    """One line for each part of which nothing is there. tower: where config.json says that its own comes from."""
+    """One line for each part of which nothing is there. tower: where config.json says that its own
+    comes from."""
     there = {part_of(name) for name in checkpoint.tensors}
     absent = [part for part in report.parts if part not in there]
     for part in absent:
         get = DOWNLOAD
-        if part == "vision tower" and "language model" not in absent:  # an original release, which is whole without
+        # an original release, which is whole without
+        if part == "vision tower" and "language model" not in absent:
             clip = tower if tower and re.fullmatch(r"[\w.-]+/[\w.-]+", tower) else CLIP_RELEASE
             folder = clip.rpartition("/")[2]
             get = f"hf download {clip} --local-dir {folder}; then pass --vision-tower {folder}"
         report.problems.append(f"missing: {part}; get it with: {get}")
 
 
-def _describe_tokenizer(report: Report, folders: Sequence[Path], config: LlavaConfig | None) -> None:
+def _describe_tokenizer(
+    report: Report, folders: Sequence[Path], config: LlavaConfig | None
+) -> None:
     tokenizer = report.attempt(open_tokenizer, folders, config)
     if tokenizer is None:  # what does not fit the weights can be described
         with suppress(ValueError, OSError):
             tokenizer = open_tokenizer(folders)
     if tokenizer is not None:
-        about = {"pieces": tokenizer.vocab_size, "legacy": tokenizer.legacy, "added": tokenizer.added}
+        about = {
+            "pieces": tokenizer.vocab_size,
+            "legacy": tokenizer.legacy,
+            "added": tokenizer.added,
+        }
         report.tokenizer = about

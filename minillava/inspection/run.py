@@ -22,7 +22,15 @@ def run(args: argparse.Namespace) -> int:
     messages = Messages(args.verbose, args.quiet)
     picture = None if args.image is None else open_image(args.image)
     weights = find_weights(args.folder or args.weights, messages)
-    named = ("revision", "vision_tower", "model_base", "adapter", "template", "system", "image_aspect_ratio")
+    named = (
+        "revision",
+        "vision_tower",
+        "model_base",
+        "adapter",
+        "template",
+        "system",
+        "image_aspect_ratio",
+    )
     report = inspect_folder(weights, **{name: vars(args)[name] for name in named})
     if not args.json:
         print(as_text(report))
@@ -42,23 +50,44 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _see_doctor(
-    args: argparse.Namespace, weights: str, report: Report, picture: Image.Image | None, messages: Messages
+    args: argparse.Namespace,
+    weights: str,
+    report: Report,
+    picture: Image.Image | None,
+    messages: Messages,
 ) -> Iterator[doctor.Finding]:
-    """The findings, one by one as they are made; those about the model only where it can be opened and fits."""
+    """The findings, one by one as they are made; those about the model only where it can be opened
+    and fits."""
     yield doctor.environment()
     if not report.loadable:
-        yield doctor.Finding("opening", doctor.FAILED, "not tried: the folder is not whole, see above")
+        yield doctor.Finding(
+            "opening", doctor.FAILED, "not tried: the folder is not whole, see above"
+        )
         return
-    plain = [tensor for tensor in report.tensors if tensor["dtype"] in map(doctor.name_of, DTYPES.values())]
+    plain = [
+        tensor
+        for tensor in report.tensors
+        if tensor["dtype"] in map(doctor.name_of, DTYPES.values())
+    ]
     largest = max(plain, key=lambda tensor: math.prod(tensor["shape"]))
     stored, device = getattr(torch, largest["dtype"]), choose_device(args.device)
     parameters = sum(part["parameters"] for part in report.parts.values())
     dtype = choose_dtype(args.dtype, device, stored, parameters)
     yield doctor.precision(device, dtype, stored, parameters)
-    kind = args.quantize or next((row for name, row in QUANTISED.items() if name in report.dtypes), None)
+    kind = args.quantize or next(
+        (row for name, row in QUANTISED.items() if name in report.dtypes), None
+    )
     table, half = report.memory[kind or "bfloat16"], 1 if kind else dtype.itemsize / 2
-    needed, cache = int(table["weights"] * half), int((table["full_context"] - table["weights"]) * half)
-    mapped = device == "cpu" and set(report.dtypes) == {largest["dtype"]} and dtype == stored and not report.adapted
+    needed, cache = (
+        int(table["weights"] * half),
+        int((table["full_context"] - table["weights"]) * half),
+    )
+    mapped = (
+        device == "cpu"
+        and set(report.dtypes) == {largest["dtype"]}
+        and dtype == stored
+        and not report.adapted
+    )
     memory = doctor.memory(needed, cache, device, mapped)
     yield memory
     if memory.status != doctor.FAILED:

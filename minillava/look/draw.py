@@ -1,4 +1,5 @@
-"""The pictures of look.py, drawn with Pillow and numpy: a heat map per word, and the patches as the model sees them.
+"""The pictures of look.py, drawn with Pillow and numpy: a heat map per word, and the patches as the
+model sees them.
 
 G patches a side, W and H width and height of a picture.
 """
@@ -9,7 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SCALE = ((255, 252, 236), (254, 217, 118), (251, 141, 50), (203, 24, 38), (92, 0, 48))
-"""Colours from nothing to the hottest, evenly spaced: each darker than the one before, so it reads in grey as well."""
+"""Colours from nothing to the hottest, evenly spaced: each darker than the one before, so it reads
+in grey as well."""
 
 INK, FAINT, PAPER = (25, 25, 30), (105, 105, 115), (255, 255, 255)
 
@@ -22,18 +24,23 @@ BLACK_STAYS = 0.4
 def colourise(values: np.ndarray) -> np.ndarray:
     """Numbers from 0 to 1 -> colours of SCALE, float [..., 3]."""
     steps = np.linspace(0, 1, len(SCALE))
-    return np.stack([np.interp(values, steps, channel) for channel in zip(*SCALE, strict=True)], axis=-1)
+    return np.stack(
+        [np.interp(values, steps, channel) for channel in zip(*SCALE, strict=True)], axis=-1
+    )
 
 
-def heat_map(picture: Image.Image, box: Sequence[float], heat: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """A picture scaled to `size` in greys, coloured by heat [G, G], 0 to its largest number; what the model does not
-    see of it (cropped) is hatched, its hottest patch framed. box: left, top, right, bottom of the square of patches
-    in pixels of the picture."""
+def heat_map(
+    picture: Image.Image, box: Sequence[float], heat: np.ndarray, size: tuple[int, int]
+) -> Image.Image:
+    """A picture scaled to `size` in greys, coloured by heat [G, G], 0 to its largest number; what
+    the model does not see of it (cropped) is hatched, its hottest patch framed. box: left, top,
+    right, bottom of the square of patches in pixels of the picture."""
     grid, (left, top, right, bottom) = len(heat), box
     # The picture's corners in units of patches; what lies outside of the square becomes 0.
     extent = [
         (0 - left) / (right - left) * grid, (0 - top) / (bottom - top) * grid,
-        (picture.width - left) / (right - left) * grid, (picture.height - top) / (bottom - top) * grid,
+        (picture.width - left) / (right - left) * grid,
+        (picture.height - top) / (bottom - top) * grid,
     ]  # fmt: skip
 
     def spread(values, how):
@@ -49,7 +56,8 @@ def heat_map(picture: Image.Image, box: Sequence[float], heat: np.ndarray, size:
     image = Image.fromarray(coloured.astype(np.uint8))
     row, column = divmod(int(heat.argmax()), grid)
     x, y = ((at - low) / (high - low) for at, low, high in (
-        (np.array([column, column + 1]), extent[0], extent[2]), (np.array([row, row + 1]), extent[1], extent[3])
+        (np.array([column, column + 1]), extent[0], extent[2]),
+        (np.array([row, row + 1]), extent[1], extent[3]),
     ))  # fmt: skip
     edges = x[0] * size[0], y[0] * size[1], x[1] * size[0], y[1] * size[1]
     pen = ImageDraw.Draw(image)
@@ -59,14 +67,29 @@ def heat_map(picture: Image.Image, box: Sequence[float], heat: np.ndarray, size:
 
 
 def draw_words(
-    picture: Image.Image, box: Sequence[float], words: Sequence[tuple[str, np.ndarray]], question: str, note: str
+    picture: Image.Image,
+    box: Sequence[float],
+    words: Sequence[tuple[str, np.ndarray]],
+    question: str,
+    note: str,
 ) -> Image.Image:
-    """The picture, and for each word (text, heat [G, G]) its map with the word below, row by row; a colour scale."""
-    columns = max(2, len(words) + 1) if len(words) < 3 else 4 if len(words) < 12 else 6 if len(words) < 60 else 8
+    """The picture, and for each word (text, heat [G, G]) its map with the word below, row by row; a
+    colour scale."""
+    columns = (
+        max(2, len(words) + 1)
+        if len(words) < 3
+        else 4
+        if len(words) < 12
+        else 6
+        if len(words) < 60
+        else 8
+    )
     cell = min(380, (WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns)
     scale = min(cell / picture.width, 1.4 * cell / picture.height)
     size = tuple(max(1, round(length * scale)) for length in picture.size)
-    caption, small, large = (ImageFont.load_default(s) for s in (17 if columns == 8 else 21, 14, 20))
+    caption, small, large = (
+        ImageFont.load_default(s) for s in (17 if columns == 8 else 21, 14, 20)
+    )
     words_high, small_high = 28, 20
     cell_high = size[1] + words_high + small_high + GAP
     head = wrap(question, large, WIDTH - 2 * MARGIN)
@@ -82,7 +105,11 @@ def draw_words(
         x, y = MARGIN + i % columns * (cell + GAP), top + i // columns * cell_high
         left = x + (cell - size[0]) // 2
         if i == 0:
-            text, below, panel = "the picture", f"{picture.width} x {picture.height}", picture.resize(size)
+            text, below, panel = (
+                "the picture",
+                f"{picture.width} x {picture.height}",
+                picture.resize(size),
+            )
         else:
             text, heat = words[i - 1]
             panel = heat_map(picture, box, heat, size)
@@ -98,11 +125,16 @@ def draw_words(
     return sheet
 
 
-def remarks(words: Sequence[tuple[str, np.ndarray]], box: Sequence[float], size: tuple[int, int]) -> str:
-    """What to know when reading the maps of words (text, heat [G, G]) on a picture of that size; box as in
-    `heat_map`."""
+def remarks(
+    words: Sequence[tuple[str, np.ndarray]], box: Sequence[float], size: tuple[int, int]
+) -> str:
+    """What to know when reading the maps of words (text, heat [G, G]) on a picture of that size;
+    box as in `heat_map`."""
     (left, top, right, bottom), (width, height) = box, size
-    text = "Each map has a scale of its own: a word that hardly used the picture burns as hot as one that did."
+    text = (
+        "Each map has a scale of its own: a word that hardly used the picture burns as hot as one "
+        "that did."
+    )
     if right - left > width or bottom - top > height:
         text += " Shares are of the whole padded picture."
     outside = {}  # in the order of the words, each once
@@ -112,13 +144,17 @@ def remarks(words: Sequence[tuple[str, np.ndarray]], box: Sequence[float], size:
         if not (0 <= left + x * (right - left) < width and 0 <= top + y * (bottom - top) < height):
             outside[word] = None
     if outside:
-        text += f" The hottest patch lies in the padding, beside what is shown, for: {', '.join(outside)}."
+        text += (
+            " The hottest patch lies in the padding, beside what is shown, for: "
+            f"{', '.join(outside)}."
+        )
     return text
 
 
 def _draw_scale(sheet: Image.Image, pen: ImageDraw.ImageDraw, y: int) -> None:
     length, small = 520, ImageFont.load_default(14)
-    bar = colourise(np.linspace(0, 1, length))[None].repeat(16, 0).astype(np.uint8)  # [16, length, 3]
+    # [16, length, 3]
+    bar = colourise(np.linspace(0, 1, length))[None].repeat(16, 0).astype(np.uint8)
     sheet.paste(Image.fromarray(bar), (MARGIN, y))
     pen.rectangle((MARGIN - 1, y - 1, MARGIN + length, y + 16), outline=FAINT)
     labels = (("0", 0, "la"), ("half", 0.5, "ma"), ("hottest patch of the word (framed)", 1, "ra"))
@@ -127,11 +163,17 @@ def _draw_scale(sheet: Image.Image, pen: ImageDraw.ImageDraw, y: int) -> None:
 
 
 def draw_grid(square: Image.Image, grid: int) -> Image.Image:
-    """The square that the model sees, pixel for pixel enlarged, cut into its patches; rows and columns numbered."""
+    """The square that the model sees, pixel for pixel enlarged, cut into its patches; rows and
+    columns numbered."""
     times = max(1, 1000 // square.width)
     cell, edge = square.width * times / grid, 34
-    sheet = Image.new("RGB", (square.width * times + 2 * edge, square.height * times + 2 * edge), PAPER)
-    sheet.paste(square.resize((square.width * times, square.height * times), Image.Resampling.NEAREST), (edge, edge))
+    sheet = Image.new(
+        "RGB", (square.width * times + 2 * edge, square.height * times + 2 * edge), PAPER
+    )
+    sheet.paste(
+        square.resize((square.width * times, square.height * times), Image.Resampling.NEAREST),
+        (edge, edge),
+    )
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
     end = edge + grid * cell
     for i in range(grid + 1):

@@ -1,4 +1,5 @@
-"""The pages of look.py: one file each, with the picture and the numbers inside, nothing loaded from anywhere."""
+"""The pages of look.py: one file each, with the picture and the numbers inside, nothing loaded from
+anywhere."""
 
 import json
 
@@ -242,11 +243,17 @@ data.tokens.forEach((layer, i) => {
 
 def look_page(picture: Image.Image, found: dict) -> str:
     """The page of `--html`. found: as `look.as_json` makes it."""
-    # Greys between BLACK_STAYS and white, as in the drawn maps: contrast shrinks them around the middle.
+    # Greys between BLACK_STAYS and white, as in the drawn maps: contrast shrinks them around the
+    # middle.
     kept = 1 - BLACK_STAYS
     contrast, brightness = kept / (1 + BLACK_STAYS), 1 + BLACK_STAYS
-    style = LOOK_STYLE.replace("CONTRAST", f"{contrast:.4f}").replace("BRIGHTNESS", f"{brightness:.4f}")
-    note = f"Averaged over layers {listed(found['layers'])} and heads {listed(found['heads'])}, counted from 0. "
+    style = LOOK_STYLE.replace("CONTRAST", f"{contrast:.4f}").replace(
+        "BRIGHTNESS", f"{brightness:.4f}"
+    )
+    note = (
+        f"Averaged over layers {listed(found['layers'])} and heads {listed(found['heads'])}, "
+        "counted from 0. "
+    )
     maps = [(word["text"], np.array(word["map"])) for word in found["words"]]
     note += remarks(maps, found["picture"]["box"], found["picture"]["size"])
     grid = len(found["words"][0]["map"]) if found["words"] else 0
@@ -255,7 +262,8 @@ def look_page(picture: Image.Image, found: dict) -> str:
 
 
 def lens_page(square: Image.Image, lens: dict, question: str, answer: str) -> str:
-    """The page of `--lens`. square: the picture as the model sees it. lens: the fields of `look.Lens`."""
+    """The page of `--lens`. square: the picture as the model sees it. lens: the fields of
+    `look.Lens`."""
     grid = round(len(lens["patches"][0]) ** 0.5)
     style = LENS_STYLE.replace("SIZE", f"clamp(6px, {18 / grid:.2f}vw, 15px)")
     data = lens | {"image": data_url(square), "question": question, "answer": answer}
@@ -266,7 +274,14 @@ def _page(title: str, style: str, body: str, data: dict, script: str) -> str:
     # "<" would let a question or an answer end the script.
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     colours = ", ".join(f"rgb{colour}" for colour in SCALE)
-    parts = {"TITLE": title, "THEME": THEME, "COLOURS": colours, "STYLE": style, "BODY": body, "SCRIPT": script}
+    parts = {
+        "TITLE": title,
+        "THEME": THEME,
+        "COLOURS": colours,
+        "STYLE": style,
+        "BODY": body,
+        "SCRIPT": script,
+    }
     page = PAGE
     for name, part in parts.items():
         page = page.replace(name, part)

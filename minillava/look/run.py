@@ -1,9 +1,11 @@
-"""What each word of an answer looked at, as pictures, a page and numbers: `python -m minillava.look`.
+"""What each word of an answer looked at, as pictures, a page and numbers: `python -m
+minillava.look`.
 
-A token is chosen from the logits of the position before it: the first from the last position of the prompt, each
-further one from the token chosen last. So the attention that belongs to a token is that position's row, which led to
-the choice; the row of the token itself leads to the next one. A word's map is the mean over its tokens and over the
-chosen layers and heads. Each number is a patch's share of all attention, of which the text before gets the rest.
+A token is chosen from the logits of the position before it: the first from the last position of the
+prompt, each further one from the token chosen last. So the attention that belongs to a token is
+that position's row, which led to the choice; the row of the token itself leads to the next one. A
+word's map is the mean over its tokens and over the chosen layers and heads. Each number is a
+patch's share of all attention, of which the text before gets the rest.
 
 L layers, H heads, P patches, G = √P patches a side, T queries, S keys, C width, V vocabulary.
 """
@@ -42,14 +44,15 @@ from minillava.prompt import DEFAULT_PROMPT
 from minillava.tokenizer import TextDecoder, Tokenizer
 
 DEPTH = 0.5, 1.0
-"""The layers looked at by default, as fractions of the depth: the upper half. Chosen with tools/point_shapes.py on the
-bundled model (README has the figures); that the rule holds for 7B and 13B is a guess."""
+"""The layers looked at by default, as fractions of the depth: the upper half. Chosen with
+tools/point_shapes.py on the bundled model (README has the figures); that the rule holds for 7B and
+13B is a guess."""
 
 
 @dataclass
 class Word:
-    """heat: float32 [G, G], the share of attention of each patch. token_ids: those whose rows the map is made of, the
-    ones with letters or digits; in "left." that leaves out the full stop."""
+    """heat: float32 [G, G], the share of attention of each patch. token_ids: those whose rows the
+    map is made of, the ones with letters or digits; in "left." that leaves out the full stop."""
 
     text: str
     token_ids: list[int]
@@ -58,9 +61,9 @@ class Word:
 
 @dataclass
 class Lens:
-    """What each layer would say if it were the last: its most likely token, and how likely. Layer 0 is what goes into
-    the first one. patches: per layer P times (text, probability), at the patches. tokens: per layer one for each
-    `chosen`, at the positions that chose the answer's tokens."""
+    """What each layer would say if it were the last: its most likely token, and how likely. Layer 0
+    is what goes into the first one. patches: per layer P times (text, probability), at the patches.
+    tokens: per layer one for each `chosen`, at the positions that chose the answer's tokens."""
 
     patches: list[list[tuple[str, float]]]
     chosen: list[str]
@@ -69,7 +72,8 @@ class Lens:
 
 @dataclass
 class Look:
-    """box: left, top, right, bottom of the square that the model sees, in pixels of the picture (`seen_box`)."""
+    """box: left, top, right, bottom of the square that the model sees, in pixels of the picture
+    (`seen_box`)."""
 
     picture: Image.Image
     box: tuple[float, float, float, float]
@@ -81,18 +85,21 @@ class Look:
     lens: Lens | None
 
 
-# ------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------- attention
 @contextmanager
 def _last_rows(language_model: LanguageModel, start: int, end: int) -> Iterator[list[Tensor]]:
-    """Inside, every layer appends [H, end - start]: the attention of the last position to start..end. What the layers
-    return is untouched. Only that row is kept: at 7B, the prefill's weights are 1.6 GB in float32."""
+    """Inside, every layer appends [H, end - start]: the attention of the last position to
+    start..end. What the layers return is untouched. Only that row is kept: at 7B, the prefill's
+    weights are 1.6 GB in float32."""
     attend, rows = language_model.attend, []
 
     def attend_and_note(q, k, v, mask=None, causal=False):
         out, weights = attend(q, k, v, mask, causal)
         row = weights
-        if row is None:  # fused: it has none. The last position sees all keys, so the causal triangle is not needed
-            _, row = eager(q[:, :, -1:], k, v, None if mask is None else mask[:, :, -1:])  # [1, H, 1, S]
+        # fused: it has none. The last position sees all keys, so the causal triangle is not needed
+        if row is None:
+            # [1, H, 1, S]
+            _, row = eager(q[:, :, -1:], k, v, None if mask is None else mask[:, :, -1:])
         rows.append(row[0, :, -1, start:end].float().clone())
         return out, weights
 
@@ -104,14 +111,23 @@ def _last_rows(language_model: LanguageModel, start: int, end: int) -> Iterator[
 
 
 def watch(
-    model: Llava, spliced: Spliced, options: Options, tokenizer: Tokenizer, record: Sequence[str] = ()
+    model: Llava,
+    spliced: Spliced,
+    options: Options,
+    tokenizer: Tokenizer,
+    record: Sequence[str] = (),
 ) -> Iterator[tuple[Step, Tensor]]:
-    """`loop.steps` for one row with one picture: every step, and the attention [L, H, P] that chose its token.
-    Raises ValueError as `steps`, and for another number of pictures."""
+    """`loop.steps` for one row with one picture: every step, and the attention [L, H, P] that chose
+    its token. Raises ValueError as `steps`, and for another number of pictures."""
     pictures = sum(map(len, spliced.image_spans))
     if len(spliced.image_spans) != 1 or pictures != 1:
-        raise ValueError(f"{len(spliced.image_spans)} row(s) with {pictures} picture(s), expected one with one")
-    running, span = steps(model, spliced, options, tokenizer=tokenizer, record=record), patch_span(model, spliced)
+        raise ValueError(
+            f"{len(spliced.image_spans)} row(s) with {pictures} picture(s), expected one with one"
+        )
+    running, span = (
+        steps(model, spliced, options, tokenizer=tokenizer, record=record),
+        patch_span(model, spliced),
+    )
     while True:
         # Set for one forward pass at a time, so that other loops can use the model in between.
         with _last_rows(model.language_model, *span) as rows:
@@ -122,7 +138,8 @@ def watch(
 
 
 def patch_span(model: Llava, spliced: Spliced) -> tuple[int, int]:
-    """Where the patches of the first row's first picture are. A class token, where a model keeps it, stands before."""
+    """Where the patches of the first row's first picture are. A class token, where a model keeps
+    it, stands before."""
     end = spliced.image_spans[0][0][1]
     return end - model.config.vision.num_patches, end
 
@@ -134,8 +151,9 @@ def default_layers(count: int) -> list[int]:
 
 
 def join_words(pieces: Sequence[str]) -> list[tuple[str, list[int]]]:
-    """The texts of tokens -> words without the space around them, and which tokens each is made of (those with letters
-    or digits, where it has any). Half a character ("") belongs to what completes it, a Chinese one is a word."""
+    """The texts of tokens -> words without the space around them, and which tokens each is made of
+    (those with letters or digits, where it has any). Half a character ("") belongs to what
+    completes it, a Chinese one is a word."""
     words: list[list[tuple[str, list[int]]]] = []  # per word, (text, tokens) of its parts
     waiting = []
     for i, piece in enumerate(pieces):
@@ -156,8 +174,9 @@ def join_words(pieces: Sequence[str]) -> list[tuple[str, list[int]]]:
 
 
 def seen_box(size: tuple[int, int], processor: ImageProcessor) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of the square that the model sees, in pixels of a picture of that size: larger than
-    the picture where it is padded, smaller where it is cropped. The arithmetic of image.py backwards."""
+    """Left, top, right, bottom of the square that the model sees, in pixels of a picture of that
+    size: larger than the picture where it is padded, smaller where it is cropped. The arithmetic of
+    image.py backwards."""
     width, height = size
     if processor.aspect == "pad":
         side = max(size)
@@ -171,21 +190,24 @@ def seen_box(size: tuple[int, int], processor: ImageProcessor) -> tuple[float, f
     return box[0][0], box[1][0], box[0][1], box[1][1]
 
 
-# -------------------------------------------------------------------------------------------- logit lens
-def _lens_words(model: Llava, states: Sequence[Tensor], tokenizer: Tokenizer) -> list[list[tuple[str, float]]]:
-    """The most likely next token and its probability at each of some positions, for every layer (nostalgebraist 2020).
-    states: L + 1 times [positions, C]."""
+# --------------------------------------------------------------------------------------- logit lens
+def _lens_words(
+    model: Llava, states: Sequence[Tensor], tokenizer: Tokenizer
+) -> list[list[tuple[str, float]]]:
+    """The most likely next token and its probability at each of some positions, for every layer
+    (nostalgebraist 2020). states: L + 1 times [positions, C]."""
     language, found = model.language_model, []
     for i, state in enumerate(states):
         # The last one is normalised already.
-        logits = language.head(state if i == len(states) - 1 else language.norm(state))  # [positions, V]
+        # [positions, V]
+        logits = language.head(state if i == len(states) - 1 else language.norm(state))
         likely = logits.float().softmax(-1).max(-1)
         pairs = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
         found.append([(tokenizer.piece(token), significant(p)) for token, p in pairs])
     return found
 
 
-# ------------------------------------------------------------------------------------------------- look
+# --------------------------------------------------------------------------------------------- look
 @torch.no_grad()
 def look(
     assistant: Assistant,
@@ -199,19 +221,35 @@ def look(
     lens: bool = False,
     **settings,
 ) -> Look:
-    """Answer, and where each word looked. layers, heads: counted from 0, those averaged over (default: the upper
-    half, all heads). options: an `Options`, or its fields by name. Raises ValueError for a layer or head out of
-    range."""
+    """Answer, and where each word looked. layers, heads: counted from 0, those averaged over
+    (default: the upper half, all heads). options: an `Options`, or its fields by name. Raises
+    ValueError for a layer or head out of range."""
     if len(as_list(image)) != 1:
         raise ValueError(f"look at one picture, found {len(as_list(image))} pictures")
     text, picture = assistant.model.config.text, open_image(*as_list(image))
     layers = _check("layer", default_layers(text.num_hidden_layers) if layers is None else layers,
                     text.num_hidden_layers)  # fmt: skip
-    heads = _check("head", range(text.num_attention_heads) if heads is None else heads, text.num_attention_heads)
+    heads = _check(
+        "head",
+        range(text.num_attention_heads) if heads is None else heads,
+        text.num_attention_heads,
+    )
     spliced = assistant.prepare(picture, assistant.prompt(question, images=1, system=system))
     start, end = patch_span(assistant.model, spliced)
-    model, tokenizer, chosen = assistant.model, assistant.tokenizer, assistant.options(options, **settings)
-    decoder, answer, ids, pieces, maps, patches, states = TextDecoder(tokenizer), "", [], [], [], [], []
+    model, tokenizer, chosen = (
+        assistant.model,
+        assistant.tokenizer,
+        assistant.options(options, **settings),
+    )
+    decoder, answer, ids, pieces, maps, patches, states = (
+        TextDecoder(tokenizer),
+        "",
+        [],
+        [],
+        [],
+        [],
+        [],
+    )
     for step, rows in watch(model, spliced, chosen, tokenizer, ("hidden_states",) * lens):
         maps.append(rows[layers][:, heads].mean((0, 1)).cpu().numpy())  # [P]
         ids.append(step.ids[0])
@@ -219,7 +257,9 @@ def look(
         answer += step.text[0]
         if lens:
             if not states:
-                patches = _lens_words(model, [state[0, start:end] for state in step.hidden_states], tokenizer)
+                patches = _lens_words(
+                    model, [state[0, start:end] for state in step.hidden_states], tokenizer
+                )
             states.append([state[0, -1] for state in step.hidden_states])
     left = len(answer)
     for i, piece in enumerate(pieces):
@@ -227,12 +267,17 @@ def look(
         left -= len(pieces[i])
     side = math.isqrt(end - start)
     words = [
-        Word(word, [ids[i] for i in tokens], np.mean([maps[i] for i in tokens], axis=0).reshape(side, side))
+        Word(
+            word,
+            [ids[i] for i in tokens],
+            np.mean([maps[i] for i in tokens], axis=0).reshape(side, side),
+        )
         for word, tokens in join_words(pieces)
     ]
     seen = None
     if lens:
-        by_layer = [torch.stack(layer) for layer in zip(*states, strict=True)]  # L + 1 times [tokens, C]
+        # L + 1 times [tokens, C]
+        by_layer = [torch.stack(layer) for layer in zip(*states, strict=True)]
         said = [tokenizer.piece(i) for i in ids]
         seen = Lens(patches, said, _lens_words(model, by_layer, tokenizer))
     box = seen_box(picture.size, assistant.image_processor)
@@ -242,23 +287,27 @@ def look(
 def _check(what: str, chosen: Sequence[int], count: int) -> list[int]:
     wrong = [i for i in chosen if not 0 <= i < count]
     if wrong or not chosen:
-        raise ValueError(f"no {what} {wrong[0] if wrong else 'chosen'}: this model has {what}s 0 to {count - 1}")
+        raise ValueError(
+            f"no {what} {wrong[0] if wrong else 'chosen'}: this model has {what}s 0 to {count - 1}"
+        )
     return list(chosen)
 
 
-# ------------------------------------------------------------------------------------------------- door
+# --------------------------------------------------------------------------------------------- door
 def _plain(text: str) -> str:
     """A word for comparison: small letters, without the punctuation around it."""
     return re.sub(r"^\W+|\W+$", "", text).casefold()
 
 
 def choose_words(words: Sequence[Word], wanted: Sequence[str]) -> list[Word]:
-    """Those words of the answer, in its order; all of them where none is wanted. Raises ValueError for one that the
-    answer does not contain."""
+    """Those words of the answer, in its order; all of them where none is wanted. Raises ValueError
+    for one that the answer does not contain."""
     found = {_plain(word.text) for word in words}
     for text in wanted:
         if _plain(text) not in found:
-            raise ValueError(f"the answer has no word {text!r}; its words: {' '.join(w.text for w in words)}")
+            raise ValueError(
+                f"the answer has no word {text!r}; its words: {' '.join(w.text for w in words)}"
+            )
     plain = {_plain(text) for text in wanted}
     return [word for word in words if not plain or _plain(word.text) in plain]
 
@@ -272,7 +321,12 @@ def as_json(found: Look, words: Sequence[Word]) -> dict:
         "layers": found.layers,
         "heads": found.heads,
         "words": [
-            {"text": w.text, "token_ids": w.token_ids, "share": float(w.heat.sum()), "map": w.heat.tolist()}
+            {
+                "text": w.text,
+                "token_ids": w.token_ids,
+                "share": float(w.heat.sum()),
+                "map": w.heat.tolist(),
+            }
             for w in words
         ],
     }
@@ -292,17 +346,28 @@ def run(args: argparse.Namespace, options: dict) -> int:
     layers = range(text.num_hidden_layers) if args.layers is None else args.layers or None
     lens = args.lens is not None
     found = look(
-        assistant, picture, question, layers=layers, heads=args.heads or None, system=args.system, lens=lens, **options
+        assistant,
+        picture,
+        question,
+        layers=layers,
+        heads=args.heads or None,
+        system=args.system,
+        lens=lens,
+        **options,
     )
     messages.stage("answer", started, f"{len(found.words)} words")
     words = choose_words(found.words, args.word)
-    square, side = assistant.image_processor.square(picture), math.isqrt(assistant.model.config.vision.num_patches)
+    square, side = (
+        assistant.image_processor.square(picture),
+        math.isqrt(assistant.model.config.vision.num_patches),
+    )
     started, files = time.perf_counter(), {}
     if args.out is not None:
         maps = [(word.text, word.heat) for word in words]
         used, also = look_draw.listed(found.layers), look_draw.listed(found.heads)
         note = (
-            f"Layers {used} of {text.num_hidden_layers}, heads {also} of {text.num_attention_heads}, averaged, counted "
+            f"Layers {used} of {text.num_hidden_layers}, heads {also} of "
+            f"{text.num_attention_heads}, averaged, counted "
             "from 0. Below each word: how much of its attention went to its hottest "
             "patch, of what went to the whole picture; the rest went to the text before it. "
         ) + look_draw.remarks(maps, found.box, picture.size)

@@ -1,4 +1,5 @@
-"""A trace as one page that needs nothing else: the pictures with the patch grid, and a folding section per stage."""
+"""A trace as one page that needs nothing else: the pictures with the patch grid, and a folding
+section per stage."""
 
 from html import escape
 from itertools import groupby
@@ -62,23 +63,31 @@ class Page:
 
     @property
     def answer(self) -> str:
-        return next(record.value["text"] for record in reversed(self.records) if record.name == "answer")
+        return next(
+            record.value["text"] for record in reversed(self.records) if record.name == "answer"
+        )
 
     def render(self, images: list[Image.Image], squares: list[Image.Image], patch_size: int) -> str:
         """images: upright; squares: as the model sees them, R x R."""
         named = {record.name: record for record in self.records}
-        spans = named["image_spans"].value if "image_spans" in named else [[None, None]] * len(images)
+        spans = (
+            named["image_spans"].value if "image_spans" in named else [[None, None]] * len(images)
+        )
         figures = ""
         for i, (image, square, (_, end)) in enumerate(zip(images, squares, spans, strict=True)):
             side = square.width // patch_size
-            # Counted from the end: a class token, where a model keeps it, stands before the patches.
+            # Counted from the end: a class token, where a model keeps it, stands before the
+            # patches.
             start = None if end is None else end - side * side
             where = "" if start is None else f", at positions {start} to {start + side * side - 1}"
             seen = f"what the model sees: {side} x {side} patches{where}"
-            figures += _figure(f'<img alt="" src="{data_url(image, "JPEG")}">', f"picture {i}: {_size(image)}")
+            figures += _figure(
+                f'<img alt="" src="{data_url(image, "JPEG")}">', f"picture {i}: {_size(image)}"
+            )
             figures += _figure(_grid(square, patch_size, start), seen)
         sections = "".join(
-            _section(heading, list(records)) for heading, records in groupby(self.records, key=lambda r: r.heading)
+            _section(heading, list(records))
+            for heading, records in groupby(self.records, key=lambda r: r.heading)
         )
         question, answer = escape(named["question"].value), escape(self.answer)
         return f"""<!DOCTYPE html>

@@ -1,8 +1,9 @@
-"""What happens inside a model while it runs, as records: each tensor summarised as it comes, and let go.
+"""What happens inside a model while it runs, as records: each tensor summarised as it comes, and
+let go.
 
-The model knows nothing of this. Forward hooks see what each module returns; a forward pre-hook hands the decoder's
-attention a function that calls the real one and looks at what went in.
-B batch, T new tokens, S cached and new tokens, H heads, K key/value heads, D head width, V vocabulary.
+The model knows nothing of this. Forward hooks see what each module returns; a forward pre-hook
+hands the decoder's attention a function that calls the real one and looks at what went in. B batch,
+T new tokens, S cached and new tokens, H heads, K key/value heads, D head width, V vocabulary.
 """
 
 import inspect
@@ -26,7 +27,8 @@ FIRST = 4
 
 DEPTHS = {  # by name, what each depth adds to the one before
     "outline": r"vision_tower(\.embeddings\.patch_embedding)?|projector",
-    "modules": r"vision_tower\.(embeddings|pre_layrnorm|encoder\.layers\.\d+)|projector\.\w+|language_model\."
+    "modules": r"vision_tower\.(embeddings|pre_layrnorm|encoder\.layers\.\d+)|"
+    r"projector\.\w+|language_model\."
     r"(embed_tokens|norm|layers\.\d+(\.mlp|\.self_attn(\.(q|k|v|attention_weights))?|\.cache\.(keys|values))?)",
     "everything": r"(vision_tower|projector|language_model)\..+",
 }
@@ -36,9 +38,11 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 @dataclass
 class Record:
-    """One line of a trace. A tensor has shape, dtype and, unless empty, numbers; anything else has a value."""
+    """One line of a trace. A tensor has shape, dtype and, unless empty, numbers; anything else has
+    a value."""
 
-    step: int | None  # 0: picture and prompt (prefill); 1, 2, ...: one cached token each; None: before or after them
+    # 0: picture and prompt (prefill); 1, 2, ...: one cached token each; None: before or after them
+    step: int | None
     stage: str  # what it is shown under
     name: str  # the module's name in the model, or what the walk through the code calls it
     source: str  # file:line that made it
@@ -65,7 +69,12 @@ class Record:
     @property
     def short_name(self) -> str:
         """Without what the heading says already."""
-        return re.sub(r"^(language_model\.(layers\.\d+(\.|$))?|vision_tower\.|projector\.)", "", self.name) or "output"
+        return (
+            re.sub(
+                r"^(language_model\.(layers\.\d+(\.|$))?|vision_tower\.|projector\.)", "", self.name
+            )
+            or "output"
+        )
 
     @property
     def value_text(self) -> str:
@@ -85,18 +94,29 @@ Consume = Callable[[Record, Tensor | None], None]
 
 
 class Recorder:
-    """Hooks on a model, for the time of a `with`; each tensor goes to `consume` with its record and is not kept.
+    """Hooks on a model, for the time of a `with`; each tensor goes to `consume` with its record and
+    is not kept.
 
-    depth: a name of DEPTHS. layers: which layers of tower and decoder, None for all. steps: which forward passes of the
-    language model; encoding the picture belongs to 0. What the model computes stays the same to the last bit.
+    depth: a name of DEPTHS. layers: which layers of tower and decoder, None for all. steps: which
+    forward passes of the language model; encoding the picture belongs to 0. What the model computes
+    stays the same to the last bit.
     """
 
     def __init__(
-        self, model: Llava, consume: Consume, depth: str, layers: Collection[int] | None, steps: Collection[int]
+        self,
+        model: Llava,
+        consume: Consume,
+        depth: str,
+        layers: Collection[int] | None,
+        steps: Collection[int],
     ):
         self.model, self.consume, self.layers, self.steps = model, consume, layers, steps
-        self.step, self.calls = 0, 0  # the forward pass of the language model that runs, and how many have begun
-        self._wanted = [re.compile(pattern) for pattern in list(DEPTHS.values())[: list(DEPTHS).index(depth) + 1]]
+        # the forward pass of the language model that runs, and how many have begun
+        self.step, self.calls = 0, 0
+        self._wanted = [
+            re.compile(pattern)
+            for pattern in list(DEPTHS.values())[: list(DEPTHS).index(depth) + 1]
+        ]
         self._shapes: dict[str, list[int]] = {}
         self._handles: list = []
 
@@ -128,11 +148,24 @@ class Recorder:
         chosen = layer is None or self.layers is None or int(layer[1]) in self.layers
         return chosen and any(pattern.fullmatch(name) for pattern in self._wanted)
 
-    def add(self, stage: str, name: str, tensor: Tensor | None = None, source: str | Callable = "", value=None) -> None:
-        """A record of the step that runs, if that is wanted. source: a function, or nothing for the calling line."""
+    def add(
+        self,
+        stage: str,
+        name: str,
+        tensor: Tensor | None = None,
+        source: str | Callable = "",
+        value=None,
+    ) -> None:
+        """A record of the step that runs, if that is wanted. source: a function, or nothing for the
+        calling line."""
         if self.step not in self.steps:
             return
-        record = Record(self.step, stage, name, source_of(source) if callable(source) else source or _calling_line())
+        record = Record(
+            self.step,
+            stage,
+            name,
+            source_of(source) if callable(source) else source or _calling_line(),
+        )
         record.value = value
         if tensor is not None:
             vars(record).update(summarise(tensor))
@@ -157,13 +190,16 @@ class Recorder:
     def _positions(self, module, args) -> None:
         x, cos, sin, mask, causal, _, cache = args
         offset, length = cache.length, x.shape[1]
-        real = None if cache.attention_mask is None else cache.attention_mask[:, : offset + length]  # [B, S]
+        # [B, S]
+        real = None if cache.attention_mask is None else cache.attention_mask[:, : offset + length]
         # The layers get angles, not positions: what the model asked, asked again.
         positions, _, _ = positions_and_mask(real, offset, length, x.device)  # [B|1, T]
         self.add("language model", "positions", positions, positions_and_mask)
         words = f"none: causal, the attention function draws its own triangle [{length}, {length}]"
         words = words if causal else f"none: one new token, which may look at all {offset + length}"
-        self.add("language model", "mask", mask, positions_and_mask, words if mask is None else None)
+        self.add(
+            "language model", "mask", mask, positions_and_mask, words if mask is None else None
+        )
         for name, tensor in (("cos", cos), ("sin", sin)):
             if self.wants(f"language_model.{name}"):
                 self.add("language model", name, tensor, rotary_tables)  # [B|1, 1, T, D]
@@ -182,7 +218,8 @@ class Recorder:
             self.add(stage, f"{prefix}.cache.keys", k, cache.update)  # [B, K, S, D]
             self.add(stage, f"{prefix}.cache.values", v, cache.update)
             out, weights = attend(q, k, v, mask, causal)
-            seen = eager(q, k, v, mask, causal)[1] if weights is None else weights  # `fused` has none to show
+            # `fused` has none to show
+            seen = eager(q, k, v, mask, causal)[1] if weights is None else weights
             self.add(stage, f"{prefix}.self_attn.attention_weights", seen, eager)  # [B, H, T, S]
             return out, weights
 
@@ -190,7 +227,8 @@ class Recorder:
 
 
 def summarise(tensor: Tensor) -> dict:
-    """Fields of a Record: shape, dtype and, unless it is empty or on the meta device, the numbers."""
+    """Fields of a Record: shape, dtype and, unless it is empty or on the meta device, the
+    numbers."""
     found = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
     if tensor.numel() == 0 or tensor.is_meta:
         return found
@@ -218,7 +256,8 @@ def source_of(function: Callable) -> str:
 
 
 def _shown(path: str) -> str:
-    """A file of ours by its place in the package, since two are called attention.py; another by its name."""
+    """A file of ours by its place in the package, since two are called attention.py; another by its
+    name."""
     return path.removeprefix(_PACKAGE) if path.startswith(_PACKAGE) else os.path.basename(path)
 
 

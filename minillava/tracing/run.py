@@ -1,6 +1,8 @@
-"""`python -m minillava.trace`: one question and every tensor on its way to the answer; or two runs and where they part.
+"""`python -m minillava.trace`: one question and every tensor on its way to the answer; or two runs
+and where they part.
 
-t ids of the prompt, T positions after the splice, C width, n pictures, R their side in pixels, V vocabulary.
+t ids of the prompt, T positions after the splice, C width, n pictures, R their side in pixels, V
+vocabulary.
 """
 
 import argparse
@@ -47,36 +49,62 @@ def trace(
     whole: bool = True,
     **settings,
 ) -> int:
-    """One question, and each record to `consume` (by default: printed) as it is made; depth, layers, steps as for
-    Recorder; traced: an older name of steps. options: an `Options`, or its fields by name. template: its name. whole:
-    go on to the end of the answer, and record that. Returns the number of tokens made.
-    Raises ValueError for a layer that is not there, and as `Assistant.ask`."""
-    images, options = [open_image(image) for image in as_list(images)], assistant.options(options, **settings)
+    """One question, and each record to `consume` (by default: printed) as it is made; depth,
+    layers, steps as for Recorder; traced: an older name of steps. options: an `Options`, or its
+    fields by name. template: its name. whole: go on to the end of the answer, and record that.
+    Returns the number of tokens made. Raises ValueError for a layer that is not there, and as
+    `Assistant.ask`."""
+    images, options = (
+        [open_image(image) for image in as_list(images)],
+        assistant.options(options, **settings),
+    )
     consume, traced = consume or Printer(), traced if steps is None else steps
     model, tokenizer, processor = assistant.model, assistant.tokenizer, assistant.image_processor
     config = model.config
     decoder, tower = config.text.num_hidden_layers, config.vision_layers_needed
     if max(layers or (0,)) >= max(decoder, tower):
-        has = f"the language model has layers 0 to {decoder - 1}, the vision tower runs {tower} layer(s)"
+        has = (
+            f"the language model has layers 0 to {decoder - 1}, the vision tower runs {tower} "
+            "layer(s)"
+        )
         raise ValueError(f"there is no layer {max(layers)}: {has}")
 
-    def say(stage: str, name: str, source: Callable, value=None, tensor: Tensor | None = None) -> None:
+    def say(
+        stage: str, name: str, source: Callable, value=None, tensor: Tensor | None = None
+    ) -> None:
         found = {} if tensor is None else summarise(tensor)
         consume(Record(None, stage, name, source_of(source), value=value, **found), tensor)
 
     own = {k: v for k, v in vars(config).items() if k not in ("vision", "text")}
-    computed = {"tokens_per_image": config.tokens_per_image, "vision_layers_needed": config.vision_layers_needed}
-    for name, part in (("", own | computed), (".vision", vars(config.vision)), (".text", vars(config.text))):
+    computed = {
+        "tokens_per_image": config.tokens_per_image,
+        "vision_layers_needed": config.vision_layers_needed,
+    }
+    for name, part in (
+        ("", own | computed),
+        (".vision", vars(config.vision)),
+        (".text", vars(config.text)),
+    ):
         say("configuration", f"config{name}", read_config, part)
     asked = place_images(question, len(images))
-    said = {"system": assistant.template.system if system is None else system, "user": asked, "assistant": None}
+    said = {
+        "system": assistant.template.system if system is None else system,
+        "user": asked,
+        "assistant": None,
+    }
     prompt = assistant.prompt(question, images=len(images), system=system)
     ids = assistant.tokenize(prompt)
     say("question", "question", place_images, question)
     ends = {"end_tokens": config.eos_token_ids, "stop": options.stop}
     say("question", "conversation", render, {"template": template, **said, **ends})
     say("question", "prompt", render, str(prompt))
-    say("question", "input_ids", Tokenizer.encode, [[i, tokenizer.piece(i)] for i in ids], torch.tensor([ids]))
+    say(
+        "question",
+        "input_ids",
+        Tokenizer.encode,
+        [[i, tokenizer.piece(i)] for i in ids],
+        torch.tensor([ids]),
+    )
     for i, image in enumerate(images):
         square = processor.square(image)
         say("picture", f"picture.{i}", open_image, f"{image.width} x {image.height} {image.mode}")
@@ -89,7 +117,13 @@ def trace(
     with Recorder(model, consume, depth, layers, traced) as recorder:
         spliced = model.splice([ids], pixels)
         recorder.add("splice", "embeds", spliced.embeds, Llava.splice)  # [1, T, C]
-        recorder.add("splice", "image_spans", None, Llava.splice, [list(span) for span in spliced.image_spans[0]])
+        recorder.add(
+            "splice",
+            "image_spans",
+            None,
+            Llava.splice,
+            [list(span) for span in spliced.image_spans[0]],
+        )
         mask = spliced.attention_mask  # [1, T] or None
         words = "none: nothing is padding" if mask is None else None
         recorder.add("splice", "attention_mask", mask, Llava.splice, words)
@@ -101,7 +135,12 @@ def trace(
                 recorder.close()
                 if not whole:
                     return len(made)
-    summary = {"text": text, "ids": made, "finish_reason": reason, "prompt_positions": spliced.embeds.shape[1]}
+    summary = {
+        "text": text,
+        "ids": made,
+        "finish_reason": reason,
+        "prompt_positions": spliced.embeds.shape[1],
+    }
     if options.temperature:
         summary["seed"] = options.seed
     say("answer", "answer", loop.steps, summary)
@@ -109,7 +148,8 @@ def trace(
 
 
 def _record_choice(recorder: Recorder, step: Step, tokenizer: Tokenizer) -> None:
-    """Scores [1, V], where penalties or filters changed the logits; the five likeliest; the token."""
+    """Scores [1, V], where penalties or filters changed the logits; the five likeliest; the
+    token."""
     if not torch.equal(step.scores, step.logits):
         recorder.add("choice", "scores", step.scores, Chooser.process)
     best = step.scores[0].softmax(-1).topk(min(5, step.scores.shape[1]))
@@ -117,12 +157,15 @@ def _record_choice(recorder: Recorder, step: Step, tokenizer: Tokenizer) -> None
     top = [[i, tokenizer.piece(i), significant(p)] for i, p in likely]
     recorder.add("choice", "top", None, Chooser.process, top)
     (chosen,) = step.ids
-    recorder.add("choice", "token", step.token_ids, Chooser.__call__, [[chosen, tokenizer.piece(chosen)]])
+    recorder.add(
+        "choice", "token", step.token_ids, Chooser.__call__, [[chosen, tokenizer.piece(chosen)]]
+    )
 
 
-# --- text -----------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 class Printer:
-    """A consumer that prints: name, shape, dtype, source, min, mean, max, first values; `*` where the shape changed."""
+    """A consumer that prints: name, shape, dtype, source, min, mean, max, first values; `*` where
+    the shape changed."""
 
     def __init__(self):
         self.heading: str | None = None
@@ -142,11 +185,21 @@ class Printer:
             line = f"{shape:<20} {record.dtype:<8} {record.source:<16}{columns}"
         print(f"  {record.short_name:<28} {line}".rstrip())
         if below:
-            print(textwrap.fill(below, 116, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False))
+            print(
+                textwrap.fill(
+                    below,
+                    116,
+                    initial_indent="    ",
+                    subsequent_indent="    ",
+                    break_on_hyphens=False,
+                )
+            )
 
 
-# --- the door -------------------------------------------------------------------------------------------------
-def _run(args: argparse.Namespace, options: dict, asked: tuple, consume: Consume, messages, whole: bool) -> Assistant:
+# --- the door -------------------------------------------------------------------------------------
+def _run(
+    args: argparse.Namespace, options: dict, asked: tuple, consume: Consume, messages, whole: bool
+) -> Assistant:
     """asked: question and pictures."""
     question, images = asked
     traced = range(options["max_new_tokens"]) if args.steps is None else args.steps
@@ -202,8 +255,8 @@ def print_record(record: Record, tensor: Tensor | None) -> None:
 
 
 def _compare(args: argparse.Namespace, options: dict, sides: list) -> int:
-    """The first side is run and kept, or read; the second is held against it while it runs, so that no two models are
-    in memory at once."""
+    """The first side is run and kept, or read; the second is held against it while it runs, so that
+    no two models are in memory at once."""
     messages, asked = Messages(args.verbose, args.quiet), read_question(args)
     swapped = isinstance(sides[1], Path)
     stored, run = reversed(sides) if swapped else sides
