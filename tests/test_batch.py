@@ -247,6 +247,13 @@ def test_a_file_from_windows_without_a_last_newline(run, tmp_path):
     assert [record["question_id"] for record in run(None)[1]] == [1, 1]
 
 
+def test_a_question_of_windows_is_the_question_typed(run):
+    """A byte order mark and carriage returns, copied into the JSON from a file, were tokens."""
+    texts = "One?\nTwo?", "\ufeffOne?\r\nTwo?\r"
+    _, records, _ = run([{"question_id": 1, "text": text} for text in texts])
+    assert [record["prompt"] for record in records] == ["One?\nTwo?"] * 2
+
+
 # --- what can go wrong ----------------------------------------------------------------------------
 
 BAD = [

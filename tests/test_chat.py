@@ -505,6 +505,8 @@ def test_help_goes_to_stderr_and_names_every_command(talk):
         ("/save nowhere/x.json", "nowhere"),
         ("Is <image> red?", "places 1 picture(s) with <image> but 0 picture(s) were given"),
         (b"\xff", "not UTF-8"),
+        (b"a\0b", "NUL bytes"),  # it ended the session
+        (b"/save a\0b", "NUL bytes"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_the_session_goes_on(talk, assistant, line, found):

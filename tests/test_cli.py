@@ -1182,6 +1182,19 @@ def test_a_question_of_windows_is_the_question_typed(result, stdin, question):
         assert result("-i", PICTURE, "-p", "-")["prompt"] == expected
 
 
+@pytest.mark.parametrize("around", ["{}\r", "\ufeff{}", "\ufeff{}\r"])
+def test_a_system_text_and_a_stop_text_of_windows_are_those_typed(result, around):
+    """`--system "$(cat system.txt)"` put the carriage return into the prompt, and a `--stop` with
+    one was never found."""
+    ask = lambda system, stop: result("-i", PICTURE, "--system", system, "--stop", stop)  # noqa: E731
+    typed = ask("Be brief.\nBe kind.", "e")
+    given = ask(around.format("Be brief.\r\nBe kind."), around.format("e"))
+    assert typed["finish_reason"] == "stop"
+    assert [given[name] for name in ("prompt", "ids", "text")] == [
+        typed[name] for name in ("prompt", "ids", "text")
+    ]
+
+
 def test_lines_inside_a_question_end_as_ours_do(result, stdin):
     expected = result("-i", PICTURE, "-p", "one\ntwo\nthree\n")["prompt"]
     stdin(b"one\r\ntwo\rthree\r\n\r\n")

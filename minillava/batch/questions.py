@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 from minillava.cli.opening import read_stdin, say_what_is_awaited
-from minillava.files.text import decode
+from minillava.files.text import as_meant, decode
 
 NOT_ASKED = {"answers", "batch_size", "image_cache", "overwrite", "verbose", "quiet", "device"}
 """The flags that change no answer (beyond the last digits), so that a resumed run may change them;
@@ -170,7 +170,10 @@ def _check(number: int, place: str, raw, folder: str) -> Question:
                 f"{place} {number}: {name} is {json.dumps(raw.get(name))[:80]}, expected {expected}"
             )
             return question
-    question.text, question.images = raw["text"], [os.path.join(folder, image) for image in images]
+    question.text, question.images = (
+        as_meant(raw["text"]),
+        [os.path.join(folder, image) for image in images],
+    )
     return question
 
 

@@ -19,7 +19,7 @@ from minillava.cli.opening import find_weights, open_assistant
 from minillava.cli.parsers import CHAT_COMMANDS
 from minillava.files.disk import is_stream, write_whole
 from minillava.files.pictures import ImageSource, open_image
-from minillava.files.text import read_lines
+from minillava.files.text import as_meant, read_lines, refuse_nul
 from minillava.prompt import DEFAULT_TEMPLATE
 
 # --- the door -------------------------------------------------------------------------------------
@@ -43,6 +43,8 @@ class Session:
     def handle(self, line: str) -> bool:
         """One line; False when it was the last. Raises ValueError or OSError for what cannot be
         done."""
+        line = as_meant(line)
+        refuse_nul(line, "the line")
         found = re.match(r"\s*(/\w+)(?:\s(.*)|$)", line, re.DOTALL)
         command, rest = (found[1], found[2] or "") if found else ("", "")
         if command not in COMMANDS:

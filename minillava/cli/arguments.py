@@ -14,6 +14,7 @@ from typing import TextIO
 from minillava import __version__
 from minillava.cli.messages import show
 from minillava.files.disk import check_writable, explain, is_stream, same_file
+from minillava.files.text import as_meant
 from minillava.generate.contrast import METHODS, Contrast
 from minillava.options import (
     ASPECTS,
@@ -147,7 +148,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"conversation template: {', '.join(TEMPLATES)} (default: {DEFAULT_TEMPLATE})",
     )  # fmt: skip
     group.add_argument(
-        "--system", metavar="TEXT", help='system text instead of the template\'s; "" for none'
+        "--system",
+        type=as_meant,
+        metavar="TEXT",
+        help='system text instead of the template\'s; "" for none',
     )
     group.add_argument(
         "--image-aspect-ratio", choices=ASPECTS,
@@ -203,7 +207,12 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
             *names, type=kind, default=default, metavar=metavar, help=text.format(default)
         )
     group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
+        "--stop",
+        action="append",
+        type=as_meant,
+        default=[],
+        metavar="TEXT",
+        help="end before TEXT; repeatable",
     )
 
 

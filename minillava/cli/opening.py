@@ -11,7 +11,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from minillava.cli.messages import Messages
-from minillava.files.text import decode, unify_line_ends
+from minillava.files.text import decode
 from minillava.options import WEIGHTS_VARIABLE
 from minillava.prompt import DEFAULT_PROMPT, place_images
 
@@ -33,9 +33,8 @@ def read_question(args: argparse.Namespace) -> tuple[str, list[Image.Image]]:
     if args.prompt == "-":
         say_what_is_awaited(args, "the question")
         question = decode(read_stdin(), "stdin", sys.stdin.encoding).removesuffix("\n")
-    else:  # $(cat question.txt) leaves the byte order mark and the "\r" of Windows
+    else:
         question = DEFAULT_PROMPT if args.prompt is None else args.prompt
-        question = unify_line_ends(question.removeprefix("\ufeff").removesuffix("\r"))
     if "-" in args.image:
         say_what_is_awaited(args, "a picture's file")
     images = [open_image(_read_stdin() if image == "-" else image) for image in args.image]

@@ -23,6 +23,7 @@ from minillava.cli.arguments import (
     read_options,
 )
 from minillava.files.disk import is_stream, same_file
+from minillava.files.text import as_meant
 from minillava.options import DEPTHS, Options
 from minillava.prompt import DEFAULT_PROMPT
 
@@ -67,7 +68,7 @@ exit status: 0 answered, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
         help="picture: a path, a data: URL, or - for stdin; repeat for several",
     )  # fmt: skip
     group.add_argument(
-        "-p", "--prompt", "--query", default=None, metavar="TEXT",
+        "-p", "--prompt", "--query", type=as_meant, default=None, metavar="TEXT",
         help=f"question, or - for stdin; <image> in it places a picture (default: {DEFAULT_PROMPT!r})",
     )  # fmt: skip
     add_model_arguments(parser)
@@ -250,7 +251,7 @@ exit status: 0 written, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
         help="picture: a path, a data: URL, or - for stdin",
     )  # fmt: skip
     group.add_argument(
-        "-p", "--prompt", "--query", default=DEFAULT_PROMPT, metavar="TEXT",
+        "-p", "--prompt", "--query", type=as_meant, default=DEFAULT_PROMPT, metavar="TEXT",
         help=f"question, or - for stdin (default: {DEFAULT_PROMPT!r})",
     )  # fmt: skip
     group = parser.add_argument_group("what to write, at least one")
@@ -352,7 +353,7 @@ exit status: 0 traced or compared, 1 an error in one line, 2 wrong usage, 130 Ct
         help="picture: a path, a data: URL, or - for stdin; repeat for several",
     )  # fmt: skip
     group.add_argument(
-        "-p", "--prompt", "--query", default=DEFAULT_PROMPT, metavar="TEXT",
+        "-p", "--prompt", "--query", type=as_meant, default=DEFAULT_PROMPT, metavar="TEXT",
         help=f"question, or - for stdin; <image> in it places a picture (default: {DEFAULT_PROMPT!r})",
     )  # fmt: skip
     group = parser.add_argument_group("trace")

@@ -47,10 +47,16 @@ def unify_line_ends(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def as_meant(text: str) -> str:
+    """A text without what a program for Windows puts around it, and nobody typed: `$(cat a.txt)`
+    leaves the byte order mark, and the "\\r" before the last end of line."""
+    return unify_line_ends(text.removeprefix("\ufeff").removesuffix("\r"))
+
+
 def read_lines(stream: BinaryIO, name: str) -> Iterator[str]:
     """The lines of a stream as they arrive, without their ends, in any of the encodings of
-    `decode`. What is not UTF-8 becomes surrogates, which spoil their own line only. Raises
-    ValueError for NUL."""
+    `decode`. What is not UTF-8 becomes surrogates, which spoil their own line only; so does NUL,
+    which is for the reader of the line to refuse."""
     raw = stream.readline()
     encoding = next((encoding for mark, encoding in _MARKS if raw.startswith(mark)), "utf-8")
     if encoding not in ("utf-8", "utf-8-sig"):  # a byte "\n" does not end a line there
@@ -59,6 +65,5 @@ def read_lines(stream: BinaryIO, name: str) -> Iterator[str]:
     raw = raw.removeprefix(codecs.BOM_UTF8)
     while raw:
         text = raw.decode("utf-8", errors="surrogateescape")
-        refuse_nul(text, name)
         yield from unify_line_ends(text).removesuffix("\n").split("\n")
         raw = stream.readline()
