@@ -73,8 +73,8 @@ class Assistant:
     ) -> str | list[str]:
         """The answer as text. image: a path, a Pillow image, a list of them (one prompt with them
         all, which LLaVA-1.5 was not trained for), or None. system: as for `prompt`. contrast: a
-        method of contrast.py, or its name. process: as for `generate`. options: the fields of
-        `Options` by name; another name is a TypeError.
+        method of generate/contrast.py, or its name. process: as for `generate`. options: the fields
+        of `Options` by name; another name is a TypeError.
 
         question may be a list, answered as one batch, in order: image is then one picture for all,
         or a list with what it may be for each; ValueError where lengths differ. The longest prompt
@@ -356,9 +356,9 @@ def load(
     device: auto, cpu, cuda, mps. dtype: auto (the checkpoint's on a GPU; on a CPU bfloat16 where it
     is fast, else float32) or a name. attention: fused, eager. quantize: int8, int4: the language
     model's linear layers in so many bits a weight, made as they are read. compile: the decoding
-    step by torch.compile, for a GPU (capture.py). vision_tower: a CLIP folder, for releases that
-    hold none. model_base: the language model that a projector or a LoRA in `weights` was trained
-    on. adapter: a LoRA to merge. template: a name of prompt.TEMPLATES (default llava_v1).
+    step by torch.compile, for a GPU (fast/compiled.py). vision_tower: a CLIP folder, for releases
+    that hold none. model_base: the language model that a projector or a LoRA in `weights` was
+    trained on. adapter: a LoRA to merge. template: a name of prompt.TEMPLATES (default llava_v1).
     image_aspect_ratio: pad or crop, instead of config.json's. Warns where a folder holds other
     weights than those that are read. Raises FileNotFoundError, OSError or ValueError in one line:
     file, finding, next step.

@@ -94,7 +94,7 @@ class LlavaConfig:
     vision_tower_name: str | None = None  # where the original dialect says its tower comes from
     # tokens after the tokenizer's own: IM_PATCH, or IM_START and IM_END
     added_tokens: tuple[str, ...] = ()
-    # False: nothing describes the tower but its tensors (checkpoint.py), or it is CLIP's
+    # False: nothing describes the tower but its tensors (checkpoint/towers.py), or it is CLIP's
     vision_stated: bool = True
 
     @property

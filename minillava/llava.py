@@ -60,7 +60,7 @@ class Llava(nn.Module):
         self.vision_tower = VisionTower(config, attend)
         self.projector = Projector(config)
         self.language_model = LanguageModel(config.text, attend)
-        self.decode_step: Callable | None = None  # a compiled one, of capture.py
+        self.decode_step: Callable | None = None  # a compiled one, of fast/compiled.py
         self.spare_memory: list[Tensor] = []  # of the caches that it was recorded with
 
     def forward(

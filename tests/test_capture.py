@@ -1,4 +1,4 @@
-"""capture.py: decoding with shapes that stay is decoding; and the loop that runs a step ahead of
+"""fast/compiled.py: decoding with shapes that stay is decoding; and the loop that runs a step ahead of
 what it knows."""
 
 import re

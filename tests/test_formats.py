@@ -480,7 +480,7 @@ def test_a_beginning_that_left_the_base_alone_is_plain_lora(release, base, write
 
 
 def test_the_beginnings_are_those_of_peft():
-    """A way to begin that PEFT learns must be sorted into the two lists of adapter.py."""
+    """A way to begin that PEFT learns must be sorted into the two lists of checkpoint/adapter.py."""
     config = pytest.importorskip(
         "peft.tuners.lora.config", reason="PEFT is not installed (extra: parity)"
     )

@@ -891,7 +891,7 @@ def picture_cases() -> Iterator[Case]:
 
     def stdin(content: bytes) -> io.BytesIO:
         file = io.BytesIO(content)
-        file.name = "stdin"  # as cli.py names it
+        file.name = "stdin"  # as cli/opening.py names it
         return file
 
     for name, content in {

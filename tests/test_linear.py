@@ -1,4 +1,4 @@
-"""linear.py: every way to the product gives the product, and `eager` takes none of them."""
+"""fast/linear.py: every way to the product gives the product, and `eager` takes none of them."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor

@@ -228,7 +228,7 @@ def test_eager_decoding_is_bit_identical(drawn, kind, dtype, prompt):
 def test_fused_is_as_close_to_float64_as_sdpa(drawn, kind, dtype):
     """float32: no tensor's largest error is more than twice theirs. Half precision: the logits'
     error is no more than a tenth longer than theirs. About attention alone: the products of
-    linear.py, whose rounding makes the logits of one draw better or worse by more than that, are
+    fast/linear.py, whose rounding makes the logits of one draw better or worse by more than that, are
     judged one by one in test_linear.py."""
     rows, pixels = drawn(kind).prompts["one"]
     with hf.float64():

@@ -1,4 +1,4 @@
-"""quantize.py: the numbers are as near as their bits allow, and every way to the product gives the
+"""fast/quantize.py: the numbers are as near as their bits allow, and every way to the product gives the
 same one."""
 
 import sys

@@ -124,7 +124,7 @@ def convert(
     each.
 
     dtype: of all weights, instead of the stored ones. quantize: int8 or int4, the language model's
-    linear layers in the form of minillava/quantize.py, which other programs cannot read.
+    linear layers in the form of minillava/fast/quantize.py, which other programs cannot read.
     shard_size: of a file, in bytes. Raises FileNotFoundError or ValueError in one line; what was
     written is then gone.
     """

@@ -463,7 +463,7 @@ def not_ahead(assistant: Assistant, asked: list, **options) -> list[str]:
 
 
 def captured(assistant: Assistant, device: str) -> Assistant:
-    """The same model, decoding by capture.py: compiled on a GPU, on a CPU the step as it is."""
+    """The same model, decoding by fast/compiled.py: compiled on a GPU, on a CPU the step as it is."""
     model = network(assistant.model.config, assistant.model.state_dict())
     return captured_model(
         Assistant(model, assistant.tokenizer, assistant.image_processor, assistant.template), device

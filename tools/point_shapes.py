@@ -5,9 +5,9 @@ markdown tables.
     python tools/point_shapes.py --weights weights/shapes
 
 The model describes scenes it has never seen. A word about an object points at it when the hottest
-patch of its map (minillava/look.py) has its centre in the object's ninth of the picture; guessing
+patch of its map (minillava/look/run.py) has its centre in the object's ninth of the picture; guessing
 would be right one time in nine. Only objects that the answer describes exactly right are counted:
-of the others nobody knows which one was meant. Choose the default layers of look.py (`DEPTH`) by
+of the others nobody knows which one was meant. Choose the default layers of look/run.py (`DEPTH`) by
 the first table, and measure again whenever the weights change.
 """
 
