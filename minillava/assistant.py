@@ -286,12 +286,11 @@ class Assistant:
     def check_text(self, text: str) -> None:
         """Raises ValueError for a text that cannot fit the context, whatever its tokens are: to cut
         tens of megabytes into tokens, only to count them, would take gigabytes."""
-        context, longest = self.model.config.text.context, self.tokenizer.longest_piece
-        if len(text) > longest * context:
+        context, fewest = self.model.config.text.context, self.tokenizer.fewest_tokens(text)
+        if fewest > context:
             raise ValueError(
-                f"the prompt has {len(text)} characters, at least {len(text) // longest} tokens; "
-                "the model's context "
-                f"holds {context} with the answer; shorten the prompt"
+                f"the prompt has {len(text)} characters, at least {fewest} tokens; the model's "
+                f"context holds {context} with the answer; shorten the prompt"
             )
 
     def prepare(

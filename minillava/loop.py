@@ -386,7 +386,8 @@ class Row:
         self.eos_token_ids, self.stop = eos_token_ids, stop
         self.finish_reason: str | None = None
         self.decoder = None if tokenizer is None else TextDecoder(tokenizer)
-        self.held = ""
+        # characters as stop texts see them, and as a reader does: "" for those of special tokens
+        self.held: list[tuple[str, str]] = []
 
     def feed(self, token_id: int, last: bool) -> str:
         """Take the row's next token (`last`: the budget ends with it); the text that is now
@@ -396,23 +397,20 @@ class Row:
         if token_id in self.eos_token_ids:
             self.finish_reason = "stop"
         if self.decoder is not None:
-            self.held += self.decoder.feed(token_id)
+            text = self.decoder.feed(token_id)
             if last or self.finish_reason is not None:
-                self.held += self.decoder.flush()
-            found = [at for at in map(self.held.find, self.stop) if at >= 0]
-            if found:
-                self.held, self.finish_reason = self.held[: min(found)], "stop"
-        if last and self.finish_reason is None:
+                text += self.decoder.flush()
+            self.held += [(char, char) for char in text]
+            self.held += [(char, "") for char in self.decoder.hidden(token_id)]
+        spelled, sure = "".join(char for char, _ in self.held), len(self.held)
+        found = [at for at in map(spelled.find, self.stop) if at >= 0]
+        if found:
+            sure, self.finish_reason = min(found), "stop"
+        elif last and self.finish_reason is None:
             self.finish_reason = "length"
-        return self._release()
-
-    def _release(self) -> str:
-        keep = 0
-        if self.finish_reason is None:
-            # The longest end of the text that is the beginning of a stop text.
-            keep = max(
-                (n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])),
-                default=0,
-            )
-        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        elif self.finish_reason is None:  # the longest end that may yet become a stop text is held
+            ends = ((at, spelled[at:]) for at in range(sure))
+            may = (at for at, end in ends if any(stop.startswith(end) for stop in self.stop))
+            sure = next(may, sure)
+        text, self.held = "".join(shown for _, shown in self.held[:sure]), self.held[sure:]
         return text

@@ -7,7 +7,6 @@ why the newline after a picture is two ids, 29871 ("▁") and 13 ("\\n" as a byt
 
 import codecs
 import re
-import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -86,12 +85,15 @@ class Tokenizer:
 
     @cached_property
     def longest_piece(self) -> int:
-        """The most characters that one token stands for; any number where one takes the whitespace
-        beside it."""
-        if any(token.lstrip or token.rstrip for token in self._tokens.values()):
-            return sys.maxsize
+        """The most characters that one token stands for, without whitespace that it may take."""
         pieces = map(self.sentencepiece.id_to_piece, range(self.vocab_size))
         return max(len(text) for text in (*pieces, *self._tokens, IMAGE_MARKER))
+
+    def fewest_tokens(self, text: str) -> int:
+        """How many a text becomes at least, told without cutting it."""
+        takers = (t.text for t in self._tokens.values() if t.lstrip or t.rstrip)
+        taken = sum(map(str.isspace, text)) if any(taker in text for taker in takers) else 0
+        return -(-(len(text) - taken) // self.longest_piece)
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids, the begin token first and -200 for each `<image>`.
@@ -113,10 +115,8 @@ class Tokenizer:
             first, *others = text.split(IMAGE_MARKER) if kind == "template" else [text]
             chunk.append(Segment(first, kind))
             for other in others:
-                ids += [
-                    *self._encode_chunk([*chunk, before] if before else chunk),
-                    IMAGE_TOKEN_INDEX,
-                ]
+                ids += self._encode_chunk([*chunk, before] if before else chunk)
+                ids.append(IMAGE_TOKEN_INDEX)
                 chunk = [*([after] if after else []), Segment(other, kind)]
         return ids + self._encode_chunk(chunk)
 
@@ -206,11 +206,8 @@ class Tokenizer:
             texts += [text[end:at], token.text]
             controls += [None, token if token.control else None]
             end = at + len(token.text)
-        pairs = [
-            (t, control)
-            for t, control in zip([*texts, text[end:]], [*controls, None], strict=True)
-            if t
-        ]
+        pairs = zip([*texts, text[end:]], [*controls, None], strict=True)
+        pairs = [(t, control) for t, control in pairs if t]
         texts = [t for t, _ in pairs]
 
         def token_at(i: int) -> AddedToken | None:
@@ -328,6 +325,11 @@ class TextDecoder:
             self._started = True
             text = text.removeprefix(" ")
         return text
+
+    def hidden(self, token_id: int) -> str:
+        """How a token is spelled of which `feed` shows nothing, as `</s>`; "" for all others."""
+        token = self._tokens.get(int(token_id))
+        return token.text if token is not None and token.special else ""
 
     def flush(self) -> str:
         """What is left: bytes that never became a character, as U+FFFD."""

@@ -13,6 +13,7 @@ import minillava
 from minillava.chat.conversation import Conversation
 from minillava.checkpoint.folders import bundled_weights
 from minillava.checkpoint.place import LARGE, choose_device, choose_dtype
+from minillava.files.tokenizer_files import AddedToken
 from minillava.generate.contrast import M3ID, VCD
 from minillava.generate.generation import generate
 from minillava.look.run import look
@@ -456,6 +457,19 @@ def test_megabytes_of_text_are_not_cut_into_tokens(toy, monkeypatch):
             match=rf"the prompt has \d+ characters, at least \d+ tokens; .* holds {context}",
         ):
             ask()
+
+
+def test_a_token_that_takes_whitespace_does_not_lift_the_bound_on_text(toy, monkeypatch):
+    """One such token used to switch the check off, for texts without it, too."""
+    context, longest = toy.model.config.text.context, toy.tokenizer.longest_piece
+    taker = AddedToken("<b>", 0, lstrip=True)
+    monkeypatch.setattr(toy.tokenizer, "_tokens", {**toy.tokenizer._tokens, "<b>": taker})
+    most = "a" * context * longest
+    for fits in (most, "<b>" + " " * len(most), most[3:] + " \n<b>"):
+        toy.check_text(fits)
+    for too_long in (most + "a", most + " ", "a " * len(most) + "<b>"):
+        with pytest.raises(ValueError, match="at least"):
+            toy.check_text(too_long)
 
 
 def test_contrast_by_name_and_process(toy, picture):

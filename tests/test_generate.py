@@ -11,6 +11,7 @@ import torch
 from bounds import assert_same_in_float64, assert_within, gamma
 
 from minillava.assistant import load
+from minillava.files.tokenizer_files import AddedToken
 from minillava.generate.generation import generate
 from minillava.loop import RECORDABLE, Options, Row, steps
 
@@ -248,7 +249,10 @@ def test_a_stop_text_ends_the_answer_and_is_cut(toy, pixels):
 class Letters:
     """A tokenizer of single letters, to see what Row holds back."""
 
-    by_id: ClassVar[dict] = {}
+    by_id: ClassVar[dict] = {
+        1: AddedToken("<box>", 1, special=True),
+        2: AddedToken("<loc>", 2),
+    }
 
     class sentencepiece:
         vocab_size, is_control, is_unknown, is_byte = (
@@ -273,6 +277,31 @@ def test_text_that_may_become_a_stop_text_is_held_back():
     assert feed("aab", ["ab", "b!"]) == (["", "a", ""], "stop")
     assert feed("xab\0", ["abc"]) == (["x", "", "", "ab"], "stop")  # the end token comes first
     assert feed("ab", ["abc"]) == (["", "ab"], "length")
+
+
+def test_a_stop_text_may_hold_a_token_that_is_not_shown():
+    """What ends a turn of ChatML is such a token (`<|im_end|>`): it is in no text, so a search in
+    the shown text never found it."""
+    assert feed("a\1b", ["<box>"]) == (["a", "", ""], "stop")
+    assert feed("a\1b", ["a<box>b"]) == (["", "", ""], "stop")
+    assert feed("ab\1c", ["b<b"]) == (["a", "", "", ""], "stop")
+    assert feed("a\1cd", ["a<box>b"]) == (["", "", "ac", "d"], "length")  # held, but not shown
+    assert feed("a\1b", ["box "]) == (["a", "", "b"], "length")
+    assert feed("a\2b", ["<loc>"]) == (["a", "", ""], "stop")  # a token that is shown
+
+
+def test_a_stop_text_of_megabytes_costs_no_more_than_what_is_held():
+    class Counting(str):
+        def startswith(self, end):
+            looked.append(len(end))
+            return super().startswith(end)
+
+        def __getitem__(self, at):
+            raise AssertionError("no part of a stop text is copied")
+
+    looked, stop = [], Counting("y" * 50_000_000)
+    assert feed("yyxy", [stop]) == (["", "", "yyx", "y"], "length")
+    assert sum(looked) < 20
 
 
 def test_a_prompt_that_fills_the_context_is_refused_with_its_numbers(toy, pixels):
