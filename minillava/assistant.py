@@ -17,8 +17,8 @@ from minillava.checkpoint.folders import check_base, default_weights, find_folde
 from minillava.checkpoint.place import choose_device, choose_dtype
 from minillava.checkpoint.side_json import read_image_processor
 from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from minillava.fast import speed_up
 from minillava.fast.compiled import compile_decode
-from minillava.fast.linear import use_fast_linear
 from minillava.files.disk import read_json
 from minillava.files.pictures import Images, ImageSource, as_list, open_image
 from minillava.generate import beam
@@ -413,8 +413,8 @@ def load(
         quantize=quantize,
         tokens=tokens,
     )
-    if attention != "eager":  # which stays as transformers computes, to the last bit
-        use_fast_linear(model)
+    if attention != "eager":
+        speed_up(model)
     if compile:
         compile_decode(model)
     for note in checkpoint.notes:

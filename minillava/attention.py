@@ -9,9 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillava.fast.attention import one_query
-from minillava.fast.linear import is_emulated
-
 
 def eager(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
@@ -47,8 +44,6 @@ def fused(
 
     `causal` aligns the triangle to the upper left, so it is only right when T == S.
     """
-    if q.shape[2] == 1 and is_emulated(q) and not torch.is_grad_enabled():
-        return one_query(q, k, v, mask), None
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped

@@ -5,7 +5,7 @@ import torch
 from bounds import assert_within, gamma, rounded
 from bounds import attention as exactly
 
-from minillava import attention
+from minillava.assistant import load
 from minillava.attention import eager, fused
 from minillava.fast import attention as fast_attention
 from minillava.fast import linear
@@ -93,16 +93,30 @@ def test_one_query_is_attention(monkeypatch, heads, cached):
     monkeypatch.setattr(fast_attention, "CACHED", cached)
     taken = []
     monkeypatch.setattr(
-        attention, "one_query", lambda *a, real=one_query: taken.append(1) or real(*a)
+        fast_attention, "one_query", lambda *a, real=one_query: taken.append(1) or real(*a)
     )
     q, k, v = inputs(heads=heads[0], kv_heads=heads[1], queries=1, keys=30, dtype=torch.bfloat16)
     for mask in (None, ragged_mask(queries=1, keys=30), ragged_mask(queries=1, keys=30)[1:]):
         for fast in (True, False):
             monkeypatch.setattr(linear, "has_fast_bfloat16", lambda fast=fast: fast)
-            found, none = fused(q, k, v, mask)
+            found, none = fast_attention.fused(q, k, v, mask)
             assert (found.dtype, found.shape, none) == (torch.bfloat16, q.shape, None)
             assert_within(found, exactly(q, k, v, mask), (heads, fast))
     assert len(taken) == 3
+
+
+def test_only_a_model_that_is_not_eager_is_made_faster(reference):
+    """Its attention was the one of the file that is read, and had the fast way inside."""
+    fast, exact = (
+        load(reference / "plain", device="cpu", attention=name).model.language_model
+        for name in ("fused", "eager")
+    )
+    assert fast.attend is fast_attention.fused
+    assert exact.attend is eager
+    assert {type(m) for m in exact.modules() if isinstance(m, torch.nn.Linear)} == {torch.nn.Linear}
+    assert {type(m) for m in fast.modules() if isinstance(m, torch.nn.Linear)} == {
+        linear.FastLinear
+    }
 
 
 @torch.no_grad()

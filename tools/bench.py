@@ -40,7 +40,8 @@ from bench_checkpoint import SIZES, config_of, make_checkpoint, make_gguf
 
 from minillava.cache import KVCache
 from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig, TextConfig
-from minillava.fast.linear import linear, use_fast_linear
+from minillava.fast import speed_up
+from minillava.fast.linear import linear
 from minillava.fast.quantize import quantised_layer, quantize_tensor
 from minillava.files.disk import check_writable, explain, write_whole
 from minillava.generate.contrast import VCD
@@ -381,7 +382,7 @@ def random_model(size: str, dtype: torch.dtype, quantize: str | None = None) -> 
         model = Llava(config_of(size))
     model.vision_tower = model.projector = None
     model = model.to(dtype).to_empty(device="cpu")
-    use_fast_linear(model)
+    speed_up(model)
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.requires_grad_(False)

@@ -57,9 +57,9 @@ from minillava.chat.conversation import Conversation  # noqa: E402
 from minillava.checkpoint.folders import bundled_weights  # noqa: E402
 from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig  # noqa: E402
 from minillava.fast import compiled as capture  # noqa: E402
+from minillava.fast import speed_up  # noqa: E402
 from minillava.fast.ahead import Arriving  # noqa: E402
 from minillava.fast.compiled import compile_decode  # noqa: E402
-from minillava.fast.linear import use_fast_linear  # noqa: E402
 from minillava.fast.quantize import quantised_layer, quantize_tensor  # noqa: E402
 from minillava.files.disk import one_line  # noqa: E402
 from minillava.generate.contrast import METHODS, VCD  # noqa: E402
@@ -197,7 +197,7 @@ def network(
                 name, quantised_layer(quantize_tensor(layer.weight.detach(), quantize))
             )
     if attention != "eager":
-        use_fast_linear(model)
+        speed_up(model)
     return model.eval().requires_grad_(False)
 
 
