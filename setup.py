@@ -20,7 +20,10 @@ setup(
     packages=[*find_packages(include=["minillava", "minillava.*"]), "minillava.shapes"],
     package_dir={"minillava.shapes": "weights/shapes"},
     entry_points={"console_scripts": ["minillava = minillava.cli.doors:main"]},
-    package_data={"minillava.shapes": ["*.json", "*.model", "*.safetensors", "*.png", "README.md"]},
+    package_data={
+        "minillava": ["py.typed"],
+        "minillava.shapes": ["*.json", "*.model", "*.safetensors", "*.png", "README.md"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
