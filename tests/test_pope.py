@@ -2,8 +2,13 @@
 file lacks."""
 
 import hashlib
+import importlib
+import io
 import json
+import shlex
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_cli import ROOT
@@ -315,10 +320,108 @@ def test_answers_that_batch_has_not_finished(score, write, capsys, tmp_path):
     )
 
 
-def test_a_file_that_is_no_utf_8(capsys, tmp_path):
-    (tmp_path / "q.jsonl").write_text('{"question_id": 1}', encoding="utf-16")
+def test_a_file_that_is_no_text(capsys, tmp_path):
+    (tmp_path / "q.jsonl").write_bytes(b'{"question_id": "caf\xe9"}')
     assert pope.main(["--questions", str(tmp_path / "q.jsonl"), "--answers", "no.jsonl"]) == 1
-    assert "q.jsonl: not UTF-8 (" in capsys.readouterr().err
+    assert "q.jsonl: not text in utf-8 (" in capsys.readouterr().err
+
+
+def test_files_in_the_encodings_that_batch_reads(write, capsys, tmp_path):
+    """Labels that PowerShell wrote were refused, although batch asks them."""
+    label = {"question_id": 1, "text": "Is 1 caf\xe9?", "label": "yes"}
+    content = json.dumps(label, ensure_ascii=False) + "\r\n"
+    (tmp_path / "q.jsonl").write_text(content, encoding="utf-16", newline="")
+    answers = write("a.jsonl", [{"question_id": 1, "text": "Yes"}])
+    arguments = ["--questions", str(tmp_path / "q.jsonl"), "--answers", answers]
+    assert pope.main(arguments) == 0
+    assert "answers: 1 in" in capsys.readouterr().out
+    (tmp_path / "q.jsonl").write_bytes(  # two files put behind one another
+        b"\xef\xbb\xbf"
+        + json.dumps(label).encode()
+        + b"\n\xef\xbb\xbf"
+        + json.dumps(label | {"question_id": 2}).encode()
+    )
+    assert pope.main(arguments) == 1
+    assert "missing: 1 " in capsys.readouterr().out
+
+
+@pytest.fixture
+def files(write):
+    """Flags of labels and an answer, which cp1252 and ASCII cannot say."""
+    questions = write("q.jsonl", [{"question_id": 1, "text": "Is 1?", "label": "no"}])
+    return [
+        *("--questions", questions),
+        *("--answers", write("a.jsonl", [{"question_id": 1, "text": "know \u661f"}])),
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_terminal_without_the_letters(files, monkeypatch, encoding, flags):
+    """It was a traceback."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    assert pope.main([*files, *flags]) == 0
+    sys.stdout.flush()
+    said = raw.getvalue().decode(encoding)
+    if flags:  # JSON is whole in any encoding
+        assert json.loads(said)["disagreements"][0]["text"] == "know \u661f"
+    else:
+        assert "| llava | overall | 1 | 0.00 |" in said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    ("redirection", "status", "said"),
+    [
+        (">/dev/full", 1, "error: stdout: No space left on device"),  # it was a traceback
+        (">&-", 1, "error: stdout is closed, "),
+        ("| head -c 0", 0, ""),
+        ("--answers no.jsonl 2>&-", 1, ""),  # its error went to stdout, where the figures go
+        ("--nonsense 2>&-", 2, ""),
+    ],
+)
+def test_streams_that_are_full_or_closed(files, redirection, status, said):
+    words = [sys.executable, str(ROOT / "tools" / "pope.py"), *files]
+    command = f"set -o pipefail; {shlex.join(words)} {redirection}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == bool(said)
+
+
+@pytest.mark.parametrize(
+    "name", ["bench", "eval_shapes", "gpu_check", "make_reference", "point_shapes", "pope"]
+)
+def test_wrong_usage_of_a_tool_is_one_line_on_stderr(name, monkeypatch, capsys):
+    """With stderr closed, argparse prints usage on stdout."""
+    if name in ("gpu_check", "make_reference"):
+        pytest.importorskip("transformers")
+    tool = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [name, "--nonsense"])
+    with pytest.raises(SystemExit, match="2"):
+        tool.main()
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), err[:7]) == ("", 1, "error: ")
+    monkeypatch.setattr(sys, "stderr", None)
+    with pytest.raises(SystemExit, match="2"):
+        tool.main()
+    assert capsys.readouterr().out == ""
+
+
+def test_answers_whose_ids_begin_anew_without_a_category_are_refused(of_llava, capsys):
+    """The first category's answers were scored by another one's labels: 0 %."""
+    of_llava.answers = [
+        {**answer, "question_id": i % 3 + 1} for i, answer in enumerate(of_llava.answers)
+    ]
+    status, found = scored(of_llava.arguments("popular", asked=False), capsys)
+    assert status == 1
+    assert "3 of 3 questions have several answers, which differ and name no category" in found
+    for answer, asked in zip(of_llava.answers, of_llava.asked, strict=True):
+        answer["category"] = asked["category"]
+    status, found = scored(of_llava.arguments("popular", asked=False), capsys)
+    # those of other categories are left out, and told
+    assert (status, found["overall"]) == (1, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_checkpoint import SIZES, config_of, make_checkpoint, make_gguf
 
 from minillava.cache import KVCache
+from minillava.cli import messages
+from minillava.cli.arguments import Parser
 from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig, TextConfig
 from minillava.fast import speed_up
 from minillava.fast.linear import linear
@@ -751,9 +753,7 @@ def default_rows(device: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "what", choices=["compare", "growth", "kernels", "quality", "contrast", "threads"]
     )
@@ -907,4 +907,4 @@ def _threads(parser: argparse.ArgumentParser, options: argparse.Namespace, head:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(messages.run(main, verbose=True, prints=True))

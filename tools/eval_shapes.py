@@ -31,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shapes
 
 import minillava
+from minillava.cli.arguments import Parser
+from minillava.cli.messages import run
 from minillava.generate.contrast import METHODS, Contrast
 from minillava.generate.generation import generate
 from minillava.options import KINDS
@@ -271,9 +273,7 @@ def percent(right: int, asked: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).resolve().parents[1] / "weights" / "shapes"
     parser.add_argument("--weights", type=Path, default=default)
     parser.add_argument(
@@ -307,4 +307,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, verbose=True, prints=True))

@@ -55,6 +55,8 @@ from minillava.attention import ATTENTION  # noqa: E402
 from minillava.cache import KVCache  # noqa: E402
 from minillava.chat.conversation import Conversation  # noqa: E402
 from minillava.checkpoint.folders import bundled_weights  # noqa: E402
+from minillava.cli.arguments import Parser  # noqa: E402
+from minillava.cli.messages import run  # noqa: E402
 from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig  # noqa: E402
 from minillava.fast import compiled as capture  # noqa: E402
 from minillava.fast import speed_up  # noqa: E402
@@ -1145,9 +1147,7 @@ def driver() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument(
         "--size", choices=list(SIZES), default="7b", help="of what is timed (default: 7b)"
@@ -1183,4 +1183,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, verbose=True, prints=True))

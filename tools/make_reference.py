@@ -35,10 +35,14 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "tests" / "reference"
+sys.path.insert(0, str(ROOT))  # run from a checkout, installed or not
 # the tests and this tool drive transformers through the same lines
 sys.path.insert(0, str(ROOT / "tests"))
 
 import hf  # noqa: E402
+
+from minillava.cli.arguments import Parser  # noqa: E402
+from minillava.cli.messages import run  # noqa: E402
 
 PIECES = 440
 NEW_TOKENS = 16
@@ -128,7 +132,7 @@ TOYS = {
 IMAGE_SIZE = hf.SIZES["toy"]["vision"]["image_size"]
 
 
-def main() -> None:
+def main() -> int:
     options = parse_options()
     # the order of a sum, and so its last bit, can depend on the number of threads
     torch.set_num_threads(1)
@@ -138,10 +142,11 @@ def main() -> None:
         make_checkpoint(options)
     else:
         make_reference()
+    return 0
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -557,4 +562,4 @@ def describe_folder(folder: Path, stored: dict[str, torch.Tensor]) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, verbose=True, prints=True))

@@ -26,6 +26,8 @@ import shapes
 
 import minillava
 from minillava.assistant import Assistant
+from minillava.cli.arguments import Parser
+from minillava.cli.messages import run
 from minillava.look import run as look
 from minillava.tokenizer import TextDecoder
 
@@ -136,9 +138,7 @@ def report(found: dict[str, list[tuple[Tensor, Tensor]]], objects: int, scenes: 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).resolve().parents[1] / "weights" / "shapes"
     parser.add_argument("--weights", type=Path, default=default)
     parser.add_argument("--scenes", type=int, default=200)
@@ -158,4 +158,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, verbose=True, prints=True))

@@ -42,6 +42,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
+# run from a checkout, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from minillava.cli.arguments import Parser
+from minillava.cli.messages import print_json, run
+from minillava.files.text import decode
+
 CATEGORIES = ("random", "popular", "adversarial")
 """How POPE draws what is not there. Its files have this word in their names, and no field for
 it."""
@@ -108,7 +115,7 @@ def read_lines(path: Path) -> list[tuple[str, dict]]:
     """(where, object) for each line that is not blank, or for each entry of a JSON array. Raises
     ValueError for what is not a JSON object, and FileNotFoundError with what to do."""
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        content = decode(path.read_bytes(), str(path))
     except FileNotFoundError:
         unfinished = path.with_name(f"{path.name}.partial").exists()
         step = (
@@ -117,8 +124,6 @@ def read_lines(path: Path) -> list[tuple[str, dict]]:
             else "check the name"
         )
         raise FileNotFoundError(f"{path}: no such file; {step}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     try:
         array = json.loads(content) if content.lstrip().startswith("[") else None
     except (ValueError, RecursionError):
@@ -133,7 +138,8 @@ def read_lines(path: Path) -> list[tuple[str, dict]]:
             if not line.strip():
                 continue
             try:
-                named.append((f"{path}, line {number}", json.loads(line)))
+                record = json.loads(line.removeprefix("\ufeff"))  # files put behind one another
+                named.append((f"{path}, line {number}", record))
             except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{path}, line {number}: not JSON ({error}); expected one object per line"
@@ -270,8 +276,8 @@ def read_answers(
 ) -> Answers:
     """elsewhere: ids of questions that are known, but have no label here. Raises ValueError for a
     line that is neither an answer nor an error, and for answers whose ids may be another numbering
-    than the questions'."""
-    answers, strangers = Answers(), []
+    than the questions', or several numberings at once."""
+    answers, strangers, again, contradicts = Answers(), [], set(), False
     for where, record in read_lines(path):
         name = record.get("question_id")
         if "error" in record:
@@ -288,6 +294,9 @@ def read_answers(
             answers.another_prompt.append(name)
         elif name in answers.texts:
             answers.duplicate.append(name)
+            if _category(record) is None:
+                again.add(name)
+                contradicts |= record["text"] != answers.texts[name]
         else:
             answers.texts[name] = record["text"]
     texts = {question.text for question in questions.values()}
@@ -298,6 +307,12 @@ def read_answers(
             "have "
             f"(question_id {answers.unknown[0]!r}, ...): ids and labels may not belong together; "
             "give the file that was asked as --asked"
+        )
+    if contradicts and len(again) > max(1, len(questions) / 2):
+        raise ValueError(
+            f"{path}: {len(again)} of {len(questions)} questions have several answers, which differ "
+            "and name no category: they may be those of several files of labels, each numbered from "
+            "1; give the answers to one of them, or put the category into each answer"
         )
     answers.missing = [name for name in questions if name not in answers.texts]
     return answers
@@ -489,9 +504,7 @@ def report(result: dict) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--questions", "--question-file", type=Path, nargs="+", required=True, metavar="FILE"
     )
@@ -502,15 +515,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--json", action="store_true", help="one JSON object, with all ids and disagreements"
     )
+    parser.add_argument("-v", "--verbose", action="store_true", help="show where an error happened")
     options = parser.parse_args(argv)
     scorers = list(SCORERS) if options.scorer == "all" else [options.scorer]
-    try:
+
+    def body() -> int:
         result = evaluate(options.questions, options.answers, scorers, options.asked)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(result, ensure_ascii=False) if options.json else report(result))
-    return 0 if result["complete"] else 1
+        if options.json:
+            print_json(result)
+        else:
+            print(report(result))
+        return 0 if result["complete"] else 1
+
+    return run(body, options.verbose, prints=True)
 
 
 if __name__ == "__main__":

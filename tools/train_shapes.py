@@ -47,6 +47,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shapes
 
 from minillava.attention import eager
+from minillava.cli.arguments import Parser
+from minillava.cli.messages import run
 from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig, TextConfig, VisionConfig
 from minillava.fast.linear import has_fast_bfloat16
 from minillava.image import CLIP_MEAN, CLIP_STD, ImageProcessor
@@ -730,9 +732,7 @@ PREPROCESSOR = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--out",
         type=Path,
@@ -790,4 +790,4 @@ def how_to_ask(out: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, verbose=True, prints=True))
