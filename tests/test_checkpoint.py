@@ -988,7 +988,7 @@ class Shapes:
     """As much of a Checkpoint as `settle` asks for."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
-        self.tensors, self.folder, self.rows = tensors, Path("folder"), None
+        self.tensors, self.folder, self.rows, self.notes = tensors, Path("folder"), None, []
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].shape)
@@ -1023,6 +1023,22 @@ def test_blocks_that_no_feature_needs_may_be_absent():
     assert settle(unstated(), Shapes(tower)).vision == CLIP_LARGE_336
 
 
+@pytest.mark.parametrize("name", ["openai/clip-vit-large-patch14", "/data/CLIP-ViT-Large", None])
+def test_a_tower_whose_name_says_what_it_is_gets_no_note(name):
+    shapes = Shapes(tower_of(1024, 24, 4096, 14, 224))
+    settle(unstated(vision_tower_name=name), shapes)
+    assert shapes.notes == []
+
+
+@pytest.mark.parametrize("name", ["./my_tower", "someone/CLIP-L-14-336"])
+def test_a_tower_known_by_its_size_alone_is_noted(name):
+    """Whether its activation is quick_gelu stands in no tensor."""
+    shapes = Shapes(tower_of(1024, 24, 4096, 14, 224))
+    settle(unstated(vision_tower_name=name), shapes)
+    (note,) = shapes.notes
+    assert name in note and "taken for one of OpenAI's CLIPs (quick_gelu" in note
+
+
 def test_what_config_json_says_of_a_tower_stands():
     config = replace(unstated(), vision_stated=True)
     assert settle(config, Shapes(tower_of(768, 12, 3072, 32, 224))).vision == CLIP_LARGE_336
@@ -1033,6 +1049,8 @@ def test_what_config_json_says_of_a_tower_stands():
     [
         ((1280, 2, 5120, 14, 224), {}, "its width 1280 does not say how many heads"),
         ((100, 2, 400, 14, 224), {}, "its width 100 does not say how many heads"),
+        ((192, 4, 384, 14, 126), {}, "its width 192 does not say how many heads"),
+        ((512, 8, 2048, 16, 224), {}, "its width 512 does not say how many heads"),
         (
             (768, 12, 3072, 16, 224),
             {"vision_tower_name": "laion/CLIP-ViT-B-16"},
@@ -1067,13 +1085,14 @@ def test_a_folder_without_vision_config_is_opened_by_its_tower_s_shapes(tmp_path
         in refusal(folder)
     )
     wide = {name.replace("vision_tower.", "model.vision_tower.vision_tower.vision_model."): torch.zeros(t.shape)
-            for name, t in tower_of(64, 3, 96, 14, 56).items()}  # fmt: skip
+            for name, t in tower_of(768, 1, 96, 14, 56).items()}  # fmt: skip
     tensors = {name: t for name, t in stored(folder).items() if "vision_tower" not in name} | wide
     first = next(name for name in tensors if "mm_projector.0.weight" in name)
-    store(tensors | {first: torch.zeros(len(tensors[first]), 64)}, folder)
+    store(tensors | {first: torch.zeros(len(tensors[first]), 768)}, folder)
     (folder / "preprocessor_config.json").unlink(missing_ok=True)
+    change_config(folder, mm_vision_select_layer=1)
     vision = load(folder).model.config.vision
-    assert vision == VisionConfig(64, 96, 3, 1, 56, 14)
+    assert vision == VisionConfig(768, 96, 12, 12, 56, 14)
     assert inspect_folder(folder).picture == {"side": 56, "aspect": "pad"}
 
 

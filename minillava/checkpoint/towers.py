@@ -11,6 +11,9 @@ from minillava.config import LlavaConfig, VisionConfig
 
 CLIP_DEPTHS = {768: 12, 1024: 24}  # width -> blocks of OpenAI's ViT-B and ViT-L
 
+# how the hub calls those two; others of the same size may have another activation
+_OPENAI = re.compile(r"clip-vit-(base|large)", re.IGNORECASE)
+
 
 def settle(config: LlavaConfig, checkpoint: Checkpoint) -> LlavaConfig:
     """The config as the tensors complete it. A stored head is the head, whatever
@@ -29,8 +32,8 @@ def settle(config: LlavaConfig, checkpoint: Checkpoint) -> LlavaConfig:
 
 
 def _measure_tower(config: LlavaConfig, checkpoint: Checkpoint) -> VisionConfig:
-    """OpenAI's CLIP of the size that the stored tensors have: its heads are 64 wide. Raises
-    ValueError for others."""
+    """OpenAI's CLIP of the size that the stored tensors have: its heads are 64 wide. A name that
+    does not say so is noted. Raises ValueError for other widths, whose heads nobody can know."""
     embeddings, first_layer = (
         "vision_tower.embeddings.",
         "vision_tower.encoder.layers.0.mlp.fc1.weight",
@@ -56,9 +59,14 @@ def _measure_tower(config: LlavaConfig, checkpoint: Checkpoint) -> VisionConfig:
         found = f"{positions[0]} positions and patches of shape {list(patches)}"
         raise ValueError(f"{advice}, and {found} do not say how large its pictures are; {step}")
     width = patches[0]
-    if width % 64 or width > 1024:
+    if width not in CLIP_DEPTHS:
         raise ValueError(
             f"{advice}, and its width {width} does not say how many heads it has; {step}"
+        )
+    if config.vision_tower_name and not _OPENAI.search(config.vision_tower_name):
+        checkpoint.notes.append(
+            f"{advice}, which is taken for one of OpenAI's CLIPs (quick_gelu, heads 64 wide) by its "
+            f"size; if it is another, {step}"
         )
     blocks = (
         re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name) for name in checkpoint.tensors
@@ -70,7 +78,7 @@ def _measure_tower(config: LlavaConfig, checkpoint: Checkpoint) -> VisionConfig:
         intermediate_size=mlp[0],
         # The last blocks may have been left out, since no feature needs them: the index of a layer
         # counts them.
-        num_hidden_layers=max(depth, CLIP_DEPTHS.get(width, 0)),
+        num_hidden_layers=max(depth, CLIP_DEPTHS[width]),
         num_attention_heads=width // 64,
         image_size=side * patches[2],
         patch_size=patches[2],
