@@ -414,7 +414,7 @@ def test_what_a_user_types_is_a_fine_tune_s_token_but_no_control_token(boxes):
     assert [i for i in ids if i in (0, 1, 2)] == [1, 2]
 
 
-@pytest.mark.parametrize("key", ["eos_token", "pad_token", "bos_token"])
+@pytest.mark.parametrize("key", ["eos_token", "pad_token", "unk_token"])
 def test_an_added_control_token_is_one_only_where_the_template_writes_it(reference, tmp_path, key):
     """A user who types the end token that a fine-tune chose would end the turn."""
     tokens = {"<|im_end|>": {"special": True}, "<box>": {}}

@@ -2,6 +2,7 @@
 other families."""
 
 import base64
+import io
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import REFERENCE
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceTrainer
 
 import minillava
 from minillava.inspection.report import inspect_folder
@@ -262,20 +264,85 @@ def test_other_models_than_bpe_are_another_kind(folder, vocabulary):
     assert ANOTHER in complaint(folder)
 
 
-@pytest.mark.parametrize("names", [["vocab.json", "merges.txt"], ["qwen.tiktoken"]], ids=" ".join)
-def test_files_of_other_tokenizers(folder, names):
-    (folder / "tokenizer.model").unlink()
-    for name in names:
-        (folder / name).write_text("{}")
-    assert ANOTHER in complaint(folder)
+@pytest.mark.parametrize("copied", [False, True], ids=["as downloaded", "tokenizer.model copied"])
+@pytest.mark.parametrize(
+    "name",
+    ["vocab.json", "merges.txt", "vocab.txt", "qwen.tiktoken", "tekken.json", "spiece.model",
+     "sentencepiece.bpe.model"],
+)  # fmt: skip
+def test_files_of_other_tokenizers(folder, name, copied):
+    """A tokenizer.model beside them was believed, whoever put it there."""
+    if not copied:
+        (folder / "tokenizer.model").unlink()
+    (folder / name).write_text("{}")
+    message = complaint(folder)
+    assert name in message and ANOTHER in message and "copy tokenizer.model" not in message
+    assert ("tokenizer.model is not its own" in message) == copied
 
 
-def test_the_class_of_another_tokenizer(folder):
-    (folder / "tokenizer.model").unlink()
-    write(folder, "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"})
+@pytest.mark.parametrize("copied", [False, True], ids=["as downloaded", "tokenizer.model copied"])
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "GemmaTokenizerFast", "T5Tokenizer"])
+def test_the_class_of_another_tokenizer(folder, name, copied):
+    if not copied:
+        (folder / "tokenizer.model").unlink()
+    write(folder, "tokenizer_config.json", {"tokenizer_class": name})
     assert ANOTHER in complaint(folder)
     write(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
-    assert "copy tokenizer.model" in complaint(folder)
+    if copied:
+        minillava.load(folder, device="cpu")
+    else:
+        assert "copy tokenizer.model" in complaint(folder)
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+def test_a_class_of_any_family_needs_the_file_that_says_which(folder, name):
+    raw = llama_2(folder)
+    write(folder, "tokenizer_config.json", {"tokenizer_class": name})
+    said = f"tokenizer_class is {name}, which may be of any family; download the tokenizer.json"
+    assert said in complaint(folder)
+    kept = (folder / "tokenizer.model").rename(folder / "kept")
+    assert said in complaint(folder)
+    kept.rename(folder / "tokenizer.model")
+    write(folder, "tokenizer.json", raw)
+    assert minillava.load(folder, device="cpu").tokenizer.encode("a")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"add_bos_token": False}, "add_bos_token is False, supported: True"),
+        ({"add_eos_token": True}, "add_eos_token is True, supported: False"),
+        ({"bos_token": "</s>"}, "bos_token is '</s>', supported: '<s>'"),
+        ({"bos_token": {"content": "<begin>", **PLAIN}}, "bos_token is '<begin>', supported"),
+    ],
+)
+def test_another_frame_around_a_prompt_is_refused(folder, settings, said):
+    """transformers obeys these; prompts were framed by <s> and nothing, whatever the file said."""
+    write(folder, "tokenizer_config.json", settings)
+    assert f"tokenizer_config.json: {said}" in complaint(folder)
+
+
+def test_the_usual_frame_may_be_stated(folder):
+    stated = {"add_bos_token": True, "add_eos_token": None, "bos_token": "<s>", "eos_token": "</s>"}
+    write(folder, "tokenizer_config.json", stated)
+    assert minillava.load(folder, device="cpu").tokenizer.encode("")[:1] == [1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "cut short, or of another family"),  # SentencePiece's defaults, as T5 has them
+        ({"normalization_rule_name": "identity", "remove_extra_whitespaces": False}, ANOTHER),
+    ],
+)
+def test_a_sentencepiece_model_of_another_family(folder, settings, said):
+    texts, model = ["the red star is on the left", "a b"] * 50, io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=60, hard_vocab_limit=False,
+        minloglevel=2, **settings,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    assert said in complaint(folder)
 
 
 def test_a_tiktoken_vocabulary_of_the_same_name(folder):

@@ -65,8 +65,8 @@ def _measure_tower(config: LlavaConfig, checkpoint: Checkpoint) -> VisionConfig:
         )
     if config.vision_tower_name and not _OPENAI.search(config.vision_tower_name):
         checkpoint.notes.append(
-            f"{advice}, which is taken for one of OpenAI's CLIPs (quick_gelu, heads 64 wide) by its "
-            f"size; if it is another, {step}"
+            f"{advice}, which is taken for one of OpenAI's CLIPs (quick_gelu, heads 64 wide) by "
+            f"its size; if it is another, {step}"
         )
     blocks = (
         re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name) for name in checkpoint.tensors

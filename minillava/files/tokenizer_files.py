@@ -60,7 +60,26 @@ _LARGEST_LLAMA_2 = 32_256
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 # how tokenizer_class begins
-_OTHER_CLASSES = re.compile("Qwen|GPT|Bloom|CodeGen|Bert|Roberta|T5|OPT")
+_OTHER_CLASSES = re.compile(
+    "Qwen|GPT|Bloom|CodeGen|Bert|DistilBert|Roberta|XLM|XLNet|Albert|DebertaV2|BigBird|Bart|MBart|"
+    "Marian|Pegasus|Nllb|T5|MT5|OPT|Gemma|Cohere|Whisper|ChatGLM"
+)
+
+# what it is where tokenizer.json alone says which family it is
+_ANY_CLASS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+# what their vocabularies lie in
+_OTHER_FILES = (
+    "*.tiktoken",
+    "tekken.json",
+    "merges.txt",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "spm.model",
+    "source.spm",
+    "sentencepiece.bpe.model",
+)
 
 _OTHER_KIND = (
     "this model has another kind of tokenizer, which minillava does not read; use a LLaVA-1.5 "
@@ -142,7 +161,28 @@ class TokenizerFiles:
                 i, flags = piece if is_piece else following, named.get(text, {})
                 found[text] = _token(text, i, flags, listed=True, control=text in control)
                 following += not is_piece
+        self._check_ends(found, model)
         return found
+
+    def _check_ends(self, found: dict[str, AddedToken], model: SentencePieceProcessor) -> None:
+        """A prompt begins with the begin token of `model` and has no end token. Raises ValueError
+        where a file says otherwise."""
+        for key, ours in (("add_bos_token", True), ("add_eos_token", False)):
+            if self.config.get(key, ours) not in (ours, None):
+                said = f"{key} is {self.config[key]!r:.80}, supported: {ours}"
+                raise ValueError(
+                    f"{self.folder / CONFIG_NAME}: {said}; if the model was trained with that, "
+                    "minillava cannot prompt it; if not, correct the file"
+                )
+        for name, raw in ((CONFIG_NAME, self.config), (MAP_NAME, self.map)):
+            value = raw.get("bos_token")
+            text = value.get("content") if isinstance(value, dict) else value
+            if text and found[text].id != model.bos_id():
+                begin = model.id_to_piece(model.bos_id())
+                raise ValueError(
+                    f"{self.folder / name}: bos_token is {text!r:.80}, supported: {begin!r}, the "
+                    f"one of {MODEL_NAME}; keep the files of one run"
+                )
 
     def _entries(self) -> Iterator[tuple[str, str, int, dict]]:
         """(file, text, id, flags) as written."""
@@ -231,11 +271,9 @@ class TokenizerFiles:
         pieces = self.vocabulary()
         if pieces and "<0x0A>" not in pieces:  # a newline is a byte to all of the family
             return FAST_NAME
-        others = [path.name for path in self.folder.glob("*.tiktoken")]
+        others = [file.name for name in _OTHER_FILES for file in self.folder.glob(name)]
         if _OTHER_CLASSES.match(str(self.config.get("tokenizer_class"))):
             others.append(CONFIG_NAME)
-        if all(os.path.lexists(self.folder / name) for name in ("vocab.json", "merges.txt")):
-            others.append("merges.txt")
         return None if pieces or not others else others[0]
 
 
@@ -278,8 +316,7 @@ def check_model_is_there(path: Path, files: TokenizerFiles, vocabulary: int | No
     vocabulary: rows of the embedding table, where they are known."""
     if path.is_file():
         return
-    if other := files.of_another_kind():
-        raise ValueError(f"{files.folder / other}: {_OTHER_KIND}")
+    _check_kind(path, files)
     if vocabulary is not None and vocabulary > _LARGEST_LLAMA_2:
         raise FileNotFoundError(
             f"{path}: not found; get that of the language model this was trained from, whose "
@@ -318,9 +355,11 @@ def open_model(path: Path) -> SentencePieceProcessor:
         ) from None
     if model.decode(model.encode("a  b")) != "a  b":  # its end, the normaliser, is lost
         raise ValueError(
-            f"{path}: cut short (it merges spaces, which no Llama tokenizer does); download it "
-            "again"
+            f"{path}: cut short, or of another family (it merges spaces, which no Llama tokenizer "
+            "does); download it again, or the one of this language model"
         )
+    if not model.is_byte(model.piece_to_id("<0x0A>")):  # a newline is a byte to all of the family
+        raise ValueError(f"{path}: has no piece <0x0A>: {_OTHER_KIND}")
     if model.bos_id() < 0 or model.eos_id() < 0:
         raise ValueError(
             f"{path}: has no <s> or </s>, which every Llama tokenizer has; is it another model's?"
@@ -328,16 +367,29 @@ def open_model(path: Path) -> SentencePieceProcessor:
     return model
 
 
+def _check_kind(path: Path, files: TokenizerFiles) -> None:
+    """Raises ValueError where the files beside `path` are another family's, or where the one is
+    missing that would say whose they are."""
+    if other := files.of_another_kind():
+        copied = f"; {path} is not its own" if path.is_file() else ""
+        raise ValueError(f"{files.folder / other}: {_OTHER_KIND}{copied}")
+    kind = files.config.get("tokenizer_class")
+    if kind in _ANY_CLASS and not files.fast:
+        raise ValueError(
+            f"{files.folder / CONFIG_NAME}: tokenizer_class is {kind}, which may be of any family; "
+            f"download the {FAST_NAME} that belongs to it"
+        )
+
+
 def check_pieces(path: Path, model: SentencePieceProcessor, files: TokenizerFiles) -> None:
-    """A tokenizer.model must be cut from the same vocabulary as the tokenizer.json beside it.
-    Raises ValueError."""
+    """A tokenizer.model must be of the kind that the files beside it say, and cut from the same
+    vocabulary as their tokenizer.json. Raises ValueError."""
+    _check_kind(path, files)
     pieces = files.vocabulary()
     for i in range(model.vocab_size()) if pieces else ():
         piece = model.id_to_piece(i)
         if pieces.get(piece) != i and is_word(model, i):
             file, found = files.folder / FAST_NAME, pieces.get(piece)
-            if files.of_another_kind():
-                raise ValueError(f"{file}: {_OTHER_KIND}; {path} is not its own")
             said = f"{piece!r} is {i}, in {file} {'not there' if found is None else repr(found)}"
             raise ValueError(f"{path}: {said}; copy the {MODEL_NAME} that belongs to these weights")
 
