@@ -123,10 +123,10 @@ def test_version(front):
 
 def test_an_installed_package_has_the_command():
     script = re.search(
-        r'"console_scripts": \["minillava = minillava\.(\w+):(\w+)"\]',
+        r'"console_scripts": \["minillava = minillava\.([\w.]+):(\w+)"\]',
         (ROOT / "setup.py").read_text(),
     )
-    assert script.groups() == (doors.main.__module__.split(".")[1], doors.main.__name__)
+    assert script.groups() == (doors.main.__module__.partition(".")[2], doors.main.__name__)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -193,7 +193,8 @@ def test_ctrl_c_while_something_is_imported_leaves_no_traceback(door, module):
 def test_ctrl_c_inside_exec_is_the_same_status():
     """Python ended the process by the signal: what was seen as -2 by who started it."""
     script = """if 1:
-        from minillava import answer, doors
+        from minillava.cli import doors
+        from minillava.generate import answer
 
         def interrupted(*_):
             print("so far", end="")
@@ -209,7 +210,8 @@ def test_ctrl_c_that_became_another_error_is_still_ctrl_c():
     """ "could not determine the shape of object type 'torch.storage.UntypedStorage'", with status 1."""
     script = """if 1:
         import os, signal
-        from minillava import answer, doors
+        from minillava.cli import doors
+        from minillava.generate import answer
 
         def interrupted(*_):
             try:
@@ -228,7 +230,8 @@ def test_ctrl_c_after_the_answer_changes_nothing():
     killed process."""
     script = """if 1:
         import os, signal
-        from minillava import answer, doors
+        from minillava.cli import doors
+        from minillava.generate import answer
 
         class Last:
             def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGINT):

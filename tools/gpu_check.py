@@ -691,8 +691,12 @@ def held(device: str) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some modules' attributes warn when they are looked at
         for thing in gc.get_objects():
-            kind = type(thing)  # a compiler's stand-ins hold nothing
-            if issubclass(kind, Tensor) and not issubclass(kind, FakeTensor) and thing.is_cpu:
+            kind = type(
+                thing
+            )  # a compiler's stand-ins hold nothing, and sparse tensors are none of ours
+            if not issubclass(kind, Tensor) or issubclass(kind, FakeTensor):
+                continue
+            if thing.is_cpu and thing.layout == torch.strided:
                 storage = thing.untyped_storage()
                 found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
