@@ -10,12 +10,18 @@ CLASSROOM.md has the questions that people ask on the way, and exercises.
 """
 
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import CodeType, ModuleType
 
 __version__ = "0.1.0"
 __all__ = ["Assistant", "__version__", "load"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # `load` and `Assistant` are fetched on first use: importing minillava alone stays instant, and
     # `python -m minillava.generate` does not find its own module already imported.
     if name in ("load", "Assistant"):
@@ -31,14 +37,14 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def on_first_use(package: str, homes: dict[str, str]):
+def on_first_use(package: str, homes: dict[str, str]) -> Callable[[str], Any]:
     """A package's `__getattr__`: each name comes from the module of its home, which is imported
     then.
 
     So `from minillava.generate import generate` works, and `python -m minillava.generate`, which
     imports the package before anything else, has read the flags before torch is imported."""
 
-    def fetch(name: str):
+    def fetch(name: str) -> Any:
         if name in homes:
             return vars(__import__(f"{package}.{homes[name]}", fromlist=[name]))[name]
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
@@ -71,7 +77,7 @@ class _Renamed:
     `import inspect`. Both names of a module are one module object.
     """
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> "ModuleSpec | None":
         if (real_name := _real_name(name)) is None:
             return None
         from importlib.util import find_spec  # here, since importing minillava costs nothing
@@ -79,24 +85,27 @@ class _Renamed:
         real = find_spec(real_name)
         if real is None:
             return None
-        spec = type(real)(name, self, origin=real.origin)
+        # a loader by its methods: importlib's class would be imported for its name alone
+        spec = type(real)(name, self, origin=real.origin)  # type: ignore[arg-type]
+        spec.loader_state = real_name
         spec.submodule_search_locations = real.submodule_search_locations
         return spec
 
-    def create_module(self, spec):
-        module = __import__(_real_name(spec.name), fromlist=["*"])
+    def create_module(self, spec: "ModuleSpec") -> "ModuleType":
+        module = __import__(spec.loader_state, fromlist=["*"])
         # Python is about to write the spec of the other name over it
         spec.loader_state = module.__spec__
         return module
 
-    def exec_module(self, module):
+    def exec_module(self, module: Any) -> None:
         module.__spec__ = module.__spec__.loader_state
 
-    def get_code(self, name):
+    def get_code(self, name: str) -> "CodeType | None":
         """What `python -m` runs."""
         from importlib.util import find_spec
 
-        return find_spec(_real_name(name)).loader.get_code(_real_name(name))
+        real: Any = find_spec(_real_name(name) or name)
+        return real.loader.get_code(real.name)
 
 
 sys.meta_path.insert(0, _Renamed())  # first: `minillava.trace.page` would be found beside the other

@@ -55,15 +55,15 @@ class TextConfig:
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None  # None: as many as attention heads
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    num_key_value_heads: int = None  # type: ignore[assignment]  # None: as many as attention heads
+    head_dim: int = None  # type: ignore[assignment]  # None: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_factor: float = 1.0  # "linear" rope scaling: positions are divided by it
     tie_word_embeddings: bool = False  # True: the head is the embedding table
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:

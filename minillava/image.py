@@ -84,7 +84,7 @@ class ImageProcessor:
         return torch.from_numpy(x.transpose(2, 0, 1).copy())
 
 
-def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     """Centre a picture on a square of one colour, rounding towards the top left (LLaVA,
     mm_utils.expand2square)."""
     width, height = image.size
@@ -96,7 +96,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
     return square
 
 
-def pad_and_resize(image: Image.Image, size: int, colour: tuple[int, int, int]) -> Image.Image:
+def pad_and_resize(image: Image.Image, size: int, colour: tuple[int, ...]) -> Image.Image:
     """`pad_to_square`, then a bicubic resize to `size` x `size`, without the memory of the square.
 
     Pillow resizes in two passes, each rounded to 8 bits: across, where each row is on its own, then
@@ -121,7 +121,7 @@ def pad_and_resize(image: Image.Image, size: int, colour: tuple[int, int, int]) 
     return _pad_and_resize_down(rows, side, colour)
 
 
-def _pad_and_resize_down(rows: Image.Image, side: int, colour: tuple[int, int, int]) -> Image.Image:
+def _pad_and_resize_down(rows: Image.Image, side: int, colour: tuple[int, ...]) -> Image.Image:
     """size x height -> size x size: rows of the colour above and below until they are `side`, then
     the pass down."""
     column = Image.new("RGB", (rows.width, side), colour)

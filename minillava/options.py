@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from typing import Any
 
 WEIGHTS_VARIABLE = "MINILLAVA_WEIGHTS"
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -47,7 +48,7 @@ class Options:
     length_penalty: float = 1.0
     early_stopping: bool | str = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ranges = (  # name, smallest, largest, whether a whole number
             ("max_new_tokens", 1, math.inf, True),
             ("min_new_tokens", 0, math.inf, True),
@@ -144,7 +145,7 @@ OTHER_NAMES = {
 """What people who know other libraries ask for, and what does it here."""
 
 
-def read_options(given: Mapping[str, object], others: Options | None = None) -> Options:
+def read_options(given: Mapping[str, Any], others: Options | None = None) -> Options:
     """Options by name, the rest as in `others`. Raises TypeError for a name that is none, with the
     nearest one, and ValueError as Options."""
     known = list(Options.__dataclass_fields__)

@@ -8,7 +8,7 @@ chat template of the llava-hf checkpoints.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 IMAGE_MARKER = "<image>"
 """Where it stands in a question, a picture goes."""
@@ -33,7 +33,7 @@ class Prompt(str):
 
     segments: tuple[Segment, ...]
 
-    def __new__(cls, segments: Sequence[Segment]):
+    def __new__(cls, segments: Sequence[Segment]) -> "Prompt":
         prompt = super().__new__(cls, "".join(s.text for s in segments))
         prompt.segments = tuple(s for s in segments if s.text)
         return prompt
@@ -47,7 +47,7 @@ class Prompt(str):
             ]
         )
 
-    def __getnewargs__(self):
+    def __getnewargs__(self) -> tuple[Any]:
         return (self.segments,)  # what copy and pickle make it from
 
 
@@ -204,10 +204,9 @@ def _user_text(text: str, template: Template, images: bool) -> list[Segment]:
     special = (IMAGE_MARKER,) * images + template.separators
     if not special:
         return [Segment(text, "text")]
-    kinds = {IMAGE_MARKER: "template"} if images else {}
     parts = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
     return [
-        Segment(part, kinds.get(part, "spelled") if i % 2 else "text")
+        Segment(part, "text" if i % 2 == 0 else "template" if part == IMAGE_MARKER else "spelled")
         for i, part in enumerate(parts)
     ]
 

@@ -202,12 +202,12 @@ class Tokenizer:
         transformers, which goes from left to right and takes for a token what then reads like
         one."""
         texts, controls, end = [], [], 0
-        for at, token in self._find(text, ours):
-            texts += [text[end:at], token.text]
-            controls += [None, token if token.control else None]
-            end = at + len(token.text)
-        pairs = zip([*texts, text[end:]], [*controls, None], strict=True)
-        pairs = [(t, control) for t, control in pairs if t]
+        for at, added in self._find(text, ours):
+            texts += [text[end:at], added.text]
+            controls += [None, added if added.control else None]
+            end = at + len(added.text)
+        both = zip([*texts, text[end:]], [*controls, None], strict=True)
+        pairs = [(t, control) for t, control in both if t]
         texts = [t for t, _ in pairs]
 
         def token_at(i: int) -> AddedToken | None:

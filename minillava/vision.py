@@ -5,6 +5,7 @@ H, F feed-forward width.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class VisionTower(nn.Module):
     here.
     """
 
-    def __init__(self, config: LlavaConfig, attend: Callable):
+    def __init__(self, config: LlavaConfig, attend: Callable[..., Any]):
         super().__init__()
         self.config = config.vision
         self.keep_class_token = config.keep_class_token
@@ -74,7 +75,7 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: VisionConfig, num_layers: int, attend: Callable):
+    def __init__(self, config: VisionConfig, num_layers: int, attend: Callable[..., Any]):
         super().__init__()
         self.layers = nn.ModuleList(Block(config, attend) for _ in range(num_layers))
 
@@ -87,7 +88,7 @@ class Encoder(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: VisionConfig, attend: Callable):
+    def __init__(self, config: VisionConfig, attend: Callable[..., Any]):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = Attention(config, attend)
@@ -103,7 +104,7 @@ class Attention(nn.Module):
     """Every patch looks at every patch: no mask, no rotary embedding (positions were added at the
     start)."""
 
-    def __init__(self, config: VisionConfig, attend: Callable):
+    def __init__(self, config: VisionConfig, attend: Callable[..., Any]):
         super().__init__()
         width = config.hidden_size
         self.num_heads, self.attend = config.num_attention_heads, attend

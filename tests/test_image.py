@@ -7,6 +7,7 @@ import os
 import random
 import struct
 import zlib
+from collections import UserList, deque
 
 import numpy as np
 import pytest
@@ -500,3 +501,15 @@ def test_damage_to_pixels_stays_an_error():
     ):
         with pytest.raises(ValueError, match=r"damaged|not a picture"):
             open_image(content)
+
+
+def test_several_pictures_may_come_in_any_sequence():
+    """A deque, which the annotation allows, was taken for one picture and refused."""
+    process = ImageProcessor(8)
+    several = [picture(seed=1), picture(seed=2)]
+    for sequence in (several, tuple(several), deque(several), UserList(several)):
+        assert torch.equal(process(sequence), process(several))
+    for one in (png(several[0]), several[0], io.BytesIO(png(several[0]))):
+        assert torch.equal(process(one), process(several[:1]))
+    with pytest.raises(ValueError, match="found bytearray, expected a path"):
+        process(bytearray(png(several[0])))

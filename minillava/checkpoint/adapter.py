@@ -8,7 +8,7 @@ width before, N width after.
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,7 +128,9 @@ class Adapter:
             isinstance(targets, list) and not narrowed and not any("." in str(t) for t in targets)
         )
 
-    def _delta(self, name: str, pair: dict[str, Stored], config: dict, path: Path) -> Delta:
+    def _delta(
+        self, name: str, pair: dict[str, Stored], config: dict[str, Any], path: Path
+    ) -> Delta:
         if len(pair) < 2:
             (half,) = pair
             other = {"A": "B", "B": "A"}[half]
@@ -169,7 +171,7 @@ class Adapter:
         return Delta(a, b, alpha / (math.sqrt(rank) if rslora else rank))
 
 
-def _check_formula(path: Path, config: dict) -> None:
+def _check_formula(path: Path, config: dict[str, Any]) -> None:
     """Raises ValueError naming a setting that makes W' something else than the module's docstring
     says, or that this file does not know and which may do so."""
     for key, value in config.items():

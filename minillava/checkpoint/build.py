@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from minillava.llava import Llava
 def build_model(
     config: LlavaConfig,
     checkpoint: Checkpoint,
-    attend: Callable,
+    attend: Callable[..., Any],
     *,
     dtype: torch.dtype,
     device: torch.device | str,
@@ -53,11 +54,11 @@ def build_model(
             model = Llava(replace(config, text=replace(config.text, vocab_size=tokens)), attend)
     if quantize and checkpoint.quantised:
         raise ValueError(f"{checkpoint.folder}: is quantised already; leave --quantize out")
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         module = name.rpartition(".")[0]
         small = (
-            quantize
+            bool(quantize)
             and name.startswith("language_model.")
             and isinstance(model.get_submodule(module), nn.Linear)
         )
@@ -67,16 +68,16 @@ def build_model(
                 for suffix, stored in checkpoint.quantised[name].items()
             }
             if checkpoint.shape(name) != tensor.shape:
-                found, wanted = list(checkpoint.shape(name)), list(tensor.shape)
+                stands, wanted = list(checkpoint.shape(name)), list(tensor.shape)
                 raise ValueError(
-                    f"{checkpoint.folder}: {name} is quantised with shape {found}, expected "
+                    f"{checkpoint.folder}: {name} is quantised with shape {stands}, expected "
                     f"{wanted}"
                 )
         else:
-            passing = bool(small) or torch.device(device).type != "cpu"
+            passing = small or torch.device(device).type != "cpu"
             whole = checkpoint.read(name, None if small else dtype, passing)
             whole = (grow_rows(whole, len(tensor)) if name in TABLES else whole).to(device)
-            parts = quantize_tensor(whole, quantize) if small else None
+            parts = quantize_tensor(whole, quantize) if quantize and small else {}
         if parts:
             layer = quantised_layer({suffix: part.to(device) for suffix, part in parts.items()})
             model.set_submodule(module, layer)
@@ -129,15 +130,17 @@ def _nearest(names: list[str], known: dict[str, str]) -> dict[str, str]:
     wrong names then cost a few dozen comparisons.
     """
     numbers = re.compile(r"\d+")
-    groups: dict[str, dict[tuple, str]] = {}  # name without numbers -> numbers -> how to show it
+    # name without numbers -> numbers -> how to show it
+    groups: dict[str, dict[tuple[str, ...], str]] = {}
     for name, shown in known.items():
         groups.setdefault(numbers.sub("#", name), {})[tuple(numbers.findall(name))] = shown
-    hints, closest = {}, {}
+    hints: dict[str, str] = {}
+    closest: dict[str, str | None] = {}
     for name in names:
         form = numbers.sub("#", name)
         if form not in closest:
             closest[form] = next(iter(get_close_matches(form, groups, n=1)), None)
-        group = groups.get(closest[form])
+        group = groups.get(closest[form] or "")
         if group:
             shown = group.get(tuple(numbers.findall(name)), next(iter(group.values())))
         hints[name] = f" (nearest: {shown})" if group else ""

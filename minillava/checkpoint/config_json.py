@@ -9,6 +9,7 @@ import math
 import os
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 from minillava.config import (
     CLIP_LARGE_336,
@@ -21,6 +22,10 @@ from minillava.config import (
 )
 from minillava.files.disk import read_json
 from minillava.files.hub import RELEASE
+
+T = TypeVar("T")
+D = TypeVar("D")
+Config = TypeVar("Config", TextConfig, VisionConfig)
 
 _USE_LLAVA = f"use a LLaVA-1.5 checkpoint such as {RELEASE}"
 
@@ -59,7 +64,7 @@ def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> Ll
             "dialect): "
             f"not a LLaVA-1.5 config; {_USE_LLAVA}"
         )
-    text = text if hub else raw
+    text = raw if text is None else text
     vision = tower if tower is not None else vision
     eos = next(
         ids for r in (generation, text, raw, _LLAMA_END) if (ids := r.token_ids("eos_token_id"))
@@ -70,7 +75,7 @@ def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> Ll
         or text.value("tie_word_embeddings", bool, False)
     )
     text_config = _text(text, tied)
-    shared = {
+    shared: dict[str, Any] = {
         "vision": CLIP_LARGE_336 if vision is None else _vision(vision),
         "vision_stated": vision is not None,
         "text": text_config,
@@ -147,7 +152,7 @@ def _rope(raw: "_Reader") -> dict[str, float]:
         )
     # Before or after stretching? max_position_embeddings is the training's (LLaVA, FastChat, vLLM)
     # unless other fields say so: the training's own, or FastChat's, which is the whole length.
-    trained = rope.value("original_max_position_embeddings", int, None)
+    trained: float | None = rope.value("original_max_position_embeddings", int, None)
     trained = trained or raw.value("original_max_position_embeddings", int, None)
     whole = raw.value("max_sequence_length", int, None)
     if trained is None:
@@ -199,13 +204,13 @@ class _Reader:
     """A JSON object that knows its file, so that a wrong value is reported by file, field and
     value."""
 
-    def __init__(self, path: Path, raw: dict, prefix: str = ""):
+    def __init__(self, path: Path, raw: dict[str, Any], prefix: str = ""):
         self.path, self.raw, self.prefix = path, raw, prefix
 
     def __contains__(self, key: str) -> bool:
         return self.raw.get(key) is not None
 
-    def value(self, key: str, kind: type, default):
+    def value(self, key: str, kind: type[T], default: D) -> T | D:
         """The value under `key`, or `default` when it is absent or null; ValueError when of another
         type."""
         found = self.raw.get(key)
@@ -213,13 +218,13 @@ class _Reader:
             return default
         if kind is float and type(found) is int and abs(found) < 2**63:
             found = float(found)
-        if type(found) is not kind or (kind is int and abs(found) >= 2**63):
+        if (type(found) is int and abs(found) >= 2**63) or type(found) is not kind:
             raise ValueError(
                 f"{self.path}: {self.prefix}{key} is {found!r:.80}, expected {_EXPECTED[kind]}"
             )
         return found
 
-    def positive(self, key: str, kind: type, default: float | None = None) -> float:
+    def positive(self, key: str, kind: type[float], default: float | None = None) -> float:
         """A finite number above zero under `key`; required when there is no default."""
         number = self.value(key, kind, default)
         if number is None or not 0 < number < (math.inf if kind is float else 2**31):
@@ -254,7 +259,7 @@ class _Reader:
             )
         return tuple(i for i in ids if i >= 0)
 
-    def fill(self, cls: type, **known):
+    def fill(self, cls: type[Config], **known: Any) -> Config:
         """An instance of a dataclass from the fields of the same name; numbers must be above
         zero."""
         for field in fields(cls):

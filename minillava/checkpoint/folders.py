@@ -66,7 +66,7 @@ def gather(
     return checkpoint
 
 
-def check_base(folder: Path, model_base: Path | None) -> None:
+def check_base(folder: Path, model_base: str | Path | None) -> None:
     """A part needs a base, and a whole model none. Raises FileNotFoundError naming the base, or
     ValueError."""
     part = part_of_model(folder)
@@ -125,7 +125,7 @@ def open_checkpoint(
     def beyond(name: str) -> bool:
         block = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
         return (
-            bool(block)
+            block is not None
             and config.vision_layers_needed <= int(block[1]) < config.vision.num_hidden_layers
         )
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from minillava.config import LlavaConfig
 from minillava.files.disk import read_json
@@ -25,7 +26,7 @@ def read_image_processor(
                 f"{path}: image_processor is {raw!r:.80}, expected an object; download the file "
                 "again"
             )
-    expected = dict.fromkeys(
+    expected: dict[str, Any] = dict.fromkeys(
         ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True
     )
     expected |= {"resample": 3, "rescale_factor": 1 / 255}  # 3 is Pillow's bicubic

@@ -13,12 +13,12 @@ from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 try:
     import fcntl
 except ImportError:  # Windows, where a file that is open can be neither removed nor replaced
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module by its type
 
 # --- what a system's error means to its reader ----------------------------------------------------
 _RIGHTS = "change its rights with chmod or chown, or choose another name"
@@ -48,7 +48,7 @@ ADVICE = {
 }
 
 
-def explain(error: OSError, name: str | os.PathLike | None = None) -> str:
+def explain(error: OSError, name: str | os.PathLike[str] | None = None) -> str:
     """An error of the system as file, what happened and the next step. name: if the error has none.
     An error that we worded ourselves (it has no errno) stays as it is."""
     if error.errno is None:
@@ -62,7 +62,7 @@ def explain(error: OSError, name: str | os.PathLike | None = None) -> str:
     return ": ".join([*parts, f"{error.strerror or os.strerror(error.errno)}; {advice}"])
 
 
-def refused(path: str | os.PathLike, error: OSError, writing: bool = False) -> OSError:
+def refused(path: str | os.PathLike[str], error: OSError, writing: bool = False) -> OSError:
     """What to raise where the system refuses to read (or write) a file or folder. Missing rights
     are not mended by downloading again: it names the file or folder that lacks them, and the
     command."""
@@ -83,7 +83,7 @@ def refused(path: str | os.PathLike, error: OSError, writing: bool = False) -> O
     )
 
 
-def nearest_folder(path: str | os.PathLike) -> Path | None:
+def nearest_folder(path: str | os.PathLike[str]) -> Path | None:
     """The folder that a mistyped path may have meant: each part that is not there is taken for the
     one most like it. None where nothing is."""
     found, given = Path(), Path(path).expanduser()
@@ -93,15 +93,16 @@ def nearest_folder(path: str | os.PathLike) -> Path | None:
                 names = [entry.name for entry in os.scandir(found) if entry.is_dir()]
             except OSError:
                 return None
-            part = next(iter(get_close_matches(part, names, n=1)), None)
-            if part is None:
+            near = get_close_matches(part, names, n=1)
+            if not near:
                 return None
+            part = near[0]
         found /= part
     return found if found != given else None
 
 
 # --- writing --------------------------------------------------------------------------------------
-def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Write a file whole or not at all: under another name first, which is then renamed. It is on
     disk when this returns.
 
@@ -136,7 +137,7 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
-def check_writable(path: str | os.PathLike) -> None:
+def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises the OSError that `write_whole` would meet now. Leaves nothing behind."""
     try:
         if is_stream(path):
@@ -152,7 +153,7 @@ def check_writable(path: str | os.PathLike) -> None:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
-def is_stream(path: str | os.PathLike) -> bool:
+def is_stream(path: str | os.PathLike[str]) -> bool:
     """Whether this is written to rather than replaced: a pipe, a device, or the number of an open
     file such as /dev/stdout. Raises OSError for links that lead in a circle."""
     try:
@@ -161,7 +162,7 @@ def is_stream(path: str | os.PathLike) -> bool:
         return False
 
 
-def is_stdout(path: str | os.PathLike) -> bool:
+def is_stdout(path: str | os.PathLike[str]) -> bool:
     """Whether what is written there comes out where `print` does."""
     if _descriptor(path) == 1:
         return True
@@ -173,7 +174,7 @@ def is_stdout(path: str | os.PathLike) -> bool:
         return False
 
 
-def same_file(a: str | os.PathLike, b: str | os.PathLike) -> bool:
+def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
     """Whether writing one would change the other: by links, hard links or another spelling. A
     device is nobody's."""
     try:
@@ -320,7 +321,7 @@ def _overwrite(target: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _write_through(path: str | os.PathLike, content: bytes) -> None:
+def _write_through(path: str | os.PathLike[str], content: bytes) -> None:
     number = _descriptor(path)
     if number is not None:
         for stream in (sys.stdout, sys.stderr):  # what was printed before comes before
@@ -339,7 +340,7 @@ def _write_through(path: str | os.PathLike, content: bytes) -> None:
         # So has the reader of this pipe; there may be more to write elsewhere.
 
 
-def _descriptor(path: str | os.PathLike) -> int | None:
+def _descriptor(path: str | os.PathLike[str]) -> int | None:
     """The number of our own open file, if /dev/stdout, /dev/fd/N, /proc/self/fd/N or a link to one
     of them names it."""
     path = os.path.abspath(path)
@@ -362,7 +363,7 @@ def one_line(error: Exception) -> str:
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """One JSON object from a file. Raises FileNotFoundError, OSError for what the system refuses,
     or ValueError when it is not an object."""
     # opening a pipe would wait for somebody to write to it

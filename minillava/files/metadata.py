@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from PIL import Image
 
-TURNS = {
+TURNS: dict[int | None, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,

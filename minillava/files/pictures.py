@@ -14,7 +14,7 @@ from typing import BinaryIO
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from minillava.files.metadata import has_removable_metadata, turn_upright, without_metadata
 
@@ -35,7 +35,9 @@ def as_list(images: Images) -> list[ImageSource]:
     """One picture, several or none (None), as a list."""
     if images is None:
         return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+    if isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray)):
+        return list(images)
+    return [images]
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -56,6 +58,8 @@ def open_image(source: ImageSource) -> Image.Image:
         except Exception as error:
             # Pillow gives up on some metadata that others skip. The first error is the one to
             # report.
+            if isinstance(file, Image.Image):
+                raise
             try:
                 image = _decode(_without_metadata(file))
             except Exception:
@@ -70,7 +74,7 @@ def open_image(source: ImageSource) -> Image.Image:
         raise ValueError(f"{name}: {str(error).rstrip('.')}; make the picture smaller") from None
     except Refused as error:
         raise ValueError(f"{name}: {error}") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         found = "not a picture that Pillow can read, or cut short at its beginning"
         raise ValueError(f"{name}: {found}; convert it to PNG or JPEG") from None
     except Exception as error:
@@ -79,7 +83,7 @@ def open_image(source: ImageSource) -> Image.Image:
             f"{name}: the picture is damaged ({error}); save or download it again"
         ) from error
     image.info = {}  # what is upright now must not be turned again
-    image.filename = name  # a later complaint about it can say which picture it is
+    vars(image)["filename"] = name  # a later complaint about it can say which picture it is
     return image
 
 
@@ -103,12 +107,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         # "I" is what older Pillow makes of a 16-bit PNG. 65535 / 255 is exactly 257.
         grey = (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255)
         image = Image.fromarray(grey.astype(np.uint8))
-    if image.mode == "F" and image.getextrema()[1] <= 1:
+    if image.mode == "F" and image.getextrema()[1] <= 1:  # type: ignore[operator]  # one band
         # floats are either 0 to 255, as Pillow takes them, or 0 to 1
         image = image.point(lambda v: v * 255)
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.applyTransform(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
+        to_srgb = ImageCms.buildTransform(lab, srgb, "LAB", "RGB")
+        # None is for a transform in place
+        return ImageCms.applyTransform(image, to_srgb)  # type: ignore[return-value]
     if image.mode == "La":  # grey with premultiplied alpha
         image = image.convert("LA")
     if {"A", "a"} & set(image.getbands()) or image.info.get("transparency") is not None:
@@ -168,9 +174,9 @@ def _check_file(path: str | Path) -> None:
 def _file(source: str | Path | bytes | BinaryIO, name: str) -> Path | BinaryIO:
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    if hasattr(source, "read"):
-        return source
     if not isinstance(source, (str, Path)):
+        if hasattr(source, "read"):
+            return source
         raise Refused(
             f"found {type(source).__name__}, expected a path, bytes, a file or a Pillow image "
             "(Image.fromarray makes one of a uint8 array [height, width, 3])"

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from sentencepiece import SentencePieceProcessor
 
@@ -88,6 +88,10 @@ _OTHER_KIND = (
 )
 
 
+Flags = dict[str, Any]
+"""A token as a JSON object describes it: its `content`, and any of _FLAGS."""
+
+
 class AddedToken(NamedTuple):
     """A text that is one id wherever it stands, as transformers' AddedToken describes it."""
 
@@ -132,7 +136,8 @@ class TokenizerFiles:
         `wanted` ones. Raises ValueError where files contradict themselves, one another or
         `model`."""
         own = [model.id_to_piece(i) for i in (model.unk_id(), model.bos_id(), model.eos_id())]
-        named, keys = {}, {}
+        named: dict[str, Flags] = {}
+        keys: dict[str, str] = {}
         for text, key, flags in self._named():
             named.setdefault(text, flags)
             # the first, which for a control token is the one that says so
@@ -140,7 +145,8 @@ class TokenizerFiles:
         control = {*own, *wanted, PAD_MARKER, *(text for text in named if keys[text] in _CONTROL)}
         listed = {*control, *named, IMAGE_NAME}
         found: dict[str, AddedToken] = {}
-        texts, files = {}, {}  # of the ids so far, of the texts so far
+        texts: dict[int, str] = {}  # of the ids so far
+        files: dict[str, str] = {}  # of the texts so far
         for file, text, i, flags in self._entries():
             self._check(file, text, i, flags, model)
             known = found.get(text)
@@ -184,7 +190,7 @@ class TokenizerFiles:
                     f"one of {MODEL_NAME}; keep the files of one run"
                 )
 
-    def _entries(self) -> Iterator[tuple[str, str, int, dict]]:
+    def _entries(self) -> Iterator[tuple[str, str, int, Flags]]:
         """(file, text, id, flags) as written."""
         decoder, listed = (
             self.config.get("added_tokens_decoder") or {},
@@ -210,7 +216,7 @@ class TokenizerFiles:
             yield ADDED_NAME, text, i, {}
 
     def _check(
-        self, file: str, text: str, i: int, flags: dict, model: SentencePieceProcessor
+        self, file: str, text: str, i: int, flags: Flags, model: SentencePieceProcessor
     ) -> None:
         path = self.folder / file
         if not _is_text(text):
@@ -234,7 +240,7 @@ class TokenizerFiles:
             )
             raise ValueError(f"{path}: {text!r:.80} is {i}, {said}; keep the files of one run")
 
-    def _named(self) -> Iterator[tuple[str, str, dict]]:
+    def _named(self) -> Iterator[tuple[str, str, Flags]]:
         """(text, key, flags) of the tokens named without an id, in the order in which transformers
         numbers them."""
         for key in (*_NAMED, *_LISTED):
@@ -277,16 +283,16 @@ class TokenizerFiles:
         return None if pieces or not others else others[0]
 
 
-def _as_list(value) -> list:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _is_text(text) -> bool:
+def _is_text(text: object) -> TypeGuard[str]:
     """Whether it is a text, not empty, without halves of characters (which JSON can write)."""
     return isinstance(text, str) and bool(text) and text == text.encode(errors="replace").decode()
 
 
-def _check_flags(path: Path, text: str, flags: dict) -> None:
+def _check_flags(path: Path, text: str, flags: Flags) -> None:
     for name in _FLAGS:
         if not isinstance(flags.get(name, False), bool):
             raise ValueError(
@@ -294,7 +300,7 @@ def _check_flags(path: Path, text: str, flags: dict) -> None:
             )
 
 
-def _token(text: str, i: int, flags: dict, *, listed: bool, control: bool) -> AddedToken:
+def _token(text: str, i: int, flags: Flags, *, listed: bool, control: bool) -> AddedToken:
     flags = {name: flags.get(name, False) for name in _FLAGS}
     flags["special"] |= listed
     return AddedToken(text, i, listed=listed, control=control, **flags)
