@@ -419,9 +419,11 @@ def test_the_readme_names_every_file_once_and_none_that_does_not_exist(readme):
         assert sorted(told) == sorted(path.stem for path in folder.glob("[!_]*.py"))
 
 
-def test_every_flag_that_the_readme_uses_exists(readme, capsys):
+def test_every_flag_that_a_page_uses_exists(readme, capsys):
     used = commands(readme)
     assert used, "README shows no command"
+    for page in sorted(PACKAGE.glob("*/README.md")):
+        used += commands(page.read_text(encoding="utf-8"))
     for module, words in used:
         with pytest.raises(SystemExit):
             doors.enter(module, ["--help"])

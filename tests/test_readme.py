@@ -1,4 +1,5 @@
-"""README: its blocks, typed one after another into one shell, do and print what it says.
+"""README and the pages beside the code: the blocks of each, typed one after another into one
+shell, do and print what it says.
 
 Marked `<!-- run -->` is what runs here; `<!-- ci: NAME -->` makes the environment, which .ci/run
 does.
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +24,16 @@ from minillava.files.hub import DOWNLOAD
 from minillava.llava import Llava
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+sys.path.insert(0, str(ROOT / "tools"))
+
+import bench_chart  # noqa: E402
+
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "minillava").glob("*/README.md"))]
+}
+README = PAGES["README.md"]
+LINKED = [*PAGES, "minillava/DIFFERENCES.md", "tools/MEASUREMENTS.md", "weights/README.md"]
 
 
 class Typed(NamedTuple):
@@ -42,7 +53,12 @@ def typed_blocks(text: str) -> list[Typed]:
     return found
 
 
-TYPED = typed_blocks(README)
+# A page's blocks are typed after README's first, which makes the environment known to the shell.
+TYPED = {
+    name: typed_blocks(README)[: name != "README.md"] + typed_blocks(text)
+    for name, text in PAGES.items()
+}
+TITLES = [(name, i) for name, typed in TYPED.items() for i in range(len(typed))]
 
 # Importing torch takes two seconds of each command. This process has imported it, and is forked for
 # every `python` that the shell starts, which is a client that sends its arguments and streams.
@@ -109,34 +125,42 @@ sys.exit(server.recv(1)[0])
 
 @pytest.fixture(scope="module")
 def done(reference, tmp_path_factory):
-    """`done[i]` -> (exit status, stdout, stderr) of what `TYPED[i]` does, all in one shell and
-    folder."""
+    """`done[page][i]` -> (exit status, stdout, stderr) of what `TYPED[page][i]` does, a page's all
+    in one shell and folder."""
     # a socket's path has 100 characters
-    folder, short = tmp_path_factory.mktemp("readme"), tempfile.mkdtemp()
-    furnish(folder, reference, address := f"{short}/python")
+    short = tempfile.mkdtemp()
     own = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment = {k: v for k, v in os.environ.items() if k != "MINILLAVA_WEIGHTS"} | own
-    path = f"{folder / 'bin'}:{os.environ['PATH']}"
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, address], env=environment, stdout=subprocess.PIPE
+        [sys.executable, "-c", SERVER, address := f"{short}/python"],
+        env=environment,
+        stdout=subprocess.PIPE,
     )
-    try:
-        assert server.stdout.readline() == b"ready\n"
+
+    def type_page(name: str) -> list[tuple[int, str, str]]:
+        folder = tmp_path_factory.mktemp("page")
+        furnish(folder, reference, address)
         subprocess.run(
-            ["bash", "--norc", "-c", script(TYPED)],
+            ["bash", "--norc", "-c", script(TYPED[name])],
             cwd=folder,
-            env=environment | {"PATH": path},
+            env=environment | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"},
             timeout=300,
             check=True,
         )
+        read = lambda i: [  # noqa: E731
+            (folder / f"{kind}.{i}").read_text(encoding="utf-8")
+            for kind in ("status", "out", "err")
+        ]
+        return [(int(status), out, err) for status, out, err in map(read, range(len(TYPED[name])))]
+
+    try:
+        assert server.stdout.readline() == b"ready\n"
+        with ThreadPoolExecutor(2) as shells:  # as many as there are cores to run the tests on
+            yield dict(zip(PAGES, shells.map(type_page, PAGES), strict=True))
     finally:
         server.terminate()
         server.communicate()
         shutil.rmtree(short)
-    read = lambda i: [  # noqa: E731
-        (folder / f"{name}.{i}").read_text(encoding="utf-8") for name in ("status", "out", "err")
-    ]
-    yield [(int(status), out, err) for status, out, err in map(read, range(len(TYPED)))]
 
 
 def script(typed: list[Typed]) -> str:
@@ -173,8 +197,9 @@ def furnish(folder: Path, reference: Path, address: str) -> None:
 
 def test_there_is_something_to_type():
     """The tests below would pass on an empty list."""
-    assert {block.kind for block in TYPED} == {"sh", "console", "python"}
-    assert len(TYPED) >= 20
+    assert {block.kind for block in TYPED["README.md"]} == {"sh", "console", "python"}
+    assert len(PAGES) >= 6 and len(TITLES) >= 30
+    assert all(len(typed) >= 2 for typed in TYPED.values())
     text = "<!-- run -->\n```console\n$ a 'b'\nc\n$ d\ne\nf\n```\n<!-- run -->\n```sh\ng\nh\n```\n"
     assert typed_blocks(text) == [
         Typed("console", "a 'b'", "c"),
@@ -183,12 +208,14 @@ def test_there_is_something_to_type():
     ]
 
 
-@pytest.mark.parametrize("i", range(len(TYPED)), ids=lambda i: f"{i}-{TYPED[i].text[:40]}")
-def test_typed_after_all_before_it(i, done):
+@pytest.mark.parametrize(
+    ("page", "i"), TITLES, ids=[f"{name}-{i}-{TYPED[name][i].text[:40]}" for name, i in TITLES]
+)
+def test_typed_after_all_before_it(page, i, done):
     """Blocks that each ran in a folder of its own hid that one needed another's name for its
     answers, and that nothing had made `python` known to the shell."""
-    kind, text, output = TYPED[i]
-    status, out, err = done[i]
+    kind, text, output = TYPED[page][i]
+    status, out, err = done[page][i]
     if kind == "console":
         assert (status, (err + out).rstrip("\n")) == (0, output)
     else:
@@ -211,21 +238,80 @@ def test_the_memory_table_is_true():
             f"| LLaVA-1.5 {name} | {count:.2f} billion | {2 * count:.1f} GB | {4 * count:.1f} GB | "
             f"{cache:.2f} GB |"
         )
-        assert row in README
+        assert row in (ROOT / "weights" / "README.md").read_text(encoding="utf-8")
 
 
-def test_every_command_is_marked_or_in_continuous_integration():
-    blocks = re.findall(r"(<!-- [\w: ]+ -->\n)?```(sh|console|python)\n", README)
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_is_marked_or_in_continuous_integration(page):
+    blocks = re.findall(r"(<!-- [\w: ]+ -->\n)?```(sh|console|python)\n", PAGES[page])
     assert all(marker for marker, _ in blocks)
+
+
+def test_continuous_integration_runs_the_two_commands_of_readme():
     for name in ("main", "test"):
         assert f"<!-- ci: {name} -->" in README
         assert f"readme_command {name}" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def test_links_lead_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def headings(text: str) -> set[str]:
+    """The anchors that a code host makes of a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", LINKED)
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for link in re.findall(r"\]\(([^)]+)\)", text := path.read_text(encoding="utf-8")):
+        file, _, anchor = link.partition("#")
+        if "://" not in link:
+            assert (target := path.parent / file if file else path).exists(), link
+            assert not anchor or anchor in headings(target.read_text(encoding="utf-8")), link
+    assert page == "README.md" or "README.md" in text
+
+
+@pytest.mark.parametrize("page", [page for page in LINKED if page != "README.md"])
+def test_readme_leads_to_every_page(page):
+    """A page that nobody finds is not read."""
+    assert f"]({page}" in README
+
+
+def test_readme_stays_short():
+    """It had grown to 634 lines, and who came to ask about one picture read about benchmarks."""
+    assert len(README.splitlines()) <= 260
+
+
+def test_pictures_are_small():
+    """Everyone who clones downloads them."""
+    shown = {
+        (ROOT / page).parent / picture
+        for page in LINKED
+        for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", (ROOT / page).read_text("utf-8"))
+    }
+    assert len(shown) >= 4
+    assert {path.name: path.stat().st_size for path in shown if path.stat().st_size > 150_000} == {}
+
+
+def test_the_chart_is_drawn_from_the_measurements():
+    """A chart that is not drawn again shows what was true before."""
+    text = bench_chart.MEASURED.read_text(encoding="utf-8")
+    assert bench_chart.CHART.read_text(encoding="utf-8") == bench_chart.draw(text)
+    for place in bench_chart.PANELS.values():
+        names = bench_chart.speeds(text, *place)
+        assert {name.split()[0].strip(",") for name in names} >= {"minillava", "transformers"}
+    assert "5.66" not in bench_chart.draw(text)  # of another size
+
+
+def test_the_chart_shows_the_later_of_two_runs():
+    table = (
+        "\n\nas said\n\n| | dtype | tokens/s |\n|---|---|---:|\n| a | b | {} |\n| c | d | 3.0 |\n"
+    )
+    text = "# t\n## GPU, one" + table.format("1.0") + "\n## GPU, two" + table.format("2.0")
+    assert bench_chart.speeds(text, "## GPU", "said") == {"a b": "2.0", "c d": "3.0"}
+    assert bench_chart.speeds(text, "## GPU, one", "said") == {"a b": "1.0", "c d": "3.0"}
+    assert (
+        bench_chart.speeds(text, "## CPU", "said") == bench_chart.speeds(text, "## GPU", "x") == {}
+    )
 
 
 def test_every_page_puts_the_download_into_the_folder_that_git_ignores():

@@ -1,0 +1,59 @@
+"""Make the pictures on README and the pages of look and trace.
+
+    python tools/screenshots.py
+
+Asks the bundled model: look draws minillava/look/heatmap.png, and Chromium shows the pages that
+look and trace write, minillava/look/page.png and minillava/tracing/page.png. Needs Chromium (on
+Debian: apt-get install chromium).
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+QUESTION = ["-m", "weights/shapes", "-i", "weights/shapes/example-1.png"]
+WORDS = ["--word", "star", "--word", "circle", "--word", "square"]
+# where a page's picture goes: the command that writes it, and the part of it that is shown
+PAGES = {
+    ROOT / "minillava" / "look" / "page.png": (["look"], (1000, 680)),
+    ROOT / "minillava" / "tracing" / "page.png": (["trace", "--depth", "outline"], (1000, 900)),
+}
+BROWSERS = "chromium", "chromium-browser", "google-chrome", "chrome"
+
+
+def ask(*arguments: str) -> None:
+    command = [sys.executable, "-m", "minillava." + arguments[0], *QUESTION, *arguments[1:]]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def shoot(browser: str, page: Path, size: tuple[int, int], target: Path) -> None:
+    """The top of a page."""
+    # Chromium refuses its sandbox to root; these pages are our own and load nothing
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    flags += ["--window-size={},{}".format(*size), f"--screenshot={target}"]
+    command = [browser, *flags, page.as_uri()]
+    subprocess.run(command, check=True, timeout=120, stderr=subprocess.DEVNULL)
+
+
+def main() -> None:
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        sys.exit(
+            f"error: found none of {', '.join(BROWSERS)}; install Chromium, which shows the pages"
+        )
+    heat_map = ROOT / "minillava" / "look" / "heatmap.png"
+    ask("look", *WORDS, "--out", str(heat_map))
+    with tempfile.TemporaryDirectory() as folder:
+        for target, (command, size) in PAGES.items():
+            page = Path(folder) / f"{command[0]}.html"
+            ask(*command, "--html", str(page))
+            shoot(browser, page, size, target)
+    for target in (heat_map, *PAGES):
+        print(f"{target.relative_to(ROOT)}: {target.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
