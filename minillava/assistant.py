@@ -18,6 +18,7 @@ from minillava.checkpoint.place import choose_device, choose_dtype
 from minillava.checkpoint.side_json import read_image_processor
 from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from minillava.fast import speed_up
+from minillava.fast.ahead import decode_ahead
 from minillava.fast.compiled import compile_decode
 from minillava.files.disk import read_json
 from minillava.files.pictures import Images, ImageSource, as_list, open_image
@@ -415,6 +416,7 @@ def load(
     )
     if attention != "eager":
         speed_up(model)
+    model.decoding = decode_ahead
     if compile:
         compile_decode(model)
     for note in checkpoint.notes:

@@ -95,11 +95,9 @@ class LanguageModel(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, V]"""
-        return (
-            F.linear(x, self.embed_tokens.weight)
-            if self.config.tie_word_embeddings
-            else self.lm_head(x)
-        )
+        if self.config.tie_word_embeddings:
+            return F.linear(x, self.embed_tokens.weight)
+        return self.lm_head(x)
 
 
 def grow_rows(table: Tensor, rows: int) -> Tensor:
@@ -114,11 +112,8 @@ def grow_rows(table: Tensor, rows: int) -> Tensor:
         return table
     # LLaVA takes the mean in the table's own dtype; in float32 it does not depend on the order of
     # the sum.
-    mean = (
-        table.to(torch.promote_types(table.dtype, torch.float32))
-        .mean(0, keepdim=True)
-        .to(table.dtype)
-    )
+    wide = table.to(torch.promote_types(table.dtype, torch.float32))
+    mean = wide.mean(0, keepdim=True).to(table.dtype)  # [1, C]
     return torch.cat([table, mean.expand(rows - len(table), -1)])
 
 
@@ -223,18 +218,13 @@ class Attention(nn.Module):
     def __init__(self, config: TextConfig, index: int):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
-        self.q_proj = nn.Linear(
-            config.hidden_size, config.num_attention_heads * config.head_dim, bias=False
-        )
-        self.k_proj = nn.Linear(
-            config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False
-        )
-        self.v_proj = nn.Linear(
-            config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False
-        )
-        self.o_proj = nn.Linear(
-            config.num_attention_heads * config.head_dim, config.hidden_size, bias=False
-        )
+        width = config.hidden_size
+        queries = config.num_attention_heads * config.head_dim  # H·D
+        keys = config.num_key_value_heads * config.head_dim  # K·D
+        self.q_proj = nn.Linear(width, queries, bias=False)
+        self.k_proj = nn.Linear(width, keys, bias=False)
+        self.v_proj = nn.Linear(width, keys, bias=False)
+        self.o_proj = nn.Linear(queries, width, bias=False)
 
     def forward(self, x, cos, sin, mask, causal, attend, cache) -> tuple[Tensor, Tensor | None]:
         """x [B,T,C] -> output [B,T,C] and, from `eager`, the attention weights [B,H,T,S]."""

@@ -60,8 +60,7 @@ class Llava(nn.Module):
         self.vision_tower = VisionTower(config, attend)
         self.projector = Projector(config)
         self.language_model = LanguageModel(config.text, attend)
-        self.decode_step: Callable | None = None  # a compiled one, of fast/compiled.py
-        self.spare_memory: list[Tensor] = []  # of the caches that it was recorded with
+        self.decoding: Callable | None = None  # another than loop.decode_in_turn, of fast/
 
     def forward(
         self,
@@ -178,8 +177,7 @@ class Llava(nn.Module):
             found = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(
                 f"images are {found}, expected a tensor [n, 3, R, R] as image_processor makes it, "
-                "or "
-                f"{['n', *encoded]} as encode_images does".replace("'", "")
+                f"or {['n', *encoded]} as encode_images does".replace("'", "")
             )
         given = 0 if images is None else len(images)
         if placed != given:

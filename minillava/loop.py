@@ -3,16 +3,15 @@
 What is left of `steps` for one prompt, the most likely tokens and nobody who watches:
 
     def plain(model, spliced, cache, most):
-        output = prefill(model, spliced, cache, hidden_states=False, attentions=False)
+        output = prefill(model, spliced, cache)
         for _ in range(most):
             token = last_logits(output).argmax(-1)  # [1]
             if int(token) in model.config.eos_token_ids:
                 return
             yield int(token)
-            output = decode(model, token, cache, hidden_states=False, attentions=False)
+            output = decode(model, token, cache)
 
-Everything else is for more rows, other choices, text, what is recorded, and a GPU that must not
-wait.
+Everything else is for more rows, other choices, text, records, and a GPU that must not wait.
 
 B batch, T prompt positions after the splice, S with those cached before, C width, H attention
 heads, L layers, V vocabulary.
@@ -20,6 +19,7 @@ heads, L layers, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,8 +30,6 @@ from torch import Tensor
 from minillava import sampling
 from minillava.cache import KVCache
 from minillava.config import IMAGE_TOKEN_INDEX
-from minillava.fast.ahead import Arriving, runs_ahead
-from minillava.fast.compiled import CapturedDecode, spare_cache
 from minillava.llama import LanguageOutput
 from minillava.llava import Llava, Spliced, as_rows
 from minillava.options import Options
@@ -58,9 +56,8 @@ class Step:
     # [B, V] float32, after contrast, penalties and filters: what the choice was made from
     scores: Tensor
     hidden_states: tuple[Tensor, ...] | None  # L + 1 times [B, T, C] at prefill, then [B, 1, C]
-    attentions: (
-        tuple[Tensor, ...] | None
-    )  # L times [B, H, T, S] at prefill (S = T without a cache), then [B, H, 1, S + steps]
+    # L times [B, H, T, S] at prefill (S = T without a cache), then [B, H, 1, S + steps]
+    attentions: tuple[Tensor, ...] | None
 
 
 @torch.no_grad()
@@ -93,76 +90,92 @@ def steps(
         )
     check_wishes(options, tokenizer, record)
     wanted = {name: name in record for name in ("hidden_states", "attentions")}
-    streams = 1 if contrast is None else 2
     rows_read, length, _ = spliced.embeds.shape
-    batch = rows_read // streams
-    budget = min(
-        options.max_new_tokens,
-        room_for_answer(model, spliced, 0 if cache is None else cache.length),
-    )
-    device = spliced.embeds.device
-    captured = model.decode_step is not None and not any(wanted.values())
-    if cache is None:
-        capacity = length + budget - 1  # the last token is chosen but never fed back
-        if captured:
-            with spare_cache(model, rows_read, capacity, spliced.embeds) as cache:
-                yield from steps(
-                    model, spliced, options, tokenizer=tokenizer, record=record, contrast=contrast,
-                    process=process,
-                    cache=cache,
-                )  # fmt: skip
-            return
-        cache = KVCache(
-            model.config.text, rows_read, capacity, dtype=spliced.embeds.dtype, device=device
-        )
+    batch = rows_read // (1 if contrast is None else 2)
+    room = room_for_answer(model, spliced, 0 if cache is None else cache.length)
+    most = min(options.max_new_tokens, room)
+    capacity = length + most - 1  # the last token is chosen but never fed back
     choose = Chooser(model, spliced.input_ids[:batch], options, process=process)
     rows = [Row(model.config.eos_token_ids, tokenizer, options.stop) for _ in range(batch)]
-    done, known = torch.zeros(batch, dtype=torch.bool, device=device), [None] * batch  # [B]
+    decoding = model.decoding or decode_in_turn
+    with decoding(model, spliced.embeds, capacity, cache, wanted) as decoder:
+        # not its output: a name would hold what is recorded of the prompt until the answer ends
+        read_prompt = partial(prefill, model, spliced, decoder.cache, **wanted)
+        yield from _loop(decoder, read_prompt(), choose, rows, most, contrast)
 
-    output, go_on = (
-        prefill(model, spliced, cache, **wanted),
-        partial(decode, model, cache=cache, **wanted),
-    )
-    if captured:
-        go_on = CapturedDecode(model.decode_step, cache)
-    for made in range(1, budget + 1):
+
+def _loop(decoder, output, choose, rows, most, contrast) -> Iterator[Step]:
+    """Choose a token by the output of the prompt, see what it says, decode it; and so on, until
+    every row has its answer."""
+    batch, streams, device = len(rows), 1 if contrast is None else 2, output.logits.device
+    done, known = torch.zeros(batch, dtype=torch.bool, device=device), [None] * batch  # [B]
+    for made in range(1, most + 1):
         logits = wide_logits(output)  # [streams·B, V]
         all_finite = logits.isfinite().all()
         logits, other = (logits, None) if contrast is None else logits.chunk(2)  # [B, V]
         combined = logits if contrast is None else contrast(logits, other, made - 1)
         # A GPU that draws from what is no number is lost, and what it was is known only later.
         token_ids, scores, empty = choose(combined.where(all_finite, 0))
-        token_ids = token_ids.masked_fill(done, model.config.pad_token_id)  # [B]
+        token_ids = token_ids.masked_fill(done, choose.pad_token_id)  # [B]
         choose.remember(token_ids)
 
-        # From here a GPU is a step ahead: it goes on with these tokens while we learn what they
-        # are. Not with the first: it would come only when the second step's many kernels are begun.
-        arriving = Arriving(token_ids, all_finite, (empty & ~done).any())
-        begins = 1 < made < budget and runs_ahead(device)
-        ahead = go_on(token_ids.repeat(streams)) if begins else None
-        *ids, finite, stuck = arriving.wait()
+        # What we must know here; a GPU may go on meanwhile.
+        told = torch.cat([token_ids, torch.stack([all_finite, (empty & ~done).any()]).long()])
+        decoder.begin(token_ids.repeat(streams), told, last=made == most)
+        *ids, finite, stuck = decoder.read()
         if not finite:
             raise ValueError(NOT_FINITE)
         if stuck:
             raise ValueError(NOTHING_LEFT)
-        text = [row.feed(token, last=made == budget) for row, token in zip(rows, ids, strict=True)]
+        text = [row.feed(token, last=made == most) for row, token in zip(rows, ids, strict=True)]
         reasons = [row.finish_reason for row in rows]
         states, attentions = (
             recorded and tuple(t[:batch] for t in recorded)
             for recorded in (output.hidden_states, output.attentions)
         )
-        if all(reasons) and ahead is not None:
-            cache.truncate(cache.length - 1)
+        if all(reasons):
+            decoder.drop()
         yield Step(token_ids, ids, text, reasons, logits, other, scores, states, attentions)
         if all(reasons):
             return
         # a row has finished: the one time when the device waits for what we know
         if reasons != known:
-            done, known = (
-                torch.tensor([reason is not None for reason in reasons], device=device),
-                reasons,
-            )
-        output = go_on(token_ids.repeat(streams)) if ahead is None else ahead
+            done, known = torch.tensor([r is not None for r in reasons], device=device), reasons
+        output = decoder.next()
+
+
+class Decoder:
+    """From one token to the next, by a `step` that makes token ids [B] logits [B,1,V] and adds to
+    the cache. Here it runs when its logits are wanted; in fast/ahead.py it is begun before."""
+
+    def __init__(self, step: Callable[[Tensor], LanguageOutput], cache: KVCache):
+        self.step, self.cache = step, cache
+
+    def begin(self, token_ids: Tensor, told: Tensor, last: bool) -> None:
+        """What to go on with [B], unless it is the last, and the numbers to read meanwhile."""
+        self.token_ids, self.told = token_ids, told
+
+    def read(self) -> list[int]:
+        return self.told.tolist()
+
+    def next(self) -> LanguageOutput:
+        return self.step(self.token_ids)
+
+    def drop(self) -> None:
+        """At the answer's end, forget a step that was begun in vain: here, none was."""
+
+
+@contextmanager
+def decode_in_turn(
+    model: Llava, like: Tensor, capacity: int, cache: KVCache | None, wanted: dict[str, bool]
+) -> Iterator[Decoder]:
+    """The decoder of one answer. like [B,T,C]: shows rows, dtype and device of its cache, if none
+    is given; wanted: what `decode` records."""
+    if cache is None:
+        cache = KVCache(
+            model.config.text, len(like), capacity, dtype=like.dtype, device=like.device
+        )
+    yield Decoder(partial(decode, model, cache=cache, **wanted), cache)
 
 
 def check_wishes(options: Options, tokenizer: Tokenizer | None, record: Sequence[str]) -> None:
@@ -177,35 +190,23 @@ def check_wishes(options: Options, tokenizer: Tokenizer | None, record: Sequence
         raise ValueError("stop texts need a tokenizer: pass tokenizer=")
 
 
-def prefill(
-    model: Llava, spliced: Spliced, cache: KVCache, *, hidden_states: bool, attentions: bool
-) -> LanguageOutput:
-    """All positions of the prompt at once, behind what the cache holds; logits of the last only. ->
-    logits [B,1,V]"""
+def prefill(model: Llava, spliced: Spliced, cache: KVCache, **wanted: bool) -> LanguageOutput:
+    """All positions of the prompt at once, after those in the cache; logits of the last only,
+    [B,1,V]. wanted: hidden_states, attentions."""
     return model.language_model(
-        spliced.embeds,
-        spliced.attention_mask,
-        cache,
-        last_only=True,
-        hidden_states=hidden_states,
-        attentions=attentions,
+        spliced.embeds, spliced.attention_mask, cache, last_only=True, **wanted
     )
 
 
-def decode(
-    model: Llava, token_ids: Tensor, cache: KVCache, *, hidden_states: bool, attentions: bool
-) -> LanguageOutput:
+def decode(model: Llava, token_ids: Tensor, cache: KVCache, **wanted: bool) -> LanguageOutput:
     """One new position per row; everything before it is read from the cache. token_ids [B] ->
     logits [B,1,V]"""
-    return model.language_model(
-        token_ids[:, None], None, cache, hidden_states=hidden_states, attentions=attentions
-    )
+    return model.language_model(token_ids[:, None], None, cache, **wanted)
 
 
 NOTHING_LEFT = (
     "no token is left to choose: contrast's cut, no_repeat_ngram_size, min_new_tokens, process and "
-    "the filters "
-    "together remove all; loosen one of them"
+    "the filters together remove all; loosen one of them"
 )
 
 NOT_FINITE = (
@@ -269,8 +270,8 @@ def _room(model: Llava, length: int, pictures: int) -> int:
     if length >= context:
         raise ValueError(
             f"the prompt takes {length} positions ({pictures} picture(s) of {each} each), the "
-            "model's context holds "
-            f"{context} with the answer; shorten the prompt or give fewer pictures"
+            f"model's context holds {context} with the answer; shorten the prompt or give fewer "
+            "pictures"
         )
     return context - length
 
@@ -304,6 +305,7 @@ class Chooser:
             )
         self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
         config, rows = model.config, []
+        self.pad_token_id = config.pad_token_id
         for ids in input_ids:
             # In transformers a picture is ordinary ids of the prompt, so it is penalised as well.
             is_image = ids == IMAGE_TOKEN_INDEX
@@ -390,7 +392,7 @@ class Row:
         self.held: list[tuple[str, str]] = []
 
     def feed(self, token_id: int, last: bool) -> str:
-        """Take the row's next token (`last`: the budget ends with it); the text that is now
+        """Take the row's next token (`last`: the most ends with it); the text that is now
         certain."""
         if self.finish_reason is not None:
             return ""

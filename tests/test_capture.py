@@ -2,6 +2,7 @@
 what it knows."""
 
 import re
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,10 @@ from minillava import loop
 from minillava.assistant import load
 from minillava.cache import KVCache
 from minillava.chat.conversation import Conversation
+from minillava.fast import ahead
 from minillava.fast import compiled as capture
 from minillava.fast.ahead import Arriving
-from minillava.fast.compiled import CAPACITY_STEP, CapturedDecode, compile_decode, step
+from minillava.fast.compiled import CAPACITY_STEP, Captured, CapturedDecode, compile_decode, step
 from minillava.generate.contrast import VCD
 from minillava.generate.generation import generate
 from minillava.loop import decode, prefill, steps
@@ -37,7 +39,7 @@ def pixels():
 
 def run_ahead(monkeypatch, runs: bool) -> None:
     """The loop as on a GPU, or as on a CPU."""
-    monkeypatch.setattr(loop, "runs_ahead", lambda device: runs)
+    monkeypatch.setattr(ahead, "runs_ahead", lambda device: runs)
 
 
 @pytest.mark.numeric
@@ -126,7 +128,7 @@ def test_running_ahead_changes_no_answer(toy, pixels, captured, monkeypatch):
     for runs, answers in found.items():
         run_ahead(monkeypatch, runs)
         if runs and captured:
-            toy.model.decode_step = partial(step, toy.model.language_model)
+            toy.model.decoding = Captured(partial(step, toy.model.language_model))
         for options in (
             {},
             {"max_new_tokens": 1},
@@ -140,6 +142,37 @@ def test_running_ahead_changes_no_answer(toy, pixels, captured, monkeypatch):
         answers.append((made.sequences.tolist(), made.finish_reason))
     assert found[True] == found[False]
     assert found[True][0][1][0] == "stop"
+
+
+def test_a_model_that_nobody_made_faster_answers_the_same(toy, pixels):
+    """The loop needs no decoder but its own, and `load` gives a model another."""
+    assert toy.model.decoding is ahead.decode_ahead
+    fast = generate(toy.model, IDS, pixels, max_new_tokens=6, record="hidden_states")
+    toy.model.decoding = None
+    plain = generate(toy.model, IDS, pixels, max_new_tokens=6, record="hidden_states")
+    assert torch.equal(plain.sequences, fast.sequences)
+    for mine, other in zip(plain.hidden_states, fast.hidden_states, strict=True):
+        assert all(map(torch.equal, mine, other))
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_what_is_recorded_of_the_prompt_is_not_kept_by_the_loop(toy, pixels, runs, monkeypatch):
+    """Attention weights of a long prompt are gigabytes."""
+    run_ahead(monkeypatch, runs)
+    made = []
+
+    def prefill_and_note(*arguments, **wanted):
+        output = prefill(*arguments, **wanted)
+        made.append(weakref.ref(output))
+        return output
+
+    monkeypatch.setattr(loop, "prefill", prefill_and_note)
+    spliced = toy.model.splice(IDS, pixels)
+    answer = steps(toy.model, spliced, loop.Options(max_new_tokens=4), record=["attentions"])
+    next(answer)
+    assert made[0]() is not None
+    next(answer)
+    assert made[0]() is None
 
 
 def test_the_step_too_many_is_forgotten(toy, pixels, monkeypatch):
@@ -184,13 +217,13 @@ def test_numbers_that_are_none_are_one_line(toy, pixels, runs, temperature, monk
 
 
 def addresses(model) -> list[int]:
-    return [tensor.data_ptr() for tensor in model.spare_memory]
+    return [tensor.data_ptr() for tensor in model.decoding.memory]
 
 
 def test_the_next_answer_takes_the_same_memory(toy, pixels):
     """Each other address would be a graph of its own on a GPU. Two loops at once have a cache
     each."""
-    toy.model.decode_step = partial(step, toy.model.language_model)
+    toy.model.decoding = Captured(partial(step, toy.model.language_model))
     generate(toy.model, IDS, pixels, max_new_tokens=3)
     before = addresses(toy.model)
     first = generate(toy.model, IDS, pixels, max_new_tokens=5).sequences
@@ -251,21 +284,21 @@ def test_answers_of_other_shapes_take_the_same_memory_too(reference, pixels, mon
 
 
 def test_only_more_than_ever_takes_other_memory(toy):
-    text, like = toy.model.config.text, torch.zeros(())
+    text, like, captured = toy.model.config.text, torch.zeros(()), Captured(step)
     numbers = 2 * text.num_key_value_heads * CAPACITY_STEP * text.head_dim
     for rows in (1, 2, 1):
-        with capture.spare_cache(toy.model, rows, 5, like) as cache:
+        with captured.spare_cache(text, rows, 5, like) as cache:
             assert (cache.capacity, cache.length, cache.attention_mask) == (CAPACITY_STEP, 0, None)
             assert cache.keys[0].shape[::2] == (rows, CAPACITY_STEP)
             assert len(cache.keys) == len(cache.values) == text.num_hidden_layers
-    assert {len(tensor) for tensor in toy.model.spare_memory} == {numbers}
-    with capture.spare_cache(toy.model, 1, 5, like.double()) as cache:
+    assert {len(tensor) for tensor in captured.memory} == {numbers}
+    with captured.spare_cache(text, 1, 5, like.double()) as cache:
         assert cache.values[-1].dtype == torch.float64
 
 
 def test_an_abandoned_answer_gives_its_memory_back(toy, pixels):
     """It did not: on a GPU the answer after it was recorded anew."""
-    toy.model.decode_step = partial(step, toy.model.language_model)
+    toy.model.decoding = Captured(partial(step, toy.model.language_model))
     spliced, options = toy.model.splice(IDS, pixels), loop.Options(max_new_tokens=5)
     for made in (0, 2):
         answer = steps(toy.model, spliced, options)
@@ -294,7 +327,7 @@ def test_the_first_token_is_there_before_the_second_step_begins(toy, pixels, cap
     real = loop.decode
     monkeypatch.setattr(loop, "decode", begin)
     if captured:
-        toy.model.decode_step = partial(begin, toy.model.language_model)
+        toy.model.decoding = Captured(partial(begin, toy.model.language_model))
     toy.model.config = replace(toy.model.config, eos_token_ids=())
     answer = loop.steps(toy.model, toy.model.splice(IDS, pixels), loop.Options(max_new_tokens=5))
     assert [len(begun) for _ in answer] == [0, 2, 3, 4, 4]
@@ -325,13 +358,12 @@ def test_what_arrives_is_waited_for_on_its_own_gpu(monkeypatch):
             return self.numbers.tolist()
 
     memory = Memory()
-    monkeypatch.setattr(loop.torch, "cat", lambda tensors: Elsewhere())
     monkeypatch.setattr(loop.torch, "empty", lambda shape, *, dtype, pin_memory: memory)
     monkeypatch.setattr(loop.torch.cuda, "Event", Event)
     monkeypatch.setattr(
         loop.torch.cuda, "current_stream", lambda device=None: f"the work of {device}"
     )
-    assert Arriving(here).wait() == [5, 6]
+    assert Arriving(Elsewhere()).wait() == [5, 6]
 
 
 def test_nobody_reads_from_the_device_what_the_step_says_here():
@@ -349,7 +381,7 @@ def test_the_ids_of_a_step_are_its_tokens(toy, pixels):
 
 
 def test_a_cache_from_inference_mode_serves_later_answers(toy, pixels):
-    toy.model.decode_step = partial(step, toy.model.language_model)
+    toy.model.decoding = Captured(partial(step, toy.model.language_model))
     with torch.inference_mode():
         first = generate(toy.model, IDS, pixels, max_new_tokens=4).sequences
     assert torch.equal(generate(toy.model, IDS, pixels, max_new_tokens=4).sequences, first)

@@ -58,9 +58,10 @@ from minillava.checkpoint.folders import bundled_weights  # noqa: E402
 from minillava.cli.arguments import Parser  # noqa: E402
 from minillava.cli.messages import run  # noqa: E402
 from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig  # noqa: E402
+from minillava.fast import ahead as run_ahead  # noqa: E402
 from minillava.fast import compiled as capture  # noqa: E402
 from minillava.fast import speed_up  # noqa: E402
-from minillava.fast.ahead import Arriving  # noqa: E402
+from minillava.fast.ahead import Arriving, decode_ahead  # noqa: E402
 from minillava.fast.compiled import compile_decode  # noqa: E402
 from minillava.fast.quantize import quantised_layer, quantize_tensor  # noqa: E402
 from minillava.files.disk import one_line  # noqa: E402
@@ -200,6 +201,7 @@ def network(
             )
     if attention != "eager":
         speed_up(model)
+    model.decoding = decode_ahead
     return model.eval().requires_grad_(False)
 
 
@@ -451,12 +453,12 @@ def likelier(assistant: Assistant, asked: list[tuple[Path, str]]) -> list[str]:
 
 @contextmanager
 def running_ahead(runs: bool) -> Iterator[None]:
-    before = loop.runs_ahead
-    loop.runs_ahead = lambda device: runs
+    before = run_ahead.runs_ahead
+    run_ahead.runs_ahead = lambda device: runs
     try:
         yield
     finally:
-        loop.runs_ahead = before
+        run_ahead.runs_ahead = before
 
 
 def not_ahead(assistant: Assistant, asked: list, **options) -> list[str]:
@@ -474,7 +476,8 @@ def captured(assistant: Assistant, device: str) -> Assistant:
 
 def captured_model(assistant: Assistant, device: str) -> Assistant:
     if device == "cpu":
-        assistant.model.decode_step = partial(capture.step, assistant.model.language_model)
+        decode_step = partial(capture.step, assistant.model.language_model)
+        assistant.model.decoding = capture.Captured(decode_step)
     else:
         compile_decode(assistant.model)
     return assistant

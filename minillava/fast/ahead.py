@@ -1,8 +1,16 @@
 """A GPU begins its next step before the last one's token is known; here is how its numbers
 arrive."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+
+from minillava.cache import KVCache
+from minillava.llama import LanguageOutput
+from minillava.llava import Llava
+from minillava.loop import Decoder, decode_in_turn
 
 
 def runs_ahead(device: torch.device) -> bool:
@@ -11,12 +19,50 @@ def runs_ahead(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+@contextmanager
+def decode_ahead(
+    model: Llava, like: Tensor, capacity: int, cache: KVCache | None, wanted: dict[str, bool]
+) -> Iterator[Decoder]:
+    """`decode_in_turn`, a step ahead where that is free."""
+    with decode_in_turn(model, like, capacity, cache, wanted) as decoder:
+        yield choose_decoder(decoder.step, decoder.cache, like.device)
+
+
+def choose_decoder(
+    step: Callable[[Tensor], LanguageOutput], cache: KVCache, device: torch.device
+) -> Decoder:
+    return (Ahead if runs_ahead(device) else Decoder)(step, cache)
+
+
+class Ahead(Decoder):
+    """Goes on with the tokens while we learn what they are."""
+
+    tokens = 0  # begun with
+
+    def begin(self, token_ids: Tensor, told: Tensor, last: bool) -> None:
+        self.token_ids, self.arriving, self.begun = token_ids, Arriving(told), None
+        self.tokens += 1
+        # Not with the first: it would come only when the second step's many kernels are begun.
+        if self.tokens > 1 and not last:
+            self.begun = self.step(token_ids)
+
+    def read(self) -> list[int]:
+        return self.arriving.wait()
+
+    def next(self) -> LanguageOutput:
+        return self.step(self.token_ids) if self.begun is None else self.begun
+
+    def drop(self) -> None:
+        if self.begun is not None:
+            self.cache.truncate(self.cache.length - 1)
+
+
 class Arriving:
     """Numbers on their way from the device. To wait for them is not to wait for what the device was
     given to do since, so that it never stands still."""
 
-    def __init__(self, *tensors: Tensor):
-        numbers, self.copied = torch.cat([tensor.flatten().long() for tensor in tensors]), None
+    def __init__(self, numbers: Tensor):
+        self.copied = None
         if numbers.is_cuda:
             self.numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             self.numbers.copy_(numbers, non_blocking=True)

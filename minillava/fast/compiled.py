@@ -10,16 +10,19 @@ B batch, S capacity of the cache, C width, K key/value heads, D head width, V vo
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from minillava.cache import KVCache
+from minillava.config import TextConfig
+from minillava.fast.ahead import choose_decoder, decode_ahead
 from minillava.files.disk import one_line
 from minillava.llama import LanguageModel, LanguageOutput, rotary_tables
 from minillava.llava import Llava
+from minillava.loop import Decoder
 
 CAPACITY_STEP = 512  # a cache's capacity is a multiple: each other capacity is compiled anew
 
@@ -34,40 +37,72 @@ def compile_decode(model: Llava) -> None:
     torch._dynamo.config.cache_size_limit = max(
         RECOMPILE_LIMIT, torch._dynamo.config.cache_size_limit
     )
-    model.decode_step = torch.compile(
+    compiled = torch.compile(
         partial(step, model.language_model),
         mode="reduce-overhead" if on_gpu else "default",
         fullgraph=True,
         dynamic=False,
     )
+    model.decoding = Captured(compiled)
 
 
-@contextmanager
-def spare_cache(model: Llava, rows: int, capacity: int, like: Tensor) -> Iterator[KVCache]:
-    """An empty cache of at least this capacity, in memory that is given back at the end.
+class Captured:
+    """`decode_ahead` by a step that was compiled, and the memory of the caches that it was recorded
+    with."""
 
-    Caches of all shapes begin at the same addresses: for another address the graph would be
-    recorded anew, and torch forgets no recording. As much memory is kept as the largest of them
-    took. like: gives dtype and device."""
-    text, capacity = model.config.text, -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
-    cache = KVCache(text, rows, capacity, dtype=like.dtype, device="meta")  # the shapes
-    size, kind = cache.keys[0].numel(), {"dtype": like.dtype, "device": like.device}
-    memory, model.spare_memory = model.spare_memory, []
-    fits = memory and (memory[0].dtype, memory[0].device) == (like.dtype, like.device)
-    if not fits or len(memory[0]) < size:
-        memory.clear()  # before there is more
-        # memory that began in that mode could not be written to outside of it
-        with torch.inference_mode(False):
-            memory = [torch.empty(size, **kind) for _ in (*cache.keys, *cache.values)]
-    tensors = [beginning(each, cache.keys[0].shape) for each in memory]
-    layers = text.num_hidden_layers
-    cache.keys, cache.values = tensors[:layers], tensors[layers:]
-    try:
-        yield cache
-    finally:
-        # Also if somebody stopped listening: what the GPU still does with it comes before what is
-        # asked next.
-        model.spare_memory = model.spare_memory or memory  # of two at once, the first to end
+    def __init__(self, decode_step: Callable):
+        """decode_step: `step`, compiled or not, for one model."""
+        self.decode_step, self.memory = decode_step, []
+
+    @contextmanager
+    def __call__(
+        self,
+        model: Llava,
+        like: Tensor,
+        capacity: int,
+        cache: KVCache | None,
+        wanted: dict[str, bool],
+    ) -> Iterator[Decoder]:
+        """Arguments as for `decode_in_turn`; what is recorded comes from the plain step."""
+        if any(wanted.values()):
+            opened = decode_ahead(model, like, capacity, cache, wanted)
+        elif cache is None:
+            opened = self.spare_cache(model.config.text, len(like), capacity, like)
+        else:
+            opened = nullcontext(cache)
+        with opened as found:
+            if isinstance(found, KVCache):
+                found = choose_decoder(CapturedDecode(self.decode_step, found), found, like.device)
+            yield found
+
+    @contextmanager
+    def spare_cache(
+        self, text: TextConfig, rows: int, capacity: int, like: Tensor
+    ) -> Iterator[KVCache]:
+        """An empty cache of at least this capacity, in memory that is given back at the end.
+
+        Caches of all shapes begin at the same addresses: for another address the graph would be
+        recorded anew, and torch forgets no recording. As much memory is kept as the largest of them
+        took. like: gives dtype and device."""
+        capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+        cache = KVCache(text, rows, capacity, dtype=like.dtype, device="meta")  # the shapes
+        size, kind = cache.keys[0].numel(), {"dtype": like.dtype, "device": like.device}
+        memory, self.memory = self.memory, []
+        fits = memory and (memory[0].dtype, memory[0].device) == (like.dtype, like.device)
+        if not fits or len(memory[0]) < size:
+            memory.clear()  # before there is more
+            # memory that began in that mode could not be written to outside of it
+            with torch.inference_mode(False):
+                memory = [torch.empty(size, **kind) for _ in (*cache.keys, *cache.values)]
+        tensors = [beginning(each, cache.keys[0].shape) for each in memory]
+        layers = text.num_hidden_layers
+        cache.keys, cache.values = tensors[:layers], tensors[layers:]
+        try:
+            yield cache
+        finally:
+            # Also if somebody stopped listening: what the GPU still does with it comes before what
+            # is asked next.
+            self.memory = self.memory or memory  # of two at once, the first to end
 
 
 def beginning(memory: Tensor, shape: torch.Size) -> Tensor:
@@ -84,7 +119,6 @@ class CapturedDecode:
     def __init__(self, decode_step: Callable, cache: KVCache):
         """decode_step: `step`, compiled or not, for one model."""
         self.decode_step, self.cache, self.cleared = decode_step, cache, None
-        self.position = torch.tensor([cache.length], device=cache.keys[0].device)
 
     def __call__(self, token_ids: Tensor) -> LanguageOutput:
         """token ids [B] -> logits [B, 1, V]. Raises ValueError where nothing can compile, or the
@@ -120,6 +154,8 @@ class CapturedDecode:
                 # by what was compiled.
                 torch._dynamo.mark_static_address(tensor, guard=False)
         self.cleared = self.cache.keys[0]
+        # filled there, since a number that is copied from here makes the processor wait
+        self.position = torch.full((1,), self.cache.length, device=self.cleared.device)
 
 
 def step(
