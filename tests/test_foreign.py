@@ -149,6 +149,13 @@ def method(name: str, **more) -> dict:
         (lambda n, c: {".weight": zeros(n, c, dtype=torch.int8), ".weight_scales": half(n)}, method("eetq"), "eetq"),
         (lambda n, c: {".codes": zeros(n, c // 8, 1, dtype=torch.int16), ".codebooks": half(1, 256, 1, 8),
                        ".scales": half(n, 1, 1, 1)}, method("aqlm"), "aqlm"),
+        (lambda n, c: {".B": zeros(c // 16, n), ".s": half(1, n)}, None, "Marlin"),
+        (lambda n, c: {".compressed": half(9), ".bitmask": zeros(n, c // 8, dtype=torch.uint8)}, None, "compressed"),
+        (lambda n, c: {".dense_weights": zeros(9, dtype=torch.int64), ".row_offsets": zeros(n)}, None, "SpQR"),
+        (lambda n, c: {".weight": zeros(n, c // 2, dtype=torch.uint8), ".weight_scale_2": half(1),
+                       ".weight_scale": half(n, c // 16).to(torch.float8_e4m3fn)}, None, "NVFP4"),
+        (lambda n, c: {".weight": half(n, c), ".weight_quantizer._amax": half(1)}, None, "ModelOpt"),
+        (lambda n, c: {".weight": half(n, c), ".k_scale": half(1)}, None, "FP8"),
         (lambda n, c: {"._weight_qdata": zeros(n, c, dtype=torch.int8), "._weight_scale": half(n)}, None, "torchao"),
     ],
 )  # fmt: skip
@@ -174,6 +181,19 @@ def test_a_stated_method_may_stand_beside_config_json_or_in_its_text_part(folder
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     state(folder, {"text_config": raw["text_config"] | method("awq")})
     assert "quantised by awq" in refusal(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.float8_e5m2])
+def test_packed_weights_of_a_program_nobody_knows_are_quantised_all_the_same(folder, dtype):
+    """SmoothQuant's int8 weights with `a` and `b` were reported as names that do not fit."""
+    pack(
+        folder, lambda n, c: {".weight": torch.zeros(n, c).to(dtype), ".a": half(1), ".b": half(1)}
+    )
+    message = refusal(folder)
+    assert "is quantised (" in message and f"weight is {str(dtype)[6:]})" in message
+    assert "\n" not in message and inspect_folder(folder).problems == [message]
+    state(folder, {"quantization": {"quant_algo": "W8A8"}}, "hf_quant_config.json")
+    assert "is quantised by ModelOpt" in refusal(folder)
 
 
 def refusal(folder: Path) -> str:

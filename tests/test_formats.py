@@ -388,7 +388,7 @@ def test_an_adapter_without_a_base_names_it(write_lora, release):
         (lambda m: m.update({"base_model.model.ghost": torch.zeros(2)}), "ghost is not part of this model"),
         (lambda m: [m.pop(f"base_model.model.{LAYER}.lora_{half}.weight") for half in "AB"],
          r"holds no lora_A and lora_B for language_model\.layers\.0\.self_attn\.q_proj\.weight"),
-        (lambda m: m.update({"base_model.model.lm_head.weight": torch.zeros(7, 64)}), r"has shape \[7, 64\], the base"),
+        (lambda m: m.update({"base_model.model.lm_head.weight": torch.zeros(7, 64)}), r"cut the vocabulary from 440 to 7, but it does not hold"),
         (lambda m: m.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(3, 7)}),
          "lora_embedding_A is not supported; merge it with PEFT first"),
         (lambda m: m.clear(), "holds no pair of lora_A and lora_B"),
@@ -717,6 +717,69 @@ def test_equals_peft_where_a_run_added_tokens(reference, tmp_path, picture):
     assert inspect_folder(hub, adapter=tmp_path / "peft").loadable
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers")
+def test_equals_peft_where_a_run_cut_the_tables(reference, tmp_path, picture):
+    """transformers' resize_token_embeddings(len(tokenizer)) cuts the hub's padded rows; that was
+    refused with the advice to use another base."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (extra: parity)")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed (extra: parity)"
+    )
+    hub = reference / "plain"
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(hub, dtype=torch.float32)
+    rows = model.config.text_config.vocab_size - 7  # the pad token goes, too
+    model.resize_token_embeddings(rows)
+    settings = {
+        "r": 2,
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens", "lm_head"],
+    }
+    model = peft.get_peft_model(model, peft.LoraConfig(**settings, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "peft")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    shutil.copy(hub / "tokenizer.model", tmp_path / "merged")
+    found, expected = load(hub, adapter=tmp_path / "peft"), load(tmp_path / "merged")
+    assert found.model.config.text.vocab_size == expected.model.config.text.vocab_size == rows
+    assert found.model.config.pad_token_id < rows
+    for name, theirs in expected.model.state_dict().items():
+        torch.testing.assert_close(
+            found.model.state_dict()[name], theirs, rtol=1e-6, atol=1e-7, msg=name
+        )
+    assert found.ask(picture, QUESTION, max_new_tokens=4) == expected.ask(
+        picture, QUESTION, max_new_tokens=4
+    )
+    assert inspect_folder(hub, adapter=tmp_path / "peft").loadable
+
+
+@pytest.mark.parametrize("name", [TABLE, HEAD])
+def test_one_table_that_was_cut_without_the_other_is_refused(release, base, write_lora, name):
+    folder, _ = write_lora()
+    matrices = torch.load(folder / "adapter_model.bin")
+    rows, width = weights_of(release["weights"])[name].shape
+    torch.save(
+        matrices | {f"base_model.model.{name}": torch.zeros(rows - 1, width)},
+        folder / "adapter_model.bin",
+    )
+    with pytest.raises(
+        ValueError, match=f"cut the vocabulary from {rows} to {rows - 1}, but it does not hold"
+    ):
+        load(folder, model_base=base, vision_tower=release["vision_tower"])
+
+
+def test_both_tables_of_an_original_may_be_cut(release, base, write_lora):
+    folder, _ = write_lora()
+    matrices = torch.load(folder / "adapter_model.bin")
+    for name in (TABLE, HEAD):
+        matrices[f"base_model.model.{name}"] = weights_of(release["weights"])[name][:-1].clone()
+    torch.save(matrices, folder / "adapter_model.bin")
+    rows = len(weights_of(release["weights"])[TABLE])
+    checkpoint = gather(folder, release["vision_tower"], base, vocabulary=rows)
+    assert checkpoint.rows == rows - 1
+    for name in ("language_model.embed_tokens.weight", "language_model.lm_head.weight"):
+        assert checkpoint.shape(name)[0] == len(checkpoint.read(name)) == rows - 1
+
+
 @pytest.mark.parametrize("name", [TABLE, HEAD])
 def test_one_table_that_grew_without_the_other_is_refused_with_both_numbers(
     release, base, write_lora, name
@@ -745,6 +808,104 @@ def test_a_lora_of_a_larger_head_says_what_its_run_did(release, base, write_lora
         ValueError, match=f"enlarged the vocabulary from {rows} to {rows + 8}; merge it with PEFT"
     ):
         load(folder, model_base=base, vision_tower=release["vision_tower"])
+
+
+# --- what PEFT and torch.nn.utils leave in the names of a whole model ------------------------------
+
+
+def renamed_copy(reference, tmp_path, change) -> Path:
+    """`plain` with tensors as `change` names them: old name, tensor -> new name and tensor."""
+    folder = shutil.copytree(reference / "plain", tmp_path / "renamed")
+    tensors = dict(
+        pair for n, t in load_file(folder / SINGLE_NAME).items() for pair in change(n, t)
+    )
+    (folder / SINGLE_NAME).unlink()
+    save_file(tensors, folder / SINGLE_NAME)
+    return folder
+
+
+def as_peft_holds_it(name, tensor):
+    head, _, rest = name.partition("multi_modal_projector.")
+    if rest:
+        module = f"{head}multi_modal_projector."
+        yield f"{module}original_module.{rest}", torch.zeros_like(tensor)
+        yield f"{module}modules_to_save.default.{rest}", tensor
+    else:
+        yield name.replace("q_proj.", "q_proj.base_layer."), tensor
+
+
+def test_a_model_saved_inside_peft_is_the_model(reference, tmp_path):
+    """A LoRA merged in place and saved without unload() keeps PEFT's names; that it was merged, no
+    tensor says."""
+    with pytest.warns(UserWarning, match="base_layer.*, as PEFT names .* not merged before"):
+        found = load(renamed_copy(reference, tmp_path, as_peft_holds_it)).model.state_dict()
+    plain = load(reference / "plain").model.state_dict()
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
+
+
+def test_two_modules_that_peft_keeps_are_not_one(reference, tmp_path):
+    def twice(name, tensor):
+        yield name, tensor
+        if "projector" in name:
+            head, _, rest = name.rpartition("projector.")
+            yield f"{head}projector.modules_to_save.other.{rest}", tensor.clone()
+
+    with pytest.raises(ValueError, match=r"are both projector\S+; remove one"):
+        load(renamed_copy(reference, tmp_path, twice))
+
+
+@pytest.mark.parametrize(
+    "end", ["parametrizations.weight.original", "weight_orig", "weight_mask", "weight_g"]
+)
+def test_a_weight_that_is_computed_from_others_is_one_line(reference, tmp_path, end):
+    def change(name, tensor):
+        yield name.replace("q_proj.weight", f"q_proj.{end}"), tensor
+
+    with pytest.raises(ValueError, match=rf"{end}\); save the model after") as caught:
+        load(renamed_copy(reference, tmp_path, change))
+    assert "\n" not in str(caught.value)
+
+
+# --- one file that is not read as it lies there ---------------------------------------------------
+
+
+def test_a_bin_with_a_moving_average_says_which_is_read(reference, tmp_path):
+    folder = shutil.copytree(reference / "plain", tmp_path / "model")
+    tensors = load_file(folder / SINGLE_NAME)
+    (folder / SINGLE_NAME).unlink()
+    other = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    optimizer = {"state": {0: {"step": torch.tensor(1)}}, "param_groups": []}
+    torch.save({"ema": other, "model": tensors, "optimizer": optimizer}, folder / BIN_NAME)
+    assert inspect_folder(folder).notes == [
+        f"{folder / BIN_NAME}: weights are read from its model, not from ema"
+    ]
+    with pytest.warns(UserWarning, match="read from its model, not from ema"):
+        found = load(folder).model.state_dict()
+    assert torch.equal(
+        found["language_model.norm.weight"], tensors["language_model.model.norm.weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("model.fp16.safetensors", "rename it to model.safetensors"),
+        ("my-llava.safetensors", "rename it to model.safetensors"),
+        ("pytorch_model.fp16.bin", "rename it to pytorch_model.bin"),
+        ("model.pt", "rename it to pytorch_model.bin"),
+        ("consolidated.safetensors", "the layout of Meta and Mistral"),
+        ("consolidated.00.pth", "the layout of Meta and Mistral"),
+        ("model-00001-of-00002.safetensors", "download the index"),
+    ],
+)
+def test_a_file_of_another_name_is_named(reference, tmp_path, name, step):
+    """It was said to be a shard without its index, or that the folder holds no weights."""
+    folder = shutil.copytree(reference / "plain", tmp_path / "model")
+    (folder / "training_args.bin").write_bytes(b"")
+    (folder / SINGLE_NAME).rename(folder / name)
+    with pytest.raises(FileNotFoundError, match=rf"found {re.escape(name)}, .*{step}"):
+        load(folder)
 
 
 # --- tokens added to the vocabulary ---------------------------------------------------------------

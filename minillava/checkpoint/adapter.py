@@ -55,8 +55,9 @@ _MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Tensors of such variants (lora_embedding_A, lora_magnitude_vector, lora_diag, ...).
 _SPECIAL = re.compile(r"lora_(?:\w*[a-z]\w*|[AB]\.(?:\w+\.)?bias)|trainable_tokens_\w+")
 
-# What PEFT puts into the name of a weight that it keeps whole.
-_WRAPPED = re.compile(r"\.(modules_to_save\.[^.]+|base_layer)\.")
+# What PEFT puts into the name of a weight that it keeps whole, and into that of one that was
+# replaced.
+WRAPPED, REPLACED = re.compile(r"\.(modules_to_save\.[^.]+|base_layer)\."), ".original_module."
 
 
 class Delta(NamedTuple):
@@ -114,8 +115,8 @@ class Adapter:
                     f"{file}: {stored.name}: {special[0]} is not supported; merge it with PEFT "
                     "first"
                 )
-            elif ".original_module." not in name:  # what modules_to_save replaced
-                self.whole[_WRAPPED.sub(".", name)] = stored
+            elif REPLACED not in name:
+                self.whole[WRAPPED.sub(".", name)] = stored
         self.path = file
         self.notes = [several_sets(file, there[1:])] if there[1:] else []
         self.deltas = {name: self._delta(name, pair, config, path) for name, pair in halves.items()}

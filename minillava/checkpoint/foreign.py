@@ -21,9 +21,14 @@ _MARKS = {
     r"\.(qweight|qzeros)": "GPTQ or AWQ",
     r"\.(absmax|quant_map|nested_\w+|SCB|weight_format|quant_state\.\w+)": "bitsandbytes",
     r"\.W_q": "HQQ",
+    r"\.weight_scale_2": "NVFP4",
     r"(\._data|\.input_scale|\.output_scale)": "quanto or FP8",
     r"\.(codebooks|codes)": "AQLM",
-    r"\.(weight_packed|weight_global_scale)": "compressed-tensors",
+    r"\.(weight_packed|weight_global_scale|compressed|bitmask)": "compressed-tensors",
+    r"\.B": "Marlin",
+    r"\.(dense_weights|col_vals)": "SpQR",
+    r"_quantizer\._\w+": "ModelOpt",
+    r"\.[qkv]_scale": "FP8 with a quantised cache",
     r"\.(weight_scale|weight_scale_inv)": "FP8 or int8",
     r"\.weight_scales": "EETQ",
     r"(_weight_qdata|:qdata|_weight_scale)": "torchao",
@@ -36,6 +41,7 @@ _MARKS = {
 _BESIDE = {
     "quantize_config.json": "GPTQ",
     "quant_config.json": "AWQ",
+    "hf_quant_config.json": "ModelOpt (NVFP4 or FP8)",
     "quantization_config.json": "quantisation",
 }
 
@@ -57,7 +63,7 @@ def refuse_quantised(
         "",
     )
     said = stated_method(folder)
-    if not method and not (said and packed):
+    if not method and not (said and packed) and len(packed) < 2:
         return  # one tensor of whole numbers will be refused by its name
     shown = (
         packed or [s for s in others if any(re.search(f"{mark}$", s.name) for mark in _MARKS)]

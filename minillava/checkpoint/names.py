@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minillava.checkpoint.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from minillava.checkpoint.adapter import WRAPPED
 from minillava.files.tensors import Stored, holds_weights
 
 # Stored prefix -> ours; where several fit, the longest wins. After the prefix, every dialect of
@@ -120,7 +121,7 @@ def unwrap(names: Sequence[str], path: Path) -> list[str]:
     Raises ValueError naming the file where only some names begin with a wrapper: they may be of two
     trainings.
     """
-    names, before = list(names), None
+    names, before = [WRAPPED.sub(".", name) for name in names], None
     while names != before:
         before, first = names, {name.partition(".")[0] for name in names}
         if all(name.startswith(PEFT_PREFIX) for name in names):

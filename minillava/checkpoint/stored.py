@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillava.checkpoint.adapter import Adapter, Delta
+from minillava.checkpoint.adapter import REPLACED, Adapter, Delta
 from minillava.checkpoint.foreign import quantised, refuse_quantised, stated_method
 from minillava.checkpoint.names import (
     COMPUTED,
@@ -31,6 +31,9 @@ from minillava.files.tensors import (
 )
 from minillava.llama import grow_rows
 
+# What torch.nn.utils puts in the place of a weight: parametrize, prune, weight_norm, spectral_norm.
+_PARAMETRISED = re.compile(r"\.parametrizations\.|\.weight_(orig|mask|g|v)$")
+
 
 class Checkpoint:
     """The tensors of one model, in the files of one folder or of several; opened but not read.
@@ -48,7 +51,7 @@ class Checkpoint:
         vocabulary: int | None = None,
     ):
         self.folder = Path(folder)  # the one that messages name
-        self.rows: int | None = None  # of the two tables, where an adapter enlarged them
+        self.rows: int | None = None  # of the two tables, where an adapter's run changed them
         # rows that the two tables grow to, when they have fewer; None: they stay
         self.vocabulary = vocabulary
         self.unused: list[str] = []
@@ -91,6 +94,12 @@ class Checkpoint:
                 raise ValueError(
                     f"{stored.path}: {found}; save what PEFT's merge_and_unload() returns"
                 )
+            if _PARAMETRISED.search(stored.name):
+                found = f"holds a weight that is computed from others ({stored.name})"
+                raise ValueError(
+                    f"{stored.path}: {found}; save the model after remove_parametrizations() or "
+                    "prune.remove() of torch.nn.utils"
+                )
         refuse_quantised(
             self.folder,
             tensors,
@@ -105,6 +114,14 @@ class Checkpoint:
         ]
         if others:
             self.notes.append(several_sets(read[0], others))
+        inner = next((stored for stored in tensors if ".base_layer." in stored.name), None)
+        if inner is not None:
+            self.notes.append(
+                f"{inner.path}: holds {inner.name}, as PEFT names a layer that has a LoRA; if that "
+                "was not merged before, this is the model without it"
+            )
+        for file in {stored.path: stored.file for stored in tensors}.values():
+            self.notes += file.notes
         return unwrapped(tensors)
 
     def _join_parts(self, module: str, suffix: str) -> None:
@@ -139,7 +156,7 @@ class Checkpoint:
         dropped: tuple[str, ...] = (),
     ) -> Iterable[tuple[str, Stored]]:
         for name, stored in tensors:
-            if name.endswith(COMPUTED) or name.startswith(dropped):
+            if name.endswith(COMPUTED) or name.startswith(dropped) or REPLACED in name:
                 self.unused.append(stored.name)
             else:
                 yield renamed(name, prefixes), stored
@@ -165,16 +182,15 @@ class Checkpoint:
         self.notes += adapter.notes
         if (folder / REST_NAME).exists():
             self.lay_over(unwrapped(open_file(folder / REST_NAME)))
-        problems, grown = [], ""
+        problems, resized = [], ""
         given = [*adapter.whole, *adapter.deltas]
         plain = dict(zip(given, unwrap(given, adapter.path), strict=True))
         for name, stored in self._named(
             [(plain[name], stored) for name, stored in adapter.whole.items()], PREFIXES
         ):
             before = self.shape(name) if name in self.tensors else stored.shape
-            if name in TABLES and stored.shape[1:] == before[1:] and stored.shape > before:
-                grown = f"its run enlarged the vocabulary from {before[0]} to {stored.shape[0]}"
-                self.rows = stored.shape[0]
+            if name in TABLES and stored.shape[1:] == before[1:] and stored.shape != before:
+                resized, self.rows = _resized(before[0], stored.shape[0]), stored.shape[0]
             elif stored.shape != before:
                 found, ours = list(stored.shape), list(before)
                 problems.append(
@@ -183,11 +199,13 @@ class Checkpoint:
             self.tensors[name] = stored
             self.quantised.pop(name, None)
             self.new_rows.pop(name, None)
+        if resized and self.vocabulary is not None:
+            self.vocabulary = min(self.vocabulary, self.rows)
         for name in TABLES:
-            if grown and name in self.tensors and self.shape(name)[0] != self.rows:
+            if resized and name in self.tensors and self.shape(name)[0] != self.rows:
                 raise ValueError(
-                    f"{adapter.path}: {grown}, but it does not hold {name}; merge it with PEFT "
-                    "first"
+                    f"{adapter.path}: {resized}, but it does not hold {name} of that size; merge "
+                    "it with PEFT first"
                 )
         for stored_name, delta in adapter.deltas.items():
             name = renamed(plain[stored_name], PREFIXES)
@@ -196,12 +214,9 @@ class Checkpoint:
                 problems.append(f"{delta.a.name} is for {name}, which this model does not have")
             elif name in self.quantised:
                 problems.append(f"{delta.a.name} is for {name}, which is quantised")
-            elif name in TABLES and found[0] > self.shape(name)[0]:
-                rows = f"from {self.shape(name)[0]} to {found[0]}"
-                raise ValueError(
-                    f"{adapter.path}: its run enlarged the vocabulary {rows}; merge it with PEFT "
-                    "first"
-                )
+            elif name in TABLES and found[0] != self.shape(name)[0]:
+                rows = _resized(self.shape(name)[0], found[0])
+                raise ValueError(f"{adapter.path}: {rows}; merge it with PEFT first")
             elif found != list(self.shape(name)):
                 problems.append(
                     f"{delta.a.name} and lora_B make {found}, {name} has shape "
@@ -274,3 +289,9 @@ class Checkpoint:
         """Move the tensors whose name (ours) is not needed to `unused`."""
         for name in [n for n in self.tensors if unneeded(n)]:
             self.unused.append(self.tensors.pop(name).name)
+
+
+def _resized(before: int, rows: int) -> str:
+    """What a run did to the two tables, in words."""
+    did = "enlarged" if rows > before else "cut"
+    return f"its run {did} the vocabulary from {before} to {rows}"

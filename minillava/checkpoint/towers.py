@@ -17,16 +17,17 @@ _OPENAI = re.compile(r"clip-vit-(base|large)", re.IGNORECASE)
 
 def settle(config: LlavaConfig, checkpoint: Checkpoint) -> LlavaConfig:
     """The config as the tensors complete it. A stored head is the head, whatever
-    `tie_word_embeddings` says; tables that an adapter enlarged are the vocabulary; a tower that no
-    file describes is as large as its tensors. Raises ValueError for a tower whose other properties
-    cannot be known."""
+    `tie_word_embeddings` says; tables that an adapter's run resized are the vocabulary; a tower
+    that no file describes is as large as its tensors. Raises ValueError for a tower whose other
+    properties cannot be known."""
     text = config.text
     if TABLES[1] in checkpoint.tensors:
         text = replace(text, tie_word_embeddings=False)
     if checkpoint.rows is not None:
         text = replace(text, vocab_size=checkpoint.rows)
     vision = config.vision if config.vision_stated else _measure_tower(config, checkpoint)
-    config = replace(config, text=text, vision=vision)
+    pad = config.pad_token_id if config.pad_token_id < text.vocab_size else config.eos_token_ids[0]
+    config = replace(config, text=text, vision=vision, pad_token_id=pad)
     check_config(config, checkpoint.folder / "config.json")
     return config
 

@@ -38,6 +38,16 @@ _SETS = (SINGLE_NAME, INDEX_NAME, BIN_NAME, BIN_INDEX_NAME)
 
 _SHARDS = ("model*.safetensors", "pytorch_model*.bin")
 
+_NUMBERED = re.compile(r"\d+-of-\d+")
+
+# What else weights come in, which is not read under its own name; and what a training leaves beside
+# them.
+_OWN_LAYOUT = re.compile(r"consolidated\.")
+
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+_NO_MODEL = re.compile("training_args|optimizer|scheduler|rng_state|scaler")
+
 # How a safetensors header spells the dtypes that weights have when they are not quantised.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -63,6 +73,7 @@ class SafetensorsFile:
                 f"{path}: truncated or not a safetensors file ({what}); {DOWNLOAD_AGAIN}"
             ) from None
         self.path, self.names = path, list(self._file.keys())
+        self.notes: list[str] = []
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file.get_slice(name).get_shape())
@@ -82,11 +93,13 @@ class TorchFile:
     """One file of `torch.save`: a dict of tensors and nothing else. Raises FileNotFoundError or
     ValueError.
 
-    A pickle is a program that runs when it is opened. `weights_only` runs the few instructions that
-    make tensors and refuses all others, so that a file from a stranger can be opened.
+    notes: sentences about what in it is not read. A pickle is a program that runs when it is
+    opened. `weights_only` runs the few instructions that make tensors and refuses all others, so
+    that a file from a stranger can be opened.
     """
 
     def __init__(self, path: Path):
+        self.notes: list[str] = []
         try:
             content = _unpickle(path)
         except FileNotFoundError:
@@ -108,7 +121,20 @@ class TorchFile:
             for nest in _NESTS
             if isinstance(content, dict) and isinstance(content.get(nest), dict)
         ]
-        content = nested[0] if len(nested) == 1 else content
+        if len(nested) == 1:
+            others = [
+                str(name)
+                for name, value in content.items()
+                if isinstance(value, dict)
+                and value is not nested[0]
+                and any(map(_is_plain, value.values()))
+            ]
+            if others:
+                taken = next(name for name in _NESTS if content.get(name) is nested[0])
+                self.notes.append(
+                    f"{path}: weights are read from its {taken}, not from {', '.join(others)!s:.80}"
+                )
+            content = nested[0]
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
             raise ValueError(
                 f"{path}: holds a {type(content).__name__}, expected tensors by name; "
@@ -268,10 +294,19 @@ def open_folder(folder: Path) -> list[Stored]:
             else open_file(folder / chosen)
         )
     for pattern, (single, index) in zip(_SHARDS, (_SETS[:2], _SETS[2:]), strict=True):
-        for shard in sorted(folder.glob(pattern))[:1]:
-            found = f"found {shard.name}, expected {single} or {index}"
-            raise FileNotFoundError(f"{folder}: {found}; download the index")
+        for shard in sorted(folder.glob(pattern)):
+            if _NUMBERED.search(shard.name):
+                found = f"found {shard.name}, expected {single} or {index}"
+                raise FileNotFoundError(f"{folder}: {found}; download the index")
     expected = f"expected {SINGLE_NAME} or {INDEX_NAME}"
+    for file in sorted(folder.iterdir()):
+        if _OWN_LAYOUT.match(file.name):
+            found = f"found {file.name}, the layout of Meta and Mistral"
+            raise FileNotFoundError(f"{folder}: {found}, {expected}; get those of {RELEASE}")
+        if file.suffix in _SUFFIXES and not _NO_MODEL.match(file.name):
+            single = SINGLE_NAME if file.suffix == ".safetensors" else BIN_NAME
+            step = f"if it holds the whole model, rename it to {single}"
+            raise FileNotFoundError(f"{folder}: found {file.name}, {expected}; {step}")
     raise FileNotFoundError(f"{folder}: holds no weights, {expected}, as in {RELEASE} on the hub")
 
 
