@@ -21,7 +21,7 @@ from minillava.fast import speed_up
 from minillava.fast.ahead import decode_ahead
 from minillava.fast.compiled import compile_decode
 from minillava.files.disk import read_json
-from minillava.files.pictures import Images, ImageSource, as_list, open_image
+from minillava.files.pictures import Images, ImageSource, are_several, as_list, open_image
 from minillava.generate import beam
 from minillava.generate.contrast import Contrast, find_method
 from minillava.generate.generation import Generation, generate
@@ -135,7 +135,7 @@ class Assistant:
     ) -> Generation:
         """Several questions as one batch, and how each answer ended. Arguments as for `ask`."""
         chosen, contrast = self._one_answer(options), find_method(contrast)
-        given = list(image) if isinstance(image, (list, tuple)) else [image] * len(questions)
+        given = list(image) if are_several(image) else [image] * len(questions)
         if len(given) != len(questions):
             raise ValueError(
                 f"{len(questions)} question(s) but {len(given)} picture(s); give one per question, "

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import deque
 
 import pytest
 import torch
@@ -101,6 +102,8 @@ def test_a_list_of_questions_is_answered_as_one_by_one(toy, picture, monkeypatch
     monkeypatch.setattr(toy, "encode", lambda picture: encoded.append(picture) or encode(picture))
     assert toy.ask(images, questions, max_new_tokens=6) == expected
     assert len(encoded) == 2
+    # another kind of list was taken for the pictures of one prompt
+    assert toy.ask(deque(images), questions, max_new_tokens=6) == expected
 
 
 def test_one_picture_or_none_for_a_list_of_questions(toy, picture):

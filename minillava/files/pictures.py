@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -31,13 +31,17 @@ ImageSource = str | Path | bytes | BinaryIO | Image.Image
 Images = ImageSource | Sequence[ImageSource] | None
 
 
+def are_several(images: object) -> TypeGuard[Sequence[Any]]:
+    """Whether it is a list, or what behaves like one, and not one picture's path or bytes."""
+    return isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray))
+
+
 def as_list(images: Images) -> list[ImageSource]:
     """One picture, several or none (None), as a list."""
     if images is None:
         return []
-    if isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray)):
-        return list(images)
-    return [images]
+    # a TypeGuard says nothing of what remains
+    return list(images) if are_several(images) else [images]  # type: ignore[list-item]
 
 
 def open_image(source: ImageSource) -> Image.Image:
