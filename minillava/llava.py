@@ -6,6 +6,7 @@ patches each, C width, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class Spliced:
         if times == 1:
             return self
 
-        def again(value):
+        def again(value: Any) -> Any:
             if isinstance(value, list):
                 return [item for item in value for _ in range(times)]
             return None if value is None else value.repeat_interleave(times, dim=0)
@@ -54,13 +55,13 @@ class LlavaOutput:
 class Llava(nn.Module):
     """LLaVA-1.5 (Liu et al. 2023). `attend` is `eager` or `fused` of attention.py."""
 
-    def __init__(self, config: LlavaConfig, attend: Callable = fused):
+    def __init__(self, config: LlavaConfig, attend: Callable[..., Any] = fused):
         super().__init__()
         self.config = config
         self.vision_tower = VisionTower(config, attend)
         self.projector = Projector(config)
         self.language_model = LanguageModel(config.text, attend)
-        self.decoding: Callable | None = None  # another than loop.decode_in_turn, of fast/
+        self.decoding: Callable[..., Any] | None = None  # of fast/; None: loop.decode_in_turn
 
     def forward(
         self,
@@ -121,7 +122,7 @@ class Llava(nn.Module):
             images = self.encode_images(images.to(device))
         features = iter(() if images is None else images.to(device))  # n times [P, C]
 
-        embeds, real, wanted, spans = [], [], [], []  # per row, what Spliced holds per batch
+        embeds, kept, targeted, spans = [], [], [], []  # per row, what Spliced holds per batch
         for ids, mask, target in zip(rows, masks, targets, strict=True):
             is_image = ids == IMAGE_TOKEN_INDEX  # [t]
             # [t, C], unused where is_image
@@ -137,15 +138,15 @@ class Llava(nn.Module):
                 start = at + 1
             embeds.append(torch.cat([*parts, words[start:]]))
             repeats = torch.where(is_image, self.config.tokens_per_image, 1)  # [t]
-            real.append(mask.bool().repeat_interleave(repeats))
-            wanted.append(target.masked_fill(is_image, IGNORE_INDEX).repeat_interleave(repeats))
+            kept.append(mask.bool().repeat_interleave(repeats))
+            targeted.append(target.masked_fill(is_image, IGNORE_INDEX).repeat_interleave(repeats))
             spans.append(row_spans)
 
         longest = max(map(len, embeds))
         pads = [longest - len(e) for e in embeds]
-        real = torch.stack([F.pad(m, (p, 0), value=False) for m, p in zip(real, pads, strict=True)])
+        real = torch.stack([F.pad(m, (p, 0), value=False) for m, p in zip(kept, pads, strict=True)])
         wanted = torch.stack(
-            [F.pad(t, (p, 0), value=IGNORE_INDEX) for t, p in zip(wanted, pads, strict=True)]
+            [F.pad(t, (p, 0), value=IGNORE_INDEX) for t, p in zip(targeted, pads, strict=True)]
         )
         return Spliced(
             embeds=torch.stack([F.pad(e, (0, 0, p, 0)) for e, p in zip(embeds, pads, strict=True)]),
@@ -179,8 +180,7 @@ class Llava(nn.Module):
                 f"images are {found}, expected a tensor [n, 3, R, R] as image_processor makes it, "
                 f"or {['n', *encoded]} as encode_images does".replace("'", "")
             )
-        given = 0 if images is None else len(images)
-        if placed != given:
+        if placed != (given := 0 if images is None else len(images)):
             raise ValueError(
                 f"input_ids place {placed} picture(s) with {IMAGE_TOKEN_INDEX}, but {given} were "
                 "given"
@@ -218,7 +218,7 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=IGNORE_INDEX)
 
 
-def as_rows(name: str, ids: Tensor | Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+def as_rows(name: str, ids: Tensor | Sequence[Sequence[int]], device: Any) -> list[Tensor]:
     """A batch as a list of 1-D tensors; one flat row is taken as a batch of one. Raises ValueError
     for other shapes."""
     rows = [torch.as_tensor(r, dtype=torch.long, device=device) for r in ids]

@@ -104,7 +104,7 @@ def steps(
         yield from _loop(decoder, read_prompt(), choose, rows, most, contrast)
 
 
-def _loop(decoder, output, choose, rows, most, contrast) -> Iterator[Step]:
+def _loop(decoder, output, choose, rows, most, contrast) -> Iterator[Step]:  # type: ignore[no-untyped-def]
     """Choose a token by the output of the prompt, see what it says, decode it; and so on, until
     every row has its answer."""
     batch, streams, device = len(rows), 1 if contrast is None else 2, output.logits.device
@@ -175,7 +175,7 @@ def decode_in_turn(
         cache = KVCache(
             model.config.text, len(like), capacity, dtype=like.dtype, device=like.device
         )
-    yield Decoder(partial(decode, model, cache=cache, **wanted), cache)
+    yield Decoder(partial(decode, model, cache=cache, **wanted), cache)  # type: ignore[arg-type]
 
 
 def check_wishes(options: Options, tokenizer: Tokenizer | None, record: Sequence[str]) -> None:
