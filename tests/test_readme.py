@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import bench_chart  # noqa: E402
+import screenshots  # noqa: E402
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
@@ -274,6 +275,21 @@ def test_links_lead_somewhere(page):
 def test_readme_leads_to_every_page(page):
     """A page that nobody finds is not read."""
     assert f"]({page}" in README
+
+
+def test_the_first_screen_quotes_what_its_command_prints():
+    """The answer stands there before anything is typed, so nothing else compares it."""
+    command, screen = README.split("<!-- ci: main -->")[1].split("## ")[0].split("\n```\n", 1)
+    (answer,) = re.findall(r"^`(.+)`$", screen, re.MULTILINE)
+    asked = command.rpartition(".venv/bin/")[2].strip()
+    (printed,) = (typed.output for typed in TYPED["README.md"] if typed.text == asked)
+    assert answer == printed.splitlines()[-1]
+
+
+def test_without_a_browser_the_pictures_say_what_is_missing(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match="install Chromium"):
+        screenshots.main()
 
 
 def test_readme_stays_short():

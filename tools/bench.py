@@ -316,7 +316,7 @@ def table(rows: Sequence[Measured], config: LlavaConfig, limits: Limits, tokens:
 
 
 def ratios(rows: Sequence[Measured], config: LlavaConfig, tokens: int) -> str:
-    """Markdown: what issue and README promise is about these, each of two rows of the same run."""
+    """Markdown: the ratios that MEASUREMENTS.md quotes, each of two rows of the same run."""
     known = {row.name: row for row in rows}
 
     def prompt(row: Measured) -> float:

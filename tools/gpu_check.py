@@ -326,7 +326,7 @@ def compare_networks(
             theirs.set_attn_implementation(peer)
             others = their_tensors(theirs, ids, pixels)
             bound = distance(others["logits"], exact["logits"])
-            # What design and README promise of fused; eager must hold it all the more.
+            # What README promises of fused; eager must hold it all the more.
             kind, factor = ("max", 2.0) if dtype == "float32" else ("norm", 1.1)
             run.report.check(
                 f"{what}: logits to float64 ({kind})", dtype, f"{error[kind]:.3e}",

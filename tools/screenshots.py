@@ -13,13 +13,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = ["-m", "weights/shapes", "-i", "weights/shapes/example-1.png"]
 WORDS = ["--word", "star", "--word", "circle", "--word", "square"]
 # where a page's picture goes: the command that writes it, and the part of it that is shown
 PAGES = {
     ROOT / "minillava" / "look" / "page.png": (["look"], (1000, 680)),
-    ROOT / "minillava" / "tracing" / "page.png": (["trace", "--depth", "outline"], (1000, 900)),
+    ROOT / "minillava" / "tracing" / "page.png": (["trace", "--depth", "outline"], (1000, 1700)),
 }
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "chrome"
 
@@ -30,12 +32,15 @@ def ask(*arguments: str) -> None:
 
 
 def shoot(browser: str, page: Path, size: tuple[int, int], target: Path) -> None:
-    """The top of a page."""
+    """The top of a page, in 256 colours, which is a third of the bytes."""
     # Chromium refuses its sandbox to root; these pages are our own and load nothing
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     flags += ["--window-size={},{}".format(*size), f"--screenshot={target}"]
     command = [browser, *flags, page.as_uri()]
     subprocess.run(command, check=True, timeout=120, stderr=subprocess.DEVNULL)
+    with Image.open(target) as picture:
+        few = picture.convert("RGB").quantize(256)
+    few.save(target, optimize=True)
 
 
 def main() -> None:

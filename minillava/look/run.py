@@ -45,8 +45,8 @@ from minillava.tokenizer import TextDecoder, Tokenizer
 
 DEPTH = 0.5, 1.0
 """The layers looked at by default, as fractions of the depth: the upper half. Chosen with
-tools/point_shapes.py on the bundled model (README has the figures); that the rule holds for 7B and
-13B is a guess."""
+tools/point_shapes.py on the bundled model (README.md here has the figures); that the rule holds
+for 7B and 13B is a guess."""
 
 
 @dataclass
