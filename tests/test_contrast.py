@@ -295,6 +295,14 @@ def test_rotate_draws_any_angle(uniform):
     assert asked == [(-180, 180)]
 
 
+def test_a_long_picture_is_blurred_in_strips_to_the_same_bits(monkeypatch):
+    """At once, a screenshot of 1080 x 20000 took five gigabytes."""
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 20, 3), dtype=np.uint8)
+    at_once = np.asarray(transformed("blur", Image.fromarray(pixels)))
+    monkeypatch.setattr(transforms, "STRIP", 20 * 7)
+    assert np.array_equal(transformed("blur", Image.fromarray(pixels)), at_once)
+
+
 def test_blur_reflects_the_edges(uniform):
     pixels = np.random.default_rng(0).integers(0, 256, (14, 20, 3), np.uint8)
     asked = uniform(1.7)

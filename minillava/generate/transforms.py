@@ -33,6 +33,10 @@ def add_noise(pixels: Tensor, step: int, generator: Generator) -> Tensor:
     return picture * pixels + noise * torch.randn(pixels.shape, generator=generator)
 
 
+STRIP = 1 << 22
+"""Pixels that `blur` reads at a time."""
+
+
 # ------------------------------------------------------------------------------ RITUAL's transforms
 # Those of its evaluation scripts, with torchvision's parameters and Pillow's operations: each takes
 # the picture
@@ -81,11 +85,16 @@ def blur(picture, side, generator):
         )
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
     kernel = (kernel / kernel.sum())[None, None, None]  # [1, 1, 1, 13]
-    # [3, 1, height, width]
-    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[:, None].float()
-    x = F.pad(x, (reach, reach, reach, reach), mode="reflect")
-    x = F.conv2d(F.conv2d(x, kernel), kernel.transpose(2, 3))
-    return Image.fromarray(x[:, 0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
+    around = (reach, reach)
+    # [height + 12, width + 12, 3], bytes: as floats, a long picture would take gigabytes at once
+    padded = np.pad(np.asarray(picture), (around, around, (0, 0)), mode="reflect")
+    blurred, rows = np.empty((picture.height, picture.width, 3), np.uint8), STRIP // picture.width
+    for top in range(0, picture.height, rows):
+        # [3, 1, at most rows + 12, width + 12]
+        x = torch.from_numpy(padded[top : top + rows + 2 * reach]).permute(2, 0, 1)[:, None].float()
+        x = F.conv2d(F.conv2d(x, kernel), kernel.transpose(2, 3))
+        blurred[top : top + rows] = x[:, 0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
+    return Image.fromarray(blurred)
 
 
 def crop(picture, side, generator):
