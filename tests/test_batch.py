@@ -1,6 +1,7 @@
 """Files of questions: what is written, in which order, and that a run killed at any time loses and
 repeats nothing."""
 
+import base64
 import contextlib
 import io
 import json
@@ -188,6 +189,26 @@ def test_questions_may_share_an_id_and_name_several_pictures_or_none(run, assist
     both = [os.path.join(PICTURES, name) for name in ("square.png", "grey.png")]
     assert records[0]["text"] == assistant.ask(both, "Which is brighter?", max_new_tokens=LENGTH)
     assert records[2]["text"] == records[3]["text"] == expected(assistant, questions[3])
+
+
+def test_ids_that_repeat_get_a_note(run):
+    twice = [{"question_id": name, "text": "Hello?"} for name in (1, 2, 1, "1")]
+    assert "note: 1 question_id(s) stand on more than one question (1, for one)" in run(twice)[2]
+    assert "question_id(s)" not in run(twice[:2], "--overwrite")[2]
+
+
+def test_pictures_inside_the_file_and_by_url(run, assistant):
+    """They were joined to the folder, and the whole of a picture stood in the error."""
+    path = REFERENCE / "pictures" / "grey.png"
+    inside = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    question = {"question_id": 1, "text": "Hello?", "image": "grey.png"}
+    status, records, _ = run([{**question, "image": url} for url in (inside, path.as_uri())])
+    assert status == 0
+    assert {record["text"] for record in records} == {expected(assistant, question)}
+    damaged = [{**question, "image": inside.replace(",", ",*")}, {**question, "image": "x" * 99999}]
+    status, records, _ = run(damaged, "--overwrite")
+    assert status == 1
+    assert max(len(record["error"]) for record in records) < 400
 
 
 def test_samples_depend_on_the_line_and_not_on_the_batch(run, assistant):

@@ -55,6 +55,30 @@ def test_transparency_is_composited_on_white():
     assert open_image(png(palette, transparency=3)).getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_large_picture_is_made_rgb_in_strips_to_the_same_bits(monkeypatch, mode):
+    """Copies of the whole took several times the picture's memory."""
+    image = Image.new(mode, (8, 9))
+    image.frombytes(random.Random(1).randbytes(len(image.tobytes())))
+    if mode == "F":
+        image = Image.fromarray(np.random.default_rng(1).random((9, 8), np.float32))
+    if mode == "P":
+        image.putpalette(random.Random(2).randbytes(768))
+        image.info["transparency"] = image.getpixel((3, 5))
+    whole = to_rgb(image)
+    monkeypatch.setattr(pictures, "STRIP", 8 * 2)
+    assert np.array_equal(to_rgb(image), whole)
+
+
+def test_a_picture_that_is_rgb_is_not_copied(tmp_path):
+    image = picture()
+    assert to_rgb(image) is image
+    opened = open_image(image)
+    assert opened is not image  # which is the caller's, and gets no name of ours
+    assert not hasattr(image, "filename")
+    assert open_image(opened) is opened
+
+
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
 def test_sixteen_bit_greys_are_scaled_not_clipped(mode):
     values = np.array([[0, 257, 32896, 65535]])
@@ -299,8 +323,41 @@ def test_a_data_url_as_people_and_programs_write_it():
         "data:image/png;base64," + base64.urlsafe_b64encode(content).decode(),
         "data:image/png," + "".join(f"%{byte:02x}" for byte in content),
         "data:image/png;base64," + "".join(f"%{ord(letter):02X}" for letter in good),
+        "\ufeffdata:image/png;base64," + good,
+        f'"data:image/png;base64,{good}"',
+        f" 'data:image/png;base64,{good}'\n",
+        f"data:image/png;base64,{good}#page=1",
+        f"data:image/png;base64,\u00a0{good[:20]}\u200b\u3000{good[20:]}",
+        f'data:image/png;name="a,b.png";base64,{good}',
     ):
         assert np.array_equal(open_image(url), image), url[:60]
+
+
+def test_a_file_url(tmp_path):
+    picture().save(tmp_path / "a b.png")
+    url = (tmp_path / "a b.png").as_uri()
+    for spelled in url, url.replace("file:", "FILE:"), url.replace("///", "//localhost/"):
+        assert np.array_equal(open_image(spelled), picture())
+    with pytest.raises(FileNotFoundError, match=r"^file:///no%20where.png: no such picture"):
+        open_image("file:///no%20where.png")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (base64.b64encode(png(picture())).decode(), "base64; write data:image/png;base64, before"),
+        ("/9j/4AAQSkZJRg", "base64; write data:image/png;base64, before it"),
+        ("ab" * 100_000, "base64; write data:image/png;base64, before it"),
+        ("/home/me/" + "a b." * 100_000, "cannot be read"),
+        ("https://example.com/" + "x" * 100_000, "does not download"),
+        ("data:image/png;base64," + "*" * 100_000, "not base64"),
+    ],
+)
+def test_a_message_does_not_carry_the_picture(source, message):
+    """It was as long as the source: megabytes."""
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        open_image(source)
+    assert len(str(caught.value)) < 400
 
 
 # --- metadata -------------------------------------------------------------------------------------
@@ -453,6 +510,11 @@ def test_metadata_that_pillow_refuses_hides_no_pixels():
         "a gamma": (b"gAMA", b"1", True),
         "colours": (b"cHRM", b"123", True),
         "EXIF": (b"eXIf", directory(UPRIGHT), False),
+        "where it is from": (b"caBX", b"x" * 50, False),
+        "a size of the page": (b"vpAg", bytes(9), False),
+        "something private": (b"abCd", b"zzz", False),
+        "an animation of nothing": (b"acTL", b"1", True),
+        "a frame without an animation": (b"fcTL", bytes(26), True),
     }.items():
         assert np.array_equal(open_image(with_chunks(chunk)), image), name
     assert np.array_equal(open_image(png(image) + b"trailing bytes"), image)
@@ -497,6 +559,7 @@ def test_damage_to_pixels_stays_an_error():
         palette.replace(b"PLTE", b"pLTE"),
         palette.replace(b"tRNS", b"tRNS\1", 1),
         png(picture()).replace(b"IDAT", b"iDAT"),
+        with_chunks((b"ABCD", b"zzz", False)),  # which no decoder may skip
         jpeg((0xE2, b"ICC_PROFILE\0\x09\1"))[:-600],
     ):
         with pytest.raises(ValueError, match=r"damaged|not a picture"):

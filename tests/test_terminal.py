@@ -42,6 +42,45 @@ def test_a_dropped_path_is_understood(folder, spelled):
 @pytest.mark.parametrize(
     "spelled",
     [
+        "& '{0}'", '& "{0}"', "\u202a{0}", "\u202a{0}\u202c", "\ufeff{0}", "“{0}”", "‘{0}’", "'{0}'\r",
+        "\u00a0{0}", "“{0}”\u200b",
+    ],
+)  # fmt: skip
+def test_a_path_from_powershell_explorer_or_a_word_processor(folder, spelled):
+    """PowerShell calls what is dropped into it; Explorer's "copy as path" puts a mark in front."""
+    path = f"{folder.as_posix()}/my photos/a star.png"
+    assert read_paths(spelled.format(path)) == [path]
+    assert dropped(spelled.format(path)) == [path]
+
+
+@POSIX
+@pytest.mark.parametrize(
+    ("name", "spelled"),
+    [
+        ("it's.png", "& '{0}/it''s.png'"),
+        ("$HOME.png", '"{0}/\\$HOME.png"'),
+        ("`a`.png", '"{0}/\\`a\\`.png"'),
+        ('say "hi".png', '"{0}/say \\"hi\\".png"'),
+        ("a\\b.png", '"{0}/a\\b.png"'),  # before another letter a backslash stays one
+        ("a\tb.png", "$'{0}/a\\tb.png'"),
+        ("it's.png", "$'{0}/it\\'s.png'"),
+        ("é.png", "$'{0}/\\303\\251.png'"),
+        ("é.png", "$'{0}/\\xc3\\xa9.png'"),
+        ("éa.png", "$'{0}/\\u00e9a.png'"),
+        ("9.41\u202fAM.png", "{0}/9.41\u202fAM.png"),
+        ("at 9\u202fAM.png", "{0}/at\\ 9\u202fAM.png"),  # macOS names screenshots so
+        ("‘a’ b.png", "{0}/‘a’\\ b.png"),
+    ],
+)
+def test_a_path_as_a_shell_writes_it(folder, name, spelled):
+    (folder / name).touch()
+    assert read_paths(spelled.format(folder)) == [f"{folder}/{name}"]
+    assert dropped(spelled.format(folder)) == [f"{folder}/{name}"]
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
         "my photos/it's (1).png", '"my photos/it\'s (1).png"',
         pytest.param("my\\ photos/it\\'s\\ \\(1\\).png", marks=POSIX), "'my photos/it'\"'\"'s (1).png'",
         pytest.param("'my photos/it'\\''s (1).png'", marks=POSIX),

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 from minillava.cli.opening import read_stdin, say_what_is_awaited
+from minillava.files.pictures import is_data_url, is_file_url
 from minillava.files.text import as_meant, decode
 
 NOT_ASKED = {"answers", "batch_size", "image_cache", "overwrite", "verbose", "quiet", "device"}
@@ -170,10 +171,11 @@ def _check(number: int, place: str, raw, folder: str) -> Question:
                 f"{place} {number}: {name} is {json.dumps(raw.get(name))[:80]}, expected {expected}"
             )
             return question
-    question.text, question.images = (
-        as_meant(raw["text"]),
-        [os.path.join(folder, image) for image in images],
-    )
+    question.text = as_meant(raw["text"])
+    question.images = [
+        image if is_data_url(image) or is_file_url(image) else os.path.join(folder, image)
+        for image in images
+    ]
     return question
 
 

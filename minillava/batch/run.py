@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import lru_cache
@@ -38,6 +39,7 @@ from minillava.checkpoint.place import choose_device
 from minillava.cli.messages import Messages
 from minillava.cli.opening import find_weights, open_assistant
 from minillava.files.disk import explain, is_stream, same_file, write_whole
+from minillava.files.pictures import path_of_url
 
 WINDOW = 16
 """Batches sorted by length together. Not all: questions on one picture, neighbours in most files,
@@ -114,8 +116,14 @@ def ask_file(args: argparse.Namespace, options: dict) -> int:
         )
     name = "stdin" if str(args.questions) == "-" else str(args.questions)
     questions = read_questions(content, args.images, name)
+    ids = Counter(question.question_id for question in questions if question.error is None)
+    if again := [name for name, count in ids.items() if count > 1]:
+        messages.note(
+            f"{len(again)} question_id(s) stand on more than one question ({again[0]!r:.80}, "
+            "for one): only answer_id and order tell their answers apart"
+        )
     pictures = (
-        {image for question in questions for image in question.images}
+        {path_of_url(image) for question in questions for image in question.images}
         if args.answers.exists()
         else ()
     )

@@ -18,7 +18,7 @@ from minillava.cli.messages import Messages, report
 from minillava.cli.opening import find_weights, open_assistant
 from minillava.cli.parsers import CHAT_COMMANDS
 from minillava.files.disk import is_stream, write_whole
-from minillava.files.pictures import ImageSource, open_image
+from minillava.files.pictures import ImageSource, name_of, open_image
 from minillava.files.text import as_meant, read_lines, refuse_nul
 from minillava.prompt import DEFAULT_TEMPLATE
 
@@ -71,7 +71,7 @@ class Session:
         if paths := terminal.dropped(line):
             self.add(paths)
         elif line.lstrip().startswith("/"):
-            raise ValueError(f"{line.split()[0]}: no such command; /help lists them")
+            raise ValueError(f"{name_of(line.split()[0])}: no such command; /help lists them")
         elif line.strip():
             self.answer(line)
         return True
@@ -84,8 +84,8 @@ class Session:
         for image, path in [(open_image(path), path) for path in paths]:
             self.look(image, path)
         waiting = self.conversation.waiting
-        names = [os.path.basename(picture.name) or picture.name for picture in waiting]
-        names = ", ".join(name if name.isprintable() else repr(name) for name in names)
+        names = [name_of(picture.name) for picture in waiting]
+        names = ", ".join(os.path.basename(name) or name for name in names)
         self.note(
             f"{len(waiting)} picture{'s wait' if len(waiting) > 1 else ' waits'} for the next "
             f"question: {names}"
@@ -94,7 +94,7 @@ class Session:
     def look(self, source: ImageSource, name: str) -> None:
         started = time.perf_counter()
         picture = self.conversation.add_image(source, name)
-        self.messages.stage("encode", started, f"{name}: {len(picture.patches)} positions")
+        self.messages.stage("encode", started, f"{name_of(name)}: {len(picture.patches)} positions")
 
     def answer(self, question: str) -> None:
         """The answer on stdout; where it is interrupted, with the end of its line."""

@@ -3,14 +3,29 @@ them."""
 
 import os
 import re
-import shlex
+import string
 import sys
 from contextlib import suppress
-from urllib.parse import unquote
+
+from minillava.files.pictures import INVISIBLE, is_data_url, path_of_url
 
 PROMPT = "> "
 
 PATH_COMMANDS = "/image", "/save"
+
+AROUND = f"{string.whitespace}\u00a0{INVISIBLE}"
+"""What a path does not begin or end with, unless there is such a file."""
+
+STRAIGHT = str.maketrans("“”„‘’‚", "\"\"\"'''")
+
+ESCAPES = os.name != "nt"  # there a backslash stands between folders
+
+PART = re.compile(  # of a word: $'coded', 'single', "double", \escaped, plain
+    r"""\$'((?:[^'\\]|\\.)*)'|'([^']*)'|"((?:[^"\\]|\\.)*)"|\\(.)|([^\s'"\\])"""
+    if ESCAPES
+    else r"""\$'((?:[^'\\]|\\.)*)'|'([^']*)'|"([^"]*)"|(?!)()|([^\s'"])""",
+    re.DOTALL | re.ASCII,  # blanks of other alphabets are letters: macOS names screenshots so
+)
 
 
 class Terminal:
@@ -85,29 +100,70 @@ def read_paths(text: str) -> list[str]:
     """The paths behind a command. As it stands if there is such a file, blanks, quotes and all;
     else as terminals paste what is dropped into them: in quotes, with backslashes, as file:// URLs,
     several at once. A path that leads nowhere comes back, too: who opens it says so."""
-    for whole in (text, text.strip()):
+    for whole in (text, text.strip(), text.strip(AROUND)):
         if _exists(whole):
             return [os.path.expanduser(whole)]
-    text = text.strip()
-    if text.lower().startswith("data:"):
+    text = text.strip(AROUND)
+    if is_data_url(text):
         return [text]
-    lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
-    lexer.whitespace_split, lexer.commenters = True, ""
-    if os.name == "nt":
-        lexer.escape = ""  # it stands between folders
-    try:
-        words = [_without_scheme(word) for word in lexer]
-    except ValueError:  # a quote that does not end is one of the name
-        words = []
+    words = _words(text)
+    if not any(map(_exists, words)):  # a word processor's quotes, unless they are of the name
+        straight = _words(text.translate(STRAIGHT))
+        words = straight if straight and all(map(_exists, straight)) else words
     if len(words) == 1 or any(map(_exists, words)):
         return [os.path.expanduser(word) for word in words]
-    return [os.path.expanduser(_without_scheme(text))]
+    return [os.path.expanduser(path_of_url(text))]
+
+
+def _words(text: str) -> list[str]:
+    """A line as a shell reads it, bash or PowerShell (which calls a path in quotes by &); none
+    where a quote does not end, since it is then one of a name."""
+    if called := re.fullmatch(r"&\s*'((?:[^']|'')*)'", text, re.DOTALL):
+        return [called[1].replace("''", "'")]
+    text = re.sub(r"^&\s*(?=['\"])", "", text)
+    words, end = [], 0
+    while end < len(text):
+        word, begun = "", end
+        while part := PART.match(text, end):
+            coded, single, double, escaped, plain = part.groups()
+            if coded is not None:
+                word += _decoded(coded)
+            elif double is not None:
+                word += re.sub(r'\\([\\"$`])', r"\1", double) if ESCAPES else double
+            else:
+                word += single or escaped or plain or ""
+            end = part.end()
+        words += [path_of_url(word)] if end > begun else []
+        blank = re.compile(r"[ \t\r\n]+").match(text, end)
+        if end < len(text) and not blank:
+            return []
+        end = blank.end() if blank else end
+    return words
+
+
+def _decoded(text: str) -> str:
+    r"""What bash means by $'text': \t, \', \303\251, \xc3\xa9, \u00e9."""
+    letters = {"a": 7, "b": 8, "e": 27, "E": 27, "f": 12, "n": 10, "r": 13, "t": 9, "v": 11}
+    content = b""
+    form = r"\\(?:([0-7]{1,3})|x(H{1,2})|u(H{1,4})|U(H{1,8})|(.))|([^\\]+)".replace(
+        "H", "[0-9a-fA-F]"
+    )
+    for octal, byte, short, long, escaped, plain in re.findall(form, text, re.DOTALL):
+        if octal or byte:
+            content += bytes([int(octal, 8) & 255 if octal else int(byte, 16)])
+        elif short or long:
+            content += chr(min(int(short or long, 16), 0x10FFFF)).encode(errors="surrogatepass")
+        elif escaped in letters:
+            content += bytes([letters[escaped]])
+        else:
+            content += os.fsencode(escaped or plain)
+    return os.fsdecode(content)
 
 
 def dropped(line: str) -> list[str]:
     """The paths of a line that consists of nothing but whole paths of files; else none."""
-    line = line.strip()
-    if not re.match(r"""['"]?([/\\~]|file:/|[a-z]:[/\\])""", line, re.IGNORECASE):
+    line = line.strip(AROUND)
+    if not re.match(r"""(&\s*)?\$?['"“‘]?([/\\~]|file:/|[a-z]:[/\\])""", line, re.IGNORECASE):
         return []
     paths = read_paths(line)
     return paths if all(map(os.path.isfile, paths)) else []
@@ -115,12 +171,3 @@ def dropped(line: str) -> list[str]:
 
 def _exists(path: str) -> bool:
     return bool(path) and os.path.lexists(os.path.expanduser(path))
-
-
-def _without_scheme(path: str) -> str:
-    """file:///a%20b, file://localhost/a%20b and file:/a%20b are /a b."""
-    found = re.match(r"file:(?://(?:localhost)?)?(?=/)", path, re.IGNORECASE)
-    if not found:
-        return path
-    rest = unquote(path[found.end() :], errors="surrogateescape")
-    return rest.removeprefix("/") if re.match("/[A-Za-z]:", rest) else rest  # /C:/a.png

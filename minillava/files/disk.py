@@ -48,6 +48,10 @@ ADVICE = {
 }
 
 
+LONGEST_PATH = 1 << 15
+"""No system opens a longer one; following the links of a data: URL would take hours."""
+
+
 def explain(error: OSError, name: str | os.PathLike[str] | None = None) -> str:
     """An error of the system as file, what happened and the next step. name: if the error has none.
     An error that we worded ourselves (it has no errno) stays as it is."""
@@ -177,6 +181,8 @@ def is_stdout(path: str | os.PathLike[str]) -> bool:
 def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
     """Whether writing one would change the other: by links, hard links or another spelling. A
     device is nobody's."""
+    if max(len(os.fspath(a)), len(os.fspath(b))) > LONGEST_PATH:
+        return False
     try:
         if (
             _descriptor(a) is None

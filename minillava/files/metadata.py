@@ -29,24 +29,9 @@ ORIENTATION = 0x0112
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
-PNG_METADATA = [
-    *(
-        b"tEXt",
-        b"zTXt",
-        b"iTXt",
-        b"eXIf",
-        b"iCCP",
-        b"tIME",
-        b"pHYs",
-        b"gAMA",
-        b"cHRM",
-        b"sRGB",
-        b"sBIT",
-        b"bKGD",
-    ),
-    *(b"hIST", b"sPLT", b"cICP", b"mDCV", b"cLLI"),
-]
-"""By name, since another chunk that looks optional may be one with pixels whose name is damaged."""
+PNG_PIXELS = b"IHDR", b"PLTE", b"TRNS", b"IDAT", b"IEND"
+"""The chunks of a PNG without which its pixels are others, by their names in capitals: one whose
+name is damaged is still one of them."""
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
@@ -160,14 +145,16 @@ def _jpeg_without_metadata(content: bytes) -> bytes:
 
 
 def _png_chunks(content: bytes) -> Iterator[bytes]:
-    """All chunks but PNG_METADATA, of which those with the orientation stay if they are sound."""
+    """The chunks that change pixels, those that no decoder may skip (a name says so by its first
+    letter), and of the others those with the orientation, if they are sound."""
     at = len(PNG)
     while at < len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")
         chunk, kind = content[at:end], content[at + 4 : at + 8]
         sound = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
         orients = kind == b"eXIf" or chunk[8:].startswith(b"XML:com.adobe.xmp\0\0")
-        if kind not in PNG_METADATA or (orients and sound):
+        optional = kind.isalpha() and kind[:1].islower() and kind.upper() not in PNG_PIXELS
+        if not optional or (orients and sound):
             yield chunk
         if kind == b"IEND":
             return

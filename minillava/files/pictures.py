@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -25,6 +25,20 @@ itself."""
 MAX_SIDE = 65_535
 """The longest side of a JPEG, which is the most of the common formats; a header that says more is
 damaged."""
+
+STRIP = 1 << 22
+"""Pixels that are made RGB at a time: what that takes besides the result is then below 100 MB."""
+
+LONGEST_NAME = 200
+"""Characters of a source's name that a message shows; a data: URL or its base64 has millions."""
+
+INVISIBLE = "".join(
+    map(
+        chr,
+        (0xFEFF, *range(0x200B, 0x2010), 0x2060, *range(0x202A, 0x202F), *range(0x2066, 0x206A)),
+    )
+)
+"""Marks without a width, which copying brings along: around a path or a URL nobody means them."""
 
 ImageSource = str | Path | bytes | BinaryIO | Image.Image
 
@@ -86,6 +100,10 @@ def open_image(source: ImageSource) -> Image.Image:
         raise ValueError(
             f"{name}: the picture is damaged ({error}); save or download it again"
         ) from error
+    if image is source:
+        if not image.info and vars(image).get("filename"):
+            return image  # it has been here before
+        image = image.copy()
     image.info = {}  # what is upright now must not be turned again
     vars(image)["filename"] = name  # a later complaint about it can say which picture it is
     return image
@@ -106,13 +124,29 @@ def _decode(file: Image.Image | Path | BinaryIO) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode to RGB: transparency on white (as transformers 5), deep greys scaled rather
-    than clipped."""
+    than clipped. RGB is returned as it is; of the rest memory holds one copy, and strips."""
+    if image.mode == "RGB" and image.info.get("transparency") is None:
+        return image
+    # floats are either 0 to 255, as Pillow takes them, or 0 to 1
+    unit = image.mode == "F" and image.getextrema()[1] <= 1  # type: ignore[operator]  # one band
+    width, height = image.size
+    rows = max(1, STRIP // width)
+    if height <= rows:
+        return _to_rgb(image, unit)
+    result = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        part = image.crop((0, top, width, min(top + rows, height)))
+        result.paste(_to_rgb(part, unit), (0, top))
+    return result
+
+
+def _to_rgb(image: Image.Image, unit: bool) -> Image.Image:
+    """unit: its floats are 0 to 1."""
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
         # "I" is what older Pillow makes of a 16-bit PNG. 65535 / 255 is exactly 257.
         grey = (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255)
         image = Image.fromarray(grey.astype(np.uint8))
-    if image.mode == "F" and image.getextrema()[1] <= 1:  # type: ignore[operator]  # one band
-        # floats are either 0 to 255, as Pillow takes them, or 0 to 1
+    if unit:
         image = image.point(lambda v: v * 255)
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
@@ -151,14 +185,29 @@ def name_of(source: ImageSource) -> str:
     if not isinstance(source, (str, Path)):
         name = source.name if hasattr(source, "name") else None  # a file knows its name
         return name if isinstance(name, str) else "picture"
-    if _is_data_url(source):
+    if is_data_url(source):
         return "data: URL"
-    # always one line
-    return str(source) if str(source).isprintable() and str(source) else repr(str(source))
+    name = str(source)
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME // 2]} ... {name[-LONGEST_NAME // 4 :]}"
+    return name if name.isprintable() and name else repr(name)  # always one line
 
 
-def _is_data_url(source: str | Path) -> bool:
-    return str(source)[:100].lstrip()[:5].lower() == "data:"
+def is_data_url(source: str | Path) -> bool:
+    return re.match(rf"[\s{INVISIBLE}\"']*data:", str(source)[:100], re.IGNORECASE) is not None
+
+
+def is_file_url(source: str) -> bool:
+    return re.match(r"\s*file:/", source[:100], re.IGNORECASE) is not None
+
+
+def path_of_url(text: str) -> str:
+    """file:///a%20b, file://localhost/a%20b and file:/a%20b are /a b; any other text is itself."""
+    found = re.match(r"\s*file:(?://(?:localhost)?)?(?=/)", text, re.IGNORECASE)
+    if not found:
+        return text
+    rest = unquote(text[found.end() :], errors="surrogateescape")
+    return rest.removeprefix("/") if re.match("/[A-Za-z]:", rest) else rest  # /C:/a.png
 
 
 def _check_file(path: str | Path) -> None:
@@ -187,24 +236,51 @@ def _file(source: str | Path | bytes | BinaryIO, name: str) -> Path | BinaryIO:
         )
     if name.lower().startswith(("http://", "https://")):
         raise Refused("minillava does not download; save the picture and give its path")
-    if _is_data_url(source):
+    if is_data_url(source):
         return io.BytesIO(_read_data_url(str(source)))
-    if not os.path.lexists(source):  # `~` is the home folder, unless a file is really called so
-        source = os.path.expanduser(source)
+    if not os.path.lexists(source):  # a file that is really called so goes first
+        if isinstance(source, str) and is_file_url(source):
+            source = path_of_url(source)
+        source = os.path.expanduser(source)  # `~` is the home folder
+        if _looks_like_base64(str(source)):
+            raise Refused(
+                "cannot be read as a path, and looks like base64; write data:image/png;base64, "
+                "before it"
+            )
     _check_file(source)
     return Path(source)
 
 
+def _looks_like_base64(text: str) -> bool:
+    """Whether a path that leads nowhere is the content of a picture: the letters of base64 alone,
+    and too many for a name, or as PNG, JPEG, GIF and WebP begin."""
+    begins = text.lstrip().startswith(("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR"))
+    return (begins or len(text) > LONGEST_NAME) and (
+        re.fullmatch(r"[\w+/\-\s]+=*\s*", text, re.ASCII) is not None
+    )
+
+
 def _read_data_url(url: str) -> bytes:
     """What a `data:` URL holds, as browsers read it: percent escapes, white space and missing
-    padding are no mistake, nor is the alphabet of URLs (-_). Raises Refused."""
-    header, comma, payload = url.strip().partition(",")
+    padding are no mistake, nor is the alphabet of URLs (-_); what follows # is no content. Nor are
+    quotes around it, and marks without a width. Raises Refused."""
+    url = url.strip().strip(INVISIBLE).strip()
+    if url[0] in "\"'":
+        url = url.strip(url[0]).strip()
+    url = url.partition("#")[0]
+    quoted = re.match(r'(?:[^",]+|"[^"]*")*', url)  # a comma in quotes does not end it
+    header = quoted[0] if quoted else ""
+    if not url.startswith(",", len(header)):
+        header = url.partition(",")[0]
+    comma, payload = url[len(header) : len(header) + 1], url[len(header) + 1 :]
     if not comma:
         raise Refused("expected data:image/png;base64,... and found no comma")
     is_base64 = re.search(r";\s*base64\s*$", header, re.IGNORECASE)
     if not is_base64 and "%" not in payload:
         raise Refused("expected data:image/png;base64,... and found no ;base64 before the comma")
     try:
+        if is_base64 and not payload.isascii():
+            payload = "".join(payload.split()).translate(dict.fromkeys(map(ord, INVISIBLE)))
         content = unquote_to_bytes(payload)
         if not is_base64:
             return content
