@@ -120,8 +120,8 @@ class Checkpoint:
                 f"{inner.path}: holds {inner.name}, as PEFT names a layer that has a LoRA; if that "
                 "was not merged before, this is the model without it"
             )
-        for file in {stored.path: stored.file for stored in tensors}.values():
-            self.notes += file.notes
+        for opened in {stored.path: stored.file for stored in tensors}.values():
+            self.notes += opened.notes
         return unwrapped(tensors)
 
     def _join_parts(self, module: str, suffix: str) -> None:
@@ -199,7 +199,7 @@ class Checkpoint:
             self.tensors[name] = stored
             self.quantised.pop(name, None)
             self.new_rows.pop(name, None)
-        if resized and self.vocabulary is not None:
+        if resized and self.rows is not None and self.vocabulary is not None:
             self.vocabulary = min(self.vocabulary, self.rows)
         for name in TABLES:
             if resized and name in self.tensors and self.shape(name)[0] != self.rows:

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -176,7 +176,7 @@ _PREAMBLE = (
 )
 
 
-def _unpickle(path: Path) -> object:
+def _unpickle(path: Path) -> Any:
     with path.open("rb") as file:
         # torch.save since 1.6; what was saved before cannot be memory-mapped
         zipped = file.read(4) == b"PK\3\4"
