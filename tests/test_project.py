@@ -99,7 +99,13 @@ def test_the_import_check_names_a_module_that_cannot_be_imported(tmp_path, monke
 def test_the_import_check_follows_what_packages_require():
     """An extra's packages are not required: with them here, a module that needs one would pass."""
     lines = {
-        "minillava": ["torch>=2.6", 'pytest>=7; extra == "test"', "Some_Name[x]>=1"],
+        "minillava": ["torch>=2.6", 'pytest>=7; extra == "test"', "Some_Name[x, y_z]>=1"],
         "torch": ['numpy; python_version >= "3"'],
+        "some-name": [
+            "a; extra == 'x'",
+            'b (>1) ; (os_name == "nt") and extra == "y-z"',
+            "c; extra == 'd'",
+        ],
     }
-    assert imports["needed"]("minillava", lines.get) == {"minillava", "torch", "numpy", "some-name"}
+    found = imports["needed"]("minillava", lines.get)
+    assert found == {"minillava", "torch", "numpy", "some-name", "a", "b"}
