@@ -48,7 +48,8 @@ def typed_blocks(text: str) -> list[Typed]:
     for kind, block in re.findall(r"<!-- run -->\n```(\w+)\n(.*?)\n```", text, re.DOTALL):
         if kind == "console":
             parts = re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]
-            found += [Typed(kind, *part.rstrip("\n").split("\n", 1)) for part in parts]
+            parts = [part.rstrip("\n").partition("\n") for part in parts]
+            found += [Typed(kind, command, output) for command, _, output in parts]
         else:
             found.append(Typed(kind, block, None))
     return found
@@ -201,9 +202,10 @@ def test_there_is_something_to_type():
     assert {block.kind for block in TYPED["README.md"]} == {"sh", "console", "python"}
     assert len(PAGES) >= 6 and len(TITLES) >= 30
     assert all(len(typed) >= 2 for typed in TYPED.values())
-    text = "<!-- run -->\n```console\n$ a 'b'\nc\n$ d\ne\nf\n```\n<!-- run -->\n```sh\ng\nh\n```\n"
+    text = "<!-- run -->\n```console\n$ a 'b'\nc\n$ x\n$ d\ne\nf\n```\n<!-- run -->\n```sh\ng\nh\n```\n"
     assert typed_blocks(text) == [
         Typed("console", "a 'b'", "c"),
+        Typed("console", "x", ""),
         Typed("console", "d", "e\nf"),
         Typed("sh", "g\nh", None),
     ]
