@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import deque
+from dataclasses import replace
 
 import pytest
 import torch
@@ -541,6 +542,25 @@ def test_an_answer_with_added_tokens_however_it_is_asked_for(boxed):
     assert assistant.ask(picture, num_beams=2).count("<box>") >= 1
     again = assistant.tokenizer.decode(assistant.tokenizer.encode(whole))
     assert again.startswith("I see a large red<box>")
+
+
+def test_a_special_token_stops_an_answer_however_it_is_asked_for(boxed, monkeypatch):
+    """As the `<|im_end|>` of ChatML, which a template has as its stop text, and no reader sees."""
+    assistant, picture = boxed
+    special = assistant.tokenizer.by_id[640]._replace(special=True)
+    monkeypatch.setitem(assistant.tokenizer.by_id, 640, special)
+    assert assistant.ask(picture).startswith("I see a large red at the top left, ")
+    for stop, said in (("<box>", "I see a large red"), ("red<box> at", "I see a large ")):
+        assert assistant.ask(picture, stop=stop) == said
+        assert "".join(assistant.stream(picture, stop=stop)) == said
+        assert assistant.ask([picture], [DEFAULT_PROMPT], stop=stop) == [said]
+    beams = assistant.ask(picture, num_beams=2)
+    assert assistant.ask(picture, stop="<box>", num_beams=2) == beams.split(" at the")[0]
+    monkeypatch.setattr(assistant, "template", replace(assistant.template, stop=("<box>",)))
+    assert assistant.ask(picture) == "I see a large red"
+    conversation = Conversation(assistant)
+    conversation.add_image(picture)
+    assert conversation.ask(DEFAULT_PROMPT) == "I see a large red"
 
 
 def test_a_conversation_about_an_added_token(boxed):
