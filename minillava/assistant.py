@@ -387,8 +387,7 @@ def load(
     ):
         raise FileNotFoundError(
             f"{folder}: holds no config.json, and its base {model_base} is no LLaVA; copy the "
-            "config.json that the "
-            "finished training saved"
+            "config.json that the finished training saved"
         )
     config = read_config(home("config.json"), vision_tower)
     checkpoint, config = open_checkpoint(folder, config, vision_tower, model_base, adapter)

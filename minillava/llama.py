@@ -6,6 +6,7 @@ F feed-forward width, L layers, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,17 @@ class LanguageOutput:
     # L + 1 times [B, T, C]: embeddings, then each layer
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None  # L times [B, H, T, S]
+
+
+class Context(NamedTuple):
+    """What every layer is told beside its input."""
+
+    cos: Tensor  # [B|1, 1, T, D]
+    sin: Tensor
+    mask: Tensor | None  # bool [B|1, 1, T, S]
+    causal: bool
+    attend: Callable
+    cache: KVCache | None
 
 
 class LanguageModel(nn.Module):
@@ -60,15 +72,14 @@ class LanguageModel(nn.Module):
         real = attention_mask if cache is None else cache.reserve(*x.shape[:2], attention_mask)
         # [B|1, T], [B|1, 1, T, S] or None
         positions, mask, causal = positions_and_mask(real, offset, length, x.device)
-        cos, sin = rotary_tables(positions, self.config, x.dtype)  # [B|1, 1, T, D]
-        attend = eager if attentions else self.attend
+        tables = rotary_tables(positions, self.config, x.dtype)
+        context = Context(*tables, mask, causal, eager if attentions else self.attend, cache)
 
         states, weights = [], []
         for layer in self.layers:
             if hidden_states:
                 states.append(x)
-            # [B, T, C], [B, H, T, S] or None
-            x, w = layer(x, cos, sin, mask, causal, attend, cache)
+            x, w = layer(x, context)  # [B, T, C], [B, H, T, S] or None
             if attentions:
                 weights.append(w)
         if cache is not None:
@@ -82,8 +93,7 @@ class LanguageModel(nn.Module):
         )
 
     def resize_token_embeddings(self, rows: int) -> None:
-        """Rows for new tokens, in the embedding table and the head (`grow_rows`). Raises ValueError
-        when it would shrink."""
+        """`grow_rows` for embedding table and head. Raises ValueError when it would shrink."""
         with torch.no_grad():
             self.embed_tokens = nn.Embedding.from_pretrained(
                 grow_rows(self.embed_tokens.weight, rows), freeze=False
@@ -110,8 +120,7 @@ def grow_rows(table: Tensor, rows: int) -> Tensor:
         )
     if rows == len(table):
         return table
-    # LLaVA takes the mean in the table's own dtype; in float32 it does not depend on the order of
-    # the sum.
+    # LLaVA takes the mean in the table's own dtype; in float32 the order of the sum does not show.
     wide = table.to(torch.promote_types(table.dtype, torch.float32))
     mean = wide.mean(0, keepdim=True).to(table.dtype)  # [1, C]
     return torch.cat([table, mean.expand(rows - len(table), -1)])
@@ -174,8 +183,7 @@ def rotary_tables(
     """
     d = config.head_dim
     exponents = torch.arange(0, d, 2, dtype=torch.float32, device=positions.device) / d
-    # [D/2] angles per position, from 1 radian for the first pair down to about 1 / theta for the
-    # last
+    # [D/2] angles per position, from 1 radian for the first pair down to about 1 / theta
     inv_freq = 1.0 / config.rope_theta**exponents / config.rope_factor
     angles = positions[..., None].float() * inv_freq  # [B|1, T, D/2]
     angles = torch.cat([angles, angles], dim=-1)[:, None]  # [B|1, 1, T, D]
@@ -186,8 +194,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + D/2]) by its position's angle. x [B, H or K, T, D], cos and sin
     [B|1,1,T,D].
 
-    This is the half-split pairing of transformers' checkpoints; Meta's own pair neighbours (2i, 2i
-    + 1).
+    This is the half-split pairing of transformers' checkpoints; Meta pairs neighbours (2i, 2i + 1).
     """
     first, second = x.chunk(2, dim=-1)  # [B, H or K, T, D/2]
     return x * cos + torch.cat([-second, first], dim=-1) * sin
@@ -203,17 +210,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask, causal, attend, cache) -> tuple[Tensor, Tensor | None]:
-        out, weights = self.self_attn(
-            self.input_layernorm(x), cos, sin, mask, causal, attend, cache
-        )
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+        out, weights = self.self_attn(self.input_layernorm(x), context)
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), weights
 
 
 class Attention(nn.Module):
-    """Causal attention with rotary embedding; groups of query heads share a key/value head (Ainslie
-    et al. 2023)."""
+    """Causal attention, rotary; query heads share key/value heads (Ainslie et al. 2023)."""
 
     def __init__(self, config: TextConfig, index: int):
         super().__init__()
@@ -226,17 +230,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, keys, bias=False)
         self.o_proj = nn.Linear(queries, width, bias=False)
 
-    def forward(self, x, cos, sin, mask, causal, attend, cache) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         """x [B,T,C] -> output [B,T,C] and, from `eager`, the attention weights [B,H,T,S]."""
         q, k, v = (
             # [B, T, C] -> [B, H or K, T, D]
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        if cache is not None:
-            k, v = cache.update(self.index, k, v)  # [B, K, S, D]
-        out, weights = attend(q, k, v, mask, causal)  # [B, H, T, D], [B, H, T, S] or None
+        q, k = (apply_rotary(each, context.cos, context.sin) for each in (q, k))
+        if context.cache is not None:
+            k, v = context.cache.update(self.index, k, v)  # [B, K, S, D]
+        # [B, H, T, D], [B, H, T, S] or None
+        out, weights = context.attend(q, k, v, context.mask, context.causal)
         # [B, H, T, D] -> [B, T, H·D] -> [B, T, C]
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 

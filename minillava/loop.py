@@ -172,9 +172,8 @@ def decode_in_turn(
     """The decoder of one answer. like [B,T,C]: shows rows, dtype and device of its cache, if none
     is given; wanted: what `decode` records."""
     if cache is None:
-        cache = KVCache(
-            model.config.text, len(like), capacity, dtype=like.dtype, device=like.device
-        )
+        text = model.config.text
+        cache = KVCache(text, len(like), capacity, dtype=like.dtype, device=like.device)
     yield Decoder(partial(decode, model, cache=cache, **wanted), cache)  # type: ignore[arg-type]
 
 
@@ -371,9 +370,8 @@ class Chooser:
 
     def _seen(self, vocabulary: int) -> Tensor:
         """bool [B, V]: which tokens are in each row already."""
-        known = torch.where(
-            (self.history >= 0) & (self.history < vocabulary), self.history, vocabulary
-        )
+        inside = (self.history >= 0) & (self.history < vocabulary)
+        known = torch.where(inside, self.history, vocabulary)
         seen = torch.zeros((len(known), vocabulary + 1), dtype=torch.bool, device=known.device)
         return seen.scatter_(1, known, True)[:, :-1]  # the last column took what is no token
 

@@ -97,8 +97,7 @@ class Options:
         ):
             raise ValueError(
                 "top_k, top_p, min_p, typical_p and num_return_sequences (without beams) are about "
-                "samples: "
-                "set a temperature above 0 (1.0 changes nothing)"
+                "samples: set a temperature above 0 (1.0 changes nothing)"
             )
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(
@@ -111,8 +110,7 @@ class Options:
         if 1 < self.num_beams < self.num_return_sequences:
             raise ValueError(
                 f"num_return_sequences is {self.num_return_sequences}, but num_beams is "
-                f"{self.num_beams}: beams "
-                "return no more answers than there are beams"
+                f"{self.num_beams}: beams return no more answers than there are beams"
             )
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         if not all(isinstance(s, str) for s in stop):

@@ -52,7 +52,7 @@ from minillava.cli.messages import run
 from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig, TextConfig, VisionConfig
 from minillava.fast.linear import has_fast_bfloat16
 from minillava.image import CLIP_MEAN, CLIP_STD, ImageProcessor
-from minillava.llama import rotary_tables
+from minillava.llama import Context, rotary_tables
 from minillava.llava import Llava
 from minillava.prompt import DEFAULT_TEMPLATE, TEMPLATES, Prompt, Segment, place_images
 from minillava.tokenizer import Tokenizer, encode_answers
@@ -351,9 +351,10 @@ def answer_scores(
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else prefix.dtype
 
     def run(x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        cos, sin = rotary_tables(positions, language.config, dtype)
+        tables = rotary_tables(positions, language.config, dtype)
+        context = Context(*tables, mask, False, language.attend, shared)
         for layer in language.layers:
-            x, _ = layer(x, cos, sin, mask, False, language.attend, shared)
+            x, _ = layer(x, context)
         return language.norm(x)
 
     def triangle(length: int) -> Tensor:

@@ -20,7 +20,7 @@ from minillava.cache import KVCache
 from minillava.config import TextConfig
 from minillava.fast.ahead import choose_decoder, decode_ahead
 from minillava.files.disk import one_line
-from minillava.llama import LanguageModel, LanguageOutput, rotary_tables
+from minillava.llama import Context, LanguageModel, LanguageOutput, rotary_tables
 from minillava.llava import Llava
 from minillava.loop import Decoder
 
@@ -178,10 +178,10 @@ def step(
     else:
         mask = mask & real  # [B, S]
         positions = mask.sum(-1, keepdim=True) - 1  # [B, 1], counting real tokens only
-    cos, sin = rotary_tables(positions, model.config, x.dtype)
-    cache = InPlace(position, keys, values)
+    tables, cache = rotary_tables(positions, model.config, x.dtype), InPlace(position, keys, values)
+    context = Context(*tables, mask[:, None, None], False, model.attend, cache)
     for layer in model.layers:
-        x, _ = layer(x, cos, sin, mask[:, None, None], False, model.attend, cache)
+        x, _ = layer(x, context)
     return model.head(model.norm(x))
 
 

@@ -188,7 +188,7 @@ class Recorder:
         self.add("choice", "logits", output.logits, LanguageModel.head)  # [B, 1, V]
 
     def _positions(self, module, args) -> None:
-        x, cos, sin, mask, causal, _, cache = args
+        x, (cos, sin, mask, causal, _, cache) = args
         offset, length = cache.length, x.shape[1]
         # [B, S]
         real = None if cache.attention_mask is None else cache.attention_mask[:, : offset + length]
@@ -207,7 +207,8 @@ class Recorder:
     def _attention(self, layer: int, module, args) -> tuple | None:
         if self.step not in self.steps:
             return None
-        *before, attend, cache = args
+        x, context = args
+        attend, cache = context.attend, context.cache
         stage, prefix = f"layer {layer}", f"language_model.layers.{layer}"
 
         def watched(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool):
@@ -223,7 +224,7 @@ class Recorder:
             self.add(stage, f"{prefix}.self_attn.attention_weights", seen, eager)  # [B, H, T, S]
             return out, weights
 
-        return (*before, watched, cache)
+        return x, context._replace(attend=watched)
 
 
 def summarise(tensor: Tensor) -> dict:
