@@ -6,7 +6,7 @@ F feed-forward width, L layers, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +32,12 @@ class Context(NamedTuple):
     sin: Tensor
     mask: Tensor | None  # bool [B|1, 1, T, S]
     causal: bool
-    attend: Callable
+    attend: Callable[..., Any]
     cache: KVCache | None
 
 
 class LanguageModel(nn.Module):
-    def __init__(self, config: TextConfig, attend: Callable):
+    def __init__(self, config: TextConfig, attend: Callable[..., Any]):
         super().__init__()
         self.config, self.attend = config, attend
         # zeros for the reason given in vision.py
@@ -69,7 +69,7 @@ class LanguageModel(nn.Module):
         length = x.shape[1]
         offset = 0 if cache is None else cache.length
         # [B, S] or None
-        real = attention_mask if cache is None else cache.reserve(*x.shape[:2], attention_mask)
+        real = attention_mask if cache is None else cache.reserve(len(x), length, attention_mask)
         # [B|1, T], [B|1, 1, T, S] or None
         positions, mask, causal = positions_and_mask(real, offset, length, x.device)
         tables = rotary_tables(positions, self.config, x.dtype)
