@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import minillava
-from minillava.cli import doors
+from minillava.cli import doors, parsers
 from minillava.options import WEIGHTS_VARIABLE
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +99,61 @@ def test_help_and_errors_of_a_door_name_the_command_that_was_typed(front, door):
     status, out, err = front(door, "--no-such-flag")
     assert (status, out) == (2, "")
     assert err.endswith(f"(see python -m minillava {door} --help)\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links")
+@pytest.mark.parametrize("door", ["look --image a.png --json", "batch --questions q --answers"])
+@pytest.mark.parametrize(
+    ("output", "advice"),
+    [
+        ("a.png/x", "a part of the path is a file"),
+        ("circle", "its links lead in a circle"),
+        ("circle/x", "its links lead in a circle"),
+        ("x" * 300, "choose a shorter name"),
+        ("x" * 300 + "/x", "choose a shorter name"),
+    ],
+    ids=lambda text: text[:10],
+)
+def test_an_output_that_cannot_be_is_one_line(front, monkeypatch, tmp_path, door, output, advice):
+    """The flags are read before the work, where nothing caught what the system says of a file."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.png").write_bytes(b"")
+    Path("circle").symlink_to("circle")
+    before = sorted(os.listdir())
+    status, out, err = front(*door.split(), output)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"error: {output}: ")
+    assert advice in err
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("verbose", [(), ("-v",), ("--verbose",)])
+def test_an_error_while_flags_are_read_has_a_traceback_only_with_verbose(
+    front, monkeypatch, verbose
+):
+    def closed(*_):
+        raise PermissionError(13, "Permission denied", "noread/sub/z")
+
+    monkeypatch.setattr(parsers, "check_outputs", closed)
+    status, out, err = front("generate", "-p", "x", *verbose)
+    assert (status, out) == (1, "")
+    assert err.splitlines()[-1].startswith("error: noread/sub/z: Permission denied; ")
+    assert ("Traceback" in err) == bool(verbose)
+
+
+def test_a_package_that_is_not_there_means_another_python(front, monkeypatch):
+    """The system's Python, without torch, was called a bug of minillava."""
+
+    def absent(*_):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(parsers, "read_generate", absent)
+    status, out, err = front("generate", "-p", "x")
+    assert (status, out) == (1, "")
+    assert err == (
+        f"error: No module named 'torch' for {sys.executable}; in the project's folder: "
+        "source .venv/bin/activate, or pip install -e .\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,7 +248,7 @@ def test_ctrl_c_while_something_is_imported_leaves_no_traceback(door, module):
 def test_ctrl_c_inside_exec_is_the_same_status():
     """Python ended the process by the signal: what was seen as -2 by who started it."""
     script = """if 1:
-        from minillava.cli import doors
+        from minillava.cli import doors, parsers
         from minillava.generate import answer
 
         def interrupted(*_):
@@ -210,7 +265,7 @@ def test_ctrl_c_that_became_another_error_is_still_ctrl_c():
     """ "could not determine the shape of object type 'torch.storage.UntypedStorage'", with status 1."""
     script = """if 1:
         import os, signal
-        from minillava.cli import doors
+        from minillava.cli import doors, parsers
         from minillava.generate import answer
 
         def interrupted(*_):
@@ -230,7 +285,7 @@ def test_ctrl_c_after_the_answer_changes_nothing():
     killed process."""
     script = """if 1:
         import os, signal
-        from minillava.cli import doors
+        from minillava.cli import doors, parsers
         from minillava.generate import answer
 
         class Last:

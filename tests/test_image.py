@@ -5,6 +5,7 @@ import base64
 import io
 import os
 import random
+import re
 import struct
 import zlib
 from collections import UserList, deque
@@ -199,10 +200,29 @@ def test_what_is_no_file_is_refused_and_a_pipe_not_waited_for(tmp_path):
         open_image(path)
     path.unlink()
     path.symlink_to("x.png")
-    with pytest.raises(
-        ValueError, match=r"x\.png: cannot be read \(Too many levels of symbolic links\)"
+    for given, found in (
+        (path, "Too many levels of symbolic links); its links lead in a circle"),
+        (tmp_path / ("x." * 150), "File name too long); choose a shorter name"),
     ):
+        with pytest.raises(ValueError, match=re.escape(f"cannot be read ({found}")):
+            open_image(given)
+
+
+def test_a_picture_without_rights_names_the_command_that_gives_them(tmp_path, monkeypatch):
+    """It was told as a wrong path. Root may read everything, so the system is played."""
+    path = tmp_path / "x.png"
+    path.write_bytes(b"")
+
+    def refuse(file, *_):
+        raise PermissionError(13, "Permission denied", os.fspath(file))
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(PermissionError) as caught:
         open_image(path)
+    assert str(caught.value) == (
+        f"{path}: may not be read (Permission denied); its owner can allow it with: "
+        f"chmod u+r {path}"
+    )
 
 
 def test_a_damaged_exif_is_no_matter_for_a_warning():

@@ -399,8 +399,13 @@ def check_outputs(
             parser.error("a file to write has an empty name")
         if os.path.isdir(path):
             parser.error(f"{path}: is a folder, expected the name of a file")
-        if not os.path.isdir(os.path.dirname(os.path.realpath(path))) and not is_stream(path):
-            parser.error(f"{path}: no such folder; make it first")
+        try:
+            os.stat(os.path.dirname(os.path.realpath(path)))
+        except FileNotFoundError:
+            if not is_stream(path):
+                parser.error(f"{path}: no such folder; make it first")
+        except OSError:
+            pass  # check_writable meets it as well
         for other in paths[:i]:
             if same_file(path, other):
                 parser.error(f"{path} is given twice; each file needs a name of its own")

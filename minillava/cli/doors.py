@@ -37,11 +37,21 @@ PRINTING = {"generate", "chat", "look", "trace", "inspect"}
 
 def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run a door with these flags (those of the process by default); the exit status."""
-    from minillava.cli import parsers
     from minillava.cli.messages import run
 
-    parser = vars(parsers)[f"{name}_parser"](*[prog] if prog else [])
-    asked = vars(parsers)[f"read_{name}"](parser, sys.argv[1:] if argv is None else list(argv))
+    given = sys.argv[1:] if argv is None else list(argv)
+    try:
+        from minillava.cli import parsers
+
+        parser = vars(parsers)[f"{name}_parser"](*[prog] if prog else [])
+        asked = vars(parsers)[f"read_{name}"](parser, given)
+    except Exception as error:  # what the system says of a file that a flag names
+        failed = error  # Python forgets `error` at the end of this block
+
+        def fail() -> int:
+            raise failed
+
+        return run(fail, not {"-v", "--verbose"}.isdisjoint(given))
     _, file, function = DOORS[name]
 
     def body() -> int:

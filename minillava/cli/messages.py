@@ -146,6 +146,11 @@ def report(error: Exception, verbose: bool) -> None:
     """An error as one line on stderr."""
     if verbose:
         traceback.print_exception(error)
+    if isinstance(error, ModuleNotFoundError) and not f"{error.name}.".startswith("minillava."):
+        error = ValueError(  # another Python was meant
+            f"{error} for {sys.executable}; in the project's folder: source .venv/bin/activate, or "
+            "pip install -e ."
+        )
     text = explain(error) if isinstance(error, OSError) else str(error)
     first, *more = text.splitlines() or [type(error).__name__]
     expected = isinstance(error, (ValueError, OSError))

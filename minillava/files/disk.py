@@ -159,10 +159,10 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 def is_stream(path: str | os.PathLike[str]) -> bool:
     """Whether this is written to rather than replaced: a pipe, a device, or the number of an open
-    file such as /dev/stdout. Raises OSError for links that lead in a circle."""
+    file such as /dev/stdout. False where the system does not say; who writes there hears why."""
     try:
         return _descriptor(path) is not None or not stat.S_ISREG(os.stat(path).st_mode)
-    except FileNotFoundError:
+    except OSError:
         return False
 
 

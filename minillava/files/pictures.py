@@ -16,6 +16,7 @@ from urllib.parse import unquote, unquote_to_bytes
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from minillava.files.disk import ADVICE, refused
 from minillava.files.metadata import has_removable_metadata, turn_upright, without_metadata
 
 MAX_PIXELS = 2 * 89_478_485
@@ -63,8 +64,8 @@ def open_image(source: ImageSource) -> Image.Image:
     applied) and RGB.
 
     The original LLaVA ignores EXIF, so phone photos lie on their side there. Metadata that cannot
-    be read is no reason to refuse pixels that can. Raises FileNotFoundError, or ValueError for what
-    is not a picture, is damaged, or is larger than MAX_PIXELS or MAX_SIDE.
+    be read is no reason to refuse pixels that can. Raises FileNotFoundError, PermissionError, or
+    ValueError for what is not a picture, is damaged, or is larger than MAX_PIXELS or MAX_SIDE.
     """
     name = name_of(source)
     try:
@@ -85,9 +86,7 @@ def open_image(source: ImageSource) -> Image.Image:
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such picture; check the path") from None
     except PermissionError as error:
-        raise ValueError(
-            f"{name}: cannot be read ({error.strerror}); give the path of a picture file"
-        ) from None
+        raise refused(name if error.filename is None else error.filename, error) from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: {str(error).rstrip('.')}; make the picture smaller") from None
     except Refused as error:
@@ -214,10 +213,11 @@ def _check_file(path: str | Path) -> None:
     """Refuse folders, devices, and pipes: opening one would wait for somebody to write to it."""
     try:
         found = None if stat.S_ISREG(os.stat(path).st_mode) else "a folder, pipe or device"
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise
     except OSError as error:  # links in a circle, a name too long
-        found = error.strerror
+        advice = ADVICE.get(error.errno or 0, "give the path of a picture file")
+        raise Refused(f"cannot be read ({error.strerror}); {advice}") from None
     except ValueError as error:  # a name with a zero in it
         found = str(error)
     if found:
