@@ -14,7 +14,7 @@ from minillava.cache import KVCache
 from minillava.checkpoint.build import build_model
 from minillava.checkpoint.config_json import read_config
 from minillava.checkpoint.folders import check_base, default_weights, find_folder, open_checkpoint
-from minillava.checkpoint.place import choose_device, choose_dtype
+from minillava.checkpoint.place import OTHER_NAMES, choose_device, choose_dtype
 from minillava.checkpoint.side_json import read_image_processor
 from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from minillava.fast import speed_up
@@ -28,7 +28,7 @@ from minillava.generate.generation import Generation, generate
 from minillava.image import ImageProcessor
 from minillava.llava import Llava, Spliced
 from minillava.loop import Process, check_room, room_for_answer, steps
-from minillava.options import KINDS, Options, read_options
+from minillava.options import KINDS, Options, check_names, expect_text, expect_texts, read_options
 from minillava.prompt import (
     DEFAULT_PROMPT,
     DEFAULT_TEMPLATE,
@@ -54,12 +54,8 @@ class Assistant:
         unused: Sequence[str] = (),
     ):
         """unused: the names of stored tensors that this network does not need."""
-        self.model, self.tokenizer, self.image_processor, self.template = (
-            model,
-            tokenizer,
-            image_processor,
-            template,
-        )
+        self.model, self.tokenizer = model, tokenizer
+        self.image_processor, self.template = image_processor, template
         self.unused = tuple(unused)
 
     def ask(
@@ -81,16 +77,11 @@ class Assistant:
         or a list with what it may be for each; ValueError where lengths differ. The longest prompt
         decides how much room the context has.
         """
+        options.update(system=system, contrast=contrast, process=process)
         if not isinstance(question, str):
-            asked = self.ask_each(
-                image, question, system=system, contrast=contrast, process=process, **options
-            )
-            return asked.text
-        return "".join(
-            self.stream(
-                image, question, system=system, contrast=contrast, process=process, **options
-            )
-        )
+            expect_texts(question, "question")
+            return self.ask_each(image, question, **options).text
+        return "".join(self.stream(image, question, **options))
 
     def stream(
         self,
@@ -134,6 +125,7 @@ class Assistant:
         **options,
     ) -> Generation:
         """Several questions as one batch, and how each answer ended. Arguments as for `ask`."""
+        expect_texts(questions, "questions", "a list of texts")
         chosen, contrast = self._one_answer(options), find_method(contrast)
         given = list(image) if are_several(image) else [image] * len(questions)
         if len(given) != len(questions):
@@ -149,9 +141,7 @@ class Assistant:
             for question, own in zip(questions, pictures, strict=True)
         ]
         flat = [picture for own in pictures for picture in own]
-        names = [
-            str(picture) if isinstance(picture, (str, Path)) else id(picture) for picture in flat
-        ]
+        names = [str(p) if isinstance(p, (str, Path)) else id(p) for p in flat]
         encoded = {
             name: self.encode(picture)
             for name, picture in dict(zip(names, flat, strict=True)).items()
@@ -209,8 +199,7 @@ class Assistant:
         the end token), in nats; per_token: their mean over its tokens, which is minus the loss. For
         ranking answers, or "Yes." against "No.". image: as for `ask`. Raises ValueError for an
         answer that does not fit the model's context."""
-        if isinstance(answers, str):
-            raise ValueError(f"answers is the text {answers!r}, expected a list of texts")
+        expect_texts(answers, "answers", "a list of texts")
         pictures = as_list(image)
         asked = place_images(question, len(pictures))
         # what is too long is refused before it is read
@@ -227,13 +216,8 @@ class Assistant:
         # The picture and the question are read once; every answer goes on from there in a row of
         # its own.
         shared = min(common_prefix(rows[0], row) for row in rows)
-        shared = min(
-            shared,
-            *(
-                next(i for i, label in enumerate(row) if label != IGNORE_INDEX)
-                for _, row in labelled
-            ),
-        )
+        begins = [next(i for i, x in enumerate(row) if x != IGNORE_INDEX) for _, row in labelled]
+        shared = min(shared, *begins)
         longest = max(map(len, rows)) - shared
         spliced = self.model.splice([rows[0][:shared]], self.image_processor(pictures))
         length, device = spliced.embeds.shape[1], spliced.embeds.device
@@ -287,6 +271,7 @@ class Assistant:
     def check_text(self, text: str) -> None:
         """Raises ValueError for a text that cannot fit the context, whatever its tokens are: to cut
         tens of megabytes into tokens, only to count them, would take gigabytes."""
+        expect_text(text, "the prompt")
         context, fewest = self.model.config.text.context, self.tokenizer.fewest_tokens(text)
         if fewest > context:
             raise ValueError(
@@ -349,6 +334,7 @@ def load(
     revision: str | None = None,
     template: str | None = None,
     image_aspect_ratio: str | None = None,
+    **other,
 ) -> Assistant:
     """Open LLaVA weights in any of their layouts: a folder, or an id in the local hub cache (at
     `revision`); None as `default_weights`.
@@ -361,14 +347,15 @@ def load(
     trained on. adapter: a LoRA to merge. template: a name of prompt.TEMPLATES (default llava_v1).
     image_aspect_ratio: pad or crop, instead of config.json's. Warns where a folder holds other
     weights than those that are read. Raises FileNotFoundError, OSError or ValueError in one line:
-    file, finding, next step.
+    file, finding, next step; for another name TypeError, with the nearest one.
     """
+    check_names(other, load.__kwdefaults__, OTHER_NAMES)
     folder = find_folder(default_weights() if weights is None else weights, revision)
     vision_tower, model_base, adapter = (
         None if other is None else find_folder(other)
         for other in (vision_tower, model_base, adapter)
     )
-    if attention not in ATTENTION:
+    if attention not in list(ATTENTION):
         raise ValueError(
             f"unknown attention {attention!r}, expected one of: {', '.join(ATTENTION)}"
         )

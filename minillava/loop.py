@@ -294,6 +294,8 @@ class Chooser:
         """input_ids: per row, the prompt with its -200. keep: how many tokens the filters leave at
         least. process: is given the scores after the penalties and returns others, -inf for a token
         that must not be chosen."""
+        if process is not None and not callable(process):
+            raise ValueError(f"process is {process!r}, expected f(scores, history) -> scores")
         self.options, self.keep, self.custom = options, keep, process
         device = input_ids[0].device
         seeds = options.seed if isinstance(options.seed, tuple) else (options.seed,)

@@ -3,7 +3,7 @@ large is imported."""
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
@@ -66,16 +66,14 @@ class Options:
         )
         if isinstance(self.seed, list):
             object.__setattr__(self, "seed", tuple(self.seed))
-        values = [(vars(self)[row[0]], *row) for row in ranges if vars(self)[row[0]] is not None]
-        seeds = (
-            self.seed if isinstance(self.seed, tuple) else () if self.seed is None else (self.seed,)
-        )
+        values = [(vars(self)[row[0]], *row) for row in ranges]
+        seeds = self.seed if isinstance(self.seed, tuple) else (self.seed,)
         values += [(seed, "seed", -(2**63), 2**64 - 1, True) for seed in seeds]
         for value, name, low, high, whole in values:
-            of_kind = isinstance(value, int if whole else (int, float)) and not isinstance(
-                value, bool
-            )
-            if not of_kind or not low <= value <= high:
+            if vars(self)[name] is getattr(Options, name) is None:  # not set
+                continue
+            fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            if not fits or not low <= value <= high:
                 kind = "a whole number" if whole else "a number"
                 limit = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
                 raise ValueError(f"{name} is {value!r}, expected {kind} {limit}")
@@ -86,12 +84,7 @@ class Options:
             raise ValueError(
                 f"temperature is {self.temperature}, expected 0 (greedy) or at least 1e-6"
             )
-        filters = (
-            self.top_k
-            or self.top_p not in (None, 1)
-            or self.min_p
-            or self.typical_p not in (None, 1)
-        )
+        filters = self.top_k or self.min_p or {self.top_p, self.typical_p} - {None, 1}
         if self.temperature == 0 and (
             filters or (self.num_return_sequences > 1 and self.num_beams == 1)
         ):
@@ -112,17 +105,30 @@ class Options:
                 f"num_return_sequences is {self.num_return_sequences}, but num_beams is "
                 f"{self.num_beams}: beams return no more answers than there are beams"
             )
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        if not all(isinstance(s, str) for s in stop):
-            raise ValueError(f"stop is {self.stop!r}, expected texts")
+        stop = () if self.stop is None else self.stop
+        stop = (stop,) if isinstance(stop, str) else stop
+        expect_texts(stop, "stop")
         # an empty text would match everywhere
         object.__setattr__(self, "stop", tuple(s for s in stop if s))
         if self.seed is None:
             # Greedy decoding draws nothing, but contrast may: the same question gets the same
             # answer.
-            object.__setattr__(
-                self, "seed", 0 if self.temperature == 0 else secrets.randbelow(2**32)
-            )
+            seed = 0 if self.temperature == 0 else secrets.randbelow(2**32)
+            object.__setattr__(self, "seed", seed)
+
+
+def expect_text(text: object, name: str) -> None:
+    """Raises ValueError, with the argument's name, for what is no text."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} is {text!r}, expected a text")
+
+
+def expect_texts(texts: object, name: str, wanted: str = "a text or a list of texts") -> None:
+    """Raises ValueError for what is not several texts: a generator could be read only once."""
+    if isinstance(texts, str) or not isinstance(texts, Collection):
+        raise ValueError(f"{name} is {texts!r}, expected {wanted}")
+    for text in texts:
+        expect_text(text, f"one of {name}")
 
 
 OTHER_NAMES = {
@@ -143,15 +149,18 @@ OTHER_NAMES = {
 """What people who know other libraries ask for, and what does it here."""
 
 
-def read_options(given: Mapping[str, Any], others: Options | None = None) -> Options:
-    """Options by name, the rest as in `others`. Raises TypeError for a name that is none, with the
-    nearest one, and ValueError as Options."""
-    known = list(Options.__dataclass_fields__)
+def check_names(given: Mapping[str, Any], known: Collection[str], other: Mapping[str, str]) -> None:
+    """Raises TypeError for a name that is not known, with what `other` says, or the nearest."""
     for name in given:
         if name not in known:
             near = get_close_matches(name, known, 1, 0.5)
-            hint = OTHER_NAMES.get(name) or (
+            hint = other.get(name) or (
                 f"did you mean {near[0]}?" if near else f"expected some of: {', '.join(known)}"
             )
             raise TypeError(f"there is no option {name!r}: {hint}")
+
+
+def read_options(given: Mapping[str, Any], others: Options | None = None) -> Options:
+    """Options by name, the rest as in `others`. Raises as `check_names` and Options do."""
+    check_names(given, Options.__dataclass_fields__, OTHER_NAMES)
     return Options(**given) if others is None else replace(others, **given)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from minillava.options import expect_text
+
 IMAGE_MARKER = "<image>"
 """Where it stands in a question, a picture goes."""
 
@@ -40,12 +42,8 @@ class Prompt(str):
 
     def __add__(self, text: str) -> "Prompt":
         """The prompt and the beginning of an answer, which is text like a user's."""
-        return Prompt(
-            [
-                *self.segments,
-                *(text.segments if isinstance(text, Prompt) else [Segment(text, "text")]),
-            ]
-        )
+        more = text.segments if isinstance(text, Prompt) else [Segment(text, "text")]
+        return Prompt([*self.segments, *more])
 
     def __getnewargs__(self) -> tuple[Any]:
         return (self.segments,)  # what copy and pickle make it from
@@ -138,7 +136,7 @@ DEFAULT_TEMPLATE = "llava_v1"
 
 def find_template(name: str) -> Template:
     """The template of that name; ValueError with the known names otherwise."""
-    if name not in TEMPLATES:
+    if name not in list(TEMPLATES):  # a list, which also looks for what has no hash
         raise ValueError(f"unknown template {name!r}, expected one of: {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
@@ -147,6 +145,7 @@ def place_images(question: str, images: int) -> str:
     """A question with one marker per picture: as written, or one line each before the text if none
     is. Raises ValueError for an empty question, or with both numbers when some are written but not
     as many as pictures."""
+    expect_text(question, "the question")
     if not question.strip():
         raise ValueError("the question is empty; write what you want to know")
     written = question.count(IMAGE_MARKER)
@@ -176,11 +175,13 @@ def render(
             "template"
         )
     system = template.system if system is None else system
-    block = (
-        _fill(template.system_block, _user_text(system, template, images=False)) if system else []
-    )
+    expect_text(system, "system")
+    above = _user_text(system, template, images=False)
+    block = _fill(template.system_block, above) if system else []
     segments: list[Segment] = []
     for i, (question, answer) in enumerate(turns):
+        expect_text(question, f"question {i + 1}")
+        expect_text("" if answer is None else answer, f"answer {i + 1}")
         if not question.strip():
             raise ValueError(f"question {i + 1} is empty; write what you want to know")
         if answer is None and i < len(turns) - 1:

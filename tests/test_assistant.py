@@ -1,6 +1,7 @@
 """`load` and `Assistant` on the stored toy checkpoint."""
 
 import json
+import re
 import shutil
 from collections import deque
 from dataclasses import replace
@@ -386,8 +387,73 @@ def test_one_seed_shows_every_row_something_else(toy, picture, monkeypatch):
 
 
 def test_score_refuses(toy, picture):
-    with pytest.raises(ValueError, match="list of texts"):
-        toy.score(picture, "Hm?", "Yes.")
+    for answers in ("Yes.", 5, None, (text for text in ["Yes."])):
+        with pytest.raises(ValueError, match=r"^answers is .*, expected a list of texts$"):
+            toy.score(picture, "Hm?", answers)
+    with pytest.raises(ValueError, match=r"^one of answers is 5, expected a text$"):
+        toy.score(picture, "Hm?", ["Yes.", 5])
+    with pytest.raises(ValueError, match=r"^the question is None, expected a text$"):
+        toy.score(picture, None, ["Yes."])
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (None, "question is None, expected a text or a list of texts"),
+        (5, "question is 5, expected a text or a list of texts"),
+        (b"x", "one of question is 120, expected a text"),
+        (["Hm?", None], "one of question is None, expected a text"),
+    ],
+)
+def test_a_question_that_is_no_text_is_refused(toy, picture, question, message):
+    """`len()` and `.strip()` of whatever it was said so, from deep inside."""
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        toy.ask(picture, question)
+
+
+def test_every_other_way_to_give_a_text_refuses_what_is_none(toy, picture):
+    with pytest.raises(ValueError, match=r"^the question is 5, expected a text$"):
+        list(toy.stream(picture, 5))
+    with pytest.raises(ValueError, match=r"^the question is b'x', expected a text$"):
+        toy.prompt(b"x")
+    with pytest.raises(ValueError, match=r"^the prompt is 5, expected a text$"):
+        toy.tokenize(5)
+    with pytest.raises(ValueError, match=r"^system is 5, expected a text$"):
+        toy.ask(picture, "Hm?", system=5)
+    # it was answered letter by letter
+    with pytest.raises(ValueError, match=r"^questions is 'Hm', expected a list of texts$"):
+        toy.ask_each(picture, "Hm")
+
+
+@pytest.mark.parametrize("more", [{}, {"num_beams": 2}])
+def test_a_process_that_cannot_be_called_is_refused(toy, picture, more):
+    for process in ("x", "", 5):
+        with pytest.raises(ValueError, match=f"^process is {process!r}, expected f.scores"):
+            toy.ask(picture, "Hm?", process=process, **more)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"torch_dtype": torch.float16}, "'torch_dtype': dtype"),
+        ({"device_map": "auto"}, "'device_map': device"),
+        ({"load_in_8bit": True}, "'load_in_8bit': set quantize=\"int8\""),
+        ({"load_in_4bit": True}, "'load_in_4bit': set quantize=\"int4\""),
+        ({"quantise": "int8"}, "'quantise': did you mean quantize?"),
+        ({"xyz": 1}, "'xyz': expected some of: device, dtype, attention, quantize"),
+    ],
+)
+def test_an_argument_that_load_does_not_have_names_the_one_it_has(argument, message):
+    with pytest.raises(TypeError, match=re.escape(f"there is no option {message}")):
+        minillava.load("nowhere", **argument)
+
+
+def test_what_is_no_path_is_no_folder_of_weights(reference):
+    for wrong in (5, b"x", ["a"]):
+        with pytest.raises(ValueError, match="expected the path of a folder or a hub id"):
+            minillava.load(wrong)
+        with pytest.raises(ValueError, match="expected the path of a folder or a hub id"):
+            minillava.load(reference / "plain", adapter=wrong)
 
 
 # --- weights that nobody names --------------------------------------------------------------------

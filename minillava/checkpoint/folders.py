@@ -169,7 +169,11 @@ def bundled_weights() -> Path | None:
 
 def find_folder(weights: str | Path, revision: str | None = None) -> Path:
     """The folder that a path or a hub id ("ORG/NAME", downloaded already) means. Raises
-    FileNotFoundError with the command that gets it."""
+    FileNotFoundError with the command that gets it, and ValueError for what is no path."""
+    if not isinstance(weights, (str, os.PathLike)):
+        raise ValueError(
+            f"{weights!r} stands for a model, expected the path of a folder or a hub id"
+        )
     folder = Path(weights).expanduser()
     if is_repo_id(str(weights)):
         try:

@@ -9,6 +9,22 @@ from minillava.options import DEVICES, DTYPES
 # as float32, takes half the memory, and needs no copy that is made first.
 LARGE = 10**9
 
+OTHER_NAMES = {
+    "torch_dtype": "dtype is its name here",
+    "device_map": "device names the one that holds the whole model",
+    "load_in_8bit": 'set quantize="int8"',
+    "load_in_4bit": 'set quantize="int4"',
+    "load_8bit": 'set quantize="int8"',
+    "load_4bit": 'set quantize="int4"',
+    "attn_implementation": "attention is fused or eager",
+    "model_path": "the weights come first, without a name",
+    "pretrained_model_name_or_path": "the weights come first, without a name",
+    "conv_mode": "template is its name here",
+    "trust_remote_code": "no code of a checkpoint is ever run",
+    "local_files_only": "nothing is downloaded, so leave it out",
+}
+"""What `load` is asked for by people who know other libraries, and what does it here."""
+
 
 def choose_device(name: str) -> str:
     """`auto` is a GPU if there is one. Raises ValueError for an unknown device or one this machine
