@@ -18,6 +18,8 @@ from gpu_check import FAILED, MEASURED, OK, SKIPPED, Report, Run
 from minillava import loop
 from minillava.loop import Chooser
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def few(monkeypatch):
