@@ -467,6 +467,28 @@ def test_a_dropped_picture_is_added_and_said(talk, expected, tmp_path, spelled):
     )
 
 
+def test_a_question_behind_a_dropped_picture_is_asked(talk, expected, tmp_path):
+    path = tmp_path / "a b.png"
+    shutil.copy(PICTURE, path)
+    assert talk(f"'{path}' {QUESTIONS[0]}\n") == (
+        0,
+        f"{expected[0]}\n",
+        "note: 1 picture waits for the next question: a b.png\n",
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_stdout_that_is_full_ends_the_session_by_its_name(talk, monkeypatch):
+    """It was reported as the question's own error, without a name, for each question anew."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        status, _, err = talk("\n".join(QUESTIONS), "-q", "-i", PICTURE)
+        monkeypatch.undo()
+    assert status == 1
+    assert err.startswith("error: stdout: No space left on device; ")
+    assert err.count("\n") == 1
+
+
 def test_several_dropped_pictures_are_all_added_or_none(talk, assistant, tmp_path):
     path = tmp_path / "a b.png"
     shutil.copy(PICTURE, path)
@@ -502,6 +524,8 @@ def test_help_goes_to_stderr_and_names_every_command(talk):
         ("/image", "/image needs a path"),
         ("/save ", "/save needs a path"),
         ("/image nowhere.png", "nowhere.png: no such picture; check the path"),
+        ("/nowhere/x.png", "/nowhere/x.png: no such picture; check the path"),
+        ("'/nowhere/a b.png'", "/nowhere/a b.png: no such picture; check the path"),
         ("/save nowhere/x.json", "nowhere"),
         ("Is <image> red?", "places 1 picture(s) with <image> but 0 picture(s) were given"),
         (b"\xff", "not UTF-8"),

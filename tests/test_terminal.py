@@ -5,7 +5,7 @@ from urllib.parse import quote
 
 import pytest
 
-from minillava.chat.terminal import Terminal, dropped, read_paths
+from minillava.chat.terminal import Terminal, dropped, dropped_first, means_a_path, read_paths
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="a backslash stands between folders here")
 
@@ -135,6 +135,49 @@ def test_what_is_not_there_comes_back_for_the_message(folder, typed, shown):
 )
 def test_a_question_is_no_dropped_file(folder, line):
     assert dropped(line) == []
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    ["'{0}'", '"{0}"', "{0}", "“{0}”", "& '{0}'", "file://{2}", pytest.param("{1}", marks=POSIX)],
+)
+@pytest.mark.parametrize("question", ["what colour is the star?", "What's 'it'?", "", "a  b\nc"])
+def test_a_question_may_follow_a_dropped_file(folder, spelled, question):
+    """A file is dropped and the question typed behind it: "no such command"."""
+    path = f"{folder.as_posix()}/my photos/a star.png"
+    line = spelled.format(path, path.replace(" ", "\\ "), quote(path))
+    assert dropped_first(f" {line} {question}\n") == ([path], question)
+    other = f"{folder.as_posix()}/b.png"
+    assert dropped_first(f"'{path}' {other} {question}") == ([path, other], question)
+
+
+@pytest.mark.parametrize("line", ["Is b.png there?", "b.png what?", "'/no/x.png' what?", "~ what?"])
+def test_a_question_about_a_file_is_all_question(folder, line):
+    assert dropped_first(line) == ([], line)
+    assert not means_a_path(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "path"),
+    [
+        ("/no/such.png", True),
+        ("/such.png", True),
+        ("/no/such.png what's it?", True),
+        ("'/no/such one.png'", True),
+        ("~/such.png", True),
+        ("file:///no/such.png", True),
+        ("C:/no/such.png", True),
+        ("/imaeg x.png", False),
+        ("/imaeg", False),
+        ("/", False),
+        ("'/'", False),
+        ("'What is it?'", False),
+        ("", False),
+    ],
+)
+def test_what_can_only_be_a_path(folder, line, path):
+    assert means_a_path(line) is path
+    assert dropped_first(line)[0] == []
 
 
 def test_tab_completes_commands_and_paths(folder, monkeypatch):

@@ -14,7 +14,7 @@ from pathlib import Path
 from minillava import __version__
 from minillava.chat import terminal
 from minillava.chat.conversation import Conversation
-from minillava.cli.messages import Messages, report
+from minillava.cli.messages import Messages, is_of_stdout, report
 from minillava.cli.opening import find_weights, open_assistant
 from minillava.cli.parsers import CHAT_COMMANDS
 from minillava.files.disk import is_stream, write_whole
@@ -66,10 +66,15 @@ class Session:
         return True
 
     def take(self, line: str) -> bool:
-        """A question, or a file that was dropped. Raises ValueError for a command that there is
-        not."""
-        if paths := terminal.dropped(line):
+        """A question, files that were dropped, or both. Raises ValueError for a command that there
+        is not."""
+        paths, question = terminal.dropped_first(line)
+        if paths:
             self.add(paths)
+            if question:
+                self.answer(question)
+        elif terminal.means_a_path(line):
+            self.add(terminal.read_paths(line))  # which says what is wrong with it
         elif line.lstrip().startswith("/"):
             raise ValueError(f"{name_of(line.split()[0])}: no such command; /help lists them")
         elif line.strip():
@@ -162,6 +167,8 @@ def run(args: argparse.Namespace, options: dict) -> int:
         except BrokenPipeError:
             raise  # nobody listens any more
         except Exception as error:
+            if is_of_stdout(error):
+                raise  # no later answer would arrive, either
             _report(error, args.verbose)
             failed = True
     return int(failed)
@@ -201,6 +208,8 @@ def _talk(session: Session, verbose: bool) -> None:
         except BrokenPipeError:
             raise
         except Exception as error:
+            if is_of_stdout(error):
+                raise
             _report(error, verbose)
 
 

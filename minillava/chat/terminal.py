@@ -16,6 +16,9 @@ PATH_COMMANDS = "/image", "/save"
 AROUND = f"{string.whitespace}\u00a0{INVISIBLE}"
 """What a path does not begin or end with, unless there is such a file."""
 
+LONGEST_PATH = 4096
+"""Characters of a path that Linux takes; other systems take fewer."""
+
 STRAIGHT = str.maketrans("“”„‘’‚", "\"\"\"'''")
 
 ESCAPES = os.name != "nt"  # there a backslash stands between folders
@@ -167,6 +170,27 @@ def dropped(line: str) -> list[str]:
         return []
     paths = read_paths(line)
     return paths if all(map(os.path.isfile, paths)) else []
+
+
+def dropped_first(line: str) -> tuple[list[str], str]:
+    """The paths of files that a line begins with, as many as there are, and the question behind
+    them; no path where it begins with none."""
+    line = line.strip(AROUND)
+    blanks = [blank.start() for blank in re.finditer(r"\s+", line[:LONGEST_PATH])]
+    for end in (len(line), *reversed(blanks)):
+        if paths := dropped(line[:end]):
+            return paths, line[end:].strip()
+    return [], line
+
+
+def means_a_path(line: str) -> bool:
+    """Whether a line can only be a path, there or not: alone in it, or, unlike a command, with a
+    further slash or dot. Other questions about paths are questions."""
+    line = line.strip(AROUND)
+    if line.startswith("/"):
+        return re.match(r"/\w*(\s|$)", line) is None
+    words = _words(line)
+    return len(words) == 1 and bool(re.match(r"~?/.|\\\\|[a-z]:[/\\]", words[0], re.IGNORECASE))
 
 
 def _exists(path: str) -> bool:

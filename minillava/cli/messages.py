@@ -103,6 +103,12 @@ LOST = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 """Why what was printed may not have arrived."""
 
 
+def is_of_stdout(error: Exception) -> bool:
+    """Whether it says that stdout could not be written: every other file that we write says its
+    name."""
+    return isinstance(error, OSError) and error.filename is None and error.errno in LOST
+
+
 def run(body: Callable[[], int], verbose: bool, prints: bool = False) -> int:
     """Run a command; every error becomes one line on stderr and an exit status (module docstring).
     prints: its answer goes to stdout, so that a closed one is an error before the work."""
@@ -128,8 +134,8 @@ def run(body: Callable[[], int], verbose: bool, prints: bool = False) -> int:
         _discard(sys.stdout)  # whose reader has what it wanted
         return 0
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is None and error.errno in LOST:
-            error.filename = "stdout"  # every other file that we write says its name
+        if is_of_stdout(error):
+            error.filename = "stdout"
             _discard(sys.stdout)
         report(error, verbose)
         return 1
