@@ -13,7 +13,7 @@ from minillava.attention import ATTENTION
 from minillava.cache import KVCache
 from minillava.checkpoint.build import build_model
 from minillava.checkpoint.config_json import read_config
-from minillava.checkpoint.folders import check_base, default_weights, find_folder, open_checkpoint
+from minillava.checkpoint.folders import check_base, find_folder, find_others, open_checkpoint
 from minillava.checkpoint.place import OTHER_NAMES, choose_device, choose_dtype
 from minillava.checkpoint.side_json import read_image_processor
 from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -350,11 +350,8 @@ def load(
     file, finding, next step; for another name TypeError, with the nearest one.
     """
     check_names(other, load.__kwdefaults__, OTHER_NAMES)
-    folder = find_folder(default_weights() if weights is None else weights, revision)
-    vision_tower, model_base, adapter = (
-        None if other is None else find_folder(other)
-        for other in (vision_tower, model_base, adapter)
-    )
+    folder = find_folder(weights, revision)
+    vision_tower, model_base, adapter = find_others(vision_tower, model_base, adapter)
     if attention not in list(ATTENTION):
         raise ValueError(
             f"unknown attention {attention!r}, expected one of: {', '.join(ATTENTION)}"

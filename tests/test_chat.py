@@ -499,6 +499,7 @@ def test_several_dropped_pictures_are_all_added_or_none(talk, assistant, tmp_pat
         assistant.ask([PICTURE, PICTURE], QUESTIONS[0], max_new_tokens=6) + "\n",
     )
     assert "note: 2 pictures wait for the next question: a b.png, " in err
+    assert err.count("note: several pictures in one prompt: ") == 1
     status, out, err = talk(f"/image {pictures} nowhere.png\n{QUESTIONS[0]}\n")
     assert (status, out) == (1, assistant.ask(None, QUESTIONS[0], max_new_tokens=6) + "\n")
     assert err == "error: nowhere.png: no such picture; check the path\n"

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import minillava
 from minillava.cli import messages, parsers
-from minillava.cli.arguments import Parser, check_outputs, number_list
+from minillava.cli.arguments import Parser, check_outputs, file_name, number_list
 from minillava.cli.doors import enter
 from minillava.cli.messages import print_json, write_outputs
 from minillava.cli.opening import THREAD_VARIABLES, choose_threads
@@ -343,7 +343,7 @@ def test_a_question_from_stdin_without_the_newline_that_ends_its_line(result, st
 
 
 def test_several_pictures_go_before_the_question_in_order(result, assistant):
-    found = result("-i", PICTURE, "--image", OTHER, "-p", QUESTION)
+    found = result("-i", PICTURE, "--image", OTHER, "-p", QUESTION, "-q")
     assert f"USER: <image>\n<image>\n{QUESTION}" in found["prompt"]
     text = assistant.ask([PICTURE, OTHER], QUESTION, max_new_tokens=LENGTH)
     assert found["text"] == text != assistant.ask([OTHER, PICTURE], QUESTION, max_new_tokens=LENGTH)
@@ -353,8 +353,16 @@ def test_pictures_go_where_the_question_places_them(result):
     question = "<image> or <image>: which is brighter?"
     assert (
         f"USER: {question} ASSISTANT:"
-        in result("-i", PICTURE, "-i", OTHER, "-p", question)["prompt"]
+        in result("-i", PICTURE, "-i", OTHER, "-p", question, "-q")["prompt"]
     )
+
+
+def test_several_pictures_get_a_note_once(run):
+    """Models of today take several, and LLaVA-1.5 answers as if it did, too."""
+    note = (
+        "note: several pictures in one prompt: LLaVA-1.5 was trained on one, and may mix them up\n"
+    )
+    assert run("-i", PICTURE, "-i", OTHER, "-i", OTHER, "-n", "1")[2] == note
 
 
 def test_an_original_release_with_the_clip_it_needs(result, tmp_path, write_dialect):
@@ -844,6 +852,9 @@ def test_version(run):
         (["-p", "x", "--image-aspect-ratio", "anyres"], "anyres"),
         (["-i", "-", "-i", "-"], "stdin"),
         (["-i", "-", "-p", "-"], "stdin"),
+        *((["-p", "x", flag, ""], flag) for flag in ("-m", "--adapter", "--model-base")),
+        *((["-p", "x", flag, ""], "is empty") for flag in ("-m", "--vision-tower", "--revision")),
+        (["-i", "x.png", "--contrast", "vcd", "--contrast-log", "-"], "/dev/stdout"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )
@@ -1346,7 +1357,62 @@ def test_what_is_written_is_never_what_is_read(check, folder, tmp_path):
         assert check([folder / name], weights=str(folder))[0] == 2
         assert check([folder / name], weights=WEIGHTS, adapter=str(folder))[0] == 2
         assert check([folder / name], weights=WEIGHTS) == (0, "")
+    assert check([folder / "config.json"], adapter=str(folder), revision="main")[0] == 2
     assert picture.read_bytes() == Path(PICTURE).read_bytes()
+
+
+def test_nothing_new_is_written_that_would_count_as_a_file_of_the_model(check, folder, tmp_path):
+    """`trace -m DIR --save DIR/model.safetensors` ruined a model in shards: the file was new, and
+    the next command read it instead of them."""
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "trace.html").symlink_to(folder / "trace.json")
+    for output in ("plain/new.safetensors", "plain/../link/generation.json", "trace.html"):
+        for named in ({"weights": str(folder)}, {"weights": WEIGHTS, "adapter": str(folder)}):
+            status, err = check([tmp_path / output], **named)
+            assert (status, "would count as a file of the model" in err) == (2, True)
+    for output in ("plain/new.html", "new.safetensors"):
+        assert check([tmp_path / output], weights=str(folder)) == (0, "")
+    assert check([folder / "new.safetensors"], weights=WEIGHTS) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("door", "flags"),
+    [
+        ("look", "--out --html --npy --grid --lens"),
+        ("trace", "--html --save"),
+        ("batch", "--answers"),
+        ("generate", "--contrast-log"),
+    ],
+)
+def test_a_minus_is_stdout_or_refused_and_a_tilde_is_home(monkeypatch, tmp_path, door, flags):
+    """`--html -` wrote a file named -, and `--html=~/x` one named ~ or an error: behind = the shell
+    leaves it alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    parser = vars(parsers)[f"{door}_parser"]()
+    needed = {"look": ["-i", "x.png"], "batch": ["--questions", "~/q.jsonl"]}.get(door, [])
+    for flag in flags.split():
+        name = flag.strip("-").replace("-", "_")
+
+        def read(text, flag=flag, name=name):
+            return str(vars(parser.parse_args([*needed, f"{flag}={text}"]))[name])
+
+        with pytest.raises(SystemExit) as caught:
+            read("-")
+        assert caught.value.code == 2
+        assert read("~/x.png") == str(tmp_path / "x.png")
+        assert read("./-") in ("./-", "-")  # pathlib's spelling
+    if door == "batch":
+        args = parser.parse_args(["--questions=~/q", "--images=~/p", "--answers=a"])
+        assert (str(args.questions), args.images) == (f"{tmp_path}/q", f"{tmp_path}/p")
+    if door == "look":
+        assert parser.parse_args([*needed, "--json"]).json == "-"
+        assert parser.parse_args([*needed, "--json=~/x"]).json == str(tmp_path / "x")
+        args = parser.parse_args([*needed, "--layer", "0", "--head", "1"])
+        assert (args.layers, args.heads) == ([0], [1])
+    Path("~").write_text("")
+    assert file_name("~") == "~"  # a file that is really named so
 
 
 def test_two_outputs_are_two_files(check, tmp_path):

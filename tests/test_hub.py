@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from minillava.checkpoint.folders import bundled_weights, find_folder
-from minillava.files.hub import SIZES, cache_folder, find_snapshot, is_repo_id
+from minillava.checkpoint.folders import bundled_weights, find_folder, find_others
+from minillava.files.hub import CLIP_DOWNLOAD, SIZES, cache_folder, find_snapshot, is_repo_id
 
 REPO = "org/name"
 FIRST, SECOND, THIRD = "0123456789abcdef" * 2 + "01234567", "abcd" * 10, "abcd1" * 8
@@ -148,6 +148,27 @@ def test_a_mistyped_folder_leads_to_the_one_most_like_it(tmp_path, monkeypatch, 
     with pytest.raises(FileNotFoundError, match=re.escape(f"; did you mean {meant}?")) as caught:
         find_folder(given)
     assert "hf download weights" not in str(caught.value)
+    assert "?;" not in str(caught.value)  # one sentence after the other
+
+
+@pytest.mark.parametrize("name", ["nosuch", "openai/clip-x", "someone/clip"])
+def test_each_folder_beside_the_weights_gets_its_own_advice(tmp_path, monkeypatch, name):
+    """For a missing adapter it was to download LLaVA, and for a tower that is not on the hub to
+    download that."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    told = []
+    for others in ((name, None, None), (None, name, None), (None, None, name)):
+        with pytest.raises(FileNotFoundError) as caught:
+            find_others(*others)
+        told.append(str(caught.value))
+    tower, *rest = told
+    assert tower.endswith(f"; get one with: {CLIP_DOWNLOAD}")
+    assert tower.count("hf download") == 1
+    for message in rest:
+        assert "no such" in message
+        assert "; check the " in message
+        assert "hf download" not in message
 
 
 @pytest.mark.parametrize("revision", ["v2", SECOND, "ffff", "ff", "refs", "refs/pr"])

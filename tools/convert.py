@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from minillava.attention import eager
 from minillava.checkpoint.build import build_model
 from minillava.checkpoint.config_json import read_config
-from minillava.checkpoint.folders import find_folder, gather, open_checkpoint
+from minillava.checkpoint.folders import find_folder, find_others, gather, open_checkpoint
 from minillava.checkpoint.names import COMPUTED, PREFIXES, TABLES
 from minillava.checkpoint.side_json import read_image_processor
 from minillava.checkpoint.stored import Checkpoint
@@ -129,8 +129,8 @@ def convert(
     written is then gone.
     """
     source = find_folder(source)
-    parts = {"vision_tower": vision_tower, "model_base": model_base, "adapter": adapter}
-    parts = {name: None if part is None else find_folder(part) for name, part in parts.items()}
+    found = find_others(vision_tower, model_base, adapter)
+    parts = dict(zip(("vision_tower", "model_base", "adapter"), found, strict=True))
     with _unfinished(target) as folder:
         if to == "safetensors":
             if any(parts.values()) or quantize:

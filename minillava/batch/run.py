@@ -34,7 +34,7 @@ from minillava.batch.questions import (
     read_questions,
     shown_line,
 )
-from minillava.checkpoint.folders import find_folder
+from minillava.checkpoint.folders import find_folder, find_others
 from minillava.checkpoint.place import choose_device
 from minillava.cli.messages import Messages
 from minillava.cli.opening import find_weights, open_assistant
@@ -134,7 +134,8 @@ def ask_file(args: argparse.Namespace, options: dict) -> int:
     weights = find_weights(args.weights, messages)
     model_id = Path(os.path.abspath(weights)).name
     folders = [find_folder(weights, args.revision)]
-    folders += [find_folder(vars(args)[name]) for name in OTHER_FOLDERS if vars(args)[name]]
+    tower, base, lora = find_others(args.vision_tower, args.model_base, args.adapter)
+    folders += [folder for folder in (base, lora, tower) if folder is not None]
     settings = {name: value for name, value in vars(args).items() if name not in NOT_ASKED} | {
         "questions": hashlib.sha256(content).hexdigest(),
         "images": os.path.abspath(args.images),

@@ -15,7 +15,7 @@ from minillava import __version__
 from minillava.chat import terminal
 from minillava.chat.conversation import Conversation
 from minillava.cli.messages import Messages, is_of_stdout, report
-from minillava.cli.opening import find_weights, open_assistant
+from minillava.cli.opening import find_weights, note_several, open_assistant
 from minillava.cli.parsers import CHAT_COMMANDS
 from minillava.files.disk import is_stream, write_whole
 from minillava.files.pictures import ImageSource, name_of, open_image
@@ -103,6 +103,7 @@ class Session:
 
     def answer(self, question: str) -> None:
         """The answer on stdout; where it is interrupted, with the end of its line."""
+        note_several(len(self.conversation.waiting), self.messages)
         started, count = time.perf_counter(), 0
         with closing(self.conversation.stream(question, **self.options)) as pieces:
             try:

@@ -19,7 +19,7 @@ from minillava.checkpoint.stored import Checkpoint
 from minillava.checkpoint.towers import settle
 from minillava.config import LlavaConfig
 from minillava.files.disk import nearest_folder, read_json, refused
-from minillava.files.hub import CLIP_RELEASE, DOWNLOAD, find_snapshot, is_repo_id
+from minillava.files.hub import CLIP_DOWNLOAD, CLIP_RELEASE, DOWNLOAD, find_snapshot, is_repo_id
 from minillava.files.tensors import holds_weights, open_file
 from minillava.options import WEIGHTS_VARIABLE
 
@@ -167,45 +167,64 @@ def bundled_weights() -> Path | None:
     return next((folder for folder in folders if (folder / "config.json").exists()), None)
 
 
-def find_folder(weights: str | Path, revision: str | None = None) -> Path:
-    """The folder that a path or a hub id ("ORG/NAME", downloaded already) means. Raises
-    FileNotFoundError with the command that gets it, and ValueError for what is no path."""
+def find_folder(
+    weights: str | Path | None, revision: str | None = None, command: str | None = DOWNLOAD
+) -> Path:
+    """The folder that a path or a hub id ("ORG/NAME", downloaded already) means; None as
+    `default_weights`. Raises FileNotFoundError with the command that gets one, if there is one,
+    and ValueError for what is no path."""
+    weights = default_weights() if weights is None else weights
     if not isinstance(weights, (str, os.PathLike)):
         raise ValueError(
             f"{weights!r} stands for a model, expected the path of a folder or a hub id"
         )
-    folder = Path(weights).expanduser()
+    folder, get = Path(weights).expanduser(), f"get one with: {command}" if command else ""
     if is_repo_id(str(weights)):
         try:
             return find_snapshot(str(weights), revision)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}{_meant(folder)}") from None
+            own = "hf download" in str(error)  # this model's command, and not another's
+            raise FileNotFoundError(f"{error}{_next_step(folder, '' if own else get)}") from None
     if revision is not None:
         raise ValueError(
             f"revision {revision!r} belongs to a model of the hub, but {folder} is a folder: leave "
             "it out"
         )
-    get = f"get one with: {DOWNLOAD}"
     try:
         names = os.listdir(folder)
     except NotADirectoryError:
         raise FileNotFoundError(f"{folder}: is a file, expected the folder it is in") from None
     except (FileNotFoundError, ValueError):  # ValueError: a name with a NUL
-        raise FileNotFoundError(
-            f"{folder}: no such folder of weights{_meant(folder)}; {get}"
-        ) from None
+        step = _next_step(folder, get or "check the path")
+        raise FileNotFoundError(f"{folder}: no such folder of weights{step}") from None
     except OSError as error:
         raise refused(folder, error) from None
     if not names:
-        raise FileNotFoundError(f"{folder}: is empty; {get}")
+        raise FileNotFoundError(f"{folder}: is empty; {get or 'check the path'}")
     if not os.access(folder, os.X_OK):
         raise refused(folder / names[0], PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     return folder
 
 
-def _meant(folder: Path) -> str:
-    """A hint at the folder that a mistyped one is most like, or at the bundled model."""
+def find_others(
+    vision_tower: str | Path | None, model_base: str | Path | None, adapter: str | Path | None
+) -> tuple[Path | None, Path | None, Path | None]:
+    """The folders beside the weights, None where none is named; raises as `find_folder`. LLaVA's
+    own weights would be none of these, so no message recommends them."""
+    tower = None if vision_tower is None else find_folder(vision_tower, command=CLIP_DOWNLOAD)
+    base, lora = (
+        None if other is None else find_folder(other, command=None)
+        for other in (model_base, adapter)
+    )
+    return tower, base, lora
+
+
+def _next_step(folder: Path, get: str) -> str:
+    """What to do where a folder is not there: take the one that it is most like, or the bundled
+    model; else `get`."""
     near, bundled = nearest_folder(folder), bundled_weights()
     if near is None and bundled is not None and get_close_matches(folder.name, [bundled.name]):
         near = bundled
-    return "" if near is None else f"; did you mean {near}?"
+    if near is None:
+        return get and f"; {get}"
+    return f"; did you mean {near}?" + (f" If not, {get}" if get else "")

@@ -94,29 +94,60 @@ class Parser(argparse.ArgumentParser):
         )
 
 
+def not_empty(text: str) -> str:
+    """A flag's name or folder. Without this, `-m "$WEIGHTS"` would be no -m where WEIGHTS is not
+    set."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; is a variable of the shell not set?")
+    return text
+
+
+def file_name(text: str) -> str:
+    """A flag's file or folder. `~` is the home folder, which the shell leaves alone in --flag=~/x;
+    a file that is really named so goes first."""
+    return text if os.path.lexists(text) else os.path.expanduser(text)
+
+
+def output_name(text: str) -> str:
+    """A flag's file to write. `-`, stdout for other programs, would be a file of that name."""
+    if text == "-":
+        raise argparse.ArgumentTypeError(
+            "- is no name here: /dev/stdout is stdout, and ./- a file that is named so"
+        )
+    return file_name(text)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of every command that opens a model."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "-m", "--weights", "--model", "--model-path", metavar="DIR",
+        "-m", "--weights", "--model", "--model-path", type=not_empty, metavar="DIR",
         help="folder of LLaVA-1.5 weights in any layout, or ORG/NAME in the local hub cache "
         f"(default: ${WEIGHTS_VARIABLE}, else the bundled demo model)",
     )  # fmt: skip
     group.add_argument(
-        "--revision", metavar="NAME", help="branch, tag or commit of a model in the hub cache"
+        "--revision",
+        type=not_empty,
+        metavar="NAME",
+        help="branch, tag or commit of a model in the hub cache",
     )
     group.add_argument(
         "--vision-tower",
+        type=not_empty,
         metavar="DIR",
         help="folder of a CLIP, for original releases, which hold none",
     )
     group.add_argument(
         "--model-base",
+        type=not_empty,
         metavar="DIR",
         help="language model under --weights that hold only a projector or a LoRA",
     )
     group.add_argument(
-        "--adapter", metavar="DIR", help="folder of a LoRA to merge into the weights"
+        "--adapter",
+        type=not_empty,
+        metavar="DIR",
+        help="folder of a LoRA to merge into the weights",
     )
     group.add_argument(
         "--device",
@@ -390,17 +421,22 @@ def check_outputs(
     """Check the files to write before the work begins.
 
     Wrong usage: an empty name, a folder, a file in a folder that does not exist, the same file
-    twice, or a file that is read (a picture of --image, a file of the model, one of `inputs`), by
-    whatever spelling. A file that the system does not let us write is an error."""
+    twice, a file that is read (a picture of --image, a file of the model, one of `inputs`), by
+    whatever spelling, or a new one that would be taken for a file of the model. A file that the
+    system does not let us write is an error."""
     paths = [os.fspath(path) for path in paths if path is not None]
-    inputs = [*inputs, *_inputs(args)] if any(map(os.path.exists, paths)) else []
+    real = {path: os.path.realpath(path) for path in paths}
+    there = any(map(os.path.exists, paths))
+    alike = [path for path in paths if real[path].endswith(MODEL_FILES)]
+    folders = list(_model_folders(args)) if there or alike else []
+    inputs = [*inputs, *_inputs(args, folders)] if there else []
     for i, path in enumerate(paths):
         if not path:
             parser.error("a file to write has an empty name")
         if os.path.isdir(path):
             parser.error(f"{path}: is a folder, expected the name of a file")
         try:
-            os.stat(os.path.dirname(os.path.realpath(path)))
+            os.stat(os.path.dirname(real[path]))
         except FileNotFoundError:
             if not is_stream(path):
                 parser.error(f"{path}: no such folder; make it first")
@@ -412,6 +448,11 @@ def check_outputs(
         for given in inputs:
             if same_file(path, given):
                 parser.error(f"{path} is read, as {given}: what is written needs a name of its own")
+        for folder in folders if path in alike else ():
+            if same_file(os.path.dirname(real[path]), folder):
+                parser.error(
+                    f"{path}: would count as a file of the model in {folder}; choose another folder"
+                )
     for path in paths:
         try:
             check_writable(path)
@@ -419,20 +460,22 @@ def check_outputs(
             parser.exit(1, f"error: {explain(error)}\n")
 
 
-def _inputs(args: argparse.Namespace) -> Iterator[str | Path]:
+def _inputs(args: argparse.Namespace, folders: Sequence[Path]) -> Iterator[str | Path]:
     """What a command reads: pictures, stdin, and the files of the model's folders."""
-    from minillava.checkpoint.folders import default_weights, find_folder
-
     for image in vars(args).get("image") or ():
         yield from ("/dev/stdin",) if image == "-" else (image, os.path.expanduser(image))
     if vars(args).get("prompt") == "-":
         yield "/dev/stdin"
+    for folder in folders:
+        yield from (path for path in folder.glob("*") if path.suffix in MODEL_FILES)
+
+
+def _model_folders(args: argparse.Namespace) -> Iterator[Path]:
+    """The folders of --weights and of what is beside them."""
+    from minillava.checkpoint.folders import default_weights, find_folder
+
     for name in ("weights", "vision_tower", "model_base", "adapter"):
         with suppress(ValueError, OSError):  # what is wrong with it is told when it is opened
             given = vars(args).get(name) or (default_weights() if name == "weights" else None)
-            folder = find_folder(given, vars(args).get("revision")) if given else None
-            yield from (
-                ()
-                if folder is None
-                else (path for path in folder.glob("*") if path.suffix in MODEL_FILES)
-            )
+            if given:
+                yield find_folder(given, vars(args).get("revision") if name == "weights" else None)

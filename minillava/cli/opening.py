@@ -42,6 +42,14 @@ def read_question(args: argparse.Namespace) -> tuple[str, list[Image.Image]]:
     return question, images
 
 
+def note_several(count: int, messages: Messages) -> None:
+    """Many models since take several pictures, and who comes from them expects it."""
+    if count > 1:
+        messages.note(
+            "several pictures in one prompt: LLaVA-1.5 was trained on one, and may mix them up"
+        )
+
+
 def say_what_is_awaited(args: argparse.Namespace, what: str) -> None:
     """At a terminal it would wait without a word."""
     if sys.stdin is not None and sys.stdin.isatty():
@@ -71,8 +79,8 @@ def find_weights(given: str | None, messages: Messages) -> str:
     ValueError as `default_weights`."""
     from minillava.checkpoint.folders import HOW_TO_GET_WEIGHTS, default_weights
 
-    weights = given or default_weights()
-    if not given and not os.environ.get(WEIGHTS_VARIABLE):
+    weights = default_weights() if given is None else given
+    if given is None and not os.environ.get(WEIGHTS_VARIABLE):
         messages.note(
             "this is the bundled demo model, which knows only coloured shapes; "
             f"{HOW_TO_GET_WEIGHTS}"

@@ -5,6 +5,7 @@ the door is called with. Wrong usage ends the process with status 2.
 """
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,10 @@ from minillava.cli.arguments import (
     add_search_arguments,
     check_outputs,
     check_stdin,
+    file_name,
+    not_empty,
     number_list,
+    output_name,
     read_contrast,
     read_options,
 )
@@ -79,6 +83,7 @@ exit status: 0 answered, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
     )  # fmt: skip
     add_contrast_arguments(parser).add_argument(
         "--contrast-log",
+        type=output_name,
         metavar="FILE",
         help="write what each token was chosen from, one JSON object a line",
     )
@@ -179,16 +184,16 @@ exit status: 0 all answered, 1 some could not be, or an error in one line, 2 wro
         "--questions",
         "--question-file",
         required=True,
-        type=Path,
+        type=lambda text: Path(file_name(text)),
         metavar="FILE",
         help="questions, - for stdin",
     )
     group.add_argument(
-        "--images", "--image-folder", default=".", metavar="DIR",
+        "--images", "--image-folder", type=file_name, default=".", metavar="DIR",
         help="folder of the pictures that questions name (default: the current one)",
     )  # fmt: skip
     group.add_argument(
-        "--answers", "--answers-file", required=True, type=Path, metavar="FILE",
+        "--answers", "--answers-file", required=True, type=lambda text: Path(output_name(text)), metavar="FILE",
         help="answers, JSON lines; FILE.partial while it runs",
     )  # fmt: skip
     group.add_argument(
@@ -256,34 +261,49 @@ exit status: 0 written, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
     )  # fmt: skip
     group = parser.add_argument_group("what to write, at least one")
     group.add_argument(
-        "--out", metavar="FILE.png", help="the picture with a heat map for each word"
+        "--out",
+        type=output_name,
+        metavar="FILE.png",
+        help="the picture with a heat map for each word",
     )
     group.add_argument(
-        "--html", metavar="FILE", help="a page: hover a word for its map, a patch for its words"
+        "--html",
+        type=output_name,
+        metavar="FILE",
+        help="a page: hover a word for its map, a patch for its words",
     )
     group.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE",
+        "--json", nargs="?", const="-", type=file_name, metavar="FILE",
         help="the maps as numbers, with words and token ids; without FILE on stdout, instead of the answer",
     )  # fmt: skip
     group.add_argument(
-        "--npy", metavar="FILE", help="the maps as one float32 array [words, rows, columns]"
+        "--npy",
+        type=output_name,
+        metavar="FILE",
+        help="the maps as one float32 array [words, rows, columns]",
     )
     group.add_argument(
-        "--grid", metavar="FILE.png", help="the picture as the model sees it, cut into patches"
+        "--grid",
+        type=output_name,
+        metavar="FILE.png",
+        help="the picture as the model sees it, cut into patches",
     )
     group.add_argument(
-        "--lens", metavar="FILE", help="a page: the token each patch and layer would decode to"
+        "--lens",
+        type=output_name,
+        metavar="FILE",
+        help="a page: the token each patch and layer would decode to",
     )
     group = parser.add_argument_group("which attention")
     group.add_argument(
         "--word", action="append", default=[], metavar="WORD", help="only this word; repeatable"
     )
     group.add_argument(
-        "--layers", type=number_list, default=(), metavar="LIST",
+        "--layers", "--layer", type=number_list, default=(), metavar="LIST",
         help="layers to average, from 0, like 3 or 0,2-4 or all (default: the upper half)",
     )  # fmt: skip
     group.add_argument(
-        "--heads", type=number_list, default=(), metavar="LIST",
+        "--heads", "--head", type=number_list, default=(), metavar="LIST",
         help="heads to average, likewise (default: all)",
     )  # fmt: skip
     add_model_arguments(parser)
@@ -306,7 +326,7 @@ def read_look(parser: Parser, argv: Sequence[str]) -> tuple:
     if len(args.image) > 1:
         parser.error(f"--image is given {len(args.image)} times: it looks at one picture")
     check_stdin(parser, args)
-    check_outputs(parser, args, [path for path in paths if path is not args.json or path != "-"])
+    check_outputs(parser, args, [path for path in paths if path != "-"])
     chosen = {"--word": args.word, "--layers": args.layers != (), "--heads": args.heads != ()}
     if not any((args.out, args.html, args.json, args.npy)) and any(chosen.values()):
         flag = next(flag for flag, given in chosen.items() if given)
@@ -370,10 +390,14 @@ exit status: 0 traced or compared, 1 an error in one line, 2 wrong usage, 130 Ct
         help="which steps of the loop, likewise (default: 0,1)",
     )  # fmt: skip
     group.add_argument(
-        "--html", metavar="FILE", help="write one page with pictures; stdout then has the answer"
+        "--html",
+        type=output_name,
+        metavar="FILE",
+        help="write one page with pictures; stdout then has the answer",
     )
     group.add_argument(
         "--save",
+        type=output_name,
         metavar="FILE",
         help="keep the tensors as well, all in memory at once: safetensors, for --compare",
     )
@@ -427,8 +451,8 @@ def read_trace(parser: Parser, argv: Sequence[str]) -> tuple:
 
 def _read_side(parser: Parser, given: Sequence[str], side: str) -> Path | argparse.Namespace:
     """A or B of --compare: a stored file, or the arguments of a run."""
-    if "=" not in side or Path(side).is_file():
-        return Path(side)
+    if "=" not in side or os.path.isfile(file_name(side)):
+        return Path(file_name(side))
     flags = []
     for setting in re.split(r",(?=\s*[\w-]+\s*=)", side):  # a path may have commas
         name, _, value = setting.partition("=")
@@ -456,7 +480,9 @@ def inspect_parser(prog: str = "python -m minillava.inspect") -> Parser:
 
 exit status: 0 it can be opened (and no check FAILED), 1 it cannot, 2 wrong usage, 130 Ctrl-C""",
     )
-    parser.add_argument("folder", nargs="?", metavar="DIR", help="the weights, as for --weights")
+    parser.add_argument(
+        "folder", nargs="?", type=not_empty, metavar="DIR", help="the weights, as for --weights"
+    )
     group = parser.add_argument_group("what to say")
     group.add_argument(
         "--keys", action="store_true", help="list every tensor: names, shape, dtype, file"

@@ -19,8 +19,7 @@ SIZES = {
 }
 """What the weights of a release weigh, for the message that recommends to download them."""
 
-# LLaVA, its language models and its vision towers
-_ORGANISATIONS = {"llava-hf", "liuhaotian", "lmsys", "openai"}
+_ORGANISATIONS = {"llava-hf", "liuhaotian", "lmsys"}  # LLaVA and its language models
 
 # as huggingface_hub's validate_repo_id
 _REPO = re.compile(r"\b[A-Za-z0-9._-]{1,96}\b/\b[A-Za-z0-9._-]{1,96}\b")
@@ -64,7 +63,8 @@ def find_snapshot(repo: str, revision: str | None = None) -> Path:
     size = f" ({SIZES[repo]})" if repo in SIZES else ""
     command = f"hf download {repo}{option}"
     commit = _commit(home, revision)
-    if commit is None and not (home.is_dir() or option or repo.partition("/")[0] in _ORGANISATIONS):
+    known = repo == CLIP_RELEASE or repo.partition("/")[0] in _ORGANISATIONS
+    if commit is None and not (home.is_dir() or option or known):
         # More likely a folder's name, which anybody may have registered on the hub.
         raise FileNotFoundError(
             f"{repo}: no such folder here, and no such model in the hub cache {cache}; check the "
@@ -134,6 +134,8 @@ def _commit(home: Path, revision: str) -> str | None:
 
 
 CLIP_RELEASE = "openai/clip-vit-large-patch14-336"
+
+CLIP_DOWNLOAD = f"hf download {CLIP_RELEASE} --local-dir {CLIP_RELEASE.split('/')[1]}"
 
 RELEASE = "llava-hf/llava-1.5-7b-hf"
 """The checkpoint that messages recommend, by its name on the Hugging Face hub."""

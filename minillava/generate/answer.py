@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minillava.assistant import Assistant
 from minillava.cli.messages import Messages, print_json, write_outputs
-from minillava.cli.opening import find_weights, open_assistant, read_question
+from minillava.cli.opening import find_weights, note_several, open_assistant, read_question
 from minillava.generate import beam
 from minillava.generate.contrast import Contrast, describe
 from minillava.llava import Spliced
@@ -115,6 +115,7 @@ def answer(args: argparse.Namespace, options: dict, contrast: Contrast | None) -
     messages = Messages(args.verbose, args.quiet)
     weights = find_weights(args.weights, messages)
     question, images = read_question(args)
+    note_several(len(images), messages)
     assistant = open_assistant(args, weights, messages)
     prompt = assistant.prompt(question, images=len(images), system=args.system)
     if args.print_prompt:

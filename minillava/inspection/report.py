@@ -16,7 +16,7 @@ import torch
 
 from minillava.attention import fused
 from minillava.checkpoint.config_json import read_config
-from minillava.checkpoint.folders import find_folder, gather, open_checkpoint
+from minillava.checkpoint.folders import find_folder, find_others, gather, open_checkpoint
 from minillava.checkpoint.names import (
     CLIP_PREFIXES,
     CLIP_TEXT_HALF,
@@ -104,9 +104,7 @@ def inspect_folder(
     which opens them if the report is `loadable`, and else does not. Raises FileNotFoundError or
     ValueError where a folder is not there."""
     folder = find_folder(weights, revision)
-    tower, base, lora = (
-        None if f is None else find_folder(f) for f in (vision_tower, model_base, adapter)
-    )
+    tower, base, lora = find_others(vision_tower, model_base, adapter)
 
     def home(name: str) -> Path:
         """The folder of a file that a fine-tune may leave to its base."""
