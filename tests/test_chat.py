@@ -505,6 +505,16 @@ def test_several_dropped_pictures_are_all_added_or_none(talk, assistant, tmp_pat
     assert err == "error: nowhere.png: no such picture; check the path\n"
 
 
+def test_save_to_a_minus_asks_for_a_name(talk, tmp_path, monkeypatch):
+    """It wrote a file of that name."""
+    monkeypatch.chdir(tmp_path)
+    status, out, err = talk("/save -\n")
+    assert (status, out, os.listdir()) == (1, "", [])
+    assert err == "error: /save -: give a name; ./- is a file that is named so\n"
+    assert talk("/save ./-\n")[0] == 0
+    assert os.listdir() == ["-"]
+
+
 def test_save_takes_a_quoted_path(talk, tmp_path):
     assert talk(f"/save '{tmp_path / 'a b.json'}'\n/save {tmp_path / 'c d.json'}\n")[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a b.json", "c d.json"]

@@ -62,6 +62,8 @@ class Session:
             self.add(terminal.read_paths(rest))
         else:
             path, *more = terminal.read_paths(rest)
+            if path == "-":  # stdout for other programs, and here it has the answers
+                raise ValueError("/save -: give a name; ./- is a file that is named so")
             self.save(Path(rest.strip() if more else path))
         return True
 
