@@ -354,7 +354,8 @@ def own_sampling(scores, history):
     filters shows."""
     best = scores.amax(-1, keepdim=True)
     scores = scores.masked_fill(scores < best - 1.5 * scores.std(-1, keepdim=True), -float("inf"))
-    return scores.scatter_add(1, history[:, -1:] + 1, torch.full_like(scores[:, :1], 0.5))
+    following = (history[:, -1:] + 1) % scores.shape[-1]
+    return scores.scatter_add(1, following, torch.full_like(scores[:, :1], 0.5))
 
 
 @pytest.mark.parametrize("prompt", ["one", "batch"])
