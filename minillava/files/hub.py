@@ -71,8 +71,8 @@ def find_snapshot(repo: str, revision: str | None = None) -> Path:
             "name"
         )
     if commit is None:
-        known = ", ".join(path.name[:8] for path in sorted(home.glob("snapshots/*")))
-        there = f", which holds other revisions ({known})" if known else ""
+        others = ", ".join(path.name[:8] for path in sorted(home.glob("snapshots/*")))
+        there = f", which holds other revisions ({others})" if others else ""
         looked = f"no revision {revision!r} of it in the hub cache {home}{there}"
         raise FileNotFoundError(f"{repo}: {looked}; put it there with: {command}{size}")
     folder = home / "snapshots" / commit
