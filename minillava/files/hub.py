@@ -63,8 +63,8 @@ def find_snapshot(repo: str, revision: str | None = None) -> Path:
     size = f" ({SIZES[repo]})" if repo in SIZES else ""
     command = f"hf download {repo}{option}"
     commit = _commit(home, revision)
-    known = repo == CLIP_RELEASE or repo.partition("/")[0] in _ORGANISATIONS
-    if commit is None and not (home.is_dir() or option or known):
+    certain = repo == CLIP_RELEASE or repo.partition("/")[0] in _ORGANISATIONS
+    if commit is None and not (home.is_dir() or option or certain):
         # More likely a folder's name, which anybody may have registered on the hub.
         raise FileNotFoundError(
             f"{repo}: no such folder here, and no such model in the hub cache {cache}; check the "
