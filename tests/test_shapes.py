@@ -2,6 +2,7 @@
 weights."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -351,6 +352,79 @@ def test_two_workers_train_and_die_together(train_shapes, tmp_path):
         process.send_signal(signal.SIGTERM)
         process.wait()
     wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+
+
+ENDED = """if 1:
+    import os, runpy, signal, sys
+
+    class Interrupts:
+        def find_spec(self, name, path=None, target=None):
+            if name == {module!r}:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.meta_path.insert(0, Interrupts())
+    sys.argv[:] = ["tool"]
+    sys.path.insert(0, {tools!r})
+    runpy.run_path({tools!r} + "/{name}.py", run_name="__main__")"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("convert", "torch"),
+        ("train_shapes", "sentencepiece"),
+        ("eval_shapes", "torch._C"),
+        ("bench", "torch"),
+        ("pope", "minillava.files.text"),
+    ],
+)
+def test_ctrl_c_while_a_tool_is_imported_leaves_no_traceback(name, module):
+    script = ENDED.format(name=name, module=module, tools=str(ROOT / "tools"))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the workers in /proc")
+def test_ctrl_c_ends_an_evaluation_and_its_workers():
+    """It waited for all questions that were handed out, and the workers printed tracebacks."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "eval_shapes.py"), "--workers", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a terminal sends Ctrl-C to all of a group
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+
+    def workers() -> list[str]:
+        commands = {child: Path(f"/proc/{child}/cmdline") for child in children.read_text().split()}
+        return [child for child, path in commands.items() if "spawn_main" in path.read_text()]
+
+    try:
+        wait_until(workers)
+        started = workers()
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert (process.returncode, out, err) == (130, "", "\n")
+    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in started))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(train_shapes, tmp_path):
+    """It was a traceback, too."""
+    (tmp_path / "file").touch()
+    script = str(ROOT / "tools" / "train_shapes.py")
+    done = subprocess.run(
+        [sys.executable, script, "--out", str(tmp_path / "file" / "t")],
+        capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.stderr.count("\n"), done.stderr[:7]) == (1, "error: ")
 
 
 def wait_until(condition, seconds: float = 120) -> None:

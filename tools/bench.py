@@ -13,6 +13,11 @@ the median of its rounds. Machines are shared: `others` is how many cores other 
 meanwhile; a figure with more than a few hundredths there is worth a second run.
 """
 
+import interrupts
+
+if __name__ == "__main__":
+    interrupts.leave_at_once()
+
 import argparse
 import io
 import json
@@ -907,4 +912,4 @@ def _threads(parser: argparse.ArgumentParser, options: argparse.Namespace, head:
 
 
 if __name__ == "__main__":
-    sys.exit(messages.run(main, verbose=True, prints=True))
+    interrupts.end(lambda: messages.run(main, verbose=True, prints=True))

@@ -11,6 +11,11 @@ Weights are written shard by shard, so that memory holds one, and read back and 
 the folder is called DST.partial.
 """
 
+import interrupts
+
+if __name__ == "__main__":
+    interrupts.leave_at_once()
+
 import argparse
 import json
 import math
@@ -751,4 +756,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interrupts.end(main)

@@ -9,13 +9,18 @@ Everything goes through minillava's public functions: `load`, the template, and 
 `generate`.
 """
 
+import interrupts
+
+if __name__ == "__main__":
+    interrupts.leave_at_once()
+
 import argparse
 import multiprocessing
 import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -290,21 +295,33 @@ def main() -> int:
     parser.add_argument(
         "--workers", type=int, default=2, help="processes of one thread each (default 2)"
     )
+    parser.add_argument("-v", "--verbose", action="store_true", help="show where an error happened")
     options = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     opened = options.weights, options.dtype, options.quantize
     with ProcessPoolExecutor(options.workers, spawn, Worker.open, opened) as pool:
-        if options.contrast:
-            ask = lambda items, chosen: answer_all(  # noqa: E731
-                partial(Worker.answer, **chosen), items, map=pool.map
-            )
-            print(report_contrast(ask, options.scenes))
-        else:
-            print(
-                report(lambda items: answer_all(Worker.answer, items, map=pool.map), options.scenes)
-            )
+
+        def ask(items: Sequence[Item], chosen: dict | None = None) -> list[str]:
+            return answer_all(partial(Worker.answer, **chosen or {}), items, map=hand_out)
+
+        def hand_out(answer_batch: Callable, batches: Sequence) -> Iterator[list[str]]:
+            with interrupts.blocked():  # the workers are started here
+                futures = [pool.submit(answer_batch, batch) for batch in batches]
+            # pool.map would cancel the rest, at which a pool without workers stumbles
+            return (future.result() for future in futures)
+
+        try:
+            print((report_contrast if options.contrast else report)(ask, options.scenes))
+        except KeyboardInterrupt:
+            # The pool would wait for all that is handed out, and Python for what is not sent yet.
+            pool._call_queue.cancel_join_thread()
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, verbose=True, prints=True))
+    interrupts.end(
+        lambda: run(main, verbose=not {"-v", "--verbose"}.isdisjoint(sys.argv), prints=True)
+    )

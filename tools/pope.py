@@ -33,6 +33,11 @@ Exit status: 0 each question has one answer and each answer its question, 1 othe
 file cannot be read, 2 wrong usage.
 """
 
+import interrupts
+
+if __name__ == "__main__":
+    interrupts.leave_at_once()
+
 import argparse
 import hashlib
 import json
@@ -531,4 +536,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interrupts.end(main)

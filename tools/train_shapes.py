@@ -19,6 +19,11 @@ give the same weights on the same kind of machine.
 B pictures, P patches, N conversations, S tokens before and T tokens after their picture, C width.
 """
 
+import interrupts
+
+if __name__ == "__main__":
+    interrupts.leave_at_once()
+
 import argparse
 import io
 import json
@@ -758,6 +763,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--restart", action="store_true", help="begin anew, and replace what --out holds"
     )
+    parser.add_argument("-v", "--verbose", action="store_true", help="show where an error happened")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.restart:
@@ -791,4 +797,6 @@ def how_to_ask(out: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, verbose=True, prints=True))
+    interrupts.end(
+        lambda: run(main, verbose=not {"-v", "--verbose"}.isdisjoint(sys.argv), prints=True)
+    )
