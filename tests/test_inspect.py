@@ -129,20 +129,21 @@ def test_the_memory_table_is_what_the_model_takes(reference):
 
 
 def test_int8_and_int4_by_hand():
+    """int4 was counted for shapes that are stored as int8."""
     shapes = {
         "language_model.embed_tokens.weight": (10, 96),
-        # two groups a row, the second of 32
-        "language_model.layers.0.mlp.up_proj.weight": (20, 96),
+        "language_model.layers.0.mlp.up_proj.weight": (64, 128),  # two groups a row
+        "language_model.layers.0.mlp.down_proj.weight": (20, 96),  # int4 cannot take it
         "language_model.norm.weight": (96,),
         "projector.linear_1.weight": (96, 8),
     }
     rest = 2 * (10 * 96 + 96 + 96 * 8)
-    assert doctor.weight_bytes(shapes, "int8") == rest + 20 * 96 + 20 * 2
-    assert doctor.weight_bytes(shapes, "int4") == rest + 20 * 48 + 20 * 2 * 4
+    assert doctor.weight_bytes(shapes, "int8") == rest + 64 * 130 + 20 * 98
+    assert doctor.weight_bytes(shapes, "int4") == rest + 64 * (64 + 2 * 4) + 20 * 98
     assert (
         doctor.weight_bytes(shapes, "float32")
         == 2 * doctor.weight_bytes(shapes, "bfloat16")
-        == 2 * (rest + 40 * 96)
+        == 2 * (rest + 2 * (64 * 128 + 20 * 96))
     )
 
 

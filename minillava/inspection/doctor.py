@@ -26,10 +26,11 @@ from minillava.cache import KVCache
 from minillava.checkpoint.place import choose_device, choose_dtype
 from minillava.config import LlavaConfig
 from minillava.fast.linear import has_fast_bfloat16
-from minillava.fast.quantize import quantised_kinds
+from minillava.fast.quantize import quantised_kinds, stored_shapes
 from minillava.files.disk import one_line
 from minillava.llava import Spliced
 from minillava.loop import last_logits, room_for_answer
+from minillava.options import KINDS
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 
@@ -49,8 +50,6 @@ model that does not read the patches stays at rounding, mostly at exactly 0; the
 yes and no."""
 
 ALIKE = 1e-12  # and never by less, which is rounding in float64
-
-GROUP = 64  # weights of int4 that share a scale and a zero point
 
 # row of the table -> bytes of a number in the cache
 MEMORY = {"float32": 4, "bfloat16": 2, "int8": 2, "int4": 2}
@@ -130,21 +129,18 @@ def precision(device: str, dtype: torch.dtype, stored: torch.dtype, parameters: 
 
 def weight_bytes(shapes: dict[str, tuple[int, ...]], row: str) -> int:
     """Bytes of the weights: 4 each in float32, 2 in bfloat16. int8 and int4 change the linear
-    layers of the language model, [N, C] each, and leave all else (embedding table, norms,
-    projector, vision tower) in bfloat16: int8 takes N·C bytes and one bfloat16 per row, int4 half
-    of N·C and two bfloat16 per GROUP of a row."""
+    layers of the language model, as quantize.py stores them, and leave all else (embedding table,
+    norms, projector, vision tower) in bfloat16."""
     total = 0
     for name, shape in shapes.items():
         linear = (
             name.startswith("language_model.") and len(shape) == 2 and "embed_tokens" not in name
         )
-        count = math.prod(shape)
-        if row == "int8" and linear:
-            total += count + 2 * shape[0]
-        elif row == "int4" and linear:
-            total += math.ceil(count / 2) + 4 * shape[0] * math.ceil(shape[1] / GROUP)
+        if row in KINDS and linear:
+            parts = stored_shapes(shape, row).values()
+            total += sum(math.prod(part) * dtype.itemsize for part, dtype in parts)
         else:
-            total += count * (4 if row == "float32" else 2)
+            total += math.prod(shape) * (4 if row == "float32" else 2)
     return total
 
 
