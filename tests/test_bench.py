@@ -14,7 +14,7 @@ import bench
 from bench_checkpoint import config_of, make_checkpoint
 
 from minillava.assistant import load
-from minillava.checkpoint.stored import Checkpoint
+from minillava.checkpoint.stored import StoredWeights
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_the_checkpoint_is_whole_and_makes_finite_numbers(checkpoints):
 def test_weights_and_cache_are_counted_as_they_are(checkpoints):
     folder = checkpoints / "toy-bfloat16"
     make_checkpoint(folder, "toy", torch.bfloat16)
-    checkpoint = Checkpoint(folder)
+    checkpoint = StoredWeights(folder)
     linear = [
         checkpoint.shape(n)
         for n in checkpoint.tensors

@@ -24,7 +24,7 @@ from minillava.attention import fused
 from minillava.checkpoint.build import build_model
 from minillava.checkpoint.config_json import read_config
 from minillava.checkpoint.folders import open_checkpoint
-from minillava.checkpoint.stored import Checkpoint
+from minillava.checkpoint.stored import StoredWeights
 from minillava.checkpoint.towers import settle
 from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig
 from minillava.files.tensors import BIN_INDEX_NAME, BIN_NAME, INDEX_NAME, SINGLE_NAME
@@ -156,7 +156,7 @@ def test_weights_are_converted_to_the_dtype_asked_for(folder, dtype):
 def test_the_dtype_of_a_checkpoint_is_that_of_its_largest_tensor(folder):
     tensors = stored(folder)
     store({**tensors, EMBEDDING: tensors[EMBEDDING].half(), HEAD: tensors[HEAD].half()}, folder)
-    assert Checkpoint(folder).dtype() is torch.float16
+    assert StoredWeights(folder).dtype() is torch.float16
 
 
 # --- names and shapes -----------------------------------------------------------------------------
@@ -297,9 +297,9 @@ def test_quantised_weights_are_refused_by_name_and_dtype(folder, name, dtype):
 
 def test_a_folder_that_is_not_there_or_a_file_is_refused(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        Checkpoint(tmp_path / "nowhere")
+        StoredWeights(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="is a file"):
-        Checkpoint(folder / SINGLE_NAME)
+        StoredWeights(folder / SINGLE_NAME)
 
 
 @pytest.mark.parametrize(

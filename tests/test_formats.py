@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import minillava
 from minillava.checkpoint import adapter
-from minillava.checkpoint.folders import gather
-from minillava.checkpoint.stored import Checkpoint
+from minillava.checkpoint.folders import collect_parts
+from minillava.checkpoint.stored import StoredWeights
 from minillava.cli.doors import enter
 from minillava.config import IM_END, IM_PATCH, IM_START, IMAGE_TOKEN_INDEX
 from minillava.files.tensors import BIN_INDEX_NAME, BIN_NAME, SINGLE_NAME, TorchFile
@@ -203,7 +203,7 @@ def test_a_bin_file_that_is_no_checkpoint_is_refused(tmp_path, content, found):
     else:
         torch.save(content, path)
     with pytest.raises(ValueError, match=found) as error:
-        Checkpoint(tmp_path)
+        StoredWeights(tmp_path)
     assert str(error.value).startswith(f"{path}: ")
     assert len(str(error.value).splitlines()) == 1
 
@@ -633,10 +633,10 @@ def test_equals_peft(base, pretrain, release, tmp_path, settings):
     for name in ("config.json", "mm_projector.bin"):
         shutil.copy(pretrain / name, folder)
     merged = model.merge_and_unload().state_dict()
-    checkpoint = gather(folder, release["vision_tower"], base)
+    checkpoint = collect_parts(folder, release["vision_tower"], base)
     language = [name for name in checkpoint.tensors if name.startswith("language_model.")]
     assert len(language) == len(merged)
-    plain = Checkpoint(base)
+    plain = StoredWeights(base)
     changed = 0
     for name in language:
         rest = name.removeprefix("language_model.")
@@ -774,7 +774,7 @@ def test_both_tables_of_an_original_may_be_cut(release, base, write_lora):
         matrices[f"base_model.model.{name}"] = weights_of(release["weights"])[name][:-1].clone()
     torch.save(matrices, folder / "adapter_model.bin")
     rows = len(weights_of(release["weights"])[TABLE])
-    checkpoint = gather(folder, release["vision_tower"], base, vocabulary=rows)
+    checkpoint = collect_parts(folder, release["vision_tower"], base, vocabulary=rows)
     assert checkpoint.rows == rows - 1
     for name in ("language_model.embed_tokens.weight", "language_model.lm_head.weight"):
         assert checkpoint.shape(name)[0] == len(checkpoint.read(name)) == rows - 1

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from convert import hub_config, preprocessor_config
 
 from minillava.checkpoint.config_json import read_config
-from minillava.checkpoint.stored import Checkpoint
+from minillava.checkpoint.stored import StoredWeights
 from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig
 from minillava.files.tensors import INDEX_NAME
 from minillava.image import ImageProcessor
@@ -173,7 +173,7 @@ def _write_gguf(folder: Path, path: Path) -> None:
         raise ImportError(
             "llama.cpp needs its weights as GGUF; install what writes them with: pip install gguf"
         ) from None
-    checkpoint = Checkpoint(folder)
+    checkpoint = StoredWeights(folder)
     text = read_config(folder).text
     writer = gguf.GGUFWriter(path, "llama", use_temp_file=False)
     writer.add_context_length(text.max_position_embeddings)

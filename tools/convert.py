@@ -41,10 +41,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from minillava.attention import eager
 from minillava.checkpoint.build import build_model
 from minillava.checkpoint.config_json import read_config
-from minillava.checkpoint.folders import find_folder, find_others, gather, open_checkpoint
+from minillava.checkpoint.folders import collect_parts, find_folder, find_others, open_checkpoint
 from minillava.checkpoint.names import COMPUTED, PREFIXES, TABLES
 from minillava.checkpoint.side_json import read_image_processor
-from minillava.checkpoint.stored import Checkpoint
+from minillava.checkpoint.stored import StoredWeights
 from minillava.cli.arguments import Parser
 from minillava.cli.messages import run
 from minillava.config import IGNORE_INDEX, IM_PATCH, IM_START, LlavaConfig, TextConfig
@@ -263,14 +263,14 @@ def _rename(
     quantize: str | None,
 ) -> Job:
     """The whole network, under other names and in another dialect. parts: further folders, as
-    `gather` takes them."""
+    `collect_parts` takes them."""
     vision_tower, base = parts["vision_tower"], parts["model_base"] or source
 
     def home(name: str) -> Path:
         return source if (source / name).exists() else base
 
     config = read_config(home("config.json"), vision_tower)
-    checkpoint = gather(source, **parts, vocabulary=config.text.vocab_size)
+    checkpoint = collect_parts(source, **parts, vocabulary=config.text.vocab_size)
     if checkpoint.quantised:
         raise ValueError(f"{source}: is quantised; convert the weights that it was made from")
     # `checkpoint`, less what only other layouts need
@@ -363,18 +363,18 @@ def _stored_name(name: str, to: str, projector_layers: int) -> str:
     return stored[ours] + name.removeprefix(ours)
 
 
-def _make(checkpoint: Checkpoint, name: str, dtype: torch.dtype, rows: int) -> Tensor:
+def _make(checkpoint: StoredWeights, name: str, dtype: torch.dtype, rows: int) -> Tensor:
     tensor = _narrow(partial(checkpoint.read, name), checkpoint.tensors[name].name, dtype)
     return grow_rows(tensor, rows) if name in TABLES else tensor
 
 
-def _make_part(checkpoint: Checkpoint, name: str, rows: int, kind: str, suffix: str) -> Tensor:
+def _make_part(checkpoint: StoredWeights, name: str, rows: int, kind: str, suffix: str) -> Tensor:
     return _quantised(checkpoint, name, rows, kind)[suffix]
 
 
 @lru_cache(maxsize=1)  # the parts of a weight are wanted one after the other
-def _quantised(checkpoint: Checkpoint, name: str, rows: int, kind: str) -> dict[str, Tensor]:
-    tensor = checkpoint.read(name, passing=True)
+def _quantised(checkpoint: StoredWeights, name: str, rows: int, kind: str) -> dict[str, Tensor]:
+    tensor = checkpoint.read(name, transient=True)
     return quantize_tensor(grow_rows(tensor, rows) if name in TABLES else tensor, kind)
 
 
@@ -665,7 +665,7 @@ def _verify_weights(tensors: dict[str, Planned], folder: Path) -> None:
     """Raises ValueError unless the folder, opened again, holds these tensors, to the bit and under
     our names."""
     written = {stored.name: stored for stored in open_folder(folder)}
-    ours = {stored.name: name for name, stored in gather(folder).tensors.items()}
+    ours = {stored.name: name for name, stored in collect_parts(folder).tensors.items()}
     for name, planned in tqdm(list(tensors.items()), desc="compare", unit="tensor"):
         found, expected = written[name].file.read(name), planned.make()
         same = (

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from minillava.checkpoint.names import TABLES
-from minillava.checkpoint.stored import Checkpoint
+from minillava.checkpoint.stored import StoredWeights
 from minillava.config import LlavaConfig
 from minillava.fast.quantize import quantised_layer, quantize_tensor
 from minillava.llama import grow_rows
@@ -19,7 +19,7 @@ from minillava.llava import Llava
 
 def build_model(
     config: LlavaConfig,
-    checkpoint: Checkpoint,
+    checkpoint: StoredWeights,
     attend: Callable[..., Any],
     *,
     dtype: torch.dtype,
@@ -64,7 +64,7 @@ def build_model(
         )
         if name in checkpoint.quantised:
             parts = {  # int4 is packed anew
-                suffix: stored.file.read(stored.name, passing=suffix == "weight_int4")
+                suffix: stored.file.read(stored.name, transient=suffix == "weight_int4")
                 for suffix, stored in checkpoint.quantised[name].items()
             }
             if checkpoint.shape(name) != tensor.shape:
@@ -74,8 +74,8 @@ def build_model(
                     f"{wanted}"
                 )
         else:
-            passing = small or torch.device(device).type != "cpu"
-            whole = checkpoint.read(name, None if small else dtype, passing)
+            transient = small or torch.device(device).type != "cpu"
+            whole = checkpoint.read(name, None if small else dtype, transient)
             whole = (grow_rows(whole, len(tensor)) if name in TABLES else whole).to(device)
             parts = quantize_tensor(whole, quantize) if quantize and small else {}
         if parts:
@@ -88,7 +88,7 @@ def build_model(
     return model.eval()
 
 
-def _compare(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None:
+def _compare(checkpoint: StoredWeights, expected: dict[str, tuple[int, ...]]) -> None:
     missing = [name for name in expected if name not in checkpoint.tensors]
     unexpected = [name for name in checkpoint.tensors if name not in expected]
     problems = []

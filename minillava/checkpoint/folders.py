@@ -15,7 +15,7 @@ from minillava.checkpoint.names import (
     part_of_model,
     unwrapped,
 )
-from minillava.checkpoint.stored import Checkpoint
+from minillava.checkpoint.stored import StoredWeights
 from minillava.checkpoint.towers import settle
 from minillava.config import LlavaConfig
 from minillava.files.disk import nearest_folder, read_json, refused
@@ -24,13 +24,13 @@ from minillava.files.tensors import holds_weights, open_file
 from minillava.options import WEIGHTS_VARIABLE
 
 
-def gather(
+def collect_parts(
     folder: str | Path,
     vision_tower: str | Path | None = None,
     model_base: str | Path | None = None,
     adapter: str | Path | None = None,
     vocabulary: int | None = None,
-) -> Checkpoint:
+) -> StoredWeights:
     """The parts of one model from the folders that hold them; which is which is read from their
     files, not their names.
 
@@ -43,26 +43,26 @@ def gather(
     check_base(folder, model_base)
     part = part_of_model(folder)
     if model_base is None:
-        checkpoint = Checkpoint(folder)
+        checkpoint = StoredWeights(folder)
     else:
-        checkpoint = Checkpoint(Path(model_base).expanduser(), vocabulary=vocabulary)
+        checkpoint = StoredWeights(Path(model_base).expanduser(), vocabulary=vocabulary)
         checkpoint.folder = folder
     if vision_tower is not None:
         checkpoint.set_aside(lambda name: name.startswith("vision_tower."))
-        clip = Checkpoint(vision_tower, CLIP_PREFIXES, dropped=CLIP_TEXT_HALF)
+        clip = StoredWeights(vision_tower, CLIP_PREFIXES, dropped=CLIP_TEXT_HALF)
         checkpoint.tensors.update(clip.tensors)
         checkpoint.unused += clip.unused
         checkpoint.notes += clip.notes
     if part and (folder / PROJECTOR_NAME).exists():
-        checkpoint.lay_over(unwrapped(open_file(folder / PROJECTOR_NAME)))
+        checkpoint.override(unwrapped(open_file(folder / PROJECTOR_NAME)))
     if part and (folder / ADAPTER_CONFIG_NAME).exists():
-        checkpoint.adapt(folder)
+        checkpoint.add_lora(folder)
     elif part and (folder / REST_NAME).exists():
         raise FileNotFoundError(
             f"{folder}: holds {REST_NAME}, but no {ADAPTER_CONFIG_NAME}; download the adapter too"
         )
     if adapter is not None:
-        checkpoint.adapt(Path(adapter).expanduser())
+        checkpoint.add_lora(Path(adapter).expanduser())
     return checkpoint
 
 
@@ -98,15 +98,15 @@ def open_checkpoint(
     vision_tower: str | Path | None = None,
     model_base: str | Path | None = None,
     adapter: str | Path | None = None,
-) -> tuple[Checkpoint, LlavaConfig]:
-    """`gather`, and see that vision tower and projector are there; what the selected features do
-    not need (the tower's last block, `post_layernorm`) is set aside as unused. Also returns the
-    config as the tensors complete it (`settle`).
+) -> tuple[StoredWeights, LlavaConfig]:
+    """`collect_parts`, and a check that vision tower and projector are there. What the selected
+    features do not need (the tower's last block, `post_layernorm`) is set aside as unused. Also
+    returns the config as the tensors complete it (`settle`).
 
     Raises FileNotFoundError naming what to get when a part is missing: without values it would stay
     random.
     """
-    checkpoint = gather(folder, vision_tower, model_base, adapter, config.text.vocab_size)
+    checkpoint = collect_parts(folder, vision_tower, model_base, adapter, config.text.vocab_size)
     if not any(name.startswith("vision_tower.") for name in checkpoint.tensors):
         wanted = config.vision_tower_name or CLIP_RELEASE
         raise FileNotFoundError(

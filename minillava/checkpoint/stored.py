@@ -35,7 +35,7 @@ from minillava.llama import grow_rows
 _PARAMETRISED = re.compile(r"\.parametrizations\.|\.weight_(orig|mask|g|v)$")
 
 
-class Checkpoint:
+class StoredWeights:
     """The tensors of one model, in the files of one folder or of several; opened but not read.
 
     tensors: our name -> where it is stored. unused: stored names that this network does not need.
@@ -161,7 +161,7 @@ class Checkpoint:
             else:
                 yield renamed(name, prefixes), stored
 
-    def lay_over(self, tensors: Iterable[tuple[str, Stored]]) -> None:
+    def override(self, tensors: Iterable[tuple[str, Stored]]) -> None:
         """Tensors, by a name of any dialect, that replace those of the same name. A table of fewer
         rows holds those of new tokens, all that a training with its base frozen has to save: they
         become the last ones, as in LLaVA."""
@@ -175,13 +175,13 @@ class Checkpoint:
                 self.new_rows.pop(name, None)
                 self.quantised.pop(name, None)
 
-    def adapt(self, folder: Path) -> None:
+    def add_lora(self, folder: Path) -> None:
         """A LoRA from its folder: what it adds, and what was trained besides. Raises ValueError
         listing what does not fit this model."""
         adapter = Adapter(folder)
         self.notes += adapter.notes
         if (folder / REST_NAME).exists():
-            self.lay_over(unwrapped(open_file(folder / REST_NAME)))
+            self.override(unwrapped(open_file(folder / REST_NAME)))
         problems, resized = [], ""
         given = [*adapter.whole, *adapter.deltas]
         plain = dict(zip(given, unwrap(given, adapter.path), strict=True))
@@ -258,10 +258,10 @@ class Checkpoint:
         new = self.new_rows[name].shape[0] if name in self.new_rows else 0
         return (max(shape[0] + new, self.vocabulary), *shape[1:])
 
-    def read(self, name: str, dtype: torch.dtype | None = None, passing: bool = False) -> Tensor:
-        """The tensor at `dtype` (None: as stored), memory-mapped where it is stored so; passing: it
-        will be made into another soon. Raises ValueError when it is quantised."""
-        tensor = self.tensors[name].read(passing or dtype not in (None, self.stored_dtype(name)))
+    def read(self, name: str, dtype: torch.dtype | None = None, transient: bool = False) -> Tensor:
+        """The tensor at `dtype` (None: as stored), memory-mapped if it is stored so. transient: it
+        is soon let go. Raises ValueError when it is quantised."""
+        tensor = self.tensors[name].read(transient or dtype not in (None, self.stored_dtype(name)))
         dtype = tensor.dtype if dtype is None else dtype
         if self.shape(name) != tensor.shape:
             new = (

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from minillava.checkpoint.config_json import check_config
 from minillava.checkpoint.names import OTHER_TOWERS, TABLES
-from minillava.checkpoint.stored import Checkpoint
+from minillava.checkpoint.stored import StoredWeights
 from minillava.config import LlavaConfig, VisionConfig
 
 CLIP_DEPTHS = {768: 12, 1024: 24}  # width -> blocks of OpenAI's ViT-B and ViT-L
@@ -15,7 +15,7 @@ CLIP_DEPTHS = {768: 12, 1024: 24}  # width -> blocks of OpenAI's ViT-B and ViT-L
 _OPENAI = re.compile(r"clip-vit-(base|large)", re.IGNORECASE)
 
 
-def settle(config: LlavaConfig, checkpoint: Checkpoint) -> LlavaConfig:
+def settle(config: LlavaConfig, checkpoint: StoredWeights) -> LlavaConfig:
     """The config as the tensors complete it. A stored head is the head, whatever
     `tie_word_embeddings` says; tables that an adapter's run resized are the vocabulary; a tower
     that no file describes is as large as its tensors. Raises ValueError for a tower whose other
@@ -32,7 +32,7 @@ def settle(config: LlavaConfig, checkpoint: Checkpoint) -> LlavaConfig:
     return config
 
 
-def _measure_tower(config: LlavaConfig, checkpoint: Checkpoint) -> VisionConfig:
+def _measure_tower(config: LlavaConfig, checkpoint: StoredWeights) -> VisionConfig:
     """OpenAI's CLIP of the size that the stored tensors have: its heads are 64 wide. A name that
     does not say so is noted. Raises ValueError for other widths, whose heads nobody can know."""
     embeddings, first_layer = (

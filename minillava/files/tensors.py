@@ -82,10 +82,10 @@ class SafetensorsFile:
         """By the header, where that can say it: reading would load a first page of the tensor."""
         return DTYPES.get(self._file.get_slice(name).get_dtype()) or self.read(name).dtype
 
-    def read(self, name: str, passing: bool = False) -> Tensor:
-        """passing: for a tensor that is soon let go. What was read of the file then leaves memory
+    def read(self, name: str, transient: bool = False) -> Tensor:
+        """transient: for a tensor that is soon let go. What was read of the file then leaves memory
         with it; the file's own mapping stays until the last of its tensors goes."""
-        file = SafetensorsFile(self.path)._file if passing else self._file
+        file = SafetensorsFile(self.path)._file if transient else self._file
         return file.get_tensor(name)
 
 
@@ -159,8 +159,8 @@ class TorchFile:
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[name].dtype
 
-    def read(self, name: str, passing: bool = False) -> Tensor:
-        """passing: makes no difference here; the file is mapped until the last of its tensors
+    def read(self, name: str, transient: bool = False) -> Tensor:
+        """transient: makes no difference here; the file is mapped until the last of its tensors
         goes."""
         return self._tensors[name].detach()
 
@@ -235,10 +235,10 @@ class Stored(NamedTuple):
     def dtype(self) -> torch.dtype:
         return self.file.dtype(self.name)
 
-    def read(self, passing: bool = False) -> Tensor:
-        """The tensor, memory-mapped; passing: as for its file. Raises ValueError for whole numbers,
-        which is how others store quantised ones."""
-        tensor = self.file.read(self.name, passing)
+    def read(self, transient: bool = False) -> Tensor:
+        """The tensor, memory-mapped; transient: as for its file. Raises ValueError for whole
+        numbers, which is how other programs store quantised ones."""
+        tensor = self.file.read(self.name, transient)
         if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
             found = f"{self.name} is {tensor.dtype}, expected float32, float16, bfloat16 or float64"
             raise ValueError(f"{self.path}: {found}; use a release that is not quantised")

@@ -16,7 +16,7 @@ import torch
 
 from minillava.attention import fused
 from minillava.checkpoint.config_json import read_config
-from minillava.checkpoint.folders import find_folder, find_others, gather, open_checkpoint
+from minillava.checkpoint.folders import collect_parts, find_folder, find_others, open_checkpoint
 from minillava.checkpoint.names import (
     CLIP_PREFIXES,
     CLIP_TEXT_HALF,
@@ -25,7 +25,7 @@ from minillava.checkpoint.names import (
     part_of_model,
 )
 from minillava.checkpoint.side_json import read_image_processor
-from minillava.checkpoint.stored import Checkpoint
+from minillava.checkpoint.stored import StoredWeights
 from minillava.checkpoint.towers import settle
 from minillava.config import LlavaConfig
 from minillava.files.disk import read_json
@@ -175,7 +175,7 @@ def dialect_of(folder: Path, base: Path | None = None) -> str:
 
 def _open_weights(
     report: Report, folder: Path, config: LlavaConfig | None, *others: Path | None
-) -> tuple[Checkpoint | None, dict[str, Stored], LlavaConfig | None]:
+) -> tuple[StoredWeights | None, dict[str, Stored], LlavaConfig | None]:
     """The checkpoint, its tensors by our names, and the config: as `load` opens it, else without
     asking whether it is whole. Where not even that works: None, and what is in those of its files
     that can be opened, by stored names."""
@@ -187,10 +187,10 @@ def _open_weights(
         pass  # what is wrong is found again below, part by part
     known = len(report.problems)
     if report.dialect.startswith("a plain CLIP"):
-        checkpoint = report.attempt(Checkpoint, folder, CLIP_PREFIXES, CLIP_TEXT_HALF)
+        checkpoint = report.attempt(StoredWeights, folder, CLIP_PREFIXES, CLIP_TEXT_HALF)
     else:
         checkpoint = report.attempt(
-            gather, folder, *others, None if config is None else config.text.vocab_size
+            collect_parts, folder, *others, None if config is None else config.text.vocab_size
         )
     if checkpoint is not None:
         settled = None if config is None else report.attempt(settle, config, checkpoint)
@@ -202,7 +202,7 @@ def _open_weights(
         except (ValueError, OSError) as error:
             damaged.append(str(error))
     if damaged:
-        report.problems[known:] = damaged  # `gather` stops at the first
+        report.problems[known:] = damaged  # `collect_parts` stops at the first
     return None, tensors, config
 
 
@@ -243,7 +243,7 @@ def part_of(name: str) -> str:
 
 
 def _describe_tensors(
-    report: Report, tensors: dict[str, Stored], checkpoint: Checkpoint | None
+    report: Report, tensors: dict[str, Stored], checkpoint: StoredWeights | None
 ) -> None:
     """Numbers by part and by dtype, and the list of --keys."""
     report.parts = {
@@ -292,7 +292,7 @@ def _network(config: LlavaConfig) -> dict:
     }
 
 
-def _compare(report: Report, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+def _compare(report: Report, checkpoint: StoredWeights, shapes: dict[str, tuple[int, ...]]) -> None:
     """What config.json expects against what is stored, as `load` will find it. A part of which
     nothing is there is not listed tensor by tensor."""
     there = {part_of(name) for name in checkpoint.tensors}
@@ -312,7 +312,7 @@ def _compare(report: Report, checkpoint: Checkpoint, shapes: dict[str, tuple[int
             )
 
 
-def _say_what_to_get(report: Report, checkpoint: Checkpoint, tower: str | None) -> None:
+def _say_what_to_get(report: Report, checkpoint: StoredWeights, tower: str | None) -> None:
     """One line for each part of which nothing is there. tower: where config.json says that its own
     comes from."""
     there = {part_of(name) for name in checkpoint.tensors}
