@@ -7,15 +7,13 @@ from pathlib import Path
 import hf
 import pytest
 import torch
+from paths import REFERENCE, SHARED
 from safetensors.torch import load_file
 
 # Toy networks gain nothing from a second thread, and on a busy machine threads that wait for one
 # another take ten times as long as one that does not. Whoever asks for more gets them, also more
 # than there are processors.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1").partition(",")[0]))
-
-REFERENCE = Path(__file__).parent / "reference"
-SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout, installed or not
-sys.path.insert(0, str(ROOT / "tests"))  # which drive transformers through the same lines
+# the tests drive transformers through the same lines
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import hf  # noqa: E402
 from bench import BITS, PROMPT, cache_size, weights_read  # noqa: E402

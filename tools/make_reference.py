@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "tests" / "reference"
 sys.path.insert(0, str(ROOT))  # run from a checkout, installed or not
 # the tests and this tool drive transformers through the same lines
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import hf  # noqa: E402
 

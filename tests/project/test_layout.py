@@ -1,0 +1,421 @@
+"""The house: who may import whom, what importing costs, and that README's map of it is right."""
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from paths import ROOT
+
+from minillava import options
+from minillava.attention import ATTENTION
+from minillava.cli import doors, parsers
+from minillava.tracing.recorder import DEPTHS
+
+PACKAGE = ROOT / "minillava"
+README = ROOT / "README.md"
+
+
+def module_name(path: Path) -> str:
+    """minillava/files/disk.py is `files.disk`; the __init__.py of a folder is the folder's name."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+# What a student reads, in this order; each file may import those before it.
+SPINE = ["config", "options", "image", "prompt", "tokenizer", "attention", "vision", "projector"]
+SPINE += ["cache", "llama", "llava", "sampling", "loop", "assistant"]
+# Each shelf may import those before it: folders, the files of the spine, and the one file where
+# parts meet.
+SHELVES = ["files", "spine", "fast", "generate", "checkpoint", "assistant", "cli", "doors"]
+# folders of the last shelf; none knows another
+DOORS = {"chat", "batch", "look", "tracing", "inspection"}
+# generate/ holds strategies, and a door
+OF_A_DOOR = {"generate.answer", "generate.__main__", "cli.__main__", "__main__"}
+# of the spine, those that read something from a disk
+READ_FILES = {"image", "tokenizer", "assistant"}
+LIMIT = 2735  # lines of the spine; it may only go down
+ALLOWED = {"torch", "safetensors", "sentencepiece", "PIL", "numpy"}
+
+
+def shelf(name: str) -> str:
+    first = name.split(".")[0]
+    if name in OF_A_DOOR or first in DOORS:
+        return "doors"
+    if name == "assistant":
+        return "assistant"
+    return "spine" if name in SPINE else first
+
+
+class Import(NamedTuple):
+    file: str  # the importing module, as FILES names it
+    function: str | None  # the outermost function or class it happens in
+    module: str  # as in `import module`, absolute
+
+
+def imports_of(name: str, source: str) -> list[Import]:
+    """Every import of a file, also those inside functions; `from minillava import x` as minillava.x
+    if x is a file."""
+    found = []
+
+    def visit(node: ast.AST, function: str | None) -> None:
+        if isinstance(node, ast.Import):
+            found.extend(Import(name, function, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "minillava." * bool(node.level) + (node.module or "")
+            for alias in node.names:
+                inner = f"{module.rstrip('.')}.{alias.name}"
+                found.append(
+                    Import(name, function, inner if inner.partition(".")[2] in FILES else module)
+                )
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            function = function or node.name
+        for child in ast.iter_child_nodes(node):
+            visit(child, function)
+
+    visit(ast.parse(source), None)
+    return found
+
+
+def inner_imports(name: str) -> list[Import]:
+    """Of our own files, by their stems; a file that imports itself (to run as a module) is not
+    counted."""
+    own = [
+        i
+        for i in imports_of(name, FILES[name].read_text(encoding="utf-8"))
+        if i.module.split(".")[0] == "minillava"
+    ]
+    stems = [i._replace(module=i.module.partition(".")[2] or "__init__") for i in own]
+    return [i for i in stems if i.module != name]
+
+
+def test_imports_are_found_wherever_they_are():
+    """The tests below would pass on an empty list."""
+    source = (
+        "import torch\nfrom minillava.cli import doors\n"
+        "def f():\n    from minillava.llama import x\n    import PIL.Image"
+    )
+    assert imports_of("a", source) == [
+        ("a", None, "torch"),
+        ("a", None, "minillava.cli.doors"),
+        ("a", "f", "minillava.llama"),
+        ("a", "f", "PIL.Image"),
+    ]
+    assert imports_of("a", "from minillava import loop\nfrom minillava import __version__") == [
+        ("a", None, "minillava.loop"),
+        ("a", None, "minillava"),
+    ]
+    assert ("llava", None, "vision") in inner_imports("llava")
+    assert ("cli.doors", "enter", "cli.parsers") in inner_imports("cli.doors")
+    assert len(FILES) == 83 and len(SPINE) == 14
+
+
+def test_every_file_stands_on_a_shelf():
+    assert set(SPINE) <= set(FILES)
+    assert {shelf(name) for name in FILES if name != "__init__"} == set(SHELVES)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "__init__"])
+def test_a_shelf_knows_only_those_before_it(name):
+    """Also inside functions: what is imported late is a dependency all the same."""
+    for found in inner_imports(name):
+        if found.module == "__init__":
+            continue
+        ours, theirs, told = shelf(name), shelf(found.module), f"{name} imports {found.module}"
+        assert not found.module.endswith("__main__"), told
+        if theirs == "files":
+            assert ours != "spine" or name in READ_FILES, told
+        if ours == "spine" == theirs:
+            assert SPINE.index(found.module) < SPINE.index(name), told
+        elif ours == "doors" == theirs:
+            assert name.split(".")[0] == found.module.split(".")[0], told
+        elif ours != theirs:
+            assert SHELVES.index(theirs) < SHELVES.index(ours), told
+
+
+def test_nothing_imports_in_a_circle():
+    graph = {name: {i.module for i in inner_imports(name) if i.function is None} for name in FILES}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_the_declared_packages_are_imported(name):
+    for found in imports_of(name, FILES[name].read_text(encoding="utf-8")):
+        package = found.module.split(".")[0]
+        assert package == "minillava" or package in ALLOWED or package in sys.stdlib_module_names, (
+            found
+        )
+        # importlib would hide transformers; three modules have names beside their own, which
+        # __init__ finds
+        assert package != "transformers" and (package != "importlib" or name == "__init__"), found
+
+
+def test_the_spine_does_not_grow():
+    """What a student reads in an afternoon."""
+    lines = {name: len(FILES[name].read_text(encoding="utf-8").splitlines()) for name in SPINE}
+    print(
+        *(f"{count:5} {name}" for name, count in lines.items()),
+        f"{sum(lines.values()):5} in all",
+        sep="\n",
+    )
+    assert sum(lines.values()) <= LIMIT
+
+
+def in_a_fresh_python(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def names_taken() -> set[str]:
+    """What `import NAME` means to the standard library and to the packages we need."""
+    return {*sys.stdlib_module_names, *ALLOWED}
+
+
+def test_no_file_or_folder_hides_a_module_of_the_standard_library():
+    """With minillava/ first on the path (`python minillava/generate.py`, or `python -m` in that
+    folder) a file inspect.py was what dataclasses got for `import inspect`: nothing of torch could
+    be imported."""
+    found = {path.stem for path in PACKAGE.rglob("*") if path.suffix == ".py" or path.is_dir()}
+    assert found >= {path.stem for path in FILES.values()}
+    assert found & names_taken() == set()
+    assert "inspect" in names_taken() and "torch" in names_taken()
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "kept", "inside"),
+    [
+        ("minillava.inspect", "minillava.inspection", "inspect_folder", ".report"),
+        ("minillava.trace", "minillava.tracing", "trace", ".page"),
+        ("minillava.contrast", "minillava.generate.contrast", "VCD", ""),
+    ],
+)
+def test_the_two_names_of_what_was_renamed_are_one_module(name, file, kept, inside):
+    """Two copies would be two classes of one name: isinstance and pickle would fail between
+    them."""
+    script = f"""if 1:
+        import importlib, pickle, sys
+        import {name}
+        from minillava import {name.split(".")[1]} as short
+        other = importlib.import_module({file!r})
+        assert short is other is sys.modules[{name!r}] is {name} is importlib.import_module({name!r})
+        assert other.__name__ == other.__spec__.name == {file!r}
+        kept = getattr(other, {kept!r})
+        assert pickle.loads(pickle.dumps(kept)) is kept is getattr({name}, {kept!r})
+        inside, its = importlib.import_module({name!r} + {inside!r}), importlib.import_module({file!r} + {inside!r})
+        assert inside is its
+        assert importlib.reload({name}) is other
+        from {name} import {kept}"""
+    done = in_a_fresh_python("-W", "error", "-c", script)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_our_own_files_import_a_renamed_file_by_its_own_name():
+    """The map of imports above knows files by their stems."""
+    used = {
+        i.module
+        for name in FILES
+        for i in imports_of(name, FILES[name].read_text(encoding="utf-8"))
+    }
+    assert [
+        name for name in used if name.startswith(("minillava.inspect.", "minillava.trace."))
+    ] == []
+    assert used & {"minillava.inspect", "minillava.trace"} == set()
+
+
+@pytest.mark.parametrize("door", ["inspect", "trace", "look"])
+def test_a_door_opens_from_inside_the_package_folder(door):
+    """Who reads the source stands there."""
+    done = in_a_fresh_python(
+        "-W", "error", "-m", f"minillava.{door}", "--version", folder=ROOT / "minillava"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("minillava ")
+
+
+def test_a_door_runs_as_a_script():
+    """What an editor's Run button does."""
+    done = in_a_fresh_python("-W", "error", str(PACKAGE / "generate" / "__main__.py"), "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("minillava ")
+
+
+def test_the_doors_are_those_that_the_folders_open():
+    """One table: each door has flags, a folder with a __main__.py, the function it calls, and a
+    line in README."""
+    begun = {}
+    for name, path in FILES.items():
+        for door in re.findall(
+            r'^    begin\("(\w+)"\)$', path.read_text(encoding="utf-8"), re.MULTILINE
+        ):
+            begun[door] = name
+    assert set(begun) == set(doors.DOORS)
+    for name, (line, module, function) in doors.DOORS.items():
+        assert f"{name}_parser" in vars(parsers) and f"read_{name}" in vars(parsers)
+        assert function in vars(importlib.import_module(f"minillava.{module}"))
+        assert begun[name] == f"{module.split('.')[0]}.__main__"
+        assert (
+            importlib.import_module(f"minillava.{name}").__name__
+            == f"minillava.{module.split('.')[0]}"
+        )
+        assert line[0].islower() and not line.endswith("."), line
+
+
+def test_the_readme_names_every_door(readme):
+    assert set(doors.DOORS) <= {module for module, _ in commands(readme)}
+
+
+def test_the_words_that_flags_offer_are_those_that_the_code_takes():
+    """options.py has them so that --help need not import torch."""
+    assert tuple(ATTENTION) == options.ATTENTION
+    assert tuple(DEPTHS) == options.DEPTHS
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in options.DTYPES)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["--no-such-flag"]])
+@pytest.mark.parametrize("door", doors.DOORS)
+def test_flags_are_read_before_torch_is_imported(door, arguments):
+    """It took 1.7 s to say that a flag is wrong."""
+    script = (
+        f"import sys\nsys.argv[1:] = {arguments}\nfrom minillava.cli import doors\n"
+        f"try:\n    doors.enter({door!r})\n"
+        "finally:\n    assert not {'torch', 'numpy', 'PIL', 'sentencepiece'} & set(sys.modules)"
+    )
+    done = in_a_fresh_python("-c", script)
+    assert done.returncode == (2 if arguments == ["--no-such-flag"] else 0), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_setup_declares_the_same_packages():
+    declared = re.search(
+        r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(encoding="utf-8"), re.DOTALL
+    )[1]
+    packages = set(re.findall(r'"([a-z]+)', declared))
+    assert packages == {"pillow" if name == "PIL" else name for name in ALLOWED}
+
+
+def test_importing_minillava_alone_imports_nothing_heavy():
+    done = in_a_fresh_python("-c", "import minillava, sys; print(*sys.modules)")
+    assert (done.returncode, done.stderr) == (0, "")
+    imported = done.stdout.split()
+    assert [name for name in imported if name.split(".")[0] in {"minillava", *ALLOWED}] == [
+        "minillava"
+    ]
+
+
+def test_importing_everything_warns_about_nothing():
+    done = in_a_fresh_python(
+        "-W", "error", "-c", "import minillava.generate, minillava.assistant, minillava.cli"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_running_a_module_does_not_find_it_imported_already():
+    """runpy warns when `python -m minillava.generate` finds minillava.generate in sys.modules."""
+    done = in_a_fresh_python("-W", "error", "-m", "minillava.generate", "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("minillava ")
+
+
+# --- README ---------------------------------------------------------------------------------------
+
+
+def files_in_tables(text: str) -> list[str]:
+    """The files that first cells of Markdown table rows name, as paths; a bare name is one of
+    minillava/."""
+    found = []
+    for row in re.findall(r"^\|([^|]+)\|", text, re.MULTILINE):
+        names = dict.fromkeys(re.findall(r"[\w/.-]*\w+\.py\b", row))
+        found += dict.fromkeys(name if "/" in name else f"minillava/{name}" for name in names)
+    return found
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """(module, arguments) of every `python -m minillava.module ...`, up to the end of that
+    command."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        for module, rest in re.findall(r"python3? -m minillava\.(\w+)([^`]*)", line):
+            words, lexer = [], shlex.shlex(rest, posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True
+            for word in lexer:
+                if set(word) <= set("();<>|&"):
+                    break
+                words.append(word)
+            found.append((module, words))
+    return found
+
+
+def flags(words: list[str]) -> list[str]:
+    return [
+        word.split("=")[0].replace("_", "-") for word in words if re.match(r"--?[A-Za-z]", word)
+    ]
+
+
+def test_tables_and_commands_are_found_in_a_text():
+    text = (
+        "| file | what |\n|---|---|\n| [`llava.py`](minillava/llava.py) | see `x.py` |\n| "
+        "`tools/a.py` | no |\n"
+    )
+    assert files_in_tables(text) == ["minillava/llava.py", "tools/a.py"]
+    text = (
+        "$ cat x | python -m minillava.generate -m 'a b' \\\n  --top_k=3 | head -c 1\n`python -m "
+        "minillava.chat -q`"
+    )
+    assert commands(text) == [("generate", ["-m", "a b", "--top_k=3"]), ("chat", ["-q"])]
+    assert flags(commands(text)[0][1]) == ["-m", "--top-k"]
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    if not README.exists():
+        pytest.skip("there is no README.md yet")
+    return README.read_text(encoding="utf-8")
+
+
+def test_the_readme_names_every_file_once_and_none_that_does_not_exist(readme):
+    named = files_in_tables(readme)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    assert [name for name in named if name.startswith("minillava/")] == [
+        f"minillava/{name}.py" for name in SPINE
+    ]
+    for folder in sorted(
+        path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"
+    ):
+        (row,) = re.findall(
+            rf"^\| \[`{folder.name}/`\]\(minillava/{folder.name}\) \|(.*)\|$", readme, re.MULTILINE
+        )
+        told = [
+            name
+            for name in re.findall(r"`(\w+)`", row)
+            if name in {path.stem for path in folder.glob("*.py")}
+        ]
+        assert sorted(told) == sorted(path.stem for path in folder.glob("[!_]*.py"))
+
+
+def test_every_flag_that_a_page_uses_exists(readme, capsys):
+    used = commands(readme)
+    assert used, "README shows no command"
+    for page in sorted(PACKAGE.glob("*/README.md")):
+        used += commands(page.read_text(encoding="utf-8"))
+    for module, words in used:
+        with pytest.raises(SystemExit):
+            doors.enter(module, ["--help"])
+        known = re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", capsys.readouterr().out)
+        assert set(flags(words)) <= set(known), f"python -m minillava.{module} {shlex.join(words)}"

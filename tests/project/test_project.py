@@ -1,0 +1,113 @@
+"""What surrounds the code: the contributing page, the workflow, the hooks, and the import check."""
+
+import re
+import runpy
+import stat
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+PAGE = ROOT / ".github" / "CONTRIBUTING.md"
+WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
+HOOKS = ROOT / ".pre-commit-config.yaml"
+
+imports = runpy.run_path(str(ROOT / ".ci" / "imports"))
+
+
+def words_in(path: Path) -> list[str]:
+    return re.split(r"[\s`():;,]+", path.read_text(encoding="utf-8"))
+
+
+def named_files(path: Path) -> set[str]:
+    """Every word that is a path of the repository: a known folder's, or with a file's ending."""
+    return {
+        word.rstrip(".")
+        for word in words_in(path)
+        if re.match(r"(minillava|tests|tools|\.ci|\.github)/\w", word)
+    }
+
+
+def test_every_file_that_the_contributing_page_names_exists():
+    """A file that moves leaves the page behind."""
+    named = {
+        name
+        for name in named_files(PAGE)
+        if name not in {"minillava/files/x.py", "tests/files/test_x.py"}
+    }
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_every_name_that_the_contributing_page_places_is_there():
+    """`NAME` in `file`."""
+    placed = re.findall(r"`(\w+)` in `([\w/.-]+)`", PAGE.read_text(encoding="utf-8"))
+    assert len(placed) >= 5
+    for name, file in placed:
+        assert re.search(rf"\b{name}\b", (ROOT / file).read_text(encoding="utf-8")), (name, file)
+
+
+def test_the_contributing_page_is_one_screen():
+    assert len(PAGE.read_text(encoding="utf-8").splitlines()) <= 60
+
+
+@pytest.mark.parametrize("name", ["run", "imports"])
+def test_the_workflow_calls_what_a_person_runs(name):
+    """A check that only the workflow makes fails after the push; one that it forgets never fails."""
+    commands = re.findall(r"^ *- run: (.+)$", WORKFLOW.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [command for command in commands if command.split()[-1] == f".ci/{name}"] != []
+    assert (ROOT / ".ci" / name).stat().st_mode & stat.S_IXUSR
+    if name != "run":
+        assert f".ci/{name}" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_the_oldest_python_of_the_workflow_is_that_of_the_package():
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    (oldest,) = re.findall(r'python_requires=">=([\d.]+)"', setup)
+    (matrix,) = re.findall(r"python: \[(.+)\]", WORKFLOW.read_text(encoding="utf-8"))
+    assert matrix.split(", ")[0] == f'"{oldest}"'
+
+
+def test_the_hooks_run_what_is_here():
+    text = HOOKS.read_text(encoding="utf-8")
+    entries = re.findall(r"entry: (.+)", text)
+    assert len(entries) == text.count("language: system") == text.count("- id:") >= 3
+    assert text.count("repo:") == text.count("repo: local")  # no network
+    assert all((ROOT / name).exists() for name in named_files(HOOKS))
+
+
+def test_the_package_says_that_it_is_typed():
+    """Without the marker, and without its line in setup.py, type checkers ignore annotations."""
+    assert (ROOT / "minillava" / "py.typed").read_bytes() == b""
+    assert '"minillava": ["py.typed"]' in (ROOT / "setup.py").read_text(encoding="utf-8")
+
+
+def test_the_import_check_knows_every_module():
+    names = imports["modules"](ROOT / "minillava")
+    assert {"minillava", "minillava.loop", "minillava.files", "minillava.chat.__main__"} <= set(
+        names
+    )
+    assert len(names) == len(list((ROOT / "minillava").rglob("*.py")))
+
+
+def test_the_import_check_names_a_module_that_cannot_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "hungry_module.py").write_text("import no_such_package\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert imports["failures"](["minillava.config", "hungry_module"]) == [
+        "hungry_module: ModuleNotFoundError: No module named 'no_such_package'"
+    ]
+
+
+def test_the_import_check_follows_what_packages_require():
+    """An extra's packages are not required: with them here, a module that needs one would pass."""
+    lines = {
+        "minillava": ["torch>=2.6", 'pytest>=7; extra == "test"', "Some_Name[x, y_z]>=1"],
+        "torch": ['numpy; python_version >= "3"'],
+        "some-name": [
+            "a; extra == 'x'",
+            'b (>1) ; (os_name == "nt") and extra == "y-z"',
+            "c; extra == 'd'",
+        ],
+    }
+    found = imports["needed"]("minillava", lines.get)
+    assert found == {"minillava", "torch", "numpy", "some-name", "a", "b"}

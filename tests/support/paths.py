@@ -1,0 +1,7 @@
+"""Where the tests find the repository, and what lies beside it."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = ROOT / "tests" / "reference"  # as tools/make_reference.py writes it
+SHARED = ROOT.parent / "shared"  # what is not ours to distribute: tests skip without
