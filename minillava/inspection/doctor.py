@@ -8,7 +8,6 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from minillava.assistant import Assistant
 from minillava.attention import ATTENTION
 from minillava.cache import KVCache
 from minillava.checkpoint.place import choose_device, choose_dtype
+from minillava.cli.hooks import attending
 from minillava.config import LlavaConfig
 from minillava.fast.linear import has_fast_bfloat16
 from minillava.fast.quantize import quantised_kinds, stored_shapes
@@ -267,19 +267,6 @@ def first_logits(assistant: Assistant, spliced: Spliced) -> Tensor:
     """Those of the first token of the answer, [V]. Raises ValueError where they are no numbers."""
     output = assistant.model.language_model(spliced.embeds, spliced.attention_mask, last_only=True)
     return last_logits(output)[0].cpu()  # not every GPU has the float64 of `total_variation`
-
-
-@contextmanager
-def attending(model: nn.Module, attend: Callable) -> Iterator[None]:
-    """Inside, every layer of the model computes its attention by `attend`."""
-    before = {module: module.attend for module in model.modules() if "attend" in vars(module)}
-    try:
-        for module in before:
-            module.attend = attend
-        yield
-    finally:
-        for module, own in before.items():
-            module.attend = own
 
 
 def cached_and_whole(assistant: Assistant, spliced: Spliced) -> tuple[Tensor, Tensor]:

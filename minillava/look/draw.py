@@ -16,6 +16,7 @@ in grey as well."""
 INK, FAINT, PAPER = (25, 25, 30), (105, 105, 115), (255, 255, 255)
 
 WIDTH, MARGIN, GAP = 1200, 28, 18
+QUESTION_HIGH, WORD_HIGH, NOTE_HIGH, SCALE_HIGH = 28, 28, 20, 58  # lines, and the colour scale
 
 BLACK_STAYS = 0.4
 """How light black becomes under a heat map, so that colours show on dark pictures too."""
@@ -75,54 +76,45 @@ def draw_words(
 ) -> Image.Image:
     """The picture, and for each word (text, heat [G, G]) its map with the word below, row by row; a
     colour scale."""
-    columns = (
-        max(2, len(words) + 1)
-        if len(words) < 3
-        else 4
-        if len(words) < 12
-        else 6
-        if len(words) < 60
-        else 8
-    )
+    count = len(words) + 1
+    columns = _columns(count)
     cell = min(380, (WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns)
     scale = min(cell / picture.width, 1.4 * cell / picture.height)
     size = tuple(max(1, round(length * scale)) for length in picture.size)
     caption, small, large = (
         ImageFont.load_default(s) for s in (17 if columns == 8 else 21, 14, 20)
     )
-    words_high, small_high = 28, 20
-    cell_high = size[1] + words_high + small_high + GAP
-    head = wrap(question, large, WIDTH - 2 * MARGIN)
-    top = MARGIN + 28 * len(head) + GAP
-    rows = -(-(len(words) + 1) // columns)
-    notes = wrap(note, small, WIDTH - 2 * MARGIN)
-    height = top + rows * cell_high + 58 + small_high * len(notes) + MARGIN
+    head, notes = (wrap(t, f, WIDTH - 2 * MARGIN) for t, f in ((question, large), (note, small)))
+    top = MARGIN + QUESTION_HIGH * len(head) + GAP
+    cell_high = size[1] + WORD_HIGH + NOTE_HIGH + GAP
+    bottom = top + -(-count // columns) * cell_high  # of the panels
+    height = bottom + SCALE_HIGH + NOTE_HIGH * len(notes) + MARGIN
     sheet = Image.new("RGB", (WIDTH, height), PAPER)
     pen = ImageDraw.Draw(sheet)
     for i, line in enumerate(head):
-        pen.text((MARGIN, MARGIN + 28 * i), line, INK, large)
-    for i in range(len(words) + 1):
+        pen.text((MARGIN, MARGIN + QUESTION_HIGH * i), line, INK, large)
+    shown = f"{picture.width} x {picture.height}"
+    panels = [("the picture", shown, picture.resize(size), FAINT)]
+    for text, heat in words:
+        share = f"{percent(heat.max())} of {percent(heat.sum())}"
+        panels.append((text, share, heat_map(picture, box, heat, size), INK))
+    for i, (text, below, panel, colour) in enumerate(panels):
         x, y = MARGIN + i % columns * (cell + GAP), top + i // columns * cell_high
-        left = x + (cell - size[0]) // 2
-        if i == 0:
-            text, below, panel = (
-                "the picture",
-                f"{picture.width} x {picture.height}",
-                picture.resize(size),
-            )
-        else:
-            text, heat = words[i - 1]
-            panel = heat_map(picture, box, heat, size)
-            below = f"{percent(heat.max())} of {percent(heat.sum())}"
-        sheet.paste(panel, (left, y))
+        sheet.paste(panel, (x + (cell - size[0]) // 2, y))
         middle, y = x + cell // 2, y + size[1] + 4
-        colour = FAINT if i == 0 else INK
         pen.text((middle, y), shorten(text, caption, cell), colour, caption, anchor="ma")
-        pen.text((middle, y + words_high), below, FAINT, small, anchor="ma")
-    _draw_scale(sheet, pen, top + rows * cell_high)
+        pen.text((middle, y + WORD_HIGH), below, FAINT, small, anchor="ma")
+    _draw_scale(sheet, pen, bottom)
     for i, line in enumerate(notes):
-        pen.text((MARGIN, height - MARGIN - small_high * (len(notes) - i)), line, FAINT, small)
+        pen.text((MARGIN, height - MARGIN - NOTE_HIGH * (len(notes) - i)), line, FAINT, small)
     return sheet
+
+
+def _columns(panels: int) -> int:
+    """How many panels stand side by side: few are large, many are small."""
+    if panels < 4:
+        return max(2, panels)
+    return 4 if panels < 13 else 6 if panels < 61 else 8
 
 
 def remarks(

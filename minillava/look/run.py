@@ -29,12 +29,13 @@ from torch import Tensor
 
 from minillava.assistant import Assistant
 from minillava.attention import eager
+from minillava.cli.hooks import Hooks, uncompiled
 from minillava.cli.messages import Messages, print_json, significant, write_outputs
 from minillava.cli.opening import find_weights, open_assistant, read_question
 from minillava.files.disk import is_stdout
 from minillava.files.pictures import Images, as_list, open_image
 from minillava.image import ImageProcessor
-from minillava.llama import LanguageModel
+from minillava.llama import Context, LanguageModel
 from minillava.llava import Llava, Spliced
 from minillava.look import draw as look_draw
 from minillava.look import page as look_html
@@ -91,23 +92,25 @@ def _last_rows(language_model: LanguageModel, start: int, end: int) -> Iterator[
     """Inside, every layer appends [H, end - start]: the attention of the last position to
     start..end. What the layers return is untouched. Only that row is kept: at 7B, the prefill's
     weights are 1.6 GB in float32."""
-    attend, rows = language_model.attend, []
+    rows = []
 
-    def attend_and_note(q, k, v, mask=None, causal=False):
-        out, weights = attend(q, k, v, mask, causal)
-        row = weights
-        # fused: it has none. The last position sees all keys, so the causal triangle is not needed
-        if row is None:
-            # [1, H, 1, S]
-            _, row = eager(q[:, :, -1:], k, v, None if mask is None else mask[:, :, -1:])
-        rows.append(row[0, :, -1, start:end].float().clone())
-        return out, weights
+    def note_rows(context: Context) -> Context:
+        def attend(q, k, v, mask=None, causal=False):
+            out, weights = context.attend(q, k, v, mask, causal)
+            row = weights
+            # `fused` has none. The last position sees all keys, so that it needs no triangle.
+            if row is None:
+                last = None if mask is None else mask[:, :, -1:]
+                _, row = eager(q[:, :, -1:], k, v, last)  # [1, H, 1, S]
+            rows.append(row[0, :, -1, start:end].float().clone())
+            return out, weights
 
-    language_model.attend = attend_and_note
-    try:
+        return context._replace(attend=attend)
+
+    with Hooks() as hooks:
+        for layer in language_model.layers:
+            hooks.attention(layer.self_attn, note_rows)
         yield rows
-    finally:
-        language_model.attend = attend
 
 
 def watch(
@@ -124,12 +127,10 @@ def watch(
         raise ValueError(
             f"{len(spliced.image_spans)} row(s) with {pictures} picture(s), expected one with one"
         )
-    running, span = (
-        steps(model, spliced, options, tokenizer=tokenizer, record=record),
-        patch_span(model, spliced),
-    )
+    model, span = uncompiled(model), patch_span(model, spliced)
+    running = steps(model, spliced, options, tokenizer=tokenizer, record=record)
     while True:
-        # Set for one forward pass at a time, so that other loops can use the model in between.
+        # For one forward pass at a time, so that other loops can use the model in between.
         with _last_rows(model.language_model, *span) as rows:
             step = next(running, None)
         if step is None:
@@ -191,20 +192,39 @@ def seen_box(size: tuple[int, int], processor: ImageProcessor) -> tuple[float, f
 
 
 # --------------------------------------------------------------------------------------- logit lens
-def _lens_words(
-    model: Llava, states: Sequence[Tensor], tokenizer: Tokenizer
-) -> list[list[tuple[str, float]]]:
-    """The most likely next token and its probability at each of some positions, for every layer
-    (nostalgebraist 2020). states: L + 1 times [positions, C]."""
-    language, found = model.language_model, []
-    for i, state in enumerate(states):
-        # The last one is normalised already.
-        # [positions, V]
-        logits = language.head(state if i == len(states) - 1 else language.norm(state))
-        likely = logits.float().softmax(-1).max(-1)
-        pairs = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
-        found.append([(tokenizer.piece(token), significant(p)) for token, p in pairs])
-    return found
+class LensReader:
+    """What the layers would say (nostalgebraist 2020), read while an answer is made. start, end:
+    where the patches are."""
+
+    def __init__(self, assistant: Assistant, start: int, end: int):
+        self.model, self.tokenizer = assistant.model.language_model, assistant.tokenizer
+        self.start, self.end = start, end
+        self.patches: list[list[tuple[str, float]]] = []
+        self.states: list[list[Tensor]] = []  # per token of the answer, L + 1 times [C]
+
+    def read(self, states: Sequence[Tensor]) -> None:
+        """states: those of a step, L + 1 times [1, T, C]; the first ones have the patches."""
+        if not self.states:
+            self.patches = self.words([state[0, self.start : self.end] for state in states])
+        self.states.append([state[0, -1] for state in states])
+
+    def result(self, chosen: Sequence[int]) -> Lens:
+        """chosen: the ids of the answer."""
+        by_layer = [torch.stack(layer) for layer in zip(*self.states, strict=True)]
+        said = [self.tokenizer.piece(i) for i in chosen]
+        return Lens(self.patches, said, self.words(by_layer))
+
+    def words(self, states: Sequence[Tensor]) -> list[list[tuple[str, float]]]:
+        """The most likely next token and its probability at some positions, for every layer.
+        states: L + 1 times [positions, C]."""
+        found = []
+        for i, state in enumerate(states):
+            # The last one is normalised already.
+            normed = state if i == len(states) - 1 else self.model.norm(state)
+            likely = self.model.head(normed).float().softmax(-1).max(-1)  # of [positions, V]
+            pairs = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
+            found.append([(self.tokenizer.piece(token), significant(p)) for token, p in pairs])
+        return found
 
 
 # --------------------------------------------------------------------------------------------- look
@@ -227,61 +247,67 @@ def look(
     if len(as_list(image)) != 1:
         raise ValueError(f"look at one picture, found {len(as_list(image))} pictures")
     text, picture = assistant.model.config.text, open_image(*as_list(image))
-    layers = _check("layer", default_layers(text.num_hidden_layers) if layers is None else layers,
-                    text.num_hidden_layers)  # fmt: skip
-    heads = _check(
-        "head",
-        range(text.num_attention_heads) if heads is None else heads,
-        text.num_attention_heads,
-    )
+    layers = default_layers(text.num_hidden_layers) if layers is None else layers
+    layers = _check("layer", layers, text.num_hidden_layers)
+    heads = range(text.num_attention_heads) if heads is None else heads
+    heads = _check("head", heads, text.num_attention_heads)
     spliced = assistant.prepare(picture, assistant.prompt(question, images=1, system=system))
-    start, end = patch_span(assistant.model, spliced)
-    model, tokenizer, chosen = (
-        assistant.model,
-        assistant.tokenizer,
-        assistant.options(options, **settings),
+    read = LensReader(assistant, *patch_span(assistant.model, spliced)) if lens else None
+    chosen = assistant.options(options, **settings)
+    answer, tokens = _follow(assistant, spliced, chosen, layers, heads, read)
+    return Look(
+        picture,
+        seen_box(picture.size, assistant.image_processor),
+        question,
+        answer,
+        layers,
+        heads,
+        words_of(tokens),
+        None if read is None else read.result([token.id for token in tokens]),
     )
-    decoder, answer, ids, pieces, maps, patches, states = (
-        TextDecoder(tokenizer),
-        "",
-        [],
-        [],
-        [],
-        [],
-        [],
-    )
-    for step, rows in watch(model, spliced, chosen, tokenizer, ("hidden_states",) * lens):
-        maps.append(rows[layers][:, heads].mean((0, 1)).cpu().numpy())  # [P]
-        ids.append(step.ids[0])
-        pieces.append(decoder.feed(ids[-1]))
+
+
+@dataclass
+class Token:
+    """One of an answer: piece is the text that it adds, heat [P] what its choice looked at."""
+
+    id: int
+    piece: str
+    heat: np.ndarray
+
+
+def _follow(
+    assistant: Assistant,
+    spliced: Spliced,
+    options: Options,
+    layers: list[int],
+    heads: list[int],
+    lens: LensReader | None,
+) -> tuple[str, list[Token]]:
+    """The answer and its tokens, while `lens` reads the states of the layers along."""
+    decoder, answer, tokens = TextDecoder(assistant.tokenizer), "", []
+    record = () if lens is None else ("hidden_states",)
+    for step, rows in watch(assistant.model, spliced, options, assistant.tokenizer, record):
+        heat = rows[layers][:, heads].mean((0, 1)).cpu().numpy()  # [P]
+        tokens.append(Token(step.ids[0], decoder.feed(step.ids[0]), heat))
         answer += step.text[0]
-        if lens:
-            if not states:
-                patches = _lens_words(
-                    model, [state[0, start:end] for state in step.hidden_states], tokenizer
-                )
-            states.append([state[0, -1] for state in step.hidden_states])
+        if lens is not None:
+            lens.read(step.hidden_states)
     left = len(answer)
-    for i, piece in enumerate(pieces):
-        pieces[i] = piece[:left]  # without what a stop text has cut off
-        left -= len(pieces[i])
-    side = math.isqrt(end - start)
-    words = [
-        Word(
-            word,
-            [ids[i] for i in tokens],
-            np.mean([maps[i] for i in tokens], axis=0).reshape(side, side),
-        )
-        for word, tokens in join_words(pieces)
-    ]
-    seen = None
-    if lens:
-        # L + 1 times [tokens, C]
-        by_layer = [torch.stack(layer) for layer in zip(*states, strict=True)]
-        said = [tokenizer.piece(i) for i in ids]
-        seen = Lens(patches, said, _lens_words(model, by_layer, tokenizer))
-    box = seen_box(picture.size, assistant.image_processor)
-    return Look(picture, box, question, answer, layers, heads, words, seen)
+    for token in tokens:
+        token.piece = token.piece[:left]  # without what a stop text has cut off
+        left -= len(token.piece)
+    return answer, tokens
+
+
+def words_of(tokens: Sequence[Token]) -> list[Word]:
+    """The words of an answer, each with the mean of its tokens' maps."""
+    words = []
+    for text, parts in join_words([token.piece for token in tokens]):
+        heat = np.mean([tokens[i].heat for i in parts], axis=0)  # [P]
+        side = math.isqrt(len(heat))
+        words.append(Word(text, [tokens[i].id for i in parts], heat.reshape(side, side)))
+    return words
 
 
 def _check(what: str, chosen: Sequence[int], count: int) -> list[int]:
@@ -342,39 +368,42 @@ def run(args: argparse.Namespace, options: dict) -> int:
     messages = Messages(args.verbose, args.quiet)
     question, (picture,) = read_question(args)
     assistant = open_assistant(args, find_weights(args.weights, messages), messages)
-    started, text = time.perf_counter(), assistant.model.config.text
-    layers = range(text.num_hidden_layers) if args.layers is None else args.layers or None
-    lens = args.lens is not None
+    started, layers = time.perf_counter(), args.layers
+    if layers is None:  # "all"; () is the default
+        layers = range(assistant.model.config.text.num_hidden_layers)
     found = look(
         assistant,
         picture,
         question,
-        layers=layers,
+        layers=layers or None,
         heads=args.heads or None,
         system=args.system,
-        lens=lens,
+        lens=args.lens is not None,
         **options,
     )
     messages.stage("answer", started, f"{len(found.words)} words")
     words = choose_words(found.words, args.word)
-    square, side = (
-        assistant.image_processor.square(picture),
-        math.isqrt(assistant.model.config.vision.num_patches),
-    )
-    started, files = time.perf_counter(), {}
+    started = time.perf_counter()
+    files = _files(args, assistant, found, words)
+    if args.json == "-":
+        print_json(as_json(found, words))
+    elif not any(map(is_stdout, files)):  # which then has that file alone
+        print(found.answer, flush=True)
+    status = write_outputs(files)
+    messages.stage("write", started, ", ".join(files))
+    return status
+
+
+def _files(
+    args: argparse.Namespace, assistant: Assistant, found: Look, words: list[Word]
+) -> dict[str, str | bytes]:
+    """What the flags ask for: names and contents."""
+    square, files = assistant.image_processor.square(found.picture), {}
+    side = math.isqrt(assistant.model.config.vision.num_patches)
     if args.out is not None:
-        maps = [(word.text, word.heat) for word in words]
-        used, also = look_draw.listed(found.layers), look_draw.listed(found.heads)
-        note = (
-            f"Layers {used} of {text.num_hidden_layers}, heads {also} of "
-            f"{text.num_attention_heads}, averaged, counted "
-            "from 0. Below each word: how much of its attention went to its hottest "
-            "patch, of what went to the whole picture; the rest went to the text before it. "
-        ) + look_draw.remarks(maps, found.box, picture.size)
-        sheet = look_draw.draw_words(picture, found.box, maps, question, note)
-        files[args.out] = _picture_bytes(sheet, args.out)
+        files[args.out] = _picture_bytes(_sheet(assistant, found, words), args.out)
     if args.html is not None:
-        files[args.html] = look_html.look_page(picture, as_json(found, words))
+        files[args.html] = look_html.look_page(found.picture, as_json(found, words))
     if args.json not in (None, "-"):
         files[args.json] = json.dumps(as_json(found, words), ensure_ascii=False) + "\n"
     if args.npy is not None:
@@ -383,12 +412,19 @@ def run(args: argparse.Namespace, options: dict) -> int:
         files[args.npy] = file.getvalue()
     if args.grid is not None:
         files[args.grid] = _picture_bytes(look_draw.draw_grid(square, side), args.grid)
-    if lens:
-        files[args.lens] = look_html.lens_page(square, vars(found.lens), question, found.answer)
-    if args.json == "-":
-        print_json(as_json(found, words))
-    elif not any(map(is_stdout, files)):  # which then has that file alone
-        print(found.answer, flush=True)
-    status = write_outputs(files)
-    messages.stage("write", started, ", ".join(files))
-    return status
+    if found.lens is not None:
+        lens = vars(found.lens)
+        files[args.lens] = look_html.lens_page(square, lens, found.question, found.answer)
+    return files
+
+
+def _sheet(assistant: Assistant, found: Look, words: list[Word]) -> Image.Image:
+    """The picture of --out: a heat map for each word."""
+    text, maps = assistant.model.config.text, [(word.text, word.heat) for word in words]
+    used, also = look_draw.listed(found.layers), look_draw.listed(found.heads)
+    note = (
+        f"Layers {used} of {text.num_hidden_layers}, heads {also} of {text.num_attention_heads}, "
+        "averaged, counted from 0. Below each word: how much of its attention went to its hottest "
+        "patch, of what went to the whole picture; the rest went to the text before it. "
+    ) + look_draw.remarks(maps, found.box, found.picture.size)
+    return look_draw.draw_words(found.picture, found.box, maps, found.question, note)

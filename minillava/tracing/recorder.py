@@ -1,9 +1,9 @@
 """What happens inside a model while it runs, as records: each tensor summarised as it comes, and
 let go.
 
-The model knows nothing of this. Forward hooks see what each module returns; a forward pre-hook
-hands the decoder's attention a function that calls the real one and looks at what went in. B batch,
-T new tokens, S cached and new tokens, H heads, K key/value heads, D head width, V vocabulary.
+The model knows nothing of this. Hooks (cli/hooks.py) see what each module returns, and give the
+decoder's attention a function that calls the real one and records what went in. B batch, T new
+tokens, S cached and new tokens, H heads, K key/value heads, D head width, V vocabulary.
 """
 
 import inspect
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from minillava.attention import eager
-from minillava.llama import LanguageModel, apply_rotary, positions_and_mask, rotary_tables
+from minillava.cli import hooks
+from minillava.llama import Context, LanguageModel, apply_rotary, positions_and_mask, rotary_tables
 from minillava.llava import Llava
 
 FIRST = 4
@@ -118,20 +119,19 @@ class Recorder:
             for pattern in list(DEPTHS.values())[: list(DEPTHS).index(depth) + 1]
         ]
         self._shapes: dict[str, list[int]] = {}
-        self._handles: list = []
+        self._hooks = hooks.Hooks()
 
     def __enter__(self) -> "Recorder":
-        language_model = self.model.language_model
-        hooks = [language_model.register_forward_pre_hook(self._begin)]
+        language_model, watch = self.model.language_model, self._hooks
+        watch.before(language_model, self._begin)
         for name, module in self.model.named_modules():
             if name != "language_model" and self.wants(name):
-                hooks.append(module.register_forward_hook(partial(self._made, name)))
-        hooks.append(language_model.register_forward_hook(self._logits))
-        hooks.append(language_model.layers[0].register_forward_pre_hook(self._positions))
+                watch.after(module, partial(self._made, name))
+        watch.after(language_model, self._logits)
+        watch.before(language_model.layers[0], self._positions)
         for i, layer in enumerate(language_model.layers):
             if self.wants(f"language_model.layers.{i}.self_attn.q"):
-                hooks.append(layer.self_attn.register_forward_pre_hook(partial(self._attention, i)))
-        self._handles = hooks
+                watch.attention(layer.self_attn, partial(self._attention, i))
         return self
 
     def __exit__(self, *_) -> None:
@@ -139,9 +139,8 @@ class Recorder:
 
     def close(self) -> None:
         """Take the hooks away; nothing more is recorded."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self.steps = [], ()
+        self._hooks.close()
+        self.steps = ()
 
     def wants(self, name: str) -> bool:
         layer = re.search(r"\blayers\.(\d+)", name)
@@ -204,10 +203,9 @@ class Recorder:
             if self.wants(f"language_model.{name}"):
                 self.add("language model", name, tensor, rotary_tables)  # [B|1, 1, T, D]
 
-    def _attention(self, layer: int, module, args) -> tuple | None:
+    def _attention(self, layer: int, context: Context) -> Context | None:
         if self.step not in self.steps:
             return None
-        x, context = args
         attend, cache = context.attend, context.cache
         stage, prefix = f"layer {layer}", f"language_model.layers.{layer}"
 
@@ -224,7 +222,7 @@ class Recorder:
             self.add(stage, f"{prefix}.self_attn.attention_weights", seen, eager)  # [B, H, T, S]
             return out, weights
 
-        return x, context._replace(attend=watched)
+        return context._replace(attend=watched)
 
 
 def summarise(tensor: Tensor) -> dict:
@@ -263,11 +261,11 @@ def _shown(path: str) -> str:
 
 
 def _calling_line() -> str:
-    """file:line of the innermost of our own files that runs, apart from this one."""
+    """file:line of the innermost of our own files that runs, apart from those that watch."""
     frame = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
-        if path.startswith(_PACKAGE) and path != __file__:
+        if path.startswith(_PACKAGE) and path not in (__file__, hooks.__file__):
             return f"{_shown(path)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""

@@ -8,21 +8,25 @@ vocabulary.
 import argparse
 import textwrap
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
 from minillava import loop
 from minillava.assistant import Assistant
 from minillava.checkpoint.config_json import read_config
+from minillava.cli.hooks import uncompiled
 from minillava.cli.messages import Messages, print_json, significant, write_outputs
 from minillava.cli.opening import find_weights, open_assistant, read_question
+from minillava.config import LlavaConfig
 from minillava.files.disk import is_stdout
 from minillava.files.pictures import Images, as_list, open_image
 from minillava.image import ImageProcessor
-from minillava.llava import Llava
+from minillava.llava import Llava, Spliced
 from minillava.loop import Chooser, Step
 from minillava.options import Options
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, place_images, render
@@ -49,62 +53,92 @@ def trace(
     whole: bool = True,
     **settings,
 ) -> int:
-    """One question, and each record to `consume` (by default: printed) as it is made; depth,
-    layers, steps as for Recorder; traced: an older name of steps. options: an `Options`, or its
-    fields by name. template: its name. whole: go on to the end of the answer, and record that.
-    Returns the number of tokens made. Raises ValueError for a layer that is not there, and as
-    `Assistant.ask`."""
-    images, options = (
-        [open_image(image) for image in as_list(images)],
-        assistant.options(options, **settings),
-    )
-    consume, traced = consume or Printer(), traced if steps is None else steps
-    model, tokenizer, processor = assistant.model, assistant.tokenizer, assistant.image_processor
-    config = model.config
+    """Ask one question; each record goes to `consume` (by default: it is printed) as it is made.
+
+    depth, layers, steps: as for Recorder; traced: an older name of steps. options: an `Options`, or
+    its fields by name. template: its name. whole: go on to the end of the answer, and record that.
+    Returns the number of tokens made. Raises ValueError for a layer that does not exist, and where
+    `Assistant.ask` does."""
+    images = [open_image(image) for image in as_list(images)]
+    chosen = assistant.options(options, **settings)
+    traced = traced if steps is None else steps
+    model = uncompiled(assistant.model)
+    _check_layers(model.config, layers)
+    consume = consume or Printer()
+    say = partial(_say, consume)
+    _say_configuration(say, model.config)
+    style = {"template": template, "system": system}
+    ids = _say_question(say, assistant, question, len(images), style, chosen)
+    pixels = _say_pictures(say, assistant.image_processor, images)
+    with Recorder(model, consume, depth, layers, traced) as recorder:
+        spliced = model.splice([ids], pixels)
+        _record_splice(recorder, spliced)
+        answer = _record_answer(recorder, spliced, chosen, assistant.tokenizer, whole)
+    if answer["finish_reason"] is not None:
+        if chosen.temperature:
+            answer["seed"] = chosen.seed
+        say("answer", "answer", loop.steps, answer)
+    return len(answer["ids"])
+
+
+def _check_layers(config: LlavaConfig, layers: Collection[int] | None) -> None:
+    """Raises ValueError for a layer that neither the language model nor the tower has."""
     decoder, tower = config.text.num_hidden_layers, config.vision_layers_needed
     if max(layers or (0,)) >= max(decoder, tower):
-        has = (
-            f"the language model has layers 0 to {decoder - 1}, the vision tower runs {tower} "
-            "layer(s)"
+        raise ValueError(
+            f"there is no layer {max(layers)}: the language model has layers 0 to {decoder - 1}, "
+            f"the vision tower runs {tower} layer(s)"
         )
-        raise ValueError(f"there is no layer {max(layers)}: {has}")
 
-    def say(
-        stage: str, name: str, source: Callable, value=None, tensor: Tensor | None = None
-    ) -> None:
-        found = {} if tensor is None else summarise(tensor)
-        consume(Record(None, stage, name, source_of(source), value=value, **found), tensor)
 
+# --- what is recorded before, at and after the model's steps --------------------------------------
+Say = Callable[..., None]
+"""`_say`, with its `consume`."""
+
+
+def _say(
+    consume: Consume, stage: str, name: str, source: Callable, value=None, tensor=None
+) -> None:
+    """A record that belongs to no step."""
+    found = {} if tensor is None else summarise(tensor)
+    consume(Record(None, stage, name, source_of(source), value=value, **found), tensor)
+
+
+def _say_configuration(say: Say, config: LlavaConfig) -> None:
     own = {k: v for k, v in vars(config).items() if k not in ("vision", "text")}
-    computed = {
-        "tokens_per_image": config.tokens_per_image,
-        "vision_layers_needed": config.vision_layers_needed,
-    }
-    for name, part in (
-        ("", own | computed),
-        (".vision", vars(config.vision)),
-        (".text", vars(config.text)),
-    ):
+    computed = ("tokens_per_image", "vision_layers_needed")
+    own |= {name: getattr(config, name) for name in computed}
+    parts = {"": own, ".vision": vars(config.vision), ".text": vars(config.text)}
+    for name, part in parts.items():
         say("configuration", f"config{name}", read_config, part)
-    asked = place_images(question, len(images))
-    said = {
+
+
+def _say_question(
+    say: Say, assistant: Assistant, question: str, images: int, style: dict, options: Options
+) -> list[int]:
+    """The question, its conversation, the prompt and its ids, which are returned. style: template
+    and system text."""
+    system, tokenizer = style["system"], assistant.tokenizer
+    conversation = {
+        "template": style["template"],
         "system": assistant.template.system if system is None else system,
-        "user": asked,
+        "user": place_images(question, images),
         "assistant": None,
+        "end_tokens": assistant.model.config.eos_token_ids,
+        "stop": options.stop,
     }
-    prompt = assistant.prompt(question, images=len(images), system=system)
+    prompt = assistant.prompt(question, images=images, system=system)
     ids = assistant.tokenize(prompt)
     say("question", "question", place_images, question)
-    ends = {"end_tokens": config.eos_token_ids, "stop": options.stop}
-    say("question", "conversation", render, {"template": template, **said, **ends})
+    say("question", "conversation", render, conversation)
     say("question", "prompt", render, str(prompt))
-    say(
-        "question",
-        "input_ids",
-        Tokenizer.encode,
-        [[i, tokenizer.piece(i)] for i in ids],
-        torch.tensor([ids]),
-    )
+    pieces = [[i, tokenizer.piece(i)] for i in ids]
+    say("question", "input_ids", Tokenizer.encode, pieces, torch.tensor([ids]))
+    return ids
+
+
+def _say_pictures(say: Say, processor: ImageProcessor, images: list[Image.Image]) -> Tensor:
+    """Each picture, the square that is made of it, and the pixels of all, which are returned."""
     for i, image in enumerate(images):
         square = processor.square(image)
         say("picture", f"picture.{i}", open_image, f"{image.width} x {image.height} {image.mode}")
@@ -112,39 +146,36 @@ def trace(
         say("picture", f"picture.{i}.square", ImageProcessor.square, how)
     pixels = processor(images)  # [n, 3, R, R]
     say("picture", "pixel_values", ImageProcessor.normalise, tensor=pixels)
+    return pixels
 
-    made, text, reason = [], "", None
-    with Recorder(model, consume, depth, layers, traced) as recorder:
-        spliced = model.splice([ids], pixels)
-        recorder.add("splice", "embeds", spliced.embeds, Llava.splice)  # [1, T, C]
-        recorder.add(
-            "splice",
-            "image_spans",
-            None,
-            Llava.splice,
-            [list(span) for span in spliced.image_spans[0]],
-        )
-        mask = spliced.attention_mask  # [1, T] or None
-        words = "none: nothing is padding" if mask is None else None
-        recorder.add("splice", "attention_mask", mask, Llava.splice, words)
-        for step in loop.steps(model, spliced, options, tokenizer=tokenizer):
-            _record_choice(recorder, step, tokenizer)
-            made += step.ids
-            text, reason = text + step.text[0], step.finish_reason[0]
-            if len(made) > max(traced):
-                recorder.close()
-                if not whole:
-                    return len(made)
-    summary = {
-        "text": text,
-        "ids": made,
-        "finish_reason": reason,
-        "prompt_positions": spliced.embeds.shape[1],
-    }
-    if options.temperature:
-        summary["seed"] = options.seed
-    say("answer", "answer", loop.steps, summary)
-    return len(made)
+
+def _record_splice(recorder: Recorder, spliced: Spliced) -> None:
+    spans = [list(span) for span in spliced.image_spans[0]]
+    mask = spliced.attention_mask  # [1, T] or None
+    words = "none: nothing is padding" if mask is None else None
+    recorder.add("splice", "embeds", spliced.embeds, Llava.splice)  # [1, T, C]
+    recorder.add("splice", "image_spans", None, Llava.splice, spans)
+    recorder.add("splice", "attention_mask", mask, Llava.splice, words)
+
+
+def _record_answer(
+    recorder: Recorder, spliced: Spliced, options: Options, tokenizer: Tokenizer, whole: bool
+) -> dict:
+    """The loop, and how each token was chosen; to the last recorded step, or to the end where the
+    whole answer is wanted. Returns what is to be said of the answer."""
+    last = max(recorder.steps)
+    answer = {"text": "", "ids": [], "finish_reason": None}
+    answer["prompt_positions"] = spliced.embeds.shape[1]
+    for step in loop.steps(recorder.model, spliced, options, tokenizer=tokenizer):
+        _record_choice(recorder, step, tokenizer)
+        answer["ids"] += step.ids
+        answer["text"] += step.text[0]
+        if len(answer["ids"]) > last:
+            recorder.close()
+            if not whole:
+                return answer
+        answer["finish_reason"] = step.finish_reason[0]
+    return answer
 
 
 def _record_choice(recorder: Recorder, step: Step, tokenizer: Tokenizer) -> None:

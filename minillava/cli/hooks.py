@@ -1,0 +1,88 @@
+"""What the parts of a model read and return, watched or replaced for a while and in one thread.
+
+The model knows nothing of this: PyTorch calls a hook before or after a module runs. Hooks can be
+taken away in any order, and other threads that use the model meanwhile notice nothing of them.
+"""
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from minillava.fast.ahead import decode_ahead
+from minillava.fast.compiled import Captured
+from minillava.llama import Context
+from minillava.llava import Llava
+
+
+class Hooks:
+    """Hooks that act in the thread that made them, until `close` or the end of a `with`."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> "Hooks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def before(self, module: nn.Module, act: Callable[..., Any]) -> None:
+        """Call act(module, arguments) before the module runs; a tuple that it returns replaces the
+        arguments."""
+        self._handles.append(module.register_forward_pre_hook(self._here(act)))
+
+    def after(self, module: nn.Module, act: Callable[..., Any]) -> None:
+        """Call act(module, arguments, output) after the module ran; what it returns, unless None,
+        replaces the output."""
+        self._handles.append(module.register_forward_hook(self._here(act)))
+
+    def attention(self, module: nn.Module, change: Callable[[Context], Context | None]) -> None:
+        """Give a decoder layer's attention change(context), with another `attend` or `mask`, in the
+        place of its context; None leaves it as it is."""
+
+        def act(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            x, context = arguments
+            changed = change(context)
+            return None if changed is None else (x, changed)
+
+        self.before(module, act)
+
+    def _here(self, act: Callable[..., Any]) -> Callable[..., Any]:
+        def in_our_thread(*given: Any) -> Any:
+            return act(*given) if threading.get_ident() == self._thread else None
+
+        return in_our_thread
+
+
+@contextmanager
+def attending(model: nn.Module, attend: Callable[..., Any]) -> Iterator[None]:
+    """Inside, every attention of the model, also the vision tower's, is computed by `attend`, and
+    for every thread: this is another model for a while, not one that is watched."""
+    before = {module: module.attend for module in model.modules() if "attend" in vars(module)}
+    try:
+        for module in before:
+            module.attend = attend  # type: ignore[assignment]
+        yield
+    finally:
+        for module, own in before.items():
+            module.attend = own
+
+
+def uncompiled(model: Llava) -> Llava:
+    """The model, with all its parts, for a loop whose layers are watched: a step that was compiled
+    (fast/compiled.py) calls no hooks."""
+    if not isinstance(model.decoding, Captured):
+        return model
+    plain = copy.copy(model)
+    plain.decoding = decode_ahead
+    return plain
