@@ -185,7 +185,7 @@ def shown_line(error: Exception) -> str:
 
 def read_question_file(args: argparse.Namespace) -> bytes:
     path = args.questions
-    if str(path) == "-":
+    if path == "-":
         say_what_is_awaited(args, "the questions")
         return read_stdin()
     if not path.exists() or path.is_dir():

@@ -114,7 +114,7 @@ def ask_file(args: argparse.Namespace, options: dict) -> int:
         raise ValueError(
             f"{args.images}: no such folder of pictures; --images names the one that they are in"
         )
-    name = "stdin" if str(args.questions) == "-" else str(args.questions)
+    name = "stdin" if args.questions == "-" else str(args.questions)
     questions = read_questions(content, args.images, name)
     ids = Counter(question.question_id for question in questions if question.error is None)
     if again := [name for name, count in ids.items() if count > 1]:

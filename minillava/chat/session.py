@@ -123,10 +123,8 @@ class Session:
             finally:
                 if count:
                     print(flush=True)
-        more = count - 1
-        speed = f", {more / (time.perf_counter() - started):.1f} per second" if more else ""
-        ended = f"ended by {turn.finish_reason}, seed {turn.options.seed}"
-        self.messages.stage("decode", started, f"{more} more token(s){speed}; {ended}")
+        ended = f"{turn.finish_reason}, seed {turn.options.seed}"
+        self.messages.decoded(started, count - 1, ended)
         if turn.finish_reason == "length" and self.conversation.room == 0:
             context = len(self.conversation.positions)
             self.note(f"the model's context of {context} positions is full; /clear starts anew")

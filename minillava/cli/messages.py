@@ -45,6 +45,11 @@ class Messages:
         if self.verbose:
             print(f"{name:<8} {self.timings[name]:8.3f} s  {detail}", file=sys.stderr)
 
+    def decoded(self, started: float, more: int, ended: str) -> None:
+        """The stage after the first token: `more` tokens, and what ended them."""
+        speed = f", {more / (time.perf_counter() - started):.1f} per second" if more else ""
+        self.stage("decode", started, f"{more} more token(s){speed}; ended by {ended}")
+
 
 class _Forgiving:
     """stderr without errors of its own: a full disk under a log must not cost the answer."""

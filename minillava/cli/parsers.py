@@ -1,7 +1,8 @@
 """The flags of each door, and which of them go together: read before torch is imported.
 
 For each door NAME of doors.py: `NAME_parser()`, and `read_NAME(parser, argv)`, which returns what
-the door is called with. Wrong usage ends the process with status 2.
+the door is called with. Wrong usage ends the process with status 2. Flags that several doors have
+are in flags.py.
 """
 
 import argparse
@@ -12,75 +13,75 @@ from pathlib import Path
 
 from minillava.cli.arguments import (
     Parser,
-    add_contrast_arguments,
-    add_generation_arguments,
-    add_model_arguments,
-    add_output_arguments,
-    add_search_arguments,
     check_outputs,
     check_stdin,
     file_name,
     not_empty,
     number_list,
     output_name,
+)
+from minillava.cli.flags import (
+    add_contrast_arguments,
+    add_flags,
+    add_generation_arguments,
+    add_model_arguments,
+    add_output_arguments,
+    add_question_arguments,
+    add_search_arguments,
+    flag,
+    option,
     read_contrast,
     read_options,
 )
 from minillava.files.disk import is_stream, same_file
-from minillava.files.text import as_meant
 from minillava.options import DEPTHS, Options
-from minillava.prompt import DEFAULT_PROMPT
-
-CHAT_COMMANDS = """\
-/image PATH   add a picture, or several, to the next question; <image> in the question places it; a file dropped
-              into the terminal is read as a shell reads it, with or without /image
-/clear        forget the conversation and its pictures
-/save FILE    write the conversation as JSON; a file that this session did not write is not overwritten
-/help         this list
-/quit, /exit  leave, as the end of the input does
-Ctrl-C stops an answer, which keeps what it has said; it clears a line, and leaves when pressed twice at an empty one.
-In a script it leaves."""
-
-SETTINGS = ("weights", "revision", "model_base", "adapter", "vision_tower", "device", "dtype", "attention",
-            "quantize", "template", "system", "image_aspect_ratio")  # fmt: skip
-"""What the two runs of --compare may differ in: the flags of the model, by name."""
 
 
-def generate_parser(prog: str = "python -m minillava.generate") -> Parser:
-    parser = Parser(
+def _parser(prog: str, description: str, epilog: str) -> Parser:
+    return Parser(
         prog=prog,
-        description="Ask LLaVA-1.5 about a picture. The answer goes to stdout, everything else to stderr.",
+        description=description,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="""examples:
+    )
+
+
+# ----------------------------------------------------------------------------------------- generate
+
+GENERATE_HELP = """\
+examples:
   python -m minillava.generate --image weights/shapes/example-1.png
-  python -m minillava.generate --weights llava-1.5-7b-hf --image cat.jpg --prompt "What is the cat doing?"
+  python -m minillava.generate -m llava-1.5-7b-hf -i cat.jpg -p "What is the cat doing?"
   python -m minillava.generate -m DIR -i a.png -i b.png -p "<image> or <image>: which is brighter?"
   cat x.jpg | python -m minillava.generate -m DIR -i - --json
   python -m minillava.generate -m DIR -i x.jpg --temperature 0.7 --top-p 0.9 --seed 1 --verbose
 
---json: text, ids (the new ones), finish_reason (stop, length), with beams score, with --logprobs tokens (of each id:
-  id, piece, logprob, and top, a list of the same three for the likeliest); where --num-return-sequences asks for
-  several, a list of such objects as answers. Then prompt, seed, and timings: seconds of load, encode, prefill
+--json: text, ids (the new ones), finish_reason (stop, length), with beams score, with --logprobs
+  tokens (of each id: id, piece, logprob, and top, a list of the same three for the likeliest).
+  Then answers, a list of such objects, of which the first is the one above: one, or as many as
+  --num-return-sequences asks for. Then prompt, seed, and timings: seconds of load, encode, prefill
   (up to the first token) and decode (the rest), with beams search.
 
-exit status: 0 answered, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
+exit status: 0 answered, 1 an error in one line, 2 wrong usage, 130 Ctrl-C"""
+
+
+def generate_parser(prog: str = "python -m minillava.generate") -> Parser:
+    parser = _parser(
+        prog,
+        "Ask LLaVA-1.5 about a picture. The answer goes to stdout, everything else to stderr.",
+        GENERATE_HELP,
     )
-    group = parser.add_argument_group("question")
-    group.add_argument(
-        "-i", "--image", action="append", default=[], metavar="FILE",
-        help="picture: a path, a data: URL, or - for stdin; repeat for several",
-    )  # fmt: skip
-    group.add_argument(
-        "-p", "--prompt", "--query", type=as_meant, default=None, metavar="TEXT",
-        help=f"question, or - for stdin; <image> in it places a picture (default: {DEFAULT_PROMPT!r})",
-    )  # fmt: skip
+    add_question_arguments(parser)
     add_model_arguments(parser)
     add_generation_arguments(parser)
-    add_search_arguments(parser).add_argument(
-        "--num-return-sequences", type=int, default=Options.num_return_sequences, metavar="N",
-        help=f"N answers, an empty line between them, the best beam first (default: {Options.num_return_sequences})",
-    )  # fmt: skip
+    names, several = option(
+        "--num-return-sequences",
+        type=int,
+        metavar="N",
+        help="N answers, an empty line between them, the best beam first (default: {default})",
+    )
+    add_search_arguments(parser).add_argument(*names, **several)
     add_contrast_arguments(parser).add_argument(
         "--contrast-log",
         type=output_name,
@@ -92,10 +93,12 @@ exit status: 0 answered, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
         "--json", action="store_true", help="one JSON object: text, ids, finish reason, timings"
     )
     group.add_argument(
-        "--logprobs", type=int, metavar="K",
-        help="with --json: of each token id, piece and log-probability, and the K most likely ones in its place; by "
-        "the raw logits, before penalties, temperature and filters",
-    )  # fmt: skip
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="with --json: of each token id, piece and log-probability, and the K most likely ones "
+        "in its place; by the raw logits, before penalties, temperature and filters",
+    )
     group.add_argument(
         "--print-prompt", action="store_true", help="show the exact prompt on stderr"
     )
@@ -125,27 +128,44 @@ def read_generate(parser: Parser, argv: Sequence[str]) -> tuple:
     return args, options, contrast
 
 
-def chat_parser(prog: str = "python -m minillava.chat") -> Parser:
-    parser = Parser(
-        prog=prog,
-        description="Talk with LLaVA-1.5 about pictures. Each line of stdin is a question; the answers go to stdout, "
-        "everything else to stderr.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog=f"""commands:
+# --------------------------------------------------------------------------------------------- chat
+
+CHAT_COMMANDS = """\
+/image PATH   add a picture, or several, to the next question; <image> in the question places it; a
+              file dropped into the terminal is read as a shell reads it, with or without /image
+/clear        forget the conversation and its pictures
+/save FILE    write the conversation as JSON; a file that this session did not write is not
+              overwritten
+/help         this list
+/quit, /exit  leave, as the end of the input does
+Ctrl-C stops an answer, which keeps what it has said; it clears a line, and leaves when pressed
+twice at an empty one. In a script it leaves."""
+
+CHAT_HELP = f"""\
+commands:
 {CHAT_COMMANDS}
 
 examples:
   python -m minillava.chat --weights llava-1.5-7b-hf --image cat.jpg
   printf 'What is it?\\nWhat colour is it?\\n' | python -m minillava.chat -m DIR -i cat.jpg
 
-exit status: 0 the end, 1 an error in one line (at a terminal only one that ends the session), 2 wrong usage,
-130 Ctrl-C twice at an empty prompt, or once where stdin is no terminal""",
+exit status: 0 the end, 1 an error in one line (at a terminal only one that ends the session),
+2 wrong usage, 130 Ctrl-C twice at an empty prompt, or once where stdin is no terminal"""
+
+
+def chat_parser(prog: str = "python -m minillava.chat") -> Parser:
+    parser = _parser(
+        prog,
+        "Talk with LLaVA-1.5 about pictures. Each line of stdin is a question; the answers go to\n"
+        "stdout, everything else to stderr.",
+        CHAT_HELP,
     )
-    parser.add_argument_group("question").add_argument(
-        "-i", "--image", action="append", default=[], metavar="FILE",
-        help="picture for the first question: a path or a data: URL; repeat for several",
-    )  # fmt: skip
+    picture = "picture for the first question: a path or a data: URL; repeat for several"
+    add_flags(
+        parser,
+        "question",
+        [flag("-i", "--image", action="append", default=[], metavar="FILE", help=picture)],
+    )
     add_model_arguments(parser)
     add_generation_arguments(parser)
     add_output_arguments(parser)
@@ -161,54 +181,68 @@ def read_chat(parser: Parser, argv: Sequence[str]) -> tuple:
     return args, options
 
 
-def batch_parser(prog: str = "python -m minillava.batch") -> Parser:
-    parser = Parser(
-        prog=prog,
-        description="Answer a file of questions about pictures, in the format of LLaVA's evaluation.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="""questions: one JSON object per line, or one JSON array of them, with question_id, text and, if it is
+# -------------------------------------------------------------------------------------------- batch
+
+BATCH_HELP = """\
+questions: one JSON object per line, or one JSON array of them, with question_id, text and, if it is
            about one, image
-answers:   in the same order, question_id, prompt, text, answer_id, model_id, metadata with the finish_reason ("stop",
-           or "length" for an answer that -n cut); or question_id and error
+answers:   in the same order, question_id, prompt, text, answer_id, model_id, metadata with the
+           finish_reason ("stop", or "length" for an answer that -n cut); or question_id and error
 
-A run that was killed goes on where it was when the same command is given again. Once it is finished, the same command
-asks again only what became an error; --images may then be another.
+A run that was killed goes on where it was when the same command is given again. Once it is
+finished, the same command asks again only what became an error; --images may then be another.
 
-With a temperature, the question on line N is sampled with seed S + N, whatever shares its batch; S is 0 without --seed.
+With a temperature, the question on line N is sampled with seed S + N, whatever shares its batch;
+S is 0 without --seed.
 
-exit status: 0 all answered, 1 some could not be, or an error in one line, 2 wrong usage, 130 Ctrl-C""",
-    )
-    group = parser.add_argument_group("files")
-    group.add_argument(
-        "--questions",
-        "--question-file",
-        required=True,
-        type=lambda text: Path(file_name(text)),
-        metavar="FILE",
+exit status: 0 all answered, 1 some could not be, or an error in one line, 2 wrong usage,
+130 Ctrl-C"""
+
+
+def _questions(text: str) -> Path | str:
+    """A file of questions; "-" stays a text, so that ./- is a file of that name."""
+    return text if text == "-" else Path(file_name(text))
+
+
+BATCH_FILES = (
+    flag(
+        "--questions", "--question-file", required=True, type=_questions, metavar="FILE",
         help="questions, - for stdin",
-    )
-    group.add_argument(
+    ),
+    flag(
         "--images", "--image-folder", type=file_name, default=".", metavar="DIR",
         help="folder of the pictures that questions name (default: the current one)",
-    )  # fmt: skip
-    group.add_argument(
-        "--answers", "--answers-file", required=True, type=lambda text: Path(output_name(text)), metavar="FILE",
-        help="answers, JSON lines; FILE.partial while it runs",
-    )  # fmt: skip
-    group.add_argument(
-        "--overwrite",
-        action="store_true",
+    ),
+    flag(
+        "--answers", "--answers-file", required=True, type=lambda text: Path(output_name(text)),
+        metavar="FILE", help="answers, JSON lines; FILE.partial while it runs",
+    ),
+    flag(
+        "--overwrite", action="store_true",
         help="start anew; old answers stay until the new are complete",
-    )
-    group = parser.add_argument_group("speed")
-    group.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="questions at a time (default: 8)"
-    )
-    group.add_argument(
+    ),
+)  # fmt: skip
+
+BATCH_SPEED = (
+    flag(
+        "--batch-size", type=int, default=8, metavar="N",
+        help="questions at a time (default: %(default)s)",
+    ),
+    flag(
         "--image-cache", type=int, default=32, metavar="N",
-        help="encoded pictures kept, 5 MB each at 7B in 16 bits (default: 32)",
-    )  # fmt: skip
+        help="encoded pictures kept, 5 MB each at 7B in 16 bits (default: %(default)s)",
+    ),
+)  # fmt: skip
+
+
+def batch_parser(prog: str = "python -m minillava.batch") -> Parser:
+    parser = _parser(
+        prog,
+        "Answer a file of questions about pictures, in the format of LLaVA's evaluation.",
+        BATCH_HELP,
+    )
+    add_flags(parser, "files", BATCH_FILES)
+    add_flags(parser, "speed", BATCH_SPEED)
     add_model_arguments(parser)
     add_generation_arguments(parser)
     add_search_arguments(parser)
@@ -232,80 +266,71 @@ def read_batch(parser: Parser, argv: Sequence[str]) -> tuple:
     journal = (
         [] if is_stream(args.answers) else [args.answers.with_name(f"{args.answers.name}.partial")]
     )
-    given = "/dev/stdin" if str(args.questions) == "-" else args.questions
+    given = "/dev/stdin" if args.questions == "-" else args.questions
     check_outputs(parser, args, [args.answers, *journal], [given])
     return args, options
 
 
-def look_parser(prog: str = "python -m minillava.look") -> Parser:
-    parser = Parser(
-        prog=prog,
-        description="Show what each word of an answer looked at. The answer goes to stdout, unless a "
-        "file is /dev/stdout.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="""examples:
-  python -m minillava.look --image weights/shapes/example-1.png --out look.png --html look.html
-  python -m minillava.look -m DIR -i x.jpg -p "What is the cat doing?" --word cat --layers 14-20 --out cat.png
+# --------------------------------------------------------------------------------------------- look
 
-exit status: 0 written, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
-    )
-    group = parser.add_argument_group("question")
-    group.add_argument(
-        "-i", "--image", action="append", required=True, metavar="FILE",
-        help="picture: a path, a data: URL, or - for stdin",
-    )  # fmt: skip
-    group.add_argument(
-        "-p", "--prompt", "--query", type=as_meant, default=DEFAULT_PROMPT, metavar="TEXT",
-        help=f"question, or - for stdin (default: {DEFAULT_PROMPT!r})",
-    )  # fmt: skip
-    group = parser.add_argument_group("what to write, at least one")
-    group.add_argument(
-        "--out",
-        type=output_name,
-        metavar="FILE.png",
+LOOK_HELP = """\
+examples:
+  python -m minillava.look --image weights/shapes/example-1.png --out look.png --html look.html
+  python -m minillava.look -m DIR -i x.jpg --word cat --layers 14-20 --out cat.png
+
+exit status: 0 written, 1 an error in one line, 2 wrong usage, 130 Ctrl-C"""
+
+LOOK_FILES = (
+    flag(
+        "--out", type=output_name, metavar="FILE.png",
         help="the picture with a heat map for each word",
-    )
-    group.add_argument(
-        "--html",
-        type=output_name,
-        metavar="FILE",
+    ),
+    flag(
+        "--html", type=output_name, metavar="FILE",
         help="a page: hover a word for its map, a patch for its words",
-    )
-    group.add_argument(
+    ),
+    flag(
         "--json", nargs="?", const="-", type=file_name, metavar="FILE",
-        help="the maps as numbers, with words and token ids; without FILE on stdout, instead of the answer",
-    )  # fmt: skip
-    group.add_argument(
-        "--npy",
-        type=output_name,
-        metavar="FILE",
+        help="the maps as numbers, with words and token ids; without FILE on stdout, instead of "
+        "the answer",
+    ),
+    flag(
+        "--npy", type=output_name, metavar="FILE",
         help="the maps as one float32 array [words, rows, columns]",
-    )
-    group.add_argument(
-        "--grid",
-        type=output_name,
-        metavar="FILE.png",
+    ),
+    flag(
+        "--grid", type=output_name, metavar="FILE.png",
         help="the picture as the model sees it, cut into patches",
-    )
-    group.add_argument(
-        "--lens",
-        type=output_name,
-        metavar="FILE",
+    ),
+    flag(
+        "--lens", type=output_name, metavar="FILE",
         help="a page: the token each patch and layer would decode to",
-    )
-    group = parser.add_argument_group("which attention")
-    group.add_argument(
-        "--word", action="append", default=[], metavar="WORD", help="only this word; repeatable"
-    )
-    group.add_argument(
+    ),
+)  # fmt: skip
+
+LOOK_ATTENTION = (
+    flag("--word", action="append", default=[], metavar="WORD", help="only this word; repeatable"),
+    flag(
         "--layers", "--layer", type=number_list, default=(), metavar="LIST",
         help="layers to average, from 0, like 3 or 0,2-4 or all (default: the upper half)",
-    )  # fmt: skip
-    group.add_argument(
+    ),
+    flag(
         "--heads", "--head", type=number_list, default=(), metavar="LIST",
         help="heads to average, likewise (default: all)",
-    )  # fmt: skip
+    ),
+)  # fmt: skip
+
+
+def look_parser(prog: str = "python -m minillava.look") -> Parser:
+    parser = _parser(
+        prog,
+        "Show what each word of an answer looked at. The answer goes to stdout, unless a file is\n"
+        "/dev/stdout.",
+        LOOK_HELP,
+    )
+    add_question_arguments(parser, one_picture=True)
+    add_flags(parser, "what to write, at least one", LOOK_FILES)
+    add_flags(parser, "which attention", LOOK_ATTENTION)
     add_model_arguments(parser)
     add_generation_arguments(parser)
     add_output_arguments(parser)
@@ -337,6 +362,33 @@ def read_look(parser: Parser, argv: Sequence[str]) -> tuple:
     return args, options
 
 
+# -------------------------------------------------------------------------------------------- trace
+
+SETTINGS = (
+    "weights", "revision", "model_base", "adapter", "vision_tower", "device", "dtype", "attention",
+    "quantize", "template", "system", "image_aspect_ratio",
+)  # fmt: skip
+"""What the two runs of --compare may differ in: the flags of the model, by name."""
+
+TRACE_HELP = f"""\
+step 0 is the picture and the prompt (prefill), step 1 the first cached token. A * marks a shape
+that changed since the step traced before.
+
+--compare takes settings, or a file that --save wrote (or anybody else: safetensors, named as --save
+names them):
+  {", ".join(SETTINGS[:8])},
+  {", ".join(SETTINGS[8:])}
+
+examples:
+  python -m minillava.trace -m DIR -i x.jpg --depth outline
+  python -m minillava.trace -m DIR -i x.jpg --depth everything --layers 0,31 --html trace.html
+  python -m minillava.trace -m DIR -i x.jpg --compare attention=eager attention=fused
+  python -m minillava.trace -m DIR -i x.jpg --compare dtype=float32 device=cuda,dtype=float16
+  python -m minillava.trace -m DIR -i x.jpg --compare reference.safetensors dtype=float32
+
+exit status: 0 traced or compared, 1 an error in one line, 2 wrong usage, 130 Ctrl-C"""
+
+
 def _tolerance(text: str) -> float:
     """A number that is not negative."""
     number = float(text)
@@ -345,75 +397,55 @@ def _tolerance(text: str) -> float:
     return number
 
 
-def trace_parser(prog: str = "python -m minillava.trace") -> Parser:
-    parser = Parser(
-        prog=prog,
-        description="Run one question and print every stage on the way to the answer: name, shape, dtype, the source "
-        "line that made it, min, mean, max, first values. Or compare two runs.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog=f"""step 0 is the picture and the prompt (prefill), step 1 the first cached token. A * marks a shape that
-changed since the step traced before.
-
---compare takes settings, or a file that --save wrote (or anybody else: safetensors, named as --save names them):
-  {", ".join(SETTINGS)}
-
-examples:
-  python -m minillava.trace -m DIR -i x.jpg --depth outline
-  python -m minillava.trace -m DIR -i x.jpg --depth everything --layers 0,31 --html trace.html
-  python -m minillava.trace -m DIR -i x.jpg --compare attention=eager attention=fused
-  python -m minillava.trace -m DIR -i x.jpg --compare device=cpu,dtype=float32 device=cuda,dtype=float16
-  python -m minillava.trace -m DIR -i x.jpg --compare reference.safetensors dtype=float32
-
-exit status: 0 traced or compared, 1 an error in one line, 2 wrong usage, 130 Ctrl-C""",
-    )
-    group = parser.add_argument_group("question")
-    group.add_argument(
-        "-i", "--image", action="append", default=[], metavar="FILE",
-        help="picture: a path, a data: URL, or - for stdin; repeat for several",
-    )  # fmt: skip
-    group.add_argument(
-        "-p", "--prompt", "--query", type=as_meant, default=DEFAULT_PROMPT, metavar="TEXT",
-        help=f"question, or - for stdin; <image> in it places a picture (default: {DEFAULT_PROMPT!r})",
-    )  # fmt: skip
-    group = parser.add_argument_group("trace")
-    group.add_argument(
+TRACE_FLAGS = (
+    flag(
         "--depth", choices=DEPTHS, default="modules",
-        help="outline: the stages; modules: every layer's parts; everything: every module (default: modules)",
-    )  # fmt: skip
-    group.add_argument(
+        help="outline: the stages; modules: every layer's parts; everything: every module "
+        "(default: %(default)s)",
+    ),
+    flag(
         "--layers", "--layer", type=number_list, metavar="LIST",
-        help="which layers of tower and language model, from 0, like 3 or 0,2-4 or all (default: all)",
-    )  # fmt: skip
-    group.add_argument(
+        help="which layers of tower and language model, from 0, like 3 or 0,2-4 or all "
+        "(default: all)",
+    ),
+    flag(
         "--steps", "--step", type=number_list, default=(0, 1), metavar="LIST",
         help="which steps of the loop, likewise (default: 0,1)",
-    )  # fmt: skip
-    group.add_argument(
-        "--html",
-        type=output_name,
-        metavar="FILE",
+    ),
+    flag(
+        "--html", type=output_name, metavar="FILE",
         help="write one page with pictures; stdout then has the answer",
-    )
-    group.add_argument(
-        "--save",
-        type=output_name,
-        metavar="FILE",
-        help="keep the tensors as well, all in memory at once: safetensors, for --compare",
-    )
-    group.add_argument(
+    ),
+    flag(
+        "--save", type=output_name, metavar="FILE",
+        help="keep the tensors, all in memory at once: safetensors, for --compare; stdout then has "
+        "the answer, or with --json the trace",
+    ),
+    flag(
         "--compare", nargs=2, metavar=("A", "B"),
-        help="two runs of this question, each a list of settings such as dtype=float32,device=cpu, or a --save file",
-    )  # fmt: skip
-    group.add_argument(
+        help="two runs of this question, each a list of settings such as dtype=float32,device=cpu, "
+        "or a --save file",
+    ),
+    flag(
         "--tolerance", type=_tolerance, metavar="R",
         help="with --compare: relative difference that counts as equal (default: 0)",
-    )  # fmt: skip
-    group.add_argument(
-        "--exit-code",
-        action="store_true",
+    ),
+    flag(
+        "--exit-code", action="store_true",
         help="with --compare: exit with 1 where the two differ, for scripts",
+    ),
+)  # fmt: skip
+
+
+def trace_parser(prog: str = "python -m minillava.trace") -> Parser:
+    parser = _parser(
+        prog,
+        "Run one question and print every stage on the way to the answer: name, shape, dtype, the\n"
+        "source line that made it, min, mean, max, first values. Or compare two runs.",
+        TRACE_HELP,
     )
+    add_question_arguments(parser)
+    add_flags(parser, "trace", TRACE_FLAGS)
     add_model_arguments(parser)
     add_generation_arguments(parser)
     add_output_arguments(parser).add_argument(
@@ -466,37 +498,42 @@ def _read_side(parser: Parser, given: Sequence[str], side: str) -> Path | argpar
     return parser.parse_args([*given, *flags])
 
 
-def inspect_parser(prog: str = "python -m minillava.inspect") -> Parser:
-    parser = Parser(
-        prog=prog,
-        description="Say what a folder of weights holds and lacks, and what it needs in memory, from the headers of "
-        "its files.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="""examples:
+# ------------------------------------------------------------------------------------------ inspect
+
+INSPECT_HELP = """\
+examples:
   python -m minillava.inspect weights/shapes
   python -m minillava.inspect llava-v1.5-7b --vision-tower clip-vit-large-patch14-336 --keys
   python -m minillava.inspect llava-1.5-7b-hf --doctor --image cat.jpg
 
-exit status: 0 it can be opened (and no check FAILED), 1 it cannot, 2 wrong usage, 130 Ctrl-C""",
+exit status: 0 it can be opened (and no check FAILED), 1 it cannot, 2 wrong usage, 130 Ctrl-C"""
+
+INSPECT_FLAGS = (
+    flag("--keys", action="store_true", help="list every tensor: names, shape, dtype, file"),
+    flag("--json", action="store_true", help="one JSON object instead, with everything"),
+    flag(
+        "--doctor", action="store_true",
+        help="also open the model and check it here: memory, NaN, two ways to compute the same, "
+        "whether it sees",
+    ),
+    flag(
+        "-i", "--image", metavar="FILE",
+        help="with --doctor: show it this picture, not a drawn one",
+    ),
+)  # fmt: skip
+
+
+def inspect_parser(prog: str = "python -m minillava.inspect") -> Parser:
+    parser = _parser(
+        prog,
+        "Say what a folder of weights holds and lacks, and what it needs in memory, from the\n"
+        "headers of its files.",
+        INSPECT_HELP,
     )
     parser.add_argument(
         "folder", nargs="?", type=not_empty, metavar="DIR", help="the weights, as for --weights"
     )
-    group = parser.add_argument_group("what to say")
-    group.add_argument(
-        "--keys", action="store_true", help="list every tensor: names, shape, dtype, file"
-    )
-    group.add_argument(
-        "--json", action="store_true", help="one JSON object instead, with everything"
-    )
-    group.add_argument(
-        "--doctor", action="store_true",
-        help="also open the model and check it here: memory, NaN, two ways to compute the same, whether it sees",
-    )  # fmt: skip
-    group.add_argument(
-        "-i", "--image", metavar="FILE", help="with --doctor: show it this picture, not a drawn one"
-    )
+    add_flags(parser, "what to say", INSPECT_FLAGS)
     add_model_arguments(parser)
     add_output_arguments(parser)
     return parser

@@ -5,6 +5,9 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -14,9 +17,42 @@ from minillava.cli.opening import find_weights, note_several, open_assistant, re
 from minillava.generate import beam
 from minillava.generate.contrast import Contrast, describe
 from minillava.llava import Spliced
-from minillava.loop import steps
+from minillava.loop import Step, steps
 from minillava.options import Options
 from minillava.tokenizer import Tokenizer
+
+
+@dataclass
+class Answer:
+    """One answer, for the eye and for --json. ids: the new ones. score: of a beam. tokens: where
+    --logprobs asks, each id with the likeliest in its place."""
+
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    score: float | None = None
+    tokens: list[dict] | None = None
+
+    def add(self, step: Step, row: int, logprobs: int | None, tokenizer: Tokenizer) -> None:
+        """What row `row` of a step says; nothing after the answer's end."""
+        if self.finish_reason is not None:
+            return
+        self.ids.append(step.ids[row])
+        self.text += step.text[row]
+        self.finish_reason = step.finish_reason[row]
+        if logprobs is not None:
+            self.tokens = [] if self.tokens is None else self.tokens
+            self.tokens.append(_logprobs(self.ids[-1], step.logits[row], logprobs, tokenizer))
+
+    def record(self) -> dict[str, Any]:
+        """What is known of it, for --json."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def as_json(answers: Sequence[Answer], **rest: Any) -> dict[str, Any]:
+    """The one form of --json: the first answer's fields, the list of all answers, and the rest."""
+    records = [answer.record() for answer in answers]
+    return {**records[0], "answers": records, **rest}
 
 
 def _logprobs(token_id: int, logits: Tensor, count: int, tokenizer: Tokenizer) -> dict:
@@ -39,43 +75,38 @@ def _follow(
     chosen: Options,
     contrast: Contrast | None,
     messages: Messages,
-) -> tuple[list[dict], str]:
-    """Token after token; printed as text unless --json, a single answer as it is made. Returns the
+) -> tuple[list[Answer], str]:
+    """Token after token; a single answer is printed as it is made, unless --json. Returns the
     answers, and what --contrast-log asks for."""
-    count, length, started = (
-        chosen.num_return_sequences,
-        spliced.embeds.shape[1],
-        time.perf_counter(),
-    )
-    answers = [{"text": "", "ids": [], "finish_reason": None} for _ in range(count)]
-    spliced, tokenizer, log, made = spliced.repeat_rows(count), assistant.tokenizer, [], 0
+    answers = [Answer() for _ in range(chosen.num_return_sequences)]
+    streamed = not args.json and len(answers) == 1
+    length, started = spliced.embeds.shape[1], time.perf_counter()
+    spliced, tokenizer = spliced.repeat_rows(len(answers)), assistant.tokenizer
+    log, made = [], 0
     for step in steps(assistant.model, spliced, chosen, tokenizer=tokenizer, contrast=contrast):
         if not made:
             messages.stage("prefill", started, f"{length} positions, first token")
             started = time.perf_counter()
         if args.contrast_log:
-            log.append(
-                json.dumps(describe(contrast, step, made, tokenizer), ensure_ascii=False) + "\n"
-            )
+            told = describe(contrast, step, made, tokenizer)
+            log.append(json.dumps(told, ensure_ascii=False) + "\n")
         made += 1
         for row, answer in enumerate(answers):
-            if answer["finish_reason"] is None:
-                answer["ids"].append(step.ids[row])
-                answer["text"] += step.text[row]
-                answer["finish_reason"] = step.finish_reason[row]
-                if args.logprobs is not None:
-                    token = _logprobs(answer["ids"][-1], step.logits[row], args.logprobs, tokenizer)
-                    answer.setdefault("tokens", []).append(token)
-        if not args.json and count == 1:
+            answer.add(step, row, args.logprobs, tokenizer)
+        if streamed:
             print(step.text[0], end="", flush=True)
-    if not args.json:
-        print("" if count == 1 else "\n\n".join(answer["text"] for answer in answers), flush=True)
-    more, reasons = made - 1, ", ".join(answer["finish_reason"] for answer in answers)
-    speed = f", {more / (time.perf_counter() - started):.1f} per second" if more else ""
-    messages.stage(
-        "decode", started, f"{more} more token(s){speed}; ended by {reasons}, seed {chosen.seed}"
-    )
+    if streamed:
+        print(flush=True)
+    elif not args.json:
+        print_answers(answers)
+    reasons = ", ".join(str(answer.finish_reason) for answer in answers)
+    messages.decoded(started, made - 1, f"{reasons}, seed {chosen.seed}")
     return answers, "".join(log)
+
+
+def print_answers(answers: Sequence[Answer]) -> None:
+    """As text, with an empty line between two."""
+    print("\n\n".join(answer.text for answer in answers), flush=True)
 
 
 def _search(
@@ -84,7 +115,7 @@ def _search(
     spliced: Spliced,
     chosen: Options,
     messages: Messages,
-) -> list[dict]:
+) -> list[Answer]:
     """Beam search; printed as text unless --json."""
     started, tokenizer = time.perf_counter(), assistant.tokenizer
     record = () if args.logprobs is None else ("logits",)
@@ -92,21 +123,16 @@ def _search(
     answers = []
     for row, length in enumerate(found.lengths):
         ids, score = found.sequences[row, :length].tolist(), round(float(found.scores[row]), 6)
-        answer = {
-            "text": found.text[row],
-            "ids": ids,
-            "finish_reason": found.finish_reason[row],
-            "score": score,
-        }
+        answer = Answer(found.text[row], ids, found.finish_reason[row], score)
         if record:
             logits = (step[row] for step in found.recorded["logits"][:length])
-            answer["tokens"] = [
+            answer.tokens = [
                 _logprobs(i, x, args.logprobs, tokenizer) for i, x in zip(ids, logits, strict=True)
             ]
         answers.append(answer)
     if not args.json:
-        print("\n\n".join(found.text), flush=True)
-    messages.stage("search", started, f"{chosen.num_beams} beams, best score {answers[0]['score']}")
+        print_answers(answers)
+    messages.stage("search", started, f"{chosen.num_beams} beams, best score {answers[0].score}")
     return answers
 
 
@@ -133,11 +159,6 @@ def answer(args: argparse.Namespace, options: dict, contrast: Contrast | None) -
     else:
         answers, log = _follow(args, assistant, spliced, chosen, contrast, messages)
     if args.json:
-        result = {
-            **(answers[0] if len(answers) == 1 else {"answers": answers}),
-            "prompt": prompt,
-            "seed": chosen.seed,
-            "timings": {name: round(seconds, 6) for name, seconds in messages.timings.items()},
-        }
-        print_json(result)
+        timings = {name: round(seconds, 6) for name, seconds in messages.timings.items()}
+        print_json(as_json(answers, prompt=prompt, seed=chosen.seed, timings=timings))
     return write_outputs({args.contrast_log: log} if args.contrast_log else {})

@@ -261,7 +261,9 @@ def run(args: argparse.Namespace, options: dict, sides: Sequence[Path | argparse
 def _trace(args: argparse.Namespace, options: dict) -> int:
     messages, asked = Messages(args.verbose, args.quiet), read_question(args)
     kept, page = {}, Page()
-    show = page.add if args.html else print_record if args.json else Printer()
+    files: dict = {path: None for path in (args.html, args.save) if path}
+    answer_only = files and (args.html or not args.json)
+    show = page.add if answer_only else print_record if args.json else Printer()
 
     def consume(record: Record, tensor: Tensor | None) -> None:
         show(record, tensor)
@@ -269,13 +271,12 @@ def _trace(args: argparse.Namespace, options: dict) -> int:
             kept[record.key] = tensor.detach().to("cpu", copy=True).contiguous()
 
     assistant = _run(args, options, asked, consume, messages, whole=True)
-    files = {}
     if args.html:
         images = asked[1]
         squares = [assistant.image_processor.square(image) for image in images]
         files[args.html] = page.render(images, squares, assistant.model.config.vision.patch_size)
-        if not is_stdout(args.html):  # which then has the page alone
-            print(page.answer, flush=True)
+    if answer_only and not any(map(is_stdout, files)):  # which then has the file alone
+        print(page.answer, flush=True)
     if args.save:
         files[args.save] = save(kept)
     return write_outputs(files)

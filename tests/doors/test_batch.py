@@ -23,11 +23,11 @@ from minillava.batch import run as batch
 from minillava.batch.journal import Journal
 from minillava.batch.questions import Question, read_questions
 from minillava.batch.run import WINDOW, _duration, ask, plan
-from minillava.cli import arguments as cli
 from minillava.cli import parsers
 from minillava.cli.doors import enter
 from minillava.cli.messages import Messages
 from minillava.files import disk
+from minillava.generate.contrast import METHODS
 from minillava.options import WEIGHTS_VARIABLE
 
 main = partial(enter, "batch")
@@ -231,7 +231,7 @@ def test_template_system_beams_and_contrast_reach_the_answers(run, assistant):
     for flags, options in (
         (["--system", "Hm."], {"system": "Hm."}),
         (["--num-beams", "3"], {"num_beams": 3}),
-        (["--contrast", "m3id"], {"contrast": cli.METHODS["m3id"]()}),
+        (["--contrast", "m3id"], {"contrast": METHODS["m3id"]()}),
     ):
         _, records, _ = run(questions, *flags, "--overwrite")
         assert [r["text"] for r in records] == [
@@ -772,6 +772,16 @@ def test_a_file_without_questions_is_refused_before_the_model_is_opened(
     assert err.startswith(f"error: {tmp_path}/q.jsonl: ")
     assert found in err
     assert [path.name for path in tmp_path.iterdir()] == ["q.jsonl"]
+
+
+def test_a_file_named_minus_is_asked_by_its_path(tmp_path, monkeypatch, capsys):
+    """`--questions ./-` waited for stdin: the path of a file named "-" is "-" as well."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    write(Path("-"), [{"question_id": 3, "text": "What is it?"}])
+    assert main([*BASE, "-q", "--questions", "./-", "--answers", "a.jsonl"]) == 0
+    assert json.loads(Path("a.jsonl").read_text())["question_id"] == 3
+    assert capsys.readouterr() == ("", "")
 
 
 def test_questions_from_stdin_and_from_a_pipe(run, tmp_path, monkeypatch, assistant):

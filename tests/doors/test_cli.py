@@ -155,7 +155,9 @@ def test_without_a_picture_it_is_a_language_model(answer, assistant):
 
 def test_json_agrees_with_the_plain_run(result, answer, assistant):
     found = result("-i", PICTURE, "-p", QUESTION)
-    assert list(found) == ["text", "ids", "finish_reason", "prompt", "seed", "timings"]
+    first = ["text", "ids", "finish_reason"]
+    assert list(found) == [*first, "answers", "prompt", "seed", "timings"]
+    assert found["answers"] == [{name: found[name] for name in first}]
     assert found["text"] + "\n" == answer("-i", PICTURE, "-p", QUESTION)
     assert len(found["ids"]) == LENGTH
     assert found["text"] == assistant.tokenizer.decode(found["ids"])
@@ -536,7 +538,9 @@ def test_beams_say_what_the_library_says(result, answer, assistant):
     arguments = ["-i", PICTURE, "-p", QUESTION, "--num-beams", "3", "--length-penalty", "0.5"]
     assert answer(*arguments) == expected + "\n"
     found = result(*arguments)
-    assert list(found) == ["text", "ids", "finish_reason", "score", "prompt", "seed", "timings"]
+    first = ["text", "ids", "finish_reason", "score"]
+    assert list(found) == [*first, "answers", "prompt", "seed", "timings"]
+    assert found["answers"] == [{name: found[name] for name in first}]
     assert found["text"] == expected == assistant.tokenizer.decode(found["ids"])
     assert list(found["timings"]) == ["load", "encode", "search"]
     assert result(*arguments, "--early_stopping", "never")["score"] >= found["score"]
@@ -546,7 +550,7 @@ def test_beams_say_what_the_library_says(result, answer, assistant):
 def test_several_answers_are_printed_with_an_empty_line_between_them(result, answer, how):
     arguments = ["-i", PICTURE, "-p", QUESTION, "--num-return-sequences", "3", *how]
     found = result(*arguments)
-    assert list(found) == ["answers", "prompt", "seed", "timings"]
+    assert {name: found[name] for name in found["answers"][0]} == found["answers"][0]
     assert len({tuple(each["ids"]) for each in found["answers"]}) == 3
     assert answer(*arguments) == "\n\n".join(each["text"] for each in found["answers"]) + "\n"
     if "--num-beams" in how:

@@ -733,6 +733,18 @@ def test_after_different_tokens_nothing_is_compared(rows, tmp_path, out):
     assert {row["step"] for row in found[:-1]} == {None, 0, 1}
 
 
+@pytest.mark.parametrize("flag", ["--save", "--html"])
+def test_with_a_file_stdout_has_the_answer_alone(out, rows, tmp_path, flag):
+    """--save printed the whole trace, which nobody had asked to see, and --html did not."""
+    text = next(row["value"]["text"] for row in rows("--step", "0") if row["name"] == "answer")
+    assert out(flag, tmp_path / "a", "--step", "0") == f"{text}\n"
+
+
+def test_with_json_the_trace_is_printed_beside_what_is_saved(rows, tmp_path):
+    assert rows("--step", "0", "--save", tmp_path / "a") == rows("--step", "0")
+    assert (tmp_path / "a").stat().st_size > 0
+
+
 def test_a_file_is_saved_whole_or_not_at_all(run, out, tmp_path, monkeypatch):
     file, page = tmp_path / "a.safetensors", tmp_path / "a.html"
     out("--save", file, "--html", page, "--depth", "outline")

@@ -1,0 +1,330 @@
+"""The flags that several doors have, as data, and what they mean together."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from minillava import __version__
+from minillava.cli.arguments import Parser, not_empty
+from minillava.files.text import as_meant
+from minillava.generate.contrast import METHODS, Contrast
+from minillava.options import (
+    ASPECTS,
+    ATTENTION,
+    DEVICES,
+    DTYPES,
+    KINDS,
+    TRANSFORMS,
+    WEIGHTS_VARIABLE,
+    Options,
+)
+from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, TEMPLATES
+
+Flag = tuple[tuple[str, ...], dict[str, Any]]
+"""One flag: its spellings, and what `argparse.add_argument` is told about it."""
+
+
+def flag(*names: str, **settings: Any) -> Flag:
+    return names, settings
+
+
+def folder(*names: str, help: str, metavar: str = "DIR") -> Flag:
+    """A flag that takes a name of a folder or a model."""
+    return flag(*names, type=not_empty, metavar=metavar, help=help)
+
+
+def option(*names: str, type: Any, metavar: str, help: str) -> Flag:
+    """A flag that is a field of `Options`, whose default it has."""
+    default = vars(Options)[names[-1].strip("-").replace("-", "_")]
+    return flag(
+        *names, type=type, default=default, metavar=metavar, help=help.format(default=default)
+    )
+
+
+def add_flags(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]) -> Any:
+    """A group of flags, under its title in --help; returns it, for a door to add its own."""
+    group = parser.add_argument_group(title)
+    for names, settings in flags:
+        group.add_argument(*names, **settings)
+    return group
+
+
+# ------------------------------------------------------------------------------------- the question
+
+
+def add_question_arguments(parser: argparse.ArgumentParser, one_picture: bool = False) -> None:
+    """--image and --prompt, as `opening.read_question` takes them. one_picture: of a door that
+    needs one picture and no more."""
+    several, placed = ("; repeat for several", "; <image> in it places a picture")
+    if one_picture:
+        several = placed = ""
+    picture = f"picture: a path, a data: URL, or - for stdin{several}"
+    question = f"question, or - for stdin{placed} (default: {DEFAULT_PROMPT!r})"
+    add_flags(
+        parser,
+        "question",
+        (
+            flag(
+                "-i", "--image", action="append", default=[], required=one_picture,
+                metavar="FILE", help=picture,
+            ),
+            flag("-p", "--prompt", "--query", type=as_meant, metavar="TEXT", help=question),
+        ),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------- the model
+
+MODEL_FLAGS = (
+    folder(
+        "-m", "--weights", "--model", "--model-path",
+        help="folder of LLaVA-1.5 weights in any layout, or ORG/NAME in the local hub cache "
+        f"(default: ${WEIGHTS_VARIABLE}, else the bundled demo model)",
+    ),
+    folder("--revision", metavar="NAME", help="branch, tag or commit of a model in the hub cache"),
+    folder("--vision-tower", help="folder of a CLIP, for original releases, which hold none"),
+    folder(
+        "--model-base",
+        help="language model under --weights that hold only a projector or a LoRA",
+    ),
+    folder("--adapter", help="folder of a LoRA to merge into the weights"),
+    flag(
+        "--device", default="auto", metavar="NAME",
+        help=f"one of {', '.join(DEVICES)} (default: auto)",
+    ),
+    flag(
+        "--dtype", default="auto", choices=["auto", *DTYPES],
+        help="precision (default: auto: the checkpoint's on a GPU; on a CPU bfloat16 where it is "
+        "fast, which for large models it always is, else float32)",
+    ),
+    flag(
+        "--attention", default="fused", choices=ATTENTION,
+        help="fused is fast; eager is written out and bit-identical to Hugging Face's eager "
+        "(default: fused)",
+    ),
+    flag(
+        "--quantize", choices=KINDS,
+        help="the language model in 8 or 4 bits a weight, made while loading: small and fast on a "
+        "CPU, a little less exact; on a GPU small, and fast only with --compile "
+        "(default: as --dtype)",
+    ),
+    flag(
+        "--compile", action="store_true",
+        help="compile the decoding step: for a GPU and long or many answers, since compiling takes "
+        "up to a minute; on a CPU it gains nothing",
+    ),
+    flag(
+        "--template", "--conv-mode", choices=list(TEMPLATES), metavar="NAME",
+        help=f"conversation template: {', '.join(TEMPLATES)} (default: {DEFAULT_TEMPLATE})",
+    ),
+    flag(
+        "--system", type=as_meant, metavar="TEXT",
+        help='system text instead of the template\'s; "" for none',
+    ),
+    flag(
+        "--image-aspect-ratio", choices=ASPECTS,
+        help="pad the picture to a square, or crop it (default: config.json's, else pad)",
+    ),
+)  # fmt: skip
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of every door that opens a model, as `opening.open_assistant` takes them."""
+    add_flags(parser, "model", MODEL_FLAGS)
+
+
+# ------------------------------------------------------------------------------- how it is answered
+
+GENERATION_FLAGS = (
+    option(
+        "-n", "--max-new-tokens", type=int, metavar="N",
+        help="longest answer (default: {default})",
+    ),
+    option(
+        "--min-new-tokens", type=int, metavar="N",
+        help="no end token before N tokens (default: {default})",
+    ),
+    option(
+        "--temperature", type=float, metavar="T",
+        help="0 is greedy: always the most likely token; above 0 samples (default: {default})",
+    ),
+    option("--top-k", type=int, metavar="K", help="sample among the K most likely tokens"),
+    option(
+        "--top-p", type=float, metavar="P",
+        help="sample among the most likely tokens that reach probability P",
+    ),
+    option(
+        "--min-p", type=float, metavar="P",
+        help="sample among tokens at least P times as likely as the best",
+    ),
+    option(
+        "--typical-p", type=float, metavar="P",
+        help="sample among the least surprising and surprised tokens that reach probability P",
+    ),
+    option(
+        "--repetition-penalty", type=float, metavar="R",
+        help="above 1 makes tokens already in the text less likely",
+    ),
+    option(
+        "--no-repeat-ngram-size", type=int, metavar="N",
+        help="never say N tokens in a row that are in prompt or answer already",
+    ),
+    option(
+        "--seed", type=int, metavar="S",
+        help="makes samples, and the noise of --contrast, reproducible (greedy default: 0)",
+    ),
+    flag(
+        "--stop", action="append", type=as_meant, default=[], metavar="TEXT",
+        help="end before TEXT; repeatable",
+    ),
+)  # fmt: skip
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of every door that makes text: fields of `Options`, as `read_options` takes them."""
+    add_flags(parser, "generation", GENERATION_FLAGS)
+
+
+def _early_stopping(text: str) -> bool | str:
+    return {"false": False, "true": True}.get(text, text)
+
+
+SEARCH_FLAGS = (
+    option(
+        "--num-beams", type=int, metavar="N",
+        help="follow the N most likely answers at once and take the best (default: {default}: off)",
+    ),
+    option(
+        "--length-penalty", type=float, metavar="L",
+        help="above 0 favours long beams, below 0 short ones (default: {default})",
+    ),
+    option(
+        "--early-stopping", type=_early_stopping, metavar="true|false|never",
+        help="stop when N beams have ended (true), a better one is unlikely (false) or impossible "
+        "(never) (default: false)",
+    ),
+)  # fmt: skip
+
+
+def add_search_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Flags of beams: further fields of `Options`, for a door that takes whole answers; returns
+    their group."""
+    return add_flags(parser, "search", SEARCH_FLAGS)
+
+
+def read_options(parser: Parser, args: argparse.Namespace) -> dict:
+    """What the flags of generation and search say, as fields of `Options`; one out of range is
+    wrong usage."""
+    options = {
+        name: vars(args)[name] for name in Options.__dataclass_fields__ if name in vars(args)
+    }
+    try:
+        Options(**options)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+class ContrastFlag(NamedTuple):
+    """A flag that is a field of some methods of contrast. default: told in --help instead of the
+    field's."""
+
+    name: str
+    type: Any
+    metavar: str
+    methods: tuple[str, ...]
+    field: str
+    help: str
+    default: str | None = None
+
+
+def _spaced(name: str) -> str:
+    """A name of two words, as one can type it without quotes."""
+    return name.replace("-", " ")
+
+
+CONTRAST_FLAGS = (
+    ContrastFlag("--cd-alpha", float, "A", ("vcd",), "alpha", "weight of the difference in vcd"),
+    ContrastFlag(
+        "--cd-beta", float, "B", tuple(METHODS), "beta",
+        "cut tokens less than B times as likely as the best; 0: none",
+    ),
+    ContrastFlag(
+        "--noise-step", int, "N", ("vcd",), "noise_step",
+        "how noisy the second picture of vcd is, 0 to 999",
+    ),
+    ContrastFlag(
+        "--ritual-alpha", float, "A", ("ritual",), "alpha",
+        "weight of the transformed picture in ritual",
+    ),
+    ContrastFlag(
+        "--ritual-transform", _spaced, "NAME", ("ritual",), "transform",
+        f"one of: {', '.join(TRANSFORMS)}", "drawn for each picture",
+    ),
+    ContrastFlag(
+        "--m3id-rate", float, "R", ("m3id",), "rate",
+        "how fast m3id leaves what the text alone says, per token",
+    ),
+    ContrastFlag(
+        "--m3id-unsure", float, "P", ("m3id",), "unsure",
+        "m3id only while no token is as likely as P", "always",
+    ),
+)  # fmt: skip
+
+
+def add_contrast_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Flags of contrastive decoding, as `read_contrast` takes them; returns their group."""
+    group = parser.add_argument_group("contrastive decoding")
+    group.add_argument(
+        "--contrast",
+        choices=list(METHODS),
+        help="compare with a second row that sees a noised picture (vcd), a transformed one "
+        "(ritual) or none (m3id)",
+    )
+    for one in CONTRAST_FLAGS:
+        shown = one.default or getattr(METHODS[one.methods[0]], one.field)
+        group.add_argument(
+            one.name, type=one.type, metavar=one.metavar, help=f"{one.help} (default: {shown})"
+        )
+    return group
+
+
+def read_contrast(parser: Parser, args: argparse.Namespace) -> Contrast | None:
+    """The method that the flags of `add_contrast_arguments` ask for; a flag of another method is
+    wrong usage, and so are beams."""
+    if args.contrast and args.num_beams > 1:
+        parser.error("--contrast and --num-beams do not go together: leave one of them out")
+    given = {}
+    for one in CONTRAST_FLAGS:
+        value = vars(args)[one.name.strip("-").replace("-", "_")]
+        if value is None:
+            continue
+        if args.contrast not in one.methods:
+            parser.error(
+                f"{one.name} belongs to --contrast {'|'.join(one.methods)}, found "
+                f"{args.contrast or 'no --contrast'}"
+            )
+        given[one.field] = value
+    try:
+        return METHODS[args.contrast](**given) if args.contrast else None
+    except ValueError as error:  # which names the field
+        names = {one.field: one.name for one in CONTRAST_FLAGS if args.contrast in one.methods}
+        name = names.get(str(error).partition(" is ")[0])
+        parser.error(f"{name}: {error}" if name else str(error))
+
+
+# ---------------------------------------------------------------------------------- what is printed
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Flags about messages; returns their group, for a door to add its own."""
+    group = parser.add_argument_group("output")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument(
+        "-v", "--verbose", action="store_true", help="one line per stage with its time; tracebacks"
+    )
+    either.add_argument("-q", "--quiet", action="store_true", help="nothing on stderr but errors")
+    group.add_argument("--version", action="version", version=f"minillava {__version__}")
+    return group
