@@ -28,7 +28,15 @@ from minillava.generate.generation import Generation, generate
 from minillava.image import ImageProcessor
 from minillava.llava import Llava, Spliced
 from minillava.loop import Process, check_room, room_for_answer, steps
-from minillava.options import KINDS, Options, check_names, expect_text, expect_texts, read_options
+from minillava.options import (
+    KINDS,
+    Options,
+    check_names,
+    dtype_name,
+    expect_text,
+    expect_texts,
+    read_options,
+)
 from minillava.prompt import (
     DEFAULT_PROMPT,
     DEFAULT_TEMPLATE,
@@ -384,9 +392,7 @@ def load(
         vision_tower or home("preprocessor_config.json"), config, image_aspect_ratio
     )
     device = choose_device(str(device))
-    dtype = choose_dtype(
-        str(dtype).removeprefix("torch."), device, checkpoint.dtype(), checkpoint.parameters()
-    )
+    dtype = choose_dtype(dtype_name(dtype), device, checkpoint.dtype(), checkpoint.parameters())
     tokens = max((tokenizer.added[token] + 1 for token in config.added_tokens), default=0)
     model = build_model(
         config,

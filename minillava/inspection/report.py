@@ -34,6 +34,7 @@ from minillava.files.tensors import DTYPES, Stored, open_file, weight_files
 from minillava.files.tokenizer_files import find_tokenizer
 from minillava.inspection import doctor
 from minillava.llava import Llava
+from minillava.options import dtype_name
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, find_template, place_images, render
 from minillava.tokenizer import open_tokenizer
 
@@ -263,7 +264,7 @@ def _describe_tensors(
                 report.attempt(stored.read)  # which says what is wrong with it
         part = report.parts.setdefault(part_of(name), {"tensors": 0, "parameters": 0})
         kind = report.dtypes.setdefault(
-            doctor.name_of(dtype), {"tensors": 0, "parameters": 0, "bytes": 0}
+            dtype_name(dtype), {"tensors": 0, "parameters": 0, "bytes": 0}
         )
         for count in (part, kind):
             count["tensors"] += 1
@@ -273,7 +274,7 @@ def _describe_tensors(
             "name": name,
             "stored": stored.name,
             "shape": list(stored.shape),
-            "dtype": doctor.name_of(dtype),
+            "dtype": dtype_name(dtype),
         }
         report.tensors.append({**about, "file": str(stored.path)})
 
