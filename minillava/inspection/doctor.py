@@ -300,7 +300,8 @@ def same(check: str, one: Tensor, other: Tensor, dtype: torch.dtype) -> Finding:
     text += (
         ""
         if agree
-        else f", what rounding in {dtype_name(dtype)} explains: this PyTorch computes something else"
+        else f", what rounding in {dtype_name(dtype)} explains: this PyTorch computes something "
+        "else"
     )
     return Finding(
         check, OK if agree else FAILED, text, {"relative_difference": apart, "tolerance": limit}

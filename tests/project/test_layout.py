@@ -44,7 +44,7 @@ DOORS = {"chat", "batch", "look", "tracing", "inspection"}
 OF_A_DOOR = {"generate.answer", "generate.__main__", "cli.__main__", "__main__"}
 # of the spine, those that read something from a disk
 READ_FILES = {"image", "tokenizer", "assistant"}
-LIMIT = 2735  # lines of the spine; it may only go down
+LIMIT = 2704  # lines of the spine; it may only go down
 ALLOWED = {"torch", "safetensors", "sentencepiece", "PIL", "numpy"}
 
 
