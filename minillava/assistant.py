@@ -1,7 +1,7 @@
 """The assistant: a model plus what it takes to talk to it, opened from a folder by `load`."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,9 +129,11 @@ class Assistant:
         system: str | None = None,
         contrast: Contrast | str | None = None,
         process: Process | None = None,
+        encode: Callable[[ImageSource], Tensor] | None = None,
         **options,
     ) -> Generation:
-        """Several questions as one batch, and how each answer ended. Arguments as for `ask`."""
+        """Several questions as one batch, and how each answer ended. Arguments as for `ask`;
+        encode: instead of the method, say one that remembers pictures."""
         expect_texts(questions, "questions", "a list of texts")
         chosen, contrast = self._one_answer(options), find_method(contrast)
         given = list(image) if are_several(image) else [image] * len(questions)
@@ -150,7 +152,7 @@ class Assistant:
         flat = [picture for own in pictures for picture in own]
         names = [str(p) if isinstance(p, (str, Path)) else id(p) for p in flat]
         encoded = {
-            name: self.encode(picture)
+            name: (encode or self.encode)(picture)
             for name, picture in dict(zip(names, flat, strict=True)).items()
         }
         patches = [encoded[name] for name in names]
