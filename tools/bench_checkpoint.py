@@ -1,9 +1,7 @@
-"""Checkpoints of true size with random weights, in the hub's layout, for tools/bench.py; and the
-same language model as GGUF, for llama.cpp."""
+"""Checkpoints of true size with random weights, in the hub's layout, for tools/bench.py."""
 
 import json
 import math
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,9 +15,9 @@ from torch import Tensor
 # run from a checkout, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from convert import hub_config, preprocessor_config
+
 from minillava.checkpoint.config_json import read_config
-from minillava.checkpoint.stored import StoredWeights
-from minillava.checkpoint.write_json import hub_config, preprocessor_config
 from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig
 from minillava.files.tensors import INDEX_NAME
 from minillava.image import ImageProcessor
@@ -45,9 +43,12 @@ TOY_CLIP = VisionConfig(
 )
 TOKENIZER = Path(__file__).resolve().parents[1] / "weights" / "shapes" / "tokenizer.model"
 SHARD = 2e9  # bytes
+SHAPES = "shapes"  # the size of the bundled model, which is there already
 
 
 def config_of(size: str) -> LlavaConfig:
+    if size == SHAPES:
+        return read_config(TOKENIZER.parent)
     hidden, feed_forward, layers, heads = SIZES[size]
     text = TextConfig(
         hidden_size=hidden,
@@ -132,101 +133,3 @@ def make_checkpoint(folder: Path, size: str, dtype: torch.dtype) -> None:
     names = {f"<{i}>": i for i in range(pieces, config.text.vocab_size)}
     (partial / "added_tokens.json").write_text(json.dumps(names))
     partial.rename(folder)
-
-
-def make_gguf(folder: Path, kind: str) -> None:
-    """The language model of a checkpoint as `kind`.gguf in its folder, unless it is there: bf16, or
-    made of that by llama.cpp itself. Raises ImportError naming what to install."""
-    path = folder / f"{kind}.gguf"
-    if path.exists():
-        return
-    partial = path.with_suffix(".partial")
-    try:
-        _make_gguf(folder, kind, partial)
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _make_gguf(folder: Path, kind: str, partial: Path) -> None:
-    if kind == "bf16":
-        _write_gguf(folder, partial)
-    else:
-        import llama_cpp
-
-        make_gguf(folder, "bf16")
-        settings = llama_cpp.llama_model_quantize_default_params()
-        settings.ftype = {
-            "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
-            "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
-        }[kind]
-        source = str(folder / "bf16.gguf").encode()
-        if llama_cpp.llama_model_quantize(source, str(partial).encode(), settings):
-            raise RuntimeError(f"llama.cpp cannot make {kind} of {source.decode()}")
-
-
-def _write_gguf(folder: Path, path: Path) -> None:
-    try:
-        import gguf
-    except ImportError:
-        raise ImportError(
-            "llama.cpp needs its weights as GGUF; install what writes them with: pip install gguf"
-        ) from None
-    checkpoint = StoredWeights(folder)
-    text = read_config(folder).text
-    writer = gguf.GGUFWriter(path, "llama", use_temp_file=False)
-    writer.add_context_length(text.max_position_embeddings)
-    writer.add_embedding_length(text.hidden_size)
-    writer.add_block_count(text.num_hidden_layers)
-    writer.add_feed_forward_length(text.intermediate_size)
-    writer.add_head_count(text.num_attention_heads)
-    writer.add_head_count_kv(text.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(text.rms_norm_eps)
-    writer.add_rope_dimension_count(text.head_dim)
-    writer.add_rope_freq_base(text.rope_theta)
-    writer.add_vocab_size(text.vocab_size)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    # of which it wants to see every token, though it is given ids
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"<{i}>".encode() for i in range(text.vocab_size)])
-    writer.add_token_scores([0.0] * text.vocab_size)
-    writer.add_token_types([int(gguf.TokenType.NORMAL)] * text.vocab_size)
-    names = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-    names |= {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-    }
-    names |= {
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-    }
-    names |= {
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    for name in checkpoint.tensors:
-        if not name.startswith("language_model."):
-            continue
-        tensor, layer = (
-            checkpoint.read(name),
-            re.match(r"language_model\.layers\.(\d+)\.(.*)\.weight", name),
-        )
-        stem = layer[2] if layer else name.removeprefix("language_model.").removesuffix(".weight")
-        # Meta's order of a head's rows: the pairs that turn lie side by side
-        if stem.endswith(("q_proj", "k_proj")):
-            heads = tensor.view(-1, 2, text.head_dim // 2, tensor.shape[1])
-            tensor = heads.transpose(1, 2).reshape(tensor.shape)
-        prefix = f"blk.{layer[1]}." if layer else ""
-        if tensor.dim() == 1:
-            writer.add_tensor(f"{prefix}{names[stem]}.weight", tensor.float().numpy())
-        else:
-            bits = tensor.view(torch.int16).numpy().view("uint8")
-            kind = gguf.GGMLQuantizationType.BF16
-            writer.add_tensor(f"{prefix}{names[stem]}.weight", bits, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

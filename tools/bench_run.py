@@ -9,6 +9,9 @@ tokenizer takes no time.
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 clock = time.monotonic  # the same for all processes of a machine
@@ -17,16 +20,20 @@ clock = time.monotonic  # the same for all processes of a machine
 class Minillava:
     """This repository, as `python -m minillava.generate` opens it."""
 
-    def __init__(self, folder: str, dtype: str, device: str, compile: bool):
+    def __init__(self, job: dict):
         # run from a checkout, installed or not
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
         import minillava
         from minillava.options import KINDS
 
         self.imported = clock()
-        quantize, dtype = (dtype, "auto") if dtype in KINDS else (None, dtype)
+        quantize, dtype = (job["dtype"], "auto") if job["dtype"] in KINDS else (None, job["dtype"])
         self.assistant = minillava.load(
-            folder, device=device, dtype=dtype, quantize=quantize, compile=compile
+            job["folder"],
+            device=job["device"],
+            dtype=dtype,
+            quantize=quantize,
+            compile=job.get("compile", False),
         )
         self.weights = list(self.assistant.model.state_dict().values())
 
@@ -53,104 +60,179 @@ class Transformers:
     """Its defaults, with its fastest attention; `compile`: generate's static cache and
     torch.compile."""
 
-    def __init__(
-        self, folder: str, dtype: str, device: str, compile: bool, attention: str = "sdpa"
-    ):
+    def __init__(self, job: dict):
         import torch
         from transformers import AutoImageProcessor, LlavaForConditionalGeneration
 
         self.imported = clock()
-        self.processor = AutoImageProcessor.from_pretrained(folder)
+        self.processor = AutoImageProcessor.from_pretrained(job["folder"])
         self.model = LlavaForConditionalGeneration.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention,
-            device_map=None if device == "cpu" else device,
+            job["folder"],
+            dtype=getattr(torch, job["dtype"]),
+            attn_implementation="sdpa",
+            device_map=None if job["device"] == "cpu" else job["device"],
         )
-        self.weights, self.compile = list(self.model.state_dict().values()), compile
+        self.weights, self.compile = list(self.model.state_dict().values()), job["compile"]
 
     def answer(self, picture: str, ids: list[int], tokens: int) -> dict:
         import torch
-        from PIL import Image
 
-        model, marks, times, started = self.model, [], [], clock()
-        given, config = {}, model.config
-        if picture:
-            with Image.open(picture) as opened:
-                pixels = self.processor(opened.convert("RGB"), return_tensors="pt").pixel_values
-            given["pixel_values"] = pixels.to(model.device, model.dtype)
-            side = config.vision_config.image_size // config.vision_config.patch_size
-            at = ids.index(IMAGE)
-            ids = [*ids[:at], *[config.image_token_id] * side**2, *ids[at + 1 :]]
-        hooks = [
-            model.model.vision_tower.register_forward_pre_hook(lambda *_: marks.append(clock())),
-            model.model.multi_modal_projector.register_forward_hook(
-                lambda _, x, y: marks.append(after(y))
-            ),
-        ]
-
-        class Clock:
-            """What generate tells a streamer: the prompt, then each token."""
-
-            def put(self, value: torch.Tensor) -> None:
-                times.append(clock())
-
-            def end(self) -> None:
-                pass
-
-        settings = {}
-        if self.compile:
-            from transformers import CompileConfig
-
-            settings = {"cache_implementation": "static", "compile_config": CompileConfig()}
-            # it compiles on a GPU only, unless told so
-            settings["compile_config"]._compile_all_devices = True
-        input_ids = torch.tensor([ids], device=model.device)
-        made = model.generate(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, streamer=Clock(),
-            max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0, **given, **settings,
-        )  # fmt: skip
-        for hook in hooks:
-            hook.remove()
-        vision = marks[1] - marks[0] if marks else 0.0
+        clock_of_tokens, started = Clock(), clock()
+        given, ids = self.inputs(picture, ids)
+        input_ids = torch.tensor([ids], device=self.model.device)
+        with self.watched() as marks:
+            made = self.model.generate(
+                input_ids=input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False,
+                streamer=clock_of_tokens, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0,
+                **given, **self.settings(),
+            )  # fmt: skip
         return {
             "started": started,
-            "vision": vision,
-            "times": times[1:],
+            "vision": marks[1] - marks[0] if marks else 0.0,
+            "times": clock_of_tokens.times[1:],  # without the prompt
             "ids": made[0, len(ids) :].tolist(),
         }
 
+    def inputs(self, picture: str, ids: list[int]) -> tuple[dict, list[int]]:
+        """The pixels, and ids in which the picture stands as often as it has positions."""
+        from PIL import Image
+
+        config = self.model.config
+        if not picture:
+            return {}, ids
+        with Image.open(picture) as opened:
+            pixels = self.processor(opened.convert("RGB"), return_tensors="pt").pixel_values
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        at = ids.index(IMAGE)
+        ids = [*ids[:at], *[config.image_token_id] * side**2, *ids[at + 1 :]]
+        return {"pixel_values": pixels.to(self.model.device, self.model.dtype)}, ids
+
+    def settings(self) -> dict:
+        if not self.compile:
+            return {}
+        from transformers import CompileConfig
+
+        settings = {"cache_implementation": "static", "compile_config": CompileConfig()}
+        # it compiles on a GPU only, unless told so
+        settings["compile_config"]._compile_all_devices = True
+        return settings
+
+    @contextmanager
+    def watched(self) -> Iterator[list[float]]:
+        """Inside, when a picture was begun and when it had become positions."""
+        marks, model = [], self.model.model
+        hooks = [
+            model.vision_tower.register_forward_pre_hook(lambda *_: marks.append(clock())),
+            model.multi_modal_projector.register_forward_hook(
+                lambda _, x, y: marks.append(after(y))
+            ),
+        ]
+        try:
+            yield marks
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class Clock:
+    """What transformers' generate tells a streamer: the prompt, then each token."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, value) -> None:
+        self.times.append(clock())
+
+    def end(self) -> None:
+        pass
+
 
 class LlamaCpp:
-    """llama.cpp by its Python binding: the language model alone, as many positions of text."""
+    """llama.cpp by its Python binding: a language model at the dtype, and the eye in float16."""
 
-    def __init__(self, folder: str, dtype: str, device: str, compile: bool):
-        import os
+    def __init__(self, job: dict):
+        import llama_cpp
+        from llama_cpp import mtmd_cpp
 
-        from llama_cpp import Llama
-
-        self.imported, threads = clock(), len(os.sched_getaffinity(0))  # as many as torch takes
-        layers = 0 if device == "cpu" else -1
-        self.model = Llama(
-            f"{folder}/{dtype}.gguf", n_ctx=2048, n_batch=1024, n_ubatch=1024, n_threads=threads,
-            n_threads_batch=threads, n_gpu_layers=layers, verbose=False,
+        self.imported, folder, threads = clock(), job["gguf"], job["threads"]
+        on_gpu = job["device"] != "cpu"
+        self.model = llama_cpp.Llama(
+            f"{folder}/{job['dtype']}.gguf", n_ctx=2048, n_batch=1024, n_ubatch=1024, n_threads=threads,
+            n_threads_batch=threads, n_gpu_layers=-1 if on_gpu else 0, verbose=False,
         )  # fmt: skip
+        settings = mtmd_cpp.mtmd_context_params_default()
+        settings.use_gpu, settings.n_threads, settings.print_timings = on_gpu, threads, False
+        settings.warmup = False  # as the language model, and the others
+        path = f"{folder}/mmproj.gguf".encode()
+        self.eye = mtmd_cpp.mtmd_init_from_file(path, self.model.model, settings)
+        if not self.eye:
+            raise RuntimeError("llama.cpp cannot open mmproj.gguf")
         self.weights = []
 
     def answer(self, picture: str, ids: list[int], tokens: int) -> dict:
         import numpy as np
         from llama_cpp import llama_get_logits_ith
 
-        started, times, made = clock(), [], []
+        started, times, made, vision = clock(), [], [], 0.0
         self.model.reset()
-        self.model.eval([5 if i < 0 else i for i in ids])
+        at = ids.index(IMAGE)
+        self.model.eval(ids[:at])
+        vision = self.read(picture)
+        self.model.eval(ids[at + 1 :])
         while True:
             logits = llama_get_logits_ith(self.model.ctx, -1)
             made.append(int(np.ctypeslib.as_array(logits, (self.model.n_vocab(),)).argmax()))
             times.append(clock())
             if len(made) == tokens:
-                return {"started": started, "vision": 0.0, "times": times, "ids": made}
+                return {"started": started, "vision": vision, "times": times, "ids": made}
             self.model.eval(made[-1:])
+
+    def read(self, picture: str) -> float:
+        """Put a picture behind what was read; -> the seconds that the eye took."""
+        from ctypes import byref, c_int32
+
+        from llama_cpp import mtmd_cpp as mtmd
+
+        with self.chunk_of(picture) as chunk:
+            began, past = clock(), c_int32()
+            failed = mtmd.mtmd_encode_chunk(self.eye, chunk)
+            vision = clock() - began
+            failed = failed or mtmd.mtmd_helper_decode_image_chunk(
+                self.eye, self.model.ctx, chunk, mtmd.mtmd_get_output_embd(self.eye),
+                self.model.n_tokens, 0, self.model.n_batch, byref(past),
+                mtmd.mtmd_helper_post_decode_callback(), None,
+            )  # fmt: skip
+        if failed:
+            raise RuntimeError("llama.cpp cannot read the picture")
+        self.model.n_tokens = past.value
+        return vision
+
+    @contextmanager
+    def chunk_of(self, picture: str) -> Iterator:
+        """The picture as what llama.cpp reads at once: its text is a marker, and nothing else."""
+        from ctypes import c_uint8, pointer
+
+        from llama_cpp import mtmd_cpp as mtmd
+        from PIL import Image
+
+        with Image.open(picture) as opened:
+            pixels = opened.convert("RGB")
+        numbers, marker = pixels.tobytes(), mtmd.mtmd_default_marker()
+        numbers = (c_uint8 * len(numbers)).from_buffer_copy(numbers)
+        bitmap = mtmd.mtmd_bitmap_init(*pixels.size, numbers)
+        text = mtmd.mtmd_input_text(marker, len(marker), False, True)
+        chunks = mtmd.mtmd_input_chunks_init()
+        try:
+            bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
+            if mtmd.mtmd_tokenize(self.eye, chunks, pointer(text), bitmaps, 1):
+                raise RuntimeError("llama.cpp cannot read the picture")
+            count = mtmd.mtmd_input_chunks_size(chunks)
+            found = [mtmd.mtmd_input_chunks_get(chunks, number) for number in range(count)]
+            kind = mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE
+            yield next(each for each in found if mtmd.mtmd_input_chunk_get_type(each) == kind)
+        finally:
+            mtmd.mtmd_input_chunks_free(chunks)
+            mtmd.mtmd_bitmap_free(bitmap)
 
 
 IMAGE = -200
@@ -182,9 +264,7 @@ def peak_memory(device: str) -> int:
 def main() -> int:
     started = float(sys.argv[1])
     job = json.loads(sys.argv[2])
-    model = PEERS[job["peer"]](
-        job["folder"], job["dtype"], job["device"], job.get("compile", False)
-    )
+    model = PEERS[job["peer"]](job)
     opened = clock()
     result = {"import": model.imported - started, "open": opened - model.imported}
     if job.get("touch"):  # a file that is only mapped has not been read yet
@@ -201,9 +281,7 @@ def main() -> int:
         result["process"] = answers[0]["times"][0] - started
         result["vision"] = last["vision"]
         result["first"] = last["times"][0] - last["started"]
-        steps = [
-            after - before for before, after in zip(last["times"], last["times"][1:], strict=False)
-        ]
+        steps = [after - before for before, after in pairwise(last["times"])]
         result["decode"] = sum(steps) / len(steps) if steps else None
         result["ids"] = last["ids"]
     result["peak"] = peak_memory(job["device"])

@@ -46,8 +46,9 @@ sys.path.insert(0, str(ROOT))  # run from a checkout, installed or not
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import hf  # noqa: E402
-from bench import BITS, PROMPT, cache_size, weights_read  # noqa: E402
 from bench_checkpoint import config_of, random_tensor  # noqa: E402
+from bench_parts.work import PROMPT, bytes_read, prompt_ids  # noqa: E402
+from convert import hub_config  # noqa: E402
 
 from minillava import loop  # noqa: E402
 from minillava.assistant import Assistant, load  # noqa: E402
@@ -55,7 +56,6 @@ from minillava.attention import ATTENTION  # noqa: E402
 from minillava.cache import KVCache  # noqa: E402
 from minillava.chat.conversation import Conversation  # noqa: E402
 from minillava.checkpoint.folders import bundled_weights  # noqa: E402
-from minillava.checkpoint.write_json import hub_config  # noqa: E402
 from minillava.cli.arguments import Parser  # noqa: E402
 from minillava.cli.messages import run  # noqa: E402
 from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig  # noqa: E402
@@ -243,12 +243,6 @@ def transformers_of(config: LlavaConfig, state: dict[str, Tensor]):
     return theirs.eval().requires_grad_(False)
 
 
-def prompt_ids(config: LlavaConfig) -> list[int]:
-    """PROMPT positions with one picture in their midst."""
-    text = [1, *range(5, PROMPT - config.tokens_per_image + 4)]
-    return [*text[: len(text) // 2], IMAGE_TOKEN_INDEX, *text[len(text) // 2 :]]
-
-
 # --- parity ---------------------------------------------------------------------------------------
 
 
@@ -284,80 +278,101 @@ def compare_both(run: Run) -> None:
     )
 
 
+@dataclass
+class Compared:
+    """One network at one dtype, on the same weights and prompts in three ways."""
+
+    run: Run
+    name: str
+    config: LlavaConfig
+    dtype: str
+    state: dict[str, Tensor]
+    ids: list
+    pixels: Tensor
+    exact: Tensor  # logits in float64 of the weights of this dtype, so that only the computation rounds
+    theirs: object  # transformers' model, or None
+
+    def check(self, what: str, found: object, expected: object, good: bool) -> None:
+        self.run.report.check(f"{self.name}, {what}", self.dtype, found, expected, good)
+
+    def measure(self, what: str, found: object) -> None:
+        self.run.report.measure(f"{self.name}, {what}", self.dtype, found)
+
+
 def compare_networks(
     run: Run, name: str, config: LlavaConfig, state: dict[str, Tensor], ids: list, pixels: Tensor
 ) -> None:
     """For each dtype: how far ours and theirs are from float64, and whether they are bit-identical.
     state: float64."""
-    tokens = 12
     for dtype in PRECISIONS:
         narrow = {key: tensor.to(getattr(torch, dtype)) for key, tensor in state.items()}
-        # The weights of this dtype, exactly, so that only the computation rounds.
-        exact = tensors_of(
-            network(config, {key: t.double() for key, t in narrow.items()}, "eager"), ids, pixels
-        )
+        wide = network(config, {key: t.double() for key, t in narrow.items()}, "eager")
+        exact = tensors_of(wide, ids, pixels)["logits"]
         theirs = transformers_of(config, narrow) if find_spec("transformers") else None
         if theirs is None:
             run.report.skip(f"{name}: against transformers", "transformers is not installed")
+        both = Compared(run, name, config, dtype, narrow, ids, pixels, exact, theirs)
         for attention, peer in (("eager", "eager"), ("fused", "sdpa")):
-            what = f"{name}, {attention}"
-            model = network(config, narrow, attention)
-            ours = tensors_of(model, ids, pixels)
-            error = distance(ours["logits"], exact["logits"])
-            if run.on_gpu and dtype == "float32" and attention == "fused":
-                torch.backends.cudnn.allow_tf32 = True  # torch's default
-                same = torch.equal(tensors_of(model, ids, pixels)["logits"], ours["logits"])
-                torch.backends.cudnn.allow_tf32 = False
-                found = "the same bits" if same else "others"
-                run.report.check(
-                    f"{what}: with TF32 allowed in convolutions",
-                    dtype,
-                    found,
-                    "the same bits",
-                    same,
-                )
-            # of random weights any token may be the end
-            model.config = replace(config, eos_token_ids=())
-            answer = generate(model, ids, pixels, max_new_tokens=tokens).sequences.tolist()
-            if theirs is None:
-                run.report.measure(
-                    f"{what}: logits to float64, relative norm", dtype, f"{error['norm']:.2e}"
-                )
-                continue
-            theirs.set_attn_implementation(peer)
-            others = their_tensors(theirs, ids, pixels)
-            bound = distance(others["logits"], exact["logits"])
-            # What README promises of fused; eager must hold it all the more.
-            kind, factor = ("max", 2.0) if dtype == "float32" else ("norm", 1.1)
-            run.report.check(
-                f"{what}: logits to float64 ({kind})", dtype, f"{error[kind]:.3e}",
-                f"at most {factor} × transformers {peer}'s {bound[kind]:.3e}", error[kind] <= factor * bound[kind],
-            )  # fmt: skip
-            if attention == "eager":
-                # Both pad on the left; what stands at a padded position nobody reads.
-                equal = [key for key in ours if torch.equal(ours[key], others[key])]
-                worst = distance(ours["logits"], others["logits"])["max"]
-                found = (
-                    f"{len(equal)} of {len(ours)} tensors bit-identical, logits differ by "
-                    f"{worst:.1e}"
-                )
-                if run.on_gpu:  # where nobody promises it
-                    run.report.measure(f"{what}: against transformers'", dtype, found)
-                else:
-                    run.report.check(
-                        f"{what}: against transformers'",
-                        dtype,
-                        found,
-                        "all",
-                        len(equal) == len(ours),
-                    )
-            their_answer = their_ids(theirs, ids, pixels, tokens)
-            same = sum(a == b for a, b in zip(answer, their_answer, strict=True))
-            found = f"{same} of {len(answer)} answers have the ids of {peer}"
-            if dtype == "float32" or (not run.on_gpu and attention == "eager"):
-                run.report.check(f"{what}: greedy ids", dtype, found, "all", same == len(answer))
-            else:
-                run.report.measure(f"{what}: greedy ids", dtype, found)
+            compare_attention(both, attention, peer)
+
+
+def compare_attention(both: Compared, attention: str, peer: str) -> None:
+    """Ours with one kind of attention, against theirs with its own."""
+    model = network(both.config, both.state, attention)
+    ours = tensors_of(model, both.ids, both.pixels)
+    if both.run.on_gpu and both.dtype == "float32" and attention == "fused":
+        check_tf32(both, model, ours["logits"])
+    if both.theirs is None:
+        error = distance(ours["logits"], both.exact)["norm"]
+        both.measure(f"{attention}: logits to float64, relative norm", f"{error:.2e}")
+        return
+    both.theirs.set_attn_implementation(peer)
+    others = their_tensors(both.theirs, both.ids, both.pixels)
+    check_distance(both, attention, peer, ours["logits"], others["logits"])
+    if attention == "eager":
+        check_bits(both, ours, others)
+    check_ids(both, attention, peer, model)
+
+
+def check_tf32(both: Compared, model: Llava, logits: Tensor) -> None:
+    torch.backends.cudnn.allow_tf32 = True  # torch's default
+    same = torch.equal(tensors_of(model, both.ids, both.pixels)["logits"], logits)
+    torch.backends.cudnn.allow_tf32 = False
+    found = "the same bits" if same else "others"
+    both.check("fused: with TF32 allowed in convolutions", found, "the same bits", same)
+
+
+def check_distance(both: Compared, attention: str, peer: str, ours: Tensor, others: Tensor) -> None:
+    """What README promises of fused; eager must hold it all the more."""
+    kind, factor = ("max", 2.0) if both.dtype == "float32" else ("norm", 1.1)
+    error, bound = (distance(logits, both.exact)[kind] for logits in (ours, others))
+    expected = f"at most {factor} × transformers {peer}'s {bound:.3e}"
+    what = f"{attention}: logits to float64 ({kind})"
+    both.check(what, f"{error:.3e}", expected, error <= factor * bound)
+
+
+def check_bits(both: Compared, ours: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    """Both pad on the left; what stands at a padded position nobody reads."""
+    equal = [key for key in ours if torch.equal(ours[key], others[key])]
+    worst = distance(ours["logits"], others["logits"])["max"]
+    found = f"{len(equal)} of {len(ours)} tensors bit-identical, logits differ by {worst:.1e}"
+    if both.run.on_gpu:  # where nobody promises it
+        both.measure("eager: against transformers'", found)
+    else:
+        both.check("eager: against transformers'", found, "all", len(equal) == len(ours))
+
+
+def check_ids(both: Compared, attention: str, peer: str, model: Llava, tokens: int = 12) -> None:
+    """Greedy answers; of random weights any token may be the end."""
+    model.config = replace(both.config, eos_token_ids=())
+    answer = generate(model, both.ids, both.pixels, max_new_tokens=tokens).sequences.tolist()
+    their_answer = their_ids(both.theirs, both.ids, both.pixels, tokens)
+    same = sum(a == b for a, b in zip(answer, their_answer, strict=True))
+    found = f"{same} of {len(answer)} answers have the ids of {peer}"
+    if both.dtype == "float32" or (not both.run.on_gpu and attention == "eager"):
+        both.check(f"{attention}: greedy ids", found, "all", same == len(answer))
+    else:
+        both.measure(f"{attention}: greedy ids", found)
 
 
 @torch.no_grad()
@@ -413,6 +428,7 @@ def their_ids(theirs, ids: list, pixels: Tensor, tokens: int) -> list[list[int]]
 # --- answers --------------------------------------------------------------------------------------
 
 Ask = Callable[[Assistant, list[tuple[Path, str]]], list[str]]
+WHOSE = "as on the CPU in float32"
 
 
 def one_by_one(assistant: Assistant, asked: list[tuple[Path, str]], **options) -> list[str]:
@@ -484,37 +500,56 @@ def captured_model(assistant: Assistant, device: str) -> Assistant:
     return assistant
 
 
+class Answers:
+    """The same questions in many ways, and what is right: what a CPU says in float32."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.asked = [(picture, question) for question in QUESTIONS for picture in PICTURES][
+            :: 4 if run.size == "tiny" else 1
+        ]
+        self.few = self.asked[:3]  # a conversation's pictures have to fit into one context
+        self.contrasts = {name: {"contrast": METHODS[name](), "seed": 1} for name in METHODS}
+        self.plain = {dtype: self.load(dtype) for dtype in ("float32", "bfloat16")}
+        self.right = self.of_a_cpu()
+
+    def load(self, dtype: str, quantize: str | None = None) -> Assistant:
+        return load(BUNDLED, device=self.run.device, dtype=dtype, quantize=quantize)
+
+    def of_a_cpu(self) -> dict[str, list[str]]:
+        cpu, asked = load(BUNDLED, device="cpu", dtype="float32"), self.asked
+        with running_ahead(False):
+            right = {
+                "plain": one_by_one(cpu, asked),
+                "turns": in_turns_anew(cpu, self.few),
+                "score": likelier(cpu, asked),
+                "beams": one_by_one(cpu, asked, num_beams=3),
+            }
+            right |= {name: one_by_one(cpu, asked, **o) for name, o in self.contrasts.items()}
+            for kind in KINDS:
+                small = load(BUNDLED, device="cpu", dtype="float32", quantize=kind)
+                right[kind] = one_by_one(small, asked)
+        return right
+
+    def compare(
+        self, what: str, dtype: str, found: list[str], expected: list[str], whose: str = WHOSE
+    ) -> None:
+        pairs = list(zip(found, expected, strict=True))
+        same = sum(a == b for a, b in pairs)
+        odd = next((f"; {a!r} instead of {b!r}" for a, b in pairs if a != b), "")
+        told = f"{same} of {len(expected)} the same{odd}"
+        self.run.report.check(what, dtype, told, f"all {whose}", not odd)
+
+
 def answers(run: Run) -> None:
     """Ways to make an answer, those that compile last."""
-    asked = [(picture, question) for question in QUESTIONS for picture in PICTURES][
-        :: 4 if run.size == "tiny" else 1
-    ]
-    contrasts = {name: {"contrast": METHODS[name](), "seed": 1} for name in METHODS}
-    plain = {
-        dtype: load(BUNDLED, device=run.device, dtype=dtype) for dtype in ("float32", "bfloat16")
-    }
-    cpu = load(BUNDLED, device="cpu", dtype="float32")
-    whose = "as on the CPU in float32"
-    few = asked[:3]  # a conversation's pictures have to fit into one context
-    with running_ahead(False):
-        right = {
-            "plain": one_by_one(cpu, asked),
-            "turns": in_turns_anew(cpu, few),
-            "score": likelier(cpu, asked),
-        }
-        right["beams"] = one_by_one(cpu, asked, num_beams=3)
-        right |= {name: one_by_one(cpu, asked, **options) for name, options in contrasts.items()}
+    all_of_them = Answers(run)
+    ask_in_every_way(all_of_them)
+    ask_the_quantised(all_of_them)
+    ask_the_captured(all_of_them)
 
-    def compare(what: str, dtype: str, found: list[str], expected: list[str], whose: str) -> None:
-        same = sum(a == b for a, b in zip(found, expected, strict=True))
-        odd = next(
-            (f"; {a!r} instead of {b!r}" for a, b in zip(found, expected, strict=True) if a != b),
-            "",
-        )
-        run.report.check(
-            what, dtype, f"{same} of {len(expected)} the same{odd}", f"all {whose}", not odd
-        )
 
+def ask_in_every_way(every: Answers) -> None:
     ways: list[tuple[str, str, Ask]] = [
         ("one by one", "plain", one_by_one),
         ("one by one, not running ahead", "plain", not_ahead),
@@ -522,45 +557,45 @@ def answers(run: Run) -> None:
         ("beams, as a batch", "beams", partial(as_batch, num_beams=3)),
         *(
             (f"{name}, as a batch", name, partial(as_batch, **options))
-            for name, options in contrasts.items()
+            for name, options in every.contrasts.items()
         ),
         ("a conversation's kept cache", "turns", in_turns),
         ("the likeliest of three answers", "score", likelier),
     ]
-    for dtype, assistant in plain.items():
+    for dtype, assistant in every.plain.items():
         for what, key, ask in ways:
             with running_ahead(True):
-                found = ask(assistant, few if key == "turns" else asked)
-            compare(what, dtype, found, right[key], whose)
+                found = ask(assistant, every.few if key == "turns" else every.asked)
+            every.compare(what, dtype, found, every.right[key])
         sampled = [
-            ask(assistant, asked, temperature=1.0, top_p=0.9, repetition_penalty=1.1, seed=3)
+            ask(assistant, every.asked, temperature=1.0, top_p=0.9, repetition_penalty=1.1, seed=3)
             for ask in (ahead, not_ahead)
         ]
-        compare("sampled, running ahead", dtype, *sampled, "as without")
-    for kind in KINDS:
-        right[kind] = one_by_one(load(BUNDLED, device="cpu", dtype="float32", quantize=kind), asked)
-        for dtype in plain:
-            small = load(BUNDLED, device=run.device, dtype=dtype, quantize=kind)
-            compare(kind, dtype, ahead(small, asked), right[kind], whose)
+        every.compare("sampled, running ahead", dtype, *sampled, "as without")
 
-    fast = captured(plain["float32"], run.device)
-    skips = graph_skips()
-    compare("captured", "float32", ahead(fast, asked), right["plain"], whose)
-    compare("captured, as a batch", "float32", as_batch(fast, asked), right["plain"], whose)
-    compare("captured, vcd", "float32", ahead(fast, asked, **contrasts["vcd"]), right["vcd"], whose)
-    compare("captured, a conversation", "float32", in_turns(fast, few), right["turns"], whose)
-    compare(
-        "captured",
-        "bfloat16",
-        ahead(captured(plain["bfloat16"], run.device), asked),
-        right["plain"],
-        whose,
-    )
+
+def ask_the_quantised(every: Answers) -> None:
     for kind in KINDS:
-        small = captured_model(
-            load(BUNDLED, device=run.device, dtype="bfloat16", quantize=kind), run.device
-        )
-        compare(f"captured, {kind}", "bfloat16", ahead(small, asked), right[kind], whose)
+        for dtype in every.plain:
+            found = ahead(every.load(dtype, quantize=kind), every.asked)
+            every.compare(kind, dtype, found, every.right[kind])
+
+
+def ask_the_captured(every: Answers) -> None:
+    """Whose steps are compiled and recorded on a GPU."""
+    run, asked, right = every.run, every.asked, every.right
+    skips = graph_skips()
+    fast = captured(every.plain["float32"], run.device)
+    every.compare("captured", "float32", ahead(fast, asked), right["plain"])
+    every.compare("captured, as a batch", "float32", as_batch(fast, asked), right["plain"])
+    found = ahead(fast, asked, **every.contrasts["vcd"])
+    every.compare("captured, vcd", "float32", found, right["vcd"])
+    every.compare("captured, a conversation", "float32", in_turns(fast, every.few), right["turns"])
+    found = ahead(captured(every.plain["bfloat16"], run.device), asked)
+    every.compare("captured", "bfloat16", found, right["plain"])
+    for kind in KINDS:
+        small = captured_model(every.load("bfloat16", quantize=kind), run.device)
+        every.compare(f"captured, {kind}", "bfloat16", ahead(small, asked), right[kind])
     if run.on_gpu:
         found = graph_skips() - skips
         run.report.check("captured: steps that did not become a graph", "", found, 0, found == 0)
@@ -620,23 +655,33 @@ def waits(device: str) -> Iterator[Callable[[], int]]:
 
 def syncs(run: Run) -> None:
     """Of tokens after the second, since what is made once for an answer may wait."""
+    check_that_waits_are_seen(run)
+    assistant = load(BUNDLED, device=run.device, dtype="bfloat16" if run.on_gpu else "float32")
+    ids = [assistant.tokenizer.encode(assistant.prompt(question)) for question in QUESTIONS]
+    pixels = assistant.image_processor(PICTURES)
+    for what, (model, rows, options, contrast) in ways_to_wait(run, assistant).items():
+        streams = 1 if contrast is None else 2
+        spliced = model.model.splice(ids[:rows] * streams, torch.cat([pixels[:rows]] * streams))
+        chosen = Options(max_new_tokens=SYNC_TOKENS, min_new_tokens=SYNC_TOKENS, **options)
+        for _ in range(2):  # the second time nothing is compiled or recorded
+            with running_ahead(True):
+                found = waits_of(steps(model.model, spliced, chosen, contrast=contrast), run.device)
+        run.report.check(f"{what}: waits in {SYNC_TOKENS - 2} tokens", "", found, 0, found == 0)
+    found = waits_of_beams(assistant, ids[:1], pixels[:1], run.device)
+    run.report.measure("beams: waits per token", "", f"{found:.1f}")
+
+
+def check_that_waits_are_seen(run: Run) -> None:
     number = torch.ones((), device=run.device)
     with waits(run.device) as count:
         for _ in range(3):
             float(number)
         found = count()
     run.report.check("a number that is read three times", "", found, "at least 3", found >= 3)
-    assistant = load(BUNDLED, device=run.device, dtype="bfloat16" if run.on_gpu else "float32")
-    ids = [assistant.tokenizer.encode(assistant.prompt(question)) for question in QUESTIONS]
-    pixels = assistant.image_processor(PICTURES)
-    all_of_them = {
-        "temperature": 1.0,
-        "top_k": 50,
-        "top_p": 0.9,
-        "min_p": 0.01,
-        "typical_p": 0.95,
-        "seed": 3,
-    }
+
+
+def ways_to_wait(run: Run, assistant: Assistant) -> dict[str, tuple]:
+    """By name: who answers, how many rows, options, and contrast."""
     penalties = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3}
     ways = {
         "greedy": (assistant, 1, {}, None),
@@ -646,29 +691,21 @@ def syncs(run: Run) -> None:
         "contrast": (assistant, 1, {}, VCD(beta=0)),
     }
     if run.on_gpu:  # on a CPU, torch looks at what it draws from
-        ways["sampled, by every filter"] = (assistant, 1, all_of_them, None)
-    ways["captured"] = (captured(assistant, run.device), 1, {}, None)
-    for what, (model, rows, options, contrast) in ways.items():
-        streams = 1 if contrast is None else 2
-        spliced = model.model.splice(ids[:rows] * streams, torch.cat([pixels[:rows]] * streams))
-        chosen = Options(max_new_tokens=SYNC_TOKENS, min_new_tokens=SYNC_TOKENS, **options)
-        for _ in range(2):  # the second time nothing is compiled or recorded
-            with running_ahead(True):
-                found = waits_of(steps(model.model, spliced, chosen, contrast=contrast), run.device)
-        run.report.check(f"{what}: waits in {SYNC_TOKENS - 2} tokens", "", found, 0, found == 0)
+        filters = {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.95}
+        every = {"temperature": 1.0, **filters, "seed": 3}
+        ways["sampled, by every filter"] = (assistant, 1, every, None)
+    return ways | {"captured": (captured(assistant, run.device), 1, {}, None)}
+
+
+def waits_of_beams(assistant: Assistant, ids: list, pixels: Tensor, device: str) -> float:
+    """Per token: of a longer answer, less those of a shorter one."""
     found = []
     for tokens in (4, 4 + SYNC_TOKENS):
-        with waits(run.device) as count:
-            generate(
-                assistant.model,
-                ids[:1],
-                pixels[:1],
-                num_beams=3,
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
-            )
+        with waits(device) as count:
+            length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+            generate(assistant.model, ids, pixels, num_beams=3, **length)
             found.append(count())
-    run.report.measure("beams: waits per token", "", f"{(found[1] - found[0]) / SYNC_TOKENS:.1f}")
+    return (found[1] - found[0]) / SYNC_TOKENS
 
 
 def waits_of(answer: Iterator, device: str) -> int:
@@ -886,9 +923,7 @@ def their_timed_answer(run: Run, theirs, compiled: bool) -> Callable[[], list[fl
 def show_times(run: Run, what: str, dtype: str, clocked: Clocked, bandwidth: float) -> None:
     """The fraction is of a copy's bandwidth, were reading every weight and the cache all that a
     token takes."""
-    text, tokens = run.config.text, TOKENS[run.size]
-    cache = 2 * cache_size(run.config, PROMPT + tokens // 2)  # bytes, in 16 bits
-    read = weights_read(text) * BITS[dtype] / 8 + cache
+    read = bytes_read(run.config, dtype, 2, PROMPT + TOKENS[run.size] // 2)
     run.report.measure(f"{what}: seconds to the first token", dtype, f"{clocked.first:.4f}")
     fraction = f"{read / clocked.step / bandwidth:.0%} of bandwidth"
     found = f"{1 / clocked.step:.1f}, {fraction}; {clocked.warming:.1f} s to warm up"
@@ -958,59 +993,68 @@ def transformers(run: Run, compiled: bool) -> None:
 
 def first(run: Run) -> None:
     """The first token of ours and of transformers, part by part, on the same weights."""
-    config, device = run.config, run.device
-    state = random_state(config, torch.bfloat16, device)
-    model, ids = network(config, state), [prompt_ids(config)]
-    pixels = random_pixels(config).to(device, torch.bfloat16)
-    options, picture = Options(max_new_tokens=8, min_new_tokens=8), Image.open(PICTURES[0])
-    processor = ImageProcessor(config.vision.image_size)
-    nothing = {"hidden_states": False, "attentions": False}
+    state = random_state(run.config, torch.bfloat16, run.device)
+    ids = [prompt_ids(run.config)]
+    pixels = random_pixels(run.config).to(run.device, torch.bfloat16)
     with torch.no_grad():
-        features = model.encode_images(pixels)
-        spliced = model.splice(ids, features)
-        room = spliced.embeds.shape[1] + 8
-        cache = KVCache(config.text, 1, room, dtype=torch.bfloat16, device=device)
-        output = loop.prefill(model, spliced, cache, **nothing)
-
-        def read() -> None:
-            cache.truncate(0)
-            loop.prefill(model, spliced, cache, **nothing)
-
-        def choose() -> list[int]:
-            logits = loop.wide_logits(output)
-            return Arriving(loop.Chooser(model, spliced.input_ids, options)(logits)[0]).wait()
-
-        def decode() -> None:
-            loop.decode(model, token, cache, **nothing)
-            cache.truncate(cache.length - 1)
-
-        def answer() -> None:
-            next(steps(model, model.splice(ids, pixels), options))
-
-        token = torch.tensor(choose(), device=device)
-        show_part(run, "minillava: a picture's pixels, on the CPU", lambda: processor([picture]))
-        show_part(run, "minillava: encode_images", lambda: model.encode_images(pixels))
-        show_part(run, "minillava: splice", lambda: model.splice(ids, features))
-        show_part(run, "minillava: prefill", read)
-        show_part(run, "minillava: the first choice", choose)
-        show_part(run, "minillava: a step after it", decode)
-        show_part(run, "minillava: from pixels to the first token", answer)
+        for what, part in our_parts(run, network(run.config, state), ids, pixels).items():
+            show_part(run, f"minillava: {what}", part)
         if not find_spec("transformers"):
             run.report.skip("transformers", "it is not installed")
             return
-        theirs = transformers_of(config, state)
-        theirs.set_attn_implementation("sdpa")
-        theirs.generation_config.eos_token_id = None
-        given = their_inputs(theirs, ids, pixels)
-        del given["position_ids"]  # they make their own
-        one_token = {"do_sample": False, "max_new_tokens": 1, "pad_token_id": config.pad_token_id}
-        parts = {
-            "get_image_features": lambda: theirs.get_image_features(given["pixel_values"]),
-            "forward": lambda: theirs(**given, use_cache=True, logits_to_keep=1),
-            "generate, one token": lambda: theirs.generate(**given, **one_token),
-        }
-        for name, part in parts.items():
-            show_part(run, f"transformers: {name}", part)
+        theirs = transformers_of(run.config, state)
+        for what, part in their_parts(theirs, run.config, ids, pixels).items():
+            show_part(run, f"transformers: {what}", part)
+
+
+def our_parts(run: Run, model: Llava, ids: list, pixels: Tensor) -> dict[str, Callable]:
+    """What the first token is made of, in this order, and the whole of it."""
+    options, picture = Options(max_new_tokens=8, min_new_tokens=8), Image.open(PICTURES[0])
+    processor = ImageProcessor(run.config.vision.image_size)
+    nothing = {"hidden_states": False, "attentions": False}
+    features = model.encode_images(pixels)
+    spliced = model.splice(ids, features)
+    room = spliced.embeds.shape[1] + 8
+    cache = KVCache(run.config.text, 1, room, dtype=torch.bfloat16, device=run.device)
+    output = loop.prefill(model, spliced, cache, **nothing)
+
+    def read() -> None:
+        cache.truncate(0)
+        loop.prefill(model, spliced, cache, **nothing)
+
+    def choose() -> list[int]:
+        logits = loop.wide_logits(output)
+        return Arriving(loop.Chooser(model, spliced.input_ids, options)(logits)[0]).wait()
+
+    def decode() -> None:
+        loop.decode(model, token, cache, **nothing)
+        cache.truncate(cache.length - 1)
+
+    token = torch.tensor(choose(), device=run.device)
+    return {
+        "a picture's pixels, on the CPU": lambda: processor([picture]),
+        "encode_images": lambda: model.encode_images(pixels),
+        "splice": lambda: model.splice(ids, features),
+        "prefill": read,
+        "the first choice": choose,
+        "a step after it": decode,
+        "from pixels to the first token": lambda: next(
+            steps(model, model.splice(ids, pixels), options)
+        ),
+    }
+
+
+def their_parts(theirs, config: LlavaConfig, ids: list, pixels: Tensor) -> dict[str, Callable]:
+    theirs.set_attn_implementation("sdpa")
+    theirs.generation_config.eos_token_id = None
+    given = their_inputs(theirs, ids, pixels)
+    del given["position_ids"]  # they make their own
+    one_token = {"do_sample": False, "max_new_tokens": 1, "pad_token_id": config.pad_token_id}
+    return {
+        "get_image_features": lambda: theirs.get_image_features(given["pixel_values"]),
+        "forward": lambda: theirs(**given, use_cache=True, logits_to_keep=1),
+        "generate, one token": lambda: theirs.generate(**given, **one_token),
+    }
 
 
 def show_part(run: Run, what: str, work: Callable[[], object]) -> None:

@@ -1,0 +1,77 @@
+"""What was measured, kept as it comes: whatever ends a run, finished rows are not lost."""
+
+import hashlib
+import json
+import os
+from datetime import date
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[2] / "minillava"
+
+
+class Journal:
+    """Records, one for each measured process, and what they have in common.
+
+    With a path each is written there as it comes, one JSON object a line behind a first line of
+    settings, and those that are there already count. Raises ValueError if they were made with other
+    settings."""
+
+    def __init__(self, path: Path | None, settings: dict):
+        self.path, self.records = path, []
+        self.settings = {"date": str(date.today()), "code": code()} | settings
+        if path is None:
+            return
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if not lines:
+            self._append(self.settings)
+            return
+        before, *self.records = _read(path, lines)
+        for name, value in self.settings.items():
+            if name != "date" and before.get(name) != value:
+                raise ValueError(
+                    f"--journal {path} was begun with another {name}: {before.get(name)}, now "
+                    f"{value}; name another file"
+                )
+        self.settings = before
+
+    def add(self, record: dict) -> None:
+        self.records.append(record)
+        if self.path is not None:
+            self._append(record)
+
+    def has(self, row: str, number: int) -> bool:
+        """Whether this round of this row was measured, or the row has failed before."""
+        return any(
+            record["row"] == row and (record["round"] == number or "failed" in record)
+            for record in self.records
+        )
+
+    def _append(self, record: dict) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _read(path: Path, lines: list[str]) -> list[dict]:
+    """Every line; one that was cut short, since the machine or the disk gave up, is no line and is
+    taken off the file."""
+    found = []
+    for number, line in enumerate(lines):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            if not found or number + 1 < len(lines):
+                raise ValueError(f"{path}, line {number + 1}: not a line of a journal") from None
+            path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+    if "code" not in found[0]:
+        raise ValueError(f"{path} is not a journal of bench.py compare; name another file")
+    return found
+
+
+def code() -> str:
+    """Which minillava was measured: rows of two do not belong into one table."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

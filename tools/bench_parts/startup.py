@@ -1,0 +1,58 @@
+"""startup: from the start of a command to its answer, of this checkout beside other ones."""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from bench_parts.clock import Timing, take_turns
+from bench_parts.rows import THREAD_VARIABLES
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURE = ROOT / "weights" / "shapes" / "example-2.png"
+HERE, NOTHING = "this checkout", "`import torch` alone"
+
+
+def startup(trees: Sequence[Path], rounds: int) -> dict[str, Timing]:
+    """Seconds that the README's first command takes, by checkout; and importing torch, which every
+    one of them waits for. Raises subprocess.CalledProcessError if one fails."""
+    ask = ("-m", "minillava.generate", "--image", str(PICTURE))
+    variants = {NOTHING: partial(one_process, ROOT, ("-c", "import torch"))}
+    variants |= {str(tree): partial(one_process, tree, ask) for tree in trees}
+    variants[HERE] = partial(one_process, ROOT, ask)
+    return take_turns(variants, rounds)
+
+
+def one_process(folder: Path, arguments: Sequence[str]) -> float:
+    """As a person starts it, so without what this shell says of threads; the checkout that it
+    stands in comes before an installed one."""
+    kept = {k: v for k, v in os.environ.items() if k not in THREAD_VARIABLES}
+    started = time.perf_counter()
+    subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=kept | {"PYTHONPATH": str(folder)},
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return time.perf_counter() - started
+
+
+def startup_table(timings: dict[str, Timing]) -> str:
+    """The last column is what is not importing torch, to that of this checkout."""
+    floor, ours = timings[NOTHING].median, timings[HERE].median
+    lines = [
+        "| start to answer | s | spread | to this checkout's | without torch's import, to this checkout's | others |",
+        "|---|" + "---:|" * 5,
+    ]
+    for name, timing in timings.items():
+        rest = "" if name == NOTHING else f"{(timing.median - floor) / (ours - floor):.2f}"
+        lines.append(
+            f"| {name} | {timing.median:.2f} | ±{timing.spread:.0%} | {timing.median / ours:.2f} "
+            f"| {rest} | {statistics.median(timing.others):.2f} |"
+        )
+    return "\n".join(lines)
