@@ -1,6 +1,7 @@
 """A trace as one page that needs nothing else: the pictures with the patch grid, and a folding
 section per stage."""
 
+import re
 from html import escape
 from itertools import groupby
 
@@ -35,9 +36,9 @@ table { border-collapse: collapse; table-layout: fixed; width: 100%; margin-bott
 th { text-align: left; color: var(--faint); font-weight: 400; }
 td, th { padding: .2rem .5rem .2rem 0; vertical-align: top; overflow-wrap: anywhere; }
 td { border-top: 1px solid var(--line); } td.n, td.s, td.w { font-family: ui-monospace, monospace; }
-
-th { width: 8%; } th:nth-child(1) { width: 20%; } th:nth-child(2) { width: 14%; } th:nth-child(3) { width: 7%; }
-th:nth-child(7) { width: 25%; } th:nth-child(8) { width: 10%; }
+th { width: 9%; } th:nth-child(1) { width: 16%; } th:nth-child(2) { width: 13%; } th:nth-child(3) { width: 7%; }
+th:nth-child(7) { width: 23%; } th:nth-child(8) { width: 14%; }
+td.s, td.o { overflow-wrap: break-word; }
 td.v { border: 0; white-space: pre-wrap; } td.w b { color: var(--mark); }
 @media (max-width: 60rem) {
   thead { display: none; } table, tbody, tr, td { display: block; border: 0; }
@@ -148,10 +149,16 @@ def _row(record: Record) -> str:
         shape = f'<b title="was {record.was}">{shape}</b>'
     values = [number_text(x) for x in (record.min, record.mean, record.max)]
     first = " ".join(number_text(x) for x in record.first or ())
-    cells = f'<td class="s">{escape(record.short_name)}</td><td class="w">{shape}</td><td>{record.dtype or ""}</td>'
+    cells = f'<td class="s">{_breakable(record.short_name)}</td><td class="w">{shape}</td><td>{record.dtype or ""}</td>'
     for label, cell in zip(COLUMNS[3:], (*values, first), strict=False):
         cells += f'<td class="n" data-label="{label}">{escape(cell)}</td>'
-    row = f"<tr>{cells}<td>{escape(record.source)}</td></tr>"
+    row = f'<tr>{cells}<td class="o">{_breakable(record.source)}</td></tr>'
     if record.value is None or record.name == "input_ids":  # which is above, in colour
         return row
     return f'{row}<tr class="below"><td class="v" colspan="{len(COLUMNS)}">{escape(record.value_text)}</td></tr>'
+
+
+def _breakable(name: str) -> str:
+    """A name that a narrow column breaks between its parts, `files/` and `pictures.py:146`, instead
+    of inside a number."""
+    return re.sub(r"(/|\.(?!py\b))", r"\1<wbr>", escape(name))

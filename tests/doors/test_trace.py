@@ -859,3 +859,14 @@ def test_nothing_in_common(run, tmp_path):
     status, _, err = run("--compare", tmp_path / "x.safetensors", "dtype=float32")
     assert (status, err.count("\n")) == (1, 1)
     assert "no tensor in common" in err
+
+
+def test_a_source_line_is_not_broken_inside_its_number(run, tmp_path):
+    """A narrow column showed `prompt.py:1 46`: it may break between folder and file alone."""
+    path = tmp_path / "trace.html"
+    assert run("--html", path, "--depth", "outline")[0] == 0
+    page = path.read_text(encoding="utf-8")
+    sources = re.findall(r'<td class="o">(.*?)</td>', page)
+    assert any("files/<wbr>pictures.py:" in source for source in sources)
+    assert all(re.fullmatch(r"(\w+/<wbr>)*\w+\.py:\d+", source) for source in sources)
+    assert "td.s, td.o { overflow-wrap: break-word; }" in page
