@@ -107,8 +107,8 @@ def read_journal(
     journal: Journal, questions: list[Question], record: Callable[..., dict]
 ) -> dict[int, dict]:
     """Line number -> record of what the journal answers, as far as that is what this run would
-    write: a disk that lost its power may give back anything. Raises ValueError as
-    `Journal.read`."""
+    write: a disk that lost its power may give back anything. Raises ValueError if the
+    journal is another run's (see Journal.read)."""
     found, asked = journal.read(), {question.line: question for question in questions}
     return {
         line: one

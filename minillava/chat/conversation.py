@@ -70,8 +70,8 @@ class Conversation:
         return self.assistant.model.config.text.context - len(self.positions)
 
     def add_image(self, source: ImageSource, name: str | None = None) -> Picture:
-        """Encode a picture, for the next question. name: for `record`. Raises as
-        `image.open_image`."""
+        """Encode a picture, for the next question. name: for `record`. Raises ValueError
+        or OSError if it cannot be opened (see open_image)."""
         self.waiting.append(Picture(name or str(source), self.assistant.encode(source)))
         return self.waiting[-1]
 

@@ -41,8 +41,8 @@ class Session:
         self.saved: set[Path] = set()
 
     def handle(self, line: str) -> bool:
-        """One line; False when it was the last. Raises ValueError or OSError for what cannot be
-        done."""
+        """Do what a line says; False when it was the last. Raises ValueError or OSError if that
+        cannot be done."""
         line = as_meant(line)
         refuse_nul(line, "the line")
         found = re.match(r"\s*(/\w+)(?:\s(.*)|$)", line, re.DOTALL)
@@ -57,7 +57,7 @@ class Session:
             self.conversation.clear()
             self.note("conversation and pictures are forgotten; /image PATH adds a picture")
         elif not rest.strip():
-            raise ValueError(f"{command} needs a path behind it; /help lists the commands")
+            raise ValueError(f"{command} needs a path after it; /help lists the commands")
         elif command == "/image":
             self.add(terminal.read_paths(rest))
         else:
@@ -68,8 +68,7 @@ class Session:
         return True
 
     def take(self, line: str) -> bool:
-        """A question, files that were dropped, or both. Raises ValueError for a command that there
-        is not."""
+        """A question, dropped files, or both. Raises ValueError for an unknown command."""
         paths, question = terminal.dropped_first(line)
         if paths:
             self.add(paths)
@@ -104,7 +103,7 @@ class Session:
         self.messages.stage("encode", started, f"{name_of(name)}: {len(picture.patches)} positions")
 
     def answer(self, question: str) -> None:
-        """The answer on stdout; where it is interrupted, with the end of its line."""
+        """The answer on stdout; if it is interrupted, its line is ended."""
         note_several(len(self.conversation.waiting), self.messages)
         started, count = time.perf_counter(), 0
         with closing(self.conversation.stream(question, **self.options)) as pieces:
@@ -221,7 +220,7 @@ def _report(error: Exception, verbose: bool) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """The lines of stdin, which is no terminal, without their ends."""
+    """The lines of stdin, which is not a terminal, without their ends."""
     if hasattr(sys.stdin, "buffer"):
         yield from read_lines(sys.stdin.buffer, "stdin")
     else:

@@ -68,7 +68,7 @@ class Terminal:
         return "" if self.readline is None else self.readline.get_line_buffer()
 
     def completions(self, line: str) -> list[str]:
-        """All that a line can become: a command, or one with a path behind it."""
+        """All that a line can become: a command, or one with a path after it."""
         command, space, begun = line.partition(" ")
         if not space:
             names = [name + " " * (name in PATH_COMMANDS) for name in self.commands]
@@ -100,7 +100,7 @@ def _paths_from(begun: str) -> list[str]:
 
 
 def read_paths(text: str) -> list[str]:
-    """The paths behind a command. As it stands if there is such a file, blanks, quotes and all;
+    """The paths after a command. As it stands if there is such a file, blanks, quotes and all;
     else as terminals paste what is dropped into them: in quotes, with backslashes, as file:// URLs,
     several at once. A path that leads nowhere comes back, too: who opens it says so."""
     for whole in (text, text.strip(), text.strip(AROUND)):
@@ -173,7 +173,7 @@ def dropped(line: str) -> list[str]:
 
 
 def dropped_first(line: str) -> tuple[list[str], str]:
-    """The paths of files that a line begins with, as many as there are, and the question behind
+    """The paths of files that a line begins with, as many as there are, and the question after
     them; no path where it begins with none."""
     line = line.strip(AROUND)
     blanks = [blank.start() for blank in re.finditer(r"\s+", line[:LONGEST_PATH])]

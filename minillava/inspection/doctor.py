@@ -174,7 +174,7 @@ def memory_table(config: LlavaConfig, shapes: dict[str, tuple[int, ...]]) -> dic
 
 def memory(weights: int, cache: int, device: str, mapped: bool) -> Finding:
     """Bytes needed against those available. mapped: the weights stay on disk, from where the system
-    reads them again when memory is short, so that too little of it is slow but no end."""
+    reads them again when memory is short, so that too little memory is slow but no failure."""
     available = available_memory(device)
     figures = {"weights": weights, "cache_at_full_context": cache, "available": available}
     text = f"weights {gigabytes(weights)}, cache at full context {gigabytes(cache)}"
@@ -197,7 +197,7 @@ def memory(weights: int, cache: int, device: str, mapped: bool) -> Finding:
 
 
 def available_memory(device: str) -> int | None:
-    """Bytes that can still be had on a device; None where the system does not say."""
+    """Bytes of memory that are available on a device; None if the system does not say."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(torch.device(device))[0]
     meminfo = Path("/proc/meminfo")
@@ -264,7 +264,7 @@ def finite_weights(model: nn.Module) -> Finding:
 
 
 def first_logits(assistant: Assistant, spliced: Spliced) -> Tensor:
-    """Those of the first token of the answer, [V]. Raises ValueError where they are no numbers."""
+    """The logits of the answer's first token, [V]. Raises ValueError if they are not finite."""
     output = assistant.model.language_model(spliced.embeds, spliced.attention_mask, last_only=True)
     return last_logits(output)[0].cpu()  # not every GPU has the float64 of `total_variation`
 

@@ -80,8 +80,7 @@ class Report:
         return not (self.problems or self.missing or self.misshapen or self.unexpected)
 
     def attempt(self, call: Callable, *given):
-        """What the call returns; None where it fails, whose message then is noted as problems, one
-        a line."""
+        """What the call returns, or None if it fails: the lines of its message become problems."""
         try:
             return call(*given)
         except (ValueError, OSError) as error:
@@ -102,7 +101,7 @@ def inspect_folder(
 ) -> Report:
     """All that can be said of weights without reading them. Arguments as for `minillava.load`,
     which opens them if the report is `loadable`, and else does not. Raises FileNotFoundError or
-    ValueError where a folder is not there."""
+    ValueError if a folder does not exist."""
     folder = find_folder(weights, revision)
     tower, base, lora = find_others(vision_tower, model_base, adapter)
 
@@ -167,9 +166,9 @@ def dialect_of(folder: Path, base: Path | None = None) -> str:
             else "the original LLaVA (liuhaotian)"
         )
     if kind in ("clip", "clip_vision_model"):
-        return "a plain CLIP: the --vision-tower of a LLaVA, none by itself"
+        return "a plain CLIP: the --vision-tower of a LLaVA, not a LLaVA by itself"
     if kind == "llama":
-        return "a plain Llama: the --model-base of a projector or a LoRA, no LLaVA by itself"
+        return "a plain Llama: the --model-base of a projector or a LoRA, not a LLaVA by itself"
     return f"unknown: model_type is {kind!r}"
 
 

@@ -60,9 +60,7 @@ def _see_doctor(
     and fits."""
     yield doctor.environment()
     if not report.loadable:
-        yield doctor.Finding(
-            "opening", doctor.FAILED, "not tried: the folder is not whole, see above"
-        )
+        yield doctor.Finding("opening", doctor.FAILED, "not tried: something is missing, see above")
         return
     plain = [
         tensor

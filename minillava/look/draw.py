@@ -193,7 +193,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """Text cut with an ellipsis where it is wider than `width`."""
+    """The text, cut to `width` with an ellipsis if it is wider."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

@@ -121,7 +121,7 @@ def watch(
     record: Sequence[str] = (),
 ) -> Iterator[tuple[Step, Tensor]]:
     """`loop.steps` for one row with one picture: every step, and the attention [L, H, P] that chose
-    its token. Raises ValueError as `steps`, and for another number of pictures."""
+    its token. Raises ValueError where `steps` does, and for another number of pictures."""
     pictures = sum(map(len, spliced.image_spans))
     if len(spliced.image_spans) != 1 or pictures != 1:
         raise ValueError(
@@ -161,8 +161,8 @@ def join_words(pieces: Sequence[str]) -> list[tuple[str, list[int]]]:
         waiting.append(i)
         if not piece:
             continue
-        wide = unicodedata.east_asian_width(piece[0]) in "WF"
-        if not words or piece[0].isspace() or words[-1][-1][0][-1].isspace() or wide:
+        is_wide = unicodedata.east_asian_width(piece[0]) in "WF"  # Chinese, Japanese
+        if not words or piece[0].isspace() or words[-1][-1][0][-1].isspace() or is_wide:
             words.append([])
         words[-1].append((piece, waiting))
         waiting = []
@@ -241,9 +241,11 @@ def look(
     lens: bool = False,
     **settings,
 ) -> Look:
-    """Answer, and where each word looked. layers, heads: counted from 0, those averaged over
-    (default: the upper half, all heads). options: an `Options`, or its fields by name. Raises
-    ValueError for a layer or head out of range."""
+    """Answer a question, and say where each word looked.
+
+    layers, heads: those averaged over, counted from 0 (default: the upper half, all heads).
+    options: an `Options`, or its fields by name. Raises ValueError for a layer or head out of
+    range."""
     if len(as_list(image)) != 1:
         raise ValueError(f"look at one picture, found {len(as_list(image))} pictures")
     text, picture = assistant.model.config.text, open_image(*as_list(image))
@@ -321,13 +323,13 @@ def _check(what: str, chosen: Sequence[int], count: int) -> list[int]:
 
 # --------------------------------------------------------------------------------------------- door
 def _plain(text: str) -> str:
-    """A word for comparison: small letters, without the punctuation around it."""
+    """A word for comparison: lower case, without the punctuation around it."""
     return re.sub(r"^\W+|\W+$", "", text).casefold()
 
 
 def choose_words(words: Sequence[Word], wanted: Sequence[str]) -> list[Word]:
-    """Those words of the answer, in its order; all of them where none is wanted. Raises ValueError
-    for one that the answer does not contain."""
+    """The wanted words of the answer, in its order; all of them if none is named. Raises ValueError
+    for a word that the answer does not contain."""
     found = {_plain(word.text) for word in words}
     for text in wanted:
         if _plain(text) not in found:

@@ -49,11 +49,11 @@ class Record:
     source: str  # file:line that made it
     shape: list[int] | None = None
     dtype: str | None = None
-    min: float | str | None = None  # a text where it is not finite, which JSON cannot say
+    min: float | str | None = None  # a text if it is not finite: JSON has no such number
     mean: float | str | None = None
     max: float | str | None = None
     first: list | None = None
-    was: list[int] | None = None  # the shape at the step traced before, where that was another
+    was: list[int] | None = None  # the shape at the step traced before, if it was another
     value: object = None
 
     @property
