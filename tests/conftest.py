@@ -7,13 +7,33 @@ from pathlib import Path
 import hf
 import pytest
 import torch
+from commands import status_of
 from paths import REFERENCE, SHARED
 from safetensors.torch import load_file
+
+from minillava.options import WEIGHTS_VARIABLE
 
 # Toy networks gain nothing from a second thread, and on a busy machine threads that wait for one
 # another take ten times as long as one that does not. Whoever asks for more gets them, also more
 # than there are processors.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1").partition(",")[0]))
+
+
+@pytest.fixture(autouse=True)
+def no_weights_from_outside(monkeypatch):
+    """Whoever runs the tests may have named a model of their own, and seven billion weights."""
+    monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def run_main(capsys):
+    """`run_main(main, *arguments)`: a command in this process -> (exit status, stdout, stderr)."""
+
+    def in_this_process(main, *arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return (status_of(main, arguments), *capsys.readouterr())
+
+    return in_this_process
 
 
 @pytest.fixture(scope="session")

@@ -8,15 +8,14 @@ import os
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from paths import REFERENCE, ROOT
+from commands import python
+from paths import REFERENCE
 from safetensors.torch import load_file, save_file
 
 import minillava
@@ -741,18 +740,7 @@ def measure(tmp_path_factory):
     write_large(folder)
 
     def measured(**settings):
-        command = [
-            sys.executable,
-            "-c",
-            MEASURE,
-            str(REFERENCE / "plain"),
-            str(folder),
-            json.dumps(settings),
-        ]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
+        done = python("-c", MEASURE, REFERENCE / "plain", folder, json.dumps(settings))
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

@@ -28,7 +28,6 @@ from minillava.cli.doors import enter
 from minillava.cli.messages import Messages
 from minillava.files import disk
 from minillava.generate.contrast import METHODS
-from minillava.options import WEIGHTS_VARIABLE
 
 main = partial(enter, "batch")
 
@@ -48,11 +47,6 @@ BASE = [
     "--images",
     PICTURES,
 ]
-
-
-@pytest.fixture(autouse=True)
-def no_weights_from_outside(monkeypatch):
-    monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +76,7 @@ def write(path: Path, questions: list[dict | str | bytes]) -> None:
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
+def run(tmp_path, run_main):
     """`run(questions, *arguments)`: the command in this process -> (exit status, records,
     stderr)."""
 
@@ -92,12 +86,7 @@ def run(tmp_path, capsys):
         if questions is not None:
             write(tmp_path / "q.jsonl", questions)
         files = ["--questions", str(tmp_path / "q.jsonl"), "--answers", str(tmp_path / "a.jsonl")]
-        capsys.readouterr()
-        try:
-            status = main([*BASE, *files, *map(str, arguments)])
-        except SystemExit as exit:  # how argparse ends
-            status = exit.code
-        out, err = capsys.readouterr()
+        status, out, err = run_main(main, *BASE, *files, *arguments)
         assert out == ""
         answers = tmp_path / "a.jsonl"
         return (

@@ -8,7 +8,6 @@ import os
 import select
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from functools import partial
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from bounds import assert_same_in_float64
+from commands import start
 from folders import change_config
 from paths import REFERENCE, ROOT
 
@@ -26,7 +26,6 @@ from minillava.chat.conversation import Conversation
 from minillava.cli.doors import enter
 from minillava.generate.generation import generate
 from minillava.loop import steps
-from minillava.options import WEIGHTS_VARIABLE
 
 main = partial(enter, "chat")
 
@@ -396,20 +395,14 @@ def test_wrong_questions_change_nothing(assistant):
 
 
 @pytest.fixture
-def talk(capsys, monkeypatch):
+def talk(run_main, monkeypatch):
     """`talk(text, *arguments)`: a piped session in this process -> (exit status, stdout,
     stderr)."""
-    monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
 
     def piped(text: str | bytes, *arguments: str, weights: str = WEIGHTS) -> tuple[int, str, str]:
-        capsys.readouterr()
         content = text if isinstance(text, bytes) else text.encode()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
-        try:
-            status = main(["-m", weights, *BASE, *arguments])
-        except SystemExit as exit:
-            status = exit.code
-        return (status, *capsys.readouterr())
+        return run_main(main, "-m", weights, *BASE, *arguments)
 
     return piped
 
@@ -692,16 +685,8 @@ def terminal(endless):
     terminal's other end)."""
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
-    code = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code += "runpy.run_module('minillava.chat', run_name='__main__')"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "-m", str(endless), *BASE, "-n", "4000", "-i", PICTURE],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdin=theirs,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    arguments = ["-m", endless, *BASE, "-n", "4000", "-i", PICTURE]
+    process = start("minillava.chat", *arguments, stdin=theirs)
     os.close(theirs)
     yield process, ours
     os.close(ours)

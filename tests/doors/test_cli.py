@@ -21,6 +21,7 @@ from unittest.mock import ANY
 
 import pytest
 import torch
+from commands import environment, start
 from folders import change_config
 from paths import REFERENCE, ROOT
 from safetensors.torch import load_file, save_file
@@ -48,36 +49,16 @@ QUESTION = "What is it?"
 BASE = ["--device", "cpu", "--dtype", "float32", "-n", str(LENGTH)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These networks are so small that threads waiting for each other would take most of the
-    time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def no_weights_from_outside(monkeypatch):
-    monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
-
-
 @pytest.fixture
-def run(capsys):
+def run(run_main):
     """`run(*arguments)`: the command in this process -> (exit status, stdout, stderr)."""
 
-    def in_process(
+    def on_the_toy(
         *arguments: str, base: list[str] = BASE, weights: str | None = WEIGHTS
     ) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = main([*(["-m", weights] if weights else []), *base, *map(str, arguments)])
-        except SystemExit as exit:  # how argparse ends
-            status = exit.code
-        return (status, *capsys.readouterr())
+        return run_main(main, *(["-m", weights] if weights else []), *base, *arguments)
 
-    return in_process
+    return on_the_toy
 
 
 @pytest.fixture
@@ -115,21 +96,6 @@ def folder(tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def assistant():
     return minillava.load(WEIGHTS, device="cpu", dtype="float32")
-
-
-def start(*arguments: str) -> subprocess.Popen:
-    """The command in a process of its own. It hears Ctrl-C even where this one, running in the
-    background, does not."""
-    code = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code += "runpy.run_module('minillava.generate', run_name='__main__')"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
 
 
 # --- the answer -----------------------------------------------------------------------------------
@@ -1310,7 +1276,7 @@ def test_closed_streams_are_not_the_numbers_of_the_next_files(tmp_path, answer):
     ]
     shell = subprocess.run(
         ["sh", "-c", f"exec {shlex.join(command)} <&- 2>&-"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=60,
+        cwd=ROOT, env=environment(), capture_output=True, timeout=60,
     )  # fmt: skip
     assert (shell.returncode, shell.stdout.decode()) == (0, answer("-i", PICTURE, "-p", QUESTION))
     assert log.read_text() == "True"
@@ -1458,8 +1424,8 @@ def test_an_output_that_fails_keeps_neither_the_answer_nor_the_others(run, tmp_p
 
 
 def test_as_a_command_the_answer_is_on_stdout_and_errors_are_on_stderr(answer):
-    good = start("-m", WEIGHTS, *BASE, "-i", PICTURE, "-p", QUESTION)
-    bad = start("-m", WEIGHTS, *BASE, "-i", "nowhere.png")
+    good = start("minillava.generate", "-m", WEIGHTS, *BASE, "-i", PICTURE, "-p", QUESTION)
+    bad = start("minillava.generate", "-m", WEIGHTS, *BASE, "-i", "nowhere.png")
     out, err = good.communicate(timeout=60)
     assert (good.returncode, out.decode(), err) == (0, answer("-i", PICTURE, "-p", QUESTION), b"")
     out, err = bad.communicate(timeout=60)
@@ -1491,7 +1457,7 @@ def endless(folder) -> list[str]:
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_keeps_what_was_printed_and_exits_130(endless, answer):
-    process = start(*endless)
+    process = start("minillava.generate", *endless)
     first = os.read(process.stdout.fileno(), 1)
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)
@@ -1506,7 +1472,7 @@ def test_ctrl_c_keeps_what_was_printed_and_exits_130(endless, answer):
 @pytest.mark.skipif(os.name != "posix", reason="closes a pipe")
 def test_a_closed_pipe_ends_it_quietly(endless):
     """As in `python -m minillava.generate ... | head -c 1`."""
-    process = start(*endless)
+    process = start("minillava.generate", *endless)
     assert os.read(process.stdout.fileno(), 1)
     process.stdout.close()
     assert process.wait(timeout=60) == 0

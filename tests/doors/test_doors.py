@@ -4,37 +4,28 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from commands import python
 from paths import ROOT
 
 import minillava
 from minillava.cli import doors, parsers
-from minillava.options import WEIGHTS_VARIABLE
 
 WEIGHTS = ROOT / "weights" / "shapes"
 
 
 @pytest.fixture
-def front(capsys, monkeypatch):
+def front(run_main, monkeypatch):
     """`front(*words)`: status, stdout and stderr of `python -m minillava WORDS`, in this
     process."""
-    monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
     monkeypatch.setattr(sys, "argv", ["/somewhere/minillava/__main__.py"])
     before = signal.getsignal(signal.SIGINT)
 
-    def in_process(*words: str) -> tuple[int, str, str]:
-        try:
-            doors.main(list(words))
-            status = 0
-        except SystemExit as stopped:
-            status = stopped.code
-        return (status, *capsys.readouterr())
-
-    yield in_process
+    yield partial(run_main, doors.main)
     signal.signal(signal.SIGINT, before)
 
 
@@ -184,21 +175,9 @@ def test_an_installed_package_has_the_command():
     assert script.groups() == (doors.main.__module__.partition(".")[2], doors.main.__name__)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
-
-
 def test_the_shared_file_of_the_command_lines_lists_the_doors_too():
     """`python -m minillava.cli` did nothing, and said nothing."""
-    done = run("-m", "minillava.cli")
+    done = python("-m", "minillava.cli")
     assert (done.returncode, done.stderr) == (0, "")
     assert "  generate  " in done.stdout
 
@@ -206,7 +185,7 @@ def test_the_shared_file_of_the_command_lines_lists_the_doors_too():
 def test_python_shows_what_the_package_has():
     """The Tab key and help() found nothing, since `load` is fetched on first use."""
     assert {"Assistant", "load", "__version__"} <= set(dir(minillava))
-    done = run("-c", "import minillava; help(minillava)")
+    done = python("-c", "import minillava; help(minillava)")
     assert "load(weights" in done.stdout and "class Assistant" in done.stdout
 
 
@@ -241,7 +220,7 @@ def test_ctrl_c_while_something_is_imported_leaves_no_traceback(door, module):
     """Python's signal handler raises KeyboardInterrupt in the middle of whatever runs: for 1.7 s
     that was torch."""
     words = {"chat": [], "inspect": [], "look": [*ASKED, "--npy", os.devnull]}.get(door, ASKED)
-    done = run("-c", INTERRUPTED.format(module=module, door=door, words=words))
+    done = python("-c", INTERRUPTED.format(module=module, door=door, words=words))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
@@ -257,7 +236,7 @@ def test_ctrl_c_inside_exec_is_the_same_status():
 
         answer.answer = interrupted
         doors.begin("generate", ["-i", "x.png"])"""
-    done = run("-c", script)
+    done = python("-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (130, "so far", "\n")
 
 
@@ -276,7 +255,7 @@ def test_ctrl_c_that_became_another_error_is_still_ctrl_c():
 
         answer.answer = interrupted
         doors.begin("generate", ["-i", "x.png"])"""
-    done = run("-c", script)
+    done = python("-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\n")
 
 
@@ -295,13 +274,13 @@ def test_ctrl_c_after_the_answer_changes_nothing():
         signal.last = Last()
         answer.answer = lambda *_: print("all") or 0
         doors.begin("generate", ["-i", "x.png"])"""
-    done = run("-c", script)
+    done = python("-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "all\n", "")
 
 
 def test_who_starts_a_door_with_ctrl_c_ignored_is_obeyed():
     """As `nohup` and a shell's `&` do."""
     script = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + INTERRUPTED
-    done = run("-c", script.format(module="torch", door="generate", words=ASKED))
+    done = python("-c", script.format(module="torch", door="generate", words=ASKED))
     assert (done.returncode, done.stderr.count("Traceback")) == (0, 0)
     assert done.stdout.startswith("I see a large red star")

@@ -6,10 +6,12 @@ import math
 import re
 import shutil
 import struct
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from commands import status_of
 from paths import REFERENCE, ROOT
 from safetensors.torch import load_file, save_file
 
@@ -49,8 +51,7 @@ def change_weights(folder: Path, change) -> None:
 
 
 def run(capsys, *arguments) -> tuple[int, str]:
-    status = enter("inspect", [str(argument) for argument in arguments])
-    return status, capsys.readouterr().out
+    return status_of(partial(enter, "inspect"), arguments), capsys.readouterr().out
 
 
 def opens(weights, **others) -> bool:

@@ -28,7 +28,6 @@ from minillava.look import draw as look_draw
 from minillava.look import page as look_html
 from minillava.look import run as look
 from minillava.loop import Options, steps
-from minillava.options import WEIGHTS_VARIABLE
 
 LOOK = partial(enter, "look")
 
@@ -631,19 +630,13 @@ def test_each_page_has_its_own_picture(run, tmp_path, plain, picture):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, reference):
-    monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
+def run(run_main, reference):
     base = ["-m", str(reference / "plain"), "--device", "cpu", "--dtype", "float32", "-n", "8"]
     base += ["-p", QUESTION]
     image = ["-i", str(reference / "pictures" / "landscape.png")]
 
     def in_process(*arguments, main=LOOK):
-        capsys.readouterr()
-        try:
-            status = main([*base, *([] if "-i" in arguments else image), *map(str, arguments)])
-        except SystemExit as exit:
-            status = exit.code
-        return (status, *capsys.readouterr())
+        return run_main(main, *base, *([] if "-i" in arguments else image), *arguments)
 
     return in_process
 

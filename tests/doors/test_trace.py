@@ -30,7 +30,6 @@ from minillava.image import ImageProcessor
 from minillava.llava import Llava
 from minillava.look.run import look
 from minillava.loop import Options
-from minillava.options import WEIGHTS_VARIABLE
 from minillava.prompt import DEFAULT_PROMPT, TEMPLATES
 from minillava.tokenizer import Tokenizer
 from minillava.tracing.compare import difference
@@ -55,11 +54,6 @@ BASE = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_weights_from_outside(monkeypatch):
-    monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
-
-
 @pytest.fixture(scope="module")
 def assistant():
     return minillava.load(WEIGHTS, device="cpu", dtype="float32")
@@ -71,18 +65,9 @@ def picture():
 
 
 @pytest.fixture
-def run(capsys):
+def run(run_main):
     """`run(*arguments)`: the command in this process -> (exit status, stdout, stderr)."""
-
-    def in_process(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = main(["-m", str(WEIGHTS), *BASE, *map(str, arguments)])
-        except SystemExit as exit:  # how argparse ends
-            status = exit.code
-        return (status, *capsys.readouterr())
-
-    return in_process
+    return partial(run_main, main, "-m", WEIGHTS, *BASE)
 
 
 @pytest.fixture

@@ -2,10 +2,8 @@
 
 import ast
 import importlib
-import os
 import re
 import shlex
-import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from commands import python
 from paths import ROOT
 
 from minillava import options
@@ -171,18 +170,6 @@ def test_the_spine_does_not_grow():
     assert sum(lines.values()) <= LIMIT
 
 
-def in_a_fresh_python(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def names_taken() -> set[str]:
     """What `import NAME` means to the standard library and to the packages we need."""
     return {*sys.stdlib_module_names, *ALLOWED}
@@ -222,7 +209,7 @@ def test_the_two_names_of_what_was_renamed_are_one_module(name, file, kept, insi
         assert inside is its
         assert importlib.reload({name}) is other
         from {name} import {kept}"""
-    done = in_a_fresh_python("-W", "error", "-c", script)
+    done = python("-W", "error", "-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -242,16 +229,14 @@ def test_our_own_files_import_a_renamed_file_by_its_own_name():
 @pytest.mark.parametrize("door", ["inspect", "trace", "look"])
 def test_a_door_opens_from_inside_the_package_folder(door):
     """Who reads the source stands there."""
-    done = in_a_fresh_python(
-        "-W", "error", "-m", f"minillava.{door}", "--version", folder=ROOT / "minillava"
-    )
+    done = python("-W", "error", "-m", f"minillava.{door}", "--version", cwd=PACKAGE)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("minillava ")
 
 
 def test_a_door_runs_as_a_script():
     """What an editor's Run button does."""
-    done = in_a_fresh_python("-W", "error", str(PACKAGE / "generate" / "__main__.py"), "--version")
+    done = python("-W", "error", str(PACKAGE / "generate" / "__main__.py"), "--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("minillava ")
 
@@ -297,7 +282,7 @@ def test_flags_are_read_before_torch_is_imported(door, arguments):
         f"try:\n    doors.enter({door!r})\n"
         "finally:\n    assert not {'torch', 'numpy', 'PIL', 'sentencepiece'} & set(sys.modules)"
     )
-    done = in_a_fresh_python("-c", script)
+    done = python("-c", script)
     assert done.returncode == (2 if arguments == ["--no-such-flag"] else 0), done.stderr
     assert "Traceback" not in done.stderr
 
@@ -311,7 +296,7 @@ def test_setup_declares_the_same_packages():
 
 
 def test_importing_minillava_alone_imports_nothing_heavy():
-    done = in_a_fresh_python("-c", "import minillava, sys; print(*sys.modules)")
+    done = python("-c", "import minillava, sys; print(*sys.modules)")
     assert (done.returncode, done.stderr) == (0, "")
     imported = done.stdout.split()
     assert [name for name in imported if name.split(".")[0] in {"minillava", *ALLOWED}] == [
@@ -320,7 +305,7 @@ def test_importing_minillava_alone_imports_nothing_heavy():
 
 
 def test_importing_everything_warns_about_nothing():
-    done = in_a_fresh_python(
+    done = python(
         "-W", "error", "-c", "import minillava.generate, minillava.assistant, minillava.cli"
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -328,7 +313,7 @@ def test_importing_everything_warns_about_nothing():
 
 def test_running_a_module_does_not_find_it_imported_already():
     """runpy warns when `python -m minillava.generate` finds minillava.generate in sys.modules."""
-    done = in_a_fresh_python("-W", "error", "-m", "minillava.generate", "--version")
+    done = python("-W", "error", "-m", "minillava.generate", "--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("minillava ")
 

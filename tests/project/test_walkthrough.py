@@ -2,10 +2,9 @@
 what is stored is what comes out."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from commands import python
 from paths import ROOT
 
 NOTEBOOK = ROOT / "minillava" / "walkthrough.ipynb"
@@ -43,13 +42,11 @@ def test_every_stage_equals_the_model_and_the_stored_outputs_are_true(tmp_path):
     pytest.importorskip(
         "ipykernel", reason="pip install -e '.[test]' brings ipykernel, which runs the notebook"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RUN, str(NOTEBOOK), str(ROOT), str(tmp_path / "done.ipynb")],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    copy = tmp_path / "done.ipynb"
+    done = python("-W", "ignore", "-c", RUN, NOTEBOOK, ROOT, copy, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     stored = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
-    made = printed(json.loads((tmp_path / "done.ipynb").read_text(encoding="utf-8")))
+    made = printed(json.loads(copy.read_text(encoding="utf-8")))
     stages = [cell for cell in stored["cells"] if "".join(cell["source"]).startswith("## ")]
     checks = [line for text in made for line in text.splitlines() if line.startswith("check:")]
     assert set(checks) == {"check: True"}

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import fields
 from functools import partial
@@ -18,6 +16,7 @@ import hf
 import pytest
 import torch
 from bounds import assert_within, gamma, network
+from commands import python, status_of
 from paths import REFERENCE, ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -96,7 +95,7 @@ def change(folder: Path, **tensors: torch.Tensor | None) -> None:
 
 def command(*args: object, capsys) -> tuple[int, str]:
     """The exit status and what is on stderr besides the progress."""
-    status = convert.main([str(arg) for arg in args])
+    status = status_of(convert.main, args)
     printed = capsys.readouterr()
     assert printed.out == ""
     return status, [line for line in printed.err.splitlines() if line.startswith(("error", "note"))]
@@ -773,7 +772,7 @@ convert.main(sys.argv[1:])
 def test_a_conversion_that_is_killed_leaves_no_folder_that_loads(tmp_path):
     target, partial = tmp_path / "target", tmp_path / "target.partial"
     arguments = [str(REFERENCE / "plain"), str(target), "--to", "hf", "--shard-size", "200KB"]
-    done = run_python(KILL, *arguments)
+    done = python("-c", KILL, *arguments, path=(ROOT / "tools",))
     assert done.returncode == -signal.SIGKILL
     assert done.stderr.startswith("write: file 1 of ")
     assert not target.exists()
@@ -786,7 +785,10 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path):
     """It had to be removed by hand, after SIGTERM, too."""
     target = tmp_path / "target"
     arguments = [str(REFERENCE / "plain"), str(target), "--to", "hf"]
-    assert run_python(KILL, *arguments, "--shard-size", "200KB").returncode == -signal.SIGKILL
+    assert (
+        python("-c", KILL, *arguments, "--shard-size", "200KB", path=(ROOT / "tools",)).returncode
+        == -signal.SIGKILL
+    )
     assert (tmp_path / "target.partial" / convert.OWNER).exists()
     convert.main(arguments)
     assert not (tmp_path / "target.partial").exists()
@@ -827,18 +829,6 @@ def test_a_system_that_does_not_let_us_write_is_told_with_a_step(
     with pytest.raises(kind, match=found):
         convert.convert(REFERENCE / "plain", tmp_path / "target", "hf")
     assert list(tmp_path.iterdir()) == []
-
-
-def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 MEASURE = """
@@ -892,7 +882,7 @@ def test_memory_holds_a_shard_and_not_the_checkpoint(tmp_path):
     hf.write_weights(tensors, source, shards=4)
     (source / SINGLE_NAME).unlink()
     arguments = [source, tmp_path / "new", REFERENCE / "plain", tmp_path / "warm"]
-    done = run_python(MEASURE, *map(str, arguments))
+    done = python("-c", MEASURE, *arguments, path=(ROOT / "tools",))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["status"] == 0, done.stderr

@@ -29,7 +29,7 @@ def write(tmp_path):
 
 
 @pytest.fixture
-def score(write, capsys):
+def score(write, run_main):
     """`score(questions, answers, *flags)` -> (exit status, stdout, stderr); as lists of (id,
     label[, category]) and of (id, text) or whole records."""
 
@@ -49,8 +49,7 @@ def score(write, capsys):
             for a in answers
         ]
         files = write("questions.jsonl", questions), write("answers.jsonl", answers)
-        status = pope.main(["--questions", files[0], "--answers", files[1], *flags])
-        return (status, *capsys.readouterr())
+        return run_main(pope.main, "--questions", files[0], "--answers", files[1], *flags)
 
     return scored
 

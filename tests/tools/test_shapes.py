@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import shapes
 import torch
+from commands import python
 from paths import ROOT
 from PIL import Image
 
@@ -384,9 +385,7 @@ ENDED = """if 1:
 )
 def test_ctrl_c_while_a_tool_is_imported_leaves_no_traceback(name, module):
     script = ENDED.format(name=name, module=module, tools=str(ROOT / "tools"))
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=100
-    )
+    done = python("-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
@@ -421,11 +420,8 @@ def test_ctrl_c_ends_an_evaluation_and_its_workers():
 def test_a_folder_that_cannot_be_made_is_one_line(train_shapes, tmp_path):
     """It was a traceback, too."""
     (tmp_path / "file").touch()
-    script = str(ROOT / "tools" / "train_shapes.py")
-    done = subprocess.run(
-        [sys.executable, script, "--out", str(tmp_path / "file" / "t")],
-        capture_output=True, text=True, check=False, timeout=100,
-    )  # fmt: skip
+    script = ROOT / "tools" / "train_shapes.py"
+    done = python(script, "--out", tmp_path / "file" / "t")
     assert (done.returncode, done.stdout) == (1, "")
     assert (done.stderr.count("\n"), done.stderr[:7]) == (1, "error: ")
 
