@@ -3,7 +3,7 @@
 
     python tools/bench.py compare --size 1b              # a table: ours, transformers, and llama.cpp where installed
     python tools/bench.py growth --size 1b --png x.png   # time per token by context and by batch
-    python tools/bench.py kernels                        # one product of a layer: ours, and torch's own
+    python tools/bench.py kernels                        # one product of a layer, by every way (see kernels --help)
     python tools/bench.py quality                        # how far int8 and int4 are from float64, layer by layer
     python tools/bench.py contrast --size 0.5b           # what a second row of logits costs
     python tools/bench.py threads --sizes shapes,0.5b    # one thread or all, on an idle machine and on a busy one
@@ -26,22 +26,19 @@ import json
 import math
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import date
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 # run from a checkout, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import bench_kernels
 from bench_checkpoint import SHAPES, SIZES, make_checkpoint
-from bench_parts import probe
-from bench_parts.clock import Timing, say, take_turns
+from bench_parts.clock import say
 from bench_parts.compare import PICTURE, Asked, compare, default_rows, measured
 from bench_parts.contrast import contrast, contrast_table
 from bench_parts.growth import CONTEXTS, growth, growth_plot, growth_table, random_model
@@ -56,75 +53,20 @@ from bench_parts.work import PROMPT, weights_read
 
 from minillava.cli import messages
 from minillava.cli.arguments import Parser
-from minillava.fast.linear import linear
-from minillava.fast.quantize import quantised_layer, quantize_tensor
 from minillava.files.disk import check_writable, explain
 from minillava.options import DTYPES, KINDS
-
-# --- kernels: one product of a layer --------------------------------------------------------------
-
-ROW_COUNTS = (1, 2, 4, 8, 16, 32, 625)
-
-
-def kernels(rounds: int, n: int = 11008, c: int = 4096) -> dict[tuple[str, int], Timing]:
-    """Seconds that one product of a layer [N, C] takes, by (way, how many rows); each weight is
-    read from memory."""
-    weight = torch.randn(n, c, generator=torch.Generator().manual_seed(0))
-    variants = {}
-    for name, dtype, bits in (("float32", torch.float32, 32), ("bfloat16", torch.bfloat16, 16)):
-        copies = [weight.to(dtype).clone() for _ in range(copies_of(n * c * bits // 8))]
-        for way, product in ((f"{name}, torch's", F.linear), (name, linear)):
-            variants |= {
-                (way, rows): partial(one_product, product, copies, torch.randn(rows, c).to(dtype))
-                for rows in ROW_COUNTS
-            }
-    for kind in KINDS:
-        stored = quantize_tensor(weight, kind)
-        small = {suffix: tensor.nbytes for suffix, tensor in stored.items()}
-        layers = [
-            quantised_layer({suffix: tensor.clone() for suffix, tensor in stored.items()})
-            for _ in range(copies_of(sum(small.values())))
-        ]
-        call = lambda x, layer: layer(x)  # noqa: E731
-        variants |= {
-            (kind, rows): partial(one_product, call, layers, torch.randn(rows, c))
-            for rows in ROW_COUNTS
-        }
-    with torch.no_grad():
-        return take_turns(variants, rounds)
-
-
-def copies_of(size: int) -> int:
-    """So many that the first is in no cache any more when its turn comes again: four times 64
-    MB."""
-    return -(-(probe.LARGE >> 1) // size)
-
-
-def one_product(product: Callable, weights: list, x: torch.Tensor) -> float:
-    weights.append(weights.pop(0))
-    started = time.perf_counter()
-    product(x, weights[0])
-    return time.perf_counter() - started
-
-
-def kernels_table(found: dict[tuple[str, int], Timing]) -> str:
-    counts = list(dict.fromkeys(rows for _, rows in found))
-    lines = [f"| ms, rows | {' | '.join(map(str, counts))} |", "|---|" + "---:|" * len(counts)]
-    for way in dict.fromkeys(way for way, _ in found):
-        lines.append(
-            f"| {way} | {' | '.join(f'{1000 * found[way, rows].median:.1f}' for rows in counts)} |"
-        )
-    return "\n".join(lines)
-
 
 # --- the door -------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["kernels"]:
+        return bench_kernels.main(given[1:])
     parser = parser_of_flags()
-    options = parser.parse_args(argv)
+    options = parser.parse_args(given)
     check(parser, options)
-    command = " ".join(["python tools/bench.py", *(sys.argv[1:] if argv is None else argv)])
+    command = " ".join(["python tools/bench.py", *given])
     options.head = f"`{command}`, {date.today()}, {machine(options.device)}"
     if options.what == "compare":
         return compare_command(parser, options)
@@ -135,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser_of_flags() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["compare", *COMMANDS])
+    parser.add_argument("what", choices=["compare", "kernels", *COMMANDS])
     parser.add_argument(
         "--size",
         choices=[SHAPES, *SIZES],
@@ -204,6 +146,8 @@ def flags_of_others(group: argparse._ArgumentGroup) -> None:
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """What cannot be right, before minutes of measuring."""
+    if options.what == "kernels":
+        parser.error("kernels has flags of its own and comes before them: kernels --help")
     if options.rounds < 1 or options.tokens < 1 or options.questions < 1:
         parser.error("--rounds, --tokens and --questions need at least 1")
     if options.device != "cpu" and options.what != "compare":
@@ -308,11 +252,6 @@ def growth_command(parser: argparse.ArgumentParser, options: argparse.Namespace)
     return listed(found), growth_table(found)
 
 
-def kernels_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
-    found = kernels(options.rounds)
-    return listed(found), kernels_table(found)
-
-
 def quality_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
     found = quality()
     return found, quality_table(found)
@@ -361,7 +300,6 @@ def listed(timings: dict) -> list[dict]:
 # Each gives what --json prints, and the table.
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser, argparse.Namespace], tuple]] = {
     "growth": growth_command,
-    "kernels": kernels_command,
     "quality": quality_command,
     "contrast": contrast_command,
     "threads": threads_command,

@@ -55,7 +55,7 @@ from minillava.attention import eager
 from minillava.cli.arguments import Parser
 from minillava.cli.messages import run
 from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig, TextConfig, VisionConfig
-from minillava.fast.linear import has_fast_bfloat16
+from minillava.fast.processor import has_fast_bfloat16
 from minillava.image import CLIP_MEAN, CLIP_STD, ImageProcessor
 from minillava.llama import Context, rotary_tables
 from minillava.llava import Llava

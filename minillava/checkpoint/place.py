@@ -2,7 +2,7 @@
 
 import torch
 
-from minillava.fast.linear import has_fast_bfloat16
+from minillava.fast.processor import has_fast_bfloat16
 from minillava.options import DEVICES, DTYPES
 
 # Parameters from which `auto` is bfloat16 also on a CPU that emulates it: it decodes as fast there

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minillava import attention
-from minillava.fast.linear import convert, is_emulated, kept
+from minillava.fast.linear import convert, is_emulated, scratch
 
 CACHED = 1 << 21  # numbers of float32 that stay in a processor's cache: 8 MB
 
@@ -28,7 +28,7 @@ def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q = q.float().view(rows, groups, -1, width) * width**-0.5  # [B, K, H/K, D]
     count = max(1, CACHED // (length * width))
     out = torch.empty_like(q)
-    memory = kept(min(count, groups) * length * width, torch.float32).view(-1, length, width)
+    memory = scratch(min(count, groups) * length * width, torch.float32).view(-1, length, width)
     for row in range(rows):
         for first in range(0, groups, count):
             some = slice(first, first + count)

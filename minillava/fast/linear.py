@@ -6,7 +6,6 @@ The default gives the same layers this `forward`: the same product, added up in 
 rows, C width before, N width after.
 """
 
-import os
 import threading
 from collections.abc import Callable
 
@@ -14,27 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Measured on AVX2, two cores: N = 11008, C = 4096.
-FEW_NARROW_ROWS = 3  # up to here, emulated bfloat16 is faster than converting the weight
+from minillava.fast import processor
 
-# rows of a weight that are made wide at a time, for few rows of x: 8 MB at C = 4096, about a cache
+# rows of a weight that are converted at a time: 8 MB of float32 at C = 4096, about a cache
 BLOCK = 512
 
-# above, four times as many: the product takes longer than the memory, and likes them large
-MANY_ROWS = 64
+# with many rows of x the product takes longer than the memory, and likes larger blocks
+LARGER = 4
 
-# Values of ONEDNN_MAX_CPU_ISA that stand for processors without instructions for bfloat16.
-WITHOUT_BFLOAT16 = {
-    "SSE41",
-    "AVX",
-    "AVX2",
-    "AVX2_VNNI",
-    "AVX2_VNNI_2",
-    "AVX512_CORE",
-    "AVX512_CORE_VNNI",
-}
-
-_kept = threading.local()
+_scratch = threading.local()
 
 
 class FastLinear(nn.Linear):
@@ -79,92 +66,125 @@ def use_fast_linear(model: nn.Module) -> None:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x·weightᵀ + bias. x [..., C], weight [N, C], bias [N] -> [..., N]."""
-    rows, narrow = x.numel() // x.shape[-1], x.dtype == torch.bfloat16
-    fast = x.device.type == "cpu" and rows > 0 and (narrow or x.dtype == torch.float32)
-    if not fast or torch.compiler.is_compiling():
+    rows, stored = x.numel() // x.shape[-1], NAMES.get(x.dtype)
+    if x.device.type != "cpu" or not rows or not stored or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    flat = x.reshape(rows, -1)
-    if not narrow:
-        out = product(flat, weight)
-    elif rows == 1:
-        out = torch.mv(weight, flat[0])
-    elif rows > FEW_NARROW_ROWS and is_emulated(x):
-        out = blockwise(
-            flat.float(), len(weight), lambda some, memory: convert(weight[some], memory)
-        ).to(x.dtype)
-    else:
+    way = processor.way(stored, rows)
+    if way == "plain":
         return F.linear(x, weight, bias)
+    out = PRODUCTS[way](x.reshape(rows, -1), weight)
     return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], len(weight))
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [r, C], weight [N, C] -> [r, N].
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
-    float32 as a batch of products with a part of the weight each: then every thread reads its parts
-    from end to end, where the library's one product shares work out so finely that it waits for
-    memory. One row takes 0.6 of its time, 32 rows half, 625 rows nearly all. For 2 to 4 rows
-    `weight·xᵀ` is faster still.
-    """
-    # four for each thread
-    rows, parts = len(x), 1 << (4 * torch.get_num_threads() - 1).bit_length()
-    if x.dtype != torch.float32 or rows == 0:
-        return F.linear(x, weight)
-    if 1 < rows <= 4:
-        return (weight @ x.T).T.contiguous()
-    if len(weight) % parts or not len(weight):
-        return F.linear(x, weight)
+
+# --- the ways: x [r, C], weight [N, C] -> [r, N] --------------------------------------------------
+
+
+def mv(x: Tensor, weight: Tensor) -> Tensor:
+    """For one row, a kernel that reads the weight from end to end."""
+    return torch.mv(weight, x[0])[None]
+
+
+def twice(x: Tensor, weight: Tensor) -> Tensor:
+    """One row as two equal ones: a library's kernel for one row may be slower than the one for
+    several, and add up in another order."""
+    return F.linear(x.expand(2, -1), weight)[:1]
+
+
+def turned(x: Tensor, weight: Tensor) -> Tensor:
+    """The weight as the left factor: a library shares out the rows of the left one among its
+    threads, and here those are many."""
+    return (weight @ x.T).T.contiguous()
+
+
+def parts(x: Tensor, weight: Tensor, each: int = 4) -> Tensor:
+    """A batch of products with a part of the weight each: every thread reads its parts from end to
+    end, where one product may be shared out so finely that it waits for memory. each: parts for
+    each thread."""
+    count = parts_of(weight, each)
     # [parts, r, n]
-    out = torch.bmm(
-        x.expand(parts, -1, -1), weight.view(parts, -1, weight.shape[1]).transpose(1, 2)
-    )
-    return out.transpose(0, 1).reshape(rows, -1)
+    out = torch.bmm(x.expand(count, -1, -1), cut(weight, count).transpose(1, 2))
+    return out.transpose(0, 1).reshape(len(x), -1)
 
 
-def blockwise(x: Tensor, n: int, make: Callable[[slice, Tensor | None], Tensor]) -> Tensor:
+def turned_parts(x: Tensor, weight: Tensor, each: int = 4) -> Tensor:
+    """`parts`, with the weight as the left factor."""
+    count = parts_of(weight, each)
+    out = torch.bmm(cut(weight, count), x.T.expand(count, -1, -1))  # [parts, n, r]
+    return out.flatten(0, 1).T.contiguous()
+
+
+def cut(weight: Tensor, count: int) -> Tensor:
+    return weight.unflatten(0, (count, -1))  # [count, n, C]
+
+
+def parts_of(weight: Tensor, each: int) -> int:
+    """How many: a power of two, `each` for each thread at least; one if the weight cannot be shared
+    out evenly."""
+    count = 1 << (each * torch.get_num_threads() - 1).bit_length()
+    return count if weight.is_contiguous() and len(weight) % count == 0 else 1
+
+
+def float32_blocks(x: Tensor, weight: Tensor, larger: int = 1) -> Tensor:
+    """Blocks of the weight, converted to float32."""
+    some = lambda rows, memory: convert(weight[rows], memory)  # noqa: E731
+    return blockwise(x.float(), len(weight), some, larger * BLOCK).to(x.dtype)
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "plain": F.linear,
+    "mv": mv,
+    "twice": twice,
+    "turned": turned,
+    "halves": lambda x, weight: parts(x, weight, 1),
+    "parts": parts,
+    "turned halves": lambda x, weight: turned_parts(x, weight, 1),
+    "turned parts": turned_parts,
+    "float32 blocks": float32_blocks,
+    "float32 blocks x4": lambda x, weight: float32_blocks(x, weight, LARGER),
+}
+"""Every way by its name in `processor.WAYS`; blocks are for bfloat16."""
+
+OF_ONE_ROW = {"mv", "twice"}
+
+
+def blockwise(
+    x: Tensor, n: int, make: Callable[[slice, Tensor | None], Tensor], step: int
+) -> Tensor:
     """x [r, C] times a weight that is made block by block, [r, n], n > 0. make: from which rows,
     and memory for them [m, C] (None: new memory, as gradients want), to these rows in the dtype of
-    x."""
-    step = BLOCK if len(x) <= MANY_ROWS else 4 * BLOCK
-    memory = None if torch.is_grad_enabled() else kept(step * x.shape[1], x.dtype).view(step, -1)
+    x. step: how many rows a block has."""
+    memory = None if torch.is_grad_enabled() else scratch(step * x.shape[1], x.dtype).view(step, -1)
     return torch.cat(
-        [product(x, make(slice(i, min(i + step, n)), memory)) for i in range(0, n, step)], dim=1
+        [linear(x, make(slice(i, min(i + step, n)), memory)) for i in range(0, n, step)], dim=1
     )
 
 
 def convert(source: Tensor, out: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`source` [m, C] as another dtype: that of `out`, in its first rows, where there is one."""
+    """`source` [m, C] as another dtype: that of `out`, in its first rows, if there is one."""
     return source.to(dtype) if out is None else out[: len(source)].copy_(source)
 
 
-def kept(size: int, dtype: torch.dtype) -> Tensor:
-    """`size` numbers of memory, the same at every call: where each block gets memory of its own,
-    the system spends as long on handing it out as the processor on filling it. Each thread has its
-    own, and keeps it (7B: 90 MB)."""
+def scratch(size: int, dtype: torch.dtype) -> Tensor:
+    """A buffer of `size` numbers, reused by every call of this thread, which keeps it (7B: 90 MB).
+    A fresh allocation per block costs as much in page faults as filling it."""
     if (
-        getattr(_kept, "memory", None) is None
-        or _kept.memory.numel() < size
-        or _kept.memory.dtype != dtype
+        getattr(_scratch, "memory", None) is None
+        or _scratch.memory.numel() < size
+        or _scratch.memory.dtype != dtype
     ):
         # memory that began in that mode could not be written to outside of it
         with torch.inference_mode(False):
-            _kept.memory = torch.empty(size, dtype=dtype)
-    return _kept.memory[:size]
+            _scratch.memory = torch.empty(size, dtype=dtype)
+    return _scratch.memory[:size]
 
 
 def is_emulated(x: Tensor) -> bool:
-    """Whether x is bfloat16 on a CPU that is faster in float32, and what can be compiled is not for
-    us to choose."""
+    """Whether x is bfloat16 on a CPU that is faster in float32; never while compiling, when the
+    compiler chooses."""
     slow = (
         x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
     )
-    return slow and not has_fast_bfloat16()
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether products of bfloat16 run on instructions for them (AVX512-BF16, AMX); without, they
-    are emulated at an eighth of float32's speed. oneDNN, which computes them, may have been told to
-    leave the instructions alone."""
-    cap = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT"
-    if cap.upper() in WITHOUT_BFLOAT16:
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return slow and not processor.has_fast_bfloat16()

@@ -12,7 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from minillava.fast.linear import BLOCK, blockwise, convert, has_fast_bfloat16, linear
+from minillava.fast import processor
+from minillava.fast.linear import BLOCK, LARGER, blockwise, convert, linear
 
 PARTS = {"weight_int8": "scale", "weight_int4": "scale_zero"}  # names of what is stored of a weight
 
@@ -32,15 +33,25 @@ NARROW = torch.bfloat16
 # up to here compiled code reads the small weights for each row; one of contrast has two
 FUSED_ROWS = 2
 
-FEW_ROWS = 16  # up to here the kernels are faster than making the weights wide
-
 SMALLEST = torch.finfo(NARROW).tiny  # a scale of zero would divide zero by zero
+
+
+BLOCKS = {
+    "float32 blocks": (torch.float32, BLOCK),
+    "float32 blocks x4": (torch.float32, LARGER * BLOCK),
+    "bfloat16 blocks": (NARROW, BLOCK),
+    "bfloat16 blocks x4": (NARROW, LARGER * BLOCK),
+}
+"""Ways to a product, by their names in `processor.WAYS`: what the weights are made again, and how
+many rows at a time. The one other way is `kernel`."""
 
 
 class QuantisedLinear(nn.Module):
     """x·weightᵀ: with few rows by a kernel that reads the small weights; else, and where a gradient
     is wanted, by weights made wide again: on a CPU in blocks that stay in its cache, on a GPU whole
     (or, compiled, nowhere). On a GPU it is therefore slower than bfloat16 unless it is compiled."""
+
+    kind: str  # one of KINDS
 
     def __init__(self, weight: Tensor, shape: tuple[int, int]):
         super().__init__()
@@ -51,22 +62,27 @@ class QuantisedLinear(nn.Module):
         """[..., K] -> [..., N]"""
         rows = x.numel() // self.in_features
         graph = x.requires_grad and torch.is_grad_enabled()
-        if self.has_kernel and x.device.type == "cpu" and 0 < rows <= FEW_ROWS and not graph:
-            # Contiguous rows of ALIGNED numbers begin where the kernels' aligned loads may read.
-            flat = x.reshape(rows, -1).to(NARROW).contiguous()
-            return self.few_rows(flat).to(x.dtype).view(*x.shape[:-1], self.out_features)
-        if torch.compiler.is_compiling() and rows <= FUSED_ROWS:
+        kernel = self.has_kernel and x.device.type == "cpu" and rows > 0 and not graph
+        if torch.compiler.is_compiling() and rows <= FUSED_ROWS and not kernel:
             return self.as_sum(x)
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or (torch.compiler.is_compiling() and not kernel):
             return linear(x, self.dequantise(slice(None), x.dtype))
-        # float32 is faster than half precision without instructions for it, and more exact.
-        emulated = x.dtype == torch.float16 or (x.dtype == NARROW and not has_fast_bfloat16())
-        dtype = torch.float32 if emulated else x.dtype
-        wide = x.reshape(-1, self.in_features).to(dtype)
-        out = blockwise(
-            wide, self.out_features, lambda some, memory: self.dequantise(some, dtype, memory)
+        way = processor.way(self.kind, rows, without="" if kernel else "kernel")
+        return self.by(way, x.reshape(rows, self.in_features)).view(
+            *x.shape[:-1], self.out_features
         )
-        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def by(self, way: str, x: Tensor) -> Tensor:
+        """One of BLOCKS, or `kernel`: [r, K] -> [r, N]"""
+        if way == "kernel":
+            # Contiguous rows of ALIGNED numbers begin where the kernels' aligned loads may read.
+            return self.few_rows(x.to(NARROW).contiguous()).to(x.dtype)
+        dtype, step = BLOCKS[way]
+        # What is wider than the way stays so; float16 has no instructions of its own.
+        wide = x.to(torch.float32 if x.dtype == torch.float16 else x.dtype)
+        wide = wide.to(torch.promote_types(wide.dtype, dtype))
+        make = lambda some, memory: self.dequantise(some, wide.dtype, memory)  # noqa: E731
+        return blockwise(wide, self.out_features, make, step).to(x.dtype)
 
     def as_sum(self, x: Tensor) -> Tensor:
         """The product written as a sum. A compiler makes the weights wide inside a sum, number by
@@ -79,6 +95,8 @@ class QuantisedLinear(nn.Module):
 
 class Int8Linear(QuantisedLinear):
     """weight int8 [N, K], scale bfloat16 [N]: w = weight · scale."""
+
+    kind = "int8"
 
     def __init__(self, weight_int8: Tensor, scale: Tensor):
         # in the middle of a file; some processors' kernels load from whole lines
@@ -105,6 +123,8 @@ class Int8Linear(QuantisedLinear):
 class Int4Linear(QuantisedLinear):
     """weight uint8 [N, K/2], two numbers q from 0 to 15 a byte, on a CPU in the order its kernel
     wants; scale_zero bfloat16 [K/G, N, 2]: w = (q - 8) · scale + zero."""
+
+    kind = "int4"
 
     def __init__(self, weight_int4: Tensor, scale_zero: Tensor):
         rows, half = weight_int4.shape
@@ -251,8 +271,7 @@ def quantised_layer(stored: dict[str, Tensor]) -> QuantisedLinear:
 
 def quantised_kinds(model: nn.Module) -> list[str]:
     """Which of KINDS its layers are."""
-    kinds = {Int8Linear: "int8", Int4Linear: "int4"}
-    return sorted({kinds[type(module)] for module in model.modules() if type(module) in kinds})
+    return sorted({m.kind for m in model.modules() if isinstance(m, QuantisedLinear)})
 
 
 def count_parameters(model: nn.Module) -> int:

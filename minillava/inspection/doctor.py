@@ -25,7 +25,7 @@ from minillava.cache import KVCache
 from minillava.checkpoint.place import choose_device, choose_dtype
 from minillava.cli.hooks import attending
 from minillava.config import LlavaConfig
-from minillava.fast.linear import has_fast_bfloat16
+from minillava.fast.processor import has_fast_bfloat16
 from minillava.fast.quantize import quantised_kinds, stored_shapes
 from minillava.files.disk import one_line
 from minillava.llava import Spliced

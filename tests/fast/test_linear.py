@@ -11,32 +11,71 @@ from torch import nn
 
 import minillava
 from minillava.fast import linear as home
+from minillava.fast import processor, quantize
 from minillava.fast.linear import (
     BLOCK,
-    FEW_NARROW_ROWS,
-    MANY_ROWS,
+    OF_ONE_ROW,
+    PRODUCTS,
     FastLinear,
     linear,
-    product,
     use_fast_linear,
 )
+from minillava.fast.processor import WAYS
 
 pytestmark = pytest.mark.numeric
 
 WIDTH, WIDTH_AFTER = 96, BLOCK + 40  # more than one block, and the last one short
-ROWS = [1, 2, FEW_NARROW_ROWS, FEW_NARROW_ROWS + 1, 4, 5, 40, MANY_ROWS + 1]
+ROWS = [1, 2, 3, 4, 5, 40, 65]  # on both sides of what the tables say
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-@pytest.fixture(params=[True, False], ids=["fast bfloat16", "emulated bfloat16"])
-def processor(request, monkeypatch):
-    monkeypatch.setattr(home, "has_fast_bfloat16", lambda: request.param)
+def pretend(monkeypatch, kind):
+    """Products as on a processor of that kind; what its instructions would make faster is not."""
+    monkeypatch.setattr(processor, "kind", lambda: kind)
+    fast = kind in ("avx512-bf16", "amx", "arm-bf16")
+    monkeypatch.setattr(processor, "has_fast_bfloat16", lambda: fast)
+
+
+@pytest.fixture(params=WAYS)
+def kind(request, monkeypatch):
+    pretend(monkeypatch, request.param)
+    return request.param
+
+
+def test_tables_name_ways_that_exist_for_every_number_of_rows():
+    for kind, table in WAYS.items():
+        assert list(table) == ["float32", "bfloat16", "int8", "int4"], kind
+        for stored, ways in table.items():
+            known = {"kernel", *quantize.BLOCKS} if stored.startswith("int") else set(PRODUCTS)
+            if stored == "float32":
+                known -= {way for way in PRODUCTS if "blocks" in way}
+            bounds, names = zip(*ways, strict=True)
+            assert set(names) <= known, (kind, stored)
+            assert list(bounds) == sorted(bounds), (kind, stored)
+            assert bounds[-1] == float("inf"), (kind, stored)
+            assert names[-1] != "kernel", "a layer without a kernel needs another way"
+            assert all(most == 1 for most, name in ways if name in OF_ONE_ROW), (kind, stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", PRODUCTS)
+def test_each_way_is_the_product_whoever_takes_it(monkeypatch, way, dtype):
+    """Also those that no table names on the processor that runs this."""
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        for rows in [1] if way in OF_ONE_ROW else [1, 2, 5, 33]:
+            x = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(rows)).to(dtype)
+            for width in (512, WIDTH_AFTER, 7):
+                weight = torch.randn(width, WIDTH).to(dtype)
+                found = PRODUCTS[way](x, weight)
+                assert (found.dtype, found.shape) == (dtype, (rows, width))
+                assert_within(found, products(x, weight), (way, rows, width, threads))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_every_way_to_the_product_is_a_sum_of_its_terms(processor, dtype, rows, bias):
+def test_every_way_to_the_product_is_a_sum_of_its_terms(kind, dtype, rows, bias):
     """Against float64, and not against another kernel, whose error may be small by luck."""
     generator = torch.Generator().manual_seed(rows)
     x, weight, b = (
@@ -62,67 +101,50 @@ def test_every_way_to_the_product_is_a_sum_of_its_terms(processor, dtype, rows, 
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shapes_are_those_of_the_plain_product(processor, shape, dtype):
+def test_shapes_are_those_of_the_plain_product(kind, shape, dtype):
     x, weight = torch.randn(shape).to(dtype), torch.randn(WIDTH_AFTER, WIDTH).to(dtype)
     assert linear(x, weight).shape == F.linear(x, weight).shape
     assert linear(x.transpose(0, -1).contiguous().transpose(0, -1), weight).is_contiguous()
 
 
-def test_each_way_is_taken(monkeypatch):
-    """A fast path that is never reached would pass every test above."""
-    # two blocks of these sizes share out among one, not three
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    weight = torch.randn(WIDTH_AFTER, WIDTH)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_way_of_the_table_is_taken(monkeypatch, kind, dtype):
+    """A fast path that is never reached would pass every test above. F.linear is torch's own and
+    stands for itself."""
     seen = []
-    for name in ("mv", "bmm"):
-        real = getattr(torch, name)
-        monkeypatch.setattr(
-            torch, name, lambda *a, name=name, real=real: seen.append(name) or real(*a)
+    for name, way in PRODUCTS.items():
+        monkeypatch.setitem(
+            PRODUCTS, name, lambda *a, name=name, way=way: seen.append((name, len(a[0]))) or way(*a)
         )
-    monkeypatch.setattr(
-        home, "product", lambda *a, real=product: seen.append(len(a[1])) or real(*a)
-    )
-    monkeypatch.setattr(home, "has_fast_bfloat16", lambda: False)
-    rest = WIDTH_AFTER - BLOCK
-    for rows, dtype, ways in (
-        (1, torch.float32, [WIDTH_AFTER, "bmm"]),
-        (2, torch.float32, [WIDTH_AFTER]),
-        (5, torch.float32, [WIDTH_AFTER, "bmm"]),
-        (1, torch.bfloat16, ["mv"]),
-        (FEW_NARROW_ROWS, torch.bfloat16, []),
-        (40, torch.bfloat16, [BLOCK, "bmm", rest, "bmm"]),
-        (MANY_ROWS + 1, torch.bfloat16, [WIDTH_AFTER, "bmm"]),
-        (40, torch.float16, []),
-    ):
+    weight = torch.randn(WIDTH_AFTER, WIDTH).to(getattr(torch, dtype))
+    for most, name in WAYS[kind][dtype]:
+        rows = int(min(most, 130))
         seen.clear()
-        linear(torch.randn(rows, WIDTH).to(dtype), weight.to(dtype))
-        assert seen == ways, (rows, dtype)
-    monkeypatch.setattr(home, "has_fast_bfloat16", lambda: True)
-    seen.clear()
-    linear(torch.randn(40, WIDTH).bfloat16(), weight.bfloat16())
-    assert seen == []
+        linear(torch.randn(rows, WIDTH).to(weight.dtype), weight)
+        assert seen[:1] == [(name, rows)] * (name != "plain"), (kind, dtype, rows)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 16])
-def test_any_number_of_threads_makes_the_product(monkeypatch, threads):
-    """Also where the rows of the weight cannot be shared out evenly."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    for width in (512, 552, 7):
-        x, weight = torch.randn(9, WIDTH), torch.randn(width, WIDTH)
-        assert_within(linear(x, weight), products(x, weight), width)
+@pytest.mark.parametrize("larger", [False, True])
+def test_blocks_are_as_large_as_their_name_says(monkeypatch, larger):
+    monkeypatch.setattr(home, "LARGER", 2)
+    seen = []
+    monkeypatch.setattr(home, "linear", lambda x, w: seen.append(len(w)) or linear(x, w))
+    weight = torch.randn(2 * BLOCK + 40, WIDTH).bfloat16()
+    PRODUCTS["float32 blocks" + " x4" * larger](torch.randn(5, WIDTH).bfloat16(), weight)
+    assert seen == ([2 * BLOCK, 40] if larger else [BLOCK, BLOCK, 40])
 
 
 def test_memory_is_kept_from_block_to_block_and_between_threads_apart(monkeypatch):
-    monkeypatch.setattr(home, "has_fast_bfloat16", lambda: False)
+    pretend(monkeypatch, "avx2")
     x = torch.randn(5, WIDTH).bfloat16()
     weights = [torch.randn(WIDTH_AFTER, WIDTH).bfloat16() for _ in range(8)]
     with torch.no_grad():
         alone = [linear(x, weight) for weight in weights]
-        first = home.kept(10, torch.float32).data_ptr()
-        assert home.kept(10, torch.float32).data_ptr() == first
+        first = home.scratch(10, torch.float32).data_ptr()
+        assert home.scratch(10, torch.float32).data_ptr() == first
         with ThreadPoolExecutor(4) as pool:
             together = list(pool.map(no_grad_linear, [x] * 8, weights))
-            assert pool.submit(lambda: home.kept(10, torch.float32).data_ptr()).result() != first
+            assert pool.submit(lambda: home.scratch(10, torch.float32).data_ptr()).result() != first
     for found in (alone, together):  # not bit for bit: where memory begins can decide a sum's order
         for y, weight in zip(found, weights, strict=True):
             assert_within(y, products(x, weight))
@@ -133,7 +155,7 @@ def no_grad_linear(x, weight):
     return linear(x, weight)
 
 
-def test_gradients_are_those_of_the_product(processor):
+def test_gradients_are_those_of_the_product(kind):
     """Of the sum of g · product: the gradients are products, too, of g with the weight and with
     x."""
     for rows in ROWS:
@@ -161,9 +183,9 @@ def test_pictures_are_cut_into_patches_in_float32(monkeypatch):
     # [B, P, 3·4·4]
     plain, patches = conv(x), F.unfold(x.float(), 4, stride=4).transpose(1, 2).bfloat16()
     use_fast_linear(conv)
-    monkeypatch.setattr(home, "has_fast_bfloat16", lambda: True)
+    pretend(monkeypatch, "amx")
     assert torch.equal(conv(x), plain)
-    monkeypatch.setattr(home, "has_fast_bfloat16", lambda: False)
+    pretend(monkeypatch, "avx2")
     found = conv(x)
     assert (found.dtype, found.shape) == (plain.dtype, plain.shape)
     assert_within(
@@ -206,34 +228,65 @@ def test_names_and_weights_stay():
 
 
 def test_memory_kept_from_inference_mode_can_be_written_to_later(monkeypatch):
-    monkeypatch.setattr(home, "has_fast_bfloat16", lambda: False)
+    pretend(monkeypatch, "avx2")
     x, weight = torch.randn(5, WIDTH).bfloat16(), torch.randn(WIDTH_AFTER, WIDTH).bfloat16()
-    home._kept.memory = None
+    home._scratch.memory = None
     with torch.inference_mode():
         first = linear(x, weight).clone()
     for found in (first, no_grad_linear(x, weight)):
         assert_within(found, products(x, weight))
 
 
-@pytest.mark.parametrize(
-    ("cap", "fast"),
-    [
-        ({}, True),
-        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, False),
-        ({"ONEDNN_MAX_CPU_ISA": "avx2"}, False),
-        ({"DNNL_MAX_CPU_ISA": "SSE41"}, False),
-        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, True),
-        ({"ONEDNN_MAX_CPU_ISA": "DEFAULT"}, True),
-    ],
-)
-def test_bfloat16_is_not_fast_where_its_instructions_are_held_back(monkeypatch, cap, fast):
-    """The processor has them, oneDNN was told not to use them: what it computes is emulated."""
+@pytest.fixture
+def uncapped(monkeypatch):
+    """A processor that has everything, and nobody who told libraries to leave it alone."""
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in cap.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert home.has_fast_bfloat16() is fast
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: False)
-    assert home.has_fast_bfloat16() is False
+        monkeypatch.setattr(torch.cpu, name, lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(processor.platform, "machine", lambda: "x86_64")
+    processor.kind.cache_clear()
+    yield monkeypatch
+    processor.kind.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("cap", "kind"),
+    [
+        ({}, "amx"),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, "avx512"),
+        ({"ONEDNN_MAX_CPU_ISA": "avx2"}, "avx512"),
+        ({"DNNL_MAX_CPU_ISA": "SSE41"}, "avx512"),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, "avx512-bf16"),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, "amx"),
+        ({"ONEDNN_MAX_CPU_ISA": "DEFAULT"}, "amx"),
+    ],
+)
+def test_a_processor_is_what_its_libraries_may_use_of_it(uncapped, cap, kind):
+    """It has the instructions, oneDNN was told not to use them: what it computes is emulated."""
+    for name, value in cap.items():
+        uncapped.setenv(name, value)
+    assert processor.kind() == kind
+    assert processor.has_fast_bfloat16() is (kind != "avx512")
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "bfloat16", "kind"),
+    [
+        ("x86_64", "AVX512", False, "avx512"),
+        ("AMD64", "AVX2", False, "avx2"),
+        ("x86_64", "DEFAULT", False, "unknown"),
+        ("riscv64", "DEFAULT", False, "unknown"),
+        ("aarch64", "DEFAULT", False, "arm"),
+        ("arm64", "SVE256", True, "arm-bf16"),
+    ],
+)
+def test_every_processor_is_of_one_kind(uncapped, machine, capability, bfloat16, kind):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        uncapped.setattr(torch.cpu, name, lambda: False)
+    uncapped.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    uncapped.setattr(processor.platform, "machine", lambda: machine)
+    uncapped.setattr(processor, "arm_has_bfloat16", lambda: bfloat16)
+    assert processor.kind() == kind
+    assert kind in WAYS

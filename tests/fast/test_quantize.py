@@ -18,10 +18,10 @@ from minillava.checkpoint.build import build_model
 from minillava.checkpoint.config_json import read_config
 from minillava.checkpoint.folders import open_checkpoint
 from minillava.cli.doors import enter
-from minillava.fast import quantize
+from minillava.fast import processor, quantize
 from minillava.fast.linear import BLOCK
 from minillava.fast.quantize import (
-    FEW_ROWS,
+    BLOCKS,
     GROUP,
     TILE,
     Int4Linear,
@@ -45,7 +45,12 @@ pytestmark = pytest.mark.numeric
 
 LAYERS = {"int8": Int8Linear, "int4": Int4Linear}
 N, K = BLOCK + TILE, 3 * GROUP  # more than one block, and the last one short
+MANY_ROWS = 130  # more than any processor's kernel takes
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def takes_kernel(kind: str, rows: int) -> bool:
+    return rows > 0 and processor.way(kind, rows) == "kernel"
 
 
 def weights(rows: int = N, columns: int = K) -> torch.Tensor:
@@ -160,7 +165,7 @@ def test_damaged_weights_stay_visible(kind, value):
     weight = torch.randn(TILE, GROUP)
     weight[3, 5] = value
     layer = quantised_layer(quantize_tensor(weight, kind))
-    for rows in (1, FEW_ROWS + 1):
+    for rows in (1, MANY_ROWS):
         finite = layer(torch.ones(rows, GROUP)).isfinite()
         assert finite[:, 3].logical_not().all()
         assert finite[:, 4].all()
@@ -220,7 +225,7 @@ def test_a_packing_that_is_not_understood_is_refused(layout):
 def test_a_layer_that_was_not_packed_gives_the_same():
     """As on a GPU: `split` instead of `unpack`, and no kernel."""
     stored = quantize_tensor(weights(), "int4")
-    layer, x = Int4Linear(**stored), torch.randn(FEW_ROWS + 1, K)
+    layer, x = Int4Linear(**stored), torch.randn(MANY_ROWS, K)
     before = layer(x)
     assert not torch.equal(layer.weight, stored["weight_int4"])
     layer.weight, layer.has_kernel = stored["weight_int4"], False
@@ -232,7 +237,7 @@ def test_a_layer_that_was_not_packed_gives_the_same():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 5, FEW_ROWS, FEW_ROWS + 1, 40])
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 40, MANY_ROWS])
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_right_to_the_rounding_of_their_dtype(kind, rows, dtype):
     """Number by number against what rounding explains at worst; and all of them together against
@@ -244,10 +249,28 @@ def test_products_are_right_to_the_rounding_of_their_dtype(kind, rows, dtype):
     x = torch.randn(rows, K, generator=torch.Generator().manual_seed(rows)).to(dtype)
     found = quantised_layer(stored)(x)
     assert (found.dtype, tuple(found.shape)) == (dtype, (rows, N))
-    values, bound = expected(stored, x, kernel=rows <= FEW_ROWS)
+    kernel = takes_kernel(kind, rows)
+    values, bound = expected(stored, x, kernel)
     assert_within(found, (values, bound))
-    if rows <= FEW_ROWS or dtype == torch.bfloat16:
+    if kernel or dtype == torch.bfloat16:
         assert (found.double() - values).norm() <= 2 / 3**0.5 * unit(torch.bfloat16) * values.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", ["kernel", *BLOCKS])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_each_way_is_the_product_whoever_takes_it(kind, way, dtype):
+    """Also those that the table does not name on the processor that runs this. Blocks of bfloat16
+    do not make wider activations narrow."""
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(1)) * 1e-3
+    stored = quantize_tensor(weight, kind)
+    layer = quantised_layer(stored)
+    for rows in (1, 3, 40):
+        x = torch.randn(rows, K, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        found = layer.by(way, x)
+        assert (found.dtype, tuple(found.shape)) == (dtype, (rows, N))
+        assert_within(found, expected(stored, x, way == "kernel"), (way, rows))
 
 
 MISTAKES = {
@@ -275,21 +298,21 @@ def _cut(weight):
     [("int8", name) for name in list(MISTAKES)[:2]]
     + [("int4", name) for name in list(MISTAKES)[:1] + list(MISTAKES)[2:]],
 )
-@pytest.mark.parametrize("rows", [1, FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, MANY_ROWS])
 def test_the_bound_rejects_mistakes(kind, mistake, rows):
     stored = quantize_tensor(torch.randn(N, K, generator=torch.Generator().manual_seed(1)), kind)
     wrong = {k: v.to(stored[k].dtype) for k, v in MISTAKES[mistake](stored.items()).items()}
     assert not all(torch.equal(wrong[k], stored[k]) for k in stored)
     x = torch.randn(rows, K)
     with pytest.raises(AssertionError, match="farther off"):
-        assert_within(quantised_layer(wrong)(x), expected(stored, x, kernel=rows <= FEW_ROWS))
+        assert_within(quantised_layer(wrong)(x), expected(stored, x, takes_kernel(kind, rows)))
 
 
 @pytest.mark.parametrize("shape", [(K,), (1, K), (2, 3, K), (0, K), (2, 0, K), (3, 7, 2, K)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes_are_those_of_the_plain_product(kind, shape):
     stored, x = quantize_tensor(weights(), kind), torch.randn(shape)
-    layer, kernel = quantised_layer(stored), x.numel() <= FEW_ROWS * K
+    layer, kernel = quantised_layer(stored), takes_kernel(kind, x.numel() // K)
     for same in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
         assert layer(same).shape == (*shape[:-1], N)
         assert_within(layer(same), expected(stored, x, kernel))
@@ -335,9 +358,10 @@ def test_compiled_for_a_gpu_a_row_is_a_sum(kind, packed, dtype, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_rows_take_the_kernel_and_many_do_not(kind, kernels):
     layer = quantised_layer(quantize_tensor(weights(), kind))
-    for rows in (0, 1, FEW_ROWS, FEW_ROWS + 1):
+    most = processor.WAYS[processor.kind()][kind][0][0]
+    for rows in (0, 1, most, most + 1):
         layer(torch.randn(rows, K))
-    assert kernels == [(LAYERS[kind], 1), (LAYERS[kind], FEW_ROWS)]
+    assert kernels == [(LAYERS[kind], 1), (LAYERS[kind], most)]
 
 
 @pytest.mark.parametrize("shape", [(7, 33), (12, 40), (TILE, 90)])

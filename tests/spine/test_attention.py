@@ -8,7 +8,7 @@ from bounds import attention as exactly
 from minillava.assistant import load
 from minillava.attention import eager, fused
 from minillava.fast import attention as fast_attention
-from minillava.fast import linear
+from minillava.fast import linear, processor
 from minillava.fast.attention import one_query
 
 pytestmark = pytest.mark.numeric
@@ -98,7 +98,7 @@ def test_one_query_is_attention(monkeypatch, heads, cached):
     q, k, v = inputs(heads=heads[0], kv_heads=heads[1], queries=1, keys=30, dtype=torch.bfloat16)
     for mask in (None, ragged_mask(queries=1, keys=30), ragged_mask(queries=1, keys=30)[1:]):
         for fast in (True, False):
-            monkeypatch.setattr(linear, "has_fast_bfloat16", lambda fast=fast: fast)
+            monkeypatch.setattr(processor, "has_fast_bfloat16", lambda fast=fast: fast)
             found, none = fast_attention.fused(q, k, v, mask)
             assert (found.dtype, found.shape, none) == (torch.bfloat16, q.shape, None)
             assert_within(found, exactly(q, k, v, mask), (heads, fast))

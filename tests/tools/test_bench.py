@@ -420,14 +420,6 @@ def test_quality_is_the_distance_to_float64():
     assert len(bench.quality_table(found).splitlines()) == 2 + len(found) == 4
 
 
-def test_kernels_are_timed_one_by_one(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "ROW_COUNTS", (1, 3))
-    found = bench.kernels(rounds=2, n=128, c=64)
-    assert len(found) == 6 * 2
-    assert all(len(timing.seconds) == 2 and min(timing.seconds) > 0 for timing in found.values())
-    assert bench.kernels_table(found).splitlines()[0] == "| ms, rows | 1 | 3 |"
-
-
 def test_contrast_makes_a_table(capsys):
     assert (
         bench.main(
@@ -451,6 +443,7 @@ def test_contrast_makes_a_table(capsys):
             ["compare", "--rows", "float32,gpt"],
             "--rows: unknown gpt, expected some of: float32, bfloat16, int8",
         ),
+        (["--rounds", "1", "kernels"], "kernels has flags of its own and comes before them"),
         (["growth", "--dtypes", "int3"], "--dtypes: unknown int3"),
         (
             ["growth", "--device", "cuda"],

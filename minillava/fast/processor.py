@@ -1,0 +1,130 @@
+"""What kind of processor this is, and the way to a product that it does fastest. A reader may skip
+this file.
+
+WAYS is what `python tools/bench.py kernels` found on a machine of each kind. No stopwatch runs
+while the program does: the ways add up in different orders, and an answer must not depend on how
+busy the machine was.
+"""
+
+import math
+import os
+import platform
+from functools import cache
+
+import torch
+
+MANY = math.inf
+
+Ways = tuple[tuple[float, str], ...]
+
+PLAIN: Ways = ((MANY, "plain"),)
+FLOAT32: Ways = ((1, "parts"), (2, "turned"), (MANY, "parts"))
+BLOCKS: Ways = ((64, "float32 blocks"), (MANY, "float32 blocks x4"))
+
+WAYS: dict[str, dict[str, Ways]] = {
+    "avx2": {
+        "float32": FLOAT32,
+        "bfloat16": ((1, "mv"), (4, "plain"), *BLOCKS),
+        "int8": ((32, "kernel"), *BLOCKS),
+        "int4": ((64, "kernel"), *BLOCKS),
+    },
+    "avx512": {
+        "float32": FLOAT32,
+        "bfloat16": ((1, "mv"), (3, "plain"), *BLOCKS),
+        "int8": ((64, "kernel"), *BLOCKS),
+        "int4": ((128, "kernel"), (MANY, "float32 blocks x4")),
+    },
+    "avx512-bf16": {
+        "float32": FLOAT32,
+        "bfloat16": ((1, "twice"), (MANY, "plain")),
+        "int8": ((16, "kernel"), (MANY, "bfloat16 blocks x4")),
+        "int4": ((96, "kernel"), (MANY, "bfloat16 blocks x4")),
+    },
+    "amx": {
+        "float32": ((1, "parts"), (2, "plain"), (16, "turned"), (MANY, "plain")),
+        "bfloat16": ((1, "mv"), (32, "turned"), (MANY, "plain")),
+        "int8": ((16, "kernel"), (MANY, "bfloat16 blocks x4")),
+        "int4": ((32, "kernel"), (MANY, "bfloat16 blocks x4")),
+    },
+    "arm": {
+        "float32": PLAIN,
+        "bfloat16": ((3, "plain"), *BLOCKS),
+        "int8": ((16, "kernel"), *BLOCKS),
+        "int4": ((16, "kernel"), *BLOCKS),
+    },
+    "arm-bf16": {
+        "float32": PLAIN,
+        "bfloat16": PLAIN,
+        "int8": ((16, "kernel"), (MANY, "bfloat16 blocks x4")),
+        "int4": ((16, "kernel"), (MANY, "bfloat16 blocks x4")),
+    },
+    "unknown": {
+        "float32": PLAIN,
+        "bfloat16": PLAIN,
+        "int8": ((16, "kernel"), (MANY, "float32 blocks")),
+        "int4": ((16, "kernel"), (MANY, "float32 blocks")),
+    },
+}
+"""By kind of processor and by what a weight is stored in: up to how many rows of x which way, one
+of `linear.PRODUCTS`, or of `quantize.BLOCKS`."""
+
+GUESSED = {"arm", "arm-bf16", "unknown"}
+"""Kinds of which no machine was at hand. Of amx one was, but before the tool was written."""
+
+# What oneDNN, which computes the products of bfloat16, may have been told not to go beyond.
+WITHOUT_BFLOAT16 = {
+    "SSE41",
+    "AVX",
+    "AVX2",
+    "AVX2_VNNI",
+    "AVX2_VNNI_2",
+    "AVX512_CORE",
+    "AVX512_CORE_VNNI",
+}
+WITHOUT_AMX = {*WITHOUT_BFLOAT16, "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", "AVX10_2"}
+
+
+def way(stored: str, rows: int, without: str = "", on: str = "") -> str:
+    """The way to a product of so many rows with a weight that is stored in this. without: one that
+    cannot be taken here. on: a kind of processor (default: this one)."""
+    ways = WAYS[on or kind()][stored]
+    return next(name for most, name in ways if rows <= most and name != without)
+
+
+@cache
+def kind() -> str:
+    """One of the keys of WAYS. Libraries read the variables that cap them once, and so does
+    this."""
+    if platform.machine().lower() in ARM:
+        return "arm-bf16" if has_fast_bfloat16() else "arm"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and has_fast_bfloat16():
+        return "amx" if has_amx() else "avx512-bf16"
+    return {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "unknown")
+
+
+ARM = {"aarch64", "arm64"}
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether products of bfloat16 run on instructions for them (AVX512-BF16, AMX, ARM's BF16);
+    without, they are emulated at an eighth of float32's speed."""
+    if onednn_cap() in WITHOUT_BFLOAT16:
+        return False
+    if platform.machine().lower() in ARM:
+        return arm_has_bfloat16()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def arm_has_bfloat16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def has_amx() -> bool:
+    return onednn_cap() not in WITHOUT_AMX and torch.cpu._is_amx_tile_supported()
+
+
+def onednn_cap() -> str:
+    """The newest instructions that oneDNN may use."""
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT"
+    return cap.upper()
