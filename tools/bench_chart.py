@@ -2,8 +2,8 @@
 
     python tools/bench_chart.py
 
-Tokens per second of 7B, in two panels with a scale of their own: two CPU cores, and a GPU. Of what
-was measured twice, the later run is drawn.
+Tokens per second, in panels with a scale of their own: one for each kind of machine. Of what was
+measured twice, the later run is drawn; rows with one thread, and those that died, are not.
 """
 
 from html import escape
@@ -15,16 +15,16 @@ MEASURED = TOOLS / "MEASUREMENTS.md"
 CHART = TOOLS / "speed.svg"
 # a panel's title: the heading its rows stand below, and what the text before its table says
 PANELS = {
-    "two CPU cores with AVX2": ("## Two CPU cores", "--size 7b"),
-    "one H100": ("## GPU", "7B with random weights"),
+    "7B on two CPU cores with AVX2": ("## Two CPU cores", "--size 7b"),
+    "7B on one H100": ("## GPU", "7B with random weights"),
 }
 WIDTH, LEFT, ROW = 860, 320, 24  # pixels
 OURS, OTHERS = "#b4461f", "#8a939c"
 
 
 def speeds(text: str, heading: str, said: str) -> dict[str, str]:
-    """name -> tokens per second, as printed, of every table with such a column that follows `said` in a section
-    whose heading begins with `heading`."""
+    """name -> tokens per second, as printed, of every table with such a column that follows `said`
+    in a section whose heading begins with `heading`."""
     found = {}
     for section in ("\n" + text).split("\n## ")[1:]:
         if not ("## " + section).startswith(heading):
@@ -32,7 +32,11 @@ def speeds(text: str, heading: str, said: str) -> dict[str, str]:
         for before, table in tables(section):
             if said in before and "tokens/s" in table[0]:
                 column, names = table[0].index("tokens/s"), 1 + ("dtype" in table[0])
-                found |= {" ".join(row[:names]): row[column] for row in table[2:]}
+                found |= {
+                    " ".join(row[:names]).removesuffix(" !"): row[column]
+                    for row in table[2:]
+                    if row[column] and "1 thread" not in row[0]
+                }
     return found
 
 
@@ -55,7 +59,7 @@ def draw(text: str) -> str:
         rows = speeds(text, *place)
         scale = (WIDTH - LEFT - 80) / max(map(float, rows.values()))
         lines.append(
-            f'<text x="16" y="{y}" font-weight="bold">7B on {escape(title)}: tokens per second</text>'
+            f'<text x="16" y="{y}" font-weight="bold">{escape(title)}: tokens per second</text>'
         )
         for name, speed in sorted(rows.items(), key=lambda row: -float(row[1])):
             y += ROW

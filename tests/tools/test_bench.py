@@ -5,9 +5,11 @@ import json
 import os
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import bench
+import bench_chart
 import pytest
 import torch
 from bench_checkpoint import config_of, make_checkpoint
@@ -356,8 +358,8 @@ def test_llama_cpp_is_given_pairs_side_by_side():
 def test_llama_cpp_reads_the_files_that_we_write(tmp_path, capsys):
     """Language model, eye and picture. Its answers are not compared: it reads a picture's positions
     from another place than CLIP puts them."""
-    for name in ("llama_cpp", "gguf"):
-        pytest.importorskip(name, reason="needs pip install llama-cpp-python gguf")
+    if None in map(find_spec, rows.PACKAGES["llama.cpp"]):
+        pytest.skip("needs pip install llama-cpp-python gguf")
     arguments = ["compare", "--size", "shapes", "--folder", str(tmp_path), "--no-cold", "--json"]
     arguments += ["--rows", "float32,llama.cpp-bf16", "--tokens", "3", "--rounds", "1"]
     assert bench.main(arguments) == 0
@@ -366,6 +368,19 @@ def test_llama_cpp_reads_the_files_that_we_write(tmp_path, capsys):
     for row in (ours, theirs):
         assert row["rounds"][0]["vision"] > 0
         assert len(row["rounds"][0]["ids"]) == 4
+
+
+def test_the_chart_has_the_rows_that_stand_beside_each_other():
+    """A row that died has no speed to draw, and one thread is another race."""
+    journal = Journal(None, SETTINGS)
+    for name in ("bfloat16", "bfloat16@1"):
+        # beside a busy neighbour, which is no part of the name
+        record = {"row": name, "round": 0, "tries": 3, "found": found(others=0.4)}
+        journal.add(record)
+    journal.add({"row": "llama.cpp-q8_0", "round": 0, "failed": "killed by SIGSEGV"})
+    rows = told(journal, "bfloat16", "bfloat16@1", "llama.cpp-q8_0")
+    text = f"## One\n\nas said\n\n{table(rows, ASKED)}"
+    assert bench_chart.speeds(text, "## One", "as said") == {"minillava bfloat16": "10.00"}
 
 
 # --- the others -----------------------------------------------------------------------------------
