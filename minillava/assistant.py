@@ -1,22 +1,20 @@
 """The assistant: a model plus what it takes to talk to it, opened from a folder by `load`."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minillava.attention import ATTENTION
-from minillava.cache import KVCache
 from minillava.checkpoint.build import build_model
 from minillava.checkpoint.config_json import read_config
 from minillava.checkpoint.folders import check_base, find_folder, find_others, open_checkpoint
 from minillava.checkpoint.place import OTHER_NAMES, choose_device, choose_dtype
 from minillava.checkpoint.side_json import read_image_processor
-from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.fast import speed_up
 from minillava.fast.ahead import decode_ahead
 from minillava.fast.compiled import compile_decode
@@ -25,10 +23,19 @@ from minillava.files.pictures import Images, ImageSource, are_several, as_list, 
 from minillava.generate import beam
 from minillava.generate.contrast import Contrast, find_method
 from minillava.generate.generation import Generation, generate
+from minillava.generate.score import score_answers
 from minillava.image import ImageProcessor
 from minillava.llava import Llava, Spliced
-from minillava.loop import Process, check_room, room_for_answer, steps
-from minillava.options import KINDS, Options, check_names, expect_text, expect_texts, read_options
+from minillava.loop import Process, check_room, steps
+from minillava.options import (
+    KINDS,
+    Options,
+    check_names,
+    dtype_name,
+    expect_text,
+    expect_texts,
+    read_options,
+)
 from minillava.prompt import (
     DEFAULT_PROMPT,
     DEFAULT_TEMPLATE,
@@ -38,7 +45,7 @@ from minillava.prompt import (
     place_images,
     render,
 )
-from minillava.tokenizer import Tokenizer, common_prefix, encode_answers, open_tokenizer
+from minillava.tokenizer import Tokenizer, encode_answers, open_tokenizer
 
 
 class Assistant:
@@ -122,9 +129,11 @@ class Assistant:
         system: str | None = None,
         contrast: Contrast | str | None = None,
         process: Process | None = None,
+        encode: Callable[[ImageSource], Tensor] | None = None,
         **options,
     ) -> Generation:
-        """Several questions as one batch, and how each answer ended. Arguments as for `ask`."""
+        """Several questions as one batch, and how each answer ended. Arguments as for `ask`;
+        encode: instead of the method, say one that remembers pictures."""
         expect_texts(questions, "questions", "a list of texts")
         chosen, contrast = self._one_answer(options), find_method(contrast)
         given = list(image) if are_several(image) else [image] * len(questions)
@@ -143,7 +152,7 @@ class Assistant:
         flat = [picture for own in pictures for picture in own]
         names = [str(p) if isinstance(p, (str, Path)) else id(p) for p in flat]
         encoded = {
-            name: self.encode(picture)
+            name: (encode or self.encode)(picture)
             for name, picture in dict(zip(names, flat, strict=True)).items()
         }
         patches = [encoded[name] for name in names]
@@ -185,7 +194,6 @@ class Assistant:
             pixels.to(self.model.language_model.embed_tokens.weight.device)
         )
 
-    @torch.no_grad()
     def score(
         self,
         image: Images,
@@ -206,54 +214,13 @@ class Assistant:
         self.tokenize(self.prompt(question, len(pictures), system))
         for answer in answers:
             self.check_text(answer)
-        labelled = [
+        if not answers:
+            return []
+        rows = [
             encode_answers(self.tokenizer, self.template, [(asked, answer)], system)
             for answer in answers
         ]
-        if not labelled:
-            return []
-        rows = [ids for ids, _ in labelled]
-        # The picture and the question are read once; every answer goes on from there in a row of
-        # its own.
-        shared = min(common_prefix(rows[0], row) for row in rows)
-        begins = [next(i for i, x in enumerate(row) if x != IGNORE_INDEX) for _, row in labelled]
-        shared = min(shared, *begins)
-        longest = max(map(len, rows)) - shared
-        spliced = self.model.splice([rows[0][:shared]], self.image_processor(pictures))
-        length, device = spliced.embeds.shape[1], spliced.embeds.device
-        room = room_for_answer(self.model, spliced)
-        if longest > room:
-            raise ValueError(
-                f"the longest answer takes {longest} tokens, the model's context has room for "
-                f"{room}"
-            )
-        cache = KVCache(
-            self.model.config.text, 1, length + longest, dtype=spliced.embeds.dtype, device=device
-        )
-        first = self.model.language_model(
-            spliced.embeds, spliced.attention_mask, cache, last_only=True
-        ).logits
-        cache.select_rows(torch.zeros(len(rows), dtype=torch.long, device=device))
-        # Padded on the right, where causal attention never looks back from.
-        ids, labels = (
-            torch.tensor(
-                [row[shared:] + [fill] * (shared + longest - len(row)) for row in some],
-                device=device,
-            )
-            for some, fill in ((rows, 0), ([row for _, row in labelled], IGNORE_INDEX))
-        )  # [n, m]
-        rest = self.model.language_model(ids, None, cache).logits  # [n, m, V]
-        logits = torch.cat([first.expand(len(rows), -1, -1), rest[:, :-1]], dim=1)  # [n, m, V]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        found = -F.cross_entropy(
-            logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
-        ).sum(1)
-        if not found.isfinite().all():
-            raise ValueError(
-                "a likelihood is not finite: damaged weights or a dtype too narrow; try dtype "
-                "float32"
-            )
-        return (found / (labels != IGNORE_INDEX).sum(1) if per_token else found).tolist()
+        return score_answers(self.model, rows, self.image_processor(pictures), per_token)
 
     def prompt(self, question: str, images: int = 1, system: str | None = None) -> Prompt:
         """The exact prompt: the question, its pictures placed, in the template. system: instead of
@@ -384,9 +351,7 @@ def load(
         vision_tower or home("preprocessor_config.json"), config, image_aspect_ratio
     )
     device = choose_device(str(device))
-    dtype = choose_dtype(
-        str(dtype).removeprefix("torch."), device, checkpoint.dtype(), checkpoint.parameters()
-    )
+    dtype = choose_dtype(dtype_name(dtype), device, checkpoint.dtype(), checkpoint.parameters())
     tokens = max((tokenizer.added[token] + 1 for token in config.added_tokens), default=0)
     model = build_model(
         config,

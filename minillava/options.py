@@ -19,6 +19,11 @@ TRANSFORMS = ("flip", "upside down", "rotate", "jitter", "blur", "crop")  # of R
 NOISE_STEPS = 1000  # of VCD
 
 
+def dtype_name(dtype: object) -> str:
+    """A torch.dtype as one of DTYPES says it."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Options:
     """How the next token is chosen and when to stop. These are the defaults, everywhere.

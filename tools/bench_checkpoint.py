@@ -15,9 +15,8 @@ from torch import Tensor
 # run from a checkout, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from convert import hub_config, preprocessor_config
-
 from minillava.checkpoint.config_json import read_config
+from minillava.checkpoint.write_json import hub_config, preprocessor_config
 from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig
 from minillava.files.tensors import INDEX_NAME
 from minillava.image import ImageProcessor

@@ -17,22 +17,16 @@ if __name__ == "__main__":
     interrupts.leave_at_once()
 
 import argparse
-import json
-import math
-import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 # run from a checkout, installed or not
@@ -42,21 +36,30 @@ from minillava.attention import eager
 from minillava.checkpoint.build import build_model
 from minillava.checkpoint.config_json import read_config
 from minillava.checkpoint.folders import collect_parts, find_folder, find_others, open_checkpoint
-from minillava.checkpoint.names import COMPUTED, PREFIXES, TABLES
+from minillava.checkpoint.names import COMPUTED, LAYOUTS, TABLES, stored_name
 from minillava.checkpoint.side_json import read_image_processor
 from minillava.checkpoint.stored import StoredWeights
+from minillava.checkpoint.write import Planned, as_json, cast, check_written, write_weights
+from minillava.checkpoint.write_json import (
+    generation_config,
+    hub_config,
+    original_config,
+    preprocessor_config,
+    processor_config,
+    tokenizer_config,
+)
 from minillava.cli.arguments import Parser
 from minillava.cli.messages import run
-from minillava.config import IGNORE_INDEX, IM_PATCH, IM_START, LlavaConfig, TextConfig
-from minillava.fast.quantize import LINE, PARTS, quantize_tensor, stored_shapes
-from minillava.files.disk import lock, one_line, read_json, refused
+from minillava.config import IM_START, LlavaConfig
+from minillava.fast.quantize import PARTS, quantize_tensor, stored_shapes
+from minillava.files.disk import read_json
 from minillava.files.hub import CLIP_RELEASE
-from minillava.files.tensors import INDEX_NAME, SINGLE_NAME, open_folder
-from minillava.files.tokenizer_files import PAD_MARKER, SIDE_NAMES, AddedToken, find_tokenizer
-from minillava.image import ImageProcessor
+from minillava.files.new_folder import new_folder
+from minillava.files.tensors import open_folder
+from minillava.files.tokenizer_files import PAD_MARKER, SIDE_NAMES, find_tokenizer
 from minillava.llama import grow_rows
 from minillava.llava import Llava
-from minillava.options import KINDS
+from minillava.options import KINDS, dtype_name
 from minillava.prompt import IMAGE_MARKER
 from minillava.tokenizer import Tokenizer, open_tokenizer
 
@@ -71,36 +74,12 @@ except ImportError:
             yield item
 
 
-# Of the prefixes that are read, those that are written: each stands for one part of the network.
-LAYOUTS = {
-    "hf": (
-        "language_model.model.",
-        "language_model.lm_head.",
-        "vision_tower.vision_model.",
-        "multi_modal_projector.",
-    ),
-    "original": (
-        "model.",
-        "lm_head.",
-        "model.vision_tower.vision_tower.vision_model.",
-        "model.mm_projector.",
-    ),
-}
+def show(items: Sequence, doing: str, unit: str) -> Iterator:
+    """Progress of checkpoint/write.py as a bar, or without tqdm as ten lines."""
+    return tqdm(items, desc=doing, unit=unit)
+
+
 SIDE_FILES = (".json", ".jinja", ".md", ".model", ".txt")
-OWNER = "convert.pid"  # in a folder that is not finished: the process that makes it
-
-
-class Planned(NamedTuple):
-    """A tensor to be written. ours: our name for it, None for one that is only carried along."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-    ours: str | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Job(NamedTuple):
@@ -136,7 +115,7 @@ def convert(
     source = find_folder(source)
     found = find_others(vision_tower, model_base, adapter)
     parts = dict(zip(("vision_tower", "model_base", "adapter"), found, strict=True))
-    with _unfinished(target) as folder:
+    with new_folder(target) as folder:
         if to == "safetensors":
             if any(parts.values()) or quantize:
                 raise ValueError(
@@ -151,8 +130,8 @@ def convert(
             raise ValueError(
                 f"{target}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
             )
-        _write_weights(job.tensors, folder, shard_size)
-        _verify_weights(job.tensors, folder)
+        write_weights(job.tensors, folder, shard_size, show)
+        check_written(job.tensors, folder, show)
         # which goes last
         for name, content in sorted(job.files.items(), key=lambda file: file[0] == "config.json"):
             (folder / name).write_bytes(content)
@@ -167,63 +146,6 @@ def convert(
     return job.notes
 
 
-@contextmanager
-def _unfinished(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that takes its name when the body succeeds, and goes when it
-    fails. Raises ValueError, or OSError where the system does not let us write."""
-    target = Path(target).expanduser().resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target}: exists and is not an empty folder; name a new one")
-    folder = target.with_name(f"{target.name}.partial")
-    try:
-        owner = _claim(folder)
-    except OSError as error:
-        raise refused(folder, error, writing=True) from None
-    try:
-        yield folder
-        (folder / OWNER).unlink()
-        if target.exists():
-            target.rmdir()
-        folder.rename(target)
-    except BaseException as error:
-        shutil.rmtree(folder)
-        if (
-            isinstance(error, OSError)
-            and error.errno
-            and str(error.filename or folder).startswith(str(folder))
-        ):
-            raise refused(target, error, writing=True) from None
-        raise
-    finally:
-        owner.close()
-
-
-def _claim(folder: Path) -> TextIO:
-    """Make the folder; in it lies a file that is locked while we live, so that the next run can
-    tell what a killed one left, which it removes, from what another is writing: ValueError."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        left = f"{folder}: left by an interrupted conversion, or another is at it; remove it"
-        try:
-            with (folder / OWNER).open(encoding="utf-8") as file:
-                if not lock(file):
-                    found = f"process {file.read(20)} is converting to it; wait until it ends"
-                    raise ValueError(f"{folder}: {found}, or remove it if it has ended") from None
-                shutil.rmtree(folder)
-        except FileNotFoundError:
-            raise ValueError(left) from None
-        folder.mkdir(parents=True)
-    owner = (folder / f"{OWNER}.new").open("w", encoding="utf-8")
-    locked = lock(owner)
-    owner.write(str(os.getpid()))
-    owner.flush()
-    if not locked:  # Windows, which renames nothing that is open
-        owner.close()
-    (folder / f"{OWNER}.new").rename(folder / OWNER)  # which nobody sees unlocked
-    return owner
-
-
 # ------------------------------------------------------------------------------------ what to write
 
 
@@ -235,14 +157,14 @@ def _copy(source: Path, dtype: torch.dtype | None) -> Job:
         as_is = dtype is None or not found.is_floating_point() or stored.name.endswith(COMPUTED)
         kept = found.dtype if as_is else dtype
         tensors[stored.name] = Planned(
-            stored.shape, kept, partial(_narrow, found.to, stored.name, kept)
+            stored.shape, kept, partial(cast, found.to, stored.name, kept)
         )
     files = _side_files(source)
     if dtype is not None:
         raw = read_json(source / "config.json")
         for part in (raw, raw.get("text_config", {})):
-            part.update(dict.fromkeys({"torch_dtype", "dtype"} & part.keys(), _name(dtype)))
-        files["config.json"] = _json(raw)
+            part.update(dict.fromkeys({"torch_dtype", "dtype"} & part.keys(), dtype_name(dtype)))
+        files["config.json"] = as_json(raw)
     return Job(tensors, files, config, [])
 
 
@@ -325,7 +247,7 @@ def _rename(
     files = {name: content for name, content in files.items() if name not in SIDE_NAMES}
     files |= {name: content for name, content in tokenizer_files.items() if name in SIDE_NAMES}
     if "tokenizer_config.json" not in files or new.text.vocab_size > config.text.vocab_size:
-        files["tokenizer_config.json"] = _json(_tokenizer_config(new, tokenizer, to))
+        files["tokenizer_config.json"] = as_json(tokenizer_config(new, tokenizer, to))
     if to == "hf" and "tokenizer.json" not in files:
         notes.append(
             "from tokenizer.model alone, transformers 5 cuts some texts otherwise than the hub's "
@@ -333,38 +255,27 @@ def _rename(
             "copy that file from a llava-hf release of the same vocabulary"
         )
     if to == "hf":
-        files["processor_config.json"] = _json(processor_config(new))
+        files["processor_config.json"] = as_json(processor_config(new))
     if new.added_tokens:
-        files["added_tokens.json"] = _json(tokenizer.added)
+        files["added_tokens.json"] = as_json(tokenizer.added)
     main_dtype = dtype or checkpoint.dtype()
     processor = read_image_processor(vision_tower or home("preprocessor_config.json"), config)
     files |= {
-        "config.json": _json(
+        "config.json": as_json(
             hub_config(new, main_dtype) if to == "hf" else original_config(new, main_dtype)
         ),
-        "generation_config.json": _json(
-            _generation(home("generation_config.json"), new, tokenizer)
+        "generation_config.json": as_json(
+            generation_config(home("generation_config.json"), new, tokenizer)
         ),
-        "preprocessor_config.json": _json(preprocessor_config(processor)),
+        "preprocessor_config.json": as_json(preprocessor_config(processor)),
         "tokenizer.model": tokenizer.sentencepiece.serialized_model_proto(),
     }
-    tensors = {_stored_name(name, to, config.projector_layers): p for name, p in planned.items()}
+    tensors = {stored_name(name, to, config.projector_layers): p for name, p in planned.items()}
     return Job(tensors, files, new, notes)
 
 
-def _stored_name(name: str, to: str, projector_layers: int) -> str:
-    """The stored name for one of ours: checkpoint.PREFIXES and PROJECTOR, read from right to
-    left."""
-    layer = re.match(r"projector\.linear_(\d+)\.", name)
-    if to == "original" and layer and projector_layers > 1:
-        return f"model.mm_projector.{2 * int(layer[1]) - 2}.{name[layer.end() :]}"
-    stored = {PREFIXES[prefix]: prefix for prefix in LAYOUTS[to]}
-    ours = max((prefix for prefix in stored if name.startswith(prefix)), key=len)
-    return stored[ours] + name.removeprefix(ours)
-
-
 def _make(checkpoint: StoredWeights, name: str, dtype: torch.dtype, rows: int) -> Tensor:
-    tensor = _narrow(partial(checkpoint.read, name), checkpoint.tensors[name].name, dtype)
+    tensor = cast(partial(checkpoint.read, name), checkpoint.tensors[name].name, dtype)
     return grow_rows(tensor, rows) if name in TABLES else tensor
 
 
@@ -376,14 +287,6 @@ def _make_part(checkpoint: StoredWeights, name: str, rows: int, kind: str, suffi
 def _quantised(checkpoint: StoredWeights, name: str, rows: int, kind: str) -> dict[str, Tensor]:
     tensor = checkpoint.read(name, transient=True)
     return quantize_tensor(grow_rows(tensor, rows) if name in TABLES else tensor, kind)
-
-
-def _narrow(read: Callable[[torch.dtype], Tensor], name: str, dtype: torch.dtype) -> Tensor:
-    """What is read at a dtype. Raises ValueError for numbers that only a wider one has."""
-    tensor = read(dtype)
-    if dtype == torch.float16 and tensor.isinf().any() and not read(torch.float32).isinf().any():
-        raise ValueError(f"{name} has numbers too large for float16; use bfloat16")
-    return tensor
 
 
 def _unused_tower(config: LlavaConfig, planned: dict[str, Planned]) -> dict[str, Planned]:
@@ -447,245 +350,6 @@ def _for_original(
     if not config.projector_bias:
         raise ValueError(f"{source}: its projector has no biases; LLaVA's has")
     return replace(config, vision_tower_name=config.vision_tower_name or CLIP_RELEASE), []
-
-
-def hub_config(config: LlavaConfig, dtype: torch.dtype) -> dict:
-    """config.json of the hub (llava-hf)."""
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "ignore_index": IGNORE_INDEX,
-        "image_seq_length": config.tokens_per_image,
-        "image_token_index": config.image_token_id,
-        "model_type": "llava",
-        "multimodal_projector_bias": config.projector_bias,
-        "pad_token_id": config.pad_token_id,
-        "projector_hidden_act": "gelu",
-        "text_config": {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            **_llama(config.text, dtype),
-        },
-        "tie_word_embeddings": config.text.tie_word_embeddings,
-        "torch_dtype": _name(dtype),
-        "vision_config": _clip(config),
-        "vision_feature_layer": config.feature_layer,
-        "vision_feature_select_strategy": "full" if config.keep_class_token else "default",
-        "vocab_size": config.text.vocab_size,
-    }
-
-
-def original_config(config: LlavaConfig, dtype: torch.dtype) -> dict:
-    """config.json of the original LLaVA, and what we read besides: `vision_config` and
-    `image_token_index`."""
-    layers = config.projector_layers
-    return {
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "eos_token_id": _one_or_list(config.eos_token_ids),
-        "hidden_act": "silu",
-        "image_aspect_ratio": "pad" if config.image_aspect_ratio == "pad" else "square",
-        "image_token_index": config.image_token_id,
-        "mm_hidden_size": config.vision.hidden_size,
-        "mm_projector_type": "linear" if layers == 1 else f"mlp{layers}x_gelu",
-        "mm_use_im_patch_token": IM_PATCH in config.added_tokens,
-        "mm_use_im_start_end": IM_START in config.added_tokens,
-        "mm_vision_select_feature": "cls_patch" if config.keep_class_token else "patch",
-        "mm_vision_select_layer": config.feature_layer,
-        "mm_vision_tower": config.vision_tower_name,
-        "model_type": "llava_llama",
-        "pad_token_id": config.pad_token_id,
-        # or LLaVA reads mm_vision_tower instead of the tower inside
-        "unfreeze_mm_vision_tower": True,
-        "use_mm_proj": True,
-        "vision_config": _clip(config),
-        **_llama(config.text, dtype),
-    }
-
-
-def _llama(text: TextConfig, dtype: torch.dtype) -> dict:
-    fields = {**asdict(text), "torch_dtype": _name(dtype)}
-    factor = fields.pop("rope_factor")
-    return (
-        fields if factor == 1 else {**fields, "rope_scaling": {"type": "linear", "factor": factor}}
-    )
-
-
-def _clip(config: LlavaConfig) -> dict:
-    vision = asdict(config.vision)
-    return {"model_type": "clip_vision_model", "projection_dim": vision["hidden_size"], **vision}
-
-
-def _generation(source: Path, config: LlavaConfig, tokenizer: Tokenizer) -> dict:
-    """generation_config.json: the source's, where there is one, with the ids of the new config."""
-    path = source / "generation_config.json"
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": _one_or_list(config.eos_token_ids)}
-    raw = read_json(path) if path.exists() else {"_from_model_config": True}
-    return {**raw, **ids, "pad_token_id": config.pad_token_id}
-
-
-def preprocessor_config(processor: ImageProcessor) -> dict:
-    """preprocessor_config.json of the hub, for the numbers of an image processor."""
-    side = processor.image_size
-    return {
-        "crop_size": {"height": side, "width": side},
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(processor.mean),
-        "image_processor_type": "CLIPImageProcessor",
-        "image_std": list(processor.std),
-        "processor_class": "LlavaProcessor",
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": side},
-    }
-
-
-def processor_config(config: LlavaConfig) -> dict:
-    """processor_config.json of the hub: how many tokens transformers' processor makes of a
-    picture."""
-    return {
-        "image_token": IMAGE_MARKER,
-        "num_additional_image_tokens": 1,  # the class token, which "default" takes away again
-        "patch_size": config.vision.patch_size,
-        "processor_class": "LlavaProcessor",
-        "vision_feature_select_strategy": "full" if config.keep_class_token else "default",
-    }
-
-
-def _tokenizer_config(config: LlavaConfig, tokenizer: Tokenizer, to: str) -> dict:
-    """tokenizer_config.json, with every token that has a row; <image> and <pad> where config.json
-    puts them."""
-    pieces, markers = (
-        tokenizer.vocab_size,
-        ((config.image_token_id, IMAGE_MARKER), (config.pad_token_id, PAD_MARKER)),
-    )
-    tokens = {
-        i: token
-        for i, token in tokenizer.by_id.items()
-        if i < config.text.vocab_size and token.text not in (IMAGE_MARKER, PAD_MARKER)
-    }
-    for i, text in markers:
-        if pieces <= i < config.text.vocab_size:
-            tokens.setdefault(i, AddedToken(text, i, special=True, listed=True, control=True))
-    model = tokenizer.sentencepiece
-    unk, bos, eos = (
-        model.id_to_piece(i) for i in (model.unk_id(), tokenizer.bos_id, tokenizer.eos_id)
-    )
-    pad = config.pad_token_id
-    pad_text = tokens[pad].text if pad in tokens else tokenizer.piece(pad)
-    flags = ("lstrip", "rstrip", "single_word", "special")
-    more = [token.text for token in tokens.values() if token.listed and not token.control]
-    return {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "added_tokens_decoder": {
-            str(i): {
-                "content": token.text,
-                "normalized": False,
-                **{flag: getattr(token, flag) for flag in flags},
-            }
-            for i, token in sorted(tokens.items())
-        },
-        **({"additional_special_tokens": more} if more else {}),
-        "bos_token": bos,
-        "eos_token": eos,
-        "legacy": tokenizer.legacy,
-        "model_max_length": config.text.context,
-        "pad_token": pad_text if to == "hf" else unk,
-        "padding_side": "left" if to == "hf" else "right",
-        "tokenizer_class": "LlamaTokenizer",
-        "unk_token": unk,
-    }
-
-
-def _one_or_list(ids: tuple[int, ...]) -> int | list[int]:
-    return ids[0] if len(ids) == 1 else list(ids)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _json(content: dict) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
-
-
-# ----------------------------------------------------------------------------- to and from the disk
-
-
-def _write_weights(tensors: dict[str, Planned], folder: Path, shard_size: float) -> None:
-    """Files of at most `shard_size` bytes (a larger tensor has its own), and an index if there are
-    several."""
-    shards, size = [[]], 0
-    for name, planned in tensors.items():
-        if shards[-1] and size + planned.nbytes > shard_size:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += planned.nbytes
-    count = len(shards)
-    files = (
-        [SINGLE_NAME]
-        if count == 1
-        else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    )
-    for file, names in tqdm(list(zip(files, shards, strict=True)), desc="write", unit="file"):
-        # Clones, since a .bin may hold two tensors in the same bytes, which safetensors refuses.
-        _save(
-            {n: tensors[n].make().clone(memory_format=torch.contiguous_format) for n in names},
-            folder / file,
-        )
-    if count > 1:
-        placed = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = sum(planned.nbytes for planned in tensors.values())
-        (folder / INDEX_NAME).write_bytes(
-            _json({"metadata": {"total_size": total}, "weight_map": placed})
-        )
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    metadata = {"format": "pt"}
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:  # which says in words what the system said in numbers
-        found = f"cannot be written ({one_line(error)}); make room there, then repeat the command"
-        raise ValueError(f"{path}: {found}") from None
-    with path.open("rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little")).rstrip(b" ")
-    if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
-        # Its kernel loads whole lines of memory: with a header that ends where a line does, so do
-        # all tensors of usual shapes, and need not be copied when they are opened.
-        padding = -(8 + len(header) + len(',"padding":""')) % LINE
-        save_file(tensors, path, metadata={**metadata, "padding": "-" * padding})
-
-
-def _verify_weights(tensors: dict[str, Planned], folder: Path) -> None:
-    """Raises ValueError unless the folder, opened again, holds these tensors, to the bit and under
-    our names."""
-    written = {stored.name: stored for stored in open_folder(folder)}
-    ours = {stored.name: name for name, stored in collect_parts(folder).tensors.items()}
-    for name, planned in tqdm(list(tensors.items()), desc="compare", unit="tensor"):
-        found, expected = written[name].file.read(name), planned.make()
-        same = (
-            (found.dtype, found.shape)
-            == (expected.dtype, expected.shape)
-            == (planned.dtype, planned.shape)
-        )
-        if (
-            not same
-            or not torch.equal(_bits(found), _bits(expected))
-            or planned.ours not in (None, ours.get(name))
-        ):
-            raise ValueError(
-                f"{folder}: {name} does not read back as it was written; check the disk"
-            )
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """A tensor as bytes: -0 is then not 0, and a NaN is itself."""
-    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 # ------------------------------------------------------------------------------------- command line

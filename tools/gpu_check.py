@@ -48,7 +48,6 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 import hf  # noqa: E402
 from bench_checkpoint import config_of, random_tensor  # noqa: E402
 from bench_parts.work import PROMPT, bytes_read, prompt_ids  # noqa: E402
-from convert import hub_config  # noqa: E402
 
 from minillava import loop  # noqa: E402
 from minillava.assistant import Assistant, load  # noqa: E402
@@ -56,6 +55,7 @@ from minillava.attention import ATTENTION  # noqa: E402
 from minillava.cache import KVCache  # noqa: E402
 from minillava.chat.conversation import Conversation  # noqa: E402
 from minillava.checkpoint.folders import bundled_weights  # noqa: E402
+from minillava.checkpoint.write_json import hub_config  # noqa: E402
 from minillava.cli.arguments import Parser  # noqa: E402
 from minillava.cli.messages import run  # noqa: E402
 from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig  # noqa: E402

@@ -43,6 +43,7 @@ import hf  # noqa: E402
 
 from minillava.cli.arguments import Parser  # noqa: E402
 from minillava.cli.messages import run  # noqa: E402
+from minillava.options import dtype_name  # noqa: E402
 
 PIECES = 440
 NEW_TOKENS = 16
@@ -549,7 +550,7 @@ def describe_folder(folder: Path, stored: dict[str, torch.Tensor]) -> dict:
                 described["rows"][name] = len(tensor)
         elif name.endswith(("position_ids", "inv_freq")):
             described["values"][name] = {
-                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "dtype": dtype_name(tensor.dtype),
                 "values": tensor.tolist(),
             }
         elif name.startswith(

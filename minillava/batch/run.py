@@ -23,6 +23,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from minillava.assistant import Assistant
 from minillava.batch.journal import Journal, digest, read_answers, read_journal, stamp
@@ -84,13 +85,19 @@ def plan(
     return batches
 
 
-def ask(assistant: Assistant, batch: list[Question], seed: int, options: dict) -> list[tuple]:
-    """(answer, error, metadata) of each question. If the batch fails, each is asked alone, to find
-    out whose fault it is."""
+def ask(
+    assistant: Assistant,
+    batch: list[Question],
+    seed: int,
+    options: dict,
+    encode: Callable[[str], Tensor] | None = None,
+) -> list[tuple]:
+    """(answer, error, metadata) of each question. encode: as for `Assistant.ask_each`. If the batch
+    fails, each is asked alone, to find out which one is at fault."""
     images, texts = [question.images for question in batch], [question.text for question in batch]
     seeds = [(seed + question.line) % 2**64 for question in batch]
     try:
-        found = assistant.ask_each(images, texts, seed=seeds, **options)
+        found = assistant.ask_each(images, texts, encode=encode, seed=seeds, **options)
         ends = [{"finish_reason": reason} for reason in found.finish_reason]
         return [(answer, None, end) for answer, end in zip(found.text, ends, strict=True)]
     except torch.OutOfMemoryError as error:
@@ -100,9 +107,8 @@ def ask(assistant: Assistant, batch: list[Question], seed: int, options: dict) -
     except (ValueError, OSError) as error:
         if len(batch) == 1:
             return [(None, shown_line(error), None)]
-        return [
-            answer for question in batch for answer in ask(assistant, [question], seed, options)
-        ]
+        alone = (ask(assistant, [question], seed, options, encode) for question in batch)
+        return [answer for answers in alone for answer in answers]
 
 
 def ask_file(args: argparse.Namespace, options: dict) -> int:
@@ -116,44 +122,10 @@ def ask_file(args: argparse.Namespace, options: dict) -> int:
         )
     name = "stdin" if args.questions == "-" else str(args.questions)
     questions = read_questions(content, args.images, name)
-    ids = Counter(question.question_id for question in questions if question.error is None)
-    if again := [name for name, count in ids.items() if count > 1]:
-        messages.note(
-            f"{len(again)} question_id(s) stand on more than one question ({again[0]!r:.80}, "
-            "for one): only answer_id and order tell their answers apart"
-        )
-    pictures = (
-        {path_of_url(image) for question in questions for image in question.images}
-        if args.answers.exists()
-        else ()
-    )
-    if any(same_file(args.answers, image) for image in pictures):
-        raise ValueError(
-            f"{args.answers}: is a picture of the questions; choose another name for the answers"
-        )
+    _note_repeated(questions, messages)
+    _check_answers(args.answers, questions)
     weights = find_weights(args.weights, messages)
-    model_id = Path(os.path.abspath(weights)).name
-    folders = [find_folder(weights, args.revision)]
-    tower, base, lora = find_others(args.vision_tower, args.model_base, args.adapter)
-    folders += [folder for folder in (base, lora, tower) if folder is not None]
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_ASKED} | {
-        "questions": hashlib.sha256(content).hexdigest(),
-        "images": os.path.abspath(args.images),
-        "weights": digest([model_id, *map(stamp, folders)]),
-        "device": choose_device(args.device).partition(":")[0],
-    }
-    asked = {
-        name: value
-        for name, value in settings.items()
-        if name not in ("images", "weights", *OTHER_FOLDERS)
-    }
-
-    def record(
-        question: Question, answer: str | None, error: str | None, metadata: dict | None = None
-    ) -> dict:
-        answer_id = digest([asked, model_id, question.line])[:22]
-        return question.record(answer, error, metadata, answer_id, model_id)
-
+    settings = _settings(args, content, weights)
     with ExitStack() as stack:
         home = args.answers
         if is_stream(home):  # which nobody can go on with
@@ -164,94 +136,185 @@ def ask_file(args: argparse.Namespace, options: dict) -> int:
             "(Ctrl-C leaves)"
         )
         stack.enter_context(journal.alone(lambda: messages.note(busy)))
-        return _ask_rest(args, options, messages, questions, journal, record, weights)
+        return Run(args, questions, weights, settings, journal, messages).go(options)
 
 
-def _ask_rest(
-    args: argparse.Namespace,
-    options: dict,
-    messages: Messages,
-    questions: list[Question],
-    journal: Journal,
-    record: Callable[..., dict],
-    weights: str,
-) -> int:
-    done, finished = (
-        {},
-        args.answers.is_file() and args.answers.stat().st_size > 0 and not is_stream(args.answers),
-    )
-    if finished and not args.overwrite and not journal.is_anew:
-        done = read_answers(args.answers, questions, record)
-        if len(done) == len(questions):
-            messages.note(
-                f"{args.answers} is finished already: nothing to do (--overwrite starts anew)"
-            )
-            if journal.path.read_bytes().startswith(journal.header):
-                journal.path.unlink()  # killed just after the answers got their name
+def _note_repeated(questions: list[Question], messages: Messages) -> None:
+    ids = Counter(question.question_id for question in questions if question.error is None)
+    if again := [name for name, count in ids.items() if count > 1]:
+        messages.note(
+            f"{len(again)} question_id(s) stand on more than one question ({again[0]!r:.80}, "
+            "for one): only answer_id and order tell their answers apart"
+        )
+
+
+def _check_answers(answers: Path, questions: list[Question]) -> None:
+    """Raises ValueError where the answers would be written over a picture."""
+    if not answers.exists():
+        return
+    pictures = {path_of_url(image) for question in questions for image in question.images}
+    if any(same_file(answers, image) for image in pictures):
+        raise ValueError(
+            f"{answers}: is a picture of the questions; choose another name for the answers"
+        )
+
+
+def _settings(args: argparse.Namespace, content: bytes, weights: str) -> dict:
+    """What the answers depend on: a journal that was begun with other settings is another run's.
+    content: the file of questions."""
+    folders = [find_folder(weights, args.revision)]
+    tower, base, lora = find_others(args.vision_tower, args.model_base, args.adapter)
+    folders += [folder for folder in (base, lora, tower) if folder is not None]
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_ASKED}
+    return flags | {
+        "questions": hashlib.sha256(content).hexdigest(),
+        "images": os.path.abspath(args.images),
+        "weights": digest([_model_id(weights), *map(stamp, folders)]),
+        "device": choose_device(args.device).partition(":")[0],
+    }
+
+
+def _model_id(weights: str) -> str:
+    return Path(os.path.abspath(weights)).name
+
+
+class Run:
+    """One run of the command: the questions, and the records of those that are answered (`done`, by
+    line)."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        questions: list[Question],
+        weights: str,
+        settings: dict,
+        journal: Journal,
+        messages: Messages,
+    ):
+        self.args, self.questions, self.journal, self.messages = args, questions, journal, messages
+        self.weights, self.model_id = weights, _model_id(weights)
+        elsewhere = ("images", "weights", *OTHER_FOLDERS)
+        self.asked = {name: value for name, value in settings.items() if name not in elsewhere}
+        self.done: dict[int, dict] = {}
+
+    def record(
+        self,
+        question: Question,
+        answer: str | None,
+        error: str | None,
+        metadata: dict | None = None,
+    ) -> dict:
+        """A line of the answers file."""
+        answer_id = digest([self.asked, self.model_id, question.line])[:22]
+        return question.record(answer, error, metadata, answer_id, self.model_id)
+
+    def go(self, options: dict) -> int:
+        """Ask what is left, and write all; the exit status. options: of the answers, by name."""
+        if self.is_finished():
             return 0
-    if not args.overwrite:
-        # whether it can go on is known before gigabytes are opened
-        done |= read_journal(journal, questions, record)
-
-    assistant = open_assistant(args, weights, messages)
-    assistant.encode = lru_cache(args.image_cache)(assistant.encode)
-    if args.overwrite:
-        journal.begin_anew()
-    batches = plan(assistant, questions, args.system, options["max_new_tokens"], args.batch_size)
-    seed = options.pop("seed") or 0
-    ready, started, told = len(done), time.monotonic(), time.monotonic()
-    if done:
-        messages.note(f"{ready} of {len(questions)} answered before; going on")
-    try:
-        for batch in batches:
-            if all(question.line in done for question in batch):
-                continue
-            answers = zip(batch, ask(assistant, batch, seed, options), strict=True)
-            new = {
-                question.line: record(question, *answer)
-                for question, answer in answers
-                if question.line not in done
-            }
-            journal.add(new)
-            done |= new
-            left = sum(map(len, batches)) - len(done)
-            rate = (len(done) - ready) / (time.monotonic() - started)
-            text = f"{len(done)} answered, {left} to go, {rate:.2f} per second"
-            text += f", {_duration(left / rate)} left" if left else ""
-            messages.progress(text)
-            if args.verbose and (time.monotonic() - told >= SECONDS or not left):
-                told = time.monotonic()
-                print(text, file=sys.stderr)
-        messages.progress("")
-        done |= {
-            question.line: record(question, None, question.error)
-            for question in questions
-            if question.error
-        }
-        write_whole(
-            args.answers, "".join(json.dumps(done[question.line]) + "\n" for question in questions)
-        )
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        if is_stream(args.answers):
+        assistant = open_assistant(self.args, self.weights, self.messages)
+        if self.args.overwrite:
+            self.journal.begin_anew()
+        longest, system = options["max_new_tokens"], self.args.system
+        batches = plan(assistant, self.questions, system, longest, self.args.batch_size)
+        if self.done:
+            count = f"{len(self.done)} of {len(self.questions)}"
+            self.messages.note(f"{count} answered before; going on")
+        try:
+            self.ask_batches(assistant, batches, options)
+            self.write()
+        except BrokenPipeError:
             raise
-        kept = sum("error" not in found for found in done.values())
-        left = f"{journal.path} keeps {kept} answer(s), and the same command goes on with them"
-        raise OSError(f"{explain(error, journal.path)}; {left}") from error
-    journal.path.unlink(missing_ok=True)
-    errors = [
-        done[question.line]["error"] for question in questions if "error" in done[question.line]
-    ]
-    if errors:
-        what = (
-            f"error: {len(errors)} of {len(questions)} questions have no answer; {args.answers} "
-            "says why"
-        )
+        except OSError as error:
+            if is_stream(self.args.answers):
+                raise
+            kept = sum("error" not in found for found in self.done.values())
+            raise OSError(
+                f"{explain(error, self.journal.path)}; {self.journal.path} keeps {kept} answer(s), "
+                "and the same command goes on with them"
+            ) from error
+        self.journal.path.unlink(missing_ok=True)
+        return self.tell()
+
+    def is_finished(self) -> bool:
+        """Read what was answered before. Whether this run can go on with it is known before
+        gigabytes are opened: raises ValueError as `read_answers` and `read_journal`."""
+        args, answers = self.args, self.args.answers
+        if args.overwrite:
+            return False
+        there = answers.is_file() and answers.stat().st_size > 0 and not is_stream(answers)
+        if there and not self.journal.is_anew:
+            self.done = read_answers(answers, self.questions, self.record)
+            if len(self.done) == len(self.questions):
+                self.messages.note(
+                    f"{answers} is finished already: nothing to do (--overwrite starts anew)"
+                )
+                if self.journal.path.read_bytes().startswith(self.journal.header):
+                    self.journal.path.unlink()  # killed just after the answers got their name
+                return True
+        self.done |= read_journal(self.journal, self.questions, self.record)
+        return False
+
+    def ask_batches(
+        self, assistant: Assistant, batches: list[list[Question]], options: dict
+    ) -> None:
+        """Every batch that is not answered, each noted in the journal before the next."""
+        encode = lru_cache(self.args.image_cache)(assistant.encode)
+        seed = options["seed"] or 0
+        options = {name: value for name, value in options.items() if name != "seed"}
+        progress = Progress(self.messages, len(self.done), sum(map(len, batches)))
+        for batch in batches:
+            if all(question.line in self.done for question in batch):
+                continue
+            answers = zip(batch, ask(assistant, batch, seed, options, encode), strict=True)
+            new = {
+                question.line: self.record(question, *answer)
+                for question, answer in answers
+                if question.line not in self.done
+            }
+            self.journal.add(new)
+            self.done |= new
+            progress.tell(len(self.done))
+        self.messages.progress("")
+
+    def write(self) -> None:
+        """The answers file, in the order of the questions, with those that could not be asked."""
+        for question in self.questions:
+            if question.error:
+                self.done[question.line] = self.record(question, None, question.error)
+        lines = [json.dumps(self.done[question.line]) + "\n" for question in self.questions]
+        write_whole(self.args.answers, "".join(lines))
+
+    def tell(self) -> int:
+        """How many were answered, on stderr; the exit status."""
+        records = [self.done[question.line] for question in self.questions]
+        errors = [record["error"] for record in records if "error" in record]
+        count, answers = len(records), self.args.answers
+        if not errors:
+            self.messages.note(f"{count} answer{'s' * (count != 1)} in {answers}")
+            return 0
+        what = f"error: {len(errors)} of {count} questions have no answer; {answers} says why"
         print(f"{what}; the first: {errors[0]}", file=sys.stderr)
-    else:
-        messages.note(f"{len(questions)} answer{'s' * (len(questions) != 1)} in {args.answers}")
-    return 1 if errors else 0
+        return 1
+
+
+class Progress:
+    """How many are answered, how fast, and how long the rest will take; on stderr."""
+
+    def __init__(self, messages: Messages, before: int, asked: int):
+        """before: how many an earlier run answered. asked: all that can be."""
+        self.messages, self.before, self.asked = messages, before, asked
+        self.started = self.told = time.monotonic()
+
+    def tell(self, done: int) -> None:
+        now, left = time.monotonic(), self.asked - done
+        rate = (done - self.before) / (now - self.started)
+        text = f"{done} answered, {left} to go, {rate:.2f} per second"
+        text += f", {_duration(left / rate)} left" if left else ""
+        self.messages.progress(text)
+        if self.messages.verbose and (now - self.told >= SECONDS or not left):
+            self.told = now
+            print(text, file=sys.stderr)
 
 
 def _duration(seconds: float) -> str:

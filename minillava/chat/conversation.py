@@ -13,6 +13,7 @@ from minillava.assistant import Assistant
 from minillava.cache import KVCache
 from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.files.pictures import ImageSource
+from minillava.llava import Spliced
 from minillava.loop import Process, steps
 from minillava.options import Options
 from minillava.prompt import place_images, render
@@ -90,53 +91,20 @@ class Conversation:
         question was asked since, or all was cleared.
         """
         self._leave()
-        assistant, model = self.assistant, self.assistant.model
+        assistant = self.assistant
         chosen = assistant.options(**options)
         if chosen.num_return_sequences > 1:
             raise ValueError(
                 f"num_return_sequences is {chosen.num_return_sequences}, a conversation goes on "
                 "from one"
             )
-        turn = Turn(place_images(question, len(self.waiting)), tuple(self.waiting), chosen)
-        said = [(before.question, before.answer) for before in self.turns]
         assistant.check_text(question)
-        ids = assistant.tokenizer.encode(
-            render(assistant.template, [*said, (turn.question, None)], self.system)
-        )
-        pictures = [picture for each in (*self.turns, turn) for picture in each.pictures]
-        following = iter(pictures)
-        positions = []
-        for i in ids:
-            positions += (
-                [next(following)] * model.config.tokens_per_image if i == IMAGE_TOKEN_INDEX else [i]
-            )
-        context = model.config.text.context
-        if len(positions) >= context:
-            raise ValueError(
-                f"with this question the conversation takes {len(positions)} positions, the "
-                "model's context holds "
-                f"{context} with the answer; ask something shorter, or start anew with /clear"
-            )
-        with torch.no_grad():
-            spliced = model.splice(
-                [ids], torch.stack([p.patches for p in pictures]) if pictures else None
-            )
-        if self.cache is None:
-            like = spliced.embeds
-            self.cache = KVCache(model.config.text, 1, 0, dtype=like.dtype, device=like.device)
-        # The last position is read in any case: its logits choose the first token.
-        turn.reused = common_prefix(self.positions[: self.cache.length], positions[:-1])
-        turn.prefilled = len(positions) - turn.reused
-        self.cache.truncate(turn.reused)
-        self.positions = positions
-        self._make_room(len(positions) + 1)
-        self.turns.append(turn)
-        self.waiting = []
-        # [1, T, C] -> [1, T - reused, C]
-        rest = replace(spliced, embeds=spliced.embeds[:, turn.reused :])
+        turn = Turn(place_images(question, len(self.waiting)), tuple(self.waiting), chosen)
+        rest = self._begin(turn)
+        positions = self.positions
         try:
             for step in steps(
-                model,
+                assistant.model,
                 rest,
                 chosen,
                 tokenizer=assistant.tokenizer,
@@ -156,6 +124,49 @@ class Conversation:
         finally:
             if self.positions is positions:
                 self._leave()
+
+    def _begin(self, turn: Turn) -> Spliced:
+        """Make `turn` the last one, with as much of its prompt as fits left in the cache; the rest
+        of the prompt, which is to be read. Raises ValueError, and changes nothing, if the context
+        is full."""
+        assistant, model = self.assistant, self.assistant.model
+        said = [(before.question, before.answer) for before in self.turns]
+        prompt = render(assistant.template, [*said, (turn.question, None)], self.system)
+        ids = assistant.tokenizer.encode(prompt)
+        pictures = [picture for each in (*self.turns, turn) for picture in each.pictures]
+        positions = self._positions_of(ids, pictures)
+        patches = torch.stack([p.patches for p in pictures]) if pictures else None
+        with torch.no_grad():
+            spliced = model.splice([ids], patches)
+        if self.cache is None:
+            like = spliced.embeds
+            self.cache = KVCache(model.config.text, 1, 0, dtype=like.dtype, device=like.device)
+        # The last position is read in any case: its logits choose the first token.
+        turn.reused = common_prefix(self.positions[: self.cache.length], positions[:-1])
+        turn.prefilled = len(positions) - turn.reused
+        self.cache.truncate(turn.reused)
+        self.positions = positions
+        self._make_room(len(positions) + 1)
+        self.turns.append(turn)
+        self.waiting = []
+        # [1, T, C] -> [1, T - reused, C]
+        return replace(spliced, embeds=spliced.embeds[:, turn.reused :])
+
+    def _positions_of(self, ids: list[int], pictures: list[Picture]) -> list[int | Picture]:
+        """What stands at each position of a prompt. Raises ValueError if there is no room left for
+        an answer."""
+        config, following = self.assistant.model.config, iter(pictures)
+        positions: list[int | Picture] = []
+        for i in ids:
+            is_image = i == IMAGE_TOKEN_INDEX
+            positions += [next(following)] * config.tokens_per_image if is_image else [i]
+        if len(positions) >= config.text.context:
+            raise ValueError(
+                f"with this question the conversation takes {len(positions)} positions, the "
+                f"model's context holds {config.text.context} with the answer; ask something "
+                "shorter, or start anew with /clear"
+            )
+        return positions
 
     def _leave(self) -> None:
         """Where the last answer is not finished, what was said so far is the answer; no stream goes

@@ -13,6 +13,7 @@ from pathlib import Path
 from minillava.files.disk import read_json
 from minillava.files.hub import RELEASE
 from minillava.files.tensors import DTYPES, Stored
+from minillava.options import dtype_name
 
 # The ends of names that only quantised weights have -> the method; the first that is found names
 # it.
@@ -68,7 +69,7 @@ def refuse_quantised(
     shown = (
         packed or [s for s in others if any(re.search(f"{mark}$", s.name) for mark in _MARKS)]
     )[0]
-    kind = str(shown.dtype).removeprefix("torch.")
+    kind = dtype_name(shown.dtype)
     raise quantised(folder, said or method, f"{shown.name} is {kind}")
 
 

@@ -37,6 +37,22 @@ PREFIXES = {
     "mm_projector.": "projector.linear_1.",  # as some pre-trains save it alone
 }
 
+# Of the prefixes that are read, those that are written: each stands for one part of the model.
+LAYOUTS = {
+    "hf": (
+        "language_model.model.",
+        "language_model.lm_head.",
+        "vision_tower.vision_model.",
+        "multi_modal_projector.",
+    ),
+    "original": (
+        "model.",
+        "lm_head.",
+        "model.vision_tower.vision_tower.vision_model.",
+        "model.mm_projector.",
+    ),
+}
+
 # The original's projector of one layer has no number, one of N has 0, 2, 4, ...: between them stand
 # the GELUs.
 PROJECTOR = re.compile(r"(?:model\.)?mm_projector\.(\d*[02468])\.")
@@ -158,3 +174,14 @@ def renamed(stored: str, prefixes: dict[str, str]) -> str:
     fitting = [p for p in prefixes if stored.startswith(p)]
     longest = max(fitting, key=len, default=None)
     return stored if longest is None else prefixes[longest] + stored.removeprefix(longest)
+
+
+def stored_name(name: str, to: str, projector_layers: int) -> str:
+    """The stored name for one of ours: PREFIXES and PROJECTOR read from right to left, for a layout
+    of LAYOUTS."""
+    layer = re.match(r"projector\.linear_(\d+)\.", name)
+    if to == "original" and layer and projector_layers > 1:
+        return f"model.mm_projector.{2 * int(layer[1]) - 2}.{name[layer.end() :]}"
+    stored = {PREFIXES[prefix]: prefix for prefix in LAYOUTS[to]}
+    ours = max((prefix for prefix in stored if name.startswith(prefix)), key=len)
+    return stored[ours] + name.removeprefix(ours)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from minillava.cli.messages import Messages
 from minillava.files.text import decode
-from minillava.options import WEIGHTS_VARIABLE
+from minillava.options import WEIGHTS_VARIABLE, dtype_name
 from minillava.prompt import DEFAULT_PROMPT, place_images
 
 if TYPE_CHECKING:  # flags are read before these, which import torch, are
@@ -118,9 +118,7 @@ def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -
         messages.note(str(note.message))
     parameter = assistant.model.language_model.embed_tokens.weight
     count = count_parameters(assistant.model)
-    dtype = " and ".join(
-        [str(parameter.dtype).removeprefix("torch."), *quantised_kinds(assistant.model)]
-    )
+    dtype = " and ".join([dtype_name(parameter.dtype), *quantised_kinds(assistant.model)])
     rest = f"; {len(assistant.unused)} stored tensors are not needed" if assistant.unused else ""
     where = str(parameter.device)
     if where == "cpu":

@@ -176,6 +176,7 @@ def quantize_tensor(weight: Tensor, kind: str) -> dict[str, Tensor]:
     return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
 
 
+@cache  # a model has hundreds of layers, of a handful of shapes
 def stored_shapes(
     shape: tuple[int, int], kind: str
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

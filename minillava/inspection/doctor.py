@@ -30,7 +30,7 @@ from minillava.fast.quantize import quantised_kinds, stored_shapes
 from minillava.files.disk import one_line
 from minillava.llava import Spliced
 from minillava.loop import last_logits, room_for_answer
-from minillava.options import KINDS
+from minillava.options import KINDS, dtype_name
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 
@@ -112,16 +112,16 @@ def precision(device: str, dtype: torch.dtype, stored: torch.dtype, parameters: 
     why = on_cpu if auto_device == "cpu" else "it is what is stored"
     found = "PyTorch finds no GPU" if auto_device == "cpu" else "PyTorch finds it"
     text = (
-        f"auto chooses {auto_device} ({found}) and {name_of(auto_dtype)} ({why}; stored: "
-        f"{name_of(stored)})"
+        f"auto chooses {auto_device} ({found}) and {dtype_name(auto_dtype)} ({why}; stored: "
+        f"{dtype_name(stored)})"
     )
     if (device, dtype) != (auto_device, auto_dtype):
-        text += f"; asked for: {device} and {name_of(dtype)}"
+        text += f"; asked for: {device} and {dtype_name(dtype)}"
     slow = device.startswith("cpu") and dtype == torch.float16
     figures = {
-        "auto": [auto_device, name_of(auto_dtype)],
-        "chosen": [device, name_of(dtype)],
-        "stored": name_of(stored),
+        "auto": [auto_device, dtype_name(auto_dtype)],
+        "chosen": [device, dtype_name(dtype)],
+        "stored": dtype_name(stored),
     }
     text += ", which processors emulate: bfloat16 or float32 is faster" * slow
     return Finding("device and dtype", WARNING if slow else OK, text, figures)
@@ -300,7 +300,8 @@ def same(check: str, one: Tensor, other: Tensor, dtype: torch.dtype) -> Finding:
     text += (
         ""
         if agree
-        else f", what rounding in {name_of(dtype)} explains: this PyTorch computes something else"
+        else f", what rounding in {dtype_name(dtype)} explains: this PyTorch computes something "
+        "else"
     )
     return Finding(
         check, OK if agree else FAILED, text, {"relative_difference": apart, "tolerance": limit}
@@ -366,8 +367,3 @@ def sight(shown: dict[str, Tensor], rounding: dict[str, float], decode: Callable
 def gigabytes(count: int) -> str:
     """Bytes for a person: in GB (10⁹) from 100 MB on."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """As it is written in a config.json: bfloat16."""
-    return str(dtype).removeprefix("torch.")

@@ -34,6 +34,7 @@ from minillava.files.tensors import DTYPES, Stored, open_file, weight_files
 from minillava.files.tokenizer_files import find_tokenizer
 from minillava.inspection import doctor
 from minillava.llava import Llava
+from minillava.options import dtype_name
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, find_template, place_images, render
 from minillava.tokenizer import open_tokenizer
 
@@ -110,18 +111,13 @@ def inspect_folder(
         return folder if base is None or (folder / name).exists() else base
 
     report = Report(str(folder), dialect_of(folder, base))
-    report.files = {name: (home(name) / name).exists() for name in FILES}
+    report.template = _template(template, system)
     homes = [f for f in (lora, folder, base) if f is not None]
-    model, beside = find_tokenizer(homes)
-    for path in (model, beside / "tokenizer_config.json"):
-        report.files[path.name] = path.exists()
-    # transformers 5 writes processor_config.json instead
     pictures = tower or home("preprocessor_config.json")
-    report.files["preprocessor_config.json"] |= any(pictures.glob("p*rocessor_config.json"))
+    report.files = _files(home, homes, pictures)
     config = report.attempt(read_config, home("config.json"), tower)
     checkpoint, tensors, config = _open_weights(report, folder, config, tower, base, lora)
     _describe_tensors(report, tensors, checkpoint)
-    report.read = sorted({str(stored.path) for stored in tensors.values()})
     if config is not None:
         shapes = weight_shapes(config)
         report.network = _network(config)
@@ -136,14 +132,26 @@ def inspect_folder(
         report.notes = checkpoint.notes
         _say_what_to_get(report, checkpoint, None if config is None else config.vision_tower_name)
     _describe_tokenizer(report, homes, config)
-    style = find_template(template or DEFAULT_TEMPLATE)
-    prompt = render(style, [(place_images(DEFAULT_PROMPT, 1), None)], system)
-    report.template = {
-        "name": template or DEFAULT_TEMPLATE,
-        "default": template is None,
-        "prompt": str(prompt),
-    }
     return report
+
+
+def _files(home: Callable[[str], Path], homes: Sequence[Path], pictures: Path) -> dict[str, bool]:
+    """Which of FILES there are. homes: where the tokenizer may be. pictures: where their
+    preprocessor's settings are."""
+    found = {name: (home(name) / name).exists() for name in FILES}
+    model, beside = find_tokenizer(homes)
+    for path in (model, beside / "tokenizer_config.json"):
+        found[path.name] = path.exists()
+    # transformers 5 writes processor_config.json instead
+    found["preprocessor_config.json"] |= any(pictures.glob("p*rocessor_config.json"))
+    return found
+
+
+def _template(name: str | None, system: str | None) -> dict:
+    chosen = name or DEFAULT_TEMPLATE
+    question = place_images(DEFAULT_PROMPT, 1)
+    prompt = render(find_template(chosen), [(question, None)], system)
+    return {"name": chosen, "default": name is None, "prompt": str(prompt)}
 
 
 def dialect_of(folder: Path, base: Path | None = None) -> str:
@@ -244,7 +252,8 @@ def part_of(name: str) -> str:
 def _describe_tensors(
     report: Report, tensors: dict[str, Stored], checkpoint: StoredWeights | None
 ) -> None:
-    """Numbers by part and by dtype, and the list of --keys."""
+    """Numbers by part and by dtype, the list of --keys, and the files that they are in."""
+    report.read = sorted({str(stored.path) for stored in tensors.values()})
     report.parts = {
         part: {"tensors": 0, "parameters": 0}
         for part in ("language model", "projector", "vision tower")
@@ -262,7 +271,7 @@ def _describe_tensors(
                 report.attempt(stored.read)  # which says what is wrong with it
         part = report.parts.setdefault(part_of(name), {"tensors": 0, "parameters": 0})
         kind = report.dtypes.setdefault(
-            doctor.name_of(dtype), {"tensors": 0, "parameters": 0, "bytes": 0}
+            dtype_name(dtype), {"tensors": 0, "parameters": 0, "bytes": 0}
         )
         for count in (part, kind):
             count["tensors"] += 1
@@ -272,7 +281,7 @@ def _describe_tensors(
             "name": name,
             "stored": stored.name,
             "shape": list(stored.shape),
-            "dtype": doctor.name_of(dtype),
+            "dtype": dtype_name(dtype),
         }
         report.tensors.append({**about, "file": str(stored.path)})
 

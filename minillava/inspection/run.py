@@ -16,6 +16,7 @@ from minillava.files.tensors import DTYPES
 from minillava.inspection import doctor
 from minillava.inspection.report import QUANTISED, Report, inspect_folder
 from minillava.inspection.text import as_text, keys_text
+from minillava.options import dtype_name
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,9 +64,7 @@ def _see_doctor(
         yield doctor.Finding("opening", doctor.FAILED, "not tried: something is missing, see above")
         return
     plain = [
-        tensor
-        for tensor in report.tensors
-        if tensor["dtype"] in map(doctor.name_of, DTYPES.values())
+        tensor for tensor in report.tensors if tensor["dtype"] in map(dtype_name, DTYPES.values())
     ]
     largest = max(plain, key=lambda tensor: math.prod(tensor["shape"]))
     stored, device = getattr(torch, largest["dtype"]), choose_device(args.device)

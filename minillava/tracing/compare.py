@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minillava.cli.messages import print_json
+from minillava.options import dtype_name
 from minillava.tracing.recorder import Record
 
 
@@ -125,7 +126,7 @@ def difference(a: Tensor, b: Tensor) -> dict:
     of those that are not equal it is `different`, how many; max and relative are None."""
     found = {
         "shapes": [list(a.shape), list(b.shape)],
-        "dtypes": [str(x.dtype).removeprefix("torch.") for x in (a, b)],
+        "dtypes": [dtype_name(x.dtype) for x in (a, b)],
     }
     if a.shape != b.shape:
         return {**found, "max": None, "relative": None}

@@ -22,6 +22,7 @@ from minillava.attention import eager
 from minillava.cli import hooks
 from minillava.llama import Context, LanguageModel, apply_rotary, positions_and_mask, rotary_tables
 from minillava.llava import Llava
+from minillava.options import dtype_name
 
 FIRST = 4
 """How many values of each tensor are shown."""
@@ -228,7 +229,7 @@ class Recorder:
 def summarise(tensor: Tensor) -> dict:
     """Fields of a Record: shape, dtype and, unless it is empty or on the meta device, the
     numbers."""
-    found = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+    found = {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
     if tensor.numel() == 0 or tensor.is_meta:
         return found
     x, row = tensor if tensor.is_floating_point() else tensor.to(torch.int64), tensor

@@ -37,13 +37,17 @@ SPINE += ["cache", "llama", "llava", "sampling", "loop", "assistant"]
 # Each shelf may import those before it: folders, the files of the spine, and the one file where
 # parts meet.
 SHELVES = ["files", "spine", "fast", "generate", "checkpoint", "assistant", "cli", "doors"]
+# Side by side: none knows another. But weights are stored in 8 or 4 bits, or become so while they are
+# read or written, and which precision is best depends on what is fast here.
+SIDE_BY_SIDE = {"fast", "generate", "checkpoint"}
+SIDEWAYS = {("checkpoint", "fast.quantize"), ("checkpoint", "fast.processor")}
 # folders of the last shelf; none knows another
 DOORS = {"chat", "batch", "look", "tracing", "inspection"}
 # generate/ holds strategies, and a door
 OF_A_DOOR = {"generate.answer", "generate.__main__", "cli.__main__", "__main__"}
 # of the spine, those that read something from a disk
 READ_FILES = {"image", "tokenizer", "assistant"}
-LIMIT = 2735  # lines of the spine; it may only go down
+LIMIT = 2704  # lines of the spine; it may only go down
 ALLOWED = {"torch", "safetensors", "sentencepiece", "PIL", "numpy"}
 
 
@@ -116,7 +120,7 @@ def test_imports_are_found_wherever_they_are():
     ]
     assert ("llava", None, "vision") in inner_imports("llava")
     assert ("cli.doors", "enter", "cli.parsers") in inner_imports("cli.doors")
-    assert len(FILES) == 86 and len(SPINE) == 14
+    assert len(FILES) > 80 and len(SPINE) == 14
 
 
 def test_every_file_stands_on_a_shelf():
@@ -138,6 +142,8 @@ def test_a_shelf_knows_only_those_before_it(name):
             assert SPINE.index(found.module) < SPINE.index(name), told
         elif ours == "doors" == theirs:
             assert name.split(".")[0] == found.module.split(".")[0], told
+        elif ours != theirs and {ours, theirs} <= SIDE_BY_SIDE:
+            assert (ours, found.module) in SIDEWAYS, told
         elif ours != theirs:
             assert SHELVES.index(theirs) < SHELVES.index(ours), told
 
@@ -168,6 +174,17 @@ def test_the_spine_does_not_grow():
         sep="\n",
     )
     assert sum(lines.values()) <= LIMIT
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.split(".")[0] in DOORS])
+def test_a_doors_functions_fit_a_screen(name):
+    """One of 112 lines held everything that trace says; nobody could tell what came when."""
+    long = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+    assert {name: lines for name, lines in long.items() if lines > 45} == {}
 
 
 def names_taken() -> set[str]:

@@ -22,10 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minillava
+from minillava.checkpoint import write
 from minillava.checkpoint.config_json import read_config
+from minillava.checkpoint.write import save_tensors
 from minillava.cli.doors import enter
 from minillava.fast.quantize import LINE, Int8Linear
 from minillava.files.hub import CLIP_RELEASE
+from minillava.files.new_folder import OWNER, new_folder
 from minillava.files.tensors import INDEX_NAME, SINGLE_NAME, SafetensorsFile
 from minillava.inspection.report import inspect_folder
 from minillava.llava import Llava
@@ -683,7 +686,7 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path, capsys):
         "full": "exists and is not an empty folder",
         "file": "exists and is not an empty folder",
         "source": "exists and is not an empty folder",
-        "new": "left by an interrupted conversion",
+        "new": "left by an interrupted run",
     }.items():
         status, errors = command(source, tmp_path / name, "--to", "original", capsys=capsys)
         assert status == 1
@@ -699,7 +702,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
     monkeypatch.setattr(
         convert.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 600_000)
     )
-    monkeypatch.setattr(convert, "save_file", lambda *arguments, **options: pytest.fail("wrote"))
+    monkeypatch.setattr(write, "save_file", lambda *arguments, **options: pytest.fail("wrote"))
     status, errors = command(REFERENCE / "plain", tmp_path / "x", "--to", "original", capsys=capsys)
     assert status == 1
     assert errors == [f"error: {tmp_path / 'x'}: needs 0.00 GB, the disk has 0.00 GB free"]
@@ -714,7 +717,7 @@ def test_a_bit_that_the_disk_turned_is_noticed(tmp_path, monkeypatch, capsys, to
         content[-1] ^= 1
         path.write_bytes(content)
 
-    monkeypatch.setattr(convert, "save_file", save)
+    monkeypatch.setattr(write, "save_file", save)
     status, errors = command(REFERENCE / "plain", tmp_path / "x", "--to", to, capsys=capsys)
     assert status == 1
     assert len(errors) == 1
@@ -727,7 +730,7 @@ def test_a_tensor_under_the_name_of_another_is_noticed(tmp_path, monkeypatch, ca
         "language_model.layers.0.mlp.up_proj.weight": "gate_proj",
         "language_model.layers.0.mlp.gate_proj.weight": "up_proj",
     }
-    stored_name = convert._stored_name
+    stored_name = convert.stored_name
 
     def swap(name, *arguments):
         found = stored_name(name, *arguments)
@@ -737,7 +740,7 @@ def test_a_tensor_under_the_name_of_another_is_noticed(tmp_path, monkeypatch, ca
             else found
         )
 
-    monkeypatch.setattr(convert, "_stored_name", swap)
+    monkeypatch.setattr(convert, "stored_name", swap)
     status, errors = command(REFERENCE / "plain", tmp_path / "x", "--to", "original", capsys=capsys)
     assert status == 1
     assert "does not read back" in errors[0]
@@ -748,7 +751,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
         save_file(tensors, path, **options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "save_file", save)
+    monkeypatch.setattr(write, "save_file", save)
     assert convert.main([str(REFERENCE / "plain"), str(tmp_path / "x"), "--to", "hf"]) == 130
     assert list(tmp_path.iterdir()) == []
 
@@ -757,14 +760,15 @@ KILL = """
 import os, signal, sys
 sys.modules["tqdm"] = None  # as where it is not installed
 import convert
+from minillava.checkpoint import write
 
-save_file = convert.save_file
+save_file = write.save_file
 
 def save(tensors, path, **options):
     save_file(tensors, path, **options)
     os.kill(os.getpid(), signal.SIGKILL)
 
-convert.save_file = save
+write.save_file = save
 convert.main(sys.argv[1:])
 """
 
@@ -789,20 +793,19 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path):
         python("-c", KILL, *arguments, "--shard-size", "200KB", path=(ROOT / "tools",)).returncode
         == -signal.SIGKILL
     )
-    assert (tmp_path / "target.partial" / convert.OWNER).exists()
+    assert (tmp_path / "target.partial" / OWNER).exists()
     convert.main(arguments)
     assert not (tmp_path / "target.partial").exists()
-    assert not (target / convert.OWNER).exists()
+    assert not (target / OWNER).exists()
     assert set(held(REFERENCE / "plain")) <= set(held(target))
 
 
 def test_what_a_living_run_is_writing_is_left_alone(tmp_path, capsys):
-    with convert._unfinished(tmp_path / "target") as folder:
+    with new_folder(tmp_path / "target") as folder:
         (folder / "a").touch()
         assert convert.main([str(REFERENCE / "plain"), str(tmp_path / "target"), "--to", "hf"]) == 1
         assert (
-            f"process {os.getpid()} is converting to it; wait until it ends"
-            in capsys.readouterr().err
+            f"process {os.getpid()} is writing it; wait until that ends" in capsys.readouterr().err
         )
         assert (folder / "a").exists()
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["a"]
@@ -825,7 +828,7 @@ def test_a_system_that_does_not_let_us_write_is_told_with_a_step(
     def refuse(tensors, path, metadata):
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(convert, "save_file", refuse)
+    monkeypatch.setattr(write, "save_file", refuse)
     with pytest.raises(kind, match=found):
         convert.convert(REFERENCE / "plain", tmp_path / "target", "hf")
     assert list(tmp_path.iterdir()) == []
@@ -922,13 +925,13 @@ def test_int8_weights_lie_where_the_kernel_can_read_them(tmp_path):
         "b": torch.ones(32),
     }
     for name in ("x", "name of another length"):
-        convert._save({**tensors, name: torch.ones(32)}, tmp_path / "x.safetensors")
+        save_tensors({**tensors, name: torch.ones(32)}, tmp_path / "x.safetensors")
         with (tmp_path / "x.safetensors").open("rb") as file:
             assert (8 + int.from_bytes(file.read(8), "little")) % LINE == 0
         weight = SafetensorsFile(tmp_path / "x.safetensors").read("a.weight_int8")
         layer = Int8Linear(weight, torch.ones(64, dtype=torch.bfloat16))
         assert layer.weight.data_ptr() == weight.data_ptr()
-    convert._save({"b": torch.ones(32)}, tmp_path / "plain.safetensors")
+    save_tensors({"b": torch.ones(32)}, tmp_path / "plain.safetensors")
     with safe_open(tmp_path / "plain.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
