@@ -3,6 +3,7 @@
 
     python tools/bench.py compare --size 1b              # a table: ours, transformers, and llama.cpp where installed
     python tools/bench.py growth --size 1b --png x.png   # time per token by context and by batch
+    python tools/bench.py drafts --size 1b               # one pass over several tokens of one answer
     python tools/bench.py kernels                        # one product of a layer, by every way (see kernels --help)
     python tools/bench.py quality                        # how far int8 and int4 are from float64, layer by layer
     python tools/bench.py contrast --size 0.5b           # what a second row of logits costs
@@ -41,6 +42,7 @@ from bench_checkpoint import SHAPES, SIZES, make_checkpoint
 from bench_parts.clock import say
 from bench_parts.compare import PICTURE, Asked, compare, default_rows, measured
 from bench_parts.contrast import contrast, contrast_table
+from bench_parts.drafts import pass_costs, pass_table
 from bench_parts.growth import CONTEXTS, growth, growth_plot, growth_table, random_model
 from bench_parts.journal import Journal
 from bench_parts.probe import machine
@@ -128,11 +130,16 @@ def flags_of_others(group: argparse._ArgumentGroup) -> None:
         default="shapes,0.04b,0.13b,0.5b",
         help="threads: these, `shapes` being the bundled model",
     )
-    group.add_argument("--dtypes", default="float32,bfloat16,int8,int4", help="growth: which lines")
+    group.add_argument(
+        "--dtypes", default="float32,bfloat16,int8,int4", help="growth, drafts: which lines"
+    )
     group.add_argument("--png", type=Path, help="growth: draw it here")
     group.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="contrast")
     group.add_argument(
-        "--prompt", type=int, default=PROMPT, help=f"contrast: positions before (default {PROMPT})"
+        "--prompt",
+        type=int,
+        default=PROMPT,
+        help=f"contrast, drafts: positions before (default {PROMPT})",
     )
     group.add_argument(
         "--beside",
@@ -159,7 +166,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             f"--tokens is {options.tokens}, expected less than the shortest context, "
             f"{min(CONTEXTS)}"
         )
-    if options.size == SHAPES and options.what in ("growth", "contrast"):
+    if options.size == SHAPES and options.what in ("growth", "contrast", "drafts"):
         parser.error(f"--size {SHAPES} is for compare: {options.what} measures random weights")
     for flag, path in (("--png", options.png), ("--journal", options.journal)):
         if path is None:
@@ -241,10 +248,20 @@ def show(options: argparse.Namespace, rows: Sequence[Row], asked: Asked, journal
             print(f"\n{text}")
 
 
-def growth_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
+def dtypes_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
     dtypes = options.dtypes.split(",")
     if unknown := set(dtypes) - {*DTYPES, *KINDS}:
         parser.error(f"--dtypes: unknown {', '.join(sorted(unknown))}")
+    return dtypes
+
+
+def drafts_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
+    found = pass_costs(options.size, dtypes_of(parser, options), options.prompt, options.rounds)
+    return listed(found), pass_table(found)
+
+
+def growth_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
+    dtypes = dtypes_of(parser, options)
     found = growth(options.size, dtypes, options.tokens, options.rounds)
     if options.png:
         title = f"{options.size}, random weights, {machine(options.device)}"
@@ -300,6 +317,7 @@ def listed(timings: dict) -> list[dict]:
 # Each gives what --json prints, and the table.
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser, argparse.Namespace], tuple]] = {
     "growth": growth_command,
+    "drafts": drafts_command,
     "quality": quality_command,
     "contrast": contrast_command,
     "threads": threads_command,

@@ -188,7 +188,7 @@ class LlamaCpp:
             self.model.eval(made[-1:])
 
     def read(self, picture: str) -> float:
-        """Put a picture behind what was read; -> the seconds that the eye took."""
+        """Read a picture after what was read before; -> the seconds that the eye took."""
         from ctypes import byref, c_int32
 
         from llama_cpp import mtmd_cpp as mtmd

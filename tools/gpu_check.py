@@ -305,13 +305,13 @@ def compare_networks(
     """For each dtype: how far ours and theirs are from float64, and whether they are bit-identical.
     state: float64."""
     for dtype in PRECISIONS:
-        narrow = {key: tensor.to(getattr(torch, dtype)) for key, tensor in state.items()}
-        wide = network(config, {key: t.double() for key, t in narrow.items()}, "eager")
-        exact = tensors_of(wide, ids, pixels)["logits"]
-        theirs = transformers_of(config, narrow) if find_spec("transformers") else None
+        rounded = {key: tensor.to(getattr(torch, dtype)) for key, tensor in state.items()}
+        in_float64 = network(config, {key: t.double() for key, t in rounded.items()}, "eager")
+        exact = tensors_of(in_float64, ids, pixels)["logits"]
+        theirs = transformers_of(config, rounded) if find_spec("transformers") else None
         if theirs is None:
             run.report.skip(f"{name}: against transformers", "transformers is not installed")
-        both = Compared(run, name, config, dtype, narrow, ids, pixels, exact, theirs)
+        both = Compared(run, name, config, dtype, rounded, ids, pixels, exact, theirs)
         for attention, peer in (("eager", "eager"), ("fused", "sdpa")):
             compare_attention(both, attention, peer)
 
@@ -721,7 +721,7 @@ def waits_of(answer: Iterator, device: str) -> int:
 
 
 def held(device: str) -> int:
-    """Bytes of tensors: of a GPU what is handed out, else what Python can reach. Without cuBLAS's
+    """Bytes of tensors: of a GPU what torch has allocated, else what Python can reach. Without cuBLAS's
     workspaces: a product makes them and a recording lets them go, and both may come last."""
     gc.collect()
     if device != "cpu":
@@ -1078,7 +1078,7 @@ def show_part(run: Run, what: str, work: Callable[[], object]) -> None:
     events = [event.name for event in seen.events() if event.device_type == kind]
     count = sum(not name.startswith(("Memcpy", "Memset")) for name in events)
     unit = "kernels" if run.on_gpu else "operations"
-    found = f"{whole:.2f}, given away after {given:.2f}; {count} {unit}"
+    found = f"{whole:.2f}, begun after {given:.2f}; {count} {unit}"
     run.report.measure(f"{what}: ms", "bfloat16", found)
 
 

@@ -13,7 +13,7 @@ import bench_chart
 import pytest
 import torch
 from bench_checkpoint import config_of, make_checkpoint
-from bench_parts import clock, compare, growth, probe, rows, threads, work
+from bench_parts import clock, compare, drafts, growth, probe, rows, threads, work
 from bench_parts.compare import Asked, Measured
 from bench_parts.gguf_files import pairs_side_by_side
 from bench_parts.journal import Journal
@@ -416,6 +416,17 @@ def test_growth_measures_every_length_and_batch(monkeypatch, capsys):
 
 
 @pytest.mark.parity
+def test_drafts_times_passes_over_several_tokens(monkeypatch, capsys):
+    monkeypatch.setattr(drafts, "COUNTS", (1, 3))
+    arguments = ["drafts", "--size", "toy", "--dtypes", "float32,int4", "--prompt", "5"]
+    assert bench.main([*arguments, "--rounds", "1"]) == 0
+    shown = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert shown[0] == ["one pass, tokens", "1", "3", "others"]
+    names = ["float32, ms", "float32, to one token", "int4, ms", "int4, to one token"]
+    assert [row[0] for row in shown[1:]] == names
+    assert [row[1] for row in shown[2::2]] == ["1.00", "1.00"]
+
+
 def test_growth_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="needs pip install -e '.[bench]'")
     timings = {

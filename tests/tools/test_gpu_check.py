@@ -169,7 +169,7 @@ def test_the_first_token_is_taken_apart(few):
     for row in rows:
         if row.verdict == MEASURED:
             times, count = row.found.split("; ")
-            whole, given = map(float, times.split(", given away after "))
+            whole, given = map(float, times.split(", begun after "))
             assert 0 < given <= whole
             assert int(count.split()[0]) > 0
 

@@ -149,8 +149,12 @@ def write_eye(folder: Path, path: Path) -> None:
             stem, dot, kind = name, "", ""
         prefix = f"v.blk.{layer[1]}." if layer else ""
         tensor = checkpoint.read(name)
-        wide = tensor.dim() > 1 and "position" not in name
-        add(writer, f"{prefix}{EYE_NAMES[stem]}{dot}{kind}", tensor, "F16" if wide else "F32")
+        add(
+            writer,
+            f"{prefix}{EYE_NAMES[stem]}{dot}{kind}",
+            tensor,
+            "F32" if "position" in name else "F16",
+        )
     finish(writer)
 
 

@@ -50,7 +50,7 @@ BATCHES = (1, 2, 4, 8, 16)
 
 
 def step_time(model: Llava, rows: int, context: int, tokens: int) -> float:
-    """Seconds per step of so many rows, each behind so many positions."""
+    """Seconds per step of so many rows, each after so many cached positions."""
     dtype = model.language_model.embed_tokens.weight.dtype
     cache = KVCache(model.config.text, rows, context + tokens, dtype=dtype, device="cpu")
     for tensor in (*cache.keys, *cache.values):
@@ -66,8 +66,8 @@ def step_time(model: Llava, rows: int, context: int, tokens: int) -> float:
 def growth(
     size: str, dtypes: Sequence[str], tokens: int, rounds: int
 ) -> dict[tuple[str, str, int], Timing]:
-    """Seconds per step by (dtype, "context" or "batch", how many): one row behind ever longer
-    contexts, and ever more rows behind PROMPT positions."""
+    """Seconds per step by (dtype, "context" or "batch", how many): one row after ever longer
+    contexts, and ever more rows after PROMPT positions."""
 
     found = {}
     for name in dtypes:  # one model at a time; what is compared is the same model with more to do

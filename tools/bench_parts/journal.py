@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "minillava"
 class Journal:
     """Records, one for each measured process, and what they have in common.
 
-    With a path each is written there as it comes, one JSON object a line behind a first line of
+    With a path each is written there as it comes, one JSON object a line after a first line of
     settings, and those that are there already count. Raises ValueError if they were made with other
     settings."""
 

@@ -8,6 +8,18 @@ from pathlib import Path
 
 import torch
 
+from minillava.fast import processor
+
+# one block of tools/MEASUREMENTS.md for each
+KINDS = {
+    "amx": "AVX-512 and AMX",
+    "avx512-bf16": "AVX-512 with bfloat16",
+    "avx512": "AVX-512",
+    "avx2": "AVX2",
+    "arm-bf16": "ARM with bfloat16",
+    "arm": "ARM",
+    "unknown": "another kind",
+}
 LARGE = 1 << 29  # numbers, 2 GiB in float32: more than any processor's cache holds
 TRIES = 3
 
@@ -80,15 +92,4 @@ def machine(device: str) -> str:
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else "a processor"
-    return f"{torch.get_num_threads()} threads of {name}, {kind()}, torch {torch.__version__}"
-
-
-def kind() -> str:
-    """The instructions that decide how fast a product is: one block of tools/MEASUREMENTS.md for
-    each."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability == "AVX512" and torch.cpu._is_amx_tile_supported():
-        return "AVX-512 and AMX"
-    if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
-        return "AVX-512 with bfloat16"
-    return {"AVX512": "AVX-512"}.get(capability, capability)
+    return f"{torch.get_num_threads()} threads of {name}, {KINDS[processor.kind()]}, torch {torch.__version__}"

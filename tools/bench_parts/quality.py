@@ -19,10 +19,10 @@ def quality(
     found = []
     for n, c in shapes:
         weight, x = (torch.randn(rows, c, generator=generator) for rows in (n, 32))
-        narrow = weight.bfloat16()
+        rounded = weight.bfloat16()
         layers = {
             "float32": partial(linear, weight=weight),
-            "bfloat16": lambda x, narrow=narrow: linear(x.bfloat16(), narrow),
+            "bfloat16": lambda x, rounded=rounded: linear(x.bfloat16(), rounded),
         }
         layers |= {kind: quantised_layer(quantize_tensor(weight, kind)) for kind in KINDS}
         for rows in (1, 32):

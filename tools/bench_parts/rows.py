@@ -60,7 +60,7 @@ ROWS = {
 
 
 def row_of(name: str) -> Row:
-    """One of ROWS, or with a number of threads behind an @, as in bfloat16@1. Raises ValueError."""
+    """One of ROWS, or with a number of threads after an @, as in bfloat16@1. Raises ValueError."""
     base, at, threads = name.partition("@")
     if base not in ROWS or (at and not (threads.isdecimal() and int(threads) > 0)):
         raise ValueError(

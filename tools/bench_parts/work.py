@@ -40,7 +40,7 @@ def cache_size(config: LlavaConfig, positions: int) -> int:
 
 
 def bytes_read(config: LlavaConfig, dtype: str, width: int, positions: int) -> float:
-    """By one token behind so many positions: every weight once, and the cache, a number of which
+    """By one token after so many cached positions: every weight once, and the cache, a number of which
     takes `width` bytes."""
     head = config.text.hidden_size * config.text.vocab_size
     bits = (weights_read(config.text) - head) * BITS[dtype] + head * HEAD_BITS.get(
