@@ -5,8 +5,8 @@
     print(assistant.ask("x.jpg", "What is in this image?"))
 
 Reading order, which is the order of the data: config, options, image, prompt, tokenizer, attention,
-vision, projector, cache, llama, llava, sampling, loop, assistant. The folders are everything else.
-CLASSROOM.md has the questions that people ask on the way, and exercises.
+vision, projector, cache, llama, llava, sampling, streaming, loop, assistant. The folders are
+everything else. CLASSROOM.md has the questions that people ask on the way, and exercises.
 """
 
 import sys

@@ -22,20 +22,13 @@ from minillava.files.disk import read_json
 from minillava.files.pictures import Images, ImageSource, are_several, as_list, open_image
 from minillava.generate import beam
 from minillava.generate.contrast import Contrast, find_method
-from minillava.generate.generation import Generation, generate
+from minillava.generate.generation import Generation, check_room, generate
+from minillava.generate.named import check_names, read_options
 from minillava.generate.score import score_answers
 from minillava.image import ImageProcessor
 from minillava.llava import Llava, Spliced
-from minillava.loop import Process, check_room, steps
-from minillava.options import (
-    KINDS,
-    Options,
-    check_names,
-    dtype_name,
-    expect_text,
-    expect_texts,
-    read_options,
-)
+from minillava.loop import Process, steps
+from minillava.options import KINDS, Options, dtype_name, expect_text, expect_texts
 from minillava.prompt import (
     DEFAULT_PROMPT,
     DEFAULT_TEMPLATE,

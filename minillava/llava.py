@@ -214,8 +214,15 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(
             f"every label is ignored ({IGNORE_INDEX}): there is nothing to take a loss of"
         )
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = upcast(logits)
     return F.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=IGNORE_INDEX)
+
+
+def upcast(logits: Tensor) -> Tensor:
+    """Float32 or better. What follows divides, exponentiates and sums over the whole vocabulary; in
+    half precision it would round tokens into ties that the model did not mean. transformers copies
+    to float32 at the same place."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def as_rows(name: str, ids: Tensor | Sequence[Sequence[int]], device: Any) -> list[Tensor]:

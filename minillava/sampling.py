@@ -1,15 +1,35 @@
-"""From logits to the next token: pure functions on [B, V] float32, in the order transformers
-applies them.
+"""From logits to the next token: penalties and filters as pure functions on scores [B, V], and the
+`Sampler`, which applies them in the order of transformers.
 
-repetition penalty, no repeated n-grams, then, only when sampling: temperature, top-k, top-p, min-p,
-typical-p. A removed token gets -inf. keep: how many tokens, those it likes best, a filter leaves at
-least.
+Repetition penalty, no repeated n-grams, no early end, then, only when sampling: temperature, top-k,
+top-p, min-p, typical-p. A removed token gets -inf. keep: a filter leaves at least so many of the
+best tokens.
 """
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-REMOVED = float("-inf")
+from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig
+from minillava.options import Options, dtype_name
+
+REMOVED = -math.inf
+
+NOTHING_LEFT = (
+    "no token is left to choose: contrast's cut, no_repeat_ngram_size, min_new_tokens, process and "
+    "the filters together remove all; loosen one of them"
+)
+
+NOT_FINITE = (
+    "the logits are not finite: damaged weights or a dtype too narrow; try float32 (a command: "
+    "--dtype float32)"
+)
+
+Process = Callable[[Tensor, Tensor], Tensor]
+"""Somebody's own sampling: scores [B, V] and history [B, S] -> scores [B, V]."""
 
 
 def repetition_penalty(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -27,8 +47,8 @@ def no_repeat_ngram(scores: Tensor, history: Tensor, size: int) -> Tensor:
     runs = history.unfold(1, size, 1)  # [B, S - size + 1, size]
     repeats = (runs[..., :-1] == history[:, None, length - size + 1 :]).all(-1)  # [B, S - size + 1]
     last = runs[..., -1]
-    # What is no repetition, padding and ids that the model cannot say are removed from a column of
-    # no token.
+    # Entries that end no repeat, padding, and ids outside the vocabulary are sent to one extra
+    # column, which is cut off below.
     last = torch.where(repeats & (last >= 0) & (last < vocabulary), last, vocabulary)
     removed = scores.new_zeros((len(scores), vocabulary + 1), dtype=torch.bool).scatter_(
         1, last, True
@@ -84,3 +104,132 @@ def draw(scores: Tensor, generator: torch.Generator, count: int = 1) -> Tensor:
     """`count` different tokens per row at random, in proportion to softmax(scores). [B,V] ->
     [B,count]"""
     return torch.multinomial(scores.softmax(-1), count, generator=generator)
+
+
+class Sampler:
+    """From logits to tokens, by the options. Its only state is the ids so far and random numbers.
+
+    history: [B, S] the ids of prompt and answer, a picture as one image id per patch, -1 where a
+    row is padding.
+    """
+
+    def __init__(
+        self,
+        config: LlavaConfig,
+        input_ids: Sequence[Tensor],
+        options: Options,
+        process: Process | None = None,
+    ):
+        """input_ids: per row, the prompt with its -200. process: is given the scores after the
+        penalties and returns others, -inf for a token that must not be chosen. Raises ValueError
+        if there are seeds for another number of prompts."""
+        if process is not None and not callable(process):
+            raise ValueError(f"process is {process!r}, expected f(scores, history) -> scores")
+        self.options, self.custom, device = options, process, input_ids[0].device
+        seeds = options.seed if isinstance(options.seed, tuple) else (options.seed,)
+        if not seeds or len(input_ids) % len(seeds):
+            raise ValueError(
+                f"{len(seeds)} seeds for {len(input_ids)} rows, expected one seed, or one per "
+                "prompt"
+            )
+        self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+        # Beams need candidates that go on even if as many as there are end tokens do not.
+        self.keep = 1 if options.num_beams == 1 else 1 + len(config.eos_token_ids)
+        ends = [i for i in config.eos_token_ids if i < config.text.vocab_size]
+        self.end_ids = torch.tensor(ends, dtype=torch.long, device=device)
+        rows = []
+        for ids in input_ids:
+            # In transformers a picture is ordinary ids of the prompt, so it is penalised as well.
+            is_image = ids == IMAGE_TOKEN_INDEX
+            repeats = torch.where(is_image, config.tokens_per_image, 1)
+            rows.append(ids.masked_fill(is_image, config.image_token_id).repeat_interleave(repeats))
+        self.prompt_length = max(map(len, rows))
+        self.history = torch.stack(
+            [F.pad(row, (self.prompt_length - len(row), 0), value=-1) for row in rows]
+        )
+
+    @property
+    def step(self) -> int:
+        """How many tokens of the answer are chosen."""
+        return self.history.shape[1] - self.prompt_length
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, V] float32 -> token ids [B], the scores [B, V] they were chosen from, and bool [B]:
+        rows with no token left to choose, which get any."""
+        scores = self.process(logits)
+        empty = ~(scores > REMOVED).any(-1)  # [B]
+        scores = scores.masked_fill(empty[:, None], 0)
+        token_ids = (
+            scores.argmax(-1) if self.options.temperature == 0 else self.draw(scores, 1)[:, 0]
+        )
+        return token_ids, scores, empty
+
+    def process(self, logits: Tensor) -> Tensor:
+        """Logits or log-probabilities [B, V] -> the scores to choose from, in the order of
+        transformers."""
+        o, scores = self.options, logits
+        if o.repetition_penalty is not None:
+            scores = repetition_penalty(scores, self._seen(scores.shape[1]), o.repetition_penalty)
+        if o.no_repeat_ngram_size:
+            scores = no_repeat_ngram(scores, self.history, o.no_repeat_ngram_size)
+        if self.step < o.min_new_tokens:
+            scores = scores.index_fill(1, self.end_ids, REMOVED)
+        if self.custom is not None:
+            scores = check_scores(self.custom(scores.clone(), self.history.clone()), scores)
+        if o.temperature == 0:
+            return scores
+        if o.temperature != 1:
+            scores = temperature(scores, o.temperature)
+        if o.top_k:
+            scores = top_k(scores, max(o.top_k, self.keep))
+        if o.top_p is not None and o.top_p < 1:
+            scores = top_p(scores, o.top_p, self.keep)
+        if o.min_p:
+            scores = min_p(scores, o.min_p, self.keep)
+        if o.typical_p is not None and o.typical_p < 1:
+            scores = typical_p(scores, o.typical_p, self.keep)
+        return scores
+
+    def draw(self, scores: Tensor, count: int) -> Tensor:
+        """`count` different choices per row, at random: [B, V] -> [B, count]."""
+        # [B / seeds, V] each
+        shares = zip(scores.chunk(len(self.generators)), self.generators, strict=True)
+        return torch.cat([draw(rows, generator, count) for rows, generator in shares])
+
+    def remember(self, token_ids: Tensor, rows: Tensor | None = None) -> None:
+        """Note what was chosen [B]. rows: which row each of them follows, when not its own
+        (beams)."""
+        history = self.history if rows is None else self.history[rows]
+        self.history = torch.cat([history, token_ids[:, None]], dim=1)
+
+    def _seen(self, vocabulary: int) -> Tensor:
+        """bool [B, V]: which tokens are in each row already."""
+        inside = (self.history >= 0) & (self.history < vocabulary)
+        known = torch.where(inside, self.history, vocabulary)
+        seen = torch.zeros((len(known), vocabulary + 1), dtype=torch.bool, device=known.device)
+        return seen.scatter_(1, known, True)[:, :-1]  # the last column took the rest
+
+
+def check_finite(logits: Tensor) -> Tensor:
+    """The logits. Raises ValueError if they are not all finite."""
+    if not logits.isfinite().all():
+        raise ValueError(NOT_FINITE)
+    return logits
+
+
+def check_scores(found: Tensor, given: Tensor) -> Tensor:
+    """What `process` made of the given scores [B, V]. Raises ValueError for what cannot be chosen
+    from."""
+    if not isinstance(found, Tensor) or not _described(found) == _described(given):
+        raise ValueError(f"process returned {_described(found)}, expected {_described(given)}")
+    if not (found < math.inf).all():  # nor is NaN
+        raise ValueError(
+            "process returned NaN or +inf, expected finite scores, and -inf for a token to remove"
+        )
+    return found
+
+
+def _described(x: object) -> str:
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    return f"a tensor {list(x.shape)} {dtype_name(x.dtype)} on {x.device}"

@@ -62,7 +62,7 @@ from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig  # noqa: E402
 from minillava.fast import ahead as run_ahead  # noqa: E402
 from minillava.fast import compiled as capture  # noqa: E402
 from minillava.fast import speed_up  # noqa: E402
-from minillava.fast.ahead import Arriving, decode_ahead  # noqa: E402
+from minillava.fast.ahead import AsyncRead, decode_ahead  # noqa: E402
 from minillava.fast.compiled import compile_decode  # noqa: E402
 from minillava.fast.quantize import quantised_layer, quantize_tensor  # noqa: E402
 from minillava.files.disk import one_line  # noqa: E402
@@ -72,6 +72,7 @@ from minillava.image import ImageProcessor  # noqa: E402
 from minillava.llava import Llava  # noqa: E402
 from minillava.loop import steps  # noqa: E402
 from minillava.options import KINDS, Options  # noqa: E402
+from minillava.sampling import Sampler  # noqa: E402
 
 BUNDLED = bundled_weights()
 PICTURES = [BUNDLED / f"example-{number}.png" for number in (1, 2, 3)]
@@ -470,12 +471,12 @@ def likelier(assistant: Assistant, asked: list[tuple[Path, str]]) -> list[str]:
 
 @contextmanager
 def running_ahead(runs: bool) -> Iterator[None]:
-    before = run_ahead.runs_ahead
-    run_ahead.runs_ahead = lambda device: runs
+    before = run_ahead.overlaps_reading
+    run_ahead.overlaps_reading = lambda device: runs
     try:
         yield
     finally:
-        run_ahead.runs_ahead = before
+        run_ahead.overlaps_reading = before
 
 
 def not_ahead(assistant: Assistant, asked: list, **options) -> list[str]:
@@ -1023,8 +1024,9 @@ def our_parts(run: Run, model: Llava, ids: list, pixels: Tensor) -> dict[str, Ca
         loop.prefill(model, spliced, cache, **nothing)
 
     def choose() -> list[int]:
-        logits = loop.wide_logits(output)
-        return Arriving(loop.Chooser(model, spliced.input_ids, options)(logits)[0]).wait()
+        logits = loop.last_logits(output)
+        sampler = Sampler(model.config, spliced.input_ids, options)
+        return AsyncRead(sampler(logits)[0]).wait()
 
     def decode() -> None:
         loop.decode(model, token, cache, **nothing)

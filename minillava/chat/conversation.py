@@ -15,7 +15,7 @@ from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.files.pictures import ImageSource
 from minillava.llava import Spliced
 from minillava.loop import Process, steps
-from minillava.options import Options
+from minillava.options import Options, remaining_context
 from minillava.prompt import place_images, render
 from minillava.tokenizer import common_prefix
 
@@ -160,12 +160,12 @@ class Conversation:
         for i in ids:
             is_image = i == IMAGE_TOKEN_INDEX
             positions += [next(following)] * config.tokens_per_image if is_image else [i]
-        if len(positions) >= config.text.context:
-            raise ValueError(
-                f"with this question the conversation takes {len(positions)} positions, the "
-                f"model's context holds {config.text.context} with the answer; ask something "
-                "shorter, or start anew with /clear"
-            )
+        remaining_context(
+            config,
+            len(positions),
+            taken="with this question the conversation takes {length} positions",
+            advice="ask something shorter, or start anew with /clear",
+        )
         return positions
 
     def _leave(self) -> None:

@@ -13,7 +13,7 @@ from minillava.llava import Llava
 from minillava.loop import Decoder, decode_in_turn
 
 
-def runs_ahead(device: torch.device) -> bool:
+def overlaps_reading(device: torch.device) -> bool:
     """Whether a step is begun before it is known that the answer goes on: free where the processor
     that knows is not the one that computes, and a whole step too many where it is."""
     return device.type == "cuda"
@@ -31,7 +31,7 @@ def decode_ahead(
 def choose_decoder(
     step: Callable[[Tensor], LanguageOutput], cache: KVCache, device: torch.device
 ) -> Decoder:
-    return (Ahead if runs_ahead(device) else Decoder)(step, cache)
+    return (Ahead if overlaps_reading(device) else Decoder)(step, cache)
 
 
 class Ahead(Decoder):
@@ -40,7 +40,7 @@ class Ahead(Decoder):
     tokens = 0  # begun with
 
     def begin(self, token_ids: Tensor, told: Tensor, last: bool) -> None:
-        self.token_ids, self.arriving, self.begun = token_ids, Arriving(told), None
+        self.token_ids, self.arriving, self.begun = token_ids, AsyncRead(told), None
         self.tokens += 1
         # Not with the first: it would come only when the second step's many kernels are begun.
         if self.tokens > 1 and not last:
@@ -57,7 +57,7 @@ class Ahead(Decoder):
             self.cache.truncate(self.cache.length - 1)
 
 
-class Arriving:
+class AsyncRead:
     """Numbers on their way from the device. To wait for them is not to wait for what the device was
     given to do since, so that it never stands still."""
 

@@ -7,35 +7,27 @@ answers: B times num_return_sequences.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from minillava.cache import KVCache
-from minillava.llava import Llava, Spliced
-from minillava.loop import (
-    NOTHING_LEFT,
-    Chooser,
-    Process,
-    Row,
-    check_wishes,
-    decode,
-    last_logits,
-    prefill,
-    room_for_answer,
-)
+from minillava.llama import LanguageOutput
+from minillava.llava import Llava, Spliced, upcast
+from minillava.loop import Run, decode, decode_in_turn, last_logits, prefill
 from minillava.options import Options
-from minillava.sampling import REMOVED
+from minillava.sampling import NOTHING_LEFT, REMOVED, Process, check_finite
+from minillava.streaming import Row
 from minillava.tokenizer import Tokenizer
 
-OUT = -1e9
+RULED_OUT = -1e9
 """Added to a score so that it loses against every real one, and added rather than put in its place:
 two of them still compare as they do in transformers."""
 
 
 @dataclass
-class Found:
+class BeamResult:
     """The answers of a beam search: those to one prompt in adjacent rows, the best first."""
 
     sequences: Tensor  # [R, m] new ids only, rows padded after their end token
@@ -76,7 +68,7 @@ def search(
     tokenizer: Tokenizer | None = None,
     record: Sequence[str] = (),
     process: Process | None = None,
-) -> Found:
+) -> BeamResult:
     """The num_return_sequences best answers to each prompt; with a temperature, transformers' beam
     sampling.
 
@@ -84,98 +76,128 @@ def search(
     search: they are cut from finished answers, whose ids and scores stay whole. process: as for
     `generate`, given the log-probabilities of every beam [B·n, V]. Raises ValueError as `generate`.
     """
-    check_wishes(options, tokenizer, record)
-    wanted = {name: name in record for name in ("hidden_states", "attentions")}
-    n, (prompts, length, _), device = options.num_beams, spliced.embeds.shape, spliced.embeds.device
-    budget = min(options.max_new_tokens, room_for_answer(model, spliced))
-    end_ids = torch.tensor(model.config.eos_token_ids, dtype=torch.long, device=device)
-    # K: even if every beam ends in every way there is, n remain to go on
-    count = max(2, 1 + len(end_ids)) * n
-    choose = Chooser(model, spliced.input_ids, options, keep=1 + len(end_ids), process=process)
-    cache = KVCache(
-        model.config.text, prompts, length + budget - 1, dtype=spliced.embeds.dtype, device=device
-    )
-
-    output = prefill(model, spliced, cache, **wanted)
-    rows = torch.arange(prompts, device=device).repeat_interleave(n)  # [B·n]
-    cache.select_rows(rows)
-    choose.history = choose.history[rows]
-    logits = last_logits(output)[rows]  # [B·n, V]
-    states, weights = (
-        kept and tuple(t[rows] for t in kept) for kept in (output.hidden_states, output.attentions)
-    )
-
-    size = (prompts, n, budget)
-    running = Beams(
-        token_ids=torch.full(size, model.config.pad_token_id, device=device),
-        path=torch.full(size, -1, device=device),
-        # at first all are alike: follow one
-        score=logits.new_tensor([0.0] + [OUT] * (n - 1)).repeat(prompts, 1),
-        ended=torch.zeros((prompts, n), dtype=torch.bool, device=device),
-    )
-    finished = Beams(
-        running.token_ids, running.path, torch.full_like(running.score, OUT), running.ended
-    )
-    improvable = torch.ones((prompts, 1), dtype=torch.bool, device=device)
+    run = Run(model, spliced, options, tokenizer, record, process=process)
+    search = Search(model, spliced, run, options)
     recorded: dict[str, list] = {name: [] for name in record}
-    for made in range(budget):
-        scores = choose.process(logits.log_softmax(-1))  # [B·n, V]
-        now = {"scores": scores, "logits": logits, "hidden_states": states, "attentions": weights}
-        for name in record:
-            recorded[name].append(now[name])
+    with decode_in_turn(model, spliced.embeds, run.capacity, None, run.wanted) as decoder:
+        cache = decoder.cache
+        output = search.repeat(prefill(model, spliced, cache, **run.wanted), cache)
+        while True:
+            logits = check_finite(last_logits(output))  # [B·n, V]
+            scores = run.sampler.process(logits.log_softmax(-1))
+            now = {**vars(output), "logits": logits, "scores": scores}
+            for name in record:
+                recorded[name].append(now[name])
+            candidates = search.propose(scores)
+            search.keep_running(candidates)
+            search.keep_finished(candidates)
+            token_ids, parents = search.last_tokens()  # [B·n]
+            run.sampler.remember(token_ids, parents)
+            if not search.can_improve():
+                break
+            cache.select_rows(parents)
+            output = decode(model, token_ids, cache, **run.wanted)
+    return _collect(model, search.finished, options, tokenizer, recorded)
 
-        total = (scores.view(prompts, n, -1) + running.score[:, :, None]).flatten(1)  # [B, n·V]
+
+class Search:
+    """The n beams that run and the n best finished answers of each prompt, and how one step changes
+    them."""
+
+    def __init__(self, model: Llava, spliced: Spliced, run: Run, options: Options):
+        self.run, self.options, self.n, self.most = run, options, options.num_beams, run.most
+        self.prompts, self.device = run.batch, run.sampler.history.device
+        self.end_ids = torch.tensor(
+            model.config.eos_token_ids, dtype=torch.long, device=self.device
+        )
+        # even if every beam ends in every way there is, n remain to go on
+        self.count = max(2, 1 + len(self.end_ids)) * self.n
+        size = (self.prompts, self.n, self.most)
+        # at first all are alike: follow one
+        first = upcast(spliced.embeds[:0]).new_tensor([0.0] + [RULED_OUT] * (self.n - 1))
+        self.running = Beams(
+            token_ids=torch.full(size, model.config.pad_token_id, device=self.device),
+            path=torch.full(size, -1, device=self.device),
+            score=first.repeat(self.prompts, 1),
+            ended=torch.zeros(size[:2], dtype=torch.bool, device=self.device),
+        )
+        self.finished = replace(self.running, score=torch.full_like(self.running.score, RULED_OUT))
+        self.improvable = torch.ones((self.prompts, 1), dtype=torch.bool, device=self.device)
+
+    def repeat(self, output: LanguageOutput, cache: KVCache) -> LanguageOutput:
+        """What was read of B prompts, for the n beams of each."""
+        rows = torch.arange(self.prompts, device=self.device).repeat_interleave(self.n)  # [B·n]
+        cache.select_rows(rows)
+        self.run.sampler.history = self.run.sampler.history[rows]
+        states, weights = (
+            recorded and tuple(t[rows] for t in recorded)
+            for recorded in (output.hidden_states, output.attentions)
+        )
+        return LanguageOutput(output.logits[rows], states, weights)
+
+    def propose(self, scores: Tensor) -> Beams:
+        """The K best ways to go on by one token, or K that are drawn; scores [B·n, V]."""
+        total = scores.view(self.prompts, self.n, -1) + self.running.score[:, :, None]
+        total = total.flatten(1)  # [B, n·V]
         if (total.amax(1) == REMOVED).any():
             raise ValueError(NOTHING_LEFT)
-        # [B, K]
-        best = total.topk(count).indices if options.temperature == 0 else choose.draw(total, count)
+        if self.options.temperature == 0:
+            best = total.topk(self.count).indices  # [B, K]
+        else:
+            best = self.run.sampler.draw(total, self.count)
         beam, token_ids = best // scores.shape[1], best % scores.shape[1]  # [B, K]
-        candidates = running.take(beam)
-        candidates.token_ids[:, :, made] = token_ids
-        candidates.path[:, :, made] = rows.view(prompts, n)[:, :1] * n + beam
-        candidates.score = total.gather(1, best)
-        candidates.ended = torch.isin(token_ids, end_ids) | (made + 1 == budget)
+        rows, at = torch.arange(self.prompts, device=self.device)[:, None], self.run.sampler.step
+        found = self.running.take(beam)
+        found.token_ids[:, :, at] = token_ids
+        found.path[:, :, at] = rows * self.n + beam
+        found.score = total.gather(1, best)
+        found.ended = torch.isin(token_ids, self.end_ids) | (at + 1 == self.most)
+        return found
 
-        going_on = candidates.score + candidates.ended * OUT
-        going_on, index = going_on.topk(n)
-        running = candidates.take(index)
-        running.score = going_on
+    def keep_running(self, candidates: Beams) -> None:
+        """The n best that have not ended."""
+        going_on = candidates.score + candidates.ended * RULED_OUT
+        going_on, index = going_on.topk(self.n)
+        self.running = replace(candidates.take(index), score=going_on)
 
-        # An end counts only among the n best candidates, and while the prompt's answers are neither
-        # full nor final.
-        full = finished.ended.all(1, keepdim=True) & (options.early_stopping is True)  # [B, 1]
-        candidates.ended[:, n:] = False
-        candidates.score = candidates.score / (made + 1) ** options.length_penalty
-        candidates.score = (
-            candidates.score + full * OUT + ~improvable * OUT + ~candidates.ended * OUT
+    def keep_finished(self, candidates: Beams) -> None:
+        """The n best of the finished and of those that have ended now. An end counts only among
+        the n best candidates, and while the prompt's answers are neither full nor final."""
+        early = self.options.early_stopping is True
+        full = self.finished.ended.all(1, keepdim=True) & early  # [B, 1]
+        ended = candidates.ended.clone()
+        ended[:, self.n :] = False
+        score = candidates.score / (self.run.sampler.step + 1) ** self.options.length_penalty
+        score = score + full * RULED_OUT + ~self.improvable * RULED_OUT + ~ended * RULED_OUT
+        finished = self.finished.join(replace(candidates, score=score, ended=ended))
+        self.finished = finished.take(finished.score.topk(self.n).indices)
+
+    def last_tokens(self) -> tuple[Tensor, Tensor]:
+        """Of each running beam its newest token, and in which row that was chosen: [B·n] both."""
+        at = self.run.sampler.step
+        return self.running.token_ids[:, :, at].flatten(), self.running.path[:, :, at].flatten()
+
+    def can_improve(self) -> bool:
+        """Could the best running beam, at this length or ("never") at the length that flatters it
+        most, still get in?
+
+        Scores are negative, so a longer answer divides its sum by more and looks better: with a
+        penalty of 1, a sum of -6 after 3 tokens is hoped to be worth -6 / 3 = -2; flattered, with
+        12 tokens to come to, -6 / 12 = -0.5. Against a worst finished answer of -1.5 the first has
+        lost, the second goes on.
+        """
+        early, penalty, step = (
+            self.options.early_stopping,
+            self.options.length_penalty,
+            self.run.sampler.step,
         )
-        finished = finished.join(candidates)
-        finished = finished.take(finished.score.topk(n).indices)
-
-        # Could the best running beam, at this length or ("never") at the length that flatters it
-        # most, still get in? Scores are negative, so a longer answer divides its sum by more and
-        # looks better: with a penalty of 1, a sum of -6 after 3 tokens is hoped to be worth -6 / 3
-        # = -2; flattered, with 12 tokens to come to, -6 / 12 = -0.5. Against a worst finished
-        # answer of -1.5 the first has lost, the second goes on.
-        flattered = options.early_stopping == "never" and options.length_penalty > 0
-        # [B, 1]
-        hoped = running.score[:, :1] / (budget if flattered else made + 1) ** options.length_penalty
-        worst = finished.score.amin(1, keepdim=True).where(finished.ended, OUT)  # [B, n]
-        improvable = improvable & (hoped > worst).any(1, keepdim=True)
-        all_full = options.early_stopping is True and finished.ended.all()
-        if made + 1 == budget or all_full or not improvable.any():
-            break
-        # [B·n]
-        token_ids, parents = (
-            running.token_ids[:, :, made].flatten(),
-            running.path[:, :, made].flatten(),
-        )
-        cache.select_rows(parents)
-        choose.remember(token_ids, parents)
-        output = decode(model, token_ids, cache, **wanted)
-        logits, states, weights = last_logits(output), output.hidden_states, output.attentions
-
-    return _collect(model, finished, options, tokenizer, recorded)
+        length = self.most if early == "never" and penalty > 0 else step
+        hoped = self.running.score[:, :1] / length**penalty  # [B, 1]
+        worst = self.finished.score.amin(1, keepdim=True)
+        worst = worst.where(self.finished.ended, RULED_OUT)  # [B, n]
+        self.improvable = self.improvable & (hoped > worst).any(1, keepdim=True)
+        all_full = early is True and bool(self.finished.ended.all())
+        return step < self.most and not all_full and bool(self.improvable.any())
 
 
 def _collect(
@@ -184,7 +206,7 @@ def _collect(
     options: Options,
     tokenizer: Tokenizer | None,
     recorded: dict[str, list],
-) -> Found:
+) -> BeamResult:
     """The best of the finished as rows, with their texts, and of what was recorded in the B·n rows
     their own part."""
     token_ids, path, scores = (
@@ -200,7 +222,7 @@ def _collect(
     ]
     # m times [R]: after its end a row shows what means nothing
     followed = path[:, :longest].clamp(min=0).T
-    return Found(
+    return BeamResult(
         sequences=token_ids[:, :longest],
         scores=scores,
         text=text,

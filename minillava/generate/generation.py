@@ -5,16 +5,19 @@ B rows: prompts times num_return_sequences. m new tokens, n pictures, R their si
 patches each, C width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.generate import beam
-from minillava.llava import Llava, Spliced
-from minillava.loop import Process, check_room, steps
-from minillava.options import Options, read_options
+from minillava.generate.named import read_options
+from minillava.llava import Llava, Spliced, as_rows
+from minillava.loop import Step, steps
+from minillava.options import Options, remaining_context
+from minillava.sampling import Process
 from minillava.tokenizer import Tokenizer
 
 
@@ -62,38 +65,16 @@ def generate(
     model's context.
     """
     chosen = read_options(options)
-    if isinstance(contrast, str):
-        raise ValueError(
-            f"contrast is {contrast!r}, expected a method with the rows of `second`; ask() takes "
-            "names"
-        )
-    if (second is None) != (contrast is None):
-        raise ValueError(
-            "second and contrast belong together: what else is seen, and how the two are combined"
-        )
     record = (record,) if isinstance(record, str) else record
-    if second is not None:
-        if len(second[0]) != len(input_ids):
-            raise ValueError(
-                f"{len(input_ids)} rows of input_ids but {len(second[0])} second rows; give one "
-                "for each"
-            )
-        input_ids = [*input_ids, *second[0]]
-        both = [some for some in (images, second[1]) if some is not None]
-        if len({some.shape[1:] for some in both}) > 1:
-            shapes = " and ".join(str(list(some.shape)) for some in both)
-            raise ValueError(
-                f"images and those of the second rows are {shapes}; encode both or neither"
-            )
-        images = torch.cat([some.to(both[0].device) for some in both]) if both else None
+    if second is not None or contrast is not None:
+        input_ids, images = _add_second(input_ids, images, second, contrast)
     check_room(model, input_ids)
     with torch.no_grad():
         spliced = model.splice(input_ids, images)
     if chosen.num_beams > 1 and contrast is None:
         return _beam_search(model, spliced, chosen, tokenizer, record, process)
     spliced = spliced.repeat_rows(chosen.num_return_sequences)
-    token_ids, text, kept = [], None, {name: [] for name in record}
-    for step in steps(
+    made = steps(
         model,
         spliced,
         chosen,
@@ -101,19 +82,72 @@ def generate(
         record=record,
         contrast=contrast,
         process=process,
-    ):
+    )
+    return _collect(made, spliced, chosen, record, tokenizer is not None)
+
+
+def _add_second(
+    input_ids: Tensor | Sequence[Sequence[int]],
+    images: Tensor | None,
+    second: tuple[Tensor | Sequence[Sequence[int]], Tensor | None] | None,
+    contrast: Callable[[Tensor, Tensor, int], Tensor] | None,
+) -> tuple[list[Sequence[int]], Tensor | None]:
+    """Ids and pictures of the rows that answer, then of those that read along. Raises ValueError if
+    they do not fit together."""
+    if isinstance(contrast, str):
+        raise ValueError(
+            f"contrast is {contrast!r}, expected a method with the rows of `second`; ask() takes "
+            "names"
+        )
+    if second is None or contrast is None:
+        raise ValueError(
+            "second and contrast belong together: what else is seen, and how the two are combined"
+        )
+    if len(second[0]) != len(input_ids):
+        raise ValueError(
+            f"{len(input_ids)} rows of input_ids but {len(second[0])} second rows; give one for "
+            "each"
+        )
+    both = [some for some in (images, second[1]) if some is not None]
+    if len({some.shape[1:] for some in both}) > 1:
+        shapes = " and ".join(str(list(some.shape)) for some in both)
+        raise ValueError(
+            f"images and those of the second rows are {shapes}; encode both or neither"
+        )
+    images = torch.cat([some.to(both[0].device) for some in both]) if both else None
+    return [*input_ids, *second[0]], images
+
+
+def check_room(model: Llava, input_ids: Tensor | Sequence[Sequence[int]]) -> None:
+    """Raises ValueError as `remaining_context`, before a word is looked up or a picture encoded:
+    for a prompt of megabytes that takes gigabytes. input_ids: rows, with -200 for each picture."""
+    for ids in as_rows("input_ids", input_ids, "cpu"):
+        pictures = int((ids == IMAGE_TOKEN_INDEX).sum())
+        length = len(ids) + pictures * (model.config.tokens_per_image - 1)
+        remaining_context(model.config, length, pictures)
+
+
+def _collect(
+    made: Iterator[Step],
+    spliced: Spliced,
+    chosen: Options,
+    record: Sequence[str],
+    with_text: bool,
+) -> Generation:
+    """What a loop made, put together."""
+    token_ids: list[Tensor] = []
+    pieces: list[list[str]] = []
+    kept: dict[str, list] = {name: [] for name in record}
+    for step in made:
         token_ids.append(step.token_ids)
-        text = [
-            before + new
-            for before, new in zip(text or [""] * len(step.text), step.text, strict=True)
-        ]
+        pieces.append(step.text)
         for name in record:
             kept[name].append(vars(step)[name])
     return Generation(
         sequences=torch.stack(token_ids, dim=1),
-        text=None if tokenizer is None else text,
+        text=["".join(row) for row in zip(*pieces, strict=True)] if with_text else None,
         finish_reason=step.finish_reason,
-        image_spans=spliced.image_spans[: len(text)],
+        image_spans=spliced.image_spans[: len(step.ids)],
         seed=chosen.seed,
         **{name: tuple(values) for name, values in kept.items()},
     )

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from minillava.cache import KVCache
 from minillava.config import IGNORE_INDEX
-from minillava.llava import Llava
-from minillava.loop import room_for_answer
+from minillava.llava import Llava, upcast
+from minillava.options import remaining_context
 from minillava.tokenizer import common_prefix
 
 
@@ -28,7 +28,7 @@ def score_answers(
     spliced = model.splice([prompt], pixels)
     length, device = spliced.embeds.shape[1], spliced.embeds.device
     ids, labels, longest = ids.to(device), labels.to(device), ids.shape[1]  # [n, m]
-    room = room_for_answer(model, spliced)
+    room = remaining_context(model.config, length)
     if longest > room:
         raise ValueError(
             f"the longest answer takes {longest} tokens, the model's context has room for {room}"
@@ -42,9 +42,8 @@ def score_answers(
     cache.select_rows(torch.zeros(len(rows), dtype=torch.long, device=device))
     rest = model.language_model(ids, None, cache).logits  # [n, m, V]
     logits = torch.cat([first.expand(len(rows), -1, -1), rest[:, :-1]], dim=1)  # [n, m, V]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     found = -F.cross_entropy(
-        logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
+        upcast(logits).transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
     ).sum(1)
     if not found.isfinite().all():
         raise ValueError(

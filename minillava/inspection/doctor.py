@@ -29,8 +29,9 @@ from minillava.fast.processor import has_fast_bfloat16
 from minillava.fast.quantize import quantised_kinds, stored_shapes
 from minillava.files.disk import one_line
 from minillava.llava import Spliced
-from minillava.loop import last_logits, room_for_answer
-from minillava.options import KINDS, dtype_name
+from minillava.loop import last_logits
+from minillava.options import KINDS, dtype_name, remaining_context
+from minillava.sampling import check_finite
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 
@@ -266,7 +267,9 @@ def finite_weights(model: nn.Module) -> Finding:
 def first_logits(assistant: Assistant, spliced: Spliced) -> Tensor:
     """The logits of the answer's first token, [V]. Raises ValueError if they are not finite."""
     output = assistant.model.language_model(spliced.embeds, spliced.attention_mask, last_only=True)
-    return last_logits(output)[0].cpu()  # not every GPU has the float64 of `total_variation`
+    return check_finite(last_logits(output))[
+        0
+    ].cpu()  # not every GPU has the float64 of `total_variation`
 
 
 def cached_and_whole(assistant: Assistant, spliced: Spliced) -> tuple[Tensor, Tensor]:
@@ -274,15 +277,16 @@ def cached_and_whole(assistant: Assistant, spliced: Spliced) -> tuple[Tensor, Te
     other with a cache, and all positions at once without."""
     model = assistant.model
     language, length = model.language_model, spliced.embeds.shape[1]
-    tokens = min(TOKENS, room_for_answer(model, spliced))
+    tokens = min(TOKENS, remaining_context(model.config, length))
     dtype, device = spliced.embeds.dtype, spliced.embeds.device
     cache = KVCache(model.config.text, 1, length + tokens, dtype=dtype, device=device)
     # each [1, V]
-    cached = [last_logits(language(spliced.embeds, spliced.attention_mask, cache, last_only=True))]
+    output = language(spliced.embeds, spliced.attention_mask, cache, last_only=True)
+    cached = [check_finite(last_logits(output))]
     ids = []
     for _ in range(tokens):
         ids.append(cached[-1].argmax(-1, keepdim=True))  # [1, 1]
-        cached.append(last_logits(language(ids[-1], None, cache)))
+        cached.append(check_finite(last_logits(language(ids[-1], None, cache))))
     words = language.embed_tokens(torch.cat(ids, dim=1))  # [1, m, C]
     # [m + 1, V]
     whole = language(torch.cat([spliced.embeds, words], dim=1)).logits[0, length - 1 :]

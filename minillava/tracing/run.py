@@ -27,9 +27,10 @@ from minillava.files.disk import is_stdout
 from minillava.files.pictures import Images, as_list, open_image
 from minillava.image import ImageProcessor
 from minillava.llava import Llava, Spliced
-from minillava.loop import Chooser, Step
+from minillava.loop import Step
 from minillava.options import Options
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, place_images, render
+from minillava.sampling import Sampler
 from minillava.tokenizer import Tokenizer
 from minillava.tracing.compare import Comparison, read_tensors
 from minillava.tracing.page import Page
@@ -182,14 +183,14 @@ def _record_choice(recorder: Recorder, step: Step, tokenizer: Tokenizer) -> None
     """Scores [1, V], where penalties or filters changed the logits; the five likeliest; the
     token."""
     if not torch.equal(step.scores, step.logits):
-        recorder.add("choice", "scores", step.scores, Chooser.process)
+        recorder.add("choice", "scores", step.scores, Sampler.process)
     best = step.scores[0].softmax(-1).topk(min(5, step.scores.shape[1]))
     likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     top = [[i, tokenizer.piece(i), significant(p)] for i, p in likely]
-    recorder.add("choice", "top", None, Chooser.process, top)
+    recorder.add("choice", "top", None, Sampler.process, top)
     (chosen,) = step.ids
     recorder.add(
-        "choice", "token", step.token_ids, Chooser.__call__, [[chosen, tokenizer.piece(chosen)]]
+        "choice", "token", step.token_ids, Sampler.__call__, [[chosen, tokenizer.piece(chosen)]]
     )
 
 

@@ -136,7 +136,7 @@ def test_an_answer_that_is_written_as_it_was_generated_is_not_read_again(assista
     ids = assistant.tokenizer.encode(prompt + " " + said)[len(assistant.tokenizer.encode(prompt)) :]
     forced = iter([*ids, assistant.model.config.eos_token_ids[0]])
     monkeypatch.setattr(
-        "minillava.loop.Chooser.__call__",
+        "minillava.sampling.Sampler.__call__",
         lambda self, logits: (torch.tensor([next(forced)]), logits, NOT_STUCK),
     )
     assert conversation.ask("What?") == said
@@ -207,7 +207,7 @@ def say_nothing(monkeypatch):
     def silent():
         with monkeypatch.context() as patch:
             patch.setattr(
-                "minillava.loop.Chooser.__call__",
+                "minillava.sampling.Sampler.__call__",
                 lambda self, logits: (torch.tensor([1]), logits, NOT_STUCK),
             )
             yield

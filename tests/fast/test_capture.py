@@ -17,7 +17,7 @@ from minillava.cache import KVCache
 from minillava.chat.conversation import Conversation
 from minillava.fast import ahead
 from minillava.fast import compiled as capture
-from minillava.fast.ahead import Arriving
+from minillava.fast.ahead import AsyncRead
 from minillava.fast.compiled import CAPACITY_STEP, Captured, CapturedDecode, compile_decode, step
 from minillava.generate.contrast import VCD
 from minillava.generate.generation import generate
@@ -38,7 +38,7 @@ def pixels():
 
 def run_ahead(monkeypatch, runs: bool) -> None:
     """The loop as on a GPU, or as on a CPU."""
-    monkeypatch.setattr(ahead, "runs_ahead", lambda device: runs)
+    monkeypatch.setattr(ahead, "overlaps_reading", lambda device: runs)
 
 
 @pytest.mark.numeric
@@ -188,7 +188,7 @@ def test_the_step_too_many_is_forgotten(toy, pixels, monkeypatch):
     assert found[0][0] <= 4
 
 
-def test_a_conversation_runs_ahead(toy, reference, monkeypatch):
+def test_a_conversation_overlaps_reading(toy, reference, monkeypatch):
     """Its cache grows while the answer does."""
     said = []
     for runs in (False, True):
@@ -362,7 +362,7 @@ def test_what_arrives_is_waited_for_on_its_own_gpu(monkeypatch):
     monkeypatch.setattr(
         loop.torch.cuda, "current_stream", lambda device=None: f"the work of {device}"
     )
-    assert Arriving(Elsewhere()).wait() == [5, 6]
+    assert AsyncRead(Elsewhere()).wait() == [5, 6]
 
 
 def test_nobody_reads_from_the_device_what_the_step_says_here():

@@ -13,7 +13,9 @@ from bounds import assert_same_in_float64, assert_within, gamma
 from minillava.assistant import load
 from minillava.files.tokenizer_files import AddedToken
 from minillava.generate.generation import generate
-from minillava.loop import RECORDABLE, Options, Row, steps
+from minillava.loop import Options, steps
+from minillava.options import RECORDABLE
+from minillava.streaming import Row
 
 
 @pytest.fixture(scope="module")

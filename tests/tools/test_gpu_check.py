@@ -11,7 +11,7 @@ import torch
 from gpu_check import FAILED, MEASURED, OK, SKIPPED, Report, Run
 
 from minillava import loop
-from minillava.loop import Chooser
+from minillava.sampling import Sampler
 
 pytestmark = pytest.mark.slow
 
@@ -113,13 +113,13 @@ def test_without_transformers_parity_is_that_to_float64(few, monkeypatch):
 
 
 def test_a_loop_that_waits_is_found(few, monkeypatch):
-    real = Chooser.remember
+    real = Sampler.remember
 
     def remember(self, token_ids, rows=None):
         if int(token_ids[0]) >= 0:
             real(self, token_ids, rows)
 
-    monkeypatch.setattr(Chooser, "remember", remember)
+    monkeypatch.setattr(Sampler, "remember", remember)
     rows = verdicts(rows_of(gpu_check.syncs))
     assert rows["a number that is read three times"] == OK
     assert {verdict for name, verdict in rows.items() if "waits in" in name} == {FAILED}

@@ -1,0 +1,42 @@
+"""Options by name, as in `ask(..., temperature=1)`; and what a wrong name may have meant."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any
+
+from minillava.options import Options
+
+OTHER_NAMES = {
+    "do_sample": "set temperature above 0 to sample (1.0 changes nothing)",
+    "max_length": "max_new_tokens counts the answer's tokens alone",
+    "record": "minillava.generate.generate records",
+    "return_dict_in_generate": "minillava.generate.generate has record=",
+    "output_scores": "minillava.generate.generate has record=",
+    "output_attentions": "minillava.generate.generate has record=",
+    "output_hidden_states": "minillava.generate.generate has record=",
+    "logits_processor": "process=f changes scores",
+    "stop_strings": "stop takes texts",
+    "contrast": "ask and stream of an Assistant contrast, and generate() with second=",
+    "second": "ask and stream make the second row themselves; minillava.generate.generate takes it",
+    "n": "num_return_sequences is how many answers generate() returns",
+    "images": "pictures come before the question",
+}
+"""What people who know other libraries ask for, and what does it here."""
+
+
+def check_names(given: Mapping[str, Any], known: Collection[str], other: Mapping[str, str]) -> None:
+    """Raises TypeError for a name that is not known, with what `other` says, or the nearest."""
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, 1, 0.5)
+            hint = other.get(name) or (
+                f"did you mean {near[0]}?" if near else f"expected some of: {', '.join(known)}"
+            )
+            raise TypeError(f"there is no option {name!r}: {hint}")
+
+
+def read_options(given: Mapping[str, Any], others: Options | None = None) -> Options:
+    """Options by name, the rest as in `others`. Raises as `check_names` and Options do."""
+    check_names(given, Options.__dataclass_fields__, OTHER_NAMES)
+    return Options(**given) if others is None else replace(others, **given)
