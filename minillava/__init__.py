@@ -10,6 +10,14 @@ everything else. CLASSROOM.md has the questions that people ask on the way, and 
 """
 
 import sys
+
+if sys.argv[:1] == ["-m"] and any("minillava" in word for word in sys.orig_argv[1:3]):
+    # `python -m minillava.chat` begins with this file, and looks for the other only afterwards:
+    # Ctrl-C at this moment showed a traceback of Python's own files.
+    from minillava.cli.doors import leave_on_ctrl_c
+
+    leave_on_ctrl_c()
+
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 

@@ -5,8 +5,8 @@ answer at once, and Ctrl-C leaves no traceback of somebody else's import. So thi
 to nothing.
 """
 
+import _signal as signal  # which `signal` wraps in enumerations; they take a moment to import
 import os
-import signal
 import sys
 
 # in the order in which people need them: what it is for, and the function it calls, with its file
@@ -29,10 +29,12 @@ DOORS = {
         "inspection.run",
         "run",
     ),
+    "convert": ("write weights in another layout, or in 8 or 4 bits", "convert.run", "run"),
+    "pope": ("score answers to POPE in the three ways that papers do", "pope.run", "run"),
 }
 
 # whose answer goes to stdout, so that it must be open
-PRINTING = {"generate", "chat", "look", "trace", "inspect"}
+PRINTING = {"generate", "chat", "look", "trace", "inspect", "pope"}
 
 
 def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> int:
@@ -78,10 +80,8 @@ def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
 
 def begin(name: str, argv: list[str] | None = None, prog: str | None = None) -> None:
     """A door as a process, which ends here."""
-    # else who started us wants it ignored
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:
-        signal.signal(signal.SIGINT, _leave)
+    leave_on_ctrl_c()
+    ours = signal.getsignal(signal.SIGINT) is _leave
     try:
         status = enter(name, argv, prog)
         if ours:
@@ -100,6 +100,13 @@ def begin(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
                 stream.flush()
         _leave()
     sys.exit(status)
+
+
+def leave_on_ctrl_c() -> None:
+    """From now on Ctrl-C ends the process, which has not begun anything, with status 130; unless
+    who started it wants Ctrl-C ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
 
 
 def _leave(*_) -> None:

@@ -34,7 +34,7 @@ from minillava.cli.flags import (
     read_options,
 )
 from minillava.files.disk import is_stream, same_file
-from minillava.options import DEPTHS, Options
+from minillava.options import DEPTHS, KINDS, Options
 
 
 def _parser(prog: str, description: str, epilog: str) -> Parser:
@@ -45,6 +45,10 @@ def _parser(prog: str, description: str, epilog: str) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def _path(text: str) -> Path:
+    return Path(file_name(not_empty(text)))
 
 
 # ----------------------------------------------------------------------------------------- generate
@@ -547,3 +551,152 @@ def read_inspect(parser: Parser, argv: Sequence[str]) -> tuple:
     if args.image is not None and not args.doctor:
         parser.error("--image is what --doctor shows the model: give both")
     return (args,)
+
+
+# ------------------------------------------------------------------------------------------ convert
+
+CONVERT_HELP = """\
+layouts:
+  hf           the names and files of llava-hf on the hub: what Hugging Face transformers loads
+  original     LLaVA's own names and flat config.json, the vision tower inside
+  safetensors  the names and files of SRC as they are, its .bin weights as safetensors
+
+example:
+  python -m minillava.convert llava-v1.5-7b OUT --to hf --vision-tower clip-vit-large-patch14-336
+
+Weights are written shard by shard, so that memory holds one, and read back and compared. Until then
+the folder is called DST.partial.
+
+exit status: 0 converted, 1 an error in one line, 2 wrong usage, 130 Ctrl-C"""
+
+LAYOUTS = ("hf", "original", "safetensors")
+
+
+def read_size(text: str) -> float:
+    """Bytes of a size such as 4GB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?)B?", text.strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected a size such as 4GB")
+    return float(found[1]) * 1000 ** " KMG".index(found[2].upper() or " ")
+
+
+CONVERT_FLAGS = (
+    flag("--to", required=True, choices=LAYOUTS, help="the layout of DST"),
+    flag("--vision-tower", type=_path, metavar="DIR", help="folder of a CLIP, if SRC has no tower"),
+    flag(
+        "--model-base", type=_path, metavar="DIR",
+        help="folder of the language model that SRC lacks",
+    ),
+    flag("--adapter", type=_path, metavar="DIR", help="folder of a LoRA adapter to merge"),
+    flag(
+        "--dtype", choices=("float32", "float16", "bfloat16"),
+        help="precision to convert to (default: as stored)",
+    ),
+    flag(
+        "--quantize", choices=KINDS,
+        help="the language model's linear layers in 8 or 4 bits a weight",
+    ),
+    flag(
+        "--shard-size", type=read_size, default="4GB", metavar="SIZE",
+        help="largest weight file (default: %(default)s)",
+    ),
+)  # fmt: skip
+
+
+def convert_parser(prog: str = "python -m minillava.convert") -> Parser:
+    parser = _parser(
+        prog,
+        "Write a folder of LLaVA weights in another layout; no bit of a tensor changes unless\n"
+        "asked.",
+        CONVERT_HELP,
+    )
+    parser.add_argument(
+        "source", type=_path, metavar="SRC", help="folder of LLaVA-1.5 weights in any layout"
+    )
+    parser.add_argument(
+        "target", type=_path, metavar="DST",
+        help="folder to make: one that does not exist, or is empty",
+    )  # fmt: skip
+    add_flags(parser, "what to write", CONVERT_FLAGS)
+    add_output_arguments(parser)
+    return parser
+
+
+def read_convert(parser: Parser, argv: Sequence[str]) -> tuple:
+    """Flags."""
+    return (parser.parse_args(argv),)
+
+
+# --------------------------------------------------------------------------------------------- pope
+
+POPE_HELP = """\
+examples:
+  python -m minillava.pope --questions coco_pope_popular.json --answers pope-answers.jsonl
+  python -m minillava.pope --questions coco/*.json --asked llava_pope_test.jsonl --answers a.jsonl
+
+--questions are POPE's files with labels, {question_id, image, text, label[, category]}; answers are
+{question_id, text[, prompt]} as batch and LLaVA write them; JSON lines or an array. "yes" is the
+positive class. The scorers, each as its authors published it:
+
+- llava (llava/eval/eval_pope.py): the text up to the first full stop, without commas, cut at spaces
+  (not at the ends of lines); "no" if No, not or no is among these words, else "yes".
+- vcd (experiments/eval/eval_pope.py): letters in lower case, words or not: where "yes" is right,
+  right if "yes" is anywhere in the text; where "no" is right, right if "no" is ("know" will do).
+  Its reading depends on the label.
+- ritual (eval_bench/pope_eval_llava.py): one verdict per line of the answer, without full stops and
+  commas; "no" if one of No, not, no, NO or a word in n't is in it, else "yes". An answer of several
+  lines makes several verdicts, which are compared with the labels of the questions that follow. The
+  published script reads a category per run, so the shift is here within a category; verdicts beyond
+  the last label count in the yes-ratio only.
+
+Answers are matched by question_id, where the published scripts go by the order of the lines. An
+answer that names another prompt than the question's text is left out; an instruction after the text
+is not another prompt. POPE's files are each numbered from 1, and LLaVA's file of all of them is
+not: --asked is then the file that was asked, and its questions are found among the labels by
+category, picture and text. The category of a label is its field, or else the word in the file's
+name. Without --asked such answers are refused, since the ids of one category would fit the labels
+of another. A figure that would divide by zero is left out, where the published scripts end with an
+error.
+
+exit status: 0 each question has one answer and each answer its question, 1 otherwise, or a file
+cannot be read, 2 wrong usage, 130 Ctrl-C"""
+
+POPE_SCORERS = ("llava", "vcd", "ritual")
+
+POPE_FLAGS = (
+    flag(
+        "--questions", "--question-file", type=_path, nargs="+", required=True, metavar="FILE",
+        help="questions with labels",
+    ),
+    flag(
+        "--asked", type=_path, metavar="FILE",
+        help="the questions as they were asked, where their ids are not those of --questions "
+        "(LLaVA's llava_pope_test.jsonl)",
+    ),
+    flag(
+        "--answers", "--answers-file", type=_path, required=True, metavar="FILE",
+        help="answers to them",
+    ),
+    flag(
+        "--scorer", choices=[*POPE_SCORERS, "all"], default="all", help="default: %(default)s"
+    ),
+)  # fmt: skip
+
+
+def pope_parser(prog: str = "python -m minillava.pope") -> Parser:
+    parser = _parser(
+        prog,
+        'Score answers to POPE (Li et al. 2023: "Is there a ... in the image?") in the three ways\n'
+        "that papers do.",
+        POPE_HELP,
+    )
+    add_flags(parser, "files", POPE_FLAGS)
+    add_output_arguments(parser).add_argument(
+        "--json", action="store_true", help="one JSON object, with all ids and disagreements"
+    )
+    return parser
+
+
+def read_pope(parser: Parser, argv: Sequence[str]) -> tuple:
+    """Flags."""
+    return (parser.parse_args(argv),)

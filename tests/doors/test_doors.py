@@ -214,14 +214,43 @@ runpy.run_module("minillava.{door}", run_name="__main__", alter_sys=True)
         ("look", "numpy"),
         ("trace", "PIL"),
         ("inspect", "torch._C"),
+        ("convert", "safetensors"),
+        ("pope", "minillava.pope.files"),
     ],
 )
 def test_ctrl_c_while_something_is_imported_leaves_no_traceback(door, module):
     """Python's signal handler raises KeyboardInterrupt in the middle of whatever runs: for 1.7 s
     that was torch."""
-    words = {"chat": [], "inspect": [], "look": [*ASKED, "--npy", os.devnull]}.get(door, ASKED)
+    words = {
+        "chat": [],
+        "inspect": [],
+        "look": [*ASKED, "--npy", os.devnull],
+        "convert": [str(WEIGHTS), "no", "--to", "hf"],
+        "pope": ["--questions", "q", "--answers", "a"],
+    }.get(door, ASKED)
     done = python("-c", INTERRUPTED.format(module=module, door=door, words=words))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "module"),
+    [(["-m", "minillava.chat"], "minillava.chat"), (["-mminillava"], "minillava.cli.messages")],
+)
+def test_ctrl_c_before_the_door_is_found_leaves_no_traceback(tmp_path, words, module):
+    """`python -m` imports the package first, and showed a traceback of runpy and typing."""
+    interrupts = INTERRUPTED.partition("sys.argv[1:]")[0]
+    (tmp_path / "sitecustomize.py").write_text(interrupts.format(module=module), encoding="utf-8")
+    done = python(*words, path=(tmp_path,))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_importing_minillava_leaves_ctrl_c_as_it_is(tmp_path):
+    """Only `python -m minillava...` is ours; a program that imports it, also run by -m, is not."""
+    (tmp_path / "other.py").write_text(
+        "import signal, minillava\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    )
+    done = python("-m", "other", path=(tmp_path,))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 
 def test_ctrl_c_inside_exec_is_the_same_status():

@@ -376,7 +376,7 @@ ENDED = """if 1:
 @pytest.mark.parametrize(
     ("name", "module"),
     [
-        ("convert", "torch"),
+        ("convert", "argparse"),
         ("train_shapes", "sentencepiece"),
         ("eval_shapes", "torch._C"),
         ("bench", "torch"),

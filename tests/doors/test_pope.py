@@ -1,4 +1,4 @@
-"""tools/pope.py: the three published readings of an answer, figures computed by hand, and what a
+"""minillava.pope: the three published readings of an answer, figures computed by hand, and what a
 file lacks."""
 
 import hashlib
@@ -8,11 +8,16 @@ import json
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
-import pope
 import pytest
 from paths import ROOT
+
+from minillava.cli.doors import enter
+from minillava.pope import SCORERS, same_question
+
+main = partial(enter, "pope")
 
 
 @pytest.fixture
@@ -49,7 +54,7 @@ def score(write, run_main):
             for a in answers
         ]
         files = write("questions.jsonl", questions), write("answers.jsonl", answers)
-        return run_main(pope.main, "--questions", files[0], "--answers", files[1], *flags)
+        return run_main(main, "--questions", files[0], "--answers", files[1], *flags)
 
     return scored
 
@@ -78,7 +83,7 @@ def score(write, run_main):
 )
 def test_readings(text, llava, vcd_where_yes, vcd_where_no, ritual):
     read = lambda scorer, truth: " ".join(  # noqa: E731
-        "yes" if v else "no" for v in pope.SCORERS[scorer](text, truth)
+        "yes" if v else "no" for v in SCORERS[scorer](text, truth)
     )
     for truth, vcd in ((True, vcd_where_yes), (False, vcd_where_no)):
         assert (read("llava", truth), read("vcd", truth), read("ritual", truth)) == (
@@ -300,7 +305,7 @@ def test_a_damaged_file_is_one_line(score, questions, answers, message):
 
 def test_a_file_that_is_not_there(capsys, tmp_path):
     """It was an error number without a next step."""
-    assert pope.main(["--questions", str(tmp_path / "no.jsonl"), "--answers", "no.jsonl"]) == 1
+    assert main(["--questions", str(tmp_path / "no.jsonl"), "--answers", "no.jsonl"]) == 1
     assert (
         capsys.readouterr().err == f"error: {tmp_path / 'no.jsonl'}: no such file; check the name\n"
     )
@@ -309,7 +314,7 @@ def test_a_file_that_is_not_there(capsys, tmp_path):
 def test_answers_that_batch_has_not_finished(score, write, capsys, tmp_path):
     write("answers.jsonl.partial", [])
     questions = write("questions.jsonl", [{"question_id": 1, "text": "Is 1?", "label": "yes"}])
-    assert pope.main(["--questions", questions, "--answers", str(tmp_path / "answers.jsonl")]) == 1
+    assert main(["--questions", questions, "--answers", str(tmp_path / "answers.jsonl")]) == 1
     assert (
         "no such file; minillava.batch has not finished it: give its command again\n"
         in capsys.readouterr().err
@@ -318,7 +323,7 @@ def test_answers_that_batch_has_not_finished(score, write, capsys, tmp_path):
 
 def test_a_file_that_is_no_text(capsys, tmp_path):
     (tmp_path / "q.jsonl").write_bytes(b'{"question_id": "caf\xe9"}')
-    assert pope.main(["--questions", str(tmp_path / "q.jsonl"), "--answers", "no.jsonl"]) == 1
+    assert main(["--questions", str(tmp_path / "q.jsonl"), "--answers", "no.jsonl"]) == 1
     assert "q.jsonl: not text in utf-8 (" in capsys.readouterr().err
 
 
@@ -329,7 +334,7 @@ def test_files_in_the_encodings_that_batch_reads(write, capsys, tmp_path):
     (tmp_path / "q.jsonl").write_text(content, encoding="utf-16", newline="")
     answers = write("a.jsonl", [{"question_id": 1, "text": "Yes"}])
     arguments = ["--questions", str(tmp_path / "q.jsonl"), "--answers", answers]
-    assert pope.main(arguments) == 0
+    assert main(arguments) == 0
     assert "answers: 1 in" in capsys.readouterr().out
     (tmp_path / "q.jsonl").write_bytes(  # two files put behind one another
         b"\xef\xbb\xbf"
@@ -337,7 +342,7 @@ def test_files_in_the_encodings_that_batch_reads(write, capsys, tmp_path):
         + b"\n\xef\xbb\xbf"
         + json.dumps(label | {"question_id": 2}).encode()
     )
-    assert pope.main(arguments) == 1
+    assert main(arguments) == 1
     assert "missing: 1 " in capsys.readouterr().out
 
 
@@ -357,7 +362,7 @@ def test_a_terminal_without_the_letters(files, monkeypatch, encoding, flags):
     """It was a traceback."""
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
-    assert pope.main([*files, *flags]) == 0
+    assert main([*files, *flags]) == 0
     sys.stdout.flush()
     said = raw.getvalue().decode(encoding)
     if flags:  # JSON is whole in any encoding
@@ -437,7 +442,7 @@ def test_answers_whose_ids_begin_anew_without_a_category_are_refused(of_llava, c
     ],
 )
 def test_an_instruction_is_no_part_of_a_question(prompt, text, same):
-    assert pope.same_question(prompt, text) is same
+    assert same_question(prompt, text) is same
 
 
 @pytest.mark.parametrize("ids", ["unique", "repeated"])
@@ -516,7 +521,7 @@ def of_llava(write):
 
 def scored(arguments, capsys):
     """(exit status, accuracy by category)."""
-    status, (out, err) = pope.main(arguments), capsys.readouterr()
+    status, (out, err) = main(arguments), capsys.readouterr()
     assert (out == "") == bool(err)
     return status, {
         name: row["accuracy"] for name, row in json.loads(out)["scores"]["llava"].items()
@@ -626,6 +631,6 @@ def test_what_was_asked_without_categories(of_llava, write, capsys):
 )
 def test_whatever_does_not_fit_ends_with_status_1(of_llava, capsys, change, kinds):
     change(of_llava)
-    status, result = pope.main(of_llava.arguments("random")), json.loads(capsys.readouterr().out)
+    status, result = main(of_llava.arguments("random")), json.loads(capsys.readouterr().out)
     found = {name for name in ("missing", "unknown", "duplicate", "another_prompt") if result[name]}
     assert (status, result["complete"], found) == (int(bool(kinds)), not kinds, kinds)

@@ -1,4 +1,4 @@
-"""tools/convert.py: every layout to every other, compared with safetensors' own reader; and what
+"""minillava.convert: every layout to every other, compared with safetensors' own reader; and what
 interrupts it."""
 
 import errno
@@ -11,7 +11,6 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-import convert
 import hf
 import pytest
 import torch
@@ -25,7 +24,10 @@ import minillava
 from minillava.checkpoint import write
 from minillava.checkpoint.config_json import read_config
 from minillava.checkpoint.write import save_tensors
+from minillava.cli import parsers
 from minillava.cli.doors import enter
+from minillava.convert import plan, run
+from minillava.convert.run import convert
 from minillava.fast.quantize import LINE, Int8Linear
 from minillava.files.hub import CLIP_RELEASE
 from minillava.files.new_folder import OWNER, new_folder
@@ -33,7 +35,7 @@ from minillava.files.tensors import INDEX_NAME, SINGLE_NAME, SafetensorsFile
 from minillava.inspection.report import inspect_folder
 from minillava.llava import Llava
 
-main = partial(enter, "inspect")
+main, door = partial(enter, "inspect"), partial(enter, "convert")
 
 SHAPES = ROOT / "weights" / "shapes"
 
@@ -98,7 +100,7 @@ def change(folder: Path, **tensors: torch.Tensor | None) -> None:
 
 def command(*args: object, capsys) -> tuple[int, str]:
     """The exit status and what is on stderr besides the progress."""
-    status = status_of(convert.main, args)
+    status = status_of(door, args)
     printed = capsys.readouterr()
     assert printed.out == ""
     return status, [line for line in printed.err.splitlines() if line.startswith(("error", "note"))]
@@ -115,7 +117,7 @@ def test_every_layout_becomes_every_other_and_answers_the_same(
     options = write_dialect(dialect, tmp_path / "source", shards=2)
     source, tower = options["weights"], options.get("vision_tower")
     target = tmp_path / "new" / "target"
-    notes = convert.convert(source, target, to, vision_tower=tower, shard_size=2e5)
+    notes = convert(source, target, to, vision_tower=tower, shard_size=2e5)
     found = held(target)
     stored = load_file(REFERENCE / "plain" / SINGLE_NAME)
     expected = {
@@ -161,7 +163,7 @@ def test_safetensors_keeps_names_files_and_every_tensor(tmp_path, write_dialect,
     expected = held(source)
     torch.save(expected, source / "pytorch_model.bin")
     (source / SINGLE_NAME).unlink()
-    convert.convert(source, tmp_path / "target", "safetensors")
+    convert(source, tmp_path / "target", "safetensors")
     assert same(held(tmp_path / "target"), expected)
     side = {path.name for path in source.iterdir() if path.is_file()} - {"pytorch_model.bin"}
     assert {path.name for path in (tmp_path / "target").iterdir()} == side | {SINGLE_NAME}
@@ -184,7 +186,7 @@ def test_bin_shards_with_tensors_that_share_their_bytes(tmp_path, write_dialect)
     placed = {name: f"pytorch_model-{i}.bin" for i, part in enumerate(parts) for name in part}
     hf.write_json({"weight_map": placed}, source / "pytorch_model.bin.index.json")
     for to in ("safetensors", "original"):
-        convert.convert(source, tmp_path / to, to)
+        convert(source, tmp_path / to, to)
         assert same(
             held(tmp_path / to), {name: tensor.contiguous() for name, tensor in tensors.items()}
         )
@@ -194,8 +196,8 @@ def test_bin_shards_with_tensors_that_share_their_bytes(tmp_path, write_dialect)
 @pytest.mark.parametrize("name", ["plain", "grouped", "tied"])
 def test_to_the_original_and_back_is_where_it_came_from(tmp_path, name):
     source = REFERENCE / name
-    convert.convert(source, tmp_path / "original", "original")
-    convert.convert(tmp_path / "original", tmp_path / "back", "hf")
+    convert(source, tmp_path / "original", "original")
+    convert(tmp_path / "original", tmp_path / "back", "hf")
     assert same(held(tmp_path / "back"), load_file(source / SINGLE_NAME))
     assert changed(source, tmp_path / "original") == {"vision_tower_name": (None, CLIP_RELEASE)}
     assert changed(source, tmp_path / "back") == {}
@@ -220,8 +222,8 @@ def test_unusual_numbers_survive_every_step(tmp_path):
         torch.float64
     )
     change(source, **{f"{TOWER}post_layernorm.bias": odd})
-    convert.convert(source, tmp_path / "original", "original")
-    convert.convert(tmp_path / "original", tmp_path / "back", "hf")
+    convert(source, tmp_path / "original", "original")
+    convert(tmp_path / "original", tmp_path / "back", "hf")
     assert same(held(tmp_path / "back"), held(source))
 
 
@@ -240,7 +242,7 @@ def test_config_fields_survive_or_are_named(tmp_path, write_dialect, capsys):
         source / "generation_config.json",
     )
     for to in ("hf", "original"):
-        convert.convert(source, tmp_path / to, to)
+        convert(source, tmp_path / to, to)
         assert changed(source, tmp_path / to).keys() <= {"vision_tower_name"}
         assert hf.read_json(tmp_path / to / "generation_config.json")["temperature"] == 0.9
         assert torch.equal(logits(tmp_path / to), logits(source))
@@ -251,7 +253,7 @@ def test_config_fields_survive_or_are_named(tmp_path, write_dialect, capsys):
         "mm_vision_tower": "my/clip",
     }
     hf.write_json(config, original / "config.json")
-    convert.convert(original, tmp_path / "square original", "original")
+    convert(original, tmp_path / "square original", "original")
     assert changed(original, tmp_path / "square original") == {}
     status, notes = command(original, tmp_path / "square hub", "--to", "hf", capsys=capsys)
     assert status == 0
@@ -267,7 +269,7 @@ def test_another_dtype_is_that_of_every_weight_and_of_the_config(tmp_path, write
     source = write_dialect("buffers", tmp_path / "source")["weights"]
     computed = (".inv_freq", ".position_ids")
     for to in ("hf", "safetensors"):
-        convert.convert(source, tmp_path / to, to, dtype=torch.bfloat16)
+        convert(source, tmp_path / to, to, dtype=torch.bfloat16)
         expected = {n: t if n.endswith(computed) else t.bfloat16() for n, t in held(source).items()}
         if to == "hf":
             expected = {name: t for name, t in expected.items() if not name.endswith(computed)}
@@ -323,7 +325,7 @@ def write_adapter(folder: Path) -> dict[str, torch.Tensor]:
 def test_an_adapter_is_merged_into_what_is_written(tmp_path):
     source = REFERENCE / "plain"
     added = write_adapter(tmp_path / "adapter")
-    convert.convert(source, tmp_path / "hf", "hf", adapter=tmp_path / "adapter")
+    convert(source, tmp_path / "hf", "hf", adapter=tmp_path / "adapter")
     stored = held(source)
     expected = stored | {name: stored[name] + delta for name, delta in added.items()}
     assert same(held(tmp_path / "hf"), expected)
@@ -333,7 +335,7 @@ def test_an_adapter_is_merged_into_what_is_written(tmp_path):
 def test_what_made_the_weights_does_not_come_along(tmp_path):
     """Transformers would look for an adapter where there is an adapter_config.json."""
     write_adapter(tmp_path / "adapter")
-    convert.convert(tmp_path / "adapter", tmp_path / "hf", "hf", model_base=REFERENCE / "plain")
+    convert(tmp_path / "adapter", tmp_path / "hf", "hf", model_base=REFERENCE / "plain")
     names = {path.name for path in (tmp_path / "hf").iterdir()}
     assert "config.json" in names
     assert not any(name.startswith("adapter") for name in names)
@@ -349,7 +351,7 @@ def test_a_projector_and_its_base_become_one_folder(tmp_path, write_dialect):
     shutil.copy(whole / "config.json", source)
     save_file(tensors, whole / SINGLE_NAME)
     parts = {"vision_tower": options["vision_tower"], "model_base": whole}
-    convert.convert(source, tmp_path / "original", "original", **parts)
+    convert(source, tmp_path / "original", "original", **parts)
     keys = hf.read_json(REFERENCE / "dialects.json")["original"]["."]["keys"]
     stored = held(REFERENCE / "plain")
     expected = {name: stored[key] for name, key in keys.items()}
@@ -367,7 +369,7 @@ def test_a_clip_of_other_colours_keeps_them(tmp_path, write_dialect):
     }
     hf.write_json(processor, tower / "preprocessor_config.json")
     for to in ("hf", "original"):
-        convert.convert(source, tmp_path / to, to, vision_tower=tower)
+        convert(source, tmp_path / to, to, vision_tower=tower)
         assert minillava.load(tmp_path / to, device="cpu").image_processor.mean == (
             0.5,
             0.25,
@@ -382,7 +384,7 @@ def test_tokens_of_early_models_stay_where_they_were(tmp_path, write_dialect, ca
         source / "config.json",
     )
     hf.write_json({"<im_start>": 441, "<im_end>": 440}, source / "added_tokens.json")
-    convert.convert(source, tmp_path / "original", "original")
+    convert(source, tmp_path / "original", "original")
     assert changed(source, tmp_path / "original") == {}
     tokenizer = minillava.load(tmp_path / "original", device="cpu").tokenizer
     assert tokenizer.encode("<image>") == [1, 441, hf.IMAGE, 440]
@@ -401,7 +403,7 @@ def test_an_image_id_that_is_a_word_and_a_token_that_no_prompt_contains_do_not_r
         "mm_use_im_patch_token": True,
     }
     hf.write_json(config, source / "config.json")
-    convert.convert(source, tmp_path / "hf", "hf")
+    convert(source, tmp_path / "hf", "hf")
     config = read_config(tmp_path / "hf")
     assert (config.image_token_id, config.pad_token_id, config.text.vocab_size) == (440, 441, 448)
     assert config.added_tokens == ()
@@ -413,7 +415,7 @@ def test_an_image_id_that_is_a_word_and_a_token_that_no_prompt_contains_do_not_r
 
 def test_a_stored_head_is_the_head_although_the_config_says_tied(tmp_path):
     source = copy(tmp_path / "source", tie_word_embeddings=True)
-    convert.convert(source, tmp_path / "hf", "hf")
+    convert(source, tmp_path / "hf", "hf")
     assert same(held(tmp_path / "hf"), held(source))
     assert read_config(tmp_path / "hf").text.tie_word_embeddings is False
 
@@ -424,7 +426,7 @@ def test_side_files_stay_within_their_dialect(tmp_path, to):
     (source / "tokenizer.json").write_text("{}")
     (source / "LICENSE").write_text("as you like")
     (source / "optimizer.pt").write_text("large")
-    convert.convert(source, tmp_path / to, to)
+    convert(source, tmp_path / to, to)
     names = {path.name for path in (tmp_path / to).iterdir()}
     common = {SINGLE_NAME, "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model",
               "tokenizer_config.json"}  # fmt: skip
@@ -458,7 +460,7 @@ def test_a_last_block_that_nobody_stored_passes_its_input_on(tmp_path, capsys):
         assert torch.equal(
             tensor, torch.full_like(tensor, float("norm" in name and name.endswith("weight")))
         ), name
-    convert.convert(source, tmp_path / "original", "original")
+    convert(source, tmp_path / "original", "original")
     assert len(held(tmp_path / "original")) == len(held(source))
     assert torch.equal(logits(tmp_path / "hf"), logits(source))
 
@@ -522,7 +524,7 @@ def test_one_projector_layer_keeps_its_name_without_a_number(tmp_path, write_dia
         for part in ("weight", "bias")
     }
     change(source, **two, **one)
-    convert.convert(source, tmp_path / "target", "original")
+    convert(source, tmp_path / "target", "original")
     assert same(held(tmp_path / "target"), held(source))
 
 
@@ -537,7 +539,7 @@ def test_transformers_loads_the_hub_layout_and_agrees_to_the_bit(tmp_path, write
     if kind == "original-bare":
         source, tower = write_dialect(kind, tmp_path / "source").values()
     elif kind == "tied":
-        convert.convert(REFERENCE / "tied", tmp_path / "source", "original")
+        convert(REFERENCE / "tied", tmp_path / "source", "original")
         source = tmp_path / "source"
     elif kind == "stretched":
         text = hf.read_json(REFERENCE / "plain" / "config.json")["text_config"]
@@ -545,7 +547,7 @@ def test_transformers_loads_the_hub_layout_and_agrees_to_the_bit(tmp_path, write
         source = copy(tmp_path / "source", text_config=text)
     else:
         source = without_last_block(tmp_path / "source")
-    convert.convert(source, tmp_path / "hf", "hf", vision_tower=tower)
+    convert(source, tmp_path / "hf", "hf", vision_tower=tower)
     theirs = hf.load(tmp_path / "hf")  # raises for a missing or unexpected tensor
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     ours = minillava.load(tmp_path / "hf", device="cpu", dtype="float32", attention="eager")
@@ -565,7 +567,7 @@ def test_transformers_processor_makes_as_many_tokens_as_the_model_wants(tmp_path
 
     hf.quiet()
     source, tower = write_dialect("original-bare", tmp_path / "source").values()
-    convert.convert(source, tmp_path / "hf", "hf", vision_tower=tower)
+    convert(source, tmp_path / "hf", "hf", vision_tower=tower)
     processor = LlavaProcessor.from_pretrained(tmp_path / "hf", backend="pil")
     picture = Image.open(REFERENCE / "pictures" / "square.png").convert("RGB")
     given = processor(images=picture, text="<image>Where?", return_tensors="pt")
@@ -585,7 +587,7 @@ def with_boxes(folder: Path, dialect: str) -> Path:
     source = copy(folder)
     first = 442 if dialect == "hf" else 440
     if dialect == "original":
-        convert.convert(REFERENCE / "plain", folder.with_name("plain-original"), "original")
+        convert(REFERENCE / "plain", folder.with_name("plain-original"), "original")
         shutil.rmtree(folder)
         shutil.copytree(folder.with_name("plain-original"), folder)
     flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
@@ -613,7 +615,7 @@ def test_added_tokens_go_along(tmp_path, dialect, to):
     """They were lost on the way to the other layout, and the first of them became <image> on the
     way to the hub."""
     source = with_boxes(tmp_path / "source", dialect)
-    convert.convert(source, tmp_path / "new", to)
+    convert(source, tmp_path / "new", to)
     before, after = (
         minillava.load(path, device="cpu").tokenizer for path in (source, tmp_path / "new")
     )
@@ -625,7 +627,7 @@ def test_added_tokens_go_along(tmp_path, dialect, to):
     config = read_config(tmp_path / "new")
     assert config.image_token_id not in mine[0] or to == "original"
     assert inspect_folder(tmp_path / "new").loadable
-    convert.convert(tmp_path / "new", tmp_path / "back", dialect)
+    convert(tmp_path / "new", tmp_path / "back", dialect)
     assert minillava.load(tmp_path / "back", device="cpu").tokenizer.encode(text) == before.encode(
         text
     )
@@ -640,7 +642,7 @@ def test_transformers_reads_added_tokens_as_we_write_them(tmp_path, to):
     )
     from transformers import LlamaTokenizer
 
-    convert.convert(with_boxes(tmp_path / "source", "original"), tmp_path / "new", to)
+    convert(with_boxes(tmp_path / "source", "original"), tmp_path / "new", to)
     theirs = LlamaTokenizer.from_pretrained(tmp_path / "new")
     ours = minillava.load(tmp_path / "new", device="cpu").tokenizer
     text = "a <box>dog</box> \n[SEG]"
@@ -668,7 +670,7 @@ def test_a_merged_adapter_s_tokens_go_along(tmp_path):
     hf.write_json(settings, adapter / "adapter_config.json")
     hf.write_json({"<image>": 440, "<pad>": 441, "<box>": 442}, adapter / "added_tokens.json")
     for to in ("hf", "original"):
-        convert.convert(source, tmp_path / to, to, adapter=adapter)
+        convert(source, tmp_path / to, to, adapter=adapter)
         assert minillava.load(tmp_path / to, device="cpu").tokenizer.added["<box>"] == 442
 
 
@@ -700,7 +702,7 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path, capsys):
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        convert.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 600_000)
+        run.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 600_000)
     )
     monkeypatch.setattr(write, "save_file", lambda *arguments, **options: pytest.fail("wrote"))
     status, errors = command(REFERENCE / "plain", tmp_path / "x", "--to", "original", capsys=capsys)
@@ -730,7 +732,7 @@ def test_a_tensor_under_the_name_of_another_is_noticed(tmp_path, monkeypatch, ca
         "language_model.layers.0.mlp.up_proj.weight": "gate_proj",
         "language_model.layers.0.mlp.gate_proj.weight": "up_proj",
     }
-    stored_name = convert.stored_name
+    stored_name = plan.stored_name
 
     def swap(name, *arguments):
         found = stored_name(name, *arguments)
@@ -740,7 +742,7 @@ def test_a_tensor_under_the_name_of_another_is_noticed(tmp_path, monkeypatch, ca
             else found
         )
 
-    monkeypatch.setattr(convert, "stored_name", swap)
+    monkeypatch.setattr(plan, "stored_name", swap)
     status, errors = command(REFERENCE / "plain", tmp_path / "x", "--to", "original", capsys=capsys)
     assert status == 1
     assert "does not read back" in errors[0]
@@ -752,15 +754,14 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(write, "save_file", save)
-    assert convert.main([str(REFERENCE / "plain"), str(tmp_path / "x"), "--to", "hf"]) == 130
+    assert door([str(REFERENCE / "plain"), str(tmp_path / "x"), "--to", "hf"]) == 130
     assert list(tmp_path.iterdir()) == []
 
 
 KILL = """
 import os, signal, sys
-sys.modules["tqdm"] = None  # as where it is not installed
-import convert
 from minillava.checkpoint import write
+from minillava.cli.doors import enter
 
 save_file = write.save_file
 
@@ -769,7 +770,7 @@ def save(tensors, path, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 write.save_file = save
-convert.main(sys.argv[1:])
+enter("convert", sys.argv[1:])
 """
 
 
@@ -794,7 +795,7 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path):
         == -signal.SIGKILL
     )
     assert (tmp_path / "target.partial" / OWNER).exists()
-    convert.main(arguments)
+    door(arguments)
     assert not (tmp_path / "target.partial").exists()
     assert not (target / OWNER).exists()
     assert set(held(REFERENCE / "plain")) <= set(held(target))
@@ -803,7 +804,7 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path):
 def test_what_a_living_run_is_writing_is_left_alone(tmp_path, capsys):
     with new_folder(tmp_path / "target") as folder:
         (folder / "a").touch()
-        assert convert.main([str(REFERENCE / "plain"), str(tmp_path / "target"), "--to", "hf"]) == 1
+        assert door([str(REFERENCE / "plain"), str(tmp_path / "target"), "--to", "hf"]) == 1
         assert (
             f"process {os.getpid()} is writing it; wait until that ends" in capsys.readouterr().err
         )
@@ -830,7 +831,7 @@ def test_a_system_that_does_not_let_us_write_is_told_with_a_step(
 
     monkeypatch.setattr(write, "save_file", refuse)
     with pytest.raises(kind, match=found):
-        convert.convert(REFERENCE / "plain", tmp_path / "target", "hf")
+        convert(REFERENCE / "plain", tmp_path / "target", "hf")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -838,7 +839,10 @@ MEASURE = """
 import json, sys, threading
 from pathlib import Path
 import torch
-import convert
+from functools import partial
+from minillava.cli.doors import enter
+
+convert = partial(enter, "convert")
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -848,11 +852,11 @@ def watch():
     while not done.wait(0.001):
         seen.append(anonymous())
 
-convert.main([*sys.argv[3:5], "--to", "original", "--dtype", "float16"])  # what a first time costs besides
+convert([*sys.argv[3:5], "--to", "original", "--dtype", "float16"])  # what a first time costs besides
 done, seen = threading.Event(), [anonymous()]
 thread = threading.Thread(target=watch)
 thread.start()
-status = convert.main([sys.argv[1], sys.argv[2], "--to", "original", "--dtype", "float16", "--shard-size", "6MB"])
+status = convert([sys.argv[1], sys.argv[2], "--to", "original", "--dtype", "float16", "--shard-size", "6MB"])
 done.set()
 thread.join()
 print(json.dumps({"status": status, "growth": max(seen) - seen[0], "samples": len(seen)}))
@@ -900,7 +904,7 @@ def test_memory_holds_a_shard_and_not_the_checkpoint(tmp_path):
 
 def test_sizes_and_layouts_are_checked_before_anything_happens(tmp_path, capsys):
     sizes = {"4GB": 4e9, "512MB": 512e6, "1.5 g": 1.5e9, "200KB": 2e5, "7": 7.0}
-    assert {text: convert.read_size(text) for text in sizes} == sizes
+    assert {text: parsers.read_size(text) for text in sizes} == sizes
     for wrong in (
         ["--to", "hf", "--shard-size", "big"],
         ["--to", "hf", "--shard-size", "0GB"],
@@ -908,7 +912,7 @@ def test_sizes_and_layouts_are_checked_before_anything_happens(tmp_path, capsys)
         [],
     ):
         with pytest.raises(SystemExit) as caught:
-            convert.main([str(REFERENCE / "plain"), str(tmp_path / "x"), *wrong])
+            door([str(REFERENCE / "plain"), str(tmp_path / "x"), *wrong])
         assert caught.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
@@ -968,7 +972,7 @@ def test_a_quantised_folder_is_what_loading_would_make(tmp_path, kind, to, capsy
 
 @pytest.fixture
 def small(tmp_path) -> Path:
-    convert.convert(SHAPES, tmp_path / "small", "hf", quantize="int8")
+    convert(SHAPES, tmp_path / "small", "hf", quantize="int8")
     return tmp_path / "small"
 
 
@@ -983,7 +987,7 @@ def test_what_is_quantised_is_not_changed_again(small, tmp_path):
     with pytest.raises(ValueError, match="is quantised already; leave --quantize out"):
         minillava.load(small, quantize="int4")
     with pytest.raises(ValueError, match="is quantised; convert the weights that it was made from"):
-        convert.convert(small, tmp_path / "again", "original")
+        convert(small, tmp_path / "again", "original")
     folder = tmp_path / "adapter"
     folder.mkdir()
     matrices = {"lora_A": torch.zeros(2, 192), "lora_B": torch.zeros(192, 2)}
