@@ -101,6 +101,10 @@ class LlavaConfig:
     def tokens_per_image(self) -> int:
         return self.vision.num_patches + self.keep_class_token
 
+    def positions(self, tokens: int, pictures: int) -> int:
+        """How many a prompt of so many tokens takes once each picture stands where its -200 was."""
+        return tokens + pictures * (self.tokens_per_image - 1)
+
     @property
     def vision_layers_needed(self) -> int:
         """How many blocks of the tower the selected features need: 23 of 24 for LLaVA-1.5, whose

@@ -4,8 +4,9 @@ B batch, t tokens of a row before the splice, T after it, n pictures, R their si
 patches each, C width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from minillava.attention import fused
 from minillava.cache import KVCache
 from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig
+from minillava.files.rows import as_rows, check_ids, check_images, check_lengths
 from minillava.llama import LanguageModel
 from minillava.projector import Projector
 from minillava.vision import VisionTower
@@ -26,10 +28,10 @@ class Spliced:
     length."""
 
     embeds: Tensor  # [B, T, C]
-    attention_mask: Tensor | None  # bool [B, T], False where padding; None when nothing is padding
+    token_ids: Tensor  # [B, T], config.image_token_id at every patch, -1 where padding
+    padding_mask: Tensor | None  # bool [B, T], False where padding; None if nothing is
     labels: Tensor | None  # [B, T]
     image_spans: list[list[tuple[int, int]]]  # per row, (start, end) of each picture in 0..T
-    input_ids: list[Tensor]  # per row, the ids before the splice, without padding
 
     def repeat_rows(self, times: int) -> "Spliced":
         """Every row `times` times, in adjacent rows."""
@@ -66,7 +68,7 @@ class Llava(nn.Module):
     def forward(
         self,
         input_ids: Tensor | Sequence[Sequence[int]],
-        images: Tensor | None = None,
+        images: Tensor | Sequence[Tensor] | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | Sequence[Sequence[int]] | None = None,
         cache: KVCache | None = None,
@@ -74,15 +76,16 @@ class Llava(nn.Module):
         """Logits for every position, and the loss when labels are given.
 
         input_ids: [B,t] or ragged rows; each -200 stands for the next of `images`, in row order:
-        pixels [n,3,R,R], or [n,P,C] as `encode_images` made them. attention_mask: [B,t], 0 for
-        padding that is in input_ids. labels: like input_ids, -100 where ignored. Raises ValueError
-        when the number of -200 differs from the number of pictures.
+        pixels [n,3,R,R], or [n,P,C] as `encode_images` made them, or one [P,C] for each, of which P
+        may differ. attention_mask: [B,t], 0 for padding that is in input_ids. labels: like
+        input_ids, -100 where ignored. Raises ValueError when the number of -200 differs from the
+        number of pictures.
         """
         spliced = self.splice(input_ids, images, attention_mask, labels)
         # [B, T, V]
-        logits = self.language_model(spliced.embeds, spliced.attention_mask, cache).logits
+        logits = self.language_model(spliced.embeds, spliced.padding_mask, cache).logits
         loss = None if spliced.labels is None else next_token_loss(logits, spliced.labels)
-        return LlavaOutput(logits, loss, spliced.attention_mask, spliced.image_spans)
+        return LlavaOutput(logits, loss, spliced.padding_mask, spliced.image_spans)
 
     def resize_token_embeddings(self, rows: int) -> None:
         """Grow the vocabulary to `rows` tokens; new ones start as the mean of the old. Raises
@@ -97,108 +100,81 @@ class Llava(nn.Module):
     def splice(
         self,
         input_ids: Tensor | Sequence[Sequence[int]],
-        images: Tensor | None = None,
+        images: Tensor | Sequence[Tensor] | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | Sequence[Sequence[int]] | None = None,
     ) -> Spliced:
-        """Look up the words, encode the pictures, and put each picture's patches where its -200
-        stands.
+        """Look up the words, put each picture's patches where its -200 stands, pad the rows.
 
         Arguments as in `forward`. Padding that comes in input_ids stays where it is; rows of
         unequal length are padded on the left, so that every row ends where its answer begins.
         """
         device = self.language_model.embed_tokens.weight.device
-        rows = as_rows("input_ids", input_ids, device)
+        rows = as_rows("input_ids", input_ids, device)  # B times [t]
+        ones, ignored = ([torch.full_like(r, fill) for r in rows] for fill in (1, IGNORE_INDEX))
         masks = as_rows(
-            "attention_mask",
-            [[1] * len(r) for r in rows] if attention_mask is None else attention_mask,
-            device,
+            "attention_mask", ones if attention_mask is None else attention_mask, device
         )
-        targets = as_rows(
-            "labels", [[IGNORE_INDEX] * len(r) for r in rows] if labels is None else labels, device
-        )
+        targets = as_rows("labels", ignored if labels is None else labels, device)
         self._check(rows, masks, targets, images)
-        if images is not None and images.dim() == 4:
+        if isinstance(images, Tensor) and images.dim() == 4:
             images = self.encode_images(images.to(device))
-        features = iter(() if images is None else images.to(device))  # n times [P, C]
+        pictures = iter([] if images is None else [patches.to(device) for patches in images])
 
-        embeds, kept, targeted, spans = [], [], [], []  # per row, what Spliced holds per batch
-        for ids, mask, target in zip(rows, masks, targets, strict=True):
-            is_image = ids == IMAGE_TOKEN_INDEX  # [t]
-            # [t, C], unused where is_image
-            words = self.language_model.embed_tokens(ids.masked_fill(is_image, 0))
-            parts, row_spans = [], []
-            start, length = 0, 0  # the next token to take, and how long the row has become
-            for at in is_image.nonzero().flatten().tolist():
-                patches = next(features)  # [P, C]
-                length += at - start
-                row_spans.append((length, length + len(patches)))
-                length += len(patches)
-                parts += [words[start:at], patches]
-                start = at + 1
-            embeds.append(torch.cat([*parts, words[start:]]))
-            repeats = torch.where(is_image, self.config.tokens_per_image, 1)  # [t]
-            kept.append(mask.bool().repeat_interleave(repeats))
-            targeted.append(target.masked_fill(is_image, IGNORE_INDEX).repeat_interleave(repeats))
-            spans.append(row_spans)
-
-        longest = max(map(len, embeds))
-        pads = [longest - len(e) for e in embeds]
-        real = torch.stack([F.pad(m, (p, 0), value=False) for m, p in zip(kept, pads, strict=True)])
-        wanted = torch.stack(
-            [F.pad(t, (p, 0), value=IGNORE_INDEX) for t, p in zip(targeted, pads, strict=True)]
-        )
+        spliced = [
+            self._splice_row(ids, mask.bool(), target, pictures)
+            for ids, mask, target in zip(rows, masks, targets, strict=True)
+        ]
+        embeds, token_ids, real, targets, spans = map(list, zip(*spliced, strict=True))
+        padding_mask = pad_left(real, False)  # [B, T]
+        pads = [padding_mask.shape[1] - len(row) for row in embeds]
         return Spliced(
-            embeds=torch.stack([F.pad(e, (0, 0, p, 0)) for e, p in zip(embeds, pads, strict=True)]),
-            attention_mask=None if real.all() else real,
-            labels=None if labels is None else wanted,
+            embeds=pad_left(embeds, 0),
+            token_ids=pad_left(token_ids, -1),
+            padding_mask=None if padding_mask.all() else padding_mask,
+            labels=None if labels is None else pad_left(targets, IGNORE_INDEX),
             image_spans=[
-                [(a + p, b + p) for a, b in row] for row, p in zip(spans, pads, strict=True)
+                [(a + pad, b + pad) for a, b in row] for row, pad in zip(spans, pads, strict=True)
             ],
-            input_ids=[ids[mask.bool()] for ids, mask in zip(rows, masks, strict=True)],
         )
+
+    def _splice_row(
+        self, ids: Tensor, real: Tensor, labels: Tensor, pictures: Iterator[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[int, int]]]:
+        """One row: ids, real and labels [t], and the next of `pictures` [P, C] for each -200 ->
+        embeds [T, C], token ids, real and labels [T], and the span of each picture in 0..T."""
+        is_image = ids == IMAGE_TOKEN_INDEX  # [t]
+        words = self.language_model.embed_tokens(ids.masked_fill(is_image, 0))  # [t, C]
+        parts = list(words.split(1))  # t times [1, C]
+        places = is_image.nonzero().flatten().tolist()
+        for at in places:
+            parts[at] = next(pictures)  # [P, C] where the -200 stood
+        ends = list(accumulate(map(len, parts)))
+        spans = [(ends[at] - len(parts[at]), ends[at]) for at in places]
+
+        counts = torch.tensor([len(part) for part in parts], device=ids.device)  # [t]
+        real = real.repeat_interleave(counts)
+        token_ids = ids.masked_fill(is_image, self.config.image_token_id).repeat_interleave(counts)
+        labels = labels.masked_fill(is_image, IGNORE_INDEX).repeat_interleave(counts)
+        return torch.cat(parts), token_ids.masked_fill(~real, -1), real, labels, spans
 
     def _check(
-        self, rows: list[Tensor], masks: list[Tensor], labels: list[Tensor], images: Tensor | None
+        self, rows: list[Tensor], masks: list[Tensor], labels: list[Tensor], images: Any
     ) -> None:
-        if not rows or not all(len(r) for r in rows):
-            raise ValueError(
-                "input_ids has no row or an empty row: every row needs at least one token"
-            )
-        lengths = [len(r) for r in rows]
-        for name, other in (("attention_mask", masks), ("labels", labels)):
-            if (found := [len(r) for r in other]) != lengths:
-                raise ValueError(f"{name} has rows of {found} tokens, input_ids of {lengths}")
-        placed = sum(int((r == IMAGE_TOKEN_INDEX).sum()) for r in rows)
-        encoded = [self.config.tokens_per_image, self.config.text.hidden_size]
-        if images is not None and (
-            not isinstance(images, Tensor)
-            or not (images.dim() == 4 or list(images.shape[1:]) == encoded)
-        ):
-            found = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(
-                f"images are {found}, expected a tensor [n, 3, R, R] as image_processor makes it, "
-                f"or {['n', *encoded]} as encode_images does".replace("'", "")
-            )
-        if placed != (given := 0 if images is None else len(images)):
-            raise ValueError(
-                f"input_ids place {placed} picture(s) with {IMAGE_TOKEN_INDEX}, but {given} were "
-                "given"
-            )
+        check_lengths(rows, {"attention_mask": masks, "labels": labels})
+        placed = sum(int((row == IMAGE_TOKEN_INDEX).sum()) for row in rows)
+        check_images(images, self.config.text.hidden_size, placed, IMAGE_TOKEN_INDEX)
         vocabulary = self.config.text.vocab_size
-        for name, values, besides in (
-            ("token id", rows, IMAGE_TOKEN_INDEX),
-            ("label", labels, IGNORE_INDEX),
-        ):
-            for row in values:
-                wrong = row[
-                    ((row < 0) & (row != besides) & (row != IMAGE_TOKEN_INDEX))
-                    | (row >= vocabulary)
-                ]
-                if len(wrong):
-                    raise ValueError(
-                        f"{name} {int(wrong[0])} is outside this model's vocabulary of {vocabulary}"
-                    )
+        check_ids("token id", rows, vocabulary, [IMAGE_TOKEN_INDEX])
+        check_ids("label", labels, vocabulary, [IGNORE_INDEX, IMAGE_TOKEN_INDEX])
+
+
+def pad_left(rows: list[Tensor], value: int | bool) -> Tensor:
+    """Rows of unequal length, B times [T, ...], as one tensor [B, T, ...]; the shorter ones begin
+    with `value`, so that all end together."""
+    longest = max(map(len, rows))
+    pads = [row.new_full((longest - len(row), *row.shape[1:]), value) for row in rows]
+    return torch.stack([torch.cat(pair) for pair in zip(pads, rows, strict=True)])
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -223,16 +199,3 @@ def upcast(logits: Tensor) -> Tensor:
     half precision it would round tokens into ties that the model did not mean. transformers copies
     to float32 at the same place."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def as_rows(name: str, ids: Tensor | Sequence[Sequence[int]], device: Any) -> list[Tensor]:
-    """A batch as a list of 1-D tensors; one flat row is taken as a batch of one. Raises ValueError
-    for other shapes."""
-    rows = [torch.as_tensor(r, dtype=torch.long, device=device) for r in ids]
-    if rows and all(r.dim() == 0 for r in rows):
-        rows = [torch.stack(rows)]
-    if any(r.dim() != 1 for r in rows):
-        raise ValueError(
-            f"{name} has rows of shape {[list(r.shape) for r in rows]}, expected rows of numbers"
-        )
-    return rows

@@ -125,7 +125,7 @@ class Run:
         self.most = min(options.max_new_tokens, self.most)
         self.capacity = length + self.most - 1  # the last token is chosen but never fed back
         self.wanted = {name: name in record for name in ("hidden_states", "attentions")}
-        self.sampler = Sampler(model.config, spliced.input_ids[: self.batch], options, process)
+        self.sampler = Sampler(model.config, spliced.token_ids[: self.batch], options, process)
         self.pad_token_id = model.config.pad_token_id
         self.rows = [
             Row(model.config.eos_token_ids, tokenizer, options.stop) for _ in range(self.batch)
@@ -210,7 +210,7 @@ def prefill(model: Llava, spliced: Spliced, cache: KVCache, **wanted: bool) -> L
     """All positions of the prompt at once, after the cached positions; logits of the last only,
     [B,1,V]. wanted: hidden_states, attentions."""
     return model.language_model(
-        spliced.embeds, spliced.attention_mask, cache, last_only=True, **wanted
+        spliced.embeds, spliced.padding_mask, cache, last_only=True, **wanted
     )
 
 

@@ -7,13 +7,12 @@ best tokens.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig
+from minillava.config import LlavaConfig
 from minillava.options import Options, dtype_name
 
 REMOVED = -math.inf
@@ -116,20 +115,20 @@ class Sampler:
     def __init__(
         self,
         config: LlavaConfig,
-        input_ids: Sequence[Tensor],
+        token_ids: Tensor,
         options: Options,
         process: Process | None = None,
     ):
-        """input_ids: per row, the prompt with its -200. process: is given the scores after the
+        """token_ids: [B, S] the prompt, as `Spliced` has it. process: is given the scores after the
         penalties and returns others, -inf for a token that must not be chosen. Raises ValueError
         if there are seeds for another number of prompts."""
         if process is not None and not callable(process):
             raise ValueError(f"process is {process!r}, expected f(scores, history) -> scores")
-        self.options, self.custom, device = options, process, input_ids[0].device
+        self.options, self.custom, device = options, process, token_ids.device
         seeds = options.seed if isinstance(options.seed, tuple) else (options.seed,)
-        if not seeds or len(input_ids) % len(seeds):
+        if not seeds or len(token_ids) % len(seeds):
             raise ValueError(
-                f"{len(seeds)} seeds for {len(input_ids)} rows, expected one seed, or one per "
+                f"{len(seeds)} seeds for {len(token_ids)} rows, expected one seed, or one per "
                 "prompt"
             )
         self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
@@ -137,16 +136,8 @@ class Sampler:
         self.keep = 1 if options.num_beams == 1 else 1 + len(config.eos_token_ids)
         ends = [i for i in config.eos_token_ids if i < config.text.vocab_size]
         self.end_ids = torch.tensor(ends, dtype=torch.long, device=device)
-        rows = []
-        for ids in input_ids:
-            # In transformers a picture is ordinary ids of the prompt, so it is penalised as well.
-            is_image = ids == IMAGE_TOKEN_INDEX
-            repeats = torch.where(is_image, config.tokens_per_image, 1)
-            rows.append(ids.masked_fill(is_image, config.image_token_id).repeat_interleave(repeats))
-        self.prompt_length = max(map(len, rows))
-        self.history = torch.stack(
-            [F.pad(row, (self.prompt_length - len(row), 0), value=-1) for row in rows]
-        )
+        # In transformers a picture is ordinary ids of the prompt, so it is penalised as well.
+        self.history, self.prompt_length = token_ids, token_ids.shape[1]
 
     @property
     def step(self) -> int:

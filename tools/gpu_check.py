@@ -382,9 +382,9 @@ def tensors_of(model: Llava, ids: list, pixels: Tensor) -> dict[str, Tensor]:
     prompt = model.splice(ids, pixels)
     eager = model.language_model.attend is ATTENTION["eager"]
     out = model.language_model(
-        prompt.embeds, prompt.attention_mask, hidden_states=True, attentions=eager
+        prompt.embeds, prompt.padding_mask, hidden_states=True, attentions=eager
     )
-    return real_only(out, prompt.attention_mask)
+    return real_only(out, prompt.padding_mask)
 
 
 def their_inputs(theirs, ids: list, pixels: Tensor) -> dict[str, Tensor]:
@@ -1025,7 +1025,7 @@ def our_parts(run: Run, model: Llava, ids: list, pixels: Tensor) -> dict[str, Ca
 
     def choose() -> list[int]:
         logits = loop.last_logits(output)
-        sampler = Sampler(model.config, spliced.input_ids, options)
+        sampler = Sampler(model.config, spliced.token_ids, options)
         return AsyncRead(sampler(logits)[0]).wait()
 
     def decode() -> None:

@@ -59,7 +59,7 @@ def plan(
     The same batches every time, whatever is answered already: the last digits, and so now and then
     a word, depend on who shares a batch.
     """
-    context, each = assistant.model.config.text.context, assistant.model.config.tokens_per_image
+    config = assistant.model.config
     lengths: dict[int, int] = {}
     for question in questions:
         if question.error is None:
@@ -68,7 +68,7 @@ def plan(
                 ids = assistant.tokenize(
                     assistant.prompt(question.text, images=pictures, system=system)
                 )
-                lengths[question.line] = len(ids) + pictures * (each - 1)
+                lengths[question.line] = config.positions(len(ids), pictures)
             except ValueError as error:
                 question.error = shown_line(error)
     good, batches = [question for question in questions if question.error is None], []
@@ -78,7 +78,7 @@ def plan(
         )
         # A long neighbour must not shorten an answer where the context ends.
         for _, alike in groupby(
-            window, key=lambda question: min(longest, context - lengths[question.line])
+            window, key=lambda question: min(longest, config.text.context - lengths[question.line])
         ):
             alike = list(alike)
             batches += [alike[i : i + size] for i in range(0, len(alike), size)]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from minillava.assistant import Assistant
 from minillava.cache import KVCache
-from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.files.pictures import ImageSource
 from minillava.llava import Spliced
 from minillava.loop import Process, steps
@@ -134,10 +133,18 @@ class Conversation:
         prompt = render(assistant.template, [*said, (turn.question, None)], self.system)
         ids = assistant.tokenizer.encode(prompt)
         pictures = [picture for each in (*self.turns, turn) for picture in each.pictures]
-        positions = self._positions_of(ids, pictures)
-        patches = torch.stack([p.patches for p in pictures]) if pictures else None
+        length = len(ids) + sum(len(picture.patches) - 1 for picture in pictures)
+        remaining_context(
+            model.config,
+            length,
+            taken="with this question the conversation takes {length} positions",
+            advice="ask something shorter, or start anew with /clear",
+        )
         with torch.no_grad():
-            spliced = model.splice([ids], patches)
+            spliced = model.splice([ids], [picture.patches for picture in pictures])
+        positions: list[int | Picture] = spliced.token_ids[0].tolist()
+        for (start, end), picture in zip(spliced.image_spans[0], pictures, strict=True):
+            positions[start:end] = [picture] * (end - start)
         if self.cache is None:
             like = spliced.embeds
             self.cache = KVCache(model.config.text, 1, 0, dtype=like.dtype, device=like.device)
@@ -151,22 +158,6 @@ class Conversation:
         self.waiting = []
         # [1, T, C] -> [1, T - reused, C]
         return replace(spliced, embeds=spliced.embeds[:, turn.reused :])
-
-    def _positions_of(self, ids: list[int], pictures: list[Picture]) -> list[int | Picture]:
-        """What stands at each position of a prompt. Raises ValueError if there is no room left for
-        an answer."""
-        config, following = self.assistant.model.config, iter(pictures)
-        positions: list[int | Picture] = []
-        for i in ids:
-            is_image = i == IMAGE_TOKEN_INDEX
-            positions += [next(following)] * config.tokens_per_image if is_image else [i]
-        remaining_context(
-            config,
-            len(positions),
-            taken="with this question the conversation takes {length} positions",
-            advice="ask something shorter, or start anew with /clear",
-        )
-        return positions
 
     def _leave(self) -> None:
         """Where the last answer is not finished, what was said so far is the answer; no stream goes

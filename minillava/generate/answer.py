@@ -149,7 +149,8 @@ def answer(args: argparse.Namespace, options: dict, contrast: Contrast | None) -
     chosen = assistant.options(**options)
     started = time.perf_counter()
     spliced = assistant.prepare(images, prompt, contrast, chosen.seed)
-    length, words = spliced.embeds.shape[1], len(spliced.input_ids[0])
+    length = spliced.embeds.shape[1]
+    words = length - sum(end - start - 1 for start, end in spliced.image_spans[0])
     messages.stage(
         "encode", started, f"{len(images)} picture(s), {words} ids -> {length} positions"
     )

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from minillava.config import IMAGE_TOKEN_INDEX
+from minillava.files.rows import as_rows
 from minillava.generate import beam
 from minillava.generate.named import read_options
-from minillava.llava import Llava, Spliced, as_rows
+from minillava.llava import Llava, Spliced
 from minillava.loop import Step, steps
 from minillava.options import Options, remaining_context
 from minillava.sampling import Process
@@ -123,7 +124,7 @@ def check_room(model: Llava, input_ids: Tensor | Sequence[Sequence[int]]) -> Non
     for a prompt of megabytes that takes gigabytes. input_ids: rows, with -200 for each picture."""
     for ids in as_rows("input_ids", input_ids, "cpu"):
         pictures = int((ids == IMAGE_TOKEN_INDEX).sum())
-        length = len(ids) + pictures * (model.config.tokens_per_image - 1)
+        length = model.config.positions(len(ids), pictures)
         remaining_context(model.config, length, pictures)
 
 

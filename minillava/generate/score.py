@@ -36,9 +36,7 @@ def score_answers(
     cache = KVCache(
         model.config.text, 1, length + longest, dtype=spliced.embeds.dtype, device=device
     )
-    first = model.language_model(
-        spliced.embeds, spliced.attention_mask, cache, last_only=True
-    ).logits
+    first = model.language_model(spliced.embeds, spliced.padding_mask, cache, last_only=True).logits
     cache.select_rows(torch.zeros(len(rows), dtype=torch.long, device=device))
     rest = model.language_model(ids, None, cache).logits  # [n, m, V]
     logits = torch.cat([first.expand(len(rows), -1, -1), rest[:, :-1]], dim=1)  # [n, m, V]

@@ -266,7 +266,7 @@ def finite_weights(model: nn.Module) -> Finding:
 
 def first_logits(assistant: Assistant, spliced: Spliced) -> Tensor:
     """The logits of the answer's first token, [V]. Raises ValueError if they are not finite."""
-    output = assistant.model.language_model(spliced.embeds, spliced.attention_mask, last_only=True)
+    output = assistant.model.language_model(spliced.embeds, spliced.padding_mask, last_only=True)
     return check_finite(last_logits(output))[
         0
     ].cpu()  # not every GPU has the float64 of `total_variation`
@@ -281,7 +281,7 @@ def cached_and_whole(assistant: Assistant, spliced: Spliced) -> tuple[Tensor, Te
     dtype, device = spliced.embeds.dtype, spliced.embeds.device
     cache = KVCache(model.config.text, 1, length + tokens, dtype=dtype, device=device)
     # each [1, V]
-    output = language(spliced.embeds, spliced.attention_mask, cache, last_only=True)
+    output = language(spliced.embeds, spliced.padding_mask, cache, last_only=True)
     cached = [check_finite(last_logits(output))]
     ids = []
     for _ in range(tokens):

@@ -152,7 +152,7 @@ def _say_pictures(say: Say, processor: ImageProcessor, images: list[Image.Image]
 
 def _record_splice(recorder: Recorder, spliced: Spliced) -> None:
     spans = [list(span) for span in spliced.image_spans[0]]
-    mask = spliced.attention_mask  # [1, T] or None
+    mask = spliced.padding_mask  # [1, T] or None
     words = "none: nothing is padding" if mask is None else None
     recorder.add("splice", "embeds", spliced.embeds, Llava.splice)  # [1, T, C]
     recorder.add("splice", "image_spans", None, Llava.splice, spans)

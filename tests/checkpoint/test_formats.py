@@ -92,7 +92,7 @@ def load(weights: Path, **options):
 def logits(assistant, picture: Path) -> torch.Tensor:
     spliced = assistant.prepare(picture, assistant.prompt(QUESTION))
     with torch.no_grad():
-        return assistant.model.language_model(spliced.embeds, spliced.attention_mask).logits
+        return assistant.model.language_model(spliced.embeds, spliced.padding_mask).logits
 
 
 def assert_same_logits(found: torch.Tensor, expected, picture: Path) -> None:

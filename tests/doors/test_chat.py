@@ -75,7 +75,9 @@ def watch(monkeypatch):
             return encode(pixels)
 
         def keep_logits(model, spliced, *args, **options):
-            seen["ids"] = spliced.input_ids[0].tolist()
+            seen["ids"] = spliced.token_ids[0].tolist()
+            for first, end in reversed(spliced.image_spans[0]):
+                seen["ids"][first:end] = [-200]
             for step in steps(model, spliced, *args, **options):
                 seen["logits"].append(step.logits)
                 yield step

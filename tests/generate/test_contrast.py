@@ -378,7 +378,7 @@ def test_only_the_pixels_differ_for_the_others(toy, picture):
         assert images.shape == pixels.shape
         assert not torch.equal(images, pixels)
         assert (
-            not toy.model.splice([*ids, *rows], torch.cat([pixels, images])).attention_mask
+            not toy.model.splice([*ids, *rows], torch.cat([pixels, images])).padding_mask
             is not None
         )
 

@@ -155,7 +155,7 @@ def ours_of(model, rows, pixels) -> dict[str, torch.Tensor]:
     eager = model.language_model.attend.__name__ == "eager"
     prompt = model.splice(rows, pixels)
     out = model.language_model(
-        prompt.embeds, prompt.attention_mask, hidden_states=True, attentions=eager
+        prompt.embeds, prompt.padding_mask, hidden_states=True, attentions=eager
     )
     assert_same(
         model(rows, pixels).logits,

@@ -45,8 +45,8 @@ SIDEWAYS = {("checkpoint", "fast.quantize"), ("checkpoint", "fast.processor")}
 DOORS = {"chat", "batch", "look", "tracing", "inspection", "convert", "pope"}
 # generate/ holds strategies, and a door
 OF_A_DOOR = {"generate.answer", "generate.__main__", "cli.__main__", "__main__"}
-# of the spine, those that read something from a disk
-READ_FILES = {"image", "tokenizer", "assistant"}
+# of the spine, those that read something from a disk, or have what callers give them checked
+READ_FILES = {"image", "tokenizer", "llava", "loop", "assistant"}
 LIMIT = 2704  # lines of the spine; it may only go down
 ALLOWED = {"torch", "safetensors", "sentencepiece", "PIL", "numpy"}
 

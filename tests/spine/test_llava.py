@@ -63,8 +63,8 @@ def test_the_splice_puts_each_picture_in_its_place(model):
         words(torch.tensor([9, 3])),
     ]
     assert_same_in_float64(row, torch.cat(expected))
-    assert spliced.attention_mask.sum(-1).tolist() == [3, 4 + P, 4 + 2 * P, 1 + P]
-    assert spliced.attention_mask[0].tolist() == [False] * 9 + [True] * 3
+    assert spliced.padding_mask.sum(-1).tolist() == [3, 4 + P, 4 + 2 * P, 1 + P]
+    assert spliced.padding_mask[0].tolist() == [False] * 9 + [True] * 3
 
 
 def test_image_spans_point_at_the_pictures(model):
@@ -76,8 +76,39 @@ def test_image_spans_point_at_the_pictures(model):
             assert_same_in_float64(embeds[start:end], next(features))
 
 
+def test_ids_stand_where_their_vectors_do(model):
+    """Penalties, n-grams and a chat's cache each expanded the ids on their own."""
+    mask = [[0, 1, 1], [1] * 5, [1] * 6, [1] * 2]
+    spliced, image = model.splice(ROWS, PICTURES, mask), [model.config.image_token_id] * P
+    assert spliced.token_ids.tolist() == [
+        [-1] * (2 * P + 2) + [5, 6],
+        [-1] * P + [1, *image, 7, 8, 9],
+        [1, *image, 7, *image, 9, 3],
+        [-1] * (P + 3) + [2, *image],
+    ]
+    assert torch.equal(spliced.token_ids >= 0, spliced.padding_mask)
+
+
+def test_pictures_may_take_different_numbers_of_positions(model):
+    """As they do where a picture is cut into as many tiles as its shape asks for."""
+    features = model.encode_images(PICTURES)
+    several = [features[0], features[1][:2], torch.cat([features[2], features[2]]), features[3]]
+    spliced = model.splice(ROWS, several)
+    assert spliced.image_spans == [[], [(7, 11)], [(1, 3), (4, 12)], [(10, 14)]]
+    for row, spans in enumerate(spliced.image_spans):
+        for start, end in spans:
+            found = spliced.embeds[row, start:end]
+            assert torch.equal(found, several.pop(0))
+            assert set(spliced.token_ids[row, start:end].tolist()) == {model.config.image_token_id}
+    one = model.splice([ROWS[2]], [features[1][:2], torch.cat([features[2], features[2]])])
+    assert torch.equal(one.embeds[0], spliced.embeds[2])
+    assert torch.equal(
+        model.splice(ROWS, list(features)).embeds, model.splice(ROWS, PICTURES).embeds
+    )
+
+
 def test_rows_without_padding_need_no_mask(model):
-    assert model.splice([[1, 5], [1, 6]]).attention_mask is None
+    assert model.splice([[1, 5], [1, 6]]).padding_mask is None
 
 
 def test_a_batch_equals_its_rows_alone(model):
@@ -243,8 +274,13 @@ def test_wrong_pictures_labels_and_ranks_are_named(model):
         ValueError, match=r"images are \[3, 28, 28\], expected a tensor \[n, 3, R, R\]"
     ):
         model([[1, -200]], PICTURES[0])
-    with pytest.raises(ValueError, match="images are list"):
+    with pytest.raises(ValueError, match=r"images are list of \[\[3, 28, 28\]\], expected"):
         model([[1, -200]], [PICTURES[0]])
+    with pytest.raises(ValueError, match=r"images are \[1, 4, 16\], .*\[n, P, 32\]"):
+        model([[1, -200]], torch.zeros(1, 4, 16))
+    for other in ("a.png", [0.5], [torch.zeros(0, 32)]):
+        with pytest.raises(ValueError, match=r"images are (str|list)( of .*)?, expected"):
+            model([[1, -200]], other)
     with pytest.raises(ValueError, match="label 50 is outside"):
         model([[1, 2]], labels=[[1, 50]])
     with pytest.raises(ValueError, match="input_ids has rows of shape"):

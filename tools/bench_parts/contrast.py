@@ -29,8 +29,8 @@ def contrast(model: Llava, tokens: int, rounds: int, prompt: int) -> dict[str, T
 
 def spliced(embeds: torch.Tensor) -> Spliced:
     """[B, T, C] as a prompt of tokens without a picture."""
-    ids = [torch.zeros(embeds.shape[1], dtype=torch.long) for _ in embeds]
-    return Spliced(embeds, None, None, [[] for _ in ids], ids)
+    token_ids = torch.zeros(embeds.shape[:2], dtype=torch.long)
+    return Spliced(embeds, token_ids, None, None, [[] for _ in embeds])
 
 
 def one_pass(model: Llava, embeds: torch.Tensor, tokens: int) -> float:
