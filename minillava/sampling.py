@@ -211,8 +211,11 @@ def check_finite(logits: Tensor) -> Tensor:
 def check_scores(found: Tensor, given: Tensor) -> Tensor:
     """What `process` made of the given scores [B, V]. Raises ValueError for what cannot be chosen
     from."""
-    if not isinstance(found, Tensor) or not _described(found) == _described(given):
-        raise ValueError(f"process returned {_described(found)}, expected {_described(given)}")
+    expected = _described(given)
+    if not isinstance(found, Tensor):
+        raise ValueError(f"process returned {type(found).__name__}, expected a tensor {expected}")
+    if _described(found) != expected:
+        raise ValueError(f"process returned a tensor {_described(found)}, expected {expected}")
     if not (found < math.inf).all():  # nor is NaN
         raise ValueError(
             "process returned NaN or +inf, expected finite scores, and -inf for a token to remove"
@@ -220,7 +223,5 @@ def check_scores(found: Tensor, given: Tensor) -> Tensor:
     return found
 
 
-def _described(x: object) -> str:
-    if not isinstance(x, Tensor):
-        return type(x).__name__
-    return f"a tensor {list(x.shape)} {dtype_name(x.dtype)} on {x.device}"
+def _described(x: Tensor) -> str:
+    return f"{list(x.shape)} {dtype_name(x.dtype)} on {x.device}"
