@@ -23,6 +23,7 @@ class LanguageOutput:
     # L + 1 times [B, T, C]: embeddings, then each layer
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None  # L times [B, H, T, S]
+    hidden: Tensor | None = None  # [B, T or 1, C] what the head read: the last state, normalised
 
 
 class Context(NamedTuple):
@@ -57,13 +58,17 @@ class LanguageModel(nn.Module):
         last_only: bool = False,
         hidden_states: bool = False,
         attentions: bool = False,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        attend: Callable[..., Any] | None = None,
     ) -> LanguageOutput:
         """Token ids [B,T] or embeddings [B,T,C] -> logits.
 
         attention_mask: bool [B,T] of the new tokens, False for padding. cache: what came before;
         the new tokens are added to it. last_only: the head runs on the last position alone (over a
         whole prompt it would cost as much as two thirds of a layer, and T rows of V logits).
-        attentions: recorded by `eager`, which alone has them.
+        attentions: recorded by `eager`, which alone has them. positions [B|1,T] and mask bool
+        [B|1,1,T,S]: of tokens that are no row, but guesses. attend: instead of the model's own.
         """
         x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)  # [B, T, C]
         length = x.shape[1]
@@ -71,9 +76,12 @@ class LanguageModel(nn.Module):
         # [B, S] or None
         real = attention_mask if cache is None else cache.reserve(len(x), length, attention_mask)
         # [B|1, T], [B|1, 1, T, S] or None
-        positions, mask, causal = positions_and_mask(real, offset, length, x.device)
+        causal = False
+        if positions is None:
+            positions, mask, causal = positions_and_mask(real, offset, length, x.device)
         tables = rotary_tables(positions, self.config, x.dtype)
-        context = Context(*tables, mask, causal, eager if attentions else self.attend, cache)
+        attend = attend or (eager if attentions else self.attend)
+        context = Context(*tables, mask, causal, attend, cache)
 
         states, weights = [], []
         for layer in self.layers:
@@ -86,10 +94,12 @@ class LanguageModel(nn.Module):
             cache.advance(length)
         x = self.norm(x)
         states.append(x)  # the last hidden state is the normalised one, as transformers reports it
+        x = x[:, -1:] if last_only else x
         return LanguageOutput(
-            self.head(x[:, -1:] if last_only else x),
+            self.head(x),
             tuple(states) if hidden_states else None,
             tuple(weights) if attentions else None,
+            x,
         )
 
     def resize_token_embeddings(self, rows: int) -> None:

@@ -75,10 +75,8 @@ def steps(
     in local variables, so any number of loops can share one model. Raises ValueError as `generate`.
     """
     if options.num_beams > 1:
-        raise ValueError(
-            f"num_beams is {options.num_beams}: beams go through generate() or beam.search(), and "
-            "without contrast"
-        )
+        told = "beams go through generate() or beam.search(), and without contrast"
+        raise ValueError(f"num_beams is {options.num_beams}: {told}")
     run = Run(model, spliced, options, tokenizer, record, contrast, process, cache)
     decoding = model.decoding or decode_in_turn
     with decoding(model, spliced.embeds, run.capacity, cache, run.wanted) as decoder:
@@ -110,8 +108,7 @@ class Run:
         process: Process | None = None,
         cache: KVCache | None = None,
     ):
-        """Arguments as for `steps`. Raises ValueError for what cannot be done, before anything is
-        computed."""
+        """Arguments as for `steps`. Raises ValueError before anything is computed."""
         if unknown := set(record) - set(RECORDABLE):
             some = ", ".join(RECORDABLE)
             raise ValueError(f"cannot record {sorted(unknown)}, expected some of: {some}")
@@ -137,9 +134,8 @@ class Run:
     def choose(self, output: LanguageOutput) -> tuple[Step, Tensor]:
         """The next token of each row by logits [B or 2 B, 1, V], and the numbers that `tell` wants,
         still on their device."""
-        logits, other = last_logits(output), None
-        finite = logits.isfinite().all()
-        combined = logits
+        combined = logits = last_logits(output)
+        other, finite = None, logits.isfinite().all()
         if self.contrast is not None:
             logits, other = logits.chunk(2)
             combined = self.contrast(logits, other, self.sampler.step)

@@ -1,9 +1,8 @@
 """From logits to the next token: penalties and filters as pure functions on scores [B, V], and the
 `Sampler`, which applies them in the order of transformers.
 
-Repetition penalty, no repeated n-grams, no early end, then, only when sampling: temperature, top-k,
-top-p, min-p, typical-p. A removed token gets -inf. keep: a filter leaves at least so many of the
-best tokens.
+Repetition penalty, no repeated n-grams, no early end; only when sampling, temperature, top-k,
+top-p, min-p, typical-p. A removed token gets -inf. keep: of the best, how many a filter leaves.
 """
 
 import math

@@ -1,0 +1,304 @@
+"""Speculative decoding: a drafter guesses what comes next, and one pass checks all its guesses.
+
+A pass over the last token and g guesses gives the logits of g + 1 steps, and reads the weights
+once (Leviathan et al. 2023). Each row of it then goes through the very objects of a plain step, one
+after the other: it is chosen from, it may end the answer, its text is shown. The first row that
+chooses something else than the guess is the last one that counts. So a draft decides nothing and
+only saves passes, and the answer is the plain one: the most likely tokens, or, since each token is
+drawn by the same random numbers, the same sample for the same seed (Daliri et al. 2024). Accepting
+with probability min(1, p/q), as in the first paper, keeps some guesses more, but not the sample.
+
+B rows (2 with contrast, else 1), g guesses, S positions in the cache, V vocabulary.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from minillava.attention import eager
+from minillava.cache import KVCache
+from minillava.config import IMAGE_TOKEN_INDEX
+from minillava.llama import LanguageOutput
+from minillava.llava import Llava, Spliced
+from minillava.loop import Run, Step, decode_in_turn, prefill
+from minillava.options import Options
+from minillava.sampling import Sampler
+from minillava.tokenizer import Tokenizer
+
+MOST = 15
+"""Guesses in a pass, at most, where their number is chosen by what they cost."""
+
+
+class Draft(Protocol):
+    """The guesses for one answer."""
+
+    def propose(self, count: int) -> list[int]:
+        """At most `count` tokens that may come next; none is an ordinary step."""
+
+    def accept(self, ids: list[int], hidden: Tensor) -> None:
+        """What came instead. hidden [C]: the last hidden state, normalised, that chose the last of
+        `ids`."""
+
+
+def fork(sampler: Sampler) -> Sampler:
+    """The same, to guess with: it draws what the other will draw, and leaves it as it is. Without
+    somebody's own `process`, which would be called for guesses."""
+    other = copy(sampler)
+    other.custom, other.generators = None, []
+    for generator in sampler.generators:
+        twin = torch.Generator(device=generator.device)
+        other.generators.append(twin.set_state(generator.get_state()))
+    return other
+
+
+class Drafter(Protocol):
+    """A way to guess. One file with these names is a new one."""
+
+    kind: str  # what it is called
+    cost: float  # of one guess, in steps of the model
+
+    def begin(self, prompt: list[int], sampler: Sampler, pictures: Sequence[Any]) -> Draft:
+        """For one answer. prompt: ids with -200 for each picture. sampler: of the answer; `fork` it
+        to choose as it will. pictures: as they were given; none if only their patches are known."""
+
+
+@dataclass
+class Report:
+    """How much one answer owes to its drafts."""
+
+    kind: str
+    exact: bool | None = None  # whether rows of a pass have the bits of single steps; None: unknown
+    tokens: int = 0  # of the answer
+    passes: int = 0  # after the prompt's
+    drafted: int = 0
+    accepted: int = 0
+    lengths: list[int] = field(default_factory=list)  # in how many passes n guesses were right
+
+    def add(self, drafted: int, accepted: int) -> None:
+        self.passes, self.drafted = self.passes + 1, self.drafted + drafted
+        self.accepted += accepted
+        self.lengths += [0] * (accepted + 1 - len(self.lengths))
+        self.lengths[accepted] += 1
+
+    def told(self) -> str:
+        """In words."""
+        made = self.tokens - 1
+        speed = f" ({made / self.passes:.1f} a pass)" if self.passes else ""
+        lengths = " ".join(f"{n}:{count}" for n, count in enumerate(self.lengths) if count)
+        exact = {True: ", exact on this machine", False: ", exact up to rounding", None: ""}
+        return (
+            f"{self.tokens} tokens: 1 from the prompt, {made} in {self.passes} passes{speed}; "
+            f"drafted {self.drafted}, accepted {self.accepted}; accepted lengths: "
+            f"{lengths or 'none'}{exact[self.exact]}"
+        )
+
+
+class Pace:
+    """How many tokens to guess: `fixed`, or as many as pay by what a pass costs and how often
+    guesses were right of late."""
+
+    def __init__(self, fixed: int | None, pass_cost: Callable[[int], float], guess_cost: float):
+        """pass_cost: of a pass over so many tokens, in steps; guess_cost: of a guess."""
+        self.fixed, self.pass_cost, self.guess_cost = fixed, pass_cost, guess_cost
+        self.right: deque[bool] = deque([True, True, True, False, False], maxlen=32)
+
+    def choose(self) -> int:
+        if self.fixed is not None:
+            return self.fixed
+        rate = sum(self.right) / len(self.right)
+        return best_length(rate, self.pass_cost, self.guess_cost)
+
+    def note(self, drafted: int, accepted: int) -> None:
+        """A guess behind a wrong one says nothing."""
+        self.right += [True] * accepted + [False] * (accepted < drafted)
+
+
+def best_length(rate: float, pass_cost: Callable[[int], float], guess_cost: float) -> int:
+    """The number of guesses with the most tokens for the time, if each is right at this rate. 0 is
+    an ordinary step."""
+
+    def gain(g: int) -> float:
+        expected = sum(rate**i for i in range(g + 1))  # tokens
+        return expected / (pass_cost(g + 1) / pass_cost(1) + g * guess_cost)
+
+    return max(range(MOST + 1), key=gain)
+
+
+@dataclass
+class Drafts:
+    """A drafter and how it is used: `steps` in place of loop.steps. tokens: guesses in a pass;
+    None: by their cost."""
+
+    drafter: Drafter
+    tokens: int | None = None
+    pass_cost: Callable[[int], float] = lambda rows: 1.0  # of so many rows, in steps of one row
+    exact: bool | None = None
+    report: Report | None = None  # of the answer that began last
+
+    def steps(
+        self,
+        model: Llava,
+        spliced: Spliced,
+        options: Options,
+        *,
+        pictures: Sequence[Any] = (),
+        **rest: Any,
+    ) -> Iterator[Step]:
+        """`loop.steps` for one prompt, the same Steps in fewer passes. Raises ValueError for
+        several."""
+        self.report = Report(self.drafter.kind, self.exact)
+        return _steps(self, self.report, model, spliced, options, pictures, **rest)
+
+
+@torch.no_grad()
+def _steps(
+    drafts: Drafts,
+    report: Report,
+    model: Llava,
+    spliced: Spliced,
+    options: Options,
+    pictures: Sequence[Any],
+    *,
+    tokenizer: Tokenizer | None = None,
+    record: Sequence[str] = (),
+    contrast: Callable[[Tensor, Tensor, int], Tensor] | None = None,
+    process: Callable[[Tensor, Tensor], Tensor] | None = None,
+    cache: KVCache | None = None,
+) -> Iterator[Step]:
+    run = Run(model, spliced, options, tokenizer, record, contrast, process, cache)
+    check_one(run.batch, options)
+    pace = Pace(
+        drafts.tokens, lambda count: drafts.pass_cost(count * run.streams), drafts.drafter.cost
+    )
+    with decode_in_turn(model, spliced.embeds, run.capacity, cache, run.wanted) as decoder:
+        # the cache of somebody else may grow at the last yield of a block, keeping what is in it
+        cache, guesses, spare = decoder.cache, [], 0 if cache is None else 1
+        guessed: list[int] = []  # without a pass that checks it, to know how often it is right
+        rows = [prefill(model, spliced, cache, **run.wanted)]
+        draft = drafts.drafter.begin(prompt_ids(spliced), run.sampler, pictures)
+        while True:
+            start = cache.length - len(guesses)  # as far as it is known
+            block = take_rows(run, rows, guesses)
+            hidden = rows[len(block) - 1].hidden[0, -1]
+            accepted = sum(s.ids == [guess] for s, guess in zip(block, guesses, strict=False))
+            report.tokens = run.sampler.step
+            if report.tokens > len(block):  # not the prompt's
+                report.add(len(guesses), accepted)
+                pace.note(len(guesses), accepted)
+                pace.note(len(guessed), int(guessed == block[0].ids))
+            yield from show(block, cache, start)
+            if block[-1].finish_reason[0] is not None:
+                return
+            ids = [step.ids[0] for step in block]
+            draft.accept(ids, hidden)
+            # one more than are left could not count
+            most = min(run.most - run.sampler.step, cache.capacity - cache.length - spare) - 1
+            count = min(pace.choose(), most)
+            guesses = text_only(draft.propose(count), model) if count > 0 else []
+            guessed = draft.propose(1) if count == 0 and drafts.drafter.cost == 0 else []
+            rows = check(model, [ids[-1], *guesses], cache, run)
+
+
+def take_rows(run: Run, rows: list[LanguageOutput], guesses: list[int]) -> list[Step]:
+    """The steps that a pass is worth: up to the first that is no guess, or ends the answer."""
+    block = []
+    for output, guess in zip(rows, [*guesses, None], strict=True):
+        step, told = run.choose(output)
+        run.tell(step, told.tolist())
+        block.append(step)
+        if step.finish_reason[0] is not None or step.ids[0] != guess:
+            break
+    return block
+
+
+def show(block: list[Step], cache: KVCache, start: int) -> Iterator[Step]:
+    """Step by step, with the cache as the plain loop would leave it behind each: whoever stops
+    listening may go on from there."""
+    cache.truncate(start)
+    for step in block:
+        yield step
+        if step is not block[-1]:
+            cache.advance(1)  # it was read already
+
+
+def check(model: Llava, token_ids: list[int], cache: KVCache, run: Run) -> list[LanguageOutput]:
+    """One pass over tokens whose order is known, as what single steps would give, one for each.
+    Both streams of contrast read the same tokens."""
+    language, past = model.language_model, cache.length
+    ids = torch.tensor([token_ids] * run.streams, device=run.sampler.history.device)  # [B, g + 1]
+    attend = row_by_row(
+        eager if run.wanted["attentions"] else language.attend, cache.attention_mask is not None
+    )
+    output = language(ids, None, cache, attend=attend, **run.wanted)
+    return [one_row(output, i, past + i + 1) for i in range(len(token_ids))]
+
+
+def one_row(output: LanguageOutput, i: int, length: int) -> LanguageOutput:
+    """Row i of a pass, which saw `length` positions, as a step of its own."""
+    states, weights, row = output.hidden_states, output.attentions, slice(i, i + 1)
+    return LanguageOutput(
+        output.logits[:, row],
+        None if states is None else tuple(state[:, row] for state in states),
+        None if weights is None else tuple(w[:, :, row, :length] for w in weights),
+        output.hidden[:, row],
+    )
+
+
+def row_by_row(attend: Callable[..., Any], padded: bool) -> Callable[..., Any]:
+    """Attention of several new positions as if each were a step: the very call of a step, one query
+    over the keys that it would see. A call for all of them adds up in another order, and in int8,
+    int4 and bfloat16 it is the only thing that does."""
+
+    def attend_rows(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        count, keys = q.shape[2], k.shape[2]
+        outs, weights = [], []
+        for i in range(count):
+            row, seen = slice(i, i + 1), slice(0, keys - count + i + 1)
+            hidden = mask[:, :, row, seen] if padded and mask is not None else None
+            out, w = attend(q[:, :, row], k[:, :, seen], v[:, :, seen], hidden, False)
+            outs.append(out)
+            if w is not None:
+                weights.append(torch.nn.functional.pad(w, (0, keys - w.shape[-1])))
+        return torch.cat(outs, dim=2), torch.cat(weights, dim=2) if weights else None
+
+    return attend_rows
+
+
+def prompt_ids(spliced: Spliced) -> list[int]:
+    """The ids of a prompt, -200 for each picture."""
+    ids = spliced.token_ids[0].tolist()
+    for start, end in reversed(spliced.image_spans[0]):
+        ids[start:end] = [IMAGE_TOKEN_INDEX]
+    padding = 0 if spliced.padding_mask is None else int((~spliced.padding_mask[0]).sum())
+    return ids[padding:]
+
+
+def text_only(guesses: list[int], model: Llava) -> list[int]:
+    """The guesses up to the first that the model cannot say: no picture, no padding, nothing
+    outside its vocabulary."""
+    config = model.config
+    for i, guess in enumerate(guesses):
+        picture = guess in (IMAGE_TOKEN_INDEX, config.image_token_id)
+        if picture or not 0 <= guess < config.text.vocab_size or guess == config.pad_token_id:
+            return guesses[:i]
+        if guess in config.eos_token_ids:
+            return guesses[: i + 1]
+    return guesses
+
+
+def check_one(batch: int, options: Options) -> None:
+    """Raises ValueError for what drafts are not for."""
+    if options.num_beams > 1:
+        raise ValueError(f"num_beams is {options.num_beams}: drafts are for single answers")
+    if batch > 1:
+        raise ValueError(
+            f"{batch} answers at once: drafts are for one, since each accepts another number of "
+            "tokens; ask one after the other, or leave draft out"
+        )

@@ -1,0 +1,396 @@
+"""Drafts save passes and change nothing: every answer is the plain loop's, whatever is guessed."""
+
+from itertools import product
+
+import pytest
+import torch
+from paths import REFERENCE
+
+from minillava.assistant import load
+from minillava.cache import KVCache
+from minillava.generate.contrast import M3ID, VCD
+from minillava.generate.generation import generate
+from minillava.generate.lookup import Lookup, look_up
+from minillava.generate.speculate import MOST, Drafts, Pace, best_length, fork
+from minillava.loop import Options, steps
+from minillava.options import RECORDABLE
+from minillava.sampling import Sampler
+
+IDS = [1, 30, -200, 41, 42]
+
+
+class Scripted:
+    """A drafter that knows the answer, and spoils what it is told to."""
+
+    kind, cost = "scripted", 0.0
+
+    def __init__(self, answer, spoil=lambda at, token: token, always=None):
+        self.answer, self.spoil, self.always = answer, spoil, always
+
+    def begin(self, prompt, sampler, pictures):
+        return ScriptedDraft(self)
+
+
+class ScriptedDraft:
+    def __init__(self, script):
+        self.script, self.at = script, 0
+
+    def propose(self, count):
+        assert count > 0
+        if self.script.always is not None:
+            return [self.script.always] * count
+        known = self.script.answer[self.at : self.at + count]
+        return [self.script.spoil(self.at + i, token) for i, token in enumerate(known)]
+
+    def accept(self, ids, hidden):
+        assert hidden.dim() == 1
+        self.at += len(ids)
+
+
+def drafters(answer, end):
+    """By name: none is right, all are, each third is not, an end token, the longest there can be."""
+    return {
+        "nothing": Scripted([]),
+        "oracle": Scripted(answer),
+        "a third is wrong": Scripted(answer, lambda at, token: token if at % 3 else token + 1),
+        "never right": Scripted(answer, lambda at, token: token + 1),
+        "always the end": Scripted(answer, always=end),
+        "lookup": Lookup(),
+    }
+
+
+@pytest.fixture(scope="module", params=["plain", "grouped", "tied"])
+def toy(request):
+    return load(REFERENCE / request.param, device="cpu", dtype="float64")
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+
+
+def parts(made):
+    return [(s.ids, s.text, s.finish_reason) for s in made]
+
+
+def compare(assistant, spliced, options, count, **rest):
+    """Every drafter against the plain loop; returns the reports by name."""
+    given = {"tokenizer": assistant.tokenizer, **rest}
+    plain = list(steps(assistant.model, spliced, options, **given))
+    ids, reports = [s.ids[0] for s in plain], {}
+    end = assistant.model.config.eos_token_ids[0]
+    for name, drafter in drafters(ids, end).items():
+        drafts = Drafts(drafter, count)
+        found = list(drafts.steps(assistant.model, spliced, options, **given))
+        assert parts(found) == parts(plain), name
+        reports[name] = drafts.report
+        assert drafts.report.tokens == len(plain)
+        assert drafts.report.passes <= len(plain) - 1
+        assert sum(drafts.report.lengths) == drafts.report.passes
+    return reports
+
+
+OPTIONS = [
+    {},
+    {"repetition_penalty": 1.3},
+    {"no_repeat_ngram_size": 2},
+    {"min_new_tokens": 5},
+    {"max_new_tokens": 1},
+    {"max_new_tokens": 2},
+    {"max_new_tokens": 7},
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 1.4, "seed": 4, "top_k": 9, "top_p": 0.9},
+    {"temperature": 0.7, "seed": 5, "typical_p": 0.8, "min_p": 0.01},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("ids", [[1, 30, 41], IDS, [1, -200, 41, -200, 9]])
+def test_the_answer_is_the_plain_one(toy, pixels, ids, options):
+    """A draft decided what was said: a penalty that did not count the guesses, a sample that drew
+    another number, an end that was passed."""
+    pictures = pixels[: ids.count(-200)].double() if -200 in ids else None
+    spliced = toy.model.splice([ids], pictures)
+    chosen = Options(**{"max_new_tokens": 20, **options})
+    for count in (1, 4):
+        compare(toy, spliced, chosen, count)
+
+
+def test_who_knows_the_answer_needs_the_fewest_passes(toy, pixels):
+    spliced = toy.model.splice([IDS], pixels[:1].double())
+    options = Options(max_new_tokens=22, no_repeat_ngram_size=1, min_new_tokens=22)
+    for count in (1, 3, 6):
+        reports = compare(toy, spliced, options, count)
+        assert reports["oracle"].passes == -(-21 // (count + 1))
+        assert reports["oracle"].accepted == 21 - reports["oracle"].passes
+        assert reports["never right"].passes == reports["nothing"].passes == 21
+        assert reports["never right"].lengths == [21]
+
+
+@pytest.mark.parametrize("method", [VCD(), M3ID(rate=0.3)])
+def test_both_streams_of_contrast_read_the_draft(toy, pixels, method):
+    """M3ID weighs by the number of the step, which is the token's and not the block's; its second
+    row is shorter, which is padding in the cache."""
+    rows = [IDS, [i for i in IDS if i != -200]] if isinstance(method, M3ID) else [IDS, IDS]
+    pictures = pixels[: 1 if isinstance(method, M3ID) else 2].double()
+    spliced = toy.model.splice(rows, pictures)
+    for options in ({}, {"temperature": 1.0, "seed": 7}):
+        compare(toy, spliced, Options(max_new_tokens=16, **options), 3, contrast=method)
+
+
+def test_a_stop_text_ends_inside_a_block(toy, pixels):
+    """Ids that follow a stop text in the same block were kept."""
+    spliced = toy.model.splice([IDS], pixels[:1].double())
+    options = Options(max_new_tokens=20)
+    whole = [s.text[0] for s in steps(toy.model, spliced, options, tokenizer=toy.tokenizer)]
+    text = "".join(whole)
+    for size, at in product((1, 4, 9), (2, 7)):
+        stop = text[at : at + size]
+        for count in (2, 5, 12):
+            compare(toy, spliced, Options(max_new_tokens=20, stop=stop), count)
+
+
+def test_somebodys_own_process_sees_every_token_once(toy, pixels):
+    """It was called for guesses that did not count."""
+    spliced, lengths = toy.model.splice([IDS], pixels[:1].double()), []
+
+    def process(scores, history):
+        lengths.append(history.shape[1])
+        return scores - scores.roll(1, -1) / 3
+
+    options = Options(max_new_tokens=12)
+    plain = parts(steps(toy.model, spliced, options, process=process))
+    expected, lengths[:] = list(lengths), []
+    answer = [ids[0] for ids, _, _ in plain]
+    found = Drafts(Scripted(answer, lambda at, token: token + (at == 5)), 4).steps(
+        toy.model, spliced, options, process=process
+    )
+    assert parts(found) == plain
+    assert lengths == expected
+
+
+@pytest.mark.parametrize("contrast", [None, VCD()])
+def test_what_is_recorded_is_what_single_steps_record(toy, pixels, contrast):
+    """The hidden states of a block stood in one tensor, and its attentions had too many keys."""
+    rows = 1 if contrast is None else 2
+    spliced = toy.model.splice([IDS] * rows, pixels[:rows].double())
+    options, given = Options(max_new_tokens=10), {"record": RECORDABLE, "contrast": contrast}
+    plain = list(steps(toy.model, spliced, options, **given))
+    answer = [s.ids[0] for s in plain]
+    found = Drafts(Scripted(answer, lambda at, token: token + (at == 6)), 3).steps(
+        toy.model, spliced, options, **given
+    )
+    for mine, other in zip(found, plain, strict=True):
+        assert mine.ids == other.ids
+        for name in ("logits", "scores", "other_logits"):
+            a, b = vars(mine)[name], vars(other)[name]
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        for name in ("hidden_states", "attentions"):
+            for a, b in zip(vars(mine)[name], vars(other)[name], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_the_cache_is_as_single_steps_leave_it_whenever_somebody_stops(toy, pixels):
+    """A rejected guess stayed in it, or an accepted one was there before its step was shown."""
+    spliced = toy.model.splice([IDS], pixels[:1].double())
+    length, options = spliced.embeds.shape[1], Options(max_new_tokens=14)
+
+    def cache():
+        return KVCache(toy.model.config.text, 1, length + 14, dtype=torch.float64, device="cpu")
+
+    filled, lengths, answer = cache(), [], []
+    for step in steps(toy.model, spliced, options, cache=filled):
+        lengths.append(filled.length)
+        answer.append(step.ids[0])
+    for name, drafter in drafters(answer, toy.model.config.eos_token_ids[0]).items():
+        for stopped in (1, 3, 4, 6, len(answer)):
+            mine = cache()
+            made = Drafts(drafter, 3).steps(toy.model, spliced, options, cache=mine)
+            assert [next(made).ids[0] for _ in range(stopped)] == answer[:stopped]
+            made.close()
+            assert mine.length == lengths[stopped - 1], name
+            for a, b in zip(
+                [*mine.keys, *mine.values], [*filled.keys, *filled.values], strict=True
+            ):
+                a, b = a[:, :, : mine.length], b[:, :, : mine.length]
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_the_random_numbers_are_those_of_single_steps(toy, pixels, monkeypatch):
+    """After so many tokens the generator is where the plain loop leaves it."""
+    spliced, states = toy.model.splice([IDS], pixels[:1].double()), []
+    real = Sampler.remember
+
+    def remember(self, token_ids, rows=None):
+        states.append(self.generators[0].get_state().tolist())
+        return real(self, token_ids, rows)
+
+    monkeypatch.setattr(Sampler, "remember", remember)
+    options = Options(max_new_tokens=9, temperature=1.0, seed=2)
+    answer = [s.ids[0] for s in steps(toy.model, spliced, options)]
+    expected, states[:] = list(states), []
+    for drafter in drafters(answer, 2).values():
+        list(Drafts(drafter, 3).steps(toy.model, spliced, options))
+        assert states == expected
+        states.clear()
+
+
+def test_a_fork_draws_what_its_sampler_will_draw(toy):
+    """Guesses of another model are right more often with the same random numbers."""
+    options = Options(temperature=1.0, seed=8)
+    scores = torch.randn(6, 1, 50, generator=torch.Generator().manual_seed(1))
+    sampler = Sampler(toy.model.config, toy.model.splice([[1, 5]]).token_ids, options)
+    twin = fork(sampler)
+    guessed = [int(twin(each)[0]) for each in scores]
+    assert [int(sampler(each)[0]) for each in scores] == guessed
+    assert len(set(guessed)) > 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [("float32", "int8"), ("bfloat16", "int8"), ("float32", "int4")]
+)
+def test_small_weights_give_the_same_bits(dtype, kind):
+    """Their products give each row the bits it has alone; one call of attention for all rows did
+    not."""
+    model = load(REFERENCE.parents[1] / "weights/shapes", dtype=dtype, device="cpu", quantize=kind)
+    picture = REFERENCE / "pictures" / "landscape.png"
+    spliced = model.prepare(picture, model.prompt("What is in the picture?"))
+    options = Options(max_new_tokens=24, min_new_tokens=24)
+    plain = list(steps(model.model, spliced, options))
+    answer = [s.ids[0] for s in plain]
+    for count in (1, 2, 3, 7, 15):
+        found = list(Drafts(Scripted(answer), count).steps(model.model, spliced, options))
+        assert len(found) == len(plain)
+        for mine, other in zip(found, plain, strict=True):
+            assert torch.equal(mine.scores, other.scores), count
+
+
+def test_what_drafts_are_not_for_is_one_line(toy, pixels):
+    spliced = toy.model.splice([IDS, IDS], pixels.double())
+    drafts = Drafts(Lookup())
+    with pytest.raises(ValueError, match="2 answers at once: drafts are for one"):
+        next(drafts.steps(toy.model, spliced, Options()))
+    with pytest.raises(ValueError, match="num_beams is 2: drafts are for single answers"):
+        next(drafts.steps(toy.model, spliced, Options(num_beams=2)))
+
+
+def test_nothing_but_words_of_the_model_is_guessed(toy, pixels):
+    """A guess of -200, or beyond the table of words, would be an error of the table."""
+    spliced = toy.model.splice([IDS], pixels[:1].double())
+    plain = parts(steps(toy.model, spliced, Options(max_new_tokens=8)))
+    config = toy.model.config
+    for bad in (-200, -1, config.image_token_id, config.text.vocab_size, 10**9):
+        drafts = Drafts(Scripted([], always=bad), 3)
+        assert parts(drafts.steps(toy.model, spliced, Options(max_new_tokens=8))) == plain
+        assert drafts.report.drafted == 0
+
+
+# --- how many tokens are guessed ------------------------------------------------------------------
+
+
+def flat(rows):
+    return 1.0
+
+
+def by_row(rows):
+    return float(rows)
+
+
+@pytest.mark.parametrize(
+    ("rate", "cost", "guess", "expected"),
+    [
+        (0.0, flat, 0.0, 0),  # an ordinary step
+        (0.9, by_row, 0.0, 0),  # every row costs a step
+        (0.5, flat, 0.0, MOST),
+        (0.5, flat, 0.1, 2),
+        (0.9, flat, 0.1, 10),
+        (0.9, flat, 2.0, 0),
+    ],
+)
+def test_as_many_guesses_as_pay(rate, cost, guess, expected):
+    """By hand, of sum(rate**i) / (cost + guesses · guess): 1, 1.36, 1.46, 1.44 for .5 and .1, and
+    3.42, 3.43, 3.42 from 9 to 11 guesses for .9."""
+    assert best_length(rate, cost, guess) == expected
+
+
+def test_the_pace_follows_what_was_right_of_late():
+    pace = Pace(None, flat, 0.1)
+    assert pace.choose() == 3  # at 0.6
+    for _ in range(32):
+        pace.note(3, 0)
+    assert pace.choose() == 0
+    for _ in range(40):
+        pace.note(4, 4)
+    assert pace.choose() == MOST
+    assert Pace(4, by_row, 9.0).choose() == 4
+
+
+def test_where_no_pass_pays_guesses_are_still_watched(toy, pixels):
+    """The pace could never learn that they are right."""
+    spliced = toy.model.splice([IDS], pixels[:1].double())
+    options = Options(max_new_tokens=30, min_new_tokens=30)
+    answer = [s.ids[0] for s in steps(toy.model, spliced, options)]
+
+    def cost(rows):  # pays from two guesses in three
+        return 1 + 0.68 * (rows - 1)
+
+    drafts = Drafts(Scripted(answer), None, cost)
+    assert [s.ids[0] for s in drafts.steps(toy.model, spliced, options)] == answer
+    assert drafts.report.lengths[0] > 0
+    assert drafts.report.accepted > 0
+
+
+# --- prompt lookup --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ids", "ends", "expected"),
+    [
+        ([1, 5, 6, 7, 8, 5, 6], [], [7, 8, 5]),
+        ([1, 5, 6, 7, 5, 6, 9, 5, 6], [], [7, 5, 6]),  # the first place, not the latest
+        ([1, 5, 6, 7, 8, 9, 6], [], [7, 8, 9]),
+        ([1, 2, 3, 4], [], []),
+        ([5, 5, 5], [], [5]),
+        ([5, 5, 5, 5], [], [5, 5]),
+        ([1, 5, 6, 2, 8, 5, 6], [2], []),
+        ([1, 5, 6, 7, 2, 5, 6], [2], [7]),
+        ([1, 5, -200, 7, 8, 5], [], []),  # up to a picture
+        ([], [], []),
+        ([3], [], []),
+    ],
+)
+def test_a_lookup_by_hand(ids, ends, expected):
+    assert look_up(ids, 3, ends, longest=2) == expected
+
+
+def test_a_lookup_finds_what_transformers_finds():
+    candidates = pytest.importorskip("transformers.generation.candidate_generator")
+    random = torch.Generator().manual_seed(0)
+    found = 0
+    for _ in range(300):
+        length, count, n = (int(torch.randint(1, 12, (), generator=random)) for _ in range(3))
+        ids = torch.randint(1, 5, (1, length), generator=random)
+        theirs = candidates.PromptLookupCandidateGenerator(
+            eos_token_id=torch.tensor([4]),
+            num_output_tokens=count,
+            max_matching_ngram_size=n,
+            max_length=10**6,
+        ).get_candidates(ids)[0][0, length:]
+        found += len(theirs) > 0
+        assert look_up(ids[0].tolist(), count, [4], longest=n) == theirs.tolist()
+    assert found > 100
+
+
+def test_a_repeated_prompt_is_found(toy, pixels):
+    """What was said once is guessed when it is said again."""
+    answer = generate(toy.model, [IDS], pixels[:1].double(), max_new_tokens=12).sequences[0]
+    draft = Lookup().begin(
+        [*answer.tolist(), 7, *answer[:4].tolist()],
+        Sampler(toy.model.config, answer[None], Options()),
+        (),
+    )
+    expected = look_up([*answer.tolist(), 7, *answer[:4].tolist()], 5)
+    assert draft.propose(5) == expected
+    assert expected
