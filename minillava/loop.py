@@ -33,6 +33,8 @@ from minillava.sampling import NOT_FINITE, NOTHING_LEFT, Process, Sampler
 from minillava.streaming import Row
 from minillava.tokenizer import Tokenizer
 
+BEAMS_GO_ELSEWHERE = "beams go through generate() or beam.search(), and without contrast"
+
 
 @dataclass
 class Step:
@@ -75,8 +77,7 @@ def steps(
     in local variables, so any number of loops can share one model. Raises ValueError as `generate`.
     """
     if options.num_beams > 1:
-        told = "beams go through generate() or beam.search(), and without contrast"
-        raise ValueError(f"num_beams is {options.num_beams}: {told}")
+        raise ValueError(f"num_beams is {options.num_beams}: {BEAMS_GO_ELSEWHERE}")
     run = Run(model, spliced, options, tokenizer, record, contrast, process, cache)
     decoding = model.decoding or decode_in_turn
     with decoding(model, spliced.embeds, run.capacity, cache, run.wanted) as decoder:
