@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ TOY_CLIP = VisionConfig(
 )
 TOKENIZER = Path(__file__).resolve().parents[1] / "weights" / "shapes" / "tokenizer.model"
 SHARD = 2e9  # bytes
+PIECES = 32000  # of Llama's tokenizer
 SHAPES = "shapes"  # the size of the bundled model, which is there already
 
 
@@ -126,9 +128,23 @@ def make_checkpoint(folder: Path, size: str, dtype: torch.dtype) -> None:
     (partial / "preprocessor_config.json").write_text(
         json.dumps(preprocessor_config(ImageProcessor(config.vision.image_size)))
     )
-    shutil.copy(TOKENIZER, partial)
-    pieces = SentencePieceProcessor(model_file=str(TOKENIZER)).vocab_size()
-    # a row without a token is only padding
-    names = {f"<{i}>": i for i in range(pieces, config.text.vocab_size)}
-    (partial / "added_tokens.json").write_text(json.dumps(names))
+    make_tokenizer(partial)
     partial.rename(folder)
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Of Llama's size, as LLaVA's: opening it takes as long. The bundled model's pieces, and behind
+    them what nobody writes; a SentencePiece file may be continued by appending to it. Rows of the
+    table after the last token are padding."""
+    count = SentencePieceProcessor(model_file=str(TOKENIZER)).vocab_size()
+    more = b"".join(piece(f"<{i}>".encode(), -float(i)) for i in range(count, PIECES))
+    (folder / TOKENIZER.name).write_bytes(TOKENIZER.read_bytes() + more)
+    names = {"<image>": PIECES, "<pad>": PIECES + 1}
+    (folder / "added_tokens.json").write_text(json.dumps(names))
+
+
+def piece(text: bytes, score: float) -> bytes:
+    """One more piece as protobuf writes it: field 1 of the model, of which field 1 is the text and
+    field 2 the score."""
+    inside = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", score)
+    return b"\x0a" + bytes([len(inside)]) + inside

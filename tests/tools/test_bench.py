@@ -71,6 +71,9 @@ def test_the_checkpoint_is_whole_and_makes_finite_numbers(checkpoints):
     assert 0.9 < logits.std() < 1.1
     # CLIP's last block and norm, which transformers wants to see
     assert len(assistant.unused) == 18
+    assert assistant.tokenizer.vocab_size == 32000
+    assert assistant.tokenizer.decode(assistant.tokenizer.encode("a red star")) == "a red star"
+    assert assistant.tokenizer.decode([31999]) == "<31999>"
 
 
 def test_weights_and_cache_are_counted_as_they_are(checkpoints):
@@ -181,6 +184,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(compare, "run", run)
     monkeypatch.setattr(compare, "Neighbours", Neighbours)
     monkeypatch.setattr(compare, "limits", limits)
+    monkeypatch.setattr(compare, "bandwidth", lambda *_: made.get("after", 0.0))
     monkeypatch.setattr(compare, "TRIES", 3)
     return made, done
 
@@ -203,6 +207,15 @@ def test_every_process_has_a_probe_of_its_own_right_before_it(machine):
     fast, slow = (int(cells_of(each, ASKED)[column][:-1]) for each in told(journal, *names))
     # half the bandwidth, twice the fraction; both are rounded to a percent
     assert abs(fast - 2 * slow) <= 1.5
+
+
+def test_a_host_that_gives_more_meanwhile_makes_no_fraction_above_one(machine):
+    """llama.cpp read at 114 % of what torch had read before it was started."""
+    made, _ = machine
+    made |= {"runs": [found()], "taken": [(0, 0)], "limits": [20e9], "after": 30e9}
+    journal = Journal(None, SETTINGS)
+    compare.compare([row_of("float32")], ASKED, 1, False, journal, 100)
+    assert journal.records[0]["found"]["limits"]["bandwidth"] == 30e9
 
 
 def test_a_row_beside_a_busy_neighbour_is_measured_again_and_marked(machine):

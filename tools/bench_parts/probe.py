@@ -27,7 +27,8 @@ TRIES = 3
 @dataclass
 class Limits:
     """The best of several ways and tries: a limit is what was reached once. On a shared machine it
-    drifts within minutes, so each measured process has its own, taken right before it."""
+    drifts within minutes, so each measured process has its own, taken right before it; of the
+    bandwidth it is the better one of before and after."""
 
     bandwidth: float  # bytes read per second
     rates: dict[str, float]  # floating-point operations per second of a matrix product, by dtype
@@ -39,8 +40,14 @@ class Limits:
 
 def limits(device: str, threads: int) -> Limits:
     with threads_of_torch(threads):
-        return Limits(_bandwidth(device), {"float32": _rate(torch.float32, device),
-                                           "bfloat16": _rate(torch.bfloat16, device)})  # fmt: skip
+        rates = {dtype: _rate(getattr(torch, dtype), device) for dtype in ("float32", "bfloat16")}
+    return Limits(bandwidth(device, threads), rates)
+
+
+def bandwidth(device: str, threads: int) -> float:
+    """Bytes read per second."""
+    with threads_of_torch(threads):
+        return _bandwidth(device)
 
 
 @contextmanager
