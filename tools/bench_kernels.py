@@ -6,6 +6,7 @@ is it the one that minillava takes?
     python tools/bench.py kernels --layers 11008x4096 --dtypes int8  # a part of it
     python tools/bench.py kernels --json > found.json                # every round of every way
     python tools/bench.py kernels --read found.json                  # the tables of what was found before
+    python tools/bench.py kernels --bits                             # whose bits depend on who shares a pass
 
 Weights are random and read from memory: so many copies take turns that none is in a cache. The ways
 to one product take turns, too, round after round; a figure is the median of its rounds. A way that
@@ -45,13 +46,14 @@ from bench_parts.probe import machine
 
 from minillava.cli import messages
 from minillava.cli.arguments import Parser
-from minillava.fast import processor
-from minillava.fast.linear import OF_ONE_ROW, PRODUCTS
+from minillava.fast import fused, processor, same_bits
+from minillava.fast.linear import OF_ONE_ROW, PRODUCTS, linear
 from minillava.fast.quantize import BLOCKS, QuantisedLinear, quantised_layer, quantize_tensor
 
 ROWS = (1, 2, 4, 8, 16, 32, 640)  # the last one is a prompt
 STORED = ("float32", "bfloat16", "int8", "int4")
 MODELS = ("7b", "1b")
+PROMPT = 625  # positions of a picture question, behind which attention is asked
 ENOUGH = 1 << 28  # bytes of weights that take turns: more than any cache of one processor holds
 LEAST = 5e-3  # seconds that a round of one way takes at least, in as many calls as that needs
 SLOW = 2.0
@@ -143,12 +145,8 @@ def round_of(work: Callable[[object], object], turns: list, calls: int) -> float
 @torch.no_grad()
 def measure(stored: str, n: int, c: int, row_counts: Sequence[int], rounds: int) -> Iterator[Cell]:
     turns = weights(stored, n, c)
-    fast = processor.has_fast_bfloat16()
-    dtype = (
-        torch.bfloat16 if stored == "bfloat16" or (fast and stored != "float32") else torch.float32
-    )
     for rows in row_counts:
-        x = torch.randn(rows, c, generator=torch.Generator().manual_seed(1)).to(dtype)
+        x = torch.randn(rows, c, generator=torch.Generator().manual_seed(1)).to(dtype_of(stored))
         work = {
             way: lambda weight, way=way, x=x: by(way, weight, x) for way in ways_of(stored, rows)
         }
@@ -209,6 +207,58 @@ def verdict(cells: Sequence[Cell]) -> str:
     return "\n".join(lines)
 
 
+@torch.no_grad()
+def bits(stored: str, n: int, c: int) -> int:
+    """Up to how many rows each has the bits of the product that it has alone, by ours."""
+    draw = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(rows, c, generator=draw) for rows in (n, max(same_bits.ROWS)))
+    if stored in ("int8", "int4"):
+        return same_bits.rows_alike(quantised_layer(quantize_tensor(weight, stored)), x)
+    dtype = getattr(torch, stored)
+    narrow = weight.to(dtype)
+    return same_bits.rows_alike(lambda row: linear(row, narrow), x.to(dtype))
+
+
+@torch.no_grad()
+def bits_of_attention(stored: str, model: str) -> int:
+    """The same of attention with one query, PROMPT cached positions and a model's heads."""
+    text, draw = config_of(model).text, torch.Generator().manual_seed(0)
+    rows, heads = max(same_bits.ROWS), text.num_attention_heads
+    q, k, v = (
+        torch.randn(rows, heads, keys, text.head_dim, generator=draw).to(dtype_of(stored))
+        for keys in (1, PROMPT, PROMPT)
+    )
+    return same_bits.queries_alike(fused, q, k, v)
+
+
+def bits_found(options: argparse.Namespace) -> list[dict]:
+    found = []
+    for n, c in options.layers:
+        found.append({"of": f"{n} × {c}", **{s: bits(s, n, c) for s in options.dtypes}})
+        say(f"{n} x {c}: done")
+    for model in MODELS:
+        heads = {stored: bits_of_attention(stored, model) for stored in options.dtypes}
+        found.append({"of": f"attention of {model}", **heads})
+    return found
+
+
+def bits_table(found: Sequence[dict]) -> str:
+    names = list(found[0])[1:]
+    lines = [
+        f"| same bits up to so many rows | {' | '.join(names)} |",
+        "|---|" + "---:|" * len(names),
+    ]
+    lines += [f"| {row['of']} | {' | '.join(str(row[name]) for name in names)} |" for row in found]
+    return "\n".join(lines)
+
+
+def dtype_of(stored: str) -> torch.dtype:
+    """Of activations: what `auto` chooses for quantised layers where bfloat16 is fast."""
+    if stored == "bfloat16" or (stored != "float32" and processor.has_fast_bfloat16()):
+        return torch.bfloat16
+    return torch.float32
+
+
 def numbers(text: str) -> list[int]:
     found = [int(word) for word in text.split(",")]
     if min(found) < 1:
@@ -253,11 +303,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--read", type=Path, nargs="+", metavar="JSON", help="tables of what was found before"
     )
+    parser.add_argument("--bits", action="store_true", help="measure bits, not seconds")
     options = parser.parse_args(argv)
     if options.rounds < 1:
         parser.error("--rounds needs at least 1")
     command = " ".join(["python tools/bench.py kernels", *(sys.argv[1:] if argv is None else argv)])
     kind, head = processor.kind(), f"`{command}`, {date.today()}, {machine('cpu')}"
+    if options.bits:
+        found = bits_found(options)
+        print(json.dumps(found) if options.json else f"{head}\n\n{bits_table(found)}")
+        return 0
     if options.read:
         kind, head, cells = read(options.read)
     else:

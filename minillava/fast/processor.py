@@ -68,6 +68,15 @@ WAYS: dict[str, dict[str, Ways]] = {
 """By kind of processor and by what a weight is stored in: up to how many rows of x which way, one
 of `linear.PRODUCTS`, or of `quantize.BLOCKS`."""
 
+SAME_ROWS: dict[str, dict[str, int]] = {
+    "avx2": {"bfloat16": 4, "int8": 32, "int4": 32},
+    "avx512": {"bfloat16": 3, "int8": 32, "int4": 32},
+    "avx512-bf16": {"bfloat16": 32, "int8": 16, "int4": 32},
+    "amx": {"bfloat16": 32, "int8": 16, "int4": 16},
+}
+"""Up to how many rows of a pass each has the bits that it has alone, if more than one: the ways of
+one row and of several add up in the same order. From `bench.py kernels --bits`."""
+
 GUESSED = {"arm", "arm-bf16", "unknown"}
 """Kinds of which no machine was at hand. Of amx one was, but before the tool was written."""
 

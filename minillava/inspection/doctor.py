@@ -25,8 +25,10 @@ from minillava.cache import KVCache
 from minillava.checkpoint.place import choose_device, choose_dtype
 from minillava.cli.hooks import attending
 from minillava.config import LlavaConfig
+from minillava.fast import processor
 from minillava.fast.processor import has_fast_bfloat16
-from minillava.fast.quantize import quantised_kinds, stored_shapes
+from minillava.fast.quantize import QuantisedLinear, quantised_kinds, stored_shapes
+from minillava.fast.same_bits import ROWS, queries_alike, rows_alike
 from minillava.files.disk import one_line
 from minillava.llava import Spliced
 from minillava.loop import last_logits
@@ -57,6 +59,8 @@ MEMORY = {"float32": 4, "bfloat16": 2, "int8": 2, "int4": 2}
 
 TOKENS = 4  # decoded in the check of the cache
 
+KEYS = 512  # cached positions in the check of attention's bits
+
 SEED = 0
 
 
@@ -83,19 +87,22 @@ def environment() -> Finding:
     }
     threads, processors = torch.get_num_threads(), os.cpu_count()
     capability, fast = torch.backends.cpu.get_cpu_capability(), has_fast_bfloat16()
+    kind = processor.kind()
     crowded = processors is not None and threads > processors
     text = (
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}; {threads} "
         f"thread(s) on {processors} "
         f"processor(s){', more than there are: they wait for one another' * crowded}; "
         f"{capability}, "
-        f"bfloat16 {'is fast' if fast else 'is emulated'}"
+        f"bfloat16 {'is fast' if fast else 'is emulated'}; products by the table of {kind}"
+        f"{', which nobody has measured' * (kind in processor.GUESSED)}"
     )
     figures = {
         "threads": threads,
         "processors": processors,
         "capability": capability,
         "fast_bfloat16": fast,
+        "kind": kind,
     }
     return Finding("environment", WARNING if crowded else OK, text, {**versions, **figures})
 
@@ -214,6 +221,7 @@ def examine(
     """The checks of an opened model: its weights, its two attentions, its cache, its eyes. picture:
     what it is shown, instead of a drawn one."""
     yield finite_weights(assistant.model)
+    yield same_bits(assistant.model)
     try:
         yield from _ask(
             assistant,
@@ -262,6 +270,39 @@ def finite_weights(model: nn.Module) -> Finding:
         "download again"
     )
     return Finding("weights", FAILED, text, {"not_finite": wrong})
+
+
+@torch.no_grad()
+def same_bits(model: nn.Module) -> Finding:
+    """Up to how many rows of a pass each has the bits that it has alone, in the products of the
+    language model's layers and in its attention of one query."""
+    language, config = model.language_model, model.config.text
+    like, most = language.embed_tokens.weight, max(ROWS)
+    draw = torch.Generator().manual_seed(SEED)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw).to(like.device, like.dtype)
+
+    layers = {
+        (layer.out_features, layer.in_features): layer
+        for layer in language.modules()
+        if isinstance(layer, nn.Linear | QuantisedLinear)
+    }
+    products = min(rows_alike(layer, numbers(most, c)) for (_, c), layer in layers.items())
+    head = (config.num_key_value_heads, min(KEYS, config.context), config.head_dim)
+    attention = queries_alike(
+        language.attend,
+        numbers(most, config.num_attention_heads, 1, config.head_dim),
+        numbers(most, *head),
+        numbers(most, *head),
+    )
+    kind = " and ".join(quantised_kinds(model)) or dtype_name(like.dtype)
+    text = (
+        f"in {kind}, a token decoded beside others has the bits that it has alone up to {products} "
+        f"row(s) of products and {attention} of attention"
+    )
+    figures = {"products": products, "attention": attention, "most": most}
+    return Finding("same bits", OK, text, figures)
 
 
 def first_logits(assistant: Assistant, spliced: Spliced) -> Tensor:

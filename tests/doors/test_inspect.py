@@ -19,6 +19,7 @@ import minillava
 from minillava.cache import KVCache
 from minillava.cli.doors import enter
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
+from minillava.fast import processor
 from minillava.files.hub import CLIP_RELEASE
 from minillava.files.tensors import SafetensorsFile
 from minillava.inspection import doctor
@@ -540,12 +541,23 @@ def failed(found: dict[str, dict]) -> list[str]:
     return [check for check, finding in found.items() if finding["status"] == doctor.FAILED]
 
 
+def test_it_says_what_holds_of_bits_on_this_machine(capsys):
+    """Of every layer of the model and of its attention, as they would compute."""
+    _, found = visit(capsys, WEIGHTS, "--dtype", "bfloat16")
+    claimed = processor.SAME_ROWS.get(processor.kind(), {}).get("bfloat16", 1)
+    figures = found["same bits"]["figures"]
+    assert claimed <= figures["products"] <= figures["most"]
+    assert figures["attention"] == figures["most"]
+    assert f"up to {figures['products']} row(s) of products" in found["same bits"]["text"]
+    assert found["environment"]["figures"]["kind"] == processor.kind()
+
+
 def test_a_healthy_model_passes_every_check(capsys):
     status, found = visit(capsys, WEIGHTS)
     assert status == 0
     assert {finding["status"] for finding in found.values()} == {doctor.OK}
     assert list(found) == [
-        "environment", "device and dtype", "memory", "weights", "eager and fused attention", "cache and no cache",
+        "environment", "device and dtype", "memory", "weights", "same bits", "eager and fused attention", "cache and no cache",
         "blind test",
     ]  # fmt: skip
     assert 0 < found["eager and fused attention"]["figures"]["relative_difference"] < 1e-5

@@ -8,7 +8,7 @@ import bench_kernels
 import pytest
 from bench_kernels import HEADS, LAYERS, Cell, table, verdict, ways_of
 
-from minillava.fast import processor
+from minillava.fast import processor, same_bits
 from minillava.fast.linear import OF_ONE_ROW, PRODUCTS
 from minillava.fast.quantize import BLOCKS
 
@@ -77,6 +77,18 @@ def test_a_head_is_not_asked_for_a_prompt(monkeypatch, capsys):
     monkeypatch.setattr(bench_kernels, "HEADS", [(128, 64)])
     assert bench.main([*TOY, "--dtypes", "float32", "--rows", "2,640", "--json"]) == 0
     assert [cell["rows"] for cell in json.loads(capsys.readouterr().out)["cells"]] == [2]
+
+
+def test_bits_are_counted_of_products_and_of_attention(monkeypatch, capsys):
+    monkeypatch.setattr(bench_kernels, "MODELS", ("toy",))
+    assert bench.main(["kernels", "--bits", "--layers", "128x64", "--json"]) == 0
+    product, attention = json.loads(capsys.readouterr().out)
+    assert (product["of"], attention["of"]) == ("128 × 64", "attention of toy")
+    for stored, claimed in processor.SAME_ROWS.get(processor.kind(), {}).items():
+        assert claimed <= product[stored] <= attention[stored] == max(same_bits.ROWS)
+    assert bench.main(["kernels", "--bits", "--layers", "128x64", "--dtypes", "int8"]) == 0
+    text = capsys.readouterr().out.split("\n\n")[1]
+    assert text.splitlines()[2] == f"| 128 × 64 | {product['int8']} |"
 
 
 def test_the_judgement_is_that_of_medians():
