@@ -2,15 +2,18 @@
 checkpoint folders."""
 
 import os
+import shutil
 from pathlib import Path
 
 import hf
 import pytest
 import torch
 from commands import status_of
+from models import stored
 from paths import REFERENCE, SHARED
 from safetensors.torch import load_file
 
+from minillava.assistant import Assistant
 from minillava.options import WEIGHTS_VARIABLE
 
 # Toy networks gain nothing from a second thread, and on a busy machine threads that wait for one
@@ -40,6 +43,18 @@ def run_main(capsys):
 def reference() -> Path:
     """tests/reference/, as tools/make_reference.py writes it."""
     return REFERENCE
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A copy of the stored `plain` checkpoint, to be changed."""
+    return Path(shutil.copytree(REFERENCE / "plain", tmp_path / "plain"))
+
+
+@pytest.fixture(scope="session")
+def assistant() -> Assistant:
+    """The stored `plain` checkpoint in float32. It is shared: a test that changes it puts it back."""
+    return stored()
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import python
+from folders import change_config
 from paths import REFERENCE
 from safetensors.torch import load_file, save_file
 
@@ -34,12 +35,6 @@ HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_t
 QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"
 TOWER = "vision_tower.vision_model."
 CLIP_NAME = "openai/clip-vit-large-patch14-336"
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """A copy of the stored `plain` checkpoint, to be damaged."""
-    return Path(shutil.copytree(REFERENCE / "plain", tmp_path / "plain"))
 
 
 @pytest.fixture
@@ -68,12 +63,6 @@ def store(tensors: dict[str, torch.Tensor], folder: Path) -> None:
         {name: tensor.clone().contiguous() for name, tensor in tensors.items()},
         folder / SINGLE_NAME,
     )
-
-
-def change_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**config, **changes}), encoding="utf-8")
 
 
 def change_index(folder: Path, change) -> None:
@@ -230,8 +219,7 @@ def test_two_stored_names_for_one_tensor_are_refused(folder):
 def test_a_thousand_wrong_names_are_reported_before_anyone_wonders(folder):
     """A language model of 13B's depth under strange names: looking for the nearest of each took
     most of a minute."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    change_config(folder, text_config={**config["text_config"], "num_hidden_layers": 40})
+    change_config(folder, text_config={"num_hidden_layers": 40})
     tensors = {
         name: tensor
         for name, tensor in stored(folder).items()
@@ -697,8 +685,7 @@ def write_large(folder: Path) -> None:
         "num_hidden_layers": 5,
         "num_attention_heads": 8,
     }
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    change_config(folder, text_config={**config["text_config"], **text})
+    change_config(folder, text_config=text)
     with torch.device("meta"):
         model = minillava_model(folder)
     header, offset = {}, 0

@@ -49,11 +49,6 @@ BASE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def assistant():
-    return minillava.load(WEIGHTS, device="cpu", dtype="float32")
-
-
 def lines(count: int) -> list[dict]:
     """Questions of many lengths, two on each picture, every ninth without one."""
     questions = [

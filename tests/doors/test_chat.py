@@ -46,17 +46,6 @@ def load(template: str | None = None, weights=WEIGHTS):
 NOT_STUCK = torch.tensor([False])
 
 
-@pytest.fixture(scope="module")
-def assistant():
-    return load()
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """A copy of the stored `plain` checkpoint, to be changed."""
-    return Path(shutil.copytree(WEIGHTS, tmp_path / "plain"))
-
-
 @pytest.fixture
 def watch(monkeypatch):
     """`watch(model)`: a dict of what goes on in it: "logits" of every step, "lengths" of every pass

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import struct
 import subprocess
@@ -85,17 +84,6 @@ def stdin(monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
 
     return give
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """A copy of the stored `plain` checkpoint, to be damaged."""
-    return Path(shutil.copytree(WEIGHTS, tmp_path / "plain"))
-
-
-@pytest.fixture(scope="module")
-def assistant():
-    return minillava.load(WEIGHTS, device="cpu", dtype="float32")
 
 
 # --- the answer -----------------------------------------------------------------------------------

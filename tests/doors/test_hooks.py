@@ -5,6 +5,7 @@ from itertools import chain
 
 import pytest
 import torch
+from models import stored
 
 import minillava
 from minillava.cli.hooks import Hooks, uncompiled
@@ -17,7 +18,7 @@ IDS = torch.tensor([[1, 5, 9, 7]])
 
 @pytest.fixture(scope="module")
 def model(reference):
-    return minillava.load(reference / "plain", device="cpu", dtype="float32").model
+    return stored().model
 
 
 def hooks_on(model) -> int:
@@ -102,7 +103,7 @@ def test_two_functions_wrap_each_other(model):
 @torch.no_grad()
 def test_attention_that_is_recorded_is_watched_as_well(reference, model):
     """The loop records by a function of its own, and look then saw no row at all."""
-    toy = minillava.load(reference / "plain", device="cpu", dtype="float32")
+    toy = stored()
     picture = minillava.image.Image.new("RGB", (30, 20), "red")
     spliced = toy.prepare(picture, toy.prompt("What?"))
     for step, rows in watch(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import status_of
+from models import stored
 from paths import REFERENCE, ROOT
 from safetensors.torch import load_file, save_file
 
@@ -29,12 +30,6 @@ WEIGHTS = ROOT / "weights" / "shapes"
 QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"
 PROJECTOR = "multi_modal_projector.linear_2.weight"
 DIALECTS = ("hub", "fresh", "modules", "raw", "buffers", "original", "original-bare")
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """A copy of the stored `plain` checkpoint, to be damaged."""
-    return Path(shutil.copytree(REFERENCE / "plain", tmp_path / "plain"))
 
 
 def change_json(path: Path, change) -> None:
@@ -111,7 +106,7 @@ def test_the_memory_table_is_what_the_model_takes(reference):
     """Of the first two rows; nobody has made the others yet."""
     table = inspect.inspect_folder(reference / "grouped").memory
     for dtype in ("float32", "bfloat16"):
-        model = minillava.load(reference / "grouped", device="cpu", dtype=dtype).model
+        model = stored("grouped", dtype=dtype).model
         weights = sum(tensor.nbytes for tensor in model.state_dict().values())
         text, sizes = model.config.text, {}
         for positions in (1000, text.context):

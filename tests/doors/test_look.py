@@ -17,6 +17,7 @@ import pytest
 import shapes
 import torch
 from bounds import assert_same_in_float64
+from models import stored
 from paths import ROOT
 from PIL import Image
 
@@ -39,14 +40,12 @@ SHORT = Options(max_new_tokens=7)
 @pytest.fixture(scope="module", params=["eager", "fused"])
 def toy(request, reference):
     """Two query heads share a key/value head."""
-    return minillava.load(
-        reference / "grouped", device="cpu", dtype="float64", attention=request.param
-    )
+    return stored("grouped", dtype="float64", attention=request.param)
 
 
 @pytest.fixture(scope="module")
 def plain(reference):
-    return minillava.load(reference / "plain", device="cpu", dtype="float32")
+    return stored()
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +93,7 @@ def test_the_rows_are_those_that_the_loop_records(toy, picture):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("attention", ["eager", "fused"])
 def test_looking_leaves_the_logits_bit_identical(reference, picture, attention, dtype):
-    toy = minillava.load(reference / "grouped", device="cpu", dtype=dtype, attention=attention)
+    toy = stored("grouped", dtype=dtype, attention=attention)
     spliced = prepare(toy, picture)
     alone = [step.logits for step in steps(toy.model, spliced, SHORT)]
     attend = toy.model.language_model.attend

@@ -55,11 +55,6 @@ BASE = [
 
 
 @pytest.fixture(scope="module")
-def assistant():
-    return minillava.load(WEIGHTS, device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def picture():
     return Image.open(PICTURES / "landscape.png").convert("RGB")
 

@@ -9,10 +9,10 @@ from functools import partial
 import pytest
 import torch
 from bounds import assert_same_in_float64
+from models import stored
 from paths import ROOT
 
 from minillava import loop
-from minillava.assistant import load
 from minillava.cache import KVCache
 from minillava.chat.conversation import Conversation
 from minillava.fast import ahead
@@ -28,7 +28,7 @@ IDS = [[1, 30, -200, 41, 42], [1, -200, 41]]  # of unequal length: the second ro
 
 @pytest.fixture(params=["plain", "grouped"])
 def toy(request, reference):
-    return load(reference / request.param, device="cpu", dtype="float32")
+    return stored(request.param)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def run_ahead(monkeypatch, runs: bool) -> None:
 def test_a_captured_step_is_a_step(reference, name, pixels, rows):
     """Over every token of an answer the logits are those of the plain step, up to the order of
     sums."""
-    toy = load(reference / name, device="cpu", dtype="float64")
+    toy = stored(name, dtype="float64")
     spliced = toy.model.splice(IDS[:rows], pixels[:rows])
     length, tokens = (
         spliced.embeds.shape[1],
@@ -81,7 +81,7 @@ def test_a_full_cache_is_refused(toy):
 
 def test_the_step_can_be_compiled_whole(reference, pixels, monkeypatch):
     """Without a compiler of C++: what torch.compile takes apart is put together again as it is."""
-    toy, compiled = load(reference / "plain", device="cpu", dtype="float32"), []
+    toy, compiled = stored(), []
 
     def backend(graph, inputs):
         compiled.append(graph)
@@ -239,7 +239,7 @@ def test_answers_of_other_shapes_take_the_same_memory_too(reference, pixels, mon
     """They did not: one row after two, and two after one, each was recorded anew on a GPU, and
     every recording stays. Padding, rows and capacities take turns here, and each shape is compiled
     once."""
-    toy, compiled, seen = load(reference / "plain", device="cpu", dtype="float32"), [], []
+    toy, compiled, seen = stored(), [], []
 
     def backend(graph, inputs):
         compiled.append(graph)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import hf
 import pytest
 import torch
+from models import stored
 from paths import REFERENCE
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
@@ -202,7 +203,7 @@ def test_a_picture_is_not_penalised_as_the_token_that_has_its_id(folder):
     write(folder, "added_tokens.json", {"<box>": 442})
     assistant = minillava.load(folder, device="cpu", dtype="float32")
     assert assistant.model.config.image_token_id == -200
-    plain = minillava.load(REFERENCE / "plain", device="cpu", dtype="float32")
+    plain = stored()
     picture, options = (
         REFERENCE / "pictures" / "landscape.png",
         {"max_new_tokens": 8, "repetition_penalty": 1.5},

@@ -7,20 +7,15 @@ from itertools import product
 import pytest
 import torch
 from bounds import assert_same_in_float64
+from models import stored, tiny
 
-from minillava.assistant import load
-from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.generate import beam
 from minillava.generate.generation import generate
-from minillava.llava import Llava
 from minillava.loop import Options, steps
 
 pytestmark = pytest.mark.numeric
 
 V, END, PAD = 5, 2, 0
-VISION = VisionConfig(16, 24, 2, 2, image_size=28, patch_size=14)
-TEXT = TextConfig(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2)  # fmt: skip
 PROMPTS = [[1, 3, -200, 4], [1, 4], [1, 3, 3, 4, 1]]
 PICTURE = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1)).double()
 
@@ -29,20 +24,12 @@ PICTURE = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1)).
 def model():
     """Five words, so that all answers can be tried; float64, so that none of them tie by
     rounding."""
-    torch.manual_seed(3)
-    made = (
-        Llava(replace(LlavaConfig(VISION, TEXT), image_token_id=V, pad_token_id=PAD))
-        .double()
-        .eval()
-    )
-    for name, parameter in made.named_parameters():
-        torch.nn.init.normal_(parameter, mean=float("norm.weight" in name), std=0.3)
-    return made
+    return tiny(V, seed=3, image_token_id=V, pad_token_id=PAD)
 
 
 @pytest.fixture(scope="module")
 def toy(reference):
-    return load(reference / "plain", device="cpu", dtype="float64")
+    return stored(dtype="float64")
 
 
 @pytest.fixture

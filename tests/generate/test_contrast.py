@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from bounds import assert_same_in_float64
+from models import stored
 from PIL import Image, ImageEnhance
 
-import minillava
 from minillava.generate import transforms
 from minillava.generate.contrast import M3ID, METHODS, RITUAL, VCD, Contrast, describe
 from minillava.generate.generation import generate
@@ -30,9 +30,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(scope="module", params=["eager", "fused"])
 def toy(request, reference):
-    return minillava.load(
-        reference / "plain", device="cpu", dtype="float64", attention=request.param
-    )
+    return stored(dtype="float64", attention=request.param)
 
 
 @pytest.fixture(scope="module")

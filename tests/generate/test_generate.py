@@ -9,8 +9,8 @@ from typing import ClassVar
 import pytest
 import torch
 from bounds import assert_same_in_float64, assert_within, gamma
+from models import stored
 
-from minillava.assistant import load
 from minillava.files.tokenizer_files import AddedToken
 from minillava.generate.generation import generate
 from minillava.loop import Options, steps
@@ -20,7 +20,7 @@ from minillava.streaming import Row
 
 @pytest.fixture(scope="module")
 def toy(reference):
-    return load(reference / "plain", device="cpu", dtype="float32", attention="eager")
+    return stored(attention="eager")
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +85,7 @@ def test_what_was_not_asked_for_is_none(toy, pixels):
 
 @pytest.mark.numeric
 def test_a_fused_model_records_the_weights_of_eager(reference):
-    models = [
-        load(reference / "plain", device="cpu", dtype="float64", attention=a).model
-        for a in ("fused", "eager")
-    ]
+    models = [stored(dtype="float64", attention=a).model for a in ("fused", "eager")]
     first, second = (
         generate(model, [[1, 30, 41]], max_new_tokens=2, record=("attentions",)) for model in models
     )
@@ -213,7 +210,7 @@ def test_what_must_not_repeat_counts_the_pictures_patches_and_no_padding(toy, pi
 
 @pytest.mark.numeric
 def test_several_samples_stand_in_adjacent_rows(reference, pixels):
-    toy = load(reference / "plain", device="cpu", dtype="float64", attention="eager")
+    toy = stored(dtype="float64", attention="eager")
     rows = [[1, 99, -200, 12], IDS]
     options = {"temperature": 1.2, "seed": 4, "max_new_tokens": 6, "tokenizer": toy.tokenizer}
     found = generate(toy.model, rows, pixels, num_return_sequences=3, record="logits", **options)
@@ -321,7 +318,7 @@ def test_an_answer_ends_where_the_context_does(toy):
 
 
 def test_numbers_that_are_not_finite_are_refused(reference, pixels):
-    broken = load(reference / "plain", device="cpu", dtype="float32")
+    broken = stored()
     broken.model.language_model.norm.weight.data[3] = float("nan")
     for temperature in (0.0, 1.0):
         with pytest.raises(ValueError, match=r"not finite.*--dtype float32"):

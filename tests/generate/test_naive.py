@@ -9,9 +9,9 @@ import hf
 import naive
 import pytest
 import torch
+from models import stored
 from paths import REFERENCE
 
-import minillava
 from minillava.chat.conversation import Conversation
 from minillava.generate.generation import generate
 from minillava.prompt import render
@@ -23,7 +23,7 @@ MOST = 12
 
 @functools.cache
 def assistant(name: str, attention: str):
-    return minillava.load(REFERENCE / name, device="cpu", dtype="float64", attention=attention)
+    return stored(name, dtype="float64", attention=attention)
 
 
 @functools.cache

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from models import stored
 from paths import ROOT
 
-import minillava
 from minillava import loop
 from minillava.cache import KVCache
 from minillava.loop import steps
@@ -191,7 +191,7 @@ def test_the_plain_loop_answers_as_the_real_one(reference):
     names = dict(vars(loop))
     exec(code, names)
     assert len(code.strip().splitlines()) <= 10
-    toy = minillava.load(reference / "plain", device="cpu", dtype="float32")
+    toy = stored()
     spliced = toy.prepare(
         reference / "pictures" / "landscape.png", toy.prompt("What is it?", images=1)
     )

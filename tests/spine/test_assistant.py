@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from models import stored
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
@@ -27,7 +28,7 @@ from minillava.tracing.run import trace
 
 @pytest.fixture(scope="module")
 def toy(reference):
-    return minillava.load(reference / "plain", device="cpu", dtype="float32")
+    return stored()
 
 
 @pytest.fixture
@@ -175,7 +176,7 @@ def test_attention_and_precision_are_what_was_asked_for(reference):
         ("bfloat16", torch.bfloat16),
         ("float16", torch.float16),
     ):
-        model = minillava.load(reference / "plain", device="cpu", dtype=name).model
+        model = stored(dtype=name).model
         assert {p.dtype for p in model.parameters()} == {dtype}
     assert choose_dtype("auto", "cuda", torch.float16, 10**9) == torch.float16
     assert choose_device("cpu") == "cpu"
@@ -313,7 +314,7 @@ ANSWERS = ["Yes.", "No, there is none in it.", "Yes. And more"]
 )
 def test_score_is_minus_the_loss(reference, picture, template):
     """Of the whole conversation, answer by answer, with the picture encoded anew each time."""
-    toy = minillava.load(reference / "plain", device="cpu", dtype="float64", template=template)
+    toy = stored(dtype="float64", template=template)
     question, eps = "<image>\nIs it there?", torch.finfo(torch.float32).eps
     scores = toy.score(picture, question, ANSWERS)
     means = toy.score(picture, question, ANSWERS, per_token=True)
@@ -327,7 +328,7 @@ def test_score_is_minus_the_loss(reference, picture, template):
 def test_score_of_the_models_own_answer_is_the_best_of_its_length(reference, picture):
     """Greedy decoding picks the likeliest first token: no other one-token beginning scores
     higher."""
-    toy = minillava.load(reference / "plain", device="cpu", dtype="float64")
+    toy = stored(dtype="float64")
     first = generate(
         toy.model,
         [toy.tokenizer.encode(toy.prompt("Hm?"))],
@@ -345,7 +346,7 @@ def test_score_of_the_models_own_answer_is_the_best_of_its_length(reference, pic
 
 @pytest.mark.numeric
 def test_score_edges(reference, picture):
-    toy = minillava.load(reference / "plain", device="cpu", dtype="float64")
+    toy = stored(dtype="float64")
     assert toy.score(picture, "Hm?", []) == []
     alone = [toy.score(picture, "Hm?", [answer])[0] for answer in ANSWERS]
     assert toy.score(picture, "Hm?", ANSWERS) == pytest.approx(

@@ -5,31 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bounds import assert_same_in_float64
+from models import TINY_TEXT, TINY_VISION, tiny
 
 from minillava.attention import ATTENTION
 from minillava.cache import KVCache
-from minillava.config import LlavaConfig, TextConfig, VisionConfig
-from minillava.llava import Llava, next_token_loss
+from minillava.llava import next_token_loss
 
 pytestmark = pytest.mark.numeric
 
-VISION = VisionConfig(
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    image_size=28,
-    patch_size=14,
-)
-TEXT = TextConfig(
-    vocab_size=50,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
-P = VISION.num_patches  # 4
+P = TINY_VISION.num_patches  # 4
 # No picture, one, two, and a text that ends with one; pictures are taken in row order.
 ROWS = [[1, 5, 6], [1, -200, 7, 8, 9], [1, -200, 7, -200, 9, 3], [2, -200]]
 PICTURES = torch.randn(
@@ -40,14 +24,8 @@ PER_ROW = [PICTURES[:0], PICTURES[:1], PICTURES[1:3], PICTURES[3:]]
 
 @pytest.fixture(params=ATTENTION)
 def model(request):
-    """float64, where differences of order and differences of value lie far apart (see
-    bounds.py)."""
-    torch.manual_seed(0)
-    made = Llava(LlavaConfig(VISION, TEXT), ATTENTION[request.param]).double().eval()
-    for name, parameter in made.named_parameters():
-        torch.nn.init.normal_(parameter, mean=float("norm.weight" in name), std=0.3)
     with torch.no_grad():
-        yield made
+        yield tiny(attend=ATTENTION[request.param])
 
 
 def test_the_splice_puts_each_picture_in_its_place(model):
@@ -137,7 +115,7 @@ def test_padding_in_the_input_stays_where_it_is(model):
 
 def test_cached_decoding_equals_uncached_token_by_token(model):
     row, new = [1, -200, 7, 8], [9, 3, 4, 11]
-    cache = KVCache(TEXT, 1, 3 + P + len(new), dtype=torch.float64, device="cpu")
+    cache = KVCache(TINY_TEXT, 1, 3 + P + len(new), dtype=torch.float64, device="cpu")
     cached = [model([row], PICTURES[:1], cache=cache).logits[:, -1]]
     cached += [model([[token]], cache=cache).logits[:, -1] for token in new]
     for n in range(len(new) + 1):
@@ -146,7 +124,7 @@ def test_cached_decoding_equals_uncached_token_by_token(model):
 
 def test_cached_decoding_of_a_padded_batch_equals_its_rows_alone(model):
     new = torch.tensor([[9], [3], [4], [11]])
-    cache = KVCache(TEXT, 4, 20, dtype=torch.float64, device="cpu")
+    cache = KVCache(TINY_TEXT, 4, 20, dtype=torch.float64, device="cpu")
     model(ROWS, PICTURES, cache=cache)
     together = model(new, cache=cache).logits[:, -1]
     for i, (row, pictures) in enumerate(zip(ROWS, PER_ROW, strict=True)):
@@ -154,7 +132,7 @@ def test_cached_decoding_of_a_padded_batch_equals_its_rows_alone(model):
 
 
 def test_several_tokens_behind_a_cache(model):
-    cache = KVCache(TEXT, 1, 20, dtype=torch.float64, device="cpu")
+    cache = KVCache(TINY_TEXT, 1, 20, dtype=torch.float64, device="cpu")
     model([[1, 5, 6]], cache=cache)
     assert_same_in_float64(
         model([[7, 8, 9]], cache=cache).logits, model([[1, 5, 6, 7, 8, 9]]).logits[:, 3:]
@@ -162,7 +140,7 @@ def test_several_tokens_behind_a_cache(model):
 
 
 def test_a_truncated_cache_continues_as_if_the_rest_had_never_been(model):
-    cache = KVCache(TEXT, 1, 20, dtype=torch.float64, device="cpu")
+    cache = KVCache(TINY_TEXT, 1, 20, dtype=torch.float64, device="cpu")
     model([[1, 5, 6, 7, 8]], cache=cache)
     cache.truncate(3)
     assert_same_in_float64(
@@ -173,7 +151,7 @@ def test_a_truncated_cache_continues_as_if_the_rest_had_never_been(model):
 def test_two_generations_on_one_model_interleave(model):
     prompts, caches = (
         ([1, 5, 6], [2, 8]),
-        [KVCache(TEXT, 1, 9, dtype=torch.float64, device="cpu") for _ in range(2)],
+        [KVCache(TINY_TEXT, 1, 9, dtype=torch.float64, device="cpu") for _ in range(2)],
     )
     mixed = [[], []]
     for token in (None, 11, 12, 13):
@@ -190,7 +168,7 @@ def test_two_generations_on_one_model_interleave(model):
 def test_any_embeddings_can_be_a_prefix(model):
     """40 vectors of another system's bridge, then a word: the same cache serves both."""
     prefix = torch.randn(1, 40, 32, dtype=torch.float64)
-    cache = KVCache(TEXT, 1, 41, dtype=torch.float64, device="cpu")
+    cache = KVCache(TINY_TEXT, 1, 41, dtype=torch.float64, device="cpu")
     model.language_model(prefix, cache=cache)
     word = torch.tensor([[7]])
     whole = torch.cat([prefix, model.language_model.embed_tokens(word)], dim=1)
@@ -219,11 +197,8 @@ def test_the_loss_is_the_mean_over_what_is_not_ignored(model):
 
 
 def test_the_loss_reaches_every_parameter():
-    torch.manual_seed(0)
-    model = Llava(LlavaConfig(VISION, TEXT))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    model([[1, -200, 7]], PICTURES[:1].float(), labels=[[1, -100, 7]]).loss.backward()
+    model = tiny()
+    model([[1, -200, 7]], PICTURES[:1], labels=[[1, -100, 7]]).loss.backward()
     assert [
         name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()
     ] == []
@@ -293,5 +268,5 @@ def test_one_flat_row_is_a_batch_of_one(model):
 
 
 def test_the_last_block_of_the_tower_and_its_final_norm_are_not_built(model):
-    assert len(model.vision_tower.encoder.layers) == VISION.num_hidden_layers - 1
+    assert len(model.vision_tower.encoder.layers) == TINY_VISION.num_hidden_layers - 1
     assert not any("post_layernorm" in name for name, _ in model.named_parameters())
