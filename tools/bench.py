@@ -3,7 +3,7 @@
 
     python tools/bench.py compare --size 1b              # a table: ours, transformers, and llama.cpp where installed
     python tools/bench.py growth --size 1b --png x.png   # time per token by context and by batch
-    python tools/bench.py drafts --size 1b               # one pass over several tokens of one answer
+    python tools/bench.py drafts --size 1b               # checking guesses: its cost, and what it gains
     python tools/bench.py kernels                        # one product of a layer, by every way (see kernels --help)
     python tools/bench.py quality                        # how far int8 and int4 are from float64, layer by layer
     python tools/bench.py contrast --size 0.5b           # what a second row of logits costs
@@ -42,7 +42,7 @@ from bench_checkpoint import SHAPES, SIZES, make_checkpoint
 from bench_parts.clock import say
 from bench_parts.compare import PICTURE, Asked, compare, default_rows, measured
 from bench_parts.contrast import contrast, contrast_table
-from bench_parts.drafts import pass_costs, pass_table
+from bench_parts.drafts import drafts, drafts_table
 from bench_parts.growth import CONTEXTS, growth, growth_plot, growth_table, random_model
 from bench_parts.journal import Journal
 from bench_parts.probe import machine
@@ -256,8 +256,18 @@ def dtypes_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> l
 
 
 def drafts_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
-    found = pass_costs(options.size, dtypes_of(parser, options), options.prompt, options.rounds)
-    return listed(found), pass_table(found)
+    dtypes = dtypes_of(parser, options)
+    found = drafts(options.size, dtypes, options.prompt, options.tokens, options.rounds)
+    rows = [
+        {
+            "dtype": name,
+            "costs": listed(each.costs),
+            "answers": listed(each.answers),
+            "passes": each.passes,
+        }
+        for name, each in found.items()
+    ]
+    return rows, drafts_table(found)
 
 
 def growth_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:

@@ -429,15 +429,36 @@ def test_growth_measures_every_length_and_batch(monkeypatch, capsys):
 
 
 @pytest.mark.parity
-def test_drafts_times_passes_over_several_tokens(monkeypatch, capsys):
+def test_drafts_times_passes_and_answers(monkeypatch, capsys):
     monkeypatch.setattr(drafts, "COUNTS", (1, 3))
+    monkeypatch.setattr(drafts, "RATES", (0.0, 1.0))
     arguments = ["drafts", "--size", "toy", "--dtypes", "float32,int4", "--prompt", "5"]
-    assert bench.main([*arguments, "--rounds", "1"]) == 0
+    assert bench.main([*arguments, "--rounds", "1", "--tokens", "7"]) == 0
     shown = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert shown[0] == ["one pass, tokens", "1", "3", "others"]
     names = ["float32, ms", "float32, to one token", "int4, ms", "int4, to one token"]
-    assert [row[0] for row in shown[1:]] == names
-    assert [row[1] for row in shown[2::2]] == ["1.00", "1.00"]
+    assert [row[0] for row in shown[1:5]] == names
+    assert [row[1] for row in shown[2:5:2]] == ["1.00", "1.00"]
+    assert [row[0] for row in shown[5:]] == ["guesses", "float32", "int4"]
+    for row in shown[6:]:  # a guess that is never right saves no pass
+        assert row[2].endswith("(1.0)")
+
+
+def test_an_oracle_is_right_as_often_as_it_is_told():
+    answer = [7] * 2000
+    for rate in (0.0, 0.5, 1.0):
+        oracle = drafts.Oracle(answer, rate, 640).begin([], None, [])
+        oracle.accept([7, 7], None)
+        guesses = oracle.propose(1998)
+        right = sum(guess == 7 for guess in guesses)
+        # four standard deviations of a coin that is thrown as often
+        assert abs(right - rate * 1998) <= 4 * (rate * (1 - rate) * 1998) ** 0.5
+        assert all(5 <= guess < 640 for guess in guesses)
+
+
+def test_costs_between_two_counts_lie_on_a_line():
+    costs = {n: clock.Timing([n / 10]) for n in drafts.COUNTS}
+    assert [drafts.cost_of(costs, n) for n in (1, 5, 7, 16, 20)] == pytest.approx([1, 5, 7, 16, 16])
 
 
 def test_growth_is_drawn(tmp_path):
