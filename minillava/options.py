@@ -159,3 +159,10 @@ def expect_texts(texts: object, name: str, wanted: str = "a text or a list of te
         raise ValueError(f"{name} is {texts!r}, expected {wanted}")
     for text in texts:
         expect_text(text, f"one of {name}")
+
+
+def expect_one_of(name: str, value: object, known: Collection[object]) -> None:
+    """Raises ValueError, with the argument's name, for a value that is not known."""
+    if value not in list(known):  # a list compares what has no hash, too
+        words = ", ".join(str(word) for word in known if word is not None)
+        raise ValueError(f"unknown {name} {value!r}, expected one of: {words}")

@@ -38,6 +38,7 @@ class Minillava:
         self.weights = list(self.assistant.model.state_dict().values())
 
     def answer(self, picture: str, ids: list[int], tokens: int) -> dict:
+        from minillava.generate.inputs import encode_pixels
         from minillava.loop import Options, steps
 
         model, started = self.assistant.model, clock()
@@ -45,7 +46,7 @@ class Minillava:
         if picture:
             pixels = self.assistant.image_processor([picture])
             began = clock()
-            patches = self.assistant._encode(pixels)
+            patches = encode_pixels(self.assistant.model, pixels)
             vision = after(patches) - began
         spliced = model.splice([ids], patches)
         options = Options(max_new_tokens=tokens, min_new_tokens=tokens)

@@ -35,7 +35,7 @@ from minillava.batch.questions import (
     read_questions,
     shown_line,
 )
-from minillava.checkpoint.folders import find_folder, find_others
+from minillava.checkpoint.folders import find_folders
 from minillava.checkpoint.place import choose_device
 from minillava.cli.messages import Messages
 from minillava.cli.opening import find_weights, open_assistant
@@ -162,14 +162,13 @@ def _check_answers(answers: Path, questions: list[Question]) -> None:
 def _settings(args: argparse.Namespace, content: bytes, weights: str) -> dict:
     """What the answers depend on: a journal that was begun with other settings is another run's.
     content: the file of questions."""
-    folders = [find_folder(weights, args.revision)]
-    tower, base, lora = find_others(args.vision_tower, args.model_base, args.adapter)
-    folders += [folder for folder in (base, lora, tower) if folder is not None]
+    found = find_folders(weights, args.revision, args.vision_tower, args.model_base, args.adapter)
+    folders = (found.weights, found.model_base, found.adapter, found.vision_tower)
     flags = {name: value for name, value in vars(args).items() if name not in NOT_ASKED}
     return flags | {
         "questions": hashlib.sha256(content).hexdigest(),
         "images": os.path.abspath(args.images),
-        "weights": digest([_model_id(weights), *map(stamp, folders)]),
+        "weights": digest([_model_id(weights), *(stamp(f) for f in folders if f is not None)]),
         "device": choose_device(args.device).partition(":")[0],
     }
 

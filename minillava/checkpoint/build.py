@@ -4,10 +4,10 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minillava.checkpoint.names import TABLES
 from minillava.checkpoint.stored import StoredWeights
@@ -16,10 +16,12 @@ from minillava.fast.quantize import quantised_layer, quantize_tensor
 from minillava.llama import grow_rows
 from minillava.llava import Llava
 
+Shape = tuple[int, ...]
+
 
 def build_model(
     config: LlavaConfig,
-    checkpoint: StoredWeights,
+    weights: StoredWeights,
     attend: Callable[..., Any],
     *,
     dtype: torch.dtype,
@@ -27,99 +29,149 @@ def build_model(
     quantize: str | None = None,
     tokens: int = 0,
 ) -> Llava:
-    """The network, built without memory of its own (meta device) and filled with the checkpoint's
+    """The network, built without memory of its own (meta device) and filled with the stored
     tensors.
 
-    At the checkpoint's own dtype on the CPU these stay memory-mapped; otherwise they are converted
-    one by one. quantize: one of quantize.KINDS, for the language model's linear layers. tokens:
-    rows its tables need at least. Raises ValueError listing every missing, unexpected and
-    wrong-shaped tensor.
+    At their own dtype on the CPU these stay memory-mapped; otherwise they are converted one by one.
+    quantize: one of options.KINDS, for the language model's linear layers. tokens: rows its tables
+    need at least. Raises ValueError listing every missing, unexpected and wrong-shaped tensor.
     """
-    depth = max(config.text.num_hidden_layers, config.vision.num_hidden_layers)
-    # before anybody builds a billion layers
-    if depth > len(checkpoint.tensors) + len(checkpoint.unused):
-        found = (
-            f"num_hidden_layers is {depth}, which is more than there are tensors "
-            f"({len(checkpoint.tensors)})"
-        )
-        raise ValueError(
-            f"{checkpoint.folder}: {found}; check that config.json belongs to these weights"
-        )
-    with torch.device("meta"):
-        model = Llava(config, attend)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    _compare(checkpoint, expected)
+    _check_depth(config, weights)
+    model = _without_memory(config, attend)
+    compare(weights, shapes_of(model)).refuse(weights)
     if tokens > config.text.vocab_size:
-        with torch.device("meta"):
-            model = Llava(replace(config, text=replace(config.text, vocab_size=tokens)), attend)
-    if quantize and checkpoint.quantised:
-        raise ValueError(f"{checkpoint.folder}: is quantised already; leave --quantize out")
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        module = name.rpartition(".")[0]
-        small = (
-            bool(quantize)
-            and name.startswith("language_model.")
-            and isinstance(model.get_submodule(module), nn.Linear)
-        )
-        if name in checkpoint.quantised:
-            parts = {  # int4 is packed anew
-                suffix: stored.file.read(stored.name, transient=suffix == "weight_int4")
-                for suffix, stored in checkpoint.quantised[name].items()
-            }
-            if checkpoint.shape(name) != tensor.shape:
-                stands, wanted = list(checkpoint.shape(name)), list(tensor.shape)
-                raise ValueError(
-                    f"{checkpoint.folder}: {name} is quantised with shape {stands}, expected "
-                    f"{wanted}"
-                )
-        else:
-            transient = small or torch.device(device).type != "cpu"
-            whole = checkpoint.read(name, None if small else dtype, transient)
-            whole = (grow_rows(whole, len(tensor)) if name in TABLES else whole).to(device)
-            parts = quantize_tensor(whole, quantize) if quantize and small else {}
-        if parts:
-            layer = quantised_layer({suffix: part.to(device) for suffix, part in parts.items()})
-            model.set_submodule(module, layer)
-            state |= layer.state_dict(prefix=f"{module}.")
-        else:
-            state[name] = whole
-    model.load_state_dict(state, strict=True, assign=True)
+        text = replace(config.text, vocab_size=tokens)
+        model = _without_memory(replace(config, text=text), attend)
+    if quantize and weights.quantised:
+        raise ValueError(f"{weights.folder}: is quantised already; leave --quantize out")
+    _fill(model, weights, dtype, torch.device(device), quantize)
     return model.eval()
 
 
-def _compare(checkpoint: StoredWeights, expected: dict[str, tuple[int, ...]]) -> None:
-    missing = [name for name in expected if name not in checkpoint.tensors]
-    unexpected = [name for name in checkpoint.tensors if name not in expected]
-    problems = []
-    for name in sorted(set(expected) & set(checkpoint.tensors)):
-        shape = checkpoint.shape(name)
-        if shape != expected[name]:
-            found = f"{checkpoint.tensors[name].name} has shape {list(shape)}"
-            problems.append(
-                (
-                    checkpoint.tensors[name].path,
-                    f"{found}, config.json expects {list(expected[name])}",
-                )
-            )
-    near = _nearest(missing, {name: checkpoint.tensors[name].name for name in unexpected})
-    problems += [(checkpoint.folder, f"{name} is missing{near[name]}") for name in missing]
-    near = _nearest(unexpected, {name: name for name in expected})
-    for name in unexpected:
-        stored = checkpoint.tensors[name]
-        problems.append((stored.path, f"{stored.name} is not part of this model{near[name]}"))
-    if problems:
+def shapes_of(model: Llava) -> dict[str, Shape]:
+    """Our name -> shape of every tensor that a model is filled with."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+class Differences(NamedTuple):
+    """How stored tensors differ from those of a network."""
+
+    missing: list[str]  # our names
+    unexpected: list[str]  # our names, of tensors that the network does not have
+    misshapen: dict[str, tuple[Shape, Shape]]  # our name -> the shape found, the shape expected
+
+    def refuse(self, weights: StoredWeights) -> None:
+        """Raises ValueError listing all of them, each with the nearest known name."""
+        problems = [
+            (weights.tensors[name].path, self.shapes_told(name, weights)) for name in self.misshapen
+        ]
+        stored = {name: weights.tensors[name].name for name in self.unexpected}
+        near = _nearest(self.missing, stored)
+        problems += [(weights.folder, f"{name} is missing{near[name]}") for name in self.missing]
+        known = [name for name in weights.tensors if name not in stored] + self.missing
+        near = _nearest(self.unexpected, {name: name for name in known})
+        problems += [
+            (weights.tensors[name].path, f"{found} is not part of this model{near[name]}")
+            for name, found in stored.items()
+        ]
+        if not problems:
+            return
         path, first = problems[0]
         advice = "check that config.json belongs to these weights, or download the folder again"
         others = [
-            problem if path == checkpoint.folder else f"{path}: {problem}"
+            problem if path == weights.folder else f"{path}: {problem}"
             for path, problem in problems[1:]
         ]
-        raise ValueError(
-            "\n  ".join(
-                [f"{path}: {first}; {len(problems)} tensor(s) do not fit: {advice}", *others]
-            )
+        first = f"{path}: {first}; {len(problems)} tensor(s) do not fit: {advice}"
+        raise ValueError("\n  ".join([first, *others]))
+
+    def shapes_told(self, name: str, weights: StoredWeights) -> str:
+        """A sentence about a tensor of `misshapen`."""
+        found, expected = map(list, self.misshapen[name])
+        return f"{weights.tensors[name].name} has shape {found}, config.json expects {expected}"
+
+
+def compare(weights: StoredWeights, expected: dict[str, Shape]) -> Differences:
+    """Stored tensors against the names and shapes of a network."""
+    return Differences(
+        [name for name in expected if name not in weights.tensors],
+        [name for name in weights.tensors if name not in expected],
+        {
+            name: (weights.shape(name), expected[name])
+            for name in sorted(set(expected) & set(weights.tensors))
+            if weights.shape(name) != expected[name]
+        },
+    )
+
+
+def _check_depth(config: LlavaConfig, weights: StoredWeights) -> None:
+    """Raises ValueError before anybody builds a billion layers."""
+    depth = max(config.text.num_hidden_layers, config.vision.num_hidden_layers)
+    if depth > len(weights.tensors) + len(weights.unused):
+        found = (
+            f"num_hidden_layers is {depth}, which is more than there are tensors "
+            f"({len(weights.tensors)})"
         )
+        raise ValueError(
+            f"{weights.folder}: {found}; check that config.json belongs to these weights"
+        )
+
+
+def _without_memory(config: LlavaConfig, attend: Callable[..., Any]) -> Llava:
+    with torch.device("meta"):
+        return Llava(config, attend)
+
+
+def _fill(
+    model: Llava,
+    weights: StoredWeights,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None,
+) -> None:
+    """Give the model its tensors; linear layers that are, or become, quantised are replaced."""
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        module = name.rpartition(".")[0]
+        small = (
+            quantize is not None
+            and name.startswith("language_model.")
+            and isinstance(model.get_submodule(module), nn.Linear)
+        )
+        if name in weights.quantised:
+            parts = _read_quantised(weights, name, tuple(tensor.shape))
+        elif small and quantize is not None:
+            whole = _read(weights, name, len(tensor), None, transient=True)
+            parts = quantize_tensor(whole.to(device), quantize)
+        else:
+            whole = _read(weights, name, len(tensor), dtype, transient=device.type != "cpu")
+            state[name] = whole.to(device)
+            continue
+        layer = quantised_layer({suffix: part.to(device) for suffix, part in parts.items()})
+        model.set_submodule(module, layer)
+        state |= layer.state_dict(prefix=f"{module}.")
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def _read(
+    weights: StoredWeights, name: str, rows: int, dtype: torch.dtype | None, transient: bool
+) -> Tensor:
+    """A tensor, with as many rows as the network's if it is a table."""
+    whole = weights.read(name, dtype, transient)
+    return grow_rows(whole, rows) if name in TABLES else whole
+
+
+def _read_quantised(weights: StoredWeights, name: str, shape: Shape) -> dict[str, Tensor]:
+    """The parts of a weight that is stored quantised."""
+    if weights.shape(name) != shape:
+        found, wanted = list(weights.shape(name)), list(shape)
+        raise ValueError(
+            f"{weights.folder}: {name} is quantised with shape {found}, expected {wanted}"
+        )
+    return {  # int4 is packed anew, so what was read of it may go
+        suffix: stored.file.read(stored.name, transient=suffix == "weight_int4")
+        for suffix, stored in weights.quantised[name].items()
+    }
 
 
 def _nearest(names: list[str], known: dict[str, str]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import torch
 
 from minillava.fast.processor import has_fast_bfloat16
-from minillava.options import DEVICES, DTYPES
+from minillava.options import DEVICES, DTYPES, expect_one_of
 
 # Parameters from which `auto` is bfloat16 also on a CPU that emulates it: it decodes as fast there
 # as float32, takes half the memory, and needs no copy that is made first.
@@ -38,7 +38,7 @@ def choose_device(name: str) -> str:
         return next(device for device in ("cuda", "mps", "cpu") if available[device])
     kind, _, index = name.partition(":")
     if kind not in available or (index and not index.isdecimal()):
-        raise ValueError(f"unknown device {name!r}, expected one of: {', '.join(DEVICES)}")
+        expect_one_of("device", name, DEVICES)
     if not available[kind]:
         found = f"device {name!r} is not available to this PyTorch ({torch.__version__})"
         raise ValueError(f"{found}; use device cpu (a command: --device cpu)")
@@ -52,6 +52,5 @@ def choose_dtype(name: str, device: str, stored: torch.dtype, parameters: int) -
         if not device.startswith("cpu"):
             return stored
         return torch.bfloat16 if has_fast_bfloat16() or parameters >= LARGE else torch.float32
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}, expected one of: auto, {', '.join(DTYPES)}")
-    return getattr(torch, name)
+    expect_one_of("dtype", name, ("auto", *DTYPES))
+    return getattr(torch, name)  # a name of DTYPES

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minillava.checkpoint.folders import collect_parts
+from minillava.checkpoint.folders import Folders
+from minillava.checkpoint.parts import collect_parts
 from minillava.fast.quantize import LINE
 from minillava.files.disk import one_line
 from minillava.files.tensors import INDEX_NAME, SINGLE_NAME, open_folder
@@ -89,7 +90,7 @@ def check_written(tensors: dict[str, Planned], folder: Path, progress: Progress 
     """Raises ValueError unless the folder, opened again, holds these tensors, to the bit and under
     our names."""
     written = {stored.name: stored for stored in open_folder(folder)}
-    ours = {stored.name: name for name, stored in collect_parts(folder).tensors.items()}
+    ours = {stored.name: name for name, stored in collect_parts(Folders(folder)).tensors.items()}
     for name, planned in progress(list(tensors.items()), "compare", "tensor"):
         found, expected = written[name].file.read(name), planned.make()
         same = (

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from minillava.attention import eager
 from minillava.checkpoint.build import build_model
 from minillava.checkpoint.config_json import read_config
-from minillava.checkpoint.folders import collect_parts, open_checkpoint
+from minillava.checkpoint.folders import Folders
 from minillava.checkpoint.names import COMPUTED, TABLES, stored_name
+from minillava.checkpoint.parts import collect_parts, open_checkpoint, read_model_config
 from minillava.checkpoint.side_json import read_image_processor
 from minillava.checkpoint.stored import StoredWeights
 from minillava.checkpoint.write import Planned, as_json, cast
@@ -82,34 +83,26 @@ def _side_files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def renamed(
-    source: Path,
-    to: str,
-    parts: dict[str, Path | None],
-    dtype: torch.dtype | None,
-    quantize: str | None,
-) -> Job:
-    """The whole model, under other names and in another dialect. parts: further folders, as
-    `collect_parts` takes them. Raises ValueError for what is quantised, or does not fit."""
-    config = read_config(_home("config.json", source, parts), parts["vision_tower"])
-    weights = collect_parts(source, **parts, vocabulary=config.text.vocab_size)
+def renamed(folders: Folders, to: str, dtype: torch.dtype | None, quantize: str | None) -> Job:
+    """The whole model, under other names and in another dialect. Raises ValueError for what is
+    quantised, or does not fit."""
+    source, homes = folders.weights, folders.of_tokenizer
+    config = read_model_config(folders)
+    weights = collect_parts(folders, config.text.vocab_size)
     if weights.quantised:
         raise ValueError(f"{source}: is quantised; convert the weights that it was made from")
-    config, linear = _check(source, config, parts)
-    homes = [
-        folder for folder in (parts["adapter"], source, parts["model_base"]) if folder is not None
-    ]
+    config, linear = _check(folders, config)
     tokenizer, (_, beside) = open_tokenizer(homes, config), find_tokenizer(homes)
     config = replace(config, vision_stated=True)  # as the config.json that is written will do
     new, notes = (_for_hub if to == "hf" else _for_original)(config, tokenizer, source)
     planned = _plan(weights, linear if quantize else set(), new.text.vocab_size, dtype, quantize)
     made = _unused_tower(config, planned) if to == "hf" else {}
-    files = _kept_files(source, parts, beside, to)
+    files = _kept_files(folders, beside, to)
     # or the one that is kept does not know the new rows
     if "tokenizer_config.json" not in files or new.text.vocab_size > config.text.vocab_size:
         files["tokenizer_config.json"] = as_json(tokenizer_config(new, tokenizer, to))
     notes += _notes(len(made), quantize, weights, to == "hf" and "tokenizer.json" not in files)
-    files |= _new_files(source, parts, new, tokenizer, to, dtype or weights.dtype())
+    files |= _new_files(folders, new, tokenizer, to, dtype or weights.dtype())
     tensors = {
         stored_name(name, to, config.projector_layers): tensor
         for name, tensor in {**planned, **made}.items()
@@ -117,17 +110,10 @@ def renamed(
     return Job(tensors, files, new, notes)
 
 
-def _home(name: str, source: Path, parts: dict[str, Path | None]) -> Path:
-    """Where a side file is: in SRC, or else in the folder of its language model."""
-    return source if (source / name).exists() else parts["model_base"] or source
-
-
-def _check(
-    source: Path, config: LlavaConfig, parts: dict[str, Path | None]
-) -> tuple[LlavaConfig, set[str]]:
+def _check(folders: Folders, config: LlavaConfig) -> tuple[LlavaConfig, set[str]]:
     """The config of the weights as they are opened, and the names of linear layers. Raises
     ValueError for weights that do not fit it."""
-    needed, config = open_checkpoint(source, config, **parts)
+    needed, config = open_checkpoint(folders, config)
     needed.deltas.clear()  # which change no shape, and take time
     model = build_model(config, needed, eager, dtype=needed.dtype(), device="meta")
     modules = model.named_modules()
@@ -220,14 +206,12 @@ def _notes(made: int, quantize: str | None, weights: StoredWeights, cuts: bool) 
 # ------------------------------------------------------------------------------------------- files
 
 
-def _kept_files(
-    source: Path, parts: dict[str, Path | None], beside: Path, to: str
-) -> dict[str, bytes]:
+def _kept_files(folders: Folders, beside: Path, to: str) -> dict[str, bytes]:
     """Side files of the same dialect as they are. beside: the folder of the tokenizer."""
-    raw = read_json(_home("config.json", source, parts) / "config.json")
+    raw = read_json(folders.find("config.json") / "config.json")
     if ("text_config" in raw) != (to == "hf"):
         return {}
-    files, others = _side_files(parts["model_base"] or source), _side_files(beside)
+    files, others = _side_files(folders.model_base or folders.weights), _side_files(beside)
     return {
         **{name: content for name, content in files.items() if name not in SIDE_NAMES},
         **{name: content for name, content in others.items() if name in SIDE_NAMES},
@@ -235,21 +219,19 @@ def _kept_files(
 
 
 def _new_files(
-    source: Path,
-    parts: dict[str, Path | None],
+    folders: Folders,
     config: LlavaConfig,
     tokenizer: Tokenizer,
     to: str,
     dtype: torch.dtype,
 ) -> dict[str, bytes]:
     """Side files that the new config changes."""
-    tower = parts["vision_tower"] or _home("preprocessor_config.json", source, parts)
-    generation = _home("generation_config.json", source, parts)
+    generation = folders.find("generation_config.json")
     files = {
         "config.json": as_json((hub_config if to == "hf" else original_config)(config, dtype)),
         "generation_config.json": as_json(generation_config(generation, config, tokenizer)),
         "preprocessor_config.json": as_json(
-            preprocessor_config(read_image_processor(tower, config))
+            preprocessor_config(read_image_processor(folders.of_pictures, config))
         ),
         "tokenizer.model": tokenizer.sentencepiece.serialized_model_proto(),
     }

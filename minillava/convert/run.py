@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from minillava.checkpoint.config_json import read_config
-from minillava.checkpoint.folders import find_folder, find_others
+from minillava.checkpoint.folders import Folders, find_folders
 from minillava.checkpoint.write import Progress, check_written, silent, write_weights
 from minillava.cli.messages import Messages
 from minillava.convert.plan import Job, copied, renamed
@@ -38,13 +38,12 @@ def convert(
     shard_size: of a file, in bytes. Raises FileNotFoundError or ValueError in one line; what was
     written is then gone.
     """
-    source = find_folder(source)
-    found = find_others(vision_tower, model_base, adapter)
-    parts = dict(zip(("vision_tower", "model_base", "adapter"), found, strict=True))
+    folders = find_folders(source, None, vision_tower, model_base, adapter)
+    source = folders.weights
     with new_folder(target) as folder:
         if to != "safetensors":
-            job = renamed(source, to, parts, dtype, quantize)
-        elif any(parts.values()) or quantize:
+            job = renamed(folders, to, dtype, quantize)
+        elif folders != Folders(source) or quantize:
             raise ValueError(
                 "--to safetensors keeps the tensors of SRC alone; use --to hf or --to original"
             )

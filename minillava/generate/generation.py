@@ -32,7 +32,7 @@ class Generation:
     finish_reason: list[str]  # per row: "stop" or "length"
     # per row, (start, end) of each picture in the spliced prompt
     image_spans: list[list[tuple[int, int]]]
-    seed: int  # what reproduces this sample
+    seed: int | Sequence[int] | None  # what reproduces this sample
     sequences_scores: Tensor | None = None  # [B] with beams: what they were ranked by
     scores: tuple[Tensor, ...] | None = None  # m times [B, V]
     logits: tuple[Tensor, ...] | None = None  # m times [B, V]

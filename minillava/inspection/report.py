@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from minillava.attention import fused
+from minillava.checkpoint.build import compare, shapes_of
 from minillava.checkpoint.config_json import read_config
-from minillava.checkpoint.folders import collect_parts, find_folder, find_others, open_checkpoint
+from minillava.checkpoint.folders import Folders, find_folders
 from minillava.checkpoint.names import (
     CLIP_PREFIXES,
     CLIP_TEXT_HALF,
@@ -24,6 +25,7 @@ from minillava.checkpoint.names import (
     REST_NAME,
     part_of_model,
 )
+from minillava.checkpoint.parts import collect_parts, open_checkpoint
 from minillava.checkpoint.side_json import read_image_processor
 from minillava.checkpoint.stored import StoredWeights
 from minillava.checkpoint.towers import settle
@@ -103,26 +105,20 @@ def inspect_folder(
     """All that can be said of weights without reading them. Arguments as for `minillava.load`,
     which opens them if the report is `loadable`, and else does not. Raises FileNotFoundError or
     ValueError if a folder does not exist."""
-    folder = find_folder(weights, revision)
-    tower, base, lora = find_others(vision_tower, model_base, adapter)
-
-    def home(name: str) -> Path:
-        """The folder of a file that a fine-tune may leave to its base."""
-        return folder if base is None or (folder / name).exists() else base
-
-    report = Report(str(folder), dialect_of(folder, base))
+    folders = find_folders(weights, revision, vision_tower, model_base, adapter)
+    report = Report(str(folders.weights), dialect_of(folders))
     report.template = _template(template, system)
-    homes = [f for f in (lora, folder, base) if f is not None]
-    pictures = tower or home("preprocessor_config.json")
-    report.files = _files(home, homes, pictures)
-    config = report.attempt(read_config, home("config.json"), tower)
-    checkpoint, tensors, config = _open_weights(report, folder, config, tower, base, lora)
+    report.files = _files(folders)
+    config = report.attempt(read_config, folders.find("config.json"), folders.vision_tower)
+    checkpoint, tensors, config = _open_weights(report, folders, config)
     _describe_tensors(report, tensors, checkpoint)
     if config is not None:
         shapes = weight_shapes(config)
         report.network = _network(config)
         report.memory = doctor.memory_table(config, shapes)
-        processor = report.attempt(read_image_processor, pictures, config, image_aspect_ratio)
+        processor = report.attempt(
+            read_image_processor, folders.of_pictures, config, image_aspect_ratio
+        )
         if processor is not None:
             report.picture = {"side": processor.image_size, "aspect": processor.aspect}
         if checkpoint is not None:
@@ -131,19 +127,18 @@ def inspect_folder(
         report.adapted, report.unneeded = len(checkpoint.deltas), checkpoint.unused
         report.notes = checkpoint.notes
         _say_what_to_get(report, checkpoint, None if config is None else config.vision_tower_name)
-    _describe_tokenizer(report, homes, config)
+    _describe_tokenizer(report, folders.of_tokenizer, config)
     return report
 
 
-def _files(home: Callable[[str], Path], homes: Sequence[Path], pictures: Path) -> dict[str, bool]:
-    """Which of FILES there are. homes: where the tokenizer may be. pictures: where their
-    preprocessor's settings are."""
-    found = {name: (home(name) / name).exists() for name in FILES}
-    model, beside = find_tokenizer(homes)
+def _files(folders: Folders) -> dict[str, bool]:
+    """Which of FILES there are."""
+    found = {name: (folders.find(name) / name).exists() for name in FILES}
+    model, beside = find_tokenizer(folders.of_tokenizer)
     for path in (model, beside / "tokenizer_config.json"):
         found[path.name] = path.exists()
     # transformers 5 writes processor_config.json instead
-    found["preprocessor_config.json"] |= any(pictures.glob("p*rocessor_config.json"))
+    found["preprocessor_config.json"] |= any(folders.of_pictures.glob("p*rocessor_config.json"))
     return found
 
 
@@ -154,9 +149,9 @@ def _template(name: str | None, system: str | None) -> dict:
     return {"name": chosen, "default": name is None, "prompt": str(prompt)}
 
 
-def dialect_of(folder: Path, base: Path | None = None) -> str:
-    """What kind of folder this is, by its files and the words of its config.json. base: where
-    `model_base` is."""
+def dialect_of(folders: Folders) -> str:
+    """What kind of model this is, by its files and the words of its config.json."""
+    folder, base = folders.weights, folders.model_base
     if part := part_of_model(folder):
         kind = "a projector from pre-training" if part == "a projector" else part
         return (
@@ -181,29 +176,29 @@ def dialect_of(folder: Path, base: Path | None = None) -> str:
 
 
 def _open_weights(
-    report: Report, folder: Path, config: LlavaConfig | None, *others: Path | None
+    report: Report, folders: Folders, config: LlavaConfig | None
 ) -> tuple[StoredWeights | None, dict[str, Stored], LlavaConfig | None]:
     """The checkpoint, its tensors by our names, and the config: as `load` opens it, else without
     asking whether it is whole. Where not even that works: None, and what is in those of its files
     that can be opened, by stored names."""
     try:
         if config is not None:
-            checkpoint, config = open_checkpoint(folder, config, *others)
+            checkpoint, config = open_checkpoint(folders, config)
             return checkpoint, checkpoint.tensors, config
     except (ValueError, OSError):
         pass  # what is wrong is found again below, part by part
     known = len(report.problems)
     if report.dialect.startswith("a plain CLIP"):
-        checkpoint = report.attempt(StoredWeights, folder, CLIP_PREFIXES, CLIP_TEXT_HALF)
+        checkpoint = report.attempt(StoredWeights, folders.weights, CLIP_PREFIXES, CLIP_TEXT_HALF)
     else:
         checkpoint = report.attempt(
-            collect_parts, folder, *others, None if config is None else config.text.vocab_size
+            collect_parts, folders, None if config is None else config.text.vocab_size
         )
     if checkpoint is not None:
         settled = None if config is None else report.attempt(settle, config, checkpoint)
         return checkpoint, checkpoint.tensors, settled or config
     tensors, damaged = {}, []
-    for path in _weight_files(folder):
+    for path in _weight_files(folders.weights):
         try:
             tensors |= {stored.name: stored for stored in open_file(path)}
         except (ValueError, OSError) as error:
@@ -233,7 +228,7 @@ def weight_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     """Our name -> shape of every weight of the network, which for this is built without memory."""
     with torch.device("meta"):
         model = Llava(config, fused)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes_of(model)
 
 
 def part_of(name: str) -> str:
@@ -304,20 +299,17 @@ def _compare(report: Report, checkpoint: StoredWeights, shapes: dict[str, tuple[
     """What config.json expects against what is stored, as `load` will find it. A part of which
     nothing is there is not listed tensor by tensor."""
     there = {part_of(name) for name in checkpoint.tensors}
-    report.missing = [
-        name for name in shapes if name not in checkpoint.tensors and part_of(name) in there
-    ]
+    found = compare(checkpoint, shapes)
+    report.missing = [name for name in found.missing if part_of(name) in there]
+    # Of a model that lacks a part, `open_checkpoint` has not yet sorted out what of its tower is
+    # not needed.
     whole = there >= {part_of(name) for name in shapes}
-    for name, stored in checkpoint.tensors.items():
-        # Of a model that lacks a part, `open_checkpoint` has not yet sorted out what of its tower
-        # is not needed.
-        if name not in shapes and (whole or part_of(name) != "vision tower"):
-            report.unexpected.append(stored.name)
-        elif name in shapes and checkpoint.shape(name) != shapes[name]:
-            found, wanted = list(checkpoint.shape(name)), list(shapes[name])
-            report.misshapen.append(
-                f"{stored.name} has shape {found}, config.json expects {wanted}"
-            )
+    report.unexpected = [
+        checkpoint.tensors[name].name
+        for name in found.unexpected
+        if whole or part_of(name) != "vision tower"
+    ]
+    report.misshapen = [found.shapes_told(name, checkpoint) for name in found.misshapen]
 
 
 def _say_what_to_get(report: Report, checkpoint: StoredWeights, tower: str | None) -> None:

@@ -23,7 +23,8 @@ import minillava
 from minillava.attention import fused
 from minillava.checkpoint.build import build_model
 from minillava.checkpoint.config_json import read_config
-from minillava.checkpoint.folders import open_checkpoint
+from minillava.checkpoint.folders import Folders
+from minillava.checkpoint.parts import open_checkpoint
 from minillava.checkpoint.stored import StoredWeights
 from minillava.checkpoint.towers import settle
 from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig
@@ -45,7 +46,7 @@ def sharded(tmp_path, write_dialect) -> Path:
 
 def build(folder: Path, clip: Path | None = None, dtype: torch.dtype = torch.float32):
     config = read_config(folder, clip)
-    checkpoint, config = open_checkpoint(folder, config, clip)
+    checkpoint, config = open_checkpoint(Folders(folder, clip), config)
     return build_model(config, checkpoint, fused, dtype=dtype, device="cpu"), checkpoint
 
 

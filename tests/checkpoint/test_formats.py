@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import minillava
 from minillava.checkpoint import adapter
-from minillava.checkpoint.folders import collect_parts
+from minillava.checkpoint.folders import Folders
+from minillava.checkpoint.parts import collect_parts
 from minillava.checkpoint.stored import StoredWeights
 from minillava.cli.doors import enter
 from minillava.config import IM_END, IM_PATCH, IM_START, IMAGE_TOKEN_INDEX
@@ -635,7 +636,7 @@ def test_equals_peft(base, pretrain, release, tmp_path, settings):
     for name in ("config.json", "mm_projector.bin"):
         shutil.copy(pretrain / name, folder)
     merged = model.merge_and_unload().state_dict()
-    checkpoint = collect_parts(folder, release["vision_tower"], base)
+    checkpoint = collect_parts(Folders(folder, release["vision_tower"], base))
     language = [name for name in checkpoint.tensors if name.startswith("language_model.")]
     assert len(language) == len(merged)
     plain = StoredWeights(base)
@@ -779,7 +780,7 @@ def test_both_tables_of_an_original_may_be_cut(release, base, write_lora):
         matrices[f"base_model.model.{name}"] = weights_of(release["weights"])[name][:-1].clone()
     torch.save(matrices, folder / "adapter_model.bin")
     rows = len(weights_of(release["weights"])[TABLE])
-    checkpoint = collect_parts(folder, release["vision_tower"], base, vocabulary=rows)
+    checkpoint = collect_parts(Folders(folder, release["vision_tower"], base), rows)
     assert checkpoint.rows == rows - 1
     for name in ("language_model.embed_tokens.weight", "language_model.lm_head.weight"):
         assert checkpoint.shape(name)[0] == len(checkpoint.read(name)) == rows - 1

@@ -16,7 +16,8 @@ from minillava.attention import fused
 from minillava.checkpoint import build
 from minillava.checkpoint.build import build_model
 from minillava.checkpoint.config_json import read_config
-from minillava.checkpoint.folders import open_checkpoint
+from minillava.checkpoint.folders import Folders
+from minillava.checkpoint.parts import open_checkpoint
 from minillava.cli.doors import enter
 from minillava.fast import processor, quantize
 from minillava.fast.linear import BLOCK
@@ -448,7 +449,7 @@ def test_weights_are_let_go_one_by_one(monkeypatch):
 def test_new_tokens_get_their_rows_before(reference):
     folder = reference / "plain"
     config = read_config(folder)
-    stored, _ = open_checkpoint(folder, config)
+    stored, _ = open_checkpoint(Folders(folder), config)
     tokens = config.text.vocab_size + 3
     settings = {"dtype": torch.float32, "device": "cpu", "quantize": "int8", "tokens": tokens}
     model = build_model(config, stored, fused, **settings)

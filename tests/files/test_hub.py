@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minillava.checkpoint.folders import bundled_weights, find_folder, find_others
+from minillava.checkpoint.folders import bundled_weights, find_folder, find_folders
 from minillava.files.hub import CLIP_DOWNLOAD, SIZES, cache_folder, find_snapshot, is_repo_id
 
 REPO = "org/name"
@@ -160,7 +160,7 @@ def test_each_folder_beside_the_weights_gets_its_own_advice(tmp_path, monkeypatc
     told = []
     for others in ((name, None, None), (None, name, None), (None, None, name)):
         with pytest.raises(FileNotFoundError) as caught:
-            find_others(*others)
+            find_folders(Path(__file__).parent, None, *others)
         told.append(str(caught.value))
     tower, *rest = told
     assert tower.endswith(f"; get one with: {CLIP_DOWNLOAD}")

@@ -1,0 +1,108 @@
+"""Questions and pictures as what the model reads, with what contrast shows it besides.
+
+n pictures, R their side in pixels, P patches each, C width.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minillava.files.pictures import Images, ImageSource, are_several, as_list, open_image
+from minillava.generate.contrast import Contrast
+from minillava.image import ImageProcessor
+from minillava.llava import Llava, Spliced
+from minillava.tokenizer import Tokenizer
+
+Rows = list[list[int]]
+
+Seed = int | Sequence[int] | None
+"""As `Options` has it: one for all rows, or one each; None as 0."""
+
+
+def check_length(text: str, tokenizer: Tokenizer, context: int) -> None:
+    """Raises ValueError for a text that cannot fit the context, whatever its tokens are: to cut
+    tens of megabytes into tokens, only to count them, would take gigabytes."""
+    fewest = tokenizer.fewest_tokens(text)
+    if fewest > context:
+        raise ValueError(
+            f"the prompt has {len(text)} characters, at least {fewest} tokens; the model's context "
+            f"holds {context} with the answer; shorten the prompt"
+        )
+
+
+def pictures_of_each(image: Images | Sequence[Images], questions: int) -> list[list[ImageSource]]:
+    """The pictures of each question: the same for all, or a list with what each has. Raises
+    ValueError if there are not as many as questions."""
+    given = list(image) if are_several(image) else [image] * questions
+    if len(given) != questions:
+        raise ValueError(
+            f"{questions} question(s) but {len(given)} picture(s); give one per question, or one"
+        )
+    return [as_list(images) for images in given]
+
+
+def encode_each(
+    pictures: Sequence[Sequence[ImageSource]], encode: Callable[[ImageSource], Tensor]
+) -> Tensor | None:
+    """The pictures of all questions in order, [n, P, C]; one that stands there twice is encoded
+    once. None if there are none."""
+    flat = [picture for own in pictures for picture in own]
+    names = [str(p) if isinstance(p, (str, Path)) else id(p) for p in flat]
+    encoded = {
+        name: encode(picture) for name, picture in dict(zip(names, flat, strict=True)).items()
+    }
+    return torch.stack([encoded[name] for name in names]) if names else None
+
+
+@torch.no_grad()
+def encode_pixels(model: Llava, pixels: Tensor) -> Tensor:
+    """[n, 3, R, R] -> [n, P, C]"""
+    return model.encode_images(pixels.to(model.language_model.embed_tokens.weight.device))
+
+
+@torch.no_grad()
+def splice_one(
+    model: Llava,
+    processor: ImageProcessor,
+    ids: list[int],
+    pictures: list[ImageSource],
+    contrast: Contrast | None,
+    seed: Seed,
+) -> Spliced:
+    """One prompt and its pictures as the vectors that the language model reads: a row, and a second
+    one for `contrast`."""
+    if contrast is None:
+        return model.splice([ids], processor(pictures))
+    opened = [open_image(picture) for picture in pictures]
+    pixels = processor(opened)  # [n, 3, R, R]
+    others, changed = contrast.second([ids], opened, processor, _generators(seed, 1)[0])
+    return model.splice([ids, *others], pixels if changed is None else torch.cat([pixels, changed]))
+
+
+def second_rows(
+    model: Llava,
+    processor: ImageProcessor,
+    ids: Rows,
+    pictures: Sequence[Sequence[ImageSource]],
+    contrast: Contrast,
+    seed: Seed,
+) -> tuple[Rows, Tensor | None]:
+    """What `contrast` shows of each prompt: ids, and encoded pictures [n, P, C]."""
+    others: Rows = []
+    changed: list[Tensor] = []
+    for row, own, generator in zip(ids, pictures, _generators(seed, len(ids)), strict=True):
+        opened = [open_image(picture) for picture in own]
+        more, pixels = contrast.second([row], opened, processor, generator)
+        others += more
+        changed += [] if pixels is None else encode_pixels(model, pixels)
+    return others, torch.stack(changed) if changed else None
+
+
+def _generators(seed: Seed, rows: int) -> list[torch.Generator]:
+    """For each row the random numbers of what contrast shows it: its own for a seed each, the same
+    ones, one row after the other, for a seed of them all."""
+    if seed is None or isinstance(seed, int):
+        return [torch.Generator().manual_seed(seed or 0)] * rows
+    return [torch.Generator().manual_seed(each) for each in seed]
