@@ -979,7 +979,7 @@ def small(tmp_path) -> Path:
 def test_the_doctor_finds_a_quantised_model_well(small, capsys):
     assert main([str(small), "--doctor", "--device", "cpu", "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("\nok ") == 7
+    assert printed.count("\nok ") == 8
     assert "stored as int8" in printed
 
 
