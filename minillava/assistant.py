@@ -17,15 +17,17 @@ from minillava.checkpoint.place import OTHER_NAMES, choose_device, choose_dtype
 from minillava.fast import speed_up
 from minillava.fast.ahead import decode_ahead
 from minillava.fast.compiled import compile_decode
+from minillava.fast.passes import pass_cost
 from minillava.files.pictures import Images, ImageSource, as_list
 from minillava.generate import beam, inputs
 from minillava.generate.contrast import Contrast, find_method
+from minillava.generate.drafts import Draftable, find_drafts
 from minillava.generate.generation import Generation, check_room, generate
 from minillava.generate.named import check_names, read_options
 from minillava.generate.score import score_answers
+from minillava.generate.speculate import Drafts, following
 from minillava.image import ImageProcessor
 from minillava.llava import Llava, Spliced
-from minillava.loop import steps
 from minillava.options import (
     KINDS,
     Options,
@@ -78,18 +80,19 @@ class Assistant:
         system: str | None = None,
         contrast: Contrast | str | None = None,
         process: Process | None = None,
+        draft: Draftable = None,
         **options: Any,
     ) -> str | list[str]:
         """The answer as text. image: a path, a Pillow image, a list of them (one prompt with them
         all, which LLaVA-1.5 was not trained for), or None. system: as for `prompt`. contrast: a
-        method of generate/contrast.py, or its name. process: as for `generate`. options: the fields
-        of `Options` by name; another name is a TypeError.
+        method of generate/contrast.py, or its name. process: as for `generate`. draft: as for
+        `drafts`. options: the fields of `Options` by name; another name is a TypeError.
 
         question may be a list, answered as one batch, in order: image is then one picture for all,
         or a list with what it may be for each; ValueError where lengths differ. The longest prompt
         decides how much room the context has.
         """
-        options.update(system=system, contrast=contrast, process=process)
+        options.update(system=system, contrast=contrast, process=process, draft=draft)
         if isinstance(question, str):
             return "".join(self.stream(image, question, **options))  # type: ignore[arg-type]
         expect_texts(question, "question")
@@ -103,11 +106,13 @@ class Assistant:
         system: str | None = None,
         contrast: Contrast | str | None = None,
         process: Process | None = None,
+        draft: Draftable = None,
         **options: Any,
     ) -> Iterator[str]:
         """The answer piece by piece, as it is made; with beams whole, once it is known. Arguments
         as for `ask`."""
         chosen, method = self._one_answer(options), find_method(contrast)
+        follow = following(self.drafts(draft), chosen, as_list(image))
         prompt = self.prompt(question, images=len(as_list(image)), system=system)
         spliced = self.prepare(image, prompt, method, chosen.seed)
         if chosen.num_beams > 1 and method is None:
@@ -116,7 +121,7 @@ class Assistant:
             )
             yield found.text[0]
             return
-        for step in steps(
+        for step in follow(
             self.model,
             spliced,
             chosen,
@@ -135,6 +140,7 @@ class Assistant:
         system: str | None = None,
         contrast: Contrast | str | None = None,
         process: Process | None = None,
+        draft: Draftable = None,
         encode: Callable[[ImageSource], Tensor] | None = None,
         **options: Any,
     ) -> Generation:
@@ -157,9 +163,16 @@ class Assistant:
             )
         return generate(
             self.model, ids, patches, second=second, contrast=method, process=process,
-            tokenizer=self.tokenizer,
+            follow=following(self.drafts(draft), chosen, pictures[0]), tokenizer=self.tokenizer,
             **vars(chosen),
         )  # fmt: skip
+
+    def drafts(self, draft: Draftable, tokens: int | str | None = None) -> Drafts | None:
+        """Guesses, which save passes and change no answer (generate/speculate.py). draft: "lookup",
+        a drafter, or what this returned, whose `report` tells of the last answer. tokens: how many
+        are guessed at a time; None or "auto": as many as pay. Raises ValueError if there is no such
+        drafter, or the model is compiled."""
+        return find_drafts(draft, tokens, self.model, pass_cost(self.model.language_model))
 
     def _one_answer(self, options: dict[str, Any]) -> Options:
         chosen = self.options(**options)

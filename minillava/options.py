@@ -21,6 +21,7 @@ ASPECTS = ("pad", "crop")  # how a picture becomes a square
 DEPTHS = ("outline", "modules", "everything")  # of a trace
 TRANSFORMS = ("flip", "upside down", "rotate", "jitter", "blur", "crop")  # of RITUAL
 NOISE_STEPS = 1000  # of VCD
+DRAFT_TOKENS = 64  # that are guessed at a time, at most
 
 
 RECORDABLE = ("scores", "logits", "hidden_states", "attentions")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from minillava.config import LlavaConfig
-from minillava.options import Options, dtype_name
+from minillava.files.rows import check_scores
+from minillava.options import Options
 
 REMOVED = -math.inf
 
@@ -205,22 +206,3 @@ def check_finite(logits: Tensor) -> Tensor:
     if not logits.isfinite().all():
         raise ValueError(NOT_FINITE)
     return logits
-
-
-def check_scores(found: Tensor, given: Tensor) -> Tensor:
-    """What `process` made of the given scores [B, V]. Raises ValueError for what cannot be chosen
-    from."""
-    expected = _described(given)
-    if not isinstance(found, Tensor):
-        raise ValueError(f"process returned {type(found).__name__}, expected a tensor {expected}")
-    if _described(found) != expected:
-        raise ValueError(f"process returned a tensor {_described(found)}, expected {expected}")
-    if not (found < math.inf).all():  # nor is NaN
-        raise ValueError(
-            "process returned NaN or +inf, expected finite scores, and -inf for a token to remove"
-        )
-    return found
-
-
-def _described(x: Tensor) -> str:
-    return f"{list(x.shape)} {dtype_name(x.dtype)} on {x.device}"

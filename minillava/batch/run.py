@@ -214,8 +214,12 @@ class Run:
         assistant = open_assistant(self.args, self.weights, self.messages)
         if self.args.overwrite:
             self.journal.begin_anew()
-        longest, system = options["max_new_tokens"], self.args.system
-        batches = plan(assistant, self.questions, system, longest, self.args.batch_size)
+        longest, system, size = options["max_new_tokens"], self.args.system, self.args.batch_size
+        if self.args.draft is not None:
+            drafts = assistant.drafts(self.args.draft, self.args.draft_tokens)
+            options, size = {**options, "draft": drafts}, 1
+            self.messages.note("drafts are for one question at a time: --batch-size is 1")
+        batches = plan(assistant, self.questions, system, longest, size)
         if self.done:
             count = f"{len(self.done)} of {len(self.questions)}"
             self.messages.note(f"{count} answered before; going on")

@@ -12,8 +12,9 @@ from torch import Tensor
 from minillava.assistant import Assistant
 from minillava.cache import KVCache
 from minillava.files.pictures import ImageSource
+from minillava.generate.speculate import following
 from minillava.llava import Spliced
-from minillava.loop import Process, steps
+from minillava.loop import Process
 from minillava.options import Options, remaining_context
 from minillava.prompt import place_images, render
 from minillava.tokenizer import common_prefix
@@ -77,7 +78,7 @@ class Conversation:
 
     def ask(self, question: str, *, process: Process | None = None, **options) -> str:
         """The answer to the next question. process: as for `generate`. options: the fields of
-        `options.Options` by name."""
+        `options.Options` by name, and `draft`, as for `Assistant.drafts`."""
         return "".join(self.stream(question, process=process, **options))
 
     def stream(self, question: str, *, process: Process | None = None, **options) -> Iterator[str]:
@@ -91,6 +92,7 @@ class Conversation:
         """
         self._leave()
         assistant = self.assistant
+        drafts = assistant.drafts(options.pop("draft", None))
         chosen = assistant.options(**options)
         if chosen.num_return_sequences > 1:
             raise ValueError(
@@ -102,7 +104,7 @@ class Conversation:
         rest = self._begin(turn)
         positions = self.positions
         try:
-            for step in steps(
+            for step in following(drafts, chosen, ())(
                 assistant.model,
                 rest,
                 chosen,

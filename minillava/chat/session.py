@@ -124,6 +124,8 @@ class Session:
                     print(flush=True)
         ended = f"{turn.finish_reason}, seed {turn.options.seed}"
         self.messages.decoded(started, count - 1, ended)
+        if (drafts := self.options.get("draft")) is not None:
+            self.messages.detail(f"drafts   {drafts.report.told()}")
         if turn.finish_reason == "length" and self.conversation.room == 0:
             context = len(self.conversation.positions)
             self.note(f"the model's context of {context} positions is full; /clear starts anew")
@@ -153,6 +155,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
         "weights": weights,
         "template": args.template or DEFAULT_TEMPLATE,
     }
+    options = {**options, "draft": assistant.drafts(args.draft, args.draft_tokens)}
     session = Session(Conversation(assistant, args.system), options, about, messages)
     for image, name in zip(images, args.image, strict=True):
         session.look(image, name)

@@ -14,6 +14,7 @@ from minillava.options import (
     ASPECTS,
     ATTENTION,
     DEVICES,
+    DRAFT_TOKENS,
     DTYPES,
     KINDS,
     TRANSFORMS,
@@ -313,6 +314,50 @@ def read_contrast(parser: Parser, args: argparse.Namespace) -> Contrast | None:
         names = {one.field: one.name for one in CONTRAST_FLAGS if args.contrast in one.methods}
         name = names.get(str(error).partition(" is ")[0])
         parser.error(f"{name}: {error}" if name else str(error))
+
+
+# ------------------------------------------------------------------------------------------ drafts
+
+
+def _draft_tokens(text: str) -> int | str:
+    if text != "auto" and not (text.isdecimal() and 1 <= int(text) <= DRAFT_TOKENS):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected 1 to {DRAFT_TOKENS}, or auto")
+    return text if text == "auto" else int(text)
+
+
+DRAFT_FLAGS = (
+    folder(
+        "--draft", metavar="lookup",
+        help="guess several tokens and check them in one pass, which saves passes and changes no "
+        "answer; lookup guesses what followed the same words before",
+    ),
+    flag(
+        "--draft-tokens", type=_draft_tokens, metavar="N|auto",
+        help="how many are guessed at a time (default: auto: as many as pay here, which may be "
+        "none)",
+    ),
+)  # fmt: skip
+
+
+def add_draft_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Flags of drafts, which `check_drafts` checks and `Assistant.drafts` takes; returns their
+    group."""
+    return add_flags(parser, "drafts", DRAFT_FLAGS)
+
+
+def check_drafts(parser: Parser, args: argparse.Namespace) -> None:
+    """Drafts for what they are not for are wrong usage."""
+    if args.draft is None:
+        if args.draft_tokens is not None:
+            parser.error(f"--draft-tokens {args.draft_tokens} needs --draft")
+        return
+    for name, used in (
+        ("--compile", args.compile),
+        ("--num-beams", getattr(args, "num_beams", 1) > 1),
+        ("--num-return-sequences", getattr(args, "num_return_sequences", 1) > 1),
+    ):
+        if used:
+            parser.error(f"--draft and {name} do not go together: leave one of them out")
 
 
 # ---------------------------------------------------------------------------------- what is printed

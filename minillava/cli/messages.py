@@ -45,6 +45,11 @@ class Messages:
         if self.verbose:
             print(f"{name:<8} {self.timings[name]:8.3f} s  {detail}", file=sys.stderr)
 
+    def detail(self, text: str) -> None:
+        """What belongs to the stage before it."""
+        if self.verbose:
+            print(text, file=sys.stderr)
+
     def decoded(self, started: float, more: int, ended: str) -> None:
         """The stage after the first token: `more` tokens, and what ended them."""
         speed = f", {more / (time.perf_counter() - started):.1f} per second" if more else ""

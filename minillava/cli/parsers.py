@@ -22,12 +22,14 @@ from minillava.cli.arguments import (
 )
 from minillava.cli.flags import (
     add_contrast_arguments,
+    add_draft_arguments,
     add_flags,
     add_generation_arguments,
     add_model_arguments,
     add_output_arguments,
     add_question_arguments,
     add_search_arguments,
+    check_drafts,
     flag,
     option,
     read_contrast,
@@ -65,7 +67,9 @@ examples:
   tokens (of each id: id, piece, logprob, and top, a list of the same three for the likeliest).
   Then answers, a list of such objects, of which the first is the one above: one, or as many as
   --num-return-sequences asks for. Then prompt, seed, and timings: seconds of load, encode, prefill
-  (up to the first token) and decode (the rest), with beams search.
+  (up to the first token) and decode (the rest), with beams search. With --draft also draft: kind,
+  passes (after the prompt's), drafted, accepted, lengths (in how many passes 0, 1, ... guesses were
+  right), exact (whether a pass has the bits of single steps here).
 
 exit status: 0 answered, 1 an error in one line, 2 wrong usage, 130 Ctrl-C"""
 
@@ -92,6 +96,7 @@ def generate_parser(prog: str = "python -m minillava.generate") -> Parser:
         metavar="FILE",
         help="write what each token was chosen from, one JSON object a line",
     )
+    add_draft_arguments(parser)
     group = add_output_arguments(parser)
     group.add_argument(
         "--json", action="store_true", help="one JSON object: text, ids, finish reason, timings"
@@ -113,6 +118,7 @@ def read_generate(parser: Parser, argv: Sequence[str]) -> tuple:
     """Flags, options, and the method of contrast."""
     args = parser.parse_args(argv)
     options, contrast = read_options(parser, args), read_contrast(parser, args)
+    check_drafts(parser, args)
     if args.contrast_log and contrast is None:
         parser.error("--contrast-log needs --contrast")
     if args.contrast_log and args.num_return_sequences > 1:
@@ -172,6 +178,7 @@ def chat_parser(prog: str = "python -m minillava.chat") -> Parser:
     )
     add_model_arguments(parser)
     add_generation_arguments(parser)
+    add_draft_arguments(parser)
     add_output_arguments(parser)
     return parser
 
@@ -180,6 +187,7 @@ def read_chat(parser: Parser, argv: Sequence[str]) -> tuple:
     """Flags and options."""
     args = parser.parse_args(argv)
     options = read_options(parser, args)
+    check_drafts(parser, args)
     if "-" in args.image:
         parser.error("--image - would read stdin, where the questions come from: give a path")
     return args, options
@@ -251,6 +259,7 @@ def batch_parser(prog: str = "python -m minillava.batch") -> Parser:
     add_generation_arguments(parser)
     add_search_arguments(parser)
     add_contrast_arguments(parser)
+    add_draft_arguments(parser)
     add_output_arguments(parser)
     return parser
 
@@ -262,6 +271,7 @@ def read_batch(parser: Parser, argv: Sequence[str]) -> tuple:
         "contrast": read_contrast(parser, args),
         "system": args.system,
     }
+    check_drafts(parser, args)
     for name, least in (("batch_size", 1), ("image_cache", 0)):
         if vars(args)[name] < least:
             parser.error(f"{name} is {vars(args)[name]}, expected at least {least}")

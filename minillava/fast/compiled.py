@@ -50,6 +50,8 @@ class Captured:
     """`decode_ahead` by a step that was compiled, and the memory of the caches that it was recorded
     with."""
 
+    is_captured = True
+
     def __init__(self, decode_step: Callable):
         """decode_step: `step`, compiled or not, for one model."""
         self.decode_step, self.memory = decode_step, []

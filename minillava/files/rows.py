@@ -1,8 +1,9 @@
-"""Rows of ids and pictures as callers give them to a model: checked before anything is computed.
+"""Rows of ids, pictures and scores as callers give them to a model, checked before use.
 
 B rows of t tokens each, n pictures of P patches, C width.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,3 +68,22 @@ def check_images(images: Any, width: int, placed: int, marker: int) -> None:
         raise ValueError(
             f"input_ids place {placed} picture(s) with {marker}, but {given} were given"
         )
+
+
+def check_scores(found: Tensor, given: Tensor) -> Tensor:
+    """What `process` made of the given scores [B, V]. Raises ValueError for what cannot be chosen
+    from."""
+    expected = _described(given)
+    if not isinstance(found, Tensor):
+        raise ValueError(f"process returned {type(found).__name__}, expected a tensor {expected}")
+    if _described(found) != expected:
+        raise ValueError(f"process returned a tensor {_described(found)}, expected {expected}")
+    if not (found < math.inf).all():  # nor is NaN
+        raise ValueError(
+            "process returned NaN or +inf, expected finite scores, and -inf for a token to remove"
+        )
+    return found
+
+
+def _described(x: Tensor) -> str:
+    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"

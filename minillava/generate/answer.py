@@ -16,6 +16,7 @@ from minillava.cli.messages import Messages, print_json, write_outputs
 from minillava.cli.opening import find_weights, note_several, open_assistant, read_question
 from minillava.generate import beam
 from minillava.generate.contrast import Contrast, describe
+from minillava.generate.speculate import Drafts
 from minillava.llava import Spliced
 from minillava.loop import Step, steps
 from minillava.options import Options
@@ -74,6 +75,7 @@ def _follow(
     spliced: Spliced,
     chosen: Options,
     contrast: Contrast | None,
+    drafts: Drafts | None,
     messages: Messages,
 ) -> tuple[list[Answer], str]:
     """Token after token; a single answer is printed as it is made, unless --json. Returns the
@@ -83,7 +85,8 @@ def _follow(
     length, started = spliced.embeds.shape[1], time.perf_counter()
     spliced, tokenizer = spliced.repeat_rows(len(answers)), assistant.tokenizer
     log, made = [], 0
-    for step in steps(assistant.model, spliced, chosen, tokenizer=tokenizer, contrast=contrast):
+    follow = steps if drafts is None else drafts.steps
+    for step in follow(assistant.model, spliced, chosen, tokenizer=tokenizer, contrast=contrast):
         if not made:
             messages.stage("prefill", started, f"{length} positions, first token")
             started = time.perf_counter()
@@ -101,6 +104,8 @@ def _follow(
         print_answers(answers)
     reasons = ", ".join(str(answer.finish_reason) for answer in answers)
     messages.decoded(started, made - 1, f"{reasons}, seed {chosen.seed}")
+    if drafts is not None:
+        messages.detail(f"drafts   {drafts.report.told()}")
     return answers, "".join(log)
 
 
@@ -147,6 +152,7 @@ def answer(args: argparse.Namespace, options: dict, contrast: Contrast | None) -
     if args.print_prompt:
         print(prompt, file=sys.stderr)
     chosen = assistant.options(**options)
+    drafts = assistant.drafts(args.draft, args.draft_tokens)
     started = time.perf_counter()
     spliced = assistant.prepare(images, prompt, contrast, chosen.seed)
     length = spliced.embeds.shape[1]
@@ -158,8 +164,9 @@ def answer(args: argparse.Namespace, options: dict, contrast: Contrast | None) -
     if chosen.num_beams > 1:
         answers, log = _search(args, assistant, spliced, chosen, messages), ""
     else:
-        answers, log = _follow(args, assistant, spliced, chosen, contrast, messages)
+        answers, log = _follow(args, assistant, spliced, chosen, contrast, drafts, messages)
     if args.json:
         timings = {name: round(seconds, 6) for name, seconds in messages.timings.items()}
-        print_json(as_json(answers, prompt=prompt, seed=chosen.seed, timings=timings))
+        draft = {} if drafts is None else {"draft": drafts.report.record()}
+        print_json(as_json(answers, prompt=prompt, seed=chosen.seed, **draft, timings=timings))
     return write_outputs({args.contrast_log: log} if args.contrast_log else {})

@@ -50,6 +50,7 @@ def generate(
     process: Process | None = None,
     record: Sequence[str] = (),
     tokenizer: Tokenizer | None = None,
+    follow: Callable[..., Iterator[Step]] = steps,
     **options,
 ) -> Generation:
     """Answer a batch of prompts: ragged rows of ids with -200 for each picture of `images`
@@ -62,8 +63,8 @@ def generate(
     of your own: after contrast and penalties, before temperature and filters. history: the ids of
     prompt and answer, a picture as its id in each of its positions, padding on the left as -1.
     num_beams above 1 is beam search (beam.py), without contrast; stop texts are then cut from the
-    finished answers. Raises ValueError for options out of range or a prompt that does not fit the
-    model's context.
+    finished answers. follow: in place of `loop.steps`, say Drafts.steps (speculate.py). Raises
+    ValueError for options out of range or a prompt that does not fit the model's context.
     """
     chosen = read_options(options)
     record = (record,) if isinstance(record, str) else record
@@ -75,7 +76,7 @@ def generate(
     if chosen.num_beams > 1 and contrast is None:
         return _beam_search(model, spliced, chosen, tokenizer, record, process)
     spliced = spliced.repeat_rows(chosen.num_return_sequences)
-    made = steps(
+    made = follow(
         model,
         spliced,
         chosen,

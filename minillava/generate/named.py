@@ -21,6 +21,9 @@ OTHER_NAMES = {
     "second": "ask and stream make the second row themselves; minillava.generate.generate takes it",
     "n": "num_return_sequences is how many answers generate() returns",
     "images": "pictures come before the question",
+    "draft_tokens": "draft=assistant.drafts(name, tokens) says how many are guessed",
+    "assistant_model": "draft takes a folder",
+    "prompt_lookup_num_tokens": 'draft="lookup" looks words up in the prompt',
 }
 """What people who know other libraries ask for, and what does it here."""
 

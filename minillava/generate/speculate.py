@@ -14,7 +14,8 @@ B rows (2 with contrast, else 1), g guesses, S positions in the cache, V vocabul
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,10 +24,10 @@ from torch import Tensor
 from minillava.attention import eager
 from minillava.cache import KVCache
 from minillava.config import IMAGE_TOKEN_INDEX
-from minillava.llama import LanguageOutput
+from minillava.llama import Context, LanguageModel, LanguageOutput, rotary_tables
 from minillava.llava import Llava, Spliced
-from minillava.loop import Run, Step, decode_in_turn, prefill
-from minillava.options import Options
+from minillava.loop import Run, Step, decode_in_turn, prefill, steps
+from minillava.options import DRAFT_TOKENS, Options
 from minillava.sampling import Sampler
 from minillava.tokenizer import Tokenizer
 
@@ -85,6 +86,11 @@ class Report:
         self.lengths += [0] * (accepted + 1 - len(self.lengths))
         self.lengths[accepted] += 1
 
+    def record(self) -> dict[str, Any]:
+        """For --json."""
+        names = ("kind", "passes", "drafted", "accepted", "lengths", "exact")
+        return {name: vars(self)[name] for name in names}
+
     def told(self) -> str:
         """In words."""
         made = self.tokens - 1
@@ -92,8 +98,8 @@ class Report:
         lengths = " ".join(f"{n}:{count}" for n, count in enumerate(self.lengths) if count)
         exact = {True: ", exact on this machine", False: ", exact up to rounding", None: ""}
         return (
-            f"{self.tokens} tokens: 1 from the prompt, {made} in {self.passes} passes{speed}; "
-            f"drafted {self.drafted}, accepted {self.accepted}; accepted lengths: "
+            f"{self.kind}: {self.tokens} tokens, 1 from the prompt, {made} in {self.passes} passes"
+            f"{speed}; drafted {self.drafted}, accepted {self.accepted}; accepted lengths: "
             f"{lengths or 'none'}{exact[self.exact]}"
         )
 
@@ -137,8 +143,19 @@ class Drafts:
     drafter: Drafter
     tokens: int | None = None
     pass_cost: Callable[[int], float] = lambda rows: 1.0  # of so many rows, in steps of one row
-    exact: bool | None = None
+    exact: bool | None = None  # known from the first answer on
     report: Report | None = None  # of the answer that began last
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.drafter, "begin"):
+            raise ValueError(f"draft is {self.drafter!r}, expected a name or a drafter")
+        if self.tokens is not None and (
+            type(self.tokens) is not int or not 1 <= self.tokens <= DRAFT_TOKENS
+        ):
+            raise ValueError(
+                f"tokens of a draft are {self.tokens!r}, expected a whole number from 1 to "
+                f"{DRAFT_TOKENS}, or auto"
+            )
 
     def steps(
         self,
@@ -151,8 +168,20 @@ class Drafts:
     ) -> Iterator[Step]:
         """`loop.steps` for one prompt, the same Steps in fewer passes. Raises ValueError for
         several."""
+        if self.exact is None:
+            self.exact = keeps_bits(model.language_model, 1 + (self.tokens or MOST))
         self.report = Report(self.drafter.kind, self.exact)
         return _steps(self, self.report, model, spliced, options, pictures, **rest)
+
+
+def following(
+    drafts: Drafts | None, options: Options, pictures: Sequence[Any]
+) -> Callable[..., Iterator[Step]]:
+    """The loop, plain or with drafts. Raises ValueError for options that they do not go with."""
+    if drafts is None:
+        return steps
+    check_one(1, options)
+    return partial(drafts.steps, pictures=pictures)
 
 
 @torch.no_grad()
@@ -269,6 +298,34 @@ def row_by_row(attend: Callable[..., Any], padded: bool) -> Callable[..., Any]:
         return torch.cat(outs, dim=2), torch.cat(weights, dim=2) if weights else None
 
     return attend_rows
+
+
+@torch.no_grad()
+def keeps_bits(language: LanguageModel, most: int) -> bool:
+    """Whether the rows of a pass over up to `most` tokens have the bits of single steps here: by
+    the first block and the head, which have layers of all shapes. What differs is how a product of
+    several rows adds up."""
+    weight = language.embed_tokens.weight
+    config = replace(language.config, num_hidden_layers=1)
+    context = Context(*[None] * 4, row_by_row(language.attend, False), None)
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, most), generator=random).to(weight.device)
+
+    def logits(*counts: int) -> Tensor:
+        cache, found = KVCache(config, 1, most, dtype=weight.dtype, device=weight.device), []
+        for count in counts:
+            start, end = cache.length, cache.length + count
+            positions = torch.arange(start, end, device=weight.device)[None]
+            cos, sin = rotary_tables(positions, config, weight.dtype)
+            now = context._replace(cos=cos, sin=sin, causal=False, cache=cache)
+            x, _ = language.layers[0](language.embed_tokens(ids[:, start:end]), now)
+            cache.advance(count)
+            found.append(language.head(language.norm(x)))
+        return torch.cat(found, dim=1)
+
+    single = logits(*[1] * most)  # [1, most, V]
+    counts = {count for count in (2, 3, 4, 8, 16, most) if count <= most}
+    return all(torch.equal(logits(count), single[:, :count]) for count in counts)
 
 
 def prompt_ids(spliced: Spliced) -> list[int]:

@@ -1,0 +1,57 @@
+"""What a pass over several tokens costs, in passes over one, and so whether guesses pay
+(generate/speculate.py).
+
+A table and no stopwatch: as many tokens are guessed on every run, and what is recorded of an
+answer is the same however busy the machine was.
+"""
+
+from collections.abc import Callable
+
+from minillava.fast.processor import has_amx, has_fast_bfloat16
+from minillava.fast.quantize import quantised_kinds
+from minillava.llama import LanguageModel
+from minillava.options import dtype_name
+
+ROWS = (1, 2, 4, 8, 16, 32)
+
+# Each further row reads the keys and values once more.
+ATTENTION = 0.03
+
+COSTS: dict[str, dict[str, tuple[float, ...]]] = {
+    "gpu": {"bfloat16": (1.0, 1.0, 1.0, 1.0, 1.05, 1.1)},
+    "amx": {
+        "float32": (1.0, 2.1, 2.2, 2.8, 3.8, 5.1),
+        "bfloat16": (1.0, 1.15, 1.15, 1.2, 1.5, 2.2),
+        "int8": (1.0, 1.0, 1.3, 2.7, 5.4, 10.8),
+        "int4": (1.0, 1.0, 1.3, 2.7, 5.4, 10.8),
+    },
+    "cpu": {
+        "float32": (1.0, 2.1, 2.2, 2.8, 3.8, 5.1),
+        "bfloat16": (1.0, 1.8, 2.8, 3.4, 4.4, 6.2),
+        "int8": (1.0, 1.14, 1.7, 3.4, 6.5, 11.5),
+        "int4": (1.0, 1.03, 1.3, 2.7, 5.2, 18.7),
+    },
+}
+"""By where and by what the weights are stored in: the time of so many rows of ROWS over that of
+one. Of one product of 4096 x 11008; those of `cpu` are of AVX2 (tools/MEASUREMENTS.md)."""
+
+
+def pass_cost(model: LanguageModel) -> Callable[[int], float]:
+    """A function of the number of rows."""
+    weight = model.embed_tokens.weight
+    kinds = quantised_kinds(model)
+    stored = kinds[0] if kinds else dtype_name(weight.dtype)
+    if weight.device.type != "cpu":
+        table = COSTS["gpu"]
+    else:
+        table = COSTS["amx" if has_amx() and has_fast_bfloat16() else "cpu"]
+    costs = table.get(stored) or table.get("float32") or table["bfloat16"]
+    return lambda rows: interpolate(costs, rows) + ATTENTION * (rows - 1)
+
+
+def interpolate(costs: tuple[float, ...], rows: int) -> float:
+    """Between the two nearest of ROWS; beyond the last, as from the last but one to it."""
+    at = next((i for i, each in enumerate(ROWS) if rows <= each), len(ROWS) - 1)
+    low, high = max(at - 1, 0), max(at, 1)
+    share = (rows - ROWS[low]) / (ROWS[high] - ROWS[low])
+    return costs[low] + share * (costs[high] - costs[low])
