@@ -90,10 +90,10 @@ def make_gguf(folder: Path, kind: str, target: Path) -> None:
     finished([sys.executable, str(GGUF), str(folder), kind, str(target)], dict(os.environ))
 
 
-def finished(command: list[str], environment: dict[str, str]) -> str:
+def finished(command: list[str], environment: dict[str, str], folder: Path | None = None) -> str:
     """What it prints. Raises Died."""
     done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", env=environment
+        command, capture_output=True, text=True, errors="replace", env=environment, cwd=folder
     )
     if done.returncode == 0:
         return done.stdout

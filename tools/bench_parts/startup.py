@@ -2,7 +2,6 @@
 
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from bench_parts.clock import Timing, take_turns
-from bench_parts.rows import THREAD_VARIABLES
+from bench_parts.rows import THREAD_VARIABLES, Died, finished
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "weights" / "shapes" / "example-2.png"
@@ -19,12 +18,21 @@ HERE, NOTHING = "this checkout", "`import torch` alone"
 
 def startup(trees: Sequence[Path], rounds: int) -> dict[str, Timing]:
     """Seconds that the README's first command takes, by checkout; and importing torch, which every
-    one of them waits for. Raises subprocess.CalledProcessError if one fails."""
+    one of them waits for. Raises Died if one fails."""
     ask = ("-m", "minillava.generate", "--image", str(PICTURE))
     variants = {NOTHING: partial(one_process, ROOT, ("-c", "import torch"))}
-    variants |= {str(tree): partial(one_process, tree, ask) for tree in trees}
+    variants |= {named(tree): partial(one_process, tree, ask) for tree in trees}
     variants[HERE] = partial(one_process, ROOT, ask)
     return take_turns(variants, rounds)
+
+
+def named(tree: Path) -> str:
+    """By its commit, where it is one."""
+    command = ["git", "-C", str(tree), "log", "-1", "--format=commit %h of %ad", "--date=short"]
+    try:
+        return finished(command, dict(os.environ)).strip()
+    except (Died, OSError):
+        return str(tree)
 
 
 def one_process(folder: Path, arguments: Sequence[str]) -> float:
@@ -32,13 +40,7 @@ def one_process(folder: Path, arguments: Sequence[str]) -> float:
     stands in comes before an installed one."""
     kept = {k: v for k, v in os.environ.items() if k not in THREAD_VARIABLES}
     started = time.perf_counter()
-    subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=kept | {"PYTHONPATH": str(folder)},
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    finished([sys.executable, *arguments], kept | {"PYTHONPATH": str(folder)}, folder)
     return time.perf_counter() - started
 
 
