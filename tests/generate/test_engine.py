@@ -1,0 +1,278 @@
+"""The engine: every answer among others is the one asked alone, and who leaves costs nobody."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from paths import ROOT
+
+import minillava
+from minillava.generate.engine import Engine, Failed, Refused, Request, Token
+
+SHAPES = ROOT / "weights" / "shapes"
+LONG = {"min_new_tokens": 400, "max_new_tokens": 400}  # of an answer that does not end by itself
+
+
+@pytest.fixture(scope="module")
+def assistant():
+    return minillava.load(SHAPES, device="cpu", dtype="float32")
+
+
+class Asked:
+    """A request that keeps what happens to it."""
+
+    def __init__(self, engine, assistant, question, image=None, options=({},), **more):
+        self.events: queue.Queue = queue.Queue()
+        prompt = assistant.prompt(question, images=image is not None)
+        path = None if image is None else SHAPES / f"example-{image}.png"
+        pictures = [] if image is None else [(bytes([image]), assistant.image_processor(path)[0])]
+        self.request = Request(
+            assistant.tokenize(prompt),
+            pictures,
+            [assistant.options(**each) for each in options],
+            lambda number, event: self.events.put((number, event)),
+            **more,
+        )
+        engine.submit(self.request)
+
+    def next(self) -> tuple[int, Token | Failed]:
+        return self.events.get(timeout=60)
+
+    def all(self) -> dict[int, list]:
+        """Every event of each answer, until all have ended."""
+        found: dict[int, list] = {n: [] for n in range(len(self.request.options))}
+        ended = 0
+        while ended < len(found):
+            number, event = self.next()
+            found[number].append(event)
+            ended += isinstance(event, Failed) or event.finish_reason is not None
+        return found
+
+    def texts(self) -> list[str]:
+        return ["".join(event.text for event in events) for events in self.all().values()]
+
+
+@pytest.fixture
+def start(assistant) -> Iterator:
+    """`start(**settings)`: an engine that ends with the test."""
+    started = []
+
+    def begin(**settings) -> Engine:
+        engine = Engine(assistant.model, assistant.tokenizer, **{"slots": 4, **settings})
+        started.append(engine)
+        engine.start()
+        return engine
+
+    yield begin
+    for engine in started:
+        engine.drain(0)
+        engine.join(60)
+        assert not engine.is_alive()
+
+
+MIXED = [
+    (1, "How many shapes are there?", {}),
+    (2, "Where is the ring?", {"temperature": 1.0, "seed": 3}),
+    (3, "Describe this image.", {"max_new_tokens": 5}),
+    (1, "What is at the bottom right?", {"temperature": 0.7, "top_p": 0.9, "seed": 8}),
+    (None, "What is a ring?", {"max_new_tokens": 8}),
+    (2, "Please describe this image in detail.", {"stop": ["ring"]}),
+    (3, "Is it red?", {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}),
+]
+
+
+@pytest.mark.parametrize("settings", [{}, {"slots": 2, "piece": 7}, {"slots": 1, "reuse": False}])
+def test_answers_among_others_are_those_asked_alone(start, assistant, settings):
+    """More than there are slots, so that rows join and leave; prompts are read in pieces."""
+    engine = start(**settings)
+    asked = [
+        Asked(engine, assistant, question, image, [options]) for image, question, options in MIXED
+    ]
+    for one, (image, question, options) in zip(asked, MIXED, strict=True):
+        path = None if image is None else SHAPES / f"example-{image}.png"
+        assert one.texts() == [assistant.ask(path, question, **options)], question
+
+
+def test_several_answers_to_one_prompt_are_those_of_their_seeds(start, assistant):
+    options = [{"temperature": 1.0, "seed": seed} for seed in (5, 6, 7)]
+    engine = start()
+    other = Asked(engine, assistant, "Where is the ring?", 2)
+    found = Asked(engine, assistant, "Describe this image.", 1, options).texts()
+    picture = SHAPES / "example-1.png"
+    assert found == [assistant.ask(picture, "Describe this image.", **each) for each in options]
+    assert other.texts() == [assistant.ask(SHAPES / "example-2.png", "Where is the ring?")]
+
+
+def test_what_a_prompt_begins_with_is_not_read_again(start, assistant):
+    engine = start(slots=2)
+    first = Asked(engine, assistant, "How many shapes are there?", 1)
+    first.all()
+    again = Asked(engine, assistant, "What is at the bottom right?", 1)
+    assert again.texts() == [
+        assistant.ask(SHAPES / "example-1.png", "What is at the bottom right?")
+    ]
+    patches = assistant.model.config.tokens_per_image
+    assert first.request.cached == 0 and again.request.cached > patches
+    # another picture in the same place is another prompt
+    other = Asked(engine, assistant, "What is at the bottom right?", 2)
+    assert other.texts() == [
+        assistant.ask(SHAPES / "example-2.png", "What is at the bottom right?")
+    ]
+    assert other.request.cached < patches
+
+
+def test_log_probabilities_are_those_of_the_logits(start, assistant):
+    engine = start()
+    (events,) = Asked(engine, assistant, "Is it red?", 1, logprobs=3).all().values()
+    ids = assistant.tokenize(assistant.prompt("Is it red?"))
+    pixels = assistant.image_processor(SHAPES / "example-1.png")
+    with torch.no_grad():
+        logits = assistant.model([[*ids, *(event.id for event in events)]], pixels).logits[0]
+    log_p = logits[-1 - len(events) : -1].log_softmax(-1)
+    for event, row in zip(events, log_p, strict=True):
+        (token, logprob), *top = event.logprobs
+        assert token == event.id and logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert [i for i, _ in top] == row.topk(3).indices.tolist()
+
+
+def test_who_is_cancelled_leaves_and_the_others_notice_nothing(start, assistant):
+    """Before its first token, while its prompt is read, and in the middle of an answer."""
+    engine = start(slots=2, piece=3)
+    stays = Asked(engine, assistant, "Describe this image.", 1)
+    answering = Asked(engine, assistant, "Describe this image.", 2, [LONG])
+    waiting = Asked(engine, assistant, "Describe this image.", 3)
+    assert isinstance(answering.next()[1], Token)
+    for asked in (waiting, answering):
+        engine.cancel(asked.request)
+    assert stays.texts() == [assistant.ask(SHAPES / "example-1.png", "Describe this image.")]
+    reading = Asked(engine, assistant, "Describe this image.", 2, [LONG, LONG])
+    engine.cancel(reading.request)
+    wait_until(lambda: engine.running == 0 and not engine.waiting)
+    assert waiting.events.empty() and not engine.answers
+
+
+def wait_until(true) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_a_full_queue_refuses_with_a_time_to_come_again(start, assistant):
+    engine = start(slots=1, waiting=2)
+    asked, refused = [], []
+    for _ in range(8):
+        try:
+            asked.append(Asked(engine, assistant, "Describe this image.", 1, [LONG]))
+        except Refused as error:
+            refused.append(error)
+    assert (len(asked), len(refused)) == (3, 5)
+    assert {error.code for error in refused} == {"queue_full"}
+    assert all(1 <= error.seconds <= 120 for error in refused)
+    for one in asked:
+        engine.cancel(one.request)
+
+
+def test_a_drained_engine_finishes_what_runs_and_refuses_the_rest(start, assistant):
+    engine = start(slots=1)
+    running = Asked(engine, assistant, "Describe this image.", 1)
+    first = running.next()
+    waiting = Asked(engine, assistant, "Describe this image.", 2)
+    engine.drain(60)
+    with pytest.raises(Refused, match="going down"):
+        Asked(engine, assistant, "Describe this image.", 3)
+    text = first[1].text + running.texts()[0]
+    assert text == assistant.ask(SHAPES / "example-1.png", "Describe this image.")
+    assert waiting.all()[0][-1].code == "shutting_down"
+    engine.join(60)
+    assert (engine.is_alive(), engine.state) == (False, "ended")
+
+
+def test_after_its_grace_an_answer_ends_with_an_error(start, assistant):
+    engine = start()
+    running = Asked(engine, assistant, "Describe this image.", 1, [LONG, LONG])
+    running.next()
+    engine.drain(0)
+    for events in running.all().values():
+        assert events[-1].code == "shutting_down"
+
+
+class Fails:
+    """In a layer's place: raises `times` times."""
+
+    def __init__(self, times: int):
+        self.left = times
+
+    def __call__(self, *_):
+        if self.left:
+            self.left -= 1
+            raise RuntimeError("out of memory")
+
+
+def test_a_step_that_fails_costs_its_answers_and_no_later_one(start, assistant):
+    engine = start()
+    layer = assistant.model.language_model.layers[0]
+    hook = layer.register_forward_pre_hook(Fails(1))
+    try:
+        lost = Asked(engine, assistant, "Describe this image.", 1, [{}, {}])
+        for (event,) in lost.all().values():
+            assert event.code == "engine_failed" and "out of memory" not in event.message
+        again = Asked(engine, assistant, "Is it red?", 1)
+        assert again.texts() == [assistant.ask(SHAPES / "example-1.png", "Is it red?")]
+        assert engine.state == "ok"
+    finally:
+        hook.remove()
+
+
+def test_an_engine_that_keeps_failing_says_so(start, assistant, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    engine = start()
+    hook = assistant.model.language_model.layers[0].register_forward_pre_hook(Fails(1000))
+    try:
+        for _ in range(3):
+            Asked(engine, assistant, "Is it red?", 1).all()
+        engine.join(60)
+    finally:
+        hook.remove()
+    assert engine.state == "failed"
+    with pytest.raises(Refused, match="ended with an error"):
+        Asked(engine, assistant, "Is it red?", 1)
+
+
+def test_logits_that_are_not_finite_cost_one_answer(start, assistant):
+    """Rows share a step, and not its accidents."""
+    engine = start()
+    stays = Asked(engine, assistant, "Describe this image.", 1)
+    events: queue.Queue = queue.Queue()
+    pixels = torch.full_like(stays.request.pictures[0][1], float("nan"))
+    engine.submit(
+        Request(
+            stays.request.ids,
+            [(b"nan", pixels)],
+            stays.request.options,
+            lambda number, event: events.put(event),
+        )
+    )
+    assert "not finite" in events.get(timeout=60).message
+    assert stays.texts() == [assistant.ask(SHAPES / "example-1.png", "Describe this image.")]
+
+
+def test_an_answer_ends_where_its_slot_is_full(assistant):
+    engine = Engine(assistant.model, assistant.tokenizer, slots=1, capacity=60)
+    engine.start()
+    asked = Asked(engine, assistant, "What?", options=[{"min_new_tokens": 90}])
+    (events,) = asked.all().values()
+    assert len(asked.request.ids) + len(events) == 60
+    assert events[-1].finish_reason == "length"
+    with pytest.raises(
+        Refused, match=r"takes \d+ positions \(1 picture\(s\) of 81 each\)"
+    ) as refused:
+        Asked(engine, assistant, "What?", 1)
+    assert refused.value.code == "context_length_exceeded"
+    with pytest.raises(Refused, match="2 answers at once, there are 1 slots"):
+        Asked(engine, assistant, "What?", options=[{}, {}])
+    engine.drain(0)
+    engine.join(60)
