@@ -15,14 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from minillava import image as image_module
-from minillava.files import pictures
+from minillava.files import pictures, resize
 from minillava.files.pictures import open_image, to_rgb
+from minillava.files.resize import pad_and_resize
 from minillava.image import (
     CLIP_MEAN,
     CLIP_STD,
     ImageProcessor,
-    pad_and_resize,
     pad_to_square,
     resize_and_crop,
 )
@@ -268,13 +267,13 @@ def test_padding_around_the_resize_gives_the_bits_of_the_whole_square(monkeypatc
         )
         image = Image.fromarray(pixels.astype(np.uint8))
         # strips of few rows, or of all
-        monkeypatch.setattr(image_module, "WHOLE_SQUARE", (30, 2048)[number % 2])
+        monkeypatch.setattr(resize, "WHOLE_SQUARE", (30, 2048)[number % 2])
         square = resize_and_crop(pad_to_square(image, COLOUR), size)
         assert np.array_equal(pad_and_resize(image, size, COLOUR), square), (width, height, size)
 
 
 def test_a_very_tall_picture_is_a_very_wide_one_turned(monkeypatch):
-    monkeypatch.setattr(image_module, "EXACT_SIDE", 50)
+    monkeypatch.setattr(resize, "EXACT_SIDE", 50)
     image = picture(9, 60)
     turned = pad_and_resize(image.transpose(Image.Transpose.TRANSPOSE), 14, COLOUR)
     assert np.array_equal(
