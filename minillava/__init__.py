@@ -4,9 +4,10 @@
     assistant = minillava.load("path/to/llava-1.5-7b-hf")
     print(assistant.ask("x.jpg", "What is in this image?"))
 
-Reading order, which is the order of the data: config, options, image, prompt, tokenizer, attention,
-vision, projector, cache, llama, llava, sampling, streaming, loop, assistant. The folders are
-everything else. CLASSROOM.md has the questions that people ask on the way, and exercises.
+Reading order, which is the order of the data: config, options, image, templates, prompt, tokenizer,
+labels, attention, vision, projector, cache, llama, llava, sampling, streaming, loop, assistant. The
+folders are everything else. CLASSROOM.md has the questions that people ask on the way, and
+exercises.
 """
 
 import sys

@@ -27,6 +27,7 @@ from minillava.generate.named import check_names, read_options
 from minillava.generate.score import score_answers
 from minillava.generate.speculate import Drafts, following
 from minillava.image import ImageProcessor
+from minillava.labels import encode_answers
 from minillava.llava import Llava, Spliced
 from minillava.options import (
     KINDS,
@@ -46,7 +47,7 @@ from minillava.prompt import (
     render,
 )
 from minillava.sampling import Process
-from minillava.tokenizer import Tokenizer, encode_answers
+from minillava.tokenizer import Tokenizer
 
 
 class Assistant:

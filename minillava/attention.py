@@ -1,8 +1,7 @@
-"""Attention, twice: `eager`, written out to be read and recorded, and `fused`, one fast library
-call.
+"""Attention twice: `eager`, written out to be read and recorded, and `fused`, one library call.
 
-Both take the same inputs and compute the same function; the tests hold them against each other.
-B batch, H heads, K key/value heads, T queries, S keys, D head width.
+Both compute the same function of the same inputs; the tests hold them against each other. B batch,
+H heads, K key/value heads, T queries, S keys, D head width.
 """
 
 import torch
@@ -20,20 +19,18 @@ def eager(
     """
     groups = q.shape[1] // k.shape[1]
     k, v = repeat_heads(k, groups), repeat_heads(v, groups)  # [B, H, S, D]
-    # A dot product of D numbers spreads like √D, and a softmax over large scores sees one place and
-    # learns no other.
+    # A dot product of D numbers spreads like √D, and a softmax over large scores sees one place.
     scores = torch.matmul(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5  # [B, H, T, S]
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()  # [T, S]
     if mask is not None:
-        # The smallest finite number, not -inf: a row with nothing to look at then becomes uniform
+        # The smallest finite number, not -inf: a row that may see nothing then becomes uniform
         # instead of 0/0, and in every other row its exponential is exactly zero.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    # The softmax runs in float32 even for half-precision weights, as in transformers: its sum over
-    # all keys would otherwise lose the small ones.
-    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(
-        q.dtype
-    )
+    # In float32 even for half-precision weights, as in transformers: the sum over all keys would
+    # otherwise lose the small ones.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weights = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
     return torch.matmul(weights, v), weights
 
 
@@ -45,9 +42,8 @@ def fused(
     `causal` aligns the triangle to the upper left, so it is only right when T == S.
     """
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-    ), None
+    sdpa = F.scaled_dot_product_attention
+    return sdpa(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped), None
 
 
 def repeat_heads(x: Tensor, groups: int) -> Tensor:

@@ -16,12 +16,9 @@ class KVCache:
     its key and reads its value.
 
     keys, values: per layer [B, K, capacity, D], rotary embedding already applied, not repeated for
-    grouped heads. length: how many positions are filled, one number for all layers. While a step
-    runs, the layers that have written are one position ahead of the others; lengths of their own
-    would differ just then, the mask and the positions could be asked of the wrong one, and a step
-    that fails half way would leave them apart for good. So `update` writes behind the length, and
-    `advance` moves it once for all. attention_mask: bool [B, capacity], False where a row is
-    padding; None as long as no row has any.
+    grouped heads. length: how many positions are filled, one number for all layers; a layer that
+    counted its own would be ahead of the others while a step runs, and for good if the step fails.
+    padding_mask: bool [B, capacity], False where a row is padding; None as long as no row has any.
     """
 
     def __init__(
@@ -34,47 +31,46 @@ class KVCache:
         device: torch.device | str,
     ):
         self.capacity, self.length = capacity, 0
-        self.attention_mask: Tensor | None = None
+        self.padding_mask: Tensor | None = None
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = [
-            torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
-        ]
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.empty_like(k) for k in self.keys]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new keys and values [B,K,T,D] behind the old; return all so far
-        [B,K,S,D]. The position moves on only with `advance`, once all layers have written."""
+        """Write one layer's new keys and values [B,K,T,D] after the cached ones; all so far
+        [B,K,S,D]. The length grows only with `advance`, once all layers have written."""
         start, end = self.length, self.length + k.shape[2]
         self.keys[layer][:, :, start:end] = k
         self.values[layer][:, :, start:end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
-    def reserve(self, batch: int, new: int, attention_mask: Tensor | None) -> Tensor | None:
-        """Make sure `new` tokens fit and note which are padding; attention_mask bool [B, T] or None
-        (all real). Returns the mask over old and new [B, S], None when nothing is padding. Raises
-        ValueError when full."""
-        rows = self.keys[0].shape[0]
+    def reserve(self, batch: int, new: int, padding_mask: Tensor | None) -> Tensor | None:
+        """Make sure `new` tokens fit and note which are padding: bool [B, T], or None (all real).
+        Returns the mask over old and new [B, S], None if nothing is padding. Raises ValueError if
+        the cache is full."""
+        rows, end = len(self.keys[0]), self.length + new
         if batch != rows:
             raise ValueError(f"the cache was made for {rows} row(s), the input has {batch}")
-        end = self.length + new
         if end > self.capacity:
-            raise ValueError(
-                f"the cache holds {self.capacity} tokens: {self.length} are in it, {new} more do "
-                "not fit"
-            )
-        if self.attention_mask is None and attention_mask is None:
-            return None
-        if self.attention_mask is None:
-            self.attention_mask = torch.ones(
-                rows, self.capacity, dtype=torch.bool, device=self.keys[0].device
-            )
-        self.attention_mask[:, self.length : end] = (
-            True if attention_mask is None else attention_mask
-        )
-        return self.attention_mask[:, :end]
+            found = f"the cache holds {self.capacity} tokens: {self.length} are in it"
+            raise ValueError(f"{found}, {new} more do not fit")
+        if self.padding_mask is None:
+            if padding_mask is None:
+                return None
+            shape, device = (rows, self.capacity), self.keys[0].device
+            self.padding_mask = torch.ones(shape, dtype=torch.bool, device=device)
+        self.padding_mask[:, self.length : end] = True if padding_mask is None else padding_mask
+        return self.padding_mask[:, :end]
 
     def advance(self, new: int) -> None:
         self.length += new
+
+    def truncate(self, length: int) -> None:
+        """Forget what comes after `length` positions (a rejected draft, an abandoned turn)."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
+        self.length = length
 
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` positions, keeping what is filled. One tensor after the other
@@ -84,8 +80,8 @@ class KVCache:
                 new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
                 new[:, :, : self.length] = old[:, :, : self.length]
                 tensors[layer] = new
-        if self.attention_mask is not None:
-            self.attention_mask = F.pad(self.attention_mask, (0, capacity - self.capacity))
+        if self.padding_mask is not None:
+            self.padding_mask = F.pad(self.padding_mask, (0, capacity - self.capacity))
         self.capacity = capacity
 
     def select_rows(self, rows: Tensor) -> None:
@@ -97,12 +93,5 @@ class KVCache:
                 if len(rows) != len(old):
                     tensors[layer] = old.new_empty((len(rows), *old.shape[1:]))
                 tensors[layer][:, :, : self.length] = filled
-        if self.attention_mask is not None:
-            self.attention_mask = self.attention_mask[rows]
-
-    def truncate(self, length: int) -> None:
-        """Forget everything after the first `length` positions (a rejected draft, an abandoned
-        turn)."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
-        self.length = length
+        if self.padding_mask is not None:
+            self.padding_mask = self.padding_mask[rows]

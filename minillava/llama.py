@@ -5,7 +5,7 @@ F feed-forward width, L layers, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ class Context(NamedTuple):
     """What every layer is told beside its input."""
 
     cos: Tensor  # [B|1, 1, T, D]
-    sin: Tensor
+    sin: Tensor  # [B|1, 1, T, D]
     mask: Tensor | None  # bool [B|1, 1, T, S]
     causal: bool
     attend: Callable[..., Any]
@@ -41,10 +41,10 @@ class LanguageModel(nn.Module):
     def __init__(self, config: TextConfig, attend: Callable[..., Any]):
         super().__init__()
         self.config, self.attend = config, attend
-        # zeros for the reason given in vision.py
-        table = torch.zeros(config.vocab_size, config.hidden_size)
+        table = torch.zeros(config.vocab_size, config.hidden_size)  # zeros: see vision.py
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(DecoderBlock(config, i) for i in layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -71,14 +71,13 @@ class LanguageModel(nn.Module):
         [B|1,1,T,S]: of tokens that are no row, but guesses. attend: instead of the model's own.
         """
         x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)  # [B, T, C]
-        length = x.shape[1]
+        length, padding_mask = x.shape[1], attention_mask
         offset = 0 if cache is None else cache.length
-        # [B, S] or None
-        real = attention_mask if cache is None else cache.reserve(len(x), length, attention_mask)
-        # [B|1, T], [B|1, 1, T, S] or None
+        if cache is not None:
+            padding_mask = cache.reserve(len(x), length, attention_mask)  # [B, S] or None
         causal = False
         if positions is None:
-            positions, mask, causal = positions_and_mask(real, offset, length, x.device)
+            positions, mask, causal = positions_and_mask(padding_mask, offset, length, x.device)
         tables = rotary_tables(positions, self.config, x.dtype)
         attend = attend or (eager if attentions else self.attend)
         context = Context(*tables, mask, causal, attend, cache)
@@ -102,17 +101,6 @@ class LanguageModel(nn.Module):
             x,
         )
 
-    def resize_token_embeddings(self, rows: int) -> None:
-        """`grow_rows` for embedding table and head. Raises ValueError when it would shrink."""
-        with torch.no_grad():
-            self.embed_tokens = nn.Embedding.from_pretrained(
-                grow_rows(self.embed_tokens.weight, rows), freeze=False
-            )
-            if not self.config.tie_word_embeddings:
-                self.lm_head.weight = nn.Parameter(grow_rows(self.lm_head.weight, rows))
-                self.lm_head.out_features = rows
-        self.config = replace(self.config, vocab_size=rows)
-
     def head(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, V]"""
         if self.config.tie_word_embeddings:
@@ -120,49 +108,38 @@ class LanguageModel(nn.Module):
         return self.lm_head(x)
 
 
-def grow_rows(table: Tensor, rows: int) -> Tensor:
-    """A table of one row per token, with rows for new tokens: the mean of the old ones, as LLaVA
-    starts them, so that a new token is no stranger than an average word. [V, C] -> [rows, C].
-    Raises ValueError when it would shrink."""
-    if rows < len(table):
-        raise ValueError(
-            f"the table has {len(table)} rows, asked for {rows}: a model cannot forget tokens"
-        )
-    if rows == len(table):
-        return table
-    # LLaVA takes the mean in the table's own dtype; in float32 the order of the sum does not show.
-    wide = table.to(torch.promote_types(table.dtype, torch.float32))
-    mean = wide.mean(0, keepdim=True).to(table.dtype)  # [1, C]
-    return torch.cat([table, mean.expand(rows - len(table), -1)])
-
-
 def positions_and_mask(
-    attention_mask: Tensor | None, offset: int, length: int, device: torch.device
+    padding_mask: Tensor | None, offset: int, length: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None, bool]:
     """Where each new token stands, and what it may look at: (positions [B|1,T], mask [B|1,1,T,S] or
-    None, causal).
+    None, causal). padding_mask: bool [B,S] over cached and new tokens, None if nothing is padding.
 
-    A token sees itself and what came before it, never padding. Three cases, S = offset + T:
-    - nothing cached, no padding: a plain triangle, which the attention functions draw themselves
-      (causal=True);
-    - one new token, no padding: it is the last and may see everything, so there is nothing to mask;
-    - anything else gets the mask written out. The causal flag would be wrong here: it draws its
-      triangle from the upper left, as if the first new token stood at position 0 instead of
-      `offset`.
-    attention_mask: bool [B,S] over cached and new tokens, None when nothing is padding.
+    A token sees itself and what came before it, never padding. Two cached and three new tokens of a
+    row that begins with one of padding (x: may look, S = offset + T):
+
+                   padding  cached │ new
+        position      0        0   │ 1  2  3
+        new 1         .        x   │ x  .  .
+        new 2         .        x   │ x  x  .
+        new 3         .        x   │ x  x  x
+
+    Nothing cached, no padding: a plain triangle, which the attention functions draw themselves
+    (causal). One new token, no padding: it may see everything, so there is nothing to mask. All
+    else gets the mask written out: the causal flag draws its triangle from the upper left, as if
+    the first new token stood at position 0 instead of `offset`.
     """
     query = torch.arange(offset, offset + length, device=device)  # [T]
-    if attention_mask is None and (offset == 0 or length == 1):
+    if padding_mask is None and (offset == 0 or length == 1):
         return query[None], None, length > 1
     key = torch.arange(offset + length, device=device)  # [S]
     mask = (key <= query[:, None])[None, None]  # [1, 1, T, S]
-    if attention_mask is None:
+    if padding_mask is None:
         return query[None], mask, False
     # Padding is on the left, and positions count real tokens only: a padded row gets the same
     # rotary angles as it would alone. A padded query looks at itself, so that no row of the softmax
     # is empty.
-    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, offset:]  # [B, T]
-    mask = (mask & attention_mask[:, None, None, :]) | (key == query[:, None])  # [B, 1, T, S]
+    positions = (padding_mask.cumsum(-1) - 1).clamp(min=0)[:, offset:]  # [B, T]
+    mask = (mask & padding_mask[:, None, None, :]) | (key == query[:, None])  # [B, 1, T, S]
     return positions, mask, False
 
 
@@ -174,9 +151,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # The squares of half-precision numbers overflow or vanish, so the norm is taken in float32.
-        # It is rounded back before the weight multiplies it: the other order gives other bits than
-        # transformers.
+        # In float32, since squares of half-precision numbers overflow or vanish; rounded back
+        # before the weight multiplies it, since the other order gives other bits than transformers.
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)  # the mean is [B, T, 1]
         return self.weight * y.to(x.dtype)
@@ -210,8 +186,12 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-class Block(nn.Module):
-    """Pre-norm decoder block: x + attention(norm(x)), then x + mlp(norm(x))."""
+class DecoderBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); only attention looks at other positions.
+
+    x ─┬─ input_layernorm ─ self_attn ─ + ─┬─ post_attention_layernorm ─ mlp ─ + ─▶ x
+       └────────────────────────────────┘  └───────────────────────────────────┘
+    """
 
     def __init__(self, config: TextConfig, index: int):
         super().__init__()
@@ -250,8 +230,7 @@ class Attention(nn.Module):
         q, k = (apply_rotary(each, context.cos, context.sin) for each in (q, k))
         if context.cache is not None:
             k, v = context.cache.update(self.index, k, v)  # [B, K, S, D]
-        # [B, H, T, D], [B, H, T, S] or None
-        out, weights = context.attend(q, k, v, context.mask, context.causal)
+        out, weights = context.attend(q, k, v, context.mask, context.causal)  # [B, H, T, D]
         # [B, H, T, D] -> [B, T, H·D] -> [B, T, C]
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 

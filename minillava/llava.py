@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minillava.attention import fused
 from minillava.cache import KVCache
 from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig
-from minillava.files.rows import as_rows, check_ids, check_images, check_lengths
+from minillava.files.rows import as_rows, check_ids, check_images, check_lengths, grow_rows
 from minillava.llama import LanguageModel
 from minillava.projector import Projector
 from minillava.vision import VisionTower
@@ -89,9 +89,15 @@ class Llava(nn.Module):
 
     def resize_token_embeddings(self, rows: int) -> None:
         """Grow the vocabulary to `rows` tokens; new ones start as the mean of the old. Raises
-        ValueError when it would shrink."""
-        self.language_model.resize_token_embeddings(rows)
-        self.config = replace(self.config, text=self.language_model.config)
+        ValueError if it would shrink."""
+        language, text = self.language_model, replace(self.config.text, vocab_size=rows)
+        with torch.no_grad():
+            table = grow_rows(language.embed_tokens.weight, rows)  # [V, C] -> [rows, C]
+            language.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
+            if not text.tie_word_embeddings:
+                language.lm_head.weight = nn.Parameter(grow_rows(language.lm_head.weight, rows))
+                language.lm_head.out_features = rows
+        language.config, self.config = text, replace(self.config, text=text)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[n, 3, R, R] -> [n, P, C]: each picture as P vectors of the language model's width."""
@@ -106,8 +112,13 @@ class Llava(nn.Module):
     ) -> Spliced:
         """Look up the words, put each picture's patches where its -200 stands, pad the rows.
 
-        Arguments as in `forward`. Padding that comes in input_ids stays where it is; rows of
-        unequal length are padded on the left, so that every row ends where its answer begins.
+            input_ids    1  -200  7  8        │  1  9
+            embeds       w  p p p p  w  w     │  0 0 0 0 0  w  w      w a word, p a patch
+            position     0  1 2 3 4  5  6     │  0 0 0 0 0  0  1      in llama.py
+            image_spans  [(1, 5)]             │  []
+
+        Arguments as in `forward`. Padding that comes in input_ids stays where it is; shorter rows
+        are padded on the left, so that every row ends where its answer begins.
         """
         device = self.language_model.embed_tokens.weight.device
         rows = as_rows("input_ids", input_ids, device)  # B times [t]

@@ -1,9 +1,6 @@
-"""The projector: the small network between the eye and the language model, and the part LLaVA
-trains first.
+"""The projector: from the vision tower's width to the language model's, the part trained first.
 
-It turns each patch vector of the vision tower's width into a vector of the language model's width,
-so that a picture becomes 576 "words" that were never in any vocabulary. n pictures, P patches, C
-width.
+A picture becomes 576 "words" that were never in any vocabulary. n pictures, P patches, C width.
 """
 
 import torch.nn.functional as F
@@ -29,7 +26,7 @@ class Projector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[n, P, C_vision] -> [n, P, C]"""
-        x = features
-        for i in range(self.num_layers):
-            x = self.get_submodule(f"linear_{i + 1}")(F.gelu(x) if i > 0 else x)
+        x = self.get_submodule("linear_1")(features)
+        for i in range(1, self.num_layers):
+            x = self.get_submodule(f"linear_{i + 1}")(F.gelu(x))
         return x

@@ -1,16 +1,15 @@
-"""Conversation templates: the exact strings each model was trained on. A changed space is a changed
-model.
-
-The templates are data; `render` is the only code. Source: LLaVA, conversation.py; for `hf`, the
-chat template of the llava-hf checkpoints.
-"""
+"""From a question to the exact prompt, which remembers what in it is the template's and what a
+user wrote."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from minillava.options import expect_text
+from minillava.options import expect_text, expect_turns
+from minillava.templates import DEFAULT_TEMPLATE as DEFAULT_TEMPLATE
+from minillava.templates import TEMPLATES as TEMPLATES
+from minillava.templates import Template
+from minillava.templates import find_template as find_template
 
 IMAGE_MARKER = "<image>"
 """Where it stands in a question, a picture goes."""
@@ -49,102 +48,10 @@ class Prompt(str):
         return (self.segments,)  # what copy and pickle make it from
 
 
-@dataclass(frozen=True)
-class Template:
-    """system and opening are plain text, the others format strings whose `{}` is filled with text;
-    in first_user the first `{}` is the finished system_block, the second the question.
-
-    stop: text that ends an answer, where the model was not trained to end with its end token.
-    separators: text that must not be forged by a user (Segment, `spelled`).
-    """
-
-    system: str
-    system_block: str  # not written when there is no system text
-    user: str
-    assistant: str  # a finished answer
-    opening: str  # what the model continues
-    # the first turn, where the system text stands inside it; None: block + user
-    first_user: str | None = None
-    stop: tuple[str, ...] = ()
-    separators: tuple[str, ...] = ()
-    single_turn: bool = False
-
-
-_HUMAN = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
-)
-_USER = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-_VISION = (
-    "You are a helpful language and vision assistant. "
-    "You are able to understand the visual content that the user provides, "
-    "and assist the user with a variety of tasks using natural language."
-)
-
-TEMPLATES = {
-    # The one LLaVA's own command line uses for 1.5, and ours.
-    "llava_v1": Template(_HUMAN, "{} ", "USER: {} ", "ASSISTANT: {}</s>", "ASSISTANT:"),
-    # The one LLaVA-1.5 was trained and evaluated with: two words differ ("user" for "human").
-    "vicuna_v1": Template(_USER, "{} ", "USER: {} ", "ASSISTANT: {}</s>", "ASSISTANT:"),
-    "llava_v0": Template(
-        _HUMAN,
-        "{}###",
-        "Human: {}###",
-        "Assistant: {}###",
-        "Assistant:",
-        stop=("###",),
-        separators=("###",),
-    ),
-    "llava_llama_2": Template(
-        _VISION,
-        "<<SYS>>\n{}\n<</SYS>>\n\n",
-        "<s>[INST] {} [/INST]",
-        " {} </s>",
-        "",
-        first_user="[INST] {}{} [/INST]",
-        separators=("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
-    ),
-    "mistral_instruct": Template(
-        "",
-        "<<SYS>>\n{}\n<</SYS>>\n\n",
-        "[INST] {} [/INST]",
-        " {} </s>",
-        "",
-        first_user="[INST] {}{} [/INST]",
-        separators=("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
-    ),
-    # Unlike standard ChatML there is no newline between <|im_end|> and the next <|im_start|>.
-    "chatml_direct": Template(
-        "Answer the questions.",
-        "<|im_start|>system\n{}<|im_end|>",
-        "<|im_start|>user\n{}<|im_end|>",
-        "<|im_start|>assistant\n{}<|im_end|>",
-        "<|im_start|>assistant\n",
-        stop=("<|im_end|>",),
-        separators=("<|im_start|>", "<|im_end|>"),
-    ),
-    # The chat template of the llava-hf checkpoints: no system text, no end token between turns.
-    "hf": Template("", "{} ", "USER: {} ", "ASSISTANT: {} ", "ASSISTANT:"),
-    # The captions of projector pre-training.
-    "plain": Template("", "{}", "{}\n", "{}\n", "", single_turn=True),
-}
-DEFAULT_TEMPLATE = "llava_v1"
-
-
-def find_template(name: str) -> Template:
-    """The template of that name; ValueError with the known names otherwise."""
-    if name not in list(TEMPLATES):  # a list, which also looks for what has no hash
-        raise ValueError(f"unknown template {name!r}, expected one of: {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
-
-
 def place_images(question: str, images: int) -> str:
     """A question with one marker per picture: as written, or one line each before the text if none
-    is. Raises ValueError for an empty question, or with both numbers when some are written but not
-    as many as pictures."""
+    is. Raises ValueError for an empty question, or with both numbers if some are written but not as
+    many as pictures."""
     expect_text(question, "the question")
     if not question.strip():
         raise ValueError("the question is empty; write what you want to know")
@@ -152,8 +59,8 @@ def place_images(question: str, images: int) -> str:
     if written and written != images:
         raise ValueError(
             f"the prompt places {written} picture(s) with {IMAGE_MARKER} but {images} picture(s) "
-            "were given; "
-            f"write {IMAGE_MARKER} once per picture, or leave it out to put them before the text"
+            f"were given; write {IMAGE_MARKER} once per picture, or leave it out to put them "
+            "before the text"
         )
     return question if written else f"{IMAGE_MARKER}\n" * images + question
 
@@ -167,25 +74,12 @@ def render(
     system: instead of the template's own; "" for none. Raises ValueError for an empty question, a
     missing answer before the last turn, or more turns than the template can hold.
     """
-    if not turns:
-        raise ValueError("a conversation needs at least one question")
-    if template.single_turn and len(turns) > 1:
-        raise ValueError(
-            f"this template holds one turn, the conversation has {len(turns)}; choose another "
-            "template"
-        )
     system = template.system if system is None else system
-    expect_text(system, "system")
+    expect_turns(turns, system, template.single_turn)
     above = _user_text(system, template, images=False)
     block = _fill(template.system_block, above) if system else []
     segments: list[Segment] = []
     for i, (question, answer) in enumerate(turns):
-        expect_text(question, f"question {i + 1}")
-        expect_text("" if answer is None else answer, f"answer {i + 1}")
-        if not question.strip():
-            raise ValueError(f"question {i + 1} is empty; write what you want to know")
-        if answer is None and i < len(turns) - 1:
-            raise ValueError(f"question {i + 1} has no answer, but question {i + 2} follows it")
         asked = _user_text(question, template, images=True)
         if i == 0 and template.first_user is not None:
             segments += _fill(template.first_user, block, asked)

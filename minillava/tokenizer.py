@@ -6,25 +6,22 @@ why the newline after a picture is two ids, 29871 ("▁") and 13 ("\\n" as a byt
 """
 
 import codecs
-import re
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
 
-from minillava.config import IGNORE_INDEX, IM_END, IM_START, IMAGE_TOKEN_INDEX, LlavaConfig
+from minillava.config import IM_END, IM_START, IMAGE_TOKEN_INDEX, LlavaConfig
+from minillava.files.added_tokens import TokenFinder
 from minillava.files.tokenizer_files import (
     PAD_MARKER,
     AddedToken,
     TokenizerFiles,
-    check_model_is_there,
-    check_pieces,
     check_vocabulary,
     find_tokenizer,
     open_model,
 )
-from minillava.prompt import IMAGE_MARKER, Prompt, Segment, Template, render
+from minillava.prompt import IMAGE_MARKER, Prompt, Segment
 
 _SPACE = "▁"
 
@@ -50,37 +47,24 @@ class Tokenizer:
     ):
         path = Path(path)
         files = TokenizerFiles(path.parent if beside is None else Path(beside))
-        check_model_is_there(path, files, vocabulary)
-        self.sentencepiece = open_model(path)
-        check_pieces(path, self.sentencepiece, files)
-        self.bos_id, self.eos_id, self.vocab_size = (
-            self.sentencepiece.bos_id(),
-            self.sentencepiece.eos_id(),
-            self.sentencepiece.vocab_size(),
-        )
+        self.sentencepiece = open_model(path, files, vocabulary)
+        self.bos_id, self.eos_id = self.sentencepiece.bos_id(), self.sentencepiece.eos_id()
+        self.vocab_size = self.sentencepiece.vocab_size()
         self.legacy = files.legacy() if legacy is None else legacy
         tokens = files.tokens(self.sentencepiece, added)
         if vocabulary is not None:
-            # the model grows by those
+            # the model grows by those that are added
             rows = max([vocabulary, *(tokens[text].id + 1 for text in added)])
             check_vocabulary(path, self.vocab_size, tokens, rows, files)
-        self.by_id = {
-            token.id: token for token in sorted(tokens.values(), key=lambda token: token.id)
-        }
-        self.added = {token.text: i for i, token in self.by_id.items() if i >= self.vocab_size}
+        self.by_id = {t.id: t for t in sorted(tokens.values(), key=lambda t: t.id)}
+        self.added = {t.text: i for i, t in self.by_id.items() if i >= self.vocab_size}
         # What no text becomes: a picture is -200, and padding is nothing to be written.
-        self._tokens = {
-            text: token for text, token in tokens.items() if text not in (IMAGE_MARKER, PAD_MARKER)
-        }
-        # first character -> how long tokens are that begin with it
-        lengths: dict[str, set[int]] = {}
-        for text in self._tokens:
-            lengths.setdefault(text[0], set()).add(len(text))
-        self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
-        self._first = re.compile("[" + re.escape("".join(lengths)) + "]")
+        self._tokens = {k: t for k, t in tokens.items() if k not in (IMAGE_MARKER, PAD_MARKER)}
+        self._finder = TokenFinder(self._tokens)
         # Early models have two tokens of their own around each picture.
-        around = tuple(text for text in (IM_START, IM_END) if text in added)
-        self._around = tuple(Segment(text, "template") for text in around) or (None, None)
+        self._around = [
+            [Segment(text, "template")] if text in added else [] for text in (IM_START, IM_END)
+        ]
         self._newline = self.sentencepiece.encode("\n")
 
     @cached_property
@@ -95,7 +79,7 @@ class Tokenizer:
         taken = sum(map(str.isspace, text)) if any(taker in text for taker in takers) else 0
         return -(-(len(text) - taken) // self.longest_piece)
 
-    def encode(self, prompt: str) -> list[int]:
+    def encode(self, prompt: str | Prompt) -> list[int]:
         """Token ids, the begin token first and -200 for each `<image>`.
 
         Tokens that a fine-tune added are tokens wherever they stand. `<s>`, `</s>`, `<unk>` and
@@ -108,16 +92,15 @@ class Tokenizer:
             raise ValueError(
                 f"the prompt is not UTF-8 text at character {error.start}; write it as UTF-8"
             ) from None
-        segments = prompt.segments if isinstance(prompt, Prompt) else (Segment(prompt, "template"),)
+        segments = prompt.segments if isinstance(prompt, Prompt) else [Segment(prompt, "template")]
         ids, chunk = [self.bos_id], []  # chunk: a text of its own, from one picture to the next
         before, after = self._around
         for text, kind in segments:
             first, *others = text.split(IMAGE_MARKER) if kind == "template" else [text]
             chunk.append(Segment(first, kind))
             for other in others:
-                ids += self._encode_chunk([*chunk, before] if before else chunk)
-                ids.append(IMAGE_TOKEN_INDEX)
-                chunk = [*([after] if after else []), Segment(other, kind)]
+                ids += [*self._encode_chunk([*chunk, *before]), IMAGE_TOKEN_INDEX]
+                chunk = [*after, Segment(other, kind)]
         return ids + self._encode_chunk(chunk)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -143,7 +126,7 @@ class Tokenizer:
 
     def _encode_chunk(self, chunk: list[Segment]) -> list[int]:
         """The ids of a text without pictures, as the slow Llama tokenizer of transformers makes
-        them."""
+        them. What a user spelled goes letter by letter; all else is one text, cut at its tokens."""
         chunk = [segment for segment in chunk if segment.text]
         if not chunk:
             return []
@@ -152,16 +135,14 @@ class Tokenizer:
             if chunk[0].kind != "spelled":
                 chunk[0] = Segment(_SPACE + chunk[0].text, chunk[0].kind)
         ids: list[int] = []
-        letters: dict[str, list[int]] = {}  # ids of those that were spelled already
+        encode_continuation = cache(self._encode_continuation)  # spelled letters come again
         # whether SentencePiece puts a "▁" before what comes next
         fresh = self.legacy or chunk[0].kind == "spelled"
         for spelled, run in groupby(chunk, lambda segment: segment.kind == "spelled"):
-            segments = list(run)
-            parts = (
-                [letter for text, _ in segments for letter in text]
-                if spelled
-                else self._cut(segments)
-            )
+            if spelled:
+                parts: list[str | AddedToken] = [letter for text, _ in run for letter in text]
+            else:
+                parts = self._finder.cut([(text, kind == "template") for text, kind in run])
             if not self.legacy and not ids and parts[0] == _SPACE and len(parts) > 1:
                 second = parts[1]
                 if isinstance(second, AddedToken) and second.listed:
@@ -169,88 +150,16 @@ class Tokenizer:
             for part in parts:
                 if isinstance(part, AddedToken):
                     ids.append(part.id)
-                elif fresh:
-                    ids += self.sentencepiece.encode(part)
-                elif not spelled:
-                    ids += self._encode_continuation(part)
                 else:
-                    if part not in letters:
-                        letters[part] = self._encode_continuation(part)
-                    ids += letters[part]
+                    ids += self.sentencepiece.encode(part) if fresh else encode_continuation(part)
                 fresh = self.legacy and not spelled
             if parts and not isinstance(parts[-1], AddedToken):
                 fresh = False
         return ids
 
-    def _cut(self, run: list[Segment]) -> list[str | AddedToken]:
-        """The tokens in neighbouring stretches, and the text around them, which is one text: words
-        may cross from one stretch to the next. ("a ", text), ("sta", text), ("r", text) is "a
-        star", whose ids are not those of its parts; with ("r", spelled) it is "a sta" and "r"."""
-        texts: list[str] = []
-        # where the text begins to be the template's, ceases to be, begins again, ...
-        ours: list[int] = []
-        length = 0
-        for text, kind in run:
-            if (kind == "template") != len(ours) % 2:
-                ours.append(length)
-            texts.append(text)
-            length += len(text)
-        return self._cut_text("".join(texts), ours)
-
-    def _cut_text(self, text: str, ours: list[int]) -> list[str | AddedToken]:
-        """Text around the tokens in it; what a token's flags say of its neighbours is done as in
-        transformers, which goes from left to right and takes for a token what then reads like
-        one."""
-        texts, controls, end = [], [], 0
-        for at, added in self._find(text, ours):
-            texts += [text[end:at], added.text]
-            controls += [None, added if added.control else None]
-            end = at + len(added.text)
-        both = zip([*texts, text[end:]], [*controls, None], strict=True)
-        pairs = [(t, control) for t, control in both if t]
-        texts = [t for t, _ in pairs]
-
-        def token_at(i: int) -> AddedToken | None:
-            token = self._tokens.get(texts[i])
-            return token if token is None or not token.control else pairs[i][1]
-
-        for i in range(len(texts)):
-            token = token_at(i)
-            if token is None:
-                continue
-            left, right = texts[i - 1] if i else "", texts[i + 1] if i + 1 < len(texts) else ""
-            if token.rstrip and right:
-                texts[i + 1] = right.lstrip()
-            if token.lstrip and left:
-                texts[i - 1] = left.rstrip()
-            if token.single_word and left and left[-1] != " ":
-                texts[i - 1], texts[i] = texts[i - 1] + token.text, ""
-            elif token.single_word and right and right[0] != " ":
-                texts[i], texts[i + 1] = "", token.text + texts[i + 1]
-        return [token_at(i) or t for i, t in enumerate(texts) if t]
-
-    def _find(self, text: str, ours: list[int]) -> Iterator[tuple[int, AddedToken]]:
-        """The tokens in a text and where they begin: the first, at one place the longest. Control
-        tokens are found only within what the template wrote."""
-        at = 0
-        while found := self._first.search(text, at):
-            start = found.start()
-            at = start + 1
-            for length in self._lengths[text[start]]:
-                token = self._tokens.get(text[start : start + length])
-                if token and (not token.control or self._is_ours(start, start + length, ours)):
-                    yield start, token
-                    at = start + length
-                    break
-
-    @staticmethod
-    def _is_ours(start: int, end: int, ours: list[int]) -> bool:
-        place = bisect_right(ours, start)
-        return place % 2 == 1 and (place == len(ours) or end <= ours[place])
-
     def _encode_continuation(self, text: str) -> list[int]:
         """Encode without the leading "▁". SentencePiece cannot switch it off, so the text goes
-        behind a newline, which is a byte in Llama's vocabulary and so never merges with what
+        after a newline, which is a byte in Llama's vocabulary and so never merges with what
         follows; its ids are cut off."""
         return self.sentencepiece.encode("\n" + text)[len(self._newline) :]
 
@@ -263,33 +172,6 @@ def open_tokenizer(folders: Sequence[Path], config: LlavaConfig | None = None) -
         return Tokenizer(path, beside=beside)
     return Tokenizer(
         path, added=config.added_tokens, beside=beside, vocabulary=config.text.vocab_size
-    )
-
-
-def encode_answers(
-    tokenizer: Tokenizer,
-    template: Template,
-    turns: Sequence[tuple[str, str]],
-    system: str | None = None,
-) -> tuple[list[int], list[int]]:
-    """The ids of a finished conversation, and its labels: the ids of the answers and of what ends
-    them, IGNORE_INDEX elsewhere. Answers begin where the prompt ends that the model would see, and
-    end where the next question changes how the text is cut; LLaVA counts words for it, and drops a
-    conversation where the counts disagree (train.py, preprocess_v1)."""
-    ids = tokenizer.encode(render(template, turns, system))
-    labels = [IGNORE_INDEX] * len(ids)
-    for i, (question, _) in enumerate(turns):
-        opened = tokenizer.encode(render(template, [*turns[:i], (question, None)], system))
-        finished = tokenizer.encode(render(template, turns[: i + 1], system))
-        start, end = len(opened), common_prefix(finished, ids)
-        labels[start:end] = ids[start:end]
-    return ids, labels
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two texts begin with together."""
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )
 
 

@@ -1,7 +1,7 @@
 """The CLIP vision transformer (Radford et al. 2021): a picture becomes one vector per patch.
 
-n pictures, R side in pixels, P patches, N = P + 1 with the class token, C width, H heads, D = C /
-H, F feed-forward width.
+n pictures, R side in pixels, P patches, N = P + 1 with the class token, C width, H heads, D head
+width, F feed-forward width.
 """
 
 from collections.abc import Callable
@@ -16,33 +16,27 @@ from minillava.config import LlavaConfig, VisionConfig
 class VisionTower(nn.Module):
     """CLIP up to the layer whose features LLaVA uses.
 
-    LLaVA-1.5 takes the output of the last block but one (feature layer -2): the last block is
-    trained to gather everything into the class token for matching captions, and its patches lose
-    local detail. So the last block and CLIP's final `post_layernorm` are neither built nor loaded
-    here.
+    LLaVA-1.5 takes the output of the last block but one (feature layer -2): the last one gathers
+    everything into the class token for matching captions, and its patches lose local detail. So it
+    and CLIP's final `post_layernorm` are neither built nor loaded here.
     """
 
     def __init__(self, config: LlavaConfig, attend: Callable[..., Any]):
         super().__init__()
-        self.config = config.vision
+        c = self.config = config.vision
         self.keep_class_token = config.keep_class_token
-        self.embeddings = Embeddings(config.vision)
-        # CLIP's spelling
-        self.pre_layrnorm = nn.LayerNorm(
-            config.vision.hidden_size, eps=config.vision.layer_norm_eps
-        )
-        self.encoder = Encoder(config.vision, config.vision_layers_needed, attend)
+        self.embeddings = Embeddings(c)
+        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)  # CLIP's spelling
+        self.encoder = Encoder(c, config.vision_layers_needed, attend)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[n, 3, R, R] -> [n, P, C]: the selected layer's patches, without the class token.
-        Raises ValueError when the pictures have another size than the tower was trained on."""
-        c = self.config
-        expected = (c.num_channels, c.image_size, c.image_size)
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
-            found = list(pixel_values.shape)
-            raise ValueError(
-                f"pixel_values have shape {found}, expected [n, {', '.join(map(str, expected))}]"
-            )
+        Raises ValueError if the pictures have another size than the tower was trained on."""
+        c, found = self.config, list(pixel_values.shape)
+        expected = [c.num_channels, c.image_size, c.image_size]
+        if found[1:] != expected:
+            shape = ", ".join(map(str, expected))
+            raise ValueError(f"pixel_values have shape {found}, expected [n, {shape}]")
         x = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))  # [n, N, C]
         # The class token summarises the picture for CLIP's caption matching; LLaVA wants places, so
         # it is dropped.
@@ -66,18 +60,18 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        # [n, C, √P, √P]
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
+        patches = self.patch_embedding(pixel_values)  # [n, C, √P, √P]
         patches = patches.flatten(2).transpose(1, 2)  # [n, P, C], row by row from the top left
         class_token = self.class_embedding.expand(len(patches), 1, -1)  # [n, 1, C]
-        # [n, N, C]
-        return torch.cat([class_token, patches], dim=1) + self.position_embedding.weight
+        x = torch.cat([class_token, patches], dim=1)  # [n, N, C]
+        return x + self.position_embedding.weight
 
 
 class Encoder(nn.Module):
     def __init__(self, config: VisionConfig, num_layers: int, attend: Callable[..., Any]):
         super().__init__()
-        self.layers = nn.ModuleList(Block(config, attend) for _ in range(num_layers))
+        self.layers = nn.ModuleList(VisionBlock(config, attend) for _ in range(num_layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -85,8 +79,8 @@ class Encoder(nn.Module):
         return x
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+class VisionBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: VisionConfig, attend: Callable[..., Any]):
         super().__init__()
@@ -101,8 +95,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every patch looks at every patch: no mask, no rotary embedding (positions were added at the
-    start)."""
+    """Every patch looks at every patch: no mask, and positions were added at the start."""
 
     def __init__(self, config: VisionConfig, attend: Callable[..., Any]):
         super().__init__()
@@ -114,12 +107,12 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        def heads(y: Tensor) -> Tensor:
+        q, k, v = (
             # [n, N, C] -> [n, H, N, D]
-            return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-        # [n, H, N, D]
-        out, _ = self.attend(heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x)))
+            proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out, _ = self.attend(q, k, v)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # [n, H, N, D] -> [n, N, C]
 
 

@@ -57,10 +57,11 @@ from minillava.cli.messages import run
 from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig, TextConfig, VisionConfig
 from minillava.fast.processor import has_fast_bfloat16
 from minillava.image import CLIP_MEAN, CLIP_STD, ImageProcessor
+from minillava.labels import encode_answers
 from minillava.llama import Context, rotary_tables
 from minillava.llava import Llava
 from minillava.prompt import DEFAULT_TEMPLATE, TEMPLATES, Prompt, Segment, place_images
-from minillava.tokenizer import Tokenizer, encode_answers
+from minillava.tokenizer import Tokenizer
 
 try:
     from tqdm import tqdm

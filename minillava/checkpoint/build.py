@@ -13,7 +13,7 @@ from minillava.checkpoint.names import TABLES
 from minillava.checkpoint.stored import StoredWeights
 from minillava.config import LlavaConfig
 from minillava.fast.quantize import quantised_layer, quantize_tensor
-from minillava.llama import grow_rows
+from minillava.files.rows import grow_rows
 from minillava.llava import Llava
 
 Shape = tuple[int, ...]

@@ -21,6 +21,7 @@ from minillava.checkpoint.names import (
     unwrapped,
 )
 from minillava.fast.quantize import PARTS, whole_shape
+from minillava.files.rows import grow_rows
 from minillava.files.tensors import (
     OtherObjects,
     Stored,
@@ -29,7 +30,6 @@ from minillava.files.tensors import (
     several_sets,
     weight_files,
 )
-from minillava.llama import grow_rows
 
 # What torch.nn.utils puts in the place of a weight: parametrize, prune, weight_norm, spectral_norm.
 _PARAMETRISED = re.compile(r"\.parametrizations\.|\.weight_(orig|mask|g|v)$")

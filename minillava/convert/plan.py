@@ -30,9 +30,9 @@ from minillava.config import IM_START, LlavaConfig
 from minillava.fast.quantize import PARTS, quantize_tensor, stored_shapes
 from minillava.files.disk import read_json
 from minillava.files.hub import CLIP_RELEASE
+from minillava.files.rows import grow_rows
 from minillava.files.tensors import open_folder
 from minillava.files.tokenizer_files import PAD_MARKER, SIDE_NAMES, find_tokenizer
-from minillava.llama import grow_rows
 from minillava.llava import Llava
 from minillava.options import dtype_name
 from minillava.prompt import IMAGE_MARKER

@@ -131,7 +131,7 @@ class CapturedDecode:
             self._clear()
         try:
             logits = self.decode_step(
-                token_ids[:, None], self.position, cache.attention_mask, cache.keys, cache.values
+                token_ids[:, None], self.position, cache.padding_mask, cache.keys, cache.values
             )
         except Exception as error:
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -1,4 +1,4 @@
-"""Pictures whose square, or whose enlargement, would not fit in memory: resized to the same bits."""
+"""Pictures whose square, or whose enlargement, would fill the memory: resized to the same bits."""
 
 from PIL import Image
 

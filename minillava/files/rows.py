@@ -1,6 +1,7 @@
-"""Rows of ids, pictures and scores as callers give them to a model, checked before use.
+"""Rows of ids, pictures and scores as callers give them to a model, checked before use; rows of a
+table, one per token.
 
-B rows of t tokens each, n pictures of P patches, C width.
+B rows of t tokens each, n pictures of P patches, C width, V vocabulary.
 """
 
 import math
@@ -87,3 +88,19 @@ def check_scores(found: Tensor, given: Tensor) -> Tensor:
 
 def _described(x: Tensor) -> str:
     return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+
+
+def grow_rows(table: Tensor, rows: int) -> Tensor:
+    """A table of one row per token, with rows for new tokens: the mean of the old ones, as LLaVA
+    starts them, so that a new token is no stranger than an average word. [V, C] -> [rows, C].
+    Raises ValueError when it would shrink."""
+    if rows < len(table):
+        raise ValueError(
+            f"the table has {len(table)} rows, asked for {rows}: a model cannot forget tokens"
+        )
+    if rows == len(table):
+        return table
+    # LLaVA takes the mean in the table's own dtype; in float32 the order of the sum does not show.
+    wide = table.to(torch.promote_types(table.dtype, torch.float32))
+    mean = wide.mean(0, keepdim=True).to(table.dtype)  # [1, C]
+    return torch.cat([table, mean.expand(rows - len(table), -1)])

@@ -317,7 +317,7 @@ def find_tokenizer(folders: Sequence[Path]) -> tuple[Path, Path]:
     return model / MODEL_NAME, beside
 
 
-def check_model_is_there(path: Path, files: TokenizerFiles, vocabulary: int | None = None) -> None:
+def _check_model_is_there(path: Path, files: TokenizerFiles, vocabulary: int | None) -> None:
     """Raises FileNotFoundError where there is no tokenizer.model, ValueError where none can help.
     vocabulary: rows of the embedding table, where they are known."""
     if path.is_file():
@@ -343,9 +343,19 @@ def is_word(model: SentencePieceProcessor, i: int) -> bool:
     return not (model.is_control(i) or model.is_unknown(i) or model.is_unused(i))
 
 
-def open_model(path: Path) -> SentencePieceProcessor:
-    """A tokenizer.model of the Llama 2 family. Raises ValueError, or OSError where the system
-    refuses."""
+def open_model(
+    path: Path, files: TokenizerFiles, vocabulary: int | None = None
+) -> SentencePieceProcessor:
+    """A tokenizer.model of the Llama 2 family, which `files` belong to. vocabulary: rows of the
+    embedding table, if they are known. Raises FileNotFoundError or ValueError, or OSError if the
+    system refuses."""
+    _check_model_is_there(path, files, vocabulary)
+    model = _read_model(path)
+    _check_pieces(path, model, files)
+    return model
+
+
+def _read_model(path: Path) -> SentencePieceProcessor:
     try:
         with path.open("rb") as file:
             head = file.read(200)
@@ -387,7 +397,7 @@ def _check_kind(path: Path, files: TokenizerFiles) -> None:
         )
 
 
-def check_pieces(path: Path, model: SentencePieceProcessor, files: TokenizerFiles) -> None:
+def _check_pieces(path: Path, model: SentencePieceProcessor, files: TokenizerFiles) -> None:
     """A tokenizer.model must be of the kind that the files beside it say, and cut from the same
     vocabulary as their tokenizer.json. Raises ValueError."""
     _check_kind(path, files)

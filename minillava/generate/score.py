@@ -11,9 +11,9 @@ from torch import Tensor
 
 from minillava.cache import KVCache
 from minillava.config import IGNORE_INDEX
+from minillava.labels import common_prefix
 from minillava.llava import Llava, upcast
 from minillava.options import remaining_context
-from minillava.tokenizer import common_prefix
 
 
 @torch.no_grad()

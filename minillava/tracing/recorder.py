@@ -191,7 +191,7 @@ class Recorder:
         x, (cos, sin, mask, causal, _, cache) = args
         offset, length = cache.length, x.shape[1]
         # [B, S]
-        real = None if cache.attention_mask is None else cache.attention_mask[:, : offset + length]
+        real = None if cache.padding_mask is None else cache.padding_mask[:, : offset + length]
         # The layers get angles, not positions: what the model asked, asked again.
         positions, _, _ = positions_and_mask(real, offset, length, x.device)  # [B|1, T]
         self.add("language model", "positions", positions, positions_and_mask)

@@ -21,9 +21,9 @@ from minillava.checkpoint.parts import collect_parts
 from minillava.checkpoint.stored import StoredWeights
 from minillava.cli.doors import enter
 from minillava.config import IM_END, IM_PATCH, IM_START, IMAGE_TOKEN_INDEX
+from minillava.files.rows import grow_rows
 from minillava.files.tensors import BIN_INDEX_NAME, BIN_NAME, SINGLE_NAME, TorchFile
 from minillava.inspection.report import inspect_folder
-from minillava.llama import grow_rows
 from minillava.tokenizer import Tokenizer
 
 main = partial(enter, "generate")

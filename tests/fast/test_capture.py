@@ -287,7 +287,7 @@ def test_only_more_than_ever_takes_other_memory(toy):
     numbers = 2 * text.num_key_value_heads * CAPACITY_STEP * text.head_dim
     for rows in (1, 2, 1):
         with captured.spare_cache(text, rows, 5, like) as cache:
-            assert (cache.capacity, cache.length, cache.attention_mask) == (CAPACITY_STEP, 0, None)
+            assert (cache.capacity, cache.length, cache.padding_mask) == (CAPACITY_STEP, 0, None)
             assert cache.keys[0].shape[::2] == (rows, CAPACITY_STEP)
             assert len(cache.keys) == len(cache.values) == text.num_hidden_layers
     assert {len(tensor) for tensor in captured.memory} == {numbers}

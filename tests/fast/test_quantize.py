@@ -35,7 +35,7 @@ from minillava.fast.quantize import (
     split,
     unpack,
 )
-from minillava.llama import grow_rows
+from minillava.files.rows import grow_rows
 from minillava.options import KINDS
 
 WEIGHTS = ROOT / "weights" / "shapes"

@@ -27,7 +27,8 @@ from minillava.attention import fused
 from minillava.generate.generation import generate
 from minillava.image import ImageProcessor
 from minillava.inspection.doctor import attending
-from minillava.tokenizer import Tokenizer, encode_answers
+from minillava.labels import encode_answers
+from minillava.tokenizer import Tokenizer
 
 transformers = pytest.importorskip(
     "transformers", minversion="5", reason="live parity needs transformers 5"

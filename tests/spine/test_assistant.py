@@ -20,9 +20,9 @@ from minillava.checkpoint.place import LARGE, choose_device, choose_dtype
 from minillava.files.tokenizer_files import AddedToken
 from minillava.generate.contrast import M3ID, VCD
 from minillava.generate.generation import generate
+from minillava.labels import encode_answers
 from minillava.look.run import look
 from minillava.prompt import DEFAULT_PROMPT, TEMPLATES
-from minillava.tokenizer import encode_answers
 from minillava.tracing.run import trace
 
 

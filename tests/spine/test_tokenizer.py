@@ -9,8 +9,9 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 
 from minillava.config import IGNORE_INDEX
+from minillava.labels import encode_answers
 from minillava.prompt import TEMPLATES, Prompt, Segment, place_images, render
-from minillava.tokenizer import TextDecoder, Tokenizer, encode_answers
+from minillava.tokenizer import TextDecoder, Tokenizer
 
 WALKTHROUGH_IDS = [
     1, 319, 13563, 1546, 263, 12758, 5199, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444, 29892, 13173,

@@ -1,0 +1,35 @@
+"""Which ids a training predicts: those of the answers, in a conversation told to its end."""
+
+from collections.abc import Sequence
+
+from minillava.config import IGNORE_INDEX
+from minillava.prompt import render
+from minillava.templates import Template
+from minillava.tokenizer import Tokenizer
+
+
+def encode_answers(
+    tokenizer: Tokenizer,
+    template: Template,
+    turns: Sequence[tuple[str, str]],
+    system: str | None = None,
+) -> tuple[list[int], list[int]]:
+    """The ids of a finished conversation, and its labels: the ids of the answers and of what ends
+    them, IGNORE_INDEX elsewhere. Answers begin where the prompt ends that the model would see, and
+    end where the next question changes how the text is cut; LLaVA counts words for it, and drops a
+    conversation if the counts disagree (train.py, preprocess_v1)."""
+    ids = tokenizer.encode(render(template, turns, system))
+    labels = [IGNORE_INDEX] * len(ids)
+    for i, (question, _) in enumerate(turns):
+        opened = tokenizer.encode(render(template, [*turns[:i], (question, None)], system))
+        finished = tokenizer.encode(render(template, turns[: i + 1], system))
+        start, end = len(opened), common_prefix(finished, ids)
+        labels[start:end] = ids[start:end]
+    return ids, labels
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two texts begin with together."""
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

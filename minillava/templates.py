@@ -1,0 +1,93 @@
+"""Conversation templates as data: the exact strings each model was trained on. A changed space is a
+changed model.
+
+Source: LLaVA, conversation.py; for `hf`, the chat template of the llava-hf checkpoints.
+"""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Template:
+    """system and opening are plain text, the others format strings whose `{}` is filled with text;
+    in first_user the first `{}` is the finished system_block, the second the question.
+
+    stop: text that ends an answer, if the model was not trained to end with its end token.
+    separators: text that must not be forged by a user (prompt.Segment, `spelled`).
+    """
+
+    system: str
+    system_block: str  # not written if there is no system text
+    user: str
+    assistant: str  # a finished answer
+    opening: str  # what the model continues
+    # the first turn, if the system text stands inside it; None: block + user
+    first_user: str | None = None
+    stop: tuple[str, ...] = ()
+    separators: tuple[str, ...] = ()
+    single_turn: bool = False
+
+
+# The one LLaVA's own command line uses for 1.5, and ours.
+LLAVA_V1 = Template(
+    system=(
+        "A chat between a curious human and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the human's questions."
+    ),
+    system_block="{} ",
+    user="USER: {} ",
+    assistant="ASSISTANT: {}</s>",
+    opening="ASSISTANT:",
+)
+LLAVA_LLAMA_2 = Template(
+    system=(
+        "You are a helpful language and vision assistant. "
+        "You are able to understand the visual content that the user provides, "
+        "and assist the user with a variety of tasks using natural language."
+    ),
+    system_block="<<SYS>>\n{}\n<</SYS>>\n\n",
+    user="<s>[INST] {} [/INST]",
+    assistant=" {} </s>",
+    opening="",
+    first_user="[INST] {}{} [/INST]",
+    separators=("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
+)
+
+TEMPLATES = {
+    "llava_v1": LLAVA_V1,
+    # The one LLaVA-1.5 was trained and evaluated with: two words differ ("user" for "human").
+    "vicuna_v1": replace(LLAVA_V1, system=LLAVA_V1.system.replace("human", "user")),
+    "llava_v0": replace(
+        LLAVA_V1,
+        system_block="{}###",
+        user="Human: {}###",
+        assistant="Assistant: {}###",
+        opening="Assistant:",
+        stop=("###",),
+        separators=("###",),
+    ),
+    "llava_llama_2": LLAVA_LLAMA_2,
+    "mistral_instruct": replace(LLAVA_LLAMA_2, system="", user="[INST] {} [/INST]"),
+    # Unlike standard ChatML there is no newline between <|im_end|> and the next <|im_start|>.
+    "chatml_direct": Template(
+        system="Answer the questions.",
+        system_block="<|im_start|>system\n{}<|im_end|>",
+        user="<|im_start|>user\n{}<|im_end|>",
+        assistant="<|im_start|>assistant\n{}<|im_end|>",
+        opening="<|im_start|>assistant\n",
+        stop=("<|im_end|>",),
+        separators=("<|im_start|>", "<|im_end|>"),
+    ),
+    # The chat template of the llava-hf checkpoints: no system text, no end token between turns.
+    "hf": replace(LLAVA_V1, system="", assistant="ASSISTANT: {} "),
+    # The captions of projector pre-training.
+    "plain": Template("", "{}", "{}\n", "{}\n", "", single_turn=True),
+}
+DEFAULT_TEMPLATE = "llava_v1"
+
+
+def find_template(name: str) -> Template:
+    """The template of that name; ValueError with the known names otherwise."""
+    if name not in list(TEMPLATES):  # a list, which also looks for what has no hash
+        raise ValueError(f"unknown template {name!r}, expected one of: {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
