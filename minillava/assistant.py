@@ -37,16 +37,9 @@ from minillava.options import (
     expect_text,
     expect_texts,
 )
-from minillava.prompt import (
-    DEFAULT_PROMPT,
-    DEFAULT_TEMPLATE,
-    Prompt,
-    Template,
-    find_template,
-    place_images,
-    render,
-)
+from minillava.prompt import DEFAULT_PROMPT, Prompt, place_images, render
 from minillava.sampling import Process
+from minillava.templates import DEFAULT_TEMPLATE, Template, find_template
 from minillava.tokenizer import Tokenizer
 
 

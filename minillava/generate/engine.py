@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from minillava.cache import KVCache
+from minillava.labels import common_prefix
 from minillava.llama import Context, LanguageModel, rotary_tables
 from minillava.llava import Llava, upcast
 from minillava.loop import decode
 from minillava.options import Options
 from minillava.sampling import NOT_FINITE, NOTHING_LEFT, Sampler
 from minillava.streaming import Row
-from minillava.tokenizer import Tokenizer, common_prefix
+from minillava.tokenizer import Tokenizer
 
 Held = int | bytes
 """What stands at a position of a cache: a token id, or P times the digest of a picture."""

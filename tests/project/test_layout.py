@@ -57,7 +57,7 @@ DOORS = {"chat", "batch", "look", "tracing", "inspection", "convert", "pope"}
 OF_A_DOOR = {"generate.answer", "generate.__main__", "cli.__main__", "__main__"}
 # of the spine, those that read something from a disk, or have what callers give them checked
 READ_FILES = {"image", "tokenizer", "llava", "sampling", "assistant"}
-LIMIT = 2589  # lines of the spine; it may only go down
+LIMIT = 2542  # lines of the spine; it may only go down
 ALLOWED = {"torch", "safetensors", "sentencepiece", "PIL", "numpy"}
 
 
