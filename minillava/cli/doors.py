@@ -19,6 +19,7 @@ DOORS = {
         "ask_file",
     ),
     "look": ("show what each word of an answer looked at", "look.run", "run"),
+    "probe": ("measure why it answered, by changing something", "probe.run", "run"),
     "trace": (
         "print every tensor on the way to an answer, or compare two runs",
         "tracing.run",
@@ -34,7 +35,7 @@ DOORS = {
 }
 
 # whose answer goes to stdout, so that it must be open
-PRINTING = {"generate", "chat", "look", "trace", "inspect", "pope"}
+PRINTING = {"generate", "chat", "look", "probe", "trace", "inspect", "pope"}
 
 
 def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> int:

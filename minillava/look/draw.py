@@ -4,7 +4,9 @@ model sees them.
 G patches a side, W and H width and height of a picture.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -13,29 +15,43 @@ SCALE = ((255, 252, 236), (254, 217, 118), (251, 141, 50), (203, 24, 38), (92, 0
 """Colours from nothing to the hottest, evenly spaced: each darker than the one before, so it reads
 in grey as well."""
 
+SIGNED = ((8, 48, 107), (78, 148, 202), (247, 247, 245), (239, 110, 70), (122, 4, 3))
+"""Colours from the most negative to the most positive number, nothing in the middle."""
+
 INK, FAINT, PAPER = (25, 25, 30), (105, 105, 115), (255, 255, 255)
 
 WIDTH, MARGIN, GAP = 1200, 28, 18
+INSIDE = WIDTH - 2 * MARGIN
 QUESTION_HIGH, WORD_HIGH, NOTE_HIGH, SCALE_HIGH = 28, 28, 20, 58  # lines, and the colour scale
+SCALE_WIDE = 520
 
 BLACK_STAYS = 0.4
 """How light black becomes under a heat map, so that colours show on dark pictures too."""
 
 
-def colourise(values: np.ndarray) -> np.ndarray:
-    """Numbers from 0 to 1 -> colours of SCALE, float [..., 3]."""
-    steps = np.linspace(0, 1, len(SCALE))
+Colours = Sequence[tuple[int, int, int]]
+
+
+def colourise(values: np.ndarray, scale: Colours = SCALE) -> np.ndarray:
+    """Numbers from 0 to 1 -> colours of a scale, float [..., 3]."""
+    steps = np.linspace(0, 1, len(scale))
     return np.stack(
-        [np.interp(values, steps, channel) for channel in zip(*SCALE, strict=True)], axis=-1
+        [np.interp(values, steps, channel) for channel in zip(*scale, strict=True)], axis=-1
     )
 
 
 def heat_map(
-    picture: Image.Image, box: Sequence[float], heat: np.ndarray, size: tuple[int, int]
+    picture: Image.Image,
+    box: Sequence[float],
+    heat: np.ndarray,
+    size: tuple[int, int],
+    ends: float | None = None,
 ) -> Image.Image:
     """A picture scaled to `size` in greys, coloured by heat [G, G], 0 to its largest number; what
     the model does not see of it (cropped) is hatched, its hottest patch framed. box: left, top,
-    right, bottom of the square of patches in pixels of the picture."""
+    right, bottom of the square of patches in pixels of the picture. ends: of numbers with a sign,
+    how far the scale SIGNED goes to both sides; patches are shown as they are, and none is
+    framed."""
     grid, (left, top, right, bottom) = len(heat), box
     # The picture's corners in units of patches; what lies outside of the square becomes 0.
     extent = [
@@ -48,23 +64,38 @@ def heat_map(
         image = Image.fromarray(values.astype(np.float32))
         return np.asarray(image.transform(size, Image.Transform.EXTENT, extent, how))  # [H, W]
 
-    values = spread(heat / max(heat.max(), 1e-12), Image.Resampling.BILINEAR)
+    if ends is None:
+        values, scale = spread(heat / max(heat.max(), 1e-12), Image.Resampling.BILINEAR), SCALE
+    else:
+        values, scale = (spread(heat / ends, Image.Resampling.NEAREST) + 1) / 2, SIGNED
     seen = spread(np.ones((grid, grid)), Image.Resampling.NEAREST) > 0
     grey = np.asarray(picture.resize(size).convert("L"), dtype=np.float32)[..., None] / 255
-    coloured = colourise(values) * (BLACK_STAYS + (1 - BLACK_STAYS) * grey)  # [H, W, 3]
+    coloured = colourise(values, scale) * (BLACK_STAYS + (1 - BLACK_STAYS) * grey)  # [H, W, 3]
     hatching = np.add(*np.indices(seen.shape)) % 8 < 2
     coloured[~seen] = np.where(hatching, 150, 225)[~seen][:, None]
     image = Image.fromarray(coloured.astype(np.uint8))
-    row, column = divmod(int(heat.argmax()), grid)
-    x, y = ((at - low) / (high - low) for at, low, high in (
-        (np.array([column, column + 1]), extent[0], extent[2]),
-        (np.array([row, row + 1]), extent[1], extent[3]),
-    ))  # fmt: skip
-    edges = x[0] * size[0], y[0] * size[1], x[1] * size[0], y[1] * size[1]
-    pen = ImageDraw.Draw(image)
+    if ends is None:
+        _frame(image, extent, divmod(int(heat.argmax()), grid))
+    return image
+
+
+def _frame(image: Image.Image, extent: Sequence[float], patch: tuple[int, int]) -> None:
+    """Draw a frame around a patch (row, column). extent: the corners in units of patches."""
+    (row, column), (left, top, right, bottom) = patch, extent
+    x = [(at - left) / (right - left) * image.width for at in (column, column + 1)]
+    y = [(at - top) / (bottom - top) * image.height for at in (row, row + 1)]
+    pen, edges = ImageDraw.Draw(image), (x[0], y[0], x[1], y[1])
     pen.rectangle(edges, outline=PAPER, width=3)
     pen.rectangle(edges, outline=INK, width=1)
-    return image
+
+
+class Panel(NamedTuple):
+    """A picture on a sheet, with a line and a faint line below it. draw: makes it in a size."""
+
+    text: str
+    below: str
+    draw: Callable[[tuple[int, int]], Image.Image]
+    colour: tuple[int, int, int] = INK
 
 
 def draw_words(
@@ -76,38 +107,62 @@ def draw_words(
 ) -> Image.Image:
     """The picture, and for each word (text, heat [G, G]) its map with the word below, row by row; a
     colour scale."""
-    count = len(words) + 1
-    columns = _columns(count)
-    cell = min(380, (WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns)
-    scale = min(cell / picture.width, 1.4 * cell / picture.height)
-    size = tuple(max(1, round(length * scale)) for length in picture.size)
+    panels = [whole_picture(picture)]
+    for text, heat in words:
+        share = f"{percent(heat.max())} of {percent(heat.sum())}"
+        panels.append(Panel(text, share, partial(heat_map, picture, box, heat)))
+    labels = (("0", 0), ("half", 0.5), ("hottest patch of the word (framed)", 1))
+    return lay_out(picture.size, question, panels, note, [(SCALE, labels)])
+
+
+def whole_picture(picture: Image.Image) -> Panel:
+    return Panel("the picture", f"{picture.width} x {picture.height}", picture.resize, FAINT)
+
+
+def lay_out(
+    shape: tuple[int, int],
+    question: str,
+    panels: Sequence[Panel],
+    note: str,
+    scales: Sequence[tuple[Colours, Sequence[tuple[str, float]]]],
+    columns: int | None = None,
+) -> Image.Image:
+    """A sheet: the question, panels row by row, all of one shape (width, height), one or two colour
+    scales with labels (text, place from 0 to 1), and a note. columns: as many as fit, if None."""
+    columns = columns or _columns(len(panels))
+    cell = min(380, (INSIDE - (columns - 1) * GAP) // columns)
+    size = _fitted(shape, cell)
     caption, small, large = (
         ImageFont.load_default(s) for s in (17 if columns == 8 else 21, 14, 20)
     )
-    head, notes = (wrap(t, f, WIDTH - 2 * MARGIN) for t, f in ((question, large), (note, small)))
+    head, notes = wrap(question, large, INSIDE), wrap(note, small, INSIDE)
     top = MARGIN + QUESTION_HIGH * len(head) + GAP
     cell_high = size[1] + WORD_HIGH + NOTE_HIGH + GAP
-    bottom = top + -(-count // columns) * cell_high  # of the panels
+    bottom = top + -(-len(panels) // columns) * cell_high  # of the panels
     height = bottom + SCALE_HIGH + NOTE_HIGH * len(notes) + MARGIN
     sheet = Image.new("RGB", (WIDTH, height), PAPER)
     pen = ImageDraw.Draw(sheet)
     for i, line in enumerate(head):
         pen.text((MARGIN, MARGIN + QUESTION_HIGH * i), line, INK, large)
-    shown = f"{picture.width} x {picture.height}"
-    panels = [("the picture", shown, picture.resize(size), FAINT)]
-    for text, heat in words:
-        share = f"{percent(heat.max())} of {percent(heat.sum())}"
-        panels.append((text, share, heat_map(picture, box, heat, size), INK))
-    for i, (text, below, panel, colour) in enumerate(panels):
+    for i, panel in enumerate(panels):
         x, y = MARGIN + i % columns * (cell + GAP), top + i // columns * cell_high
-        sheet.paste(panel, (x + (cell - size[0]) // 2, y))
+        sheet.paste(panel.draw(size), (x + (cell - size[0]) // 2, y))
         middle, y = x + cell // 2, y + size[1] + 4
-        pen.text((middle, y), shorten(text, caption, cell), colour, caption, anchor="ma")
-        pen.text((middle, y + WORD_HIGH), below, FAINT, small, anchor="ma")
-    _draw_scale(sheet, pen, bottom)
+        pen.text(
+            (middle, y), shorten(panel.text, caption, cell), panel.colour, caption, anchor="ma"
+        )
+        pen.text((middle, y + WORD_HIGH), panel.below, FAINT, small, anchor="ma")
+    for i, (scale, labels) in enumerate(scales):
+        _draw_scale(sheet, pen, (MARGIN + i * (SCALE_WIDE + 80), bottom), scale, labels)
     for i, line in enumerate(notes):
         pen.text((MARGIN, height - MARGIN - NOTE_HIGH * (len(notes) - i)), line, FAINT, small)
     return sheet
+
+
+def _fitted(shape: tuple[int, int], cell: int) -> tuple[int, int]:
+    """The size of a picture of this shape in a cell: as wide, and at most 1.4 times as high."""
+    ratio = min(cell / shape[0], 1.4 * cell / shape[1])
+    return max(1, round(shape[0] * ratio)), max(1, round(shape[1] * ratio))
 
 
 def _columns(panels: int) -> int:
@@ -143,15 +198,21 @@ def remarks(
     return text
 
 
-def _draw_scale(sheet: Image.Image, pen: ImageDraw.ImageDraw, y: int) -> None:
-    length, small = 520, ImageFont.load_default(14)
-    # [16, length, 3]
-    bar = colourise(np.linspace(0, 1, length))[None].repeat(16, 0).astype(np.uint8)
-    sheet.paste(Image.fromarray(bar), (MARGIN, y))
-    pen.rectangle((MARGIN - 1, y - 1, MARGIN + length, y + 16), outline=FAINT)
-    labels = (("0", 0, "la"), ("half", 0.5, "ma"), ("hottest patch of the word (framed)", 1, "ra"))
-    for text, at, anchor in labels:
-        pen.text((MARGIN + at * length, y + 21), text, INK, small, anchor=anchor)
+def _draw_scale(
+    sheet: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    scale: Colours,
+    labels: Sequence[tuple[str, float]],
+) -> None:
+    (x, y), small = corner, ImageFont.load_default(14)
+    # [16, SCALE_WIDE, 3]
+    bar = colourise(np.linspace(0, 1, SCALE_WIDE), scale)[None].repeat(16, 0).astype(np.uint8)
+    sheet.paste(Image.fromarray(bar), corner)
+    pen.rectangle((x - 1, y - 1, x + SCALE_WIDE, y + 16), outline=FAINT)
+    for text, at in labels:
+        anchor = {0: "la", 1: "ra"}.get(at, "ma")
+        pen.text((x + at * SCALE_WIDE, y + 21), text, INK, small, anchor=anchor)
 
 
 def draw_grid(square: Image.Image, grid: int) -> Image.Image:

@@ -256,7 +256,7 @@ def look(
     spliced = assistant.prepare(picture, assistant.prompt(question, images=1, system=system))
     read = LensReader(assistant, *patch_span(assistant.model, spliced)) if lens else None
     chosen = assistant.options(options, **settings)
-    answer, tokens = _follow(assistant, spliced, chosen, layers, heads, read)
+    answer, tokens = follow(assistant, spliced, chosen, layers, heads, read)
     return Look(
         picture,
         seen_box(picture.size, assistant.image_processor),
@@ -278,7 +278,7 @@ class Token:
     heat: np.ndarray
 
 
-def _follow(
+def follow(
     assistant: Assistant,
     spliced: Spliced,
     options: Options,
@@ -330,14 +330,17 @@ def _plain(text: str) -> str:
 def choose_words(words: Sequence[Word], wanted: Sequence[str]) -> list[Word]:
     """The wanted words of the answer, in its order; all of them if none is named. Raises ValueError
     for a word that the answer does not contain."""
-    found = {_plain(word.text) for word in words}
+    return [words[i] for i in find_words([word.text for word in words], wanted)]
+
+
+def find_words(words: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """As `choose_words`: their numbers in the answer."""
+    found = [_plain(word) for word in words]
     for text in wanted:
         if _plain(text) not in found:
-            raise ValueError(
-                f"the answer has no word {text!r}; its words: {' '.join(w.text for w in words)}"
-            )
+            raise ValueError(f"the answer has no word {text!r}; its words: {' '.join(words)}")
     plain = {_plain(text) for text in wanted}
-    return [word for word in words if not plain or _plain(word.text) in plain]
+    return [i for i, word in enumerate(found) if not plain or word in plain]
 
 
 def as_json(found: Look, words: Sequence[Word]) -> dict:
@@ -360,7 +363,7 @@ def as_json(found: Look, words: Sequence[Word]) -> dict:
     }
 
 
-def _picture_bytes(image: Image.Image, path: str) -> bytes:
+def picture_bytes(image: Image.Image, path: str) -> bytes:
     file = io.BytesIO()
     image.save(file, Image.registered_extensions()[os.path.splitext(path)[1].lower()])
     return file.getvalue()
@@ -403,7 +406,7 @@ def _files(
     square, files = assistant.image_processor.square(found.picture), {}
     side = math.isqrt(assistant.model.config.vision.num_patches)
     if args.out is not None:
-        files[args.out] = _picture_bytes(_sheet(assistant, found, words), args.out)
+        files[args.out] = picture_bytes(_sheet(assistant, found, words), args.out)
     if args.html is not None:
         files[args.html] = look_html.look_page(found.picture, as_json(found, words))
     if args.json not in (None, "-"):
@@ -413,7 +416,7 @@ def _files(
         np.save(file, np.array([word.heat for word in words], np.float32).reshape(-1, side, side))
         files[args.npy] = file.getvalue()
     if args.grid is not None:
-        files[args.grid] = _picture_bytes(look_draw.draw_grid(square, side), args.grid)
+        files[args.grid] = picture_bytes(look_draw.draw_grid(square, side), args.grid)
     if found.lens is not None:
         lens = vars(found.lens)
         files[args.lens] = look_html.lens_page(square, lens, found.question, found.answer)

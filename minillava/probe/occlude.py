@@ -1,0 +1,106 @@
+"""Occlusion: what a word loses when a part of the picture is hidden (Zeiler & Fergus 2014).
+
+In the embeddings, the language model reads something else in the place of patches; the vision tower
+has then mixed the picture into all other patches already. In the pixels, the tower sees a picture
+with a hole, which also is something to see. The two tell different things; neither is the truth.
+
+G patches a side, P patches, m tokens of the answer, R side of the picture in pixels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import ImageFilter
+from torch import Tensor
+
+from minillava.cli.parsers import HIDINGS
+from minillava.probe.measure import ROWS, Answered
+
+
+@dataclass
+class Occlusion:
+    """hiding: one of HIDINGS. block: patches a side that were hidden together. drops float64
+    [m, G, G]: by how much (nats) each token became less likely when the patch's block was hidden;
+    below 0 it became likelier."""
+
+    hiding: str
+    block: int
+    drops: np.ndarray
+
+
+def blocks(grid: int, size: int) -> list[list[tuple[int, int]]]:
+    """The patches (row, column) of each block, row by row; those at the right and below may be
+    smaller. Raises ValueError for a size that does not fit."""
+    if not 1 <= size <= grid:
+        raise ValueError(f"a block of {size} x {size} patches does not fit {grid} x {grid}")
+    corners = [(top, left) for top in range(0, grid, size) for left in range(0, grid, size)]
+    return [
+        [
+            (row, column)
+            for row in range(top, min(top + size, grid))
+            for column in range(left, min(left + size, grid))
+        ]
+        for top, left in corners
+    ]
+
+
+def occlude(answered: Answered, hiding: str = "mean", block: int = 1) -> Occlusion:
+    """Hide block after block. hiding: mean (of all patches) or zero in the embeddings; grey (the
+    mean of CLIP's training) or blur in the pixels. Raises ValueError for another word or a block
+    that does not fit."""
+    if hiding not in HIDINGS:
+        raise ValueError(f"unknown hiding {hiding!r}, expected one of: {', '.join(HIDINGS)}")
+    grid = answered.grid
+    every = blocks(grid, block)
+    hide = hidden_embeddings if hiding in ("mean", "zero") else hidden_pixels
+    lost = np.concatenate([answered.drops(rows) for rows in hide(answered, hiding, every)])
+    drops = np.zeros((len(answered.ids), grid, grid))
+    for patches, losses in zip(every, lost, strict=True):  # losses [m]
+        for row, column in patches:
+            drops[:, row, column] = losses
+    return Occlusion(hiding, block, drops)
+
+
+@torch.no_grad()
+def hidden_embeddings(
+    answered: Answered, hiding: str, every: list[list[tuple[int, int]]]
+) -> Iterator[Tensor]:
+    """The sequence with each block hidden, up to ROWS at a time: [B, S, C]."""
+    start, end = answered.patches
+    patches = answered.embeds[0, start:end]
+    instead = patches.mean(0) if hiding == "mean" else torch.zeros_like(patches[0])  # [C]
+    for first in range(0, len(every), ROWS):
+        some = every[first : first + ROWS]
+        rows = answered.embeds.repeat(len(some), 1, 1)
+        for row, hidden in zip(rows, some, strict=True):
+            row[[start + r * answered.grid + c for r, c in hidden]] = instead
+        yield rows
+
+
+@torch.no_grad()
+def hidden_pixels(
+    answered: Answered, hiding: str, every: list[list[tuple[int, int]]]
+) -> Iterator[Tensor]:
+    """The same, for pictures with each block hidden, which are encoded anew."""
+    processor, model = answered.assistant.image_processor, answered.model
+    square, side = processor.square(answered.picture), model.config.vision.patch_size
+    pixels = processor.normalise(square)  # [3, R, R]
+    blurred = square.filter(ImageFilter.GaussianBlur(side))
+    instead = processor.normalise(blurred) if hiding == "blur" else torch.zeros_like(pixels)
+    for first in range(0, len(every), ROWS):
+        some = every[first : first + ROWS]
+        pictures = pixels.repeat(len(some), 1, 1, 1)
+        for picture, hidden in zip(pictures, some, strict=True):
+            for row, column in hidden:
+                place = (
+                    ...,
+                    slice(row * side, row * side + side),
+                    slice(column * side, column * side + side),
+                )
+                picture[place] = instead[place]
+        rows = answered.embeds.repeat(len(some), 1, 1)
+        span = slice(answered.picture_start, answered.picture_end)
+        rows[:, span] = model.encode_images(pictures.to(rows.device)).to(rows)
+        yield rows

@@ -1,0 +1,90 @@
+"""Patching (Meng et al. 2022; Zhang & Nanda 2024): a run about picture A goes on with states of a
+run about picture B, which differs in one fact. Where the answer then turns to B's, the fact was.
+
+T positions of prompt and what both answers begin with, L layers, C width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minillava.probe.intervene import Keep, States, intervene, put
+from minillava.probe.measure import Answered, logits
+
+VISIBLE = 8 / 255
+"""By how much a value of a pixel must differ to count: less is what a JPEG's compression does."""
+
+
+@dataclass
+class Patching:
+    """words: the two tokens that differ, A's and B's, as texts. before: what both answers begin
+    with. sets: name -> positions. apart: the logit of B's token minus that of A's, in run A and in
+    run B. moved float64 [L + 1, sets]: how far it goes from A's (0) to B's (1) if state l of
+    these positions is B's."""
+
+    words: tuple[str, str]
+    before: str
+    sets: dict[str, list[int]]
+    apart: tuple[float, float]
+    moved: np.ndarray
+
+
+@torch.no_grad()
+def patch(a: Answered, b: Answered) -> Patching:
+    """The same question about two pictures. Raises ValueError if their answers or their patches are
+    the same."""
+    if a.first != b.first or a.question != b.question:
+        raise ValueError("patching compares two answers to one question")
+    common = next((i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=False)) if x != y), None)
+    if common is None:
+        raise ValueError(f"both pictures lead to {a.text!r}; ask for what differs between them")
+    end = a.first + 1 + common
+    rows = a.embeds[:, :end], b.embeds[:, :end]  # [1, T, C]
+    pair, language = (a.ids[common], b.ids[common]), a.model.language_model
+    sets = position_sets(a, b, end)
+    kept = Keep()
+    layers = range(len(language.layers) + 1)
+    with intervene(a.model, States(layers), kept):
+        goal = ahead(language, rows[1], pair)
+    start = ahead(language, rows[0], pair)
+    moved = np.zeros((len(layers), len(sets)))
+    for layer in layers:
+        for i, positions in enumerate(sets.values()):
+            with intervene(a.model, States([layer], positions), put(kept)):
+                moved[layer, i] = (ahead(language, rows[0], pair) - start) / (goal - start)
+    pieces = [a.assistant.tokenizer.piece(i) for i in pair]
+    before = a.assistant.tokenizer.decode(a.ids[:common])
+    return Patching((pieces[0], pieces[1]), before, sets, (start, goal), moved)
+
+
+def ahead(language, embeds: Tensor, pair: tuple[int, int]) -> float:  # type: ignore[no-untyped-def]
+    """The logit of B's token minus that of A's, at the last position."""
+    found = logits(language, embeds, embeds.shape[1] - 1)[0, 0].double()  # [V]
+    return float(found[pair[1]] - found[pair[0]])
+
+
+def position_sets(a: Answered, b: Answered, end: int) -> dict[str, list[int]]:
+    """What is patched together, those that are not empty: the patches in which the pictures differ,
+    the others, the text after the picture, and the last position, which chooses."""
+    differ, start = differing(a, b), a.patches[0]
+    if not differ:
+        raise ValueError("the two pictures are alike in every patch; there is nothing to patch")
+    sets = {
+        "object's patches": [start + i for i in differ],
+        "other patches": [i for i in range(*a.patches) if i - start not in set(differ)],
+        "text between": list(range(a.picture_end, end - 1)),
+        "last position": [end - 1],
+    }
+    return {name: positions for name, positions in sets.items() if positions}
+
+
+def differing(a: Answered, b: Answered) -> list[int]:
+    """The numbers of the patches with a pixel that differs (VISIBLE), row by row."""
+    processor, grid = a.assistant.image_processor, a.grid
+    one, other = (np.asarray(processor.square(x.picture), dtype=float) / 255 for x in (a, b))
+    side = a.model.config.vision.patch_size
+    apart = np.abs(one - other).max(-1)[: grid * side, : grid * side]  # [R, R]
+    most = apart.reshape(grid, side, grid, side).max((1, 3))
+    return np.flatnonzero(most > VISIBLE).tolist()

@@ -1,0 +1,444 @@
+"""What a word loses: each measure in float64 against a run that was made by other means."""
+
+import copy
+import json
+import re
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from bounds import assert_same_in_float64
+from commands import status_of
+from paths import ROOT
+from PIL import Image, ImageDraw
+
+import minillava
+from minillava.attention import ATTENTION
+from minillava.cli.doors import enter
+from minillava.look import draw as look_draw
+from minillava.look.run import look
+from minillava.probe import patching
+from minillava.probe import run as probing
+from minillava.probe.intervene import Heads
+from minillava.probe.knockout import ablate, default_window, knock_out, means, window_around
+from minillava.probe.measure import Answered
+from minillava.probe.occlude import blocks, hidden_embeddings, hidden_pixels, occlude
+from minillava.probe.page import page, scale_end, sheet
+from minillava.probe.patching import differing, patch
+from minillava.probe.report import Findings, as_json, as_text, number
+
+QUESTION = "What is it?"
+SHORT = {"max_new_tokens": 6}
+
+
+@pytest.fixture(scope="module", params=list(ATTENTION))
+def toy(request, reference):
+    """Two query heads share a key/value head."""
+    return minillava.load(
+        reference / "grouped", device="cpu", dtype="float64", attention=request.param
+    )
+
+
+@pytest.fixture(scope="module")
+def picture(reference):
+    return Image.open(reference / "pictures" / "landscape.png").convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def answered(toy, picture):
+    return Answered(toy, picture, QUESTION, **SHORT)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return minillava.load(ROOT / "weights" / "shapes", device="cpu", dtype="float32")
+
+
+def likely(answered, logits: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the answer's tokens from logits [1, S, V] of the whole sequence."""
+    rows = logits[0, answered.first :].double().log_softmax(-1)
+    return rows[torch.arange(len(answered.ids)), answered.ids]
+
+
+# --- the answer -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_likelihood_is_that_of_one_plain_pass(toy, answered, picture):
+    ids = toy.tokenizer.encode(toy.prompt(QUESTION)) + answered.ids[:-1]
+    logits = toy.model([ids], toy.image_processor([picture])).logits
+    assert_same_in_float64(answered.clean, likely(answered, logits))
+
+
+def test_answer_words_and_maps_are_those_of_look(toy, answered, picture):
+    seen = look(toy, picture, QUESTION, **SHORT)
+    assert answered.text == seen.answer
+    assert [text for text, _ in answered.words] == [word.text for word in seen.words]
+    for heat, word in zip(answered.attention, seen.words, strict=True):
+        np.testing.assert_array_equal(heat, word.heat)
+
+
+def test_a_word_is_as_likely_as_its_tokens_together(answered):
+    words = answered.by_word(np.arange(2.0 * len(answered.ids)).reshape(2, -1))
+    for i, (_, tokens) in enumerate(answered.words):
+        assert words[0, i] == sum(tokens)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_one_picture_is_needed(toy, picture, count):
+    with pytest.raises(ValueError, match=f"needs one picture with patches, found {count}"):
+        Answered(toy, [picture] * count, QUESTION, **SHORT)
+
+
+# --- occlusion ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_every_patch_hidden_is_a_prompt_with_the_mean_patch(toy, answered, picture):
+    found = occlude(answered, "mean", answered.grid).drops
+    patches = toy.encode(picture)  # [P, C]
+    mean = patches.mean(0).expand_as(patches)[None]
+    ids = toy.tokenizer.encode(toy.prompt(QUESTION)) + answered.ids[:-1]
+    expected = answered.clean - likely(answered, toy.model([ids], mean).logits)
+    assert_same_in_float64(torch.from_numpy(found[:, 0, 0]), expected)
+    assert (found == found[:, :1, :1]).all(), "one block has one drop"
+    assert np.abs(found).max() > 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hiding", ["grey", "blur"])
+def test_pixels_are_hidden_where_the_patch_is(toy, answered, picture, hiding):
+    """The language model reads what the tower makes of the picture with the hole."""
+    grid, side = answered.grid, toy.model.config.vision.patch_size
+    square = toy.image_processor.square(picture)
+    pixels = toy.image_processor.normalise(square)
+    (rows,) = hidden_pixels(answered, hiding, [[(1, 2)], [(0, 0), (0, 1)]])
+    if hiding == "grey":
+        pixels[:, side : 2 * side, 2 * side : 3 * side] = 0
+        spliced = toy.model.splice([toy.tokenizer.encode(toy.prompt(QUESTION))], pixels[None])
+        assert_same_in_float64(rows[:1, : answered.first + 1], spliced.embeds)
+    start, end = answered.patches
+    assert end - start == grid**2
+    assert torch.equal(rows[:, end:], answered.embeds[:, end:].expand(2, -1, -1))
+    assert not torch.equal(rows[0, start:end], rows[1, start:end])
+
+
+@torch.no_grad()
+def test_one_block_is_replaced_in_the_embeddings(answered):
+    start, _ = answered.patches
+    (rows,) = hidden_embeddings(answered, "zero", [[(0, 1), (1, 0)], []])
+    changed = (rows[0] != answered.embeds[0]).any(-1).nonzero().flatten().tolist()
+    assert changed == [start + 1, start + answered.grid]
+    assert torch.equal(rows[1], answered.embeds[0])
+
+
+def test_blocks_cover_every_patch_once():
+    assert blocks(4, 3) == [
+        [(r, c) for r in range(3) for c in range(3)],
+        [(0, 3), (1, 3), (2, 3)],
+        [(3, 0), (3, 1), (3, 2)],
+        [(3, 3)],
+    ]
+    for size in (1, 2, 5):
+        assert sorted(p for block in blocks(5, size) for p in block) == [
+            (r, c) for r in range(5) for c in range(5)
+        ]
+    for size in (0, 6):
+        with pytest.raises(ValueError, match=f"a block of {size} x {size} patches does not fit"):
+            blocks(5, size)
+
+
+def test_many_rows_are_read_as_one_by_one(answered):
+    """They are read a few at a time."""
+    lost = answered.drops(answered.embeds.repeat(19, 1, 1))
+    assert lost.shape == (19, len(answered.ids))
+    assert np.abs(lost).max() < 1e-9
+
+
+def test_an_unknown_hiding_is_refused(answered):
+    with pytest.raises(ValueError, match="unknown hiding 'black', expected one of: mean, zero"):
+        occlude(answered, "black")
+
+
+# --- knock-out and ablation -----------------------------------------------------------------------
+
+
+def test_nobody_may_look_is_a_mask_of_every_layer(toy, answered):
+    found = knock_out(answered).everywhere["answer"]
+    language, length = toy.model.language_model, answered.embeds.shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    mask[answered.first :, answered.picture_start : answered.picture_end] = False
+    tables = minillava.llama.rotary_tables(
+        torch.arange(length)[None], language.config, torch.float64
+    )
+    context = minillava.llama.Context(*tables, mask[None, None], False, language.attend, None)
+    with torch.no_grad():
+        x = answered.embeds
+        for layer in language.layers:
+            x, _ = layer(x, context)
+        expected = answered.clean - likely(answered, language.head(language.norm(x)))
+    assert_same_in_float64(torch.from_numpy(found), expected)
+
+
+def test_a_window_of_all_layers_is_everywhere(toy, answered):
+    layers = toy.model.config.text.num_hidden_layers
+    one = knock_out(answered, 1)
+    assert one.curves["answer"].shape == (layers, len(answered.ids))
+    assert not np.allclose(one.curves["answer"][0], one.curves["answer"][1])
+    assert [list(window_around(i, 3, 5)) for i in range(5)] == [
+        [0, 1],
+        [0, 1, 2],
+        [1, 2, 3],
+        [2, 3, 4],
+        [3, 4],
+    ]
+    assert [default_window(n) for n in (2, 4, 32, 40)] == [1, 1, 6, 8]
+    for window in (0, layers + 1):
+        with pytest.raises(ValueError, match=f"window is {window}, expected 1 to {layers} layers"):
+            knock_out(answered, window)
+
+
+def test_an_ablated_head_is_one_that_o_proj_does_not_read(toy, answered):
+    found = ablate(answered, "zero")
+    width = toy.model.config.text.head_dim
+    for layer, head in ((0, 3), (1, 0)):
+        other = copy.deepcopy(toy.model.language_model)
+        other.layers[layer].self_attn.o_proj.weight.data[:, head * width : (head + 1) * width] = 0
+        with torch.no_grad():
+            expected = answered.clean - likely(answered, other(answered.embeds).logits)
+        assert_same_in_float64(torch.from_numpy(found.heads[layer, head]), expected)
+    other = copy.deepcopy(toy.model.language_model)
+    other.layers[1].mlp.down_proj.weight.data.zero_()
+    with torch.no_grad():
+        expected = answered.clean - likely(answered, other(answered.embeds).logits)
+    assert_same_in_float64(torch.from_numpy(found.mlps[1]), expected)
+
+
+def test_a_mean_head_says_the_same_everywhere(toy, answered):
+    """As a bias in the place of what o_proj made of it."""
+    layer, head, width = 1, 2, toy.model.config.text.head_dim
+    mean = means(answered, Heads([layer]))[layer][0, 0, head]  # [D]
+    other = copy.deepcopy(toy.model.language_model)
+    proj = other.layers[layer].self_attn.o_proj
+    columns = slice(head * width, (head + 1) * width)
+    proj.bias = torch.nn.Parameter(proj.weight.data[:, columns] @ mean)
+    proj.weight.data[:, columns] = 0
+    with torch.no_grad():
+        expected = answered.clean - likely(answered, other(answered.embeds).logits)
+    assert_same_in_float64(torch.from_numpy(ablate(answered).heads[layer, head]), expected)
+
+
+def test_measuring_leaves_the_model_as_it_was(toy, picture, answered):
+    knock_out(answered)
+    ablate(answered)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in toy.model.modules())
+    assert Answered(toy, picture, QUESTION, **SHORT).ids == answered.ids
+
+
+# --- patching -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(demo):
+    """A blue circle, and a red one in its place."""
+    found = []
+    for colour in ("#2050d0", "#e02030"):
+        image = Image.new("RGB", (200, 200), "#dfe8e2")
+        pen = ImageDraw.Draw(image)
+        pen.ellipse((75, 75, 125, 125), fill=colour)
+        pen.rectangle((150, 150, 190, 190), fill="#20a040")
+        found.append(Answered(demo, image, "What colour is the circle?"))
+    return found
+
+
+def test_the_fact_moves_from_its_patches_to_the_last_position(pair):
+    """On the model that can see: B's patches turn the answer as they come in, the last position
+    once it has read them, and then the patches no more."""
+    found = patch(*pair)
+    assert (pair[0].text, pair[1].text) == ("The circle is blue.", "The circle is red.")
+    assert (found.words, found.before) == (("\u2581blue", "\u2581red"), "The circle is")
+    names = list(found.sets)
+    patches, last = names.index("object's patches"), names.index("last position")
+    assert found.apart[0] < 0 < found.apart[1]
+    assert found.moved[0, patches] > 0.5 > found.moved[0, last]
+    assert found.moved[-1].tolist() == pytest.approx([0] * (len(names) - 1) + [1], abs=1e-6)
+    a, end = pair[0], found.sets["last position"][0]
+    together = sorted(i for positions in found.sets.values() for i in positions)
+    assert together == list(range(a.patches[0], end + 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("state", [0, 2, 4])
+def test_everything_patched_is_the_other_run(pair, monkeypatch, state):
+    """From there on: the whole way from A's answer to B's, whatever the state."""
+    monkeypatch.setattr(patching, "position_sets", lambda a, b, end: {"all": list(range(end))})
+    assert patch(*pair).moved[state].tolist() == [1]
+
+
+def test_the_patches_that_differ_are_found(pair):
+    grid = pair[0].grid
+    differ = {divmod(i, grid) for i in differing(*pair)}
+    assert differ == {(row, column) for row in (3, 4, 5) for column in (3, 4, 5)}
+    assert differing(pair[0], pair[0]) == []
+
+
+def test_nothing_to_patch_is_said(pair, demo):
+    with pytest.raises(ValueError, match=r"both pictures lead to .The circle is blue\.."):
+        patch(pair[0], pair[0])
+    other = Answered(demo, pair[0].picture, "What size is the circle?")
+    with pytest.raises(ValueError, match="two answers to one question"):
+        patch(pair[0], other)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(capsys, reference):
+    base = ["-q", "-m", reference / "plain", "--device", "cpu", "--dtype", "float32", "-n", "6"]
+    base += ["-p", QUESTION]
+
+    def in_process(*arguments, picture=reference / "pictures" / "landscape.png"):
+        capsys.readouterr()
+        return (
+            status_of(partial(enter, "probe"), [*base, "-i", picture, *arguments]),
+            *capsys.readouterr(),
+        )
+
+    return in_process
+
+
+def test_everything_is_written_and_agrees(run, tmp_path):
+    names = {"out": "a.png", "html": "a.html", "json": "a.json", "npy": "a.npy"}
+    files = {flag: tmp_path / name for flag, name in names.items()}
+    status, out, err = run(*(part for flag, path in files.items() for part in (f"--{flag}", path)))
+    assert (status, err) == (0, "")
+    raw = json.loads(files["json"].read_text(encoding="utf-8"))
+    assert out.startswith(raw["answer"] + "\n")
+    for title in ("occlusion, mean, 3 x 3", "knock-out, 1 layer(s)", "ablation, mean"):
+        assert title in out
+    maps = np.load(files["npy"])
+    assert maps.dtype == np.float32
+    np.testing.assert_array_equal(maps, np.array(raw["occlusion"]["maps"], np.float32))
+    assert maps.shape == (len(raw["words"]), *np.array(raw["words"][0]["attention"]).shape)
+    layers, heads = np.array(raw["ablation"]["heads"]).shape[1:]
+    assert np.array(raw["ablation"]["mlps"]).shape == (len(raw["words"]), layers)
+    assert np.array(raw["knock_out"]["curves"]["answer"]).shape == (len(raw["words"]), layers)
+    assert (layers, heads) == (2, 4)
+    Image.open(files["out"]).verify()
+    page = files["html"].read_text(encoding="utf-8")
+    assert not re.search(r"https?://|src=\"(?!data:)|@import|\burl\(|<script", page)
+    assert page.count("<img") == 3 * len(raw["words"])
+    assert sorted(tmp_path.iterdir()) == sorted(files.values())
+
+
+def test_numbers_alone(run):
+    status, out, _ = run("--json", "--measure", "knockout", "--window", "2")
+    raw = json.loads(out)
+    assert status == 0
+    assert set(raw) == {"question", "answer", "picture", "words", "knock_out"}
+    assert raw["knock_out"]["window"] == 2
+
+
+def test_one_word_of_the_answer(run):
+    words = [
+        word["text"] for word in json.loads(run("--json", "--measure", "knockout")[1])["words"]
+    ]
+    status, out, _ = run("--json", "--measure", "occlusion", "--word", words[-1], "--block", "2")
+    raw = json.loads(out)
+    assert status == 0
+    assert {word["text"] for word in raw["words"]} == {words[-1]}
+    assert len(raw["occlusion"]["maps"]) == len(raw["words"])
+
+
+def test_a_plan_measures_nothing(run, monkeypatch):
+    monkeypatch.setattr(probing, "measure", None)
+    status, out, _ = run("--plan", "--block", "2")
+    assert status == 0
+    assert re.search(r"^occlusion: \d+ rows, about", out, re.MULTILINE)
+    assert re.search(r"^knockout: 6 rows", out, re.MULTILINE)
+    assert re.search(r"^ablation: 10 rows", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--word", "nosuchword"], 1, "the answer has no word 'nosuchword'; its words: "),
+        (["--block", "99"], 1, "a block of 99 x 99 patches does not fit 4 x 4"),
+        (["--window", "3"], 1, "window is 3, expected 1 to 2 layers"),
+        (["--other", "nosuch.png"], 1, "nosuch.png"),
+        (["--block", "0"], 2, "--block is 0, expected at least 1"),
+        (["--window", "-1"], 2, "--window is -1, expected at least 1"),
+        (["--hide", "black"], 2, "--hide"),
+        (["--plan", "--html", "a.html"], 2, "--plan measures nothing"),
+        (["--npy", "a.npy", "--measure", "knockout"], 2, "--npy is about occlusion"),
+        (["--out", "a.txt"], 2, "the name must end in .png"),
+        (["-i", "b.png"], 2, "--image is given 2 times: probe needs one picture"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(run, arguments, status, said):
+    found, out, err = run(*arguments)
+    assert (found, out) == (status, "")
+    assert err.startswith("error: ")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_two_pictures_that_are_alike_are_refused(run, reference):
+    status, _, err = run("--other", reference / "pictures" / "landscape.png")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "both pictures lead to" in err
+
+
+def test_tables_and_page_show_the_patching(pair):
+    found = Findings(pair[0], [3], patching=patch(*pair))
+    text = as_text(found)
+    assert "'The circle is' goes on from \u2581blue (0) to \u2581red (1)" in text
+    assert text.splitlines()[-2].split()[-1] == "1.00"
+    assert "object&#x27;s patches" in page(found)
+    assert as_json(found)["patching"]["words"] == ("\u2581blue", "\u2581red")
+
+
+def test_the_circle_is_what_blue_was_said_of(pair):
+    """Hiding its nine patches costs the word, and nothing else does; red is what speaks for it."""
+    found = Findings(pair[0], [3], occlusion=occlude(pair[0], "mean", 3))
+    (drop,) = found.maps()
+    assert drop[3:6, 3:6].min() > 2
+    drop[3:6, 3:6] = 0
+    assert np.abs(drop).max() < 0.1
+
+
+def test_a_signed_map_goes_as_far_below_zero_as_above():
+    """Zero is the middle colour, and each patch is as it was measured, up to its edge."""
+    heat = np.zeros((4, 4))
+    heat[0, 0], heat[2, 2] = 3, -1
+    picture = Image.new("RGB", (400, 400), "white")
+    drawn = np.asarray(look_draw.heat_map(picture, (0, 0, 400, 400), heat, (400, 400), ends=3))
+    least, _, middle, _, most = (np.array(colour) for colour in look_draw.SIGNED)
+    assert np.abs(drawn[390, 390].astype(int) - middle).max() <= 1
+    assert np.abs(drawn[[2, 97], [2, 97]].astype(int) - most).max() <= 1
+    red, _, blue = drawn[250, 250].astype(int)
+    assert blue > red + 20
+    assert (drawn[202:298, 202:298] == drawn[250, 250]).all()
+    other = look_draw.heat_map(picture, (0, 0, 400, 400), -heat, (400, 400), ends=3)
+    assert np.abs(np.asarray(other)[50, 50].astype(int) - least).max() <= 1
+
+
+def test_words_share_the_scale_of_what_is_hidden(pair):
+    """On a scale of its own, the rounding of a word that nothing changes was as red as a finding."""
+    found = Findings(pair[0], [0, 3], occlusion=occlude(pair[0], "mean", 3))
+    dull, strong = found.maps()
+    assert np.abs(dull).max() < 0.01 < scale_end(found) == np.abs(strong).max()
+    assert f"-{number(scale_end(found))} nats: likelier" in page(found)
+    assert sheet(found).width == look_draw.WIDTH
+
+
+def test_numbers_have_no_minus_before_nothing():
+    assert [number(x) for x in (-0.001, 0.0, -0.0, -0.006, 8.875)] == [
+        "0.00",
+        "0.00",
+        "0.00",
+        "-0.01",
+        "8.88",
+    ]
