@@ -6,8 +6,10 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Collection, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
+
+from minillava.files.settings import check_beams, check_range, check_sampling
 
 if TYPE_CHECKING:
     from minillava.config import LlavaConfig
@@ -22,8 +24,6 @@ DEPTHS = ("outline", "modules", "everything")  # of a trace
 TRANSFORMS = ("flip", "upside down", "rotate", "jitter", "blur", "crop")  # of RITUAL
 NOISE_STEPS = 1000  # of VCD
 DRAFT_TOKENS = 64  # that are guessed at a time, at most
-
-
 RECORDABLE = ("scores", "logits", "hidden_states", "attentions")
 
 
@@ -71,9 +71,9 @@ class Options:
         if isinstance(self.seed, list):
             object.__setattr__(self, "seed", tuple(self.seed))
         for each in fields(self):
-            self._check_range(each)
-        self._check_sampling()
-        self._check_beams()
+            check_range(each, vars(self)[each.name])
+        check_sampling(self)
+        check_beams(self)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         stop = () if stop is None else stop
         expect_texts(stop, "stop")
@@ -84,52 +84,6 @@ class Options:
             # answer.
             seed = 0 if self.temperature == 0 else secrets.randbelow(2**32)
             object.__setattr__(self, "seed", seed)
-
-    def _check_range(self, setting: Field[Any]) -> None:
-        """Raises ValueError if a setting, or one of several seeds, is not a number in its range."""
-        value = vars(self)[setting.name]
-        if "range" not in setting.metadata or value is setting.default is None:
-            return
-        low, high = setting.metadata["range"]
-        whole = "float" not in setting.type
-        several = isinstance(value, tuple) and "Sequence" in setting.type
-        for number in value if several else (value,):
-            fits = isinstance(number, int if whole else (int, float))
-            if not fits or isinstance(number, bool) or not low <= number <= high:
-                kind = "a whole number" if whole else "a number"
-                limit = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
-                raise ValueError(f"{setting.name} is {number!r}, expected {kind} {limit}")
-
-    def _check_sampling(self) -> None:
-        for name in ("top_p", "typical_p"):
-            if vars(self)[name] == 0:
-                raise ValueError(f"{name} is 0, expected a number above 0: no token would be left")
-        if 0 < self.temperature < 1e-6:
-            raise ValueError(
-                f"temperature is {self.temperature}, expected 0 (greedy) or at least 1e-6"
-            )
-        filters = self.top_k or self.min_p or {self.top_p, self.typical_p} - {None, 1}
-        several = self.num_return_sequences > 1 and self.num_beams == 1
-        if self.temperature == 0 and (filters or several):
-            raise ValueError(
-                "top_k, top_p, min_p, typical_p and num_return_sequences (without beams) are about "
-                "samples: set a temperature above 0 (1.0 changes nothing)"
-            )
-
-    def _check_beams(self) -> None:
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise ValueError(
-                f'early_stopping is {self.early_stopping!r}, expected False, True or "never"'
-            )
-        if self.num_beams == 1 and (self.length_penalty != 1 or self.early_stopping):
-            raise ValueError(
-                "length_penalty and early_stopping are about beams: set num_beams above 1"
-            )
-        if 1 < self.num_beams < self.num_return_sequences:
-            raise ValueError(
-                f"num_return_sequences is {self.num_return_sequences}, but num_beams is "
-                f"{self.num_beams}: beams return no more answers than there are beams"
-            )
 
 
 def remaining_context(
