@@ -11,7 +11,9 @@ from torch import Tensor
 
 from minillava.attention import ATTENTION
 from minillava.checkpoint.build import build_model
-from minillava.checkpoint.folders import find_folders
+from minillava.checkpoint.config_json import is_language_model
+from minillava.checkpoint.draft import check_same_words, open_language_model
+from minillava.checkpoint.folders import find_folder, find_folders
 from minillava.checkpoint.parts import open_parts
 from minillava.checkpoint.place import OTHER_NAMES, choose_device, choose_dtype
 from minillava.fast import speed_up
@@ -21,6 +23,7 @@ from minillava.fast.passes import pass_cost
 from minillava.files.pictures import Images, ImageSource, as_list
 from minillava.generate import beam, inputs
 from minillava.generate.contrast import Contrast, find_method
+from minillava.generate.draft_model import DraftModel
 from minillava.generate.drafts import Draftable, find_drafts
 from minillava.generate.generation import Generation, check_room, generate
 from minillava.generate.named import check_names, read_options
@@ -163,10 +166,34 @@ class Assistant:
 
     def drafts(self, draft: Draftable, tokens: int | str | None = None) -> Drafts | None:
         """Guesses, which save passes and change no answer (generate/speculate.py). draft: "lookup",
-        a drafter, or what this returned, whose `report` tells of the last answer. tokens: how many
-        are guessed at a time; None or "auto": as many as pay. Raises ValueError if there is no such
-        drafter, or the model is compiled."""
-        return find_drafts(draft, tokens, self.model, pass_cost(self.model.language_model))
+        a folder of a small model, a drafter, or what this returned, whose `report` tells of the
+        last answer. tokens: how many are guessed at a time; None or "auto": as many as pay. Raises
+        ValueError or FileNotFoundError if there is no such drafter, or the model is compiled."""
+        cost = pass_cost(self.model.language_model)
+        return find_drafts(draft, tokens, self.model, cost, self._open_drafter)
+
+    def _open_drafter(self, name: str) -> DraftModel:
+        """A small model that guesses, from its folder: a Llama, or a LLaVA of the same words."""
+        large, folder = self.model.language_model, find_folder(name)
+        weight = large.embed_tokens.weight
+        exact = large.attend is ATTENTION["eager"]
+        small: Any
+        see = None
+        if is_language_model(folder):
+            small = open_language_model(folder, large.attend, weight.dtype, weight.device)
+            if not exact:
+                speed_up(small)
+        else:
+            attention = "eager" if exact else "fused"
+            other = load(folder, device=weight.device, dtype=weight.dtype, attention=attention)
+            small, see = other.model, other.embed
+        check_same_words(folder, small.language_model.config, self.tokenizer)
+        return DraftModel(small.language_model, large, see)
+
+    def embed(self, ids: list[int], image: Images) -> Tensor:
+        """Ids with -200 and their pictures as vectors [1, T, C]."""
+        with torch.no_grad():
+            return self.model.splice([ids], self.image_processor(as_list(image))).embeds
 
     def _one_answer(self, options: dict[str, Any]) -> Options:
         chosen = self.options(**options)

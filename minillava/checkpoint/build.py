@@ -44,11 +44,11 @@ def build_model(
         model = _without_memory(replace(config, text=text), attend)
     if quantize and weights.quantised:
         raise ValueError(f"{weights.folder}: is quantised already; leave --quantize out")
-    _fill(model, weights, dtype, torch.device(device), quantize)
+    fill(model, weights, dtype, torch.device(device), quantize)
     return model.eval()
 
 
-def shapes_of(model: Llava) -> dict[str, Shape]:
+def shapes_of(model: nn.Module) -> dict[str, Shape]:
     """Our name -> shape of every tensor that a model is filled with."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
@@ -122,8 +122,8 @@ def _without_memory(config: LlavaConfig, attend: Callable[..., Any]) -> Llava:
         return Llava(config, attend)
 
 
-def _fill(
-    model: Llava,
+def fill(
+    model: nn.Module,
     weights: StoredWeights,
     dtype: torch.dtype,
     device: torch.device,

@@ -119,6 +119,21 @@ def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> Ll
     return config
 
 
+def is_language_model(folder: Path) -> bool:
+    """Whether a folder is a Llama alone, and no LLaVA."""
+    raw = read_json(Path(folder) / "config.json")
+    return raw.get("model_type") == "llama" and "mm_vision_tower" not in raw
+
+
+def read_text_config(folder: Path) -> TextConfig:
+    """The configuration of a Llama alone. Raises as `read_config`."""
+    path = Path(folder) / "config.json"
+    raw = _Reader(path, read_json(path))
+    config = _text(raw, bool(raw.value("tie_word_embeddings", bool, False)))
+    check_config(LlavaConfig(CLIP_LARGE_336, config), path)
+    return config
+
+
 def _text(raw: "_Reader", tied: bool) -> TextConfig:
     raw.expect("model_type", ("llama", "llava", "llava_llama"))
     raw.expect("hidden_act", ("silu",))

@@ -327,9 +327,10 @@ def _draft_tokens(text: str) -> int | str:
 
 DRAFT_FLAGS = (
     folder(
-        "--draft", metavar="lookup",
+        "--draft", metavar="lookup|DIR",
         help="guess several tokens and check them in one pass, which saves passes and changes no "
-        "answer; lookup guesses what followed the same words before",
+        "answer: lookup guesses what followed the same words before, DIR is a small Llama or LLaVA "
+        "with the same tokenizer",
     ),
     flag(
         "--draft-tokens", type=_draft_tokens, metavar="N|auto",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from minillava.generate.lookup import Lookup
 from minillava.generate.speculate import Drafter, Drafts
@@ -15,18 +16,17 @@ def find_drafts(
     tokens: int | str | None,
     model: Llava,
     pass_cost: Callable[[int], float],
+    open_drafter: Callable[[str], Drafter],
 ) -> Drafts | None:
-    """What `Assistant.drafts` returns. pass_cost: of so many rows, in steps of one."""
+    """What `Assistant.drafts` returns. pass_cost: of so many rows, in steps of one. open_drafter:
+    the small model of a folder."""
     if draft is None or isinstance(draft, Drafts):
         return draft
     if getattr(model.decoding, "is_captured", False):
         raise ValueError("drafts do not go with a compiled step: leave compile or draft out")
-    drafter = find_drafter(str(draft)) if isinstance(draft, (str, Path)) else draft
+    drafter: Any = draft
+    if draft == "lookup":
+        drafter = Lookup()
+    elif isinstance(draft, (str, Path)):
+        drafter = open_drafter(str(draft))
     return Drafts(drafter, None if tokens == "auto" else tokens, pass_cost)
-
-
-def find_drafter(name: str) -> Drafter:
-    """Raises ValueError if there is none of this name."""
-    if name == "lookup":
-        return Lookup()
-    raise ValueError(f"draft is {name!r}, expected lookup")

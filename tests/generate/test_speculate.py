@@ -1,10 +1,13 @@
 """Drafts save passes and change nothing: every answer is the plain loop's, whatever is guessed."""
 
+import json
+import shutil
 from itertools import product
 
 import pytest
 import torch
 from paths import REFERENCE
+from safetensors.torch import load_file, save_file
 
 from minillava.assistant import load
 from minillava.cache import KVCache
@@ -462,12 +465,8 @@ def test_a_long_conversation_makes_room_while_a_block_is_shown(shapes, monkeypat
 
 
 def test_wrong_drafts_are_one_line(shapes):
-    for draft, message in (
-        ("look-up", "draft is 'look-up', expected"),
-        (5, "draft is 5, expected a name or a drafter"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            shapes.ask(PICTURE, draft=draft)
+    with pytest.raises(ValueError, match="draft is 5, expected a name or a drafter"):
+        shapes.ask(PICTURE, draft=5)
     for tokens in (0, 65, 2.5, True, "many"):
         with pytest.raises(ValueError, match="expected a whole number from 1 to 64, or auto"):
             shapes.drafts("lookup", tokens)
@@ -531,3 +530,129 @@ def test_the_cost_is_that_of_this_model(shapes):
     small = load(REFERENCE.parents[1] / "weights/shapes", device="cpu", quantize="int4")
     assert pass_cost(small.model.language_model)(2) < 1.2
     assert pass_cost(shapes.model.language_model)(2) > 2
+
+
+# --- a small model that guesses -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """The language model of the bundled LLaVA in a folder of its own, as a Llama is stored."""
+    source = REFERENCE.parents[1] / "weights/shapes"
+    folder = tmp_path_factory.mktemp("llama")
+    assistant = load(source, device="cpu", dtype="float32")
+    text = assistant.model.config.text
+    settings = {name: getattr(text, name) for name in vars(text) if name != "rope_factor"}
+    write = {"model_type": "llama", "hidden_act": "silu", **settings}
+    (folder / "config.json").write_text(json.dumps(write))
+    head = "" if text.tie_word_embeddings else "lm_head."
+    tensors = {
+        name if head and name.startswith(head) else f"model.{name}": tensor.clone()
+        for name, tensor in assistant.model.language_model.state_dict().items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    shutil.copy(source / "tokenizer.model", folder)
+    return folder
+
+
+def copied(folder, to):
+    shutil.copytree(folder, to)
+    return to
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.5, "seed": 3}, {"no_repeat_ngram_size": 1}]
+)
+def test_a_model_guesses_what_it_would_say_itself(shapes, options):
+    """With the pictures, and for samples with the same random numbers, every guess is right: the
+    small model is a copy of the large one."""
+    drafts = shapes.drafts(str(REFERENCE.parents[1] / "weights/shapes"), 3)
+    question = "Please describe this image in detail."
+    asked = {"max_new_tokens": 24, "min_new_tokens": 24, **options}
+    assert shapes.ask(PICTURE, question, draft=drafts, **asked) == shapes.ask(
+        PICTURE, question, **asked
+    )
+    assert drafts.report.kind == "model"
+    assert drafts.report.passes == -(-23 // 4)
+    assert drafts.report.accepted == 23 - drafts.report.passes
+
+
+def test_a_llama_guesses_by_the_words_alone(shapes, llama):
+    """It reads no picture, and is right less often, but the answer is the same; it goes on where
+    the answer went on without it."""
+    for options in ({}, {"temperature": 1.0, "seed": 5}):
+        for count in (1, 4):
+            drafts = shapes.drafts(llama, count)
+            question, asked = "Is it red?", {"max_new_tokens": 30, "min_new_tokens": 30, **options}
+            expected = shapes.ask(PICTURE, question, **asked)
+            assert shapes.ask(PICTURE, question, draft=drafts, **asked) == expected
+            assert 0 < drafts.report.accepted < drafts.report.drafted
+    # without a picture it is the large model
+    drafts, asked = shapes.drafts(llama, 3), {"max_new_tokens": 16, "min_new_tokens": 16}
+    expected = shapes.ask(None, "Hello", **asked)
+    assert shapes.ask(None, "Hello", draft=drafts, **asked) == expected
+    assert drafts.report.accepted == drafts.report.drafted > 0
+
+
+def test_a_small_context_ends_the_guesses_and_not_the_answer(shapes, llama, tmp_path):
+    folder = copied(llama, tmp_path / "short")
+    settings = json.loads((folder / "config.json").read_text())
+    for positions in (20, 60):
+        settings["max_position_embeddings"] = positions
+        (folder / "config.json").write_text(json.dumps(settings))
+        drafts, asked = shapes.drafts(folder, 3), {"max_new_tokens": 20, "min_new_tokens": 20}
+        expected = shapes.ask(None, "What is it?", **asked)
+        assert shapes.ask(None, "What is it?", draft=drafts, **asked) == expected
+        assert (drafts.report.drafted > 0) == (positions == 60)
+
+
+def test_a_padded_vocabulary_is_the_same_vocabulary(shapes, llama, tmp_path):
+    """llava-hf pads 32,000 rows to 32,064; a guess of a padded row would be an error."""
+    folder = copied(llama, tmp_path / "padded")
+    settings = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            tensors[name] = torch.cat([tensors[name], 9 * tensors[name][:8]])
+    settings["vocab_size"] += 8
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_file(tensors, folder / "model.safetensors")
+    drafts, asked = shapes.drafts(folder, 3), {"max_new_tokens": 16, "min_new_tokens": 16}
+    expected = shapes.ask(None, "Hello", **asked)
+    assert shapes.ask(None, "Hello", draft=drafts, **asked) == expected
+
+
+def test_a_model_of_other_words_is_refused(shapes, llama, tmp_path):
+    """An id that means another word is a wrong guess each time, and nothing would say why."""
+    folder = copied(llama, tmp_path / "few")
+    settings = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            tensors[name] = tensors[name][:100].clone()
+    (folder / "config.json").write_text(json.dumps({**settings, "vocab_size": 100}))
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="has a vocabulary of 100 tokens, the model one of"):
+        shapes.drafts(folder)
+    other = copied(llama, tmp_path / "other")
+    shutil.copy(REFERENCE / "plain" / "tokenizer.model", other)
+    with pytest.raises(ValueError, match=r"another than the model's|has a vocabulary of"):
+        shapes.drafts(other)
+
+
+def test_a_folder_that_is_no_model_is_one_line(shapes, llama, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        shapes.drafts("look-up")
+    broken = copied(llama, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(ValueError, match=r"language_model.norm.weight is missing"):
+        shapes.drafts(broken)
+    settings = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**settings, "model_type": "gpt2"}))
+    with pytest.raises(ValueError, match="model_type is 'gpt2'"):
+        shapes.drafts(broken)
+    (broken / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 10**9}))
+    with pytest.raises(ValueError, match="num_hidden_layers is 1000000000"):
+        shapes.drafts(broken)

@@ -1,0 +1,62 @@
+"""A small model that guesses for a large one, from its folder: a Llama alone, or a LLaVA."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minillava.checkpoint.build import compare, fill, shapes_of
+from minillava.checkpoint.config_json import read_text_config
+from minillava.checkpoint.stored import StoredWeights
+from minillava.config import TextConfig
+from minillava.files.tokenizer_files import find_tokenizer
+from minillava.llama import LanguageModel
+from minillava.tokenizer import Tokenizer
+
+
+class Alone(nn.Module):
+    """A language model by the names that it has in a LLaVA."""
+
+    def __init__(self, config: TextConfig, attend: Callable[..., Any]):
+        super().__init__()
+        self.language_model = LanguageModel(config, attend)
+
+
+def open_language_model(
+    folder: Path, attend: Callable[..., Any], dtype: torch.dtype, device: torch.device
+) -> Alone:
+    """The Llama of a folder. Raises FileNotFoundError or ValueError as `build_model` does."""
+    config, weights = read_text_config(folder), StoredWeights(folder)
+    if config.num_hidden_layers > len(weights.tensors):
+        raise ValueError(
+            f"{folder}: num_hidden_layers is {config.num_hidden_layers}, which is more than there "
+            f"are tensors ({len(weights.tensors)}); check that config.json belongs to these weights"
+        )
+    with torch.device("meta"):
+        model = Alone(config, attend)
+    compare(weights, shapes_of(model)).refuse(weights)
+    fill(model, weights, dtype, device, None)
+    return model.eval()
+
+
+def check_same_words(folder: Path, config: TextConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError if the folder's tokenizer knows other words: a guess is an id, so ids must
+    mean the same. Tables may be padded to different numbers of rows."""
+    known = tokenizer.sentencepiece.vocab_size()
+    if config.vocab_size < known:
+        raise ValueError(
+            f"{folder}: has a vocabulary of {config.vocab_size} tokens, the model one of {known}; "
+            "drafts need the same tokenizer"
+        )
+    found, beside = find_tokenizer([folder])
+    if not found.is_file():
+        return  # nothing says that they are others
+    ours, theirs = tokenizer.sentencepiece, Tokenizer(found, beside=beside).sentencepiece
+    if theirs.vocab_size() != known or any(
+        ours.id_to_piece(i) != theirs.id_to_piece(i) for i in range(known)
+    ):
+        raise ValueError(
+            f"{folder}: its tokenizer is another than the model's; drafts need the same one"
+        )
