@@ -5,7 +5,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,9 @@ from minillava.cli.messages import Messages, print_json, write_outputs
 from minillava.cli.opening import find_weights, note_several, open_assistant, read_question
 from minillava.generate import beam
 from minillava.generate.contrast import Contrast, describe
-from minillava.generate.speculate import Drafts
+from minillava.generate.speculate import following
 from minillava.llava import Spliced
-from minillava.loop import Step, steps
+from minillava.loop import Step
 from minillava.options import Options
 from minillava.tokenizer import Tokenizer
 
@@ -75,7 +75,7 @@ def _follow(
     spliced: Spliced,
     chosen: Options,
     contrast: Contrast | None,
-    drafts: Drafts | None,
+    follow: Callable[..., Iterator[Step]],
     messages: Messages,
 ) -> tuple[list[Answer], str]:
     """Token after token; a single answer is printed as it is made, unless --json. Returns the
@@ -85,7 +85,6 @@ def _follow(
     length, started = spliced.embeds.shape[1], time.perf_counter()
     spliced, tokenizer = spliced.repeat_rows(len(answers)), assistant.tokenizer
     log, made = [], 0
-    follow = steps if drafts is None else drafts.steps
     for step in follow(assistant.model, spliced, chosen, tokenizer=tokenizer, contrast=contrast):
         if not made:
             messages.stage("prefill", started, f"{length} positions, first token")
@@ -104,8 +103,6 @@ def _follow(
         print_answers(answers)
     reasons = ", ".join(str(answer.finish_reason) for answer in answers)
     messages.decoded(started, made - 1, f"{reasons}, seed {chosen.seed}")
-    if drafts is not None:
-        messages.detail(f"drafts   {drafts.report.told()}")
     return answers, "".join(log)
 
 
@@ -153,6 +150,7 @@ def answer(args: argparse.Namespace, options: dict, contrast: Contrast | None) -
         print(prompt, file=sys.stderr)
     chosen = assistant.options(**options)
     drafts = assistant.drafts(args.draft, args.draft_tokens)
+    follow = following(drafts, chosen, images)
     started = time.perf_counter()
     spliced = assistant.prepare(images, prompt, contrast, chosen.seed)
     length = spliced.embeds.shape[1]
@@ -164,7 +162,9 @@ def answer(args: argparse.Namespace, options: dict, contrast: Contrast | None) -
     if chosen.num_beams > 1:
         answers, log = _search(args, assistant, spliced, chosen, messages), ""
     else:
-        answers, log = _follow(args, assistant, spliced, chosen, contrast, drafts, messages)
+        answers, log = _follow(args, assistant, spliced, chosen, contrast, follow, messages)
+    if drafts is not None:
+        messages.detail(f"drafts   {drafts.report.told()}")
     if args.json:
         timings = {name: round(seconds, 6) for name, seconds in messages.timings.items()}
         draft = {} if drafts is None else {"draft": drafts.report.record()}

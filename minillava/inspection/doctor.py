@@ -30,6 +30,7 @@ from minillava.fast.processor import has_fast_bfloat16
 from minillava.fast.quantize import QuantisedLinear, quantised_kinds, stored_shapes
 from minillava.fast.same_bits import ROWS, queries_alike, rows_alike
 from minillava.files.disk import one_line
+from minillava.generate.speculate import MOST, keeps_bits
 from minillava.llava import Spliced
 from minillava.loop import last_logits
 from minillava.options import KINDS, dtype_name, remaining_context
@@ -296,12 +297,14 @@ def same_bits(model: nn.Module) -> Finding:
         numbers(most, *head),
         numbers(most, *head),
     )
+    drafts = keeps_bits(language, 1 + MOST)  # which takes attention row by row
     kind = " and ".join(quantised_kinds(model)) or dtype_name(like.dtype)
     text = (
         f"in {kind}, a token decoded beside others has the bits that it has alone up to {products} "
-        f"row(s) of products and {attention} of attention"
+        f"row(s) of products and {attention} of attention; answers with drafts are exact"
+        f"{'' if drafts else ' up to rounding'}"
     )
-    figures = {"products": products, "attention": attention, "most": most}
+    figures = {"products": products, "attention": attention, "most": most, "drafts": drafts}
     return Finding("same bits", OK, text, figures)
 
 
