@@ -261,7 +261,7 @@ def check(model: Llava, token_ids: list[int], cache: KVCache, run: Run) -> list[
     language, past = model.language_model, cache.length
     ids = torch.tensor([token_ids] * run.streams, device=run.sampler.history.device)  # [B, g + 1]
     attend = row_by_row(
-        eager if run.wanted["attentions"] else language.attend, cache.attention_mask is not None
+        eager if run.wanted["attentions"] else language.attend, cache.padding_mask is not None
     )
     output = language(ids, None, cache, attend=attend, **run.wanted)
     return [one_row(output, i, past + i + 1) for i in range(len(token_ids))]
