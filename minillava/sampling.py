@@ -13,6 +13,8 @@ from torch import Tensor
 
 from minillava.config import LlavaConfig
 from minillava.files.rows import check_scores
+from minillava.llama import LanguageOutput
+from minillava.llava import upcast
 from minillava.options import Options
 
 REMOVED = -math.inf
@@ -199,6 +201,11 @@ class Sampler:
         known = torch.where(inside, self.history, vocabulary)
         seen = torch.zeros((len(known), vocabulary + 1), dtype=torch.bool, device=known.device)
         return seen.scatter_(1, known, True)[:, :-1]  # the last column took the rest
+
+
+def last_logits(output: LanguageOutput) -> Tensor:
+    """Those of the last position, [B, V] in float32 or better."""
+    return upcast(output.logits[:, -1])
 
 
 def check_finite(logits: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ from minillava.image import ImageProcessor  # noqa: E402
 from minillava.llava import Llava  # noqa: E402
 from minillava.loop import steps  # noqa: E402
 from minillava.options import KINDS, Options  # noqa: E402
-from minillava.sampling import Sampler  # noqa: E402
+from minillava.sampling import Sampler, last_logits  # noqa: E402
 
 BUNDLED = bundled_weights()
 PICTURES = [BUNDLED / f"example-{number}.png" for number in (1, 2, 3)]
@@ -1024,7 +1024,7 @@ def our_parts(run: Run, model: Llava, ids: list, pixels: Tensor) -> dict[str, Ca
         loop.prefill(model, spliced, cache, **nothing)
 
     def choose() -> list[int]:
-        logits = loop.last_logits(output)
+        logits = last_logits(output)
         sampler = Sampler(model.config, spliced.token_ids, options)
         return AsyncRead(sampler(logits)[0]).wait()
 

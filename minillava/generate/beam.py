@@ -15,10 +15,10 @@ from torch import Tensor
 from minillava.cache import KVCache
 from minillava.llama import LanguageOutput
 from minillava.llava import Llava, Spliced, upcast
-from minillava.loop import Run, decode, decode_in_turn, last_logits, prefill
+from minillava.loop import decode, decode_in_turn, prefill
 from minillava.options import Options
-from minillava.sampling import NOTHING_LEFT, REMOVED, Process, check_finite
-from minillava.streaming import Row
+from minillava.sampling import NOTHING_LEFT, REMOVED, Process, check_finite, last_logits
+from minillava.streaming import Row, Run
 from minillava.tokenizer import Tokenizer
 
 RULED_OUT = -1e9

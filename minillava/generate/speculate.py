@@ -26,9 +26,10 @@ from minillava.cache import KVCache
 from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.llama import Context, LanguageModel, LanguageOutput, rotary_tables
 from minillava.llava import Llava, Spliced
-from minillava.loop import Run, Step, decode_in_turn, prefill, steps
+from minillava.loop import decode_in_turn, prefill, steps
 from minillava.options import DRAFT_TOKENS, Options
 from minillava.sampling import Sampler
+from minillava.streaming import Run, Step
 from minillava.tokenizer import Tokenizer
 
 MOST = 15

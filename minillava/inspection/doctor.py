@@ -32,9 +32,8 @@ from minillava.fast.same_bits import ROWS, queries_alike, rows_alike
 from minillava.files.disk import one_line
 from minillava.generate.speculate import MOST, keeps_bits
 from minillava.llava import Spliced
-from minillava.loop import last_logits
 from minillava.options import KINDS, dtype_name, remaining_context
-from minillava.sampling import check_finite
+from minillava.sampling import check_finite, last_logits
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 
