@@ -16,7 +16,8 @@ CHART = TOOLS / "speed.svg"
 # a panel's title: the heading its rows stand below, and what the text before its table says
 PANELS = {
     "7B on two CPU cores with AVX2": ("## Two CPU cores", "--size 7b"),
-    "7B on one H100": ("## GPU", "7B with random weights"),
+    "7B on one H100": ("## GPU: one H100", "7B with random weights"),
+    "7B on one H200": ("## GPU: one H200", "7B with random weights"),
 }
 WIDTH, LEFT, ROW = 860, 320, 24  # pixels
 OURS, OTHERS = "#b4461f", "#8a939c"
