@@ -294,16 +294,14 @@ def load(
     image_aspect_ratio: str | None = None,
     **other: Any,
 ) -> Assistant:
-    """Open LLaVA weights in any of their layouts: a folder, or an id in the local hub cache (at
-    `revision`); None as `default_weights`.
+    """Open LLaVA weights: a folder, or an id in the hub cache (at `revision`); None: the default.
 
     device: auto, cpu, cuda, mps. dtype: auto (the checkpoint's on a GPU; on a CPU bfloat16 where it
     is fast, else float32) or a name. attention: fused, eager. quantize: int8, int4: the language
     model's linear layers in so many bits a weight. compile: the decoding step by torch.compile, for
     a GPU. vision_tower, model_base, adapter: other folders of the model (checkpoint/folders.py).
     template: a name of prompt.TEMPLATES. image_aspect_ratio: pad or crop, instead of config.json's.
-    Warns of weights in a folder that are not read. Raises FileNotFoundError, OSError or ValueError
-    in one line: file, finding, next step; for another name TypeError, with the nearest one.
+    Warns of weights that are not read. Raises FileNotFoundError, OSError or ValueError in one line.
     """
     check_names(other, load.__kwdefaults__ or {}, OTHER_NAMES)
     folders = find_folders(weights, revision, vision_tower, model_base, adapter)

@@ -14,6 +14,10 @@ IGNORE_INDEX = -100
 """The label of a position that the loss leaves out."""
 
 
+# What early LLaVA put around each picture, and a token that it added and no prompt contains.
+IM_START, IM_END, IM_PATCH = "<im_start>", "<im_end>", "<im_patch>"
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """The CLIP vision tower. The defaults are those of transformers' CLIPVisionConfig (ViT-B/32),
@@ -71,8 +75,7 @@ class TextConfig:
 
     @property
     def context(self) -> int:
-        """Positions that prompt and answer may take: as many as divide to positions of the
-        training."""
+        """Positions that prompt and answer may take: those of the training, times rope_factor."""
         return int(self.max_position_embeddings * self.rope_factor)
 
 
@@ -92,8 +95,7 @@ class LlavaConfig:
     pad_token_id: int = 2
     image_aspect_ratio: str = "pad"
     vision_tower_name: str | None = None  # where the original dialect says its tower comes from
-    # tokens after the tokenizer's own: IM_PATCH, or IM_START and IM_END
-    added_tokens: tuple[str, ...] = ()
+    added_tokens: tuple[str, ...] = ()  # IM_PATCH, or IM_START and IM_END
     # False: nothing describes the tower but its tensors (checkpoint/towers.py), or it is CLIP's
     vision_stated: bool = True
 
@@ -108,13 +110,6 @@ class LlavaConfig:
     @property
     def vision_layers_needed(self) -> int:
         """How many blocks of the tower the selected features need: 23 of 24 for LLaVA-1.5, whose
-        layer is -2. The last block was trained for the class token, which CLIP compares with a
-        caption; what it makes of the patches nobody looked at. Nothing reads its output here, so it
-        is not built."""
+        layer is -2. Nothing would read the output of the last one, so it is not built."""
         depth = self.vision.num_hidden_layers
         return self.feature_layer if self.feature_layer >= 0 else depth + 1 + self.feature_layer
-
-
-# What early LLaVA put around each picture, and a token that it added and no prompt contains (LLaVA,
-# constants.py).
-IM_START, IM_END, IM_PATCH = "<im_start>", "<im_end>", "<im_patch>"

@@ -26,6 +26,13 @@ class LanguageOutput:
     hidden: Tensor | None = None  # [B, T or 1, C] what the head read: the last state, normalised
 
 
+def upcast(logits: Tensor) -> Tensor:
+    """Float32 or better. What follows divides, exponentiates and sums over the whole vocabulary; in
+    half precision it would round tokens into ties that the model did not mean. transformers copies
+    to float32 at the same place."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 class Context(NamedTuple):
     """What every layer is told beside its input."""
 

@@ -10,13 +10,13 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillava.attention import fused
 from minillava.cache import KVCache
 from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig
 from minillava.files.rows import as_rows, check_ids, check_images, check_lengths, grow_rows
+from minillava.labels import next_token_loss
 from minillava.llama import LanguageModel
 from minillava.projector import Projector
 from minillava.vision import VisionTower
@@ -32,18 +32,6 @@ class Spliced:
     padding_mask: Tensor | None  # bool [B, T], False where padding; None if nothing is
     labels: Tensor | None  # [B, T]
     image_spans: list[list[tuple[int, int]]]  # per row, (start, end) of each picture in 0..T
-
-    def repeat_rows(self, times: int) -> "Spliced":
-        """Every row `times` times, in adjacent rows."""
-        if times == 1:
-            return self
-
-        def again(value: Any) -> Any:
-            if isinstance(value, list):
-                return [item for item in value for _ in range(times)]
-            return None if value is None else value.repeat_interleave(times, dim=0)
-
-        return Spliced(*(again(value) for value in vars(self).values()))
 
 
 @dataclass
@@ -186,27 +174,3 @@ def pad_left(rows: list[Tensor], value: int | bool) -> Tensor:
     longest = max(map(len, rows))
     pads = [row.new_full((longest - len(row), *row.shape[1:]), value) for row in rows]
     return torch.stack([torch.cat(pair) for pair in zip(pads, rows, strict=True)])
-
-
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of predicting each label from the position before it. logits [B,T,V],
-    labels [B,T].
-
-    In float32, as in transformers, since it sums over the whole vocabulary. Raises ValueError when
-    every label is ignored: the mean over nothing is NaN.
-    """
-    # [B, T]: position t predicts token t + 1
-    following = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
-    if (following == IGNORE_INDEX).all():
-        raise ValueError(
-            f"every label is ignored ({IGNORE_INDEX}): there is nothing to take a loss of"
-        )
-    logits = upcast(logits)
-    return F.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=IGNORE_INDEX)
-
-
-def upcast(logits: Tensor) -> Tensor:
-    """Float32 or better. What follows divides, exponentiates and sums over the whole vocabulary; in
-    half precision it would round tokens into ties that the model did not mean. transformers copies
-    to float32 at the same place."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

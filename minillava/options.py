@@ -108,6 +108,16 @@ def expect_text(text: object, name: str) -> None:
         raise ValueError(f"{name} is {text!r}, expected a text")
 
 
+def expect_utf8(text: str, name: str) -> None:
+    """Raises ValueError for halves of characters, which a text in Python can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} is not UTF-8 text at character {error.start}; write it as UTF-8"
+        ) from None
+
+
 def expect_texts(texts: object, name: str, wanted: str = "a text or a list of texts") -> None:
     """Raises ValueError for what is not several texts: a generator could be read only once."""
     if isinstance(texts, str) or not isinstance(texts, Collection):

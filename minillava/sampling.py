@@ -13,8 +13,7 @@ from torch import Tensor
 
 from minillava.config import LlavaConfig
 from minillava.files.rows import check_scores
-from minillava.llama import LanguageOutput
-from minillava.llava import upcast
+from minillava.llama import LanguageOutput, upcast
 from minillava.options import Options
 
 REMOVED = -math.inf

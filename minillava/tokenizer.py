@@ -11,16 +11,16 @@ from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
 
-from minillava.config import IM_END, IM_START, IMAGE_TOKEN_INDEX, LlavaConfig
+from minillava.config import IM_END, IM_START, IMAGE_TOKEN_INDEX
 from minillava.files.added_tokens import TokenFinder
 from minillava.files.tokenizer_files import (
     PAD_MARKER,
     AddedToken,
     TokenizerFiles,
     check_vocabulary,
-    find_tokenizer,
     open_model,
 )
+from minillava.options import expect_utf8
 from minillava.prompt import IMAGE_MARKER, Prompt, Segment
 
 _SPACE = "▁"
@@ -86,12 +86,7 @@ class Tokenizer:
         `<image>` are tokens in a plain string, as in Hugging Face, but in a `Prompt` only where the
         template wrote them (and `<image>` where the user asked for a picture).
         """
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the prompt is not UTF-8 text at character {error.start}; write it as UTF-8"
-            ) from None
+        expect_utf8(prompt, "the prompt")
         segments = prompt.segments if isinstance(prompt, Prompt) else [Segment(prompt, "template")]
         ids, chunk = [self.bos_id], []  # chunk: a text of its own, from one picture to the next
         before, after = self._around
@@ -162,17 +157,6 @@ class Tokenizer:
         after a newline, which is a byte in Llama's vocabulary and so never merges with what
         follows; its ids are cut off."""
         return self.sentencepiece.encode("\n" + text)[len(self._newline) :]
-
-
-def open_tokenizer(folders: Sequence[Path], config: LlavaConfig | None = None) -> Tokenizer:
-    """The tokenizer of a model whose files lie in several folders, the first that has them first;
-    checked against its config. Raises as Tokenizer does."""
-    path, beside = find_tokenizer(folders)
-    if config is None:
-        return Tokenizer(path, beside=beside)
-    return Tokenizer(
-        path, added=config.added_tokens, beside=beside, vocabulary=config.text.vocab_size
-    )
 
 
 class TextDecoder:

@@ -1,7 +1,9 @@
 """The parts of one model, from the folders that hold them."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from minillava.checkpoint.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
@@ -22,8 +24,9 @@ from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig
 from minillava.files.disk import read_json
 from minillava.files.hub import CLIP_RELEASE
 from minillava.files.tensors import holds_weights, open_file
+from minillava.files.tokenizer_files import find_tokenizer
 from minillava.image import ImageProcessor
-from minillava.tokenizer import Tokenizer, open_tokenizer
+from minillava.tokenizer import Tokenizer
 
 
 class Parts(NamedTuple):
@@ -153,3 +156,14 @@ def open_checkpoint(folders: Folders, config: LlavaConfig) -> tuple[StoredWeight
 
     weights.set_aside(unread)
     return weights, config
+
+
+def open_tokenizer(folders: Sequence[Path], config: LlavaConfig | None = None) -> Tokenizer:
+    """The tokenizer of a model whose files lie in several folders, the first that has them first;
+    checked against its config. Raises as Tokenizer does."""
+    path, beside = find_tokenizer(folders)
+    if config is None:
+        return Tokenizer(path, beside=beside)
+    return Tokenizer(
+        path, added=config.added_tokens, beside=beside, vocabulary=config.text.vocab_size
+    )

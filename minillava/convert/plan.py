@@ -14,7 +14,12 @@ from minillava.checkpoint.build import build_model
 from minillava.checkpoint.config_json import read_config
 from minillava.checkpoint.folders import Folders
 from minillava.checkpoint.names import COMPUTED, TABLES, stored_name
-from minillava.checkpoint.parts import collect_parts, open_checkpoint, read_model_config
+from minillava.checkpoint.parts import (
+    collect_parts,
+    open_checkpoint,
+    open_tokenizer,
+    read_model_config,
+)
 from minillava.checkpoint.side_json import read_image_processor
 from minillava.checkpoint.stored import StoredWeights
 from minillava.checkpoint.write import Planned, as_json, cast
@@ -36,7 +41,7 @@ from minillava.files.tokenizer_files import PAD_MARKER, SIDE_NAMES, find_tokeniz
 from minillava.llava import Llava
 from minillava.options import dtype_name
 from minillava.prompt import IMAGE_MARKER
-from minillava.tokenizer import Tokenizer, open_tokenizer
+from minillava.tokenizer import Tokenizer
 
 SIDE_FILES = (".json", ".jinja", ".md", ".model", ".txt")
 

@@ -16,6 +16,7 @@ from minillava.cli.messages import Messages, print_json, write_outputs
 from minillava.cli.opening import find_weights, note_several, open_assistant, read_question
 from minillava.generate import beam
 from minillava.generate.contrast import Contrast, describe
+from minillava.generate.inputs import repeat_rows
 from minillava.generate.speculate import following
 from minillava.llava import Spliced
 from minillava.loop import Step
@@ -83,7 +84,7 @@ def _follow(
     answers = [Answer() for _ in range(chosen.num_return_sequences)]
     streamed = not args.json and len(answers) == 1
     length, started = spliced.embeds.shape[1], time.perf_counter()
-    spliced, tokenizer = spliced.repeat_rows(len(answers)), assistant.tokenizer
+    spliced, tokenizer = repeat_rows(spliced, len(answers)), assistant.tokenizer
     log, made = [], 0
     for step in follow(assistant.model, spliced, chosen, tokenizer=tokenizer, contrast=contrast):
         if not made:

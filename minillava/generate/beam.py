@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from minillava.cache import KVCache
-from minillava.llama import LanguageOutput
-from minillava.llava import Llava, Spliced, upcast
+from minillava.llama import LanguageOutput, upcast
+from minillava.llava import Llava, Spliced
 from minillava.loop import decode, decode_in_turn, prefill
 from minillava.options import Options
 from minillava.sampling import NOTHING_LEFT, REMOVED, Process, check_finite, last_logits

@@ -18,8 +18,7 @@ from minillava.cache import KVCache
 from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.generate.speculate import fork
 from minillava.labels import common_prefix
-from minillava.llama import LanguageModel
-from minillava.llava import upcast
+from minillava.llama import LanguageModel, upcast
 from minillava.sampling import Sampler
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from minillava.cache import KVCache
 from minillava.labels import common_prefix
-from minillava.llama import Context, LanguageModel, rotary_tables
-from minillava.llava import Llava, upcast
+from minillava.llama import Context, LanguageModel, rotary_tables, upcast
+from minillava.llava import Llava
 from minillava.loop import decode
 from minillava.options import Options
 from minillava.sampling import NOT_FINITE, NOTHING_LEFT, Sampler

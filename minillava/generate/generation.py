@@ -14,6 +14,7 @@ from torch import Tensor
 from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.files.rows import as_rows
 from minillava.generate import beam
+from minillava.generate.inputs import repeat_rows
 from minillava.generate.named import read_options
 from minillava.llava import Llava, Spliced
 from minillava.loop import Step, steps
@@ -75,7 +76,7 @@ def generate(
         spliced = model.splice(input_ids, images)
     if chosen.num_beams > 1 and contrast is None:
         return _beam_search(model, spliced, chosen, tokenizer, record, process)
-    spliced = spliced.repeat_rows(chosen.num_return_sequences)
+    spliced = repeat_rows(spliced, chosen.num_return_sequences)
     made = follow(
         model,
         spliced,

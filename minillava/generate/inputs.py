@@ -5,6 +5,7 @@ n pictures, R their side in pixels, P patches each, C width.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,3 +107,16 @@ def _generators(seed: Seed, rows: int) -> list[torch.Generator]:
     if seed is None or isinstance(seed, int):
         return [torch.Generator().manual_seed(seed or 0)] * rows
     return [torch.Generator().manual_seed(each) for each in seed]
+
+
+def repeat_rows(spliced: Spliced, times: int) -> Spliced:
+    """Every row `times` times, in adjacent rows."""
+    if times == 1:
+        return spliced
+
+    def again(value: Any) -> Any:
+        if isinstance(value, list):
+            return [item for item in value for _ in range(times)]
+        return None if value is None else value.repeat_interleave(times, dim=0)
+
+    return Spliced(*(again(value) for value in vars(spliced).values()))

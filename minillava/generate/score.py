@@ -12,7 +12,8 @@ from torch import Tensor
 from minillava.cache import KVCache
 from minillava.config import IGNORE_INDEX
 from minillava.labels import common_prefix
-from minillava.llava import Llava, upcast
+from minillava.llama import upcast
+from minillava.llava import Llava
 from minillava.options import remaining_context
 
 

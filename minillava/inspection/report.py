@@ -25,7 +25,7 @@ from minillava.checkpoint.names import (
     REST_NAME,
     part_of_model,
 )
-from minillava.checkpoint.parts import collect_parts, open_checkpoint
+from minillava.checkpoint.parts import collect_parts, open_checkpoint, open_tokenizer
 from minillava.checkpoint.side_json import read_image_processor
 from minillava.checkpoint.stored import StoredWeights
 from minillava.checkpoint.towers import settle
@@ -38,7 +38,6 @@ from minillava.inspection import doctor
 from minillava.llava import Llava
 from minillava.options import dtype_name
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, find_template, place_images, render
-from minillava.tokenizer import open_tokenizer
 
 FILES = {  # beside the weights -> what a missing one means
     "config.json": "needed",

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
 
 import minillava
+from minillava.checkpoint.parts import open_tokenizer
 from minillava.inspection.report import inspect_folder
 from minillava.inspection.text import as_text
-from minillava.tokenizer import Tokenizer, open_tokenizer
+from minillava.tokenizer import Tokenizer
 
 PIECES = 440  # of the toy tokenizer; its table has 448 rows
 PLAIN = {
