@@ -16,7 +16,7 @@ import point_shapes
 import pytest
 import shapes
 import torch
-from bounds import assert_same_in_float64
+from bounds import assert_same_in_float64, gamma
 from models import stored
 from paths import ROOT
 from PIL import Image
@@ -205,9 +205,10 @@ def test_a_word_is_the_mean_over_its_tokens_layers_and_heads(plain, picture):
             if i in word.token_ids
         ]
         if len(rows) == len(word.token_ids):  # none of its tokens is used twice
-            np.testing.assert_allclose(
-                word.heat.flatten(), torch.stack(rows).mean(0).numpy(), rtol=1e-5
-            )
+            # means of two heads, and of the word's tokens, in any order
+            off = 2 * gamma(2 * len(rows) + 2, torch.float32)
+            expected = torch.stack(rows).mean(0).numpy()
+            np.testing.assert_allclose(word.heat.flatten(), expected, rtol=off)
         assert 0 < word.heat.sum() < 1
 
 
@@ -261,7 +262,7 @@ def test_the_last_layer_of_the_lens_is_the_models_own_answer(toy, picture):
     # layer 0: the patches themselves
     first = toy.model.language_model.norm(spliced.embeds[0, start:end])
     first = toy.model.language_model.head(first).softmax(-1).max(-1)
-    assert [p for _, p in found.patches[0]] == pytest.approx(first.values.tolist(), abs=1e-4)
+    assert [p for _, p in found.patches[0]] == [significant(p) for p in first.values.tolist()]
 
 
 # --- back to the picture --------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from minillava.cli.doors import enter
 from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig
 from minillava.generate.generation import generate
 from minillava.image import ImageProcessor
+from minillava.inspection.doctor import TOLERANCE
 from minillava.llava import Llava
 from minillava.look.run import look
 from minillava.loop import Options
@@ -595,8 +596,9 @@ def test_attention_functions_part_by_rounding_alone(rows):
     first, equal, compared = parted(found)
     assert first[1].startswith("vision_tower.encoder.layers.")
     assert 0 < equal < compared
-    assert all(row["relative"] < 1e-5 for row in found[:-1])
-    tolerant = rows("--compare", "attention=eager", "attention=fused", "--tolerance", "1e-5")
+    limit = TOLERANCE[torch.float32]  # what rounding explains
+    assert all(row["relative"] < limit for row in found[:-1])
+    tolerant = rows("--compare", "attention=eager", "attention=fused", "--tolerance", limit)
     assert parted(tolerant) == (None, compared, compared)
 
 
@@ -682,8 +684,10 @@ def test_what_there_is_to_know_about_the_weights_is_said_once(capsys):
 
 def test_scores_behind_a_filter_are_compared(rows):
     flags = ["--temperature", "1", "--top-k", "5", "--depth", "outline"]
-    found = rows("--compare", "attention=eager", "attention=fused", "--tolerance", "1e-4", *flags)
-    assert [row["relative"] < 1e-4 for row in found[:-1] if row["name"] == "scores"] == [True, True]
+    limit = TOLERANCE[torch.float32]
+    found = rows("--compare", "attention=eager", "attention=fused", "--tolerance", limit, *flags)
+    scores = [row["relative"] for row in found[:-1] if row["name"] == "scores"]
+    assert len(scores) == 2 and max(scores) < limit
     first, equal, compared = parted(found)
     assert (first, equal) == (None, compared)
 

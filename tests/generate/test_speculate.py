@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from bounds import assert_same_in_float64
 from paths import REFERENCE
 from safetensors.torch import load_file, save_file
 
@@ -192,10 +193,10 @@ def test_what_is_recorded_is_what_single_steps_record(toy, pixels, contrast):
             a, b = vars(mine)[name], vars(other)[name]
             assert (a is None) == (b is None)
             if a is not None:
-                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+                assert_same_in_float64(a, b)
         for name in ("hidden_states", "attentions"):
             for a, b in zip(vars(mine)[name], vars(other)[name], strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+                assert_same_in_float64(a, b)
 
 
 def test_the_cache_is_as_single_steps_leave_it_whenever_somebody_stops(toy, pixels):
@@ -221,7 +222,7 @@ def test_the_cache_is_as_single_steps_leave_it_whenever_somebody_stops(toy, pixe
                 [*mine.keys, *mine.values], [*filled.keys, *filled.values], strict=True
             ):
                 a, b = a[:, :, : mine.length], b[:, :, : mine.length]
-                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+                assert_same_in_float64(a, b)
 
 
 def test_the_random_numbers_are_those_of_single_steps(toy, pixels, monkeypatch):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import shapes
 import torch
+from bounds import assert_same_in_float64
 from commands import python
 from paths import ROOT
 from PIL import Image
@@ -248,10 +249,11 @@ def test_patch_names_are_those_of_their_ninth(train_shapes):
 @pytest.mark.parity
 def test_a_shared_picture_trains_as_if_each_conversation_had_its_own(train_shapes, tokenizer):
     trainer = train_shapes.Trainer(tokenizer, seed=1)
-    model, scenes = trainer.model, [scene(i) for i in range(2)]
+    model, scenes = trainer.model.double(), [scene(i) for i in range(2)]
     dialogues = [shapes.ask_any(s, 5, random.Random(i)) for i, s in enumerate(scenes)]
     pixels = train_shapes.picture_batch([shapes.draw(s) for s in scenes], trainer.processor)
     torch.testing.assert_close(pixels, trainer.processor([shapes.draw(s) for s in scenes]))
+    pixels = pixels.double()
     head, tails = train_shapes.split_dialogues(tokenizer, dialogues)
     with torch.no_grad():
         words = model.language_model.embed_tokens(torch.tensor([head] * 2))
@@ -269,7 +271,7 @@ def test_a_shared_picture_trains_as_if_each_conversation_had_its_own(train_shape
                 count += answered
     assert count == len(true) == len(counts)
     assert round(float((1 / counts).sum())) == sum(map(len, dialogues))
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+    assert_same_in_float64(together, alone)
 
 
 @pytest.mark.parity
@@ -528,4 +530,4 @@ def test_hugging_face_agrees(count: int = 20):
         expected = hf.generate(theirs, some, shown, max_new_tokens=80)
         assert torch.equal(made.sequences, expected.new)
         for step, (a, b) in enumerate(zip(made.logits, expected.logits, strict=True)):
-            assert torch.allclose(a, b, atol=1e-4), step
+            assert torch.equal(a, b), step
