@@ -4,6 +4,7 @@ In float64, where no two tokens are so near that the order of a sum decides betw
 """
 
 import functools
+from functools import partial
 
 import hf
 import naive
@@ -12,8 +13,16 @@ import torch
 from models import stored
 from paths import REFERENCE
 
+from minillava.batch import run
+from minillava.batch.questions import Question
 from minillava.chat.conversation import Conversation
+from minillava.fast import ahead
+from minillava.fast.compiled import Captured, step
+from minillava.generate.contrast import M3ID, RITUAL, VCD
 from minillava.generate.generation import generate
+from minillava.generate.lookup import Lookup
+from minillava.generate.speculate import Drafts
+from minillava.loop import Options
 from minillava.prompt import render
 
 TOYS = ("plain", "grouped", "tied")
@@ -102,6 +111,68 @@ def test_a_batch_with_second_rows_that_have_no_say(name, attention):
         contrast=lambda logits, other, step: logits,
     )
     assert found.sequences.tolist() == padded(name, model)
+
+
+@toys
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_step_ahead(name, captured, monkeypatch):
+    """As on a GPU: the step that was begun before an answer's end was known is taken back, or the
+    next token is read off a cache that is one position too long."""
+    model = assistant(name, "fused").model
+    decoding = Captured(partial(step, model.language_model)) if captured else ahead.decode_ahead
+    monkeypatch.setattr(model, "decoding", decoding)
+    for overlaps in (True, False):
+        monkeypatch.setattr(ahead, "overlaps_reading", lambda device, said=overlaps: said)
+        found = generate(model, *together(name), max_new_tokens=MOST)
+        assert found.sequences.tolist() == padded(name, model)
+        for (ids, images), expected in zip(rows(name), answers(name), strict=True):
+            found = generate(model, [ids], images, max_new_tokens=MOST)
+            assert found.sequences.tolist() == [expected]
+
+
+@both
+@toys
+@pytest.mark.parametrize(
+    "method", [VCD(alpha=0, beta=0), RITUAL(alpha=0, beta=0), M3ID(rate=0, beta=0)], ids=repr
+)
+def test_a_contrast_that_adds_nothing(name, attention, method):
+    """Each method's second rows, where its factor is zero: a second row that is read as a first
+    one, or the reverse, answers otherwise."""
+    model = assistant(name, attention).model
+    for (ids, images), expected in zip(rows(name), answers(name), strict=True):
+        second = ([ids[::-1]], images.flip(-1) if images is not None else None)
+        found = generate(model, [ids], images, max_new_tokens=MOST, second=second, contrast=method)
+        assert found.sequences.tolist() == [expected]
+
+
+@both
+@toys
+@pytest.mark.parametrize("most", [1, 3])
+def test_drafts(name, attention, most):
+    """A guess that is wrong leaves no position in the cache, one that is right is not read twice."""
+    model = assistant(name, attention).model
+    for (ids, images), expected in zip(rows(name), answers(name), strict=True):
+        drafts = Drafts(Lookup(), most)
+        made = drafts.steps(model, model.splice([ids], images), Options(max_new_tokens=MOST))
+        assert [each.ids[0] for each in made] == expected
+
+
+@both
+@toys
+def test_a_file_of_questions(name, attention):
+    """The door batch puts questions of unequal length together, with pictures and without, and an
+    answer must not depend on its neighbours."""
+    one, files = assistant(name, attention), [REFERENCE / "pictures" / f"{p}.png" for p in PICTURES]
+    asked = [("hello", [files[0]]), ("what is it, and where is it", [files[1]]), ("a", [])]
+    expected = []
+    for text, shown in asked:
+        ids = one.tokenizer.encode(one.prompt(text, images=len(shown)))
+        pixels = one.image_processor(shown).double() if shown else None
+        expected.append(one.tokenizer.decode(naive.greedy(one.model, ids, pixels, MOST)))
+    assert len({*expected}) == len(expected)
+    questions = [Question(i, text=text, images=shown) for i, (text, shown) in enumerate(asked, 1)]
+    found = run.ask(one, questions, 0, {"max_new_tokens": MOST})
+    assert [answer for answer, _, _ in found] == expected
 
 
 @both
