@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from itertools import product
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -97,6 +97,7 @@ def compare(assistant, spliced, options, count, **rest):
     return reports
 
 
+PROMPTS = [[1, 30, 41], IDS, [1, -200, 41, -200, 9]]  # no picture, one, two
 OPTIONS = [
     {},
     {"repetition_penalty": 1.3},
@@ -111,8 +112,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("ids", [[1, 30, 41], IDS, [1, -200, 41, -200, 9]])
+@pytest.mark.parametrize(("ids", "options"), zip(cycle(PROMPTS), OPTIONS, strict=False))
 def test_the_answer_is_the_plain_one(toy, pixels, ids, options):
     """A draft decided what was said: a penalty that did not count the guesses, a sample that drew
     another number, an end that was passed."""
