@@ -41,7 +41,7 @@ def python(
         capture_output=True,
         text=True,
         check=False,
-        **{"timeout": 100, **options},
+        **{"timeout": 600, **options},
     )
 
 
