@@ -7,6 +7,7 @@ is it the one that minillava takes?
     python tools/bench.py kernels --json > found.json                # every round of every way
     python tools/bench.py kernels --read found.json                  # the tables of what was found before
     python tools/bench.py kernels --bits                             # whose bits depend on who shares a pass
+    python tools/bench.py kernels --pieces 1b                        # what --same-bits costs a prompt
 
 Weights are random and read from memory: so many copies take turns that none is in a cache. The ways
 to one product take turns, too, round after round; a figure is the median of its rounds. A way that
@@ -32,6 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,15 +42,18 @@ from torch import Tensor
 # run from a checkout, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench_checkpoint import config_of
-from bench_parts.clock import Neighbours, say
+from bench_checkpoint import SIZES, config_of
+from bench_parts.clock import Neighbours, Timing, say, take_turns
+from bench_parts.growth import random_model
 from bench_parts.probe import machine
 
+from minillava.cache import KVCache
 from minillava.cli import messages
 from minillava.cli.arguments import Parser
-from minillava.fast import fused, processor, same_bits
+from minillava.fast import fused, processor, row_by_row, same_bits
 from minillava.fast.linear import OF_ONE_ROW, PRODUCTS, linear
 from minillava.fast.quantize import BLOCKS, QuantisedLinear, quantised_layer, quantize_tensor
+from minillava.llama import LanguageModel
 
 ROWS = (1, 2, 4, 8, 16, 32, 640)  # the last one is a prompt
 STORED = ("float32", "bfloat16", "int8", "int4")
@@ -252,6 +257,46 @@ def bits_table(found: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+PIECES = (128, 256, 512)
+
+
+@torch.no_grad()
+def pieces(size: str, stored: str, rounds: int) -> dict[str, Timing]:
+    """Seconds that reading a prompt of PROMPT positions takes: whole, and by `--same-bits` in
+    pieces of so many."""
+    quantised = stored if stored in ("int8", "int4") else None
+    model = random_model(size, dtype_of(stored), quantised).language_model
+    text = model.config
+    embeds = torch.randn(1, PROMPT, text.hidden_size).to(dtype_of(stored)) * 0.02
+
+    def read(piece: int) -> float:
+        cache = KVCache(text, 1, PROMPT, dtype=embeds.dtype, device="cpu")
+        model.__class__ = LanguageModel if piece == PROMPT else row_by_row.RowByRow
+        row_by_row.PIECE = piece
+        started = time.perf_counter()
+        model(embeds, None, cache, last_only=True)
+        return time.perf_counter() - started
+
+    variants = {f"pieces of {piece}": partial(read, piece) for piece in PIECES}
+    return take_turns({"whole": partial(read, PROMPT)} | variants, rounds)
+
+
+def pieces_table(size: str, found: dict[str, dict[str, Timing]]) -> str:
+    names = list(next(iter(found.values())))
+    lines = [
+        f"| {size}, {PROMPT} positions, seconds, and how much of the whole | {' | '.join(names)} | others |",
+        "|---|" + "---:|" * (len(names) + 1),
+    ]
+    for stored, timings in found.items():
+        whole = timings["whole"].median
+        cells = [
+            f"{timings[name].median:.2f} ({timings[name].median / whole:.2f})" for name in names
+        ]
+        others = statistics.median(other for timing in timings.values() for other in timing.others)
+        lines.append(f"| {stored} | {' | '.join(cells)} | {others:.2f} |")
+    return "\n".join(lines)
+
+
 def dtype_of(stored: str) -> torch.dtype:
     """Of activations: what `auto` chooses for quantised layers where bfloat16 is fast."""
     if stored == "bfloat16" or (stored != "float32" and processor.has_fast_bfloat16()):
@@ -304,11 +349,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--read", type=Path, nargs="+", metavar="JSON", help="tables of what was found before"
     )
     parser.add_argument("--bits", action="store_true", help="measure bits, not seconds")
+    parser.add_argument("--pieces", choices=SIZES, help="measure a prompt in pieces")
     options = parser.parse_args(argv)
     if options.rounds < 1:
         parser.error("--rounds needs at least 1")
     command = " ".join(["python tools/bench.py kernels", *(sys.argv[1:] if argv is None else argv)])
     kind, head = processor.kind(), f"`{command}`, {date.today()}, {machine('cpu')}"
+    if options.pieces:
+        found = {s: pieces(options.pieces, s, options.rounds) for s in options.dtypes}
+        listed = [{"name": [s, n], **vars(t)} for s, of in found.items() for n, t in of.items()]
+        text = f"{head}\n\n{pieces_table(options.pieces, found)}"
+        print(json.dumps(listed) if options.json else text)
+        return 0
     if options.bits:
         found = bits_found(options)
         print(json.dumps(found) if options.json else f"{head}\n\n{bits_table(found)}")

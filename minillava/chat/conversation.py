@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minillava.assistant import Assistant
 from minillava.cache import KVCache
+from minillava.fast.row_by_row import reusable
 from minillava.files.pictures import ImageSource
 from minillava.generate.speculate import following
 from minillava.labels import common_prefix
@@ -61,6 +62,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self.waiting: list[Picture] = []  # for the next question
         self.cache: KVCache | None = None
+        self.prompt_length = 0  # positions that were read as a prompt, not made as an answer
         # What stands, or will stand, at each position: an id, or a Picture P times; the first
         # cache.length are cached. A stream goes on only while this is its own list.
         self.positions: list[int | Picture] = []
@@ -152,6 +154,8 @@ class Conversation:
             self.cache = KVCache(model.config.text, 1, 0, dtype=like.dtype, device=like.device)
         # The last position is read in any case: its logits choose the first token.
         turn.reused = common_prefix(self.positions[: self.cache.length], positions[:-1])
+        turn.reused = reusable(model.language_model, turn.reused, self.prompt_length)
+        self.prompt_length = len(positions)
         turn.prefilled = len(positions) - turn.reused
         self.cache.truncate(turn.reused)
         self.positions = positions

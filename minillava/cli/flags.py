@@ -131,9 +131,17 @@ MODEL_FLAGS = (
 )  # fmt: skip
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of every door that opens a model, as `opening.open_assistant` takes them."""
-    add_flags(parser, "model", MODEL_FLAGS)
+SAME_BITS = flag(
+    "--same-bits", action="store_true",
+    help="an answer has the same bits alone, in a batch, in a conversation and with drafts: "
+    "prompts are read one by one, in pieces, which takes longer in int8 and int4, and in a batch",
+)  # fmt: skip
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, answers: bool = False) -> None:
+    """Flags of every door that opens a model, as `opening.open_assistant` takes them. answers: of
+    one that watches no layer at work."""
+    add_flags(parser, "model", (*MODEL_FLAGS, *[SAME_BITS] * answers))
 
 
 # ------------------------------------------------------------------------------- how it is answered

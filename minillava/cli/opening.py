@@ -92,6 +92,7 @@ def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -
     """What the flags of `add_model_arguments` ask for, opened and reported."""
     from minillava.assistant import load
     from minillava.fast.quantize import count_parameters, quantised_kinds
+    from minillava.fast.row_by_row import keep_bits
 
     started = time.perf_counter()
     messages.progress(f"loading {weights} ...")
@@ -112,6 +113,8 @@ def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -
                 template=args.template,
                 image_aspect_ratio=args.image_aspect_ratio,
             )
+        if getattr(args, "same_bits", False):
+            keep_bits(assistant.model)
     finally:
         messages.progress("")
     for note in notes:

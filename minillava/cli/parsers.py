@@ -84,7 +84,7 @@ def generate_parser(prog: str = "python -m minillava.generate") -> Parser:
         GENERATE_HELP,
     )
     add_question_arguments(parser)
-    add_model_arguments(parser)
+    add_model_arguments(parser, answers=True)
     add_generation_arguments(parser)
     names, several = option(
         "--num-return-sequences",
@@ -179,7 +179,7 @@ def chat_parser(prog: str = "python -m minillava.chat") -> Parser:
         "question",
         [flag("-i", "--image", action="append", default=[], metavar="FILE", help=picture)],
     )
-    add_model_arguments(parser)
+    add_model_arguments(parser, answers=True)
     add_generation_arguments(parser)
     add_draft_arguments(parser)
     add_output_arguments(parser)
@@ -258,7 +258,7 @@ def batch_parser(prog: str = "python -m minillava.batch") -> Parser:
     )
     add_flags(parser, "files", BATCH_FILES)
     add_flags(parser, "speed", BATCH_SPEED)
-    add_model_arguments(parser)
+    add_model_arguments(parser, answers=True)
     add_generation_arguments(parser)
     add_search_arguments(parser)
     add_contrast_arguments(parser)
