@@ -23,12 +23,12 @@ class Minillava:
     def __init__(self, job: dict):
         # run from a checkout, installed or not
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-        import minillava
+        from minillava import load  # and with it torch
         from minillava.options import KINDS
 
         self.imported = clock()
         quantize, dtype = (job["dtype"], "auto") if job["dtype"] in KINDS else (None, job["dtype"])
-        self.assistant = minillava.load(
+        self.assistant = load(
             job["folder"],
             device=job["device"],
             dtype=dtype,

@@ -128,6 +128,8 @@ def test_compare_measures_processes_side_by_side(checkpoints, capsys, tmp_path):
     for record in records:
         measured = record["found"]
         assert len(measured["ids"]) == 4  # the first, and three more
+        # torch's import is not part of opening: a toy model opens in less time than it takes
+        assert measured["open"] < measured["import"]
         assert measured["import"] + measured["open"] < measured["process"]
         assert measured["vision"] < measured["first"]
 

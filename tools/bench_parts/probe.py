@@ -79,16 +79,16 @@ def _rate(dtype: torch.dtype, device: str) -> float:
 
 
 def _best(work: Callable[[], object], device: str) -> float:
-    """Seconds, after one try that does not count: it fills caches and makes kernels."""
+    """Seconds."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     seconds = []
-    for _ in range(1 + TRIES):
+    for _ in range(TRIES):
         wait()
         started = time.perf_counter()
         work()
         wait()
         seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
+    return min(seconds)
 
 
 def machine(device: str) -> str:
