@@ -21,6 +21,8 @@ def kv(tokens, value, batch=2):
 
 
 def test_update_returns_all_so_far_and_advance_moves_on():
+    """Layers of one step write to the same positions: a cache that moved on with each layer's
+    update would leave gaps."""
     c = cache()
     for layer in (0, 1):
         k, _ = c.update(layer, kv(3, layer), kv(3, layer))
@@ -34,6 +36,7 @@ def test_update_returns_all_so_far_and_advance_moves_on():
 
 
 def test_overflow_raises_with_the_numbers():
+    """A slice behind the end is empty, and what is written into it is lost without an error."""
     c = cache(capacity=4)
     c.reserve(2, 3, None)
     c.advance(3)
@@ -42,11 +45,13 @@ def test_overflow_raises_with_the_numbers():
 
 
 def test_another_batch_size_is_refused():
+    """One row would be broadcast into every row of the cache."""
     with pytest.raises(ValueError, match=r"made for 2 row\(s\), the input has 1"):
         cache().reserve(1, 3, None)
 
 
 def test_truncate_forgets_the_end_and_refuses_nonsense():
+    """What was forgotten lies in memory still: the next tokens must be written over it."""
     c = cache()
     c.update(0, kv(4, 1), kv(4, 1))
     c.advance(4)
@@ -59,6 +64,8 @@ def test_truncate_forgets_the_end_and_refuses_nonsense():
 
 
 def test_growing_keeps_what_is_filled():
+    """A conversation's cache grows while it is used; keys, values and padding move to new memory
+    together."""
     c = cache(capacity=3)
     c.reserve(2, 3, torch.tensor([[False, True, True], [True, True, True]]))
     for layer in (0, 1):
@@ -74,6 +81,7 @@ def test_growing_keeps_what_is_filled():
 
 
 def test_rows_are_repeated_and_reordered_with_their_padding():
+    """Beams change places at every step: a row that leaves its padding behind attends to it."""
     c = cache(capacity=3)
     c.reserve(2, 2, torch.tensor([[False, True], [True, True]]))
     for layer in (0, 1):
@@ -97,6 +105,8 @@ def test_rows_are_repeated_and_reordered_with_their_padding():
 
 
 def test_padding_is_remembered_and_new_tokens_are_real():
+    """A decoding step is given no mask; without the remembered one it attends to the prompt's
+    padding."""
     c = cache()
     assert c.reserve(2, 2, None) is None
     mask = torch.tensor([[False, True, True], [True, True, True]])
@@ -108,4 +118,5 @@ def test_padding_is_remembered_and_new_tokens_are_real():
 
 
 def test_grouped_heads_are_stored_once():
+    """Stored for each query head, a cache of a grouped model takes several times its memory."""
     assert cache().keys[0].shape == (2, 2, 6, 4)

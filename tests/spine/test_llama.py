@@ -16,6 +16,8 @@ CONFIG = TextConfig(hidden_size=32, num_attention_heads=4, rope_theta=100.0)
 
 
 def test_rms_norm_is_the_formula_and_rounds_before_the_weight():
+    """In half precision the order of rounding and of the weight decides the last bit, and
+    transformers rounds first."""
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     norm = RMSNorm(8, 1e-5).double()
     norm.weight.data = torch.arange(1.0, 9.0, dtype=torch.float64)
@@ -28,11 +30,14 @@ def test_rms_norm_is_the_formula_and_rounds_before_the_weight():
 
 
 def test_rms_norm_of_large_halves_does_not_overflow():
+    """The mean of squares in float16 is infinite, and the layer's output zero."""
     x = torch.full((1, 8), 30000.0, dtype=torch.float16)  # its square is far beyond float16
     assert torch.equal(RMSNorm(8, 1e-5).half()(x), torch.ones(1, 8, dtype=torch.float16))
 
 
 def test_rotary_turns_each_pair_by_position_times_frequency():
+    """Number i is paired with number i + D/2: paired with its neighbour, as in the paper, every
+    score is another."""
     x = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
     for position in (0, 1, 50):
         cos, sin = rotary_tables(torch.tensor([[position]]), CONFIG, torch.float32)
@@ -52,6 +57,7 @@ def test_rotary_turns_each_pair_by_position_times_frequency():
 
 
 def test_rotary_scores_depend_on_distance_only():
+    """Queries and keys that are turned in opposite directions add their positions instead."""
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(8, generator=g), torch.randn(8, generator=g)
 
@@ -80,6 +86,7 @@ def test_half_precision_angles_are_rounded_once():
 
 
 def test_linear_scaling_divides_positions():
+    """Multiplied instead, a stretched context would be a shorter one."""
     scaled = TextConfig(hidden_size=32, num_attention_heads=4, rope_theta=100.0, rope_factor=4.0)
     at_8 = rotary_tables(torch.tensor([[8]]), scaled, torch.float32)
     at_2 = rotary_tables(torch.tensor([[2]]), CONFIG, torch.float32)
@@ -87,22 +94,28 @@ def test_linear_scaling_divides_positions():
 
 
 def test_prefill_without_padding_uses_the_causal_path():
+    """A mask where none is needed takes the slow kernel, and T · T bytes."""
     positions, mask, causal = positions_and_mask(None, 0, 4, torch.device("cpu"))
     assert (positions.tolist(), mask, causal) == ([[0, 1, 2, 3]], None, True)
 
 
 def test_one_new_token_needs_no_mask():
+    """The fused causal flag aligns at the upper left: the one query would see the first key
+    alone."""
     positions, mask, causal = positions_and_mask(None, 9, 1, torch.device("cpu"))
     assert (positions.tolist(), mask, causal) == ([[9]], None, False)
 
 
 def test_several_new_tokens_behind_a_cache_get_a_shifted_triangle():
+    """A triangle from the first column on would hide what was read before from all but the last."""
     positions, mask, causal = positions_and_mask(None, 2, 3, torch.device("cpu"))
     assert (positions.tolist(), causal) == ([[2, 3, 4]], False)
     assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
 
 
 def test_padding_is_never_seen_and_not_counted():
+    """Left padding that counts as positions moves a shorter row's text away from where it stands
+    alone; a row of padding that sees nothing is NaN."""
     real = torch.tensor([[False, False, True, True], [True, True, True, True]])
     positions, mask, _ = positions_and_mask(real, 0, 4, torch.device("cpu"))
     assert positions.tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]

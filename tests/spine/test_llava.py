@@ -29,6 +29,7 @@ def model(request):
 
 
 def test_the_splice_puts_each_picture_in_its_place(model):
+    """Pictures are taken in row order, also where a row before has none or two."""
     spliced = model.splice(ROWS, PICTURES)
     assert spliced.embeds.shape == (4, 6 + 2 * (P - 1), 32)
     features, words = model.encode_images(PICTURES), model.language_model.embed_tokens
@@ -46,6 +47,7 @@ def test_the_splice_puts_each_picture_in_its_place(model):
 
 
 def test_image_spans_point_at_the_pictures(model):
+    """Left padding moves them, and heat maps are drawn from what stands there."""
     spliced = model.splice(ROWS, PICTURES)
     assert spliced.image_spans == [[], [(5, 9)], [(1, 5), (6, 10)], [(8, 12)]]
     features = iter(model.encode_images(PICTURES))
@@ -86,10 +88,13 @@ def test_pictures_may_take_different_numbers_of_positions(model):
 
 
 def test_rows_without_padding_need_no_mask(model):
+    """With one, an unpadded batch would leave the causal path."""
     assert model.splice([[1, 5], [1, 6]]).padding_mask is None
 
 
 def test_a_batch_equals_its_rows_alone(model):
+    """Padding on the left shifts positions, and is there to be attended to: a shorter row must
+    notice neither."""
     together = model(ROWS, PICTURES)
     for i, (row, pictures) in enumerate(zip(ROWS, PER_ROW, strict=True)):
         alone = model([row], pictures).logits[0]
@@ -97,6 +102,7 @@ def test_a_batch_equals_its_rows_alone(model):
 
 
 def test_padding_in_the_input_stays_where_it_is(model):
+    """Who pads on the right gets logits at the positions that were given, not moved to the left."""
     alone = model([[1, -200, 7]], PICTURES[:1]).logits[0]
     right = model(
         torch.tensor([[1, -200, 7, 0, 0]]),
@@ -114,6 +120,7 @@ def test_padding_in_the_input_stays_where_it_is(model):
 
 
 def test_cached_decoding_equals_uncached_token_by_token(model):
+    """A cache that is off by one position still gives fluent answers."""
     row, new = [1, -200, 7, 8], [9, 3, 4, 11]
     cache = KVCache(TINY_TEXT, 1, 3 + P + len(new), dtype=torch.float64, device="cpu")
     cached = [model([row], PICTURES[:1], cache=cache).logits[:, -1]]
@@ -123,6 +130,7 @@ def test_cached_decoding_equals_uncached_token_by_token(model):
 
 
 def test_cached_decoding_of_a_padded_batch_equals_its_rows_alone(model):
+    """The next word is read off each row's own end, and at its own position."""
     new = torch.tensor([[9], [3], [4], [11]])
     cache = KVCache(TINY_TEXT, 4, 20, dtype=torch.float64, device="cpu")
     model(ROWS, PICTURES, cache=cache)
@@ -132,6 +140,8 @@ def test_cached_decoding_of_a_padded_batch_equals_its_rows_alone(model):
 
 
 def test_several_tokens_behind_a_cache(model):
+    """A chat's next question comes as many tokens at once, whose mask starts behind what was
+    read."""
     cache = KVCache(TINY_TEXT, 1, 20, dtype=torch.float64, device="cpu")
     model([[1, 5, 6]], cache=cache)
     assert_same_in_float64(
@@ -140,6 +150,7 @@ def test_several_tokens_behind_a_cache(model):
 
 
 def test_a_truncated_cache_continues_as_if_the_rest_had_never_been(model):
+    """Keys that were cut off but still attended to belong to another conversation."""
     cache = KVCache(TINY_TEXT, 1, 20, dtype=torch.float64, device="cpu")
     model([[1, 5, 6, 7, 8]], cache=cache)
     cache.truncate(3)
@@ -149,6 +160,7 @@ def test_a_truncated_cache_continues_as_if_the_rest_had_never_been(model):
 
 
 def test_two_generations_on_one_model_interleave(model):
+    """State on a layer instead of in the cache would mix the two."""
     prompts, caches = (
         ([1, 5, 6], [2, 8]),
         [KVCache(TINY_TEXT, 1, 9, dtype=torch.float64, device="cpu") for _ in range(2)],
@@ -179,6 +191,8 @@ def test_any_embeddings_can_be_a_prefix(model):
 
 
 def test_labels_move_with_the_splice_and_pictures_are_never_predicted(model):
+    """A picture takes P positions where the labels have one: not moved, every label trains
+    another word."""
     labels = [[-100, 5, 6], [-100, -100, -100, 8, 9], [-100, 44, 7, -200, 9, 3], [-100, -100]]
     spliced = model.splice(ROWS, PICTURES, labels=labels)
     assert spliced.labels[2].tolist() == [-100] + [-100] * P + [7] + [-100] * P + [9, 3]
@@ -186,6 +200,8 @@ def test_labels_move_with_the_splice_and_pictures_are_never_predicted(model):
 
 
 def test_the_loss_is_the_mean_over_what_is_not_ignored(model):
+    """A mean row by row would weigh short answers more; labels that are not shifted would train
+    the model to repeat."""
     labels = [[-100, 5, 6], [-100, -100, -100, 8, 9], [-100, -100, 7, -100, 9, 3], [-100, -100]]
     out = model(ROWS, PICTURES, labels=labels)
     log_p = out.logits.log_softmax(-1)
@@ -197,6 +213,7 @@ def test_the_loss_is_the_mean_over_what_is_not_ignored(model):
 
 
 def test_the_loss_reaches_every_parameter():
+    """A detached picture leaves tower and projector untrained, and the loss still falls."""
     model = tiny()
     model([[1, -200, 7]], PICTURES[:1], labels=[[1, -100, 7]]).loss.backward()
     assert [
@@ -205,12 +222,14 @@ def test_the_loss_reaches_every_parameter():
 
 
 def test_a_loss_over_nothing_is_refused():
+    """The mean of nothing is NaN, and one such batch spoils the weights."""
     with pytest.raises(ValueError, match="every label is ignored"):
         # the first is never predicted
         next_token_loss(torch.zeros(1, 3, 5), torch.tensor([[7, -100, -100]]))
 
 
 def test_half_precision_loss_is_taken_in_float32():
+    """A sum of 32,000 exponentials in bfloat16 has two digits."""
     logits = torch.randn(1, 4, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
     labels = torch.tensor([[1, 2, 3, 4]])
     expected = F.cross_entropy(logits[0, :-1].float(), labels[0, 1:])
@@ -231,11 +250,14 @@ def test_half_precision_loss_is_taken_in_float32():
     ],
 )
 def test_wrong_input_is_named(model, rows, pictures, message):
+    """A surplus picture would be left out, and an id outside the vocabulary is an assertion on
+    the GPU that ends the process."""
     with pytest.raises(ValueError, match=message):
         model(rows, PICTURES[:pictures] if pictures else None)
 
 
 def test_wrong_lengths_are_named(model):
+    """Shorter labels would be broadcast or cut."""
     with pytest.raises(ValueError, match=r"labels has rows of \[2\] tokens, input_ids of \[3\]"):
         model([[1, 2, 3]], labels=[[1, 2]])
     with pytest.raises(
@@ -245,6 +267,7 @@ def test_wrong_lengths_are_named(model):
 
 
 def test_wrong_pictures_labels_and_ranks_are_named(model):
+    """One picture without its batch dimension reads as three of one channel."""
     with pytest.raises(
         ValueError, match=r"images are \[3, 28, 28\], expected a tensor \[n, 3, R, R\]"
     ):
@@ -263,10 +286,12 @@ def test_wrong_pictures_labels_and_ranks_are_named(model):
 
 
 def test_one_flat_row_is_a_batch_of_one(model):
+    """A list of ids is what tokenizers return."""
     assert_same_in_float64(model([1, 5, 6]).logits, model([[1, 5, 6]]).logits)
     assert_same_in_float64(model(torch.tensor([1, 5, 6])).logits, model([[1, 5, 6]]).logits)
 
 
 def test_the_last_block_of_the_tower_and_its_final_norm_are_not_built(model):
+    """They would be computed for nothing, and their weights kept in memory."""
     assert len(model.vision_tower.encoder.layers) == TINY_VISION.num_hidden_layers - 1
     assert not any("post_layernorm" in name for name, _ in model.named_parameters())
