@@ -1,9 +1,9 @@
-"""Make the pictures on README and the pages of look and trace.
+"""Make the pictures on README and the pages of look, probe and trace.
 
     python tools/screenshots.py
 
 Asks the bundled model: look draws minillava/look/heatmap.png, and Chromium shows the pages that
-look and trace write, minillava/look/page.png and minillava/tracing/page.png. Needs Chromium (on
+look, probe and trace write: page.png in the folder of each. Needs Chromium (on
 Debian: apt-get install chromium).
 """
 
@@ -21,6 +21,10 @@ WORDS = ["--word", "star", "--word", "circle", "--word", "square"]
 # where a page's picture goes: the command that writes it, and the part of it that is shown
 PAGES = {
     ROOT / "minillava" / "look" / "page.png": (["look"], (1000, 680)),
+    ROOT / "minillava" / "probe" / "page.png": (
+        ["probe", "-p", "What colour is the circle?", "--dtype", "float32", "--word", "blue"],
+        (1000, 1180),
+    ),
     ROOT / "minillava" / "tracing" / "page.png": (["trace", "--depth", "outline"], (1000, 1700)),
 }
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "chrome"

@@ -102,7 +102,7 @@ class Answered:
         """How much less likely each token became, in nats: [B, S, C] -> float64 [B, m]. Read a few
         rows at a time."""
         lost = [self.clean - self.log_probs(rows) for rows in embeds.split(ROWS)]
-        return torch.cat(lost).double().cpu().numpy()
+        return torch.cat(lost).cpu().double().numpy()
 
     def by_word(self, tokens: np.ndarray) -> np.ndarray:
         """Numbers of tokens [..., m], summed to those of words [..., words]: a word is as likely as

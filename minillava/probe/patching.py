@@ -61,7 +61,7 @@ def patch(a: Answered, b: Answered) -> Patching:
 
 def ahead(language, embeds: Tensor, pair: tuple[int, int]) -> float:  # type: ignore[no-untyped-def]
     """The logit of B's token minus that of A's, at the last position."""
-    found = logits(language, embeds, embeds.shape[1] - 1)[0, 0].double()  # [V]
+    found = logits(language, embeds, embeds.shape[1] - 1)[0, 0].cpu().double()  # [V]
     return float(found[pair[1]] - found[pair[0]])
 
 

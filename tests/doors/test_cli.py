@@ -1335,6 +1335,7 @@ def test_nothing_new_is_written_that_would_count_as_a_file_of_the_model(check, f
     ("door", "flags"),
     [
         ("look", "--out --html --npy --grid --lens"),
+        ("probe", "--out --html --npy"),
         ("trace", "--html --save"),
         ("batch", "--answers"),
         ("generate", "--contrast-log"),
@@ -1347,7 +1348,11 @@ def test_a_minus_is_stdout_or_refused_and_a_tilde_is_home(monkeypatch, tmp_path,
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     parser = vars(parsers)[f"{door}_parser"]()
-    needed = {"look": ["-i", "x.png"], "batch": ["--questions", "~/q.jsonl"]}.get(door, [])
+    needed = {
+        "look": ["-i", "x.png"],
+        "probe": ["-i", "x.png"],
+        "batch": ["--questions", "~/q.jsonl"],
+    }.get(door, [])
     for flag in flags.split():
         name = flag.strip("-").replace("-", "_")
 
