@@ -420,8 +420,8 @@ PROBE_MEASURES = (
         "heads; repeatable (default: all)",
     ),
     flag(
-        "--block", type=int, default=3, metavar="N",
-        help="hide N x N patches at a time (default: 3)",
+        "--block", type=int, metavar="N",
+        help="hide N x N patches at a time (default: 3, if the picture has as many)",
     ),
     flag(
         "--hide", choices=HIDINGS, default=HIDINGS[0],

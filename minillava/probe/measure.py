@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minillava.assistant import Assistant
-from minillava.cli.hooks import Hooks
+from minillava.cli.hooks import Hooks, uncompiled
 from minillava.files.pictures import Images, as_list, open_image
 from minillava.look.run import (
     default_layers,
@@ -55,7 +55,8 @@ class Answered:
         and for an answer without words."""
         if len(as_list(image)) != 1:
             raise ValueError(f"probe needs one picture with patches, found {len(as_list(image))}")
-        self.assistant, self.model, self.question = assistant, assistant.model, question
+        self.assistant, self.question = assistant, question
+        self.model = uncompiled(assistant.model)
         self.picture = open_image(*as_list(image))
         self.box = seen_box(self.picture.size, assistant.image_processor)
         text = self.model.config.text

@@ -19,6 +19,9 @@ from minillava.probe.page import page, sheet
 from minillava.probe.patching import patch
 from minillava.probe.report import Findings, as_json, as_text
 
+BLOCK = 3
+"""Patches a side that are hidden together: one alone rarely holds all that a word was said of."""
+
 
 def run(args: argparse.Namespace, options: dict) -> int:
     """What `probe` does with its flags; the exit status."""
@@ -31,6 +34,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
     answered = Answered(assistant, picture, question, **asked)
     messages.stage("answer", started, f"{len(answered.words)} words")
     words = find_words([text for text, _ in answered.words], args.word)
+    args.block = min(BLOCK, answered.grid) if args.block is None else args.block
     blocks(answered.grid, args.block)  # before the work: whether it fits
     if args.plan:
         print(plan(args, answered))

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 import minillava
 from minillava.attention import ATTENTION
 from minillava.cli.doors import enter
+from minillava.fast.compiled import Captured
 from minillava.look import draw as look_draw
 from minillava.look.run import look
 from minillava.probe import patching
@@ -442,3 +443,16 @@ def test_numbers_have_no_minus_before_nothing():
         "-0.01",
         "8.88",
     ]
+
+
+def test_a_compiled_model_is_measured_by_its_layers(toy, picture, answered):
+    """Its compiled step calls no hooks; the passes that are measured are not that step."""
+    compiled = copy.copy(toy.model)
+    compiled.decoding = Captured(lambda *_: pytest.fail("the compiled step ran"))
+    other = copy.copy(toy)
+    other.model = compiled
+    found = Answered(other, picture, QUESTION, **SHORT)
+    assert found.ids == answered.ids
+    np.testing.assert_array_equal(
+        knock_out(found).everywhere["answer"], knock_out(answered).everywhere["answer"]
+    )
