@@ -4,12 +4,10 @@ one line each.
 T prompt positions after the splice, m decoded tokens, C width, V vocabulary; one row everywhere.
 """
 
-import math
 import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import PIL
@@ -24,15 +22,15 @@ from minillava.attention import ATTENTION
 from minillava.cache import KVCache
 from minillava.checkpoint.place import choose_device, choose_dtype
 from minillava.cli.hooks import attending
-from minillava.config import LlavaConfig
 from minillava.fast import processor
 from minillava.fast.processor import has_fast_bfloat16
-from minillava.fast.quantize import QuantisedLinear, quantised_kinds, stored_shapes
+from minillava.fast.quantize import QuantisedLinear, quantised_kinds
 from minillava.fast.same_bits import ROWS, queries_alike, rows_alike
 from minillava.files.disk import one_line
 from minillava.generate.speculate import MOST, keeps_bits
+from minillava.inspection.memory import available_memory, gigabytes
 from minillava.llava import Spliced
-from minillava.options import KINDS, dtype_name, remaining_context
+from minillava.options import dtype_name, remaining_context
 from minillava.sampling import check_finite, last_logits
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
@@ -53,9 +51,6 @@ model that does not read the patches stays at rounding, mostly at exactly 0; the
 yes and no."""
 
 ALIKE = 1e-12  # and never by less, which is rounding in float64
-
-# row of the table -> bytes of a number in the cache
-MEMORY = {"float32": 4, "bfloat16": 2, "int8": 2, "int4": 2}
 
 TOKENS = 4  # decoded in the check of the cache
 
@@ -135,51 +130,6 @@ def precision(device: str, dtype: torch.dtype, stored: torch.dtype, parameters: 
     return Finding("device and dtype", WARNING if slow else OK, text, figures)
 
 
-def weight_bytes(shapes: dict[str, tuple[int, ...]], row: str) -> int:
-    """Bytes of the weights: 4 each in float32, 2 in bfloat16. int8 and int4 change the linear
-    layers of the language model, as quantize.py stores them, and leave all else (embedding table,
-    norms, projector, vision tower) in bfloat16."""
-    total = 0
-    for name, shape in shapes.items():
-        linear = (
-            name.startswith("language_model.") and len(shape) == 2 and "embed_tokens" not in name
-        )
-        if row in KINDS and linear:
-            parts = stored_shapes(shape, row).values()
-            total += sum(math.prod(part) * dtype.itemsize for part, dtype in parts)
-        else:
-            total += math.prod(shape) * (4 if row == "float32" else 2)
-    return total
-
-
-def cache_bytes(config: LlavaConfig, positions: int, bytes_each: int = 2) -> int:
-    """Bytes of the keys and values of every layer, for that many positions."""
-    text = config.text
-    return (
-        2
-        * text.num_hidden_layers
-        * text.num_key_value_heads
-        * text.head_dim
-        * positions
-        * bytes_each
-    )
-
-
-def memory_table(config: LlavaConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict]:
-    """dtype -> bytes of weights, of the cache per 1,000 positions, and of both at full context. The
-    cache has 16 bits, in float32 32, as the loop makes it."""
-    context, table = config.text.context, {}
-    for row, each in MEMORY.items():
-        weights = weight_bytes(shapes, row)
-        full = weights + cache_bytes(config, context, each)
-        table[row] = {
-            "weights": weights,
-            "cache_per_1000": cache_bytes(config, 1000, each),
-            "full_context": full,
-        }
-    return table
-
-
 def memory(weights: int, cache: int, device: str, mapped: bool) -> Finding:
     """Bytes needed against those available. mapped: the weights stay on disk, from where the system
     reads them again when memory is short, so that too little memory is slow but no failure."""
@@ -202,17 +152,6 @@ def memory(weights: int, cache: int, device: str, mapped: bool) -> Finding:
     return Finding(
         "memory", FAILED, f"{text}: does not fit; try another --dtype or --device", figures
     )
-
-
-def available_memory(device: str) -> int | None:
-    """Bytes of memory that are available on a device; None if the system does not say."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(torch.device(device))[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())
-    return next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), None)
 
 
 def examine(
@@ -409,8 +348,3 @@ def sight(shown: dict[str, Tensor], rounding: dict[str, float], decode: Callable
             figures,
         )
     return Finding("blind test", OK, f"the answer depends on the picture; {text}", figures)
-
-
-def gigabytes(count: int) -> str:
-    """Bytes for a person: in GB (10⁹) from 100 MB on."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -34,7 +34,7 @@ from minillava.files.disk import read_json
 from minillava.files.hub import CLIP_RELEASE, DOWNLOAD
 from minillava.files.tensors import DTYPES, Stored, open_file, weight_files
 from minillava.files.tokenizer_files import find_tokenizer
-from minillava.inspection import doctor
+from minillava.inspection.memory import memory_table
 from minillava.llava import Llava
 from minillava.options import dtype_name
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, find_template, place_images, render
@@ -114,7 +114,7 @@ def inspect_folder(
     if config is not None:
         shapes = weight_shapes(config)
         report.network = _network(config)
-        report.memory = doctor.memory_table(config, shapes)
+        report.memory = memory_table(config, shapes)
         processor = report.attempt(
             read_image_processor, folders.of_pictures, config, image_aspect_ratio
         )

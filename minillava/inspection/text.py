@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from minillava.inspection import doctor
+from minillava.inspection.memory import gigabytes
 from minillava.inspection.report import FILES, Report, part_of
 
 SHOWN = 8  # lines of each kind of problem; --json has them all
@@ -77,7 +77,7 @@ def _weights(report: Report) -> list[str]:
     lines = []
     for name, kind in report.dtypes.items():
         count = f"{kind['parameters']:,} parameters in {kind['tensors']:,} tensors"
-        lines.append(_line(f"stored as {name}", f"{count}, {doctor.gigabytes(kind['bytes'])}"))
+        lines.append(_line(f"stored as {name}", f"{count}, {gigabytes(kind['bytes'])}"))
     read = [Path(path).name for path in report.read]
     if len(read) > 3:
         read = [f"{read[0]} ... {read[-1]}", f"{len(read)} files"]
@@ -97,7 +97,7 @@ def _memory(report: Report) -> list[str]:
     total = f"sum at {report.network['context']:,} positions"
     lines = ["", f"  {'memory':<10}{'weights':>12}{'cache per 1,000':>18}{total:>26}"]
     for row, columns in report.memory.items():
-        weights, cache, full = map(doctor.gigabytes, columns.values())
+        weights, cache, full = map(gigabytes, columns.values())
         lines.append(f"  {row:<10}{weights:>12}{cache:>18}{full:>26}")
     return lines
 

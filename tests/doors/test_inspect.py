@@ -24,7 +24,7 @@ from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.fast import processor
 from minillava.files.hub import CLIP_RELEASE
 from minillava.files.tensors import SafetensorsFile
-from minillava.inspection import doctor
+from minillava.inspection import doctor, memory
 from minillava.inspection import report as inspect
 
 WEIGHTS = ROOT / "weights" / "shapes"
@@ -136,11 +136,11 @@ def test_int8_and_int4_by_hand():
         "projector.linear_1.weight": (96, 8),
     }
     rest = 2 * (10 * 96 + 96 + 96 * 8)
-    assert doctor.weight_bytes(shapes, "int8") == rest + 64 * 130 + 20 * 98
-    assert doctor.weight_bytes(shapes, "int4") == rest + 64 * (64 + 2 * 4) + 20 * 98
+    assert memory.weight_bytes(shapes, "int8") == rest + 64 * 130 + 20 * 98
+    assert memory.weight_bytes(shapes, "int4") == rest + 64 * (64 + 2 * 4) + 20 * 98
     assert (
-        doctor.weight_bytes(shapes, "float32")
-        == 2 * doctor.weight_bytes(shapes, "bfloat16")
+        memory.weight_bytes(shapes, "float32")
+        == 2 * memory.weight_bytes(shapes, "bfloat16")
         == 2 * (rest + 2 * (64 * 128 + 20 * 96))
     )
 
