@@ -24,6 +24,7 @@ import minillava
 from minillava.chat import conversation as conversing
 from minillava.chat.conversation import Conversation
 from minillava.cli.doors import enter
+from minillava.generate import speculate
 from minillava.generate.generation import generate
 from minillava.loop import steps
 
@@ -73,7 +74,7 @@ def watch(monkeypatch):
 
         monkeypatch.setattr(model.language_model, "forward", count_positions)
         monkeypatch.setattr(model, "encode_images", count_pictures)
-        monkeypatch.setattr(conversing, "steps", keep_logits)
+        monkeypatch.setattr(speculate, "steps", keep_logits)
         return seen
 
     return watched
