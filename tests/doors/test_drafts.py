@@ -1,0 +1,108 @@
+"""--draft of generate, chat and batch: the same answers, what is said of them, what is refused."""
+
+import io
+import json
+
+import pytest
+from commands import status_of
+from paths import ROOT
+
+from minillava.cli.doors import enter
+
+WEIGHTS = ROOT / "weights" / "shapes"
+PICTURE = WEIGHTS / "example-2.png"
+ASKED = ["-m", WEIGHTS, "-i", PICTURE, "-p", "Please describe this image in detail."]
+
+
+def run(capsys, door, *arguments):
+    status = status_of(lambda argv: enter(door, argv), list(arguments))
+    done = capsys.readouterr()
+    return status, done.out, done.err
+
+
+def test_the_answer_is_the_same_and_json_tells_what_it_took(capsys):
+    _, plain, _ = run(capsys, "generate", *ASKED)
+    for draft, kind in (("lookup", "lookup"), (WEIGHTS, "model")):
+        status, out, err = run(capsys, "generate", *ASKED, "--draft", draft, "-v")
+        assert (status, out) == (0, plain)
+        assert f"\ndrafts   {kind}: 20 tokens, 1 from the prompt, 19 in " in err
+        told = json.loads(run(capsys, "generate", *ASKED, "--draft", draft, "--json")[1])
+        assert told["text"] + "\n" == plain
+        assert set(told["draft"]) == {"kind", "passes", "drafted", "accepted", "lengths", "exact"}
+        assert told["draft"]["kind"] == kind
+        assert sum(told["draft"]["lengths"]) == told["draft"]["passes"]
+    assert "draft" not in json.loads(run(capsys, "generate", *ASKED, "--json")[1])
+
+
+def test_tokens_at_a_time(capsys):
+    found = [
+        json.loads(
+            run(capsys, "generate", *ASKED, "--draft", WEIGHTS, "--draft-tokens", count, "--json")[
+                1
+            ]
+        )["draft"]["passes"]
+        for count in (1, 4, 19)
+    ]
+    assert found == [10, 4, 1]
+
+
+@pytest.mark.parametrize("door", ["generate", "chat", "batch"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--draft-tokens", "3"], "--draft-tokens 3 needs --draft"),
+        (["--draft", "lookup", "--draft-tokens", "0"], "'0', expected 1 to 64, or auto"),
+        (["--draft", "lookup", "--draft-tokens", "many"], "'many', expected 1 to 64, or auto"),
+        (["--draft", "lookup", "--compile"], "--draft and --compile do not go together"),
+        (["--draft", "lookup", "--num-beams", "2"], "--draft and --num-beams do not go together"),
+    ],
+)
+def test_what_does_not_go_together_is_wrong_usage(capsys, door, flags, message):
+    """Before a model is opened."""
+    if door == "chat" and "--num-beams" in flags:
+        return  # which it does not have
+    needed = ["--questions", "q", "--answers", "a"] if door == "batch" else []
+    status, out, err = run(capsys, door, "-m", WEIGHTS, *needed, *flags)
+    assert (status, out) == (2, "")
+    assert message in err
+
+
+def test_several_answers_take_no_drafts(capsys):
+    flags = ["--draft", "lookup", "--num-return-sequences", "2", "--temperature", "1"]
+    status, _, err = run(capsys, "generate", *ASKED, *flags)
+    assert status == 2
+    assert "--draft and --num-return-sequences do not go together" in err
+
+
+def test_a_draft_that_is_none_is_one_line(capsys, tmp_path):
+    status, out, err = run(capsys, "generate", "-q", *ASKED, "--draft", tmp_path / "none")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ")
+    assert "no such folder" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_chat_goes_on(capsys, monkeypatch):
+    found = []
+    for flags in ([], ["--draft", "lookup", "--draft-tokens", "3", "-v"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("What is red?\nAnd again: what is red?\n"))
+        found.append(run(capsys, "chat", "-m", WEIGHTS, "-i", PICTURE, *flags))
+    assert found[0][:2] == found[1][:2]
+    assert found[1][2].count("\ndrafts   lookup: ") == 2
+
+
+def test_batch_asks_one_after_the_other_and_says_so(capsys, tmp_path):
+    """Its answers are those of a run without drafts, which may go on with it."""
+    questions = tmp_path / "q.jsonl"
+    lines = [
+        {"question_id": i, "image": PICTURE.name, "text": text}
+        for i, text in enumerate(("What is red?", "Describe it.", "Where is the ring?"))
+    ]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = ["-m", WEIGHTS, "--questions", questions, "--images", WEIGHTS]
+    plain, drafted = tmp_path / "plain.jsonl", tmp_path / "drafted.jsonl"
+    for flags in (["--answers", plain], ["--answers", drafted, "--draft", WEIGHTS]):
+        status, _, err = run(capsys, "batch", *asked, *flags)
+        assert status == 0
+    assert "drafts are for one question at a time: --batch-size is 1" in err
+    assert drafted.read_text() == plain.read_text()
