@@ -32,6 +32,9 @@ from minillava.sampling import Sampler
 from minillava.streaming import Run, Step
 from minillava.tokenizer import Tokenizer
 
+NOTICED = 64
+"""After so many guesses without a right one, something may be wrong."""
+
 MOST = 15
 """Guesses in a pass, at most, where their number is chosen by what they cost."""
 
@@ -98,10 +101,12 @@ class Report:
         speed = f" ({made / self.passes:.1f} a pass)" if self.passes else ""
         lengths = " ".join(f"{n}:{count}" for n, count in enumerate(self.lengths) if count)
         exact = {True: ", exact on this machine", False: ", exact up to rounding", None: ""}
+        wrong = "; not one was right: do they come from a model like this?"
         return (
             f"{self.kind}: {self.tokens} tokens, 1 from the prompt, {made} in {self.passes} passes"
             f"{speed}; drafted {self.drafted}, accepted {self.accepted}; accepted lengths: "
             f"{lengths or 'none'}{exact[self.exact]}"
+            f"{wrong if self.drafted >= NOTICED and not self.accepted else ''}"
         )
 
 
@@ -144,7 +149,7 @@ class Drafts:
     drafter: Drafter
     tokens: int | None = None
     pass_cost: Callable[[int], float] = lambda rows: 1.0  # of so many rows, in steps of one row
-    exact: bool | None = None  # known from the first answer on
+    exact: dict[int, bool] = field(default_factory=dict)  # by streams, from the first answer on
     report: Report | None = None  # of the answer that began last
 
     def __post_init__(self) -> None:
@@ -169,9 +174,10 @@ class Drafts:
     ) -> Iterator[Step]:
         """`loop.steps` for one prompt, the same Steps in fewer passes. Raises ValueError for
         several."""
-        if self.exact is None:
-            self.exact = keeps_bits(model.language_model, 1 + (self.tokens or MOST))
-        self.report = Report(self.drafter.kind, self.exact)
+        streams, most = 1 if rest.get("contrast") is None else 2, 1 + (self.tokens or MOST)
+        if streams not in self.exact:
+            self.exact[streams] = keeps_bits(model.language_model, most, streams)
+        self.report = Report(self.drafter.kind, self.exact[streams])
         return _steps(self, self.report, model, spliced, options, pictures, **rest)
 
 
@@ -302,18 +308,19 @@ def row_by_row(attend: Callable[..., Any], padded: bool) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-def keeps_bits(language: LanguageModel, most: int) -> bool:
+def keeps_bits(language: LanguageModel, most: int, streams: int = 1) -> bool:
     """Whether the rows of a pass over up to `most` tokens have the bits of single steps here: by
     the first block and the head, which have layers of all shapes. What differs is how a product of
-    several rows adds up."""
+    several rows adds up. streams: 2 with contrast."""
     weight = language.embed_tokens.weight
     config = replace(language.config, num_hidden_layers=1)
     context = Context(*[None] * 4, row_by_row(language.attend, False), None)
     random = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (1, most), generator=random).to(weight.device)
+    ids = torch.randint(config.vocab_size, (streams, most), generator=random).to(weight.device)
 
     def logits(*counts: int) -> Tensor:
-        cache, found = KVCache(config, 1, most, dtype=weight.dtype, device=weight.device), []
+        cache = KVCache(config, streams, most, dtype=weight.dtype, device=weight.device)
+        found = []
         for count in counts:
             start, end = cache.length, cache.length + count
             positions = torch.arange(start, end, device=weight.device)[None]
@@ -324,7 +331,7 @@ def keeps_bits(language: LanguageModel, most: int) -> bool:
             found.append(language.head(language.norm(x)))
         return torch.cat(found, dim=1)
 
-    single = logits(*[1] * most)  # [1, most, V]
+    single = logits(*[1] * most)  # [streams, most, V]
     counts = {count for count in (2, 3, 4, 8, 16, most) if count <= most}
     return all(torch.equal(logits(count), single[:, :count]) for count in counts)
 
