@@ -384,6 +384,7 @@ def test_a_lookup_by_hand(ids, ends, expected):
     assert look_up(ids, 3, ends, longest=2) == expected
 
 
+@pytest.mark.parity
 def test_a_lookup_finds_what_transformers_finds():
     candidates = pytest.importorskip("transformers.generation.candidate_generator")
     random = torch.Generator().manual_seed(0)

@@ -1,5 +1,6 @@
 """What surrounds the code: the contributing page, the workflow, the hooks, and the import check."""
 
+import ast
 import re
 import runpy
 import stat
@@ -66,6 +67,59 @@ def test_the_oldest_python_of_the_workflow_is_that_of_the_package():
     (oldest,) = re.findall(r'python_requires=">=([\d.]+)"', setup)
     (matrix,) = re.findall(r"python: \[(.+)\]", WORKFLOW.read_text(encoding="utf-8"))
     assert matrix.split(", ")[0] == f'"{oldest}"'
+
+
+# What the extra `test` brings, and modules of Python that not every system has.
+NOT_EXTRAS = {"pty", "readline", "nbclient", "ipykernel"}
+
+
+def skips_without(function: ast.AST) -> set[str]:
+    """The packages that it needs, by pytest.importorskip."""
+    calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+    named = [call.args[0].value for call in calls if "importorskip" in ast.unparse(call.func)]
+    return {name.split(".")[0] for name in named} - NOT_EXTRAS
+
+
+def unmarked(source: str) -> list[str]:
+    """Tests that need an extra, themselves or by a fixture, and are not marked parity."""
+    body = ast.parse(source).body
+    functions = [node for node in body if isinstance(node, ast.FunctionDef)]
+    others = ast.Module([node for node in body if node not in functions], [])
+    if "mark.parity" in ast.unparse(others):  # pytestmark
+        return []
+    need = {each.name for each in functions if skips_without(each)}
+    while more := {
+        each.name
+        for each in functions
+        if each.name not in need and need & {argument.arg for argument in each.args.args}
+    }:
+        need |= more
+    marked = {each.name for each in functions if "mark.parity" in ast.unparse(each)}
+    everything = [each.name for each in functions] if skips_without(others) else sorted(need)
+    return [name for name in everything if name.startswith("test_") and name not in marked]
+
+
+def test_what_needs_an_extra_is_marked():
+    """Two files that compare with transformers were in no list of .ci/run: they never ran there."""
+    source = """
+@pytest.fixture
+def package():
+    return pytest.importorskip("peft.tuners")
+
+@pytest.fixture
+def user(package): ...
+def test_a(user): ...
+@pytest.mark.parity
+def test_b(package): ...
+def test_c(): pytest.importorskip("pty")
+def test_d(): pytest.importorskip("transformers", minversion="5")"""
+    assert unmarked(source) == ["test_a", "test_d"]
+    assert unmarked('pytest.importorskip("peft")\ndef test_a(): ...') == ["test_a"]
+    assert unmarked(f"pytestmark = pytest.mark.parity\n{source}") == []
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    assert len(paths) > 40
+    found = {path.name: unmarked(path.read_text(encoding="utf-8")) for path in paths}
+    assert {name: tests for name, tests in found.items() if tests} == {}
 
 
 def test_the_hooks_run_what_is_here():

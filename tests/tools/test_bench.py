@@ -482,6 +482,7 @@ def test_startup_names_each_checkout_and_says_which_fails(monkeypatch, tmp_path,
     assert "not a checkout of minillava" in capsys.readouterr().err
 
 
+@pytest.mark.parity
 def test_growth_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="needs pip install -e '.[bench]'")
     timings = {

@@ -195,6 +195,7 @@ def test_yes_and_no_are_equally_often_true_and_no_is_hard():
 # --- the recipe -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parity
 def test_tokenizer_has_llamas_conventions(tokenizer):
     model = tokenizer.sentencepiece
     assert [model.id_to_piece(i) for i in range(4)] == ["<unk>", "<s>", "</s>", "<0x00>"]
