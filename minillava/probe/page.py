@@ -27,7 +27,7 @@ SIDE = 320
 """The longer side of a map on the page, in pixels."""
 
 LINES = "#c2410c", "#1d4ed8", "#15803d", "#a21caf", "#0e7490", "#854d0e"
-"""Colours of curves, in turn."""
+"""Colours of curves: so many words, those that lose most, are drawn."""
 
 STYLE = f"""{THEME}
 @media screen {{ body {{ max-width: 72rem; padding: 1rem; }} }}
@@ -158,8 +158,9 @@ def _knock_out(found: Findings, cut: KnockOut) -> str:
     for who, curve in cut.curves.items():
         losses, everywhere = found.of_words(curve), found.of_words(cut.everywhere[who])
         names = [f"{text} ({number(x)})" for text, x in zip(texts, everywhere, strict=True)]
+        strongest = sorted(np.argsort(-np.abs(losses).max(1))[: len(LINES)])
         told += f"<p>{WHO[who].capitalize()} may not attend to the picture; in brackets, in all "
-        told += f"layers at once:</p>{_curves(losses, names)}"
+        told += f"layers at once:</p>{_curves(losses[strongest], [names[i] for i in strongest])}"
         rows = [
             (text, [*one, whole])
             for text, one, whole in zip(texts, losses, everywhere, strict=True)
@@ -189,7 +190,7 @@ def _curves(lines: np.ndarray, names: Sequence[str]) -> str:
         parts += f'<text x="{x:.1f}" y="{high - 4}" text-anchor="middle">{layer}</text>'
     keys = ""
     for i, (line, name) in enumerate(zip(lines, names, strict=True)):
-        colour = LINES[i % len(LINES)]
+        colour = LINES[i]
         points = " ".join("{:.1f},{:.1f}".format(*place(j, x)) for j, x in enumerate(line))
         parts += f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
         keys += f'<span style="color: {colour}">&#9632;</span> {escape(name)} '

@@ -46,11 +46,14 @@ def run(args: argparse.Namespace, options: dict) -> int:
         messages.stage("patching", started, f"{found.patching.moved.size} places")
     measure(args, found, messages)
     files = contents(args, found)
-    if args.json == "-":
-        print_json(as_json(found))
-    elif not any(map(is_stdout, files)):  # which then has that file alone
-        print(as_text(found), flush=True)
-    return write_outputs(files)
+    try:
+        if args.json == "-":
+            print_json(as_json(found))
+        elif not any(map(is_stdout, files)):  # which then has that file alone
+            print(as_text(found), flush=True)
+    finally:  # also if nobody reads on, as in `| head -1`
+        status = write_outputs(files)
+    return status
 
 
 def measure(args: argparse.Namespace, found: Findings, messages: Messages) -> None:

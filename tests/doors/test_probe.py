@@ -456,3 +456,14 @@ def test_a_compiled_model_is_measured_by_its_layers(toy, picture, answered):
     np.testing.assert_array_equal(
         knock_out(found).everywhere["answer"], knock_out(answered).everywhere["answer"]
     )
+
+
+def test_files_are_written_though_nobody_reads_the_tables(run, tmp_path, monkeypatch):
+    """`probe --html a.html | head -1` measured for minutes, and wrote nothing."""
+
+    def gone(found):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(probing, "as_text", gone)
+    assert run("--measure", "knockout", "--html", tmp_path / "a.html")[0] == 0
+    assert (tmp_path / "a.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
