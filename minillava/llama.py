@@ -78,17 +78,8 @@ class LanguageModel(nn.Module):
         [B|1,1,T,S]: of tokens that are no row, but guesses. attend: instead of the model's own.
         """
         x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)  # [B, T, C]
-        length, padding_mask = x.shape[1], attention_mask
-        offset = 0 if cache is None else cache.length
-        if cache is not None:
-            padding_mask = cache.reserve(len(x), length, attention_mask)  # [B, S] or None
-        causal = False
-        if positions is None:
-            positions, mask, causal = positions_and_mask(padding_mask, offset, length, x.device)
-        tables = rotary_tables(positions, self.config, x.dtype)
         attend = attend or (eager if attentions else self.attend)
-        context = Context(*tables, mask, causal, attend, cache)
-
+        context = self._context(x, attention_mask, cache, positions, mask, attend)
         states, weights = [], []
         for layer in self.layers:
             if hidden_states:
@@ -97,7 +88,7 @@ class LanguageModel(nn.Module):
             if attentions:
                 weights.append(w)
         if cache is not None:
-            cache.advance(length)
+            cache.advance(x.shape[1])
         x = self.norm(x)
         states.append(x)  # the last hidden state is the normalised one, as transformers reports it
         x = x[:, -1:] if last_only else x
@@ -107,6 +98,24 @@ class LanguageModel(nn.Module):
             tuple(weights) if attentions else None,
             x,
         )
+
+    def _context(
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None,
+        cache: KVCache | None,
+        positions: Tensor | None,
+        mask: Tensor | None,
+        attend: Callable[..., Any],
+    ) -> Context:
+        """What every layer is told of the new tokens x [B,T,C]."""
+        offset, length, causal = 0, x.shape[1], False
+        if cache is not None:
+            offset, padding_mask = cache.length, cache.reserve(len(x), length, padding_mask)
+        if positions is None:  # padding_mask [B, S] or None
+            positions, mask, causal = positions_and_mask(padding_mask, offset, length, x.device)
+        tables = rotary_tables(positions, self.config, x.dtype)
+        return Context(*tables, mask, causal, attend, cache)
 
     def head(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, V]"""

@@ -31,8 +31,6 @@ from minillava.sampling import Process
 from minillava.streaming import Run, Step
 from minillava.tokenizer import Tokenizer
 
-BEAMS_GO_ELSEWHERE = "beams go through generate() or beam.search(), and without contrast"
-
 
 @torch.no_grad()
 def steps(
@@ -56,7 +54,8 @@ def steps(
     in local variables, so any number of loops can share one model. Raises ValueError as `generate`.
     """
     if options.num_beams > 1:
-        raise ValueError(f"num_beams is {options.num_beams}: {BEAMS_GO_ELSEWHERE}")
+        message = f"num_beams is {options.num_beams}: beams go through generate() or beam.search()"
+        raise ValueError(f"{message}, and without contrast")
     run = Run(model, spliced, options, tokenizer, record, contrast, process, cache)
     decoding = model.decoding or decode_in_turn
     with decoding(model, spliced.embeds, run.capacity, cache, run.wanted) as decoder:

@@ -58,11 +58,10 @@ def generate(
     [n,3,R,R] (or [n,P,C], encoded already).
 
     second, contrast: (input_ids, images) that see something else, and what makes one row of logits
-    of two (`steps`; contrast.py has both). record: any of "scores", "logits", "hidden_states",
-    "attentions" (shapes as Hugging Face's generate). options: the fields of `Options` by name; any
-    other name is a TypeError. process: f(scores [B,V], history [B,S]) -> scores [B,V], for sampling
-    of your own: after contrast and penalties, before temperature and filters. history: the ids of
-    prompt and answer, a picture as its id in each of its positions, padding on the left as -1.
+    of two (`steps`; contrast.py has both). record: any of RECORDABLE (shapes as Hugging Face's
+    generate). options: the fields of `Options` by name; any other name is a TypeError. process:
+    f(scores [B,V], history [B,S]) -> scores [B,V], after contrast and penalties, before temperature
+    and filters; history: the ids of prompt and answer, padding on the left as -1.
     num_beams above 1 is beam search (beam.py), without contrast; stop texts are then cut from the
     finished answers. follow: in place of `loop.steps`, say Drafts.steps (speculate.py). Raises
     ValueError for options out of range or a prompt that does not fit the model's context.

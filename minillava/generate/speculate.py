@@ -212,15 +212,15 @@ def _steps(
         drafts.tokens, lambda count: drafts.pass_cost(count * run.streams), drafts.drafter.cost
     )
     with decode_in_turn(model, spliced.embeds, run.capacity, cache, run.wanted) as decoder:
-        # the cache of somebody else may grow at the last yield of a block, keeping what is in it
-        cache, guesses, spare = decoder.cache, [], 0 if cache is None else 1
-        guessed: list[int] = []  # without a pass that checks it, to know how often it is right
+        # Somebody else's cache may grow at the last yield of a block, keeping what is in it.
+        cache, spare = decoder.cache, int(cache is not None)
+        # guessed: without a pass that checks it, to know how often it is right
+        guesses, guessed = [], []
         rows = [prefill(model, spliced, cache, **run.wanted)]
         draft = drafts.drafter.begin(prompt_ids(spliced), run.sampler, pictures)
         while True:
             start = cache.length - len(guesses)  # as far as it is known
             block = take_rows(run, rows, guesses)
-            hidden = rows[len(block) - 1].hidden[0, -1]
             accepted = sum(s.ids == [guess] for s, guess in zip(block, guesses, strict=False))
             report.tokens = run.sampler.step
             if report.tokens > len(block):  # not the prompt's
@@ -231,7 +231,7 @@ def _steps(
             if block[-1].finish_reason[0] is not None:
                 return
             ids = [step.ids[0] for step in block]
-            draft.accept(ids, hidden)
+            draft.accept(ids, rows[len(block) - 1].hidden[0, -1])
             # one more than are left could not count
             most = min(run.most - run.sampler.step, cache.capacity - cache.length - spare) - 1
             count = min(pace.choose(), most)

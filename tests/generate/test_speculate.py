@@ -676,3 +676,26 @@ def test_a_folder_that_is_no_model_is_one_line(shapes, llama, tmp_path):
     (broken / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 10**9}))
     with pytest.raises(ValueError, match="num_hidden_layers is 1000000000"):
         shapes.drafts(broken)
+
+
+def test_a_tree_of_guesses_is_read_in_one_pass(toy):
+    """Two ways to go on beside each other: each sees what came before it and nothing of the other,
+    as if it had been read alone."""
+    language, prompt = toy.model.language_model, torch.tensor([[1, 30, 41, 12]])
+    branches = [[5, 6, 7], [9, 8]]
+
+    def cache():
+        made = KVCache(language.config, 1, 12, dtype=torch.float64, device="cpu")
+        language(prompt, None, made)
+        return made
+
+    with torch.no_grad():
+        expected = [language(torch.tensor([ids]), None, cache()).logits for ids in branches]
+        nodes, depths = torch.tensor([[5, 6, 7, 9, 8]]), torch.tensor([[0, 1, 2, 0, 1]])
+        seen = torch.ones(5, 4, dtype=torch.bool)  # all of the prompt
+        own = torch.block_diag(torch.ones(3, 3).tril(), torch.ones(2, 2).tril()).bool()
+        mask = torch.cat([seen, own], dim=1)[None, None]  # [1, 1, T, S]
+        found = language(nodes, None, cache(), positions=4 + depths, mask=mask)
+    for each, row in zip(found.logits.split([3, 2], dim=1), expected, strict=True):
+        torch.testing.assert_close(each, row, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(language.head(found.hidden), found.logits, rtol=0, atol=0)
