@@ -39,6 +39,14 @@ setup(
         # the implementations that the parity tests and tools/make_reference.py compare with;
         # transformers reads tokenizer.model with protobuf
         "parity": ["transformers>=5.23", "protobuf", "peft>=0.21"],
+        # python -m minillava.serve
+        "serve": [
+            "starlette>=1.7",
+            "uvicorn>=0.34",
+            "h11>=0.16",
+            "msgspec>=0.20",
+            "prometheus-client>=0.21",
+        ],
         # tools/train_shapes.py: the progress bar
         "tools": ["tqdm>=4.60"],
         # tools/bench.py: whom it compares with, and what draws its pictures; llama.cpp, where it

@@ -30,12 +30,13 @@ DOORS = {
         "inspection.run",
         "run",
     ),
+    "serve": ("answer OpenAI's clients over HTTP", "serve.run", "run"),
     "convert": ("write weights in another layout, or in 8 or 4 bits", "convert.run", "run"),
     "pope": ("score answers to POPE in the three ways that papers do", "pope.run", "run"),
 }
 
 # whose answer goes to stdout, so that it must be open
-PRINTING = {"generate", "chat", "look", "probe", "trace", "inspect", "pope"}
+PRINTING = {"generate", "chat", "look", "probe", "trace", "inspect", "serve", "pope"}
 
 
 def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> int:

@@ -4,6 +4,7 @@ import ast
 import re
 import runpy
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,15 @@ def test_the_import_check_names_a_module_that_cannot_be_imported(tmp_path, monke
     assert imports["failures"](["minillava.config", "hungry_module"]) == [
         "hungry_module: ModuleNotFoundError: No module named 'no_such_package'"
     ]
+
+
+def test_the_import_check_lets_a_module_of_an_extra_lack_it_and_not_its_door(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("minillava.serve.")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("msgspec", "argparse"):
+        monkeypatch.setitem(sys.modules, name, None)
+    found = imports["failures"](["minillava.serve.protocol", "minillava.serve.run"])
+    assert [line.partition(":")[0] for line in found] == ["minillava.serve.run"]
 
 
 def test_the_import_check_follows_what_packages_require():

@@ -1,0 +1,385 @@
+"""The HTTP side: routes, who may ask, and answers as they are made.
+
+Everything that can be wrong with a request is found before its status goes out; what fails later
+ends a stream with an error event, and the body properly, since a cut connection would be retried.
+"""
+
+import asyncio
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import anyio
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from minillava.generate.engine import Failed, Token
+from minillava.serve.metrics import Metrics
+from minillava.serve.protocol import (
+    SAFE_ID,
+    ApiError,
+    ChatRequest,
+    TokenizeRequest,
+    encode,
+    error_body,
+    read_request,
+)
+from minillava.serve.service import Chat, Service
+
+LOG = logging.getLogger("minillava.serve")
+
+PING = 15.0
+"""Seconds without an event after which a stream says a word: proxies close silent ones."""
+
+LARGE = 65_536
+"""Bytes of a body, above which few are read at a time."""
+
+HEADERS = 32_768
+"""Bytes of all headers."""
+
+HOSTS = ("127.0.0.1", "localhost", "[::1]")
+"""How this machine calls itself. Another name in Host is a page's that was led here."""
+
+OPEN = ("/health", "/livez")
+"""What needs no key: it tells nothing private."""
+
+
+def build(
+    service: Service,
+    *,
+    keys: Sequence[bytes] = (),
+    hosts: Sequence[str] = HOSTS,
+    max_body: int = 32 << 20,
+    body_timeout: float = 60.0,
+) -> Starlette:
+    """The application. keys: of which a client names one, if there are any. hosts: by which names
+    it may be reached."""
+    metrics = Metrics(service.engine)
+    api = Api(service, metrics, max_body, body_timeout)
+    routes = [
+        Route("/v1/chat/completions", api.chat, methods=["POST"]),
+        Route("/v1/models", api.models, methods=["GET"]),
+        Route("/v1/models/{name:path}", api.model, methods=["GET"]),
+        Route("/tokenize", api.tokenize, methods=["POST"]),
+        Route("/health", api.health, methods=["GET"]),
+        Route("/livez", api.livez, methods=["GET"]),
+        Route("/metrics", api.metrics, methods=["GET"]),
+    ]
+    app = Starlette(
+        routes=routes,
+        exception_handlers={HTTPException: _http_error, ApiError: _api_error},
+        middleware=[
+            Middleware(Guard, keys=keys, metrics=metrics),
+            Middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False),
+        ],
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    headers = {"cache-control": "no-store", **error.headers}
+    if error.status in (408, 413):
+        headers["connection"] = "close"  # what comes is not read
+    return Response(error.body(), error.status, headers, "application/json")
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What Starlette refuses by itself, as an error of ours."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        told = f"{request.method} is not taken here"
+        found = ApiError(405, "method_not_allowed", told, headers=dict(error.headers or {}))
+    else:
+        told = "no such address; there is POST /v1/chat/completions, GET /v1/models, POST /tokenize"
+        found = ApiError(404, "unknown_url", told)
+    return await _api_error(request, found)
+
+
+class Guard:
+    """Before all else: a name for the request, who may ask, and a line in the log. Plain ASGI,
+    since Starlette's base class hides that a client went away."""
+
+    def __init__(self, app: Any, keys: Sequence[bytes], metrics: Metrics):
+        self.app, self.keys, self.metrics = app, keys, metrics
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        name = headers.get(b"x-request-id", b"").decode("latin-1")
+        name = name if SAFE_ID.fullmatch(name) else f"req_{secrets.token_hex(12)}"
+        started, status = time.monotonic(), 499  # of a client that went away
+
+        async def noting(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                more = [(b"x-request-id", name.encode()), (b"x-content-type-options", b"nosniff")]
+                message = {**message, "headers": [*message["headers"], *more]}
+            await send(message)
+
+        try:
+            if refused := self._refused(scope["path"], headers, scope["headers"]):
+                await (await _api_error(Request(scope), refused))(scope, receive, noting)
+            else:
+                await self.app(scope, receive, noting)
+        except ClientDisconnect:
+            status = 499
+        except Exception:
+            LOG.exception("%s failed", name)
+            if status == 499:  # nothing is sent yet
+                told = "something went wrong in the server; its log has the request's id"
+                body = encode(error_body(500, "internal_error", told))
+                await Response(body, 500, media_type="application/json")(scope, receive, noting)
+        finally:
+            seconds, route = time.monotonic() - started, route_of(scope["path"])
+            self.metrics.requests.labels(route, str(status)).inc()
+            self.metrics.seconds.labels(route).observe(seconds)
+            method = repr(scope["method"])[1:20].rstrip("'")
+            LOG.info("%s %s %s %d %.0f ms", name, method, route, status, 1e3 * seconds)
+
+    def _refused(self, path: str, headers: dict, given: Sequence) -> ApiError | None:
+        """Why a request may not pass, if it may not."""
+        if sum(len(name) + len(value) for name, value in given) > HEADERS:
+            told = f"the headers have more than {HEADERS} bytes"
+            return ApiError(431, "headers_too_large", told)
+        origin, site = headers.get(b"origin"), headers.get(b"sec-fetch-site")
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        foreign = origin is not None and urlsplit(origin.decode("latin-1")).netloc.lower() != host
+        if foreign or site == b"cross-site":
+            told = "pages of other sites may not ask this server"
+            return ApiError(403, "origin_not_allowed", told)
+        if not self.keys or path in OPEN:
+            return None
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        right = [hmac.compare_digest(key.strip(), each) for each in self.keys]  # all, in equal time
+        if scheme.lower() == b"bearer" and any(right):
+            return None
+        told = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
+        return ApiError(401, "invalid_api_key", told, headers={"www-authenticate": "Bearer"})
+
+
+def route_of(path: str) -> str:
+    """The name of a route, for the log: one of ours, whatever was asked."""
+    if path.startswith("/v1/models"):
+        return "/v1/models"
+    known = ("/v1/chat/completions", "/tokenize", "/health", "/livez", "/metrics")
+    return path if path in known else "other"
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(encode(value), status, {"cache-control": "no-store"}, "application/json")
+
+
+class Api:
+    """What each route does."""
+
+    def __init__(self, service: Service, metrics: Metrics, max_body: int, body_timeout: float):
+        self.service, self.counted = service, metrics
+        self.max_body, self.body_timeout = max_body, body_timeout
+        self.large = anyio.CapacityLimiter(8)  # large bodies at once; small ones never wait
+
+    async def models(self, request: Request) -> Response:
+        return _json({"object": "list", "data": self.service.models()})
+
+    async def model(self, request: Request) -> Response:
+        name = self.service.model(request.path_params["name"])
+        return _json(next(model for model in self.service.models() if model["id"] == name))
+
+    async def health(self, request: Request) -> Response:
+        status, body = self.service.health()
+        return _json(body, status)
+
+    async def livez(self, request: Request) -> Response:
+        return _json({"status": "alive"})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self.counted.text(), media_type="text/plain; version=0.0.4")
+
+    async def tokenize(self, request: Request) -> Response:
+        asked = await self._read(request, TokenizeRequest)
+        return _json(await run_in_threadpool(self.service.tokenize, asked))
+
+    async def chat(self, request: Request) -> Response:
+        events: asyncio.Queue = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def put(number: int, event: Token | Failed) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, (number, event))
+
+        asked = await self._read(request, ChatRequest)
+        chat = await run_in_threadpool(self.service.prepare, asked, put)
+        self.service.submit(chat)
+        if asked.stream:
+            return StreamingResponse(
+                self._ended(chat, stream(chat, events)),
+                media_type="text/event-stream",
+                headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+            )
+        body = await self._unless_gone(request, chat, whole(chat, events))
+        return _json(body)
+
+    async def _ended(self, chat: Chat, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """A stream, at whose end, however it comes, nobody computes for it any more."""
+        done = False
+        try:
+            async for part in parts:
+                yield part
+            done = True
+        finally:
+            self._leave(chat, done)
+
+    async def _unless_gone(self, request: Request, chat: Chat, answer: Awaitable[dict]) -> dict:
+        """The answer, unless the client goes away before. Raises ClientDisconnect then."""
+        making = asyncio.ensure_future(answer)
+        leaving = asyncio.ensure_future(_gone(request))
+        try:
+            await asyncio.wait({making, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not making.done():
+                raise ClientDisconnect
+            return making.result()
+        finally:
+            self._leave(chat, making.done())
+            making.cancel()
+            leaving.cancel()
+
+    def _leave(self, chat: Chat, done: bool) -> None:
+        if not done:
+            self.service.engine.cancel(chat.request)
+            self.counted.cancelled.inc()
+        self.counted.note(chat)
+
+    async def _read(self, request: Request, kind: type) -> Any:
+        """The body, as it must be. Raises ApiError."""
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media != "application/json":
+            told = f"Content-Type is {media[:60] or 'missing'}, expected application/json"
+            raise ApiError(415, "unsupported_media_type", told)
+        length = int(request.headers.get("content-length", 0))  # h11 has seen that it is a number
+        if length > self.max_body:
+            raise self._too_large(length)
+        if length <= LARGE:
+            return read_request(await self._body(request), kind)
+        async with self.large:
+            return await run_in_threadpool(read_request, await self._body(request), kind)
+
+    async def _body(self, request: Request) -> bytes:
+        parts, size = [], 0
+        with anyio.move_on_after(self.body_timeout) as scope:
+            async for part in request.stream():
+                size += len(part)
+                parts.append(part)
+                if size > self.max_body:
+                    raise self._too_large(size)
+        if scope.cancelled_caught:
+            told = f"the body did not arrive within {self.body_timeout:g} s"
+            raise ApiError(408, "request_timeout", told)
+        return b"".join(parts)
+
+    def _too_large(self, size: int) -> ApiError:
+        told = f"the body has {size} bytes or more, at most {self.max_body} are taken (--max-body)"
+        return ApiError(413, "request_too_large", told)
+
+
+async def _gone(request: Request) -> None:
+    """Return when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def whole(chat: Chat, events: asyncio.Queue) -> dict[str, Any]:
+    """The answer in one piece. Raises ApiError if the engine fails."""
+    count = len(chat.request.options)
+    texts, reasons = [""] * count, [""] * count
+    entries: list[list[dict]] = [[] for _ in range(count)]
+    while not all(reasons):
+        number, event = await events.get()
+        if isinstance(event, Failed):
+            raise _failed(event)
+        chat.note(event)
+        texts[number] += event.text
+        entries[number] += chat.logprobs(number, event)
+        reasons[number] = event.finish_reason or ""
+    asked = chat.asked.logprobs
+    return {
+        **chat.head("chat.completion"),
+        "choices": [
+            {
+                "index": i,
+                "message": {"role": "assistant", "content": texts[i], "refusal": None},
+                "logprobs": {"content": entries[i], "refusal": None} if asked else None,
+                "finish_reason": reasons[i],
+            }
+            for i in range(count)
+        ],
+        "usage": chat.usage(),
+        "minillava": chat.timings(),
+    }
+
+
+def _failed(event: Failed) -> ApiError:
+    return ApiError(
+        503 if event.code == "shutting_down" else 500,
+        event.code,
+        event.message,
+        headers={"x-should-retry": "false"} if event.code == "engine_failed" else None,
+    )
+
+
+async def stream(chat: Chat, events: asyncio.Queue) -> AsyncIterator[bytes]:
+    """The answer as server-sent events: one line of JSON each, and [DONE] after the last."""
+    options = chat.asked.stream_options
+    with_usage = bool(options and options.include_usage)
+    head = chat.head("chat.completion.chunk")
+
+    def line(choices: list[dict], **more: Any) -> bytes:
+        usage = {"usage": None} if with_usage and "usage" not in more else {}
+        return b"data: " + encode({**head, "choices": choices, **usage, **more}) + b"\n\n"
+
+    left, begun = len(chat.request.options), set()
+    while left:
+        event = None
+        with anyio.move_on_after(PING):
+            number, event = await events.get()
+        if event is None:
+            yield b": ping\n\n"
+            continue
+        if isinstance(event, Failed):
+            found = _failed(event)
+            body = error_body(500, found.code, str(found))
+            yield b"data: " + encode(body) + b"\n\n"
+            return
+        chat.note(event)
+        if number not in begun:
+            begun.add(number)
+            yield line([_choice(number, {"role": "assistant", "content": ""})])
+        entries = chat.logprobs(number, event)
+        if event.text or entries:
+            told = {"content": entries, "refusal": None} if entries else None
+            yield line([_choice(number, {"content": event.text}, told)])
+        if event.finish_reason is not None:
+            left -= 1
+            yield line([_choice(number, {}, reason=event.finish_reason)], minillava=chat.timings())
+    if with_usage:
+        yield line([], usage=chat.usage())
+    yield b"data: [DONE]\n\n"
+
+
+def _choice(
+    index: int, delta: dict, logprobs: dict | None = None, reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}

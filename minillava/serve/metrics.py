@@ -1,0 +1,52 @@
+"""What is counted, for Prometheus. Labels come from our own routes, never from a request."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from minillava.generate.engine import Engine
+from minillava.serve.service import Chat
+
+SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+
+class Metrics:
+    def __init__(self, engine: Engine):
+        registry = self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "minillava_requests_total", "Answered requests", ["route", "status"], registry=registry
+        )
+        self.seconds = Histogram(
+            "minillava_request_seconds", "From request to answer", ["route"], buckets=SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self.first = Histogram(
+            "minillava_time_to_first_token_seconds", "From request to first token",
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        self.prompt = Counter(
+            "minillava_prompt_tokens_total", "Positions of prompts", ["cached"], registry=registry
+        )
+        self.generated = Counter(
+            "minillava_generated_tokens_total", "New tokens", registry=registry
+        )
+        self.cancelled = Counter(
+            "minillava_cancelled_total", "Requests whose client went away", registry=registry
+        )
+        for name, text, value in (
+            ("minillava_running", "Answers that are made", lambda: len(engine.answers)),
+            ("minillava_waiting", "Requests that wait", lambda: len(engine.waiting)),
+            ("minillava_slots", "Answers at once", lambda: len(engine.slots)),
+            ("minillava_engine_up", "Whether the model's thread runs", engine.is_alive),
+        ):
+            Gauge(name, text, registry=registry).set_function(value)
+
+    def note(self, chat: Chat) -> None:
+        """A request that has ended."""
+        cached = chat.request.cached
+        self.prompt.labels("true").inc(cached)
+        self.prompt.labels("false").inc(chat.positions - cached)
+        self.generated.inc(chat.generated)
+        if chat.first is not None:
+            self.first.observe(chat.first - chat.request.times["taken"])
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,149 @@
+"""From messages to the prompt that `generate` writes, and from `data:` URLs to pictures.
+
+Nothing is ever fetched, and no string of a client is taken for a path.
+"""
+
+import base64
+import binascii
+import io
+import re
+from collections.abc import Sequence
+from itertools import count
+
+from PIL import Image, UnidentifiedImageError
+
+from minillava.files.pictures import open_image
+from minillava.prompt import IMAGE_MARKER, Prompt, Segment, Template, render
+from minillava.serve.protocol import ApiError, Message, Picture, TextPart
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""What a picture may be, by its content: rarer decoders are where accidents happen."""
+
+DATA_URL = re.compile(r"data:[^,;]*(?:;[^,;=]+=[^,;]*)*;base64,", re.IGNORECASE)
+
+ROLES = ("system", "developer", "user", "assistant")
+
+Part = str | bytes
+"""Of a user's message: text, or the bytes of a picture."""
+
+
+def read_messages(
+    messages: Sequence[Message], template: Template, system: str | None = None
+) -> tuple[Prompt, list[bytes]]:
+    """The prompt, and its pictures in order. system: where no message says one. Raises ApiError."""
+    above, said = [], []  # system texts; (role, parts)
+    for i, message in enumerate(messages):
+        parts = _parts(message, f"messages[{i}]")
+        if message.role in ("system", "developer"):
+            if said:
+                told = "system messages come first; put it before all others"
+                raise ApiError(400, "invalid_value", told, f"messages[{i}].role")
+            above.append("\n".join(str(part) for part in parts))
+        elif said and said[-1][0] == message.role:
+            said[-1][1].extend(parts)
+        else:
+            said.append((message.role, parts))
+    if not said or said[0][0] != "user" or said[-1][0] != "user":
+        at = 0 if not said or said[0][0] != "user" else len(messages) - 1
+        told = "the first message after the system's, and the last one, are a user's"
+        raise ApiError(400, "invalid_value", told, f"messages[{at}].role")
+    marker = _unused([part for _, parts in said for part in parts if isinstance(part, str)])
+    texts, pictures = [], []
+    for role, parts in said:
+        if role == "user":
+            pictures += [part for part in parts if isinstance(part, bytes)]
+            texts.append(_lay_out(parts, marker))
+        else:
+            texts.append("\n".join(str(part) for part in parts))
+    for text in texts[::2]:
+        if not text.strip():
+            told = "a user's message is empty; write what you want to know"
+            raise ApiError(400, "invalid_value", told, "messages")
+    turns = [*zip(texts[::2], [*texts[1::2], None], strict=True)]
+    try:
+        prompt = render(template, turns, "\n".join(above) if above else system)
+    except ValueError as error:
+        raise ApiError(400, "invalid_value", str(error), "messages") from None
+    # what a user typed is text, also where it reads <image>
+    return Prompt(
+        [Segment(s.text.replace(marker, IMAGE_MARKER), s.kind) for s in prompt.segments]
+    ), pictures
+
+
+def _unused(texts: Sequence[str]) -> str:
+    """A stand-in for an <image> that a user typed, which no text contains."""
+    names = (f"<typed-{i}>" for i in count())
+    return next(name for name in names if not any(name in text for text in texts))
+
+
+def _lay_out(parts: Sequence[Part], marker: str) -> str:
+    """One user's message as a question: the pictures first, a line each, and then the text, however
+    the client ordered them; only a picture between two texts stays where it is."""
+    shown = [
+        IMAGE_MARKER if isinstance(part, bytes) else part.replace(IMAGE_MARKER, marker)
+        for part in parts
+    ]
+    kinds = [isinstance(part, bytes) for part in parts]
+    if kinds in (sorted(kinds), sorted(kinds, reverse=True)):
+        pictures = f"{IMAGE_MARKER}\n" * sum(kinds)
+        texts = [text for text, is_picture in zip(shown, kinds, strict=True) if not is_picture]
+        return pictures + "\n".join(texts)
+    return "\n".join(shown)
+
+
+def _parts(message: Message, where: str) -> list[Part]:
+    """Texts, and pictures as bytes. Raises ApiError."""
+    if message.role not in ROLES:
+        told = f"role is {message.role[:40]!r}, expected one of: {', '.join(ROLES)}"
+        raise ApiError(400, "unsupported_value", told, f"{where}.role")
+    for name in ("refusal", "audio", "tool_calls"):
+        if getattr(message, name):
+            raise ApiError(400, "unsupported_value", f"{name} is not served", f"{where}.{name}")
+    if message.content is None and message.role != "assistant":
+        raise ApiError(400, "invalid_value", "content is null", f"{where}.content")
+    if message.content is None or isinstance(message.content, str):
+        return [message.content or ""]
+    parts: list[Part] = []
+    for i, part in enumerate(message.content):
+        at = f"{where}.content[{i}]"
+        if isinstance(part, TextPart):
+            parts.append(part.text)
+        elif message.role != "user":
+            told = "only a user's message has pictures"
+            raise ApiError(400, "unsupported_value", told, at)
+        else:
+            url = part.image_url.url if isinstance(part.image_url, Picture) else part.image_url
+            parts.append(read_data_url(url, f"{at}.image_url.url"))
+    return parts
+
+
+def read_data_url(url: str, where: str) -> bytes:
+    """The bytes of a `data:` URL in base64; its type is not believed. Raises ApiError."""
+    head = DATA_URL.match(url[:1000])
+    if head is None:
+        told = "a picture is a data: URL in base64; nothing is fetched, and no file is read"
+        raise ApiError(400, "image_url_not_supported", told, where)
+    try:
+        return base64.b64decode(url[head.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        told = f"the data: URL is not base64 ({error})"
+        raise ApiError(400, "invalid_image", told, where) from None
+
+
+def open_picture(content: bytes, most_pixels: int) -> Image.Image:
+    """A picture, upright and RGB. Its header is believed before its pixels are decoded. Raises
+    ApiError."""
+    try:
+        picture = Image.open(io.BytesIO(content), formats=FORMATS)
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError):
+        told = f"not a picture, or none of: {', '.join(FORMATS)}"
+        raise ApiError(400, "invalid_image", told, "messages") from None
+    width, height = picture.size
+    if width * height > most_pixels or max(picture.size) > 65535:
+        told = f"the picture has {width} x {height} pixels, at most {most_pixels:,} are taken"
+        raise ApiError(400, "image_too_large", told, "messages")
+    try:
+        return open_image(picture)
+    except (ValueError, OSError) as error:
+        told = str(error).partition(": ")[2] or "the picture is damaged"
+        raise ApiError(400, "invalid_image", told, "messages") from None

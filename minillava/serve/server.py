@@ -1,0 +1,179 @@
+"""uvicorn, with limits on slow peers, and an end that cuts no answer."""
+
+import argparse
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from minillava.assistant import Assistant
+from minillava.cli.messages import Messages
+from minillava.generate.engine import Engine
+from minillava.serve.app import HOSTS, build
+from minillava.serve.run import model_name
+from minillava.serve.service import Service, Settings
+
+HEAD = 10.0
+"""Seconds within which a request's head arrives."""
+
+SEND = 30.0
+"""Seconds after which an answer that nobody reads is given up."""
+
+
+class PatientProtocol(H11Protocol):
+    """Patient with the model, not with a peer: one that is silent before its request is complete,
+    or stops reading, would hold its connection for ever."""
+
+    arriving: asyncio.TimerHandle | None = None
+    stuck: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.arriving = self.loop.call_later(HEAD, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        idle = self.conn.their_state is h11.IDLE
+        if not idle and self.arriving is not None:
+            self.arriving.cancel()
+            self.arriving = None
+        elif idle and self.arriving is None and self.conn.trailing_data[0]:
+            self.arriving = self.loop.call_later(HEAD, self.transport.close)  # the next has begun
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.stuck = self.loop.call_later(SEND, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.stuck is not None:
+            self.stuck.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self.arriving, self.stuck):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+
+class Server(uvicorn.Server):
+    """Says where it listens, and ends as a server of answers must: what runs may finish."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, grace: float, address: str):
+        super().__init__(config)
+        self.engine, self.grace, self.address = engine, grace, address
+        self.by = 0  # the signal that ended it
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        print(f"listening on {self.address}", flush=True)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        # lifespan's shutdown would come only after the last connection has ended
+        self.engine.drain(0 if self.should_exit else self.grace)
+        self.by = self.by or sig
+        super().handle_exit(sig, frame)
+
+
+def serve(
+    args: argparse.Namespace,
+    assistant: Assistant,
+    weights: str,
+    listener: socket.socket,
+    keys: list[bytes],
+    messages: Messages,
+) -> int:
+    """Serve a model until a signal comes; the exit status."""
+    level = logging.INFO if args.verbose else logging.ERROR
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=level)
+    engine = start_engine(args, assistant)
+    messages.note(memory_line(engine))
+    settings = Settings(
+        names=args.served_model_name or [model_name(weights)],
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        system=args.system,
+        max_pixels=args.max_pixels * 1_000_000,
+        stall=args.stall,
+    )
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    app = build(
+        Service(assistant, engine, settings),
+        keys=keys,
+        hosts=[*HOSTS, shown, *args.allowed_host],
+        max_body=args.max_body << 20,
+        body_timeout=args.body_timeout,
+    )
+    server = Server(configure(app, args.grace), engine, args.grace, f"http://{shown}:{port}")
+    return _run(server, engine, listener)
+
+
+def start_engine(args: argparse.Namespace, assistant: Assistant) -> Engine:
+    """The engine that the flags ask for, running."""
+    device = assistant.model.language_model.embed_tokens.weight.device
+    slots, piece = (2, 64) if device.type == "cpu" else (4, 512)
+    engine = Engine(
+        assistant.model,
+        assistant.tokenizer,
+        slots=args.slots or slots,
+        capacity=args.context,
+        waiting=args.queue,
+        piece=args.prefill_chunk or piece,
+        reuse=not args.no_reuse,
+    )
+    engine.start()
+    return engine
+
+
+def configure(app: Any, grace: int) -> uvicorn.Config:
+    """uvicorn's settings: h11, in which our limits are, and at the end as long as answers take."""
+    return uvicorn.Config(
+        app,
+        http=PatientProtocol,
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=grace + 5,
+        h11_max_incomplete_event_size=16_384,
+    )
+
+
+def _run(server: Server, engine: Engine, listener: socket.socket) -> int:
+    """Until a signal comes, or the engine ends by itself."""
+
+    def watch() -> None:
+        engine.join()
+        server.should_exit = True
+
+    threading.Thread(target=watch, daemon=True).start()
+    # uvicorn raises the signal again that ended it, and for SIGTERM nobody would hear it
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        engine.drain(0)
+        engine.join(60)
+    if engine.state == "failed":
+        raise ValueError("the model's thread has ended with an error, which is told above")
+    return 130 if server.by == signal.SIGINT else 0
+
+
+def memory_line(engine: Engine) -> str:
+    """What the slots take."""
+    cache = engine.slots[0].cache
+    each = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+    total = each * len(engine.slots) / 2**30
+    return f"{len(engine.slots)} slots of {engine.capacity} positions take {total:.2f} GiB"

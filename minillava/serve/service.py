@@ -1,0 +1,264 @@
+"""From a request that was read to one that the engine takes, and from its tokens to answers."""
+
+import hashlib
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minillava import __version__
+from minillava.assistant import Assistant
+from minillava.config import IMAGE_TOKEN_INDEX
+from minillava.generate.engine import Engine, Failed, Refused, Request, Token
+from minillava.options import Options, dtype_name
+from minillava.serve.protocol import ApiError, ChatRequest, Entries, TokenizeRequest
+from minillava.serve.reading import open_picture, read_messages
+
+STATUS = {"queue_full": 429, "context_length_exceeded": 400}
+"""Of a request that the engine refuses; 503 for all else."""
+
+
+@dataclass
+class Settings:
+    """What the door's flags say."""
+
+    names: Sequence[str]  # of the model; the first is its own
+    max_tokens: int = 512
+    temperature: float = 0.0
+    system: str | None = None
+    max_pixels: int = 64_000_000
+    stall: float = 300.0
+
+
+@dataclass
+class Chat:
+    """A request to the engine, and what its answers are told with."""
+
+    asked: ChatRequest
+    request: Request
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+    positions: int
+    image_positions: int
+    entries: list[Entries]
+    generated: int = 0
+    first: float | None = None  # when its first token came
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """What every answer and every chunk begins with."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+    def note(self, event: Token) -> None:
+        self.generated += 1
+        self.first = time.monotonic() if self.first is None else self.first
+
+    def logprobs(self, number: int, event: Token) -> list[dict]:
+        return (
+            [] if event.logprobs is None else self.entries[number].entry(event.id, event.logprobs)
+        )
+
+    def usage(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.positions,
+            "completion_tokens": self.generated,
+            "total_tokens": self.positions + self.generated,
+            "prompt_tokens_details": {
+                "cached_tokens": self.request.cached,
+                "image_tokens": self.image_positions,
+            },
+            "completion_tokens_details": {"reasoning_tokens": 0},
+        }
+
+    def timings(self) -> dict[str, Any]:
+        """Our own part of an answer: seeds, and what took how long."""
+        times, now = self.request.times, time.monotonic()
+        begun, read = times.get("begun", now), times.get("read", now)
+        more = self.generated - len(self.request.options)
+        spent = max(now - read, 1e-9)
+        return {
+            "seed": [options.seed for options in self.request.options],
+            "queue_ms": round(1e3 * (begun - times["taken"]), 1),
+            "prefill_ms": round(1e3 * (read - begun), 1),
+            "prefill_tokens": self.positions - self.request.cached,
+            "decode_ms": round(1e3 * spent, 1),
+            "tokens_per_second": round(more / spent, 1) if more > 0 else None,
+        }
+
+
+@dataclass
+class Service:
+    """A model that is served: what the HTTP side asks, in any thread."""
+
+    assistant: Assistant
+    engine: Engine
+    settings: Settings
+    created: int = field(default_factory=lambda: int(time.time()))
+    _pixels: OrderedDict[bytes, Tensor] = field(default_factory=OrderedDict)  # [3, R, R]
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def models(self) -> list[dict[str, Any]]:
+        return [
+            {"id": name, "object": "model", "created": self.created, "owned_by": "minillava"}
+            for name in self.settings.names
+        ]
+
+    def model(self, name: str | None) -> str:
+        """The name of the model that is asked for. Raises ApiError if it is another one."""
+        if name and name not in self.settings.names:
+            known = ", ".join(self.settings.names)
+            told = f"there is no model {name[:100]!r}; this server has: {known}"
+            raise ApiError(404, "model_not_found", told, "model")
+        return name or self.settings.names[0]
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """The status, and what to say."""
+        engine = self.engine
+        if engine.state == "draining":
+            return 503, {"status": "draining"}
+        if not engine.is_alive():
+            return 503, {"status": "failed", "reason": "ended"}
+        if time.monotonic() - engine.last_step > self.settings.stall:
+            return 503, {"status": "failed", "reason": "stalled"}
+        running, waiting = len(engine.answers), len(engine.waiting)
+        slots = len(engine.slots)
+        return 200, {"status": "ok", "slots": slots, "running": running, "waiting": waiting}
+
+    def tokenize(self, asked: TokenizeRequest) -> dict[str, Any]:
+        """The ids of a text or of a conversation, and how many positions they take."""
+        if (asked.text is None) == (asked.messages is None):
+            raise ApiError(400, "invalid_value", "give text or messages, one of the two", "text")
+        tokenizer = self.assistant.tokenizer
+        if asked.messages is None:
+            self._check_text(str(asked.text))
+            ids, pictures = tokenizer.encode(str(asked.text)), 0
+        else:
+            template = self.assistant.template
+            prompt, contents = read_messages(asked.messages, template, self.settings.system)
+            self._check_text(prompt)
+            ids, pictures = tokenizer.encode(prompt), len(contents)
+        positions = pictures * self.assistant.model.config.tokens_per_image
+        return {
+            "ids": ids,
+            "pieces": ["<image>" if i == IMAGE_TOKEN_INDEX else tokenizer.piece(i) for i in ids],
+            "count": len(ids) - pictures + positions,
+            "picture_positions": positions,
+        }
+
+    def prepare(self, asked: ChatRequest, put: Callable[[int, Token | Failed], None]) -> Chat:
+        """A request for the engine. Raises ApiError for whatever is wrong with it."""
+        model, settings, config = (
+            self.model(asked.model),
+            self.settings,
+            self.assistant.model.config,
+        )
+        count, slots = asked.n or 1, len(self.engine.slots)
+        if count > slots:
+            told = f"n is {count}, this server makes {slots} answers at once (--slots)"
+            raise ApiError(400, "invalid_value", told, "n")
+        prompt, contents = read_messages(asked.messages, self.assistant.template, settings.system)
+        patches = config.tokens_per_image
+        if len(contents) * patches >= self.engine.capacity:
+            told = (
+                f"{len(contents)} pictures take {patches} positions each, a conversation has "
+                f"{self.engine.capacity}; give fewer"
+            )
+            raise ApiError(400, "too_many_images", told, "messages")
+        self._check_text(prompt)
+        ids = self.assistant.tokenizer.encode(prompt)
+        options = self._options(asked, count)
+        pictures = [self._picture(content) for content in contents]
+        request = Request(
+            ids, pictures, options, put, (asked.top_logprobs or 0) if asked.logprobs else None
+        )
+        ends = config.eos_token_ids
+        return Chat(
+            asked,
+            request,
+            f"chatcmpl-{secrets.token_hex(12)}",
+            int(time.time()),
+            model,
+            f"minillava-{__version__}-{self._dtype()}",
+            len(ids) + len(pictures) * (patches - 1),
+            len(pictures) * patches,
+            [Entries(self.assistant.tokenizer, ends) for _ in range(count)],
+        )
+
+    def submit(self, chat: Chat) -> None:
+        """Into the engine's queue. Raises ApiError."""
+        try:
+            self.engine.submit(chat.request)
+        except Refused as error:
+            headers = {} if error.seconds is None else {"retry-after": str(error.seconds)}
+            if error.code == "engine_failed":
+                headers["x-should-retry"] = "false"
+            status = STATUS.get(error.code, 503)
+            param = "messages" if status == 400 else None
+            raise ApiError(status, error.code, str(error), param, headers) from None
+
+    def _dtype(self) -> str:
+        return dtype_name(self.assistant.model.language_model.embed_tokens.weight.dtype)
+
+    def _check_text(self, text: str) -> None:
+        try:
+            self.assistant.check_text(text)
+        except ValueError as error:
+            raise ApiError(400, "context_length_exceeded", str(error), "messages") from None
+
+    def _options(self, asked: ChatRequest, count: int) -> list[Options]:
+        """How each answer is chosen: seeds that follow one another. Raises ApiError."""
+        temperature = self.settings.temperature if asked.temperature is None else asked.temperature
+        if asked.top_p == 0:
+            temperature = 0.0
+        given: dict[str, Any] = {
+            "max_new_tokens": asked.max_completion_tokens
+            or asked.max_tokens
+            or self.settings.max_tokens,
+            "temperature": temperature,
+            "typical_p": asked.typical_p,
+            "repetition_penalty": asked.repetition_penalty,
+            "min_new_tokens": asked.min_tokens or 0,
+            "no_repeat_ngram_size": asked.no_repeat_ngram_size,
+            "stop": asked.stop or (),
+        }
+        if temperature > 0:  # at 0 they cannot remove the best token, and clients send them always
+            given |= {"top_p": asked.top_p, "top_k": asked.top_k, "min_p": asked.min_p}
+        first = secrets.randbelow(2**32) if asked.seed is None else asked.seed
+        seeds = [first + i if asked.seed is not None or temperature else None for i in range(count)]
+        try:
+            return [self.assistant.options(**given, seed=seed) for seed in seeds]
+        except ValueError as error:
+            name = str(error).partition(" is ")[0]
+            param = {"min_new_tokens": "min_tokens", "max_new_tokens": "max_tokens"}.get(name, name)
+            known = param if param in ChatRequest.__struct_fields__ else None
+            raise ApiError(400, "invalid_value", str(error), known) from None
+
+    def _picture(self, content: bytes) -> tuple[bytes, Tensor]:
+        """A picture's digest and pixels [3,R,R], which are kept: a client sends every picture again
+        with every question."""
+        key = hashlib.sha256(content).digest()
+        with self._lock:
+            if key in self._pixels:
+                self._pixels.move_to_end(key)
+                return key, self._pixels[key]
+        picture = open_picture(content, self.settings.max_pixels)
+        with torch.no_grad():
+            pixels = self.assistant.image_processor(picture)[0]
+        with self._lock:
+            self._pixels[key] = pixels
+            while len(self._pixels) > self.engine.most_pictures:
+                self._pixels.popitem(last=False)
+        return key, pixels

@@ -1,0 +1,706 @@
+"""minillava.serve: what OpenAI's clients get, byte by byte, and what nobody gets."""
+
+import base64
+import contextlib
+import http.client
+import json
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from commands import environment
+from paths import ROOT
+
+import minillava
+from minillava.cli.doors import enter
+from minillava.generate.engine import Engine
+from minillava.serve.run import EXTRA, listen
+
+pytestmark = pytest.mark.parity  # the mark of what needs an extra
+
+serving, application, reading, services = (
+    pytest.importorskip(f"minillava.serve.{name}", reason="the extra [serve] is not installed")
+    for name in ("server", "app", "reading", "service")
+)
+
+main = partial(enter, "serve")
+
+SHAPES = ROOT / "weights" / "shapes"
+LONG = {"min_tokens": 900, "max_tokens": 900}
+
+
+@pytest.fixture(scope="module")
+def assistant():
+    return minillava.load(SHAPES, device="cpu", dtype="float32")
+
+
+class Running:
+    """A server in a thread of this process."""
+
+    def __init__(self, assistant, engine=(), **settings):
+        self.engine = Engine(assistant.model, assistant.tokenizer, **{"slots": 4, **dict(engine)})
+        self.engine.start()
+        service = services.Service(
+            assistant, self.engine, services.Settings(names=["shapes", "small"])
+        )
+        self.listener = listen("127.0.0.1", 0)
+        self.port = self.listener.getsockname()[1]
+        config = serving.configure(application.build(service, **settings), 5)
+        self.server = serving.Server(config, self.engine, 5, "somewhere")
+        self.thread = threading.Thread(
+            target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True
+        )
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+
+    def close(self) -> None:
+        self.engine.drain(0)
+        self.server.should_exit = True
+        self.thread.join(60)
+        self.engine.join(60)
+        self.listener.close()
+        assert not self.thread.is_alive() and not self.engine.is_alive()
+
+    def send(self, method: str, path: str, body=None, **headers) -> tuple[int, dict, bytes]:
+        """Status, headers and body."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            headers = {name.replace("_", "-"): value for name, value in headers.items()}
+            if body is not None and not isinstance(body, bytes):
+                body = json.dumps(body).encode()
+            if body is not None:
+                headers = {"content-type": "application/json", **headers}
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read()
+
+    def chat(self, messages, **options) -> tuple[int, dict]:
+        status, _, body = self.send(
+            "POST", "/v1/chat/completions", {"messages": messages, **options}
+        )
+        return status, json.loads(body)
+
+    def ask(self, content, **options) -> dict:
+        status, answer = self.chat([{"role": "user", "content": content}], **options)
+        assert status == 200, answer
+        return answer
+
+    def events(self, content, **options) -> list:
+        body = {"messages": [{"role": "user", "content": content}], "stream": True, **options}
+        status, headers, raw = self.send("POST", "/v1/chat/completions", body)
+        assert (status, headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+        assert raw.endswith(b"\n\n") and b"\r" not in raw
+        lines = raw.decode().removesuffix("\n\n").split("\n\n")
+        assert all(line.startswith("data: ") and "\n" not in line for line in lines)
+        return [line.removeprefix("data: ") for line in lines]
+
+
+def wait_until(true) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def shared(assistant):
+    running = Running(assistant)
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def start(assistant):
+    started = []
+
+    def begin(**settings) -> Running:
+        started.append(Running(assistant, **settings))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        running.close()
+
+
+def picture(number: int) -> dict:
+    content = base64.b64encode((SHAPES / f"example-{number}.png").read_bytes()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{content}"}}
+
+
+def text(said: str) -> dict:
+    return {"type": "text", "text": said}
+
+
+def said(answer: dict, i: int = 0) -> str:
+    return answer["choices"][i]["message"]["content"]
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["picture", "text"])
+def test_an_answer_is_the_one_that_generate_gives(shared, assistant, first):
+    """However the client orders its parts."""
+    parts = [picture(1), text("How many shapes are there?")]
+    answer = shared.ask(parts if first == "picture" else parts[::-1])
+    assert said(answer) == assistant.ask(SHAPES / "example-1.png", "How many shapes are there?")
+    assert list(answer) == [
+        "id", "object", "created", "model", "system_fingerprint", "choices", "usage", "minillava",
+    ]  # fmt: skip
+    assert (answer["object"], answer["model"]) == ("chat.completion", "shapes")
+    (choice,) = answer["choices"]
+    assert (choice["index"], choice["logprobs"], choice["finish_reason"]) == (0, None, "stop")
+    assert choice["message"]["refusal"] is None
+    usage, ids = answer["usage"], assistant.tokenize(assistant.prompt("How many shapes are there?"))
+    patches = assistant.model.config.tokens_per_image
+    assert usage["prompt_tokens"] == len(ids) + patches - 1
+    assert usage["prompt_tokens_details"]["image_tokens"] == patches
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+def test_options_mean_what_they_mean_in_python(shared, assistant):
+    path, question = SHAPES / "example-2.png", "Describe this image."
+    parts = [picture(2), text(question)]
+    for asked, ours in (
+        ({"max_tokens": 4}, {"max_new_tokens": 4}),
+        ({"max_completion_tokens": 3, "max_tokens": 9}, {"max_new_tokens": 3}),
+        ({"stop": "ring"}, {"stop": ["ring"]}),
+        ({"temperature": 1, "seed": 4, "top_p": 0.9}, {"temperature": 1, "seed": 4, "top_p": 0.9}),
+        ({"top_p": 0.5, "top_k": 3}, {}),  # at temperature 0 they can remove nothing
+        ({"temperature": 1, "top_p": 0}, {}),
+        ({"repetition_penalty": 1.5}, {"repetition_penalty": 1.5}),
+        ({"user": "me", "store": True, "tools": [], "logit_bias": {}, "n": None}, {}),
+    ):
+        assert said(shared.ask(parts, **asked)) == assistant.ask(path, question, **ours), asked
+    cut = shared.ask(parts, max_tokens=4)
+    assert cut["choices"][0]["finish_reason"] == "length"
+    assert cut["usage"]["completion_tokens"] == 4
+
+
+def test_several_answers_have_seeds_that_follow_one_another(shared, assistant):
+    path, question = SHAPES / "example-1.png", "Describe this image."
+    answer = shared.ask([picture(1), text(question)], n=3, temperature=1, seed=7)
+    expected = [assistant.ask(path, question, temperature=1, seed=seed) for seed in (7, 8, 9)]
+    assert [said(answer, i) for i in range(3)] == expected
+    assert answer["minillava"]["seed"] == [7, 8, 9]
+    free = shared.ask("What is a ring?", temperature=1)
+    (seed,) = free["minillava"]["seed"]
+    assert said(shared.ask("What is a ring?", temperature=1, seed=seed)) == said(free)
+
+
+def test_a_conversation_goes_on_and_its_beginning_is_not_read_again(shared, assistant):
+    from minillava.chat import Conversation
+
+    conversation = Conversation(assistant)
+    conversation.add_image(SHAPES / "example-3.png")
+    questions, messages = ["Where is the cross?", "Is it small or large?"], []
+    for question in questions:
+        parts = text(question) if messages else [picture(3), text(question)]
+        messages.append({"role": "user", "content": parts if messages == [] else question})
+        status, answer = shared.chat(messages)
+        assert (status, said(answer)) == (200, conversation.ask(question))
+        messages.append({"role": "assistant", "content": said(answer)})
+    cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached > assistant.model.config.tokens_per_image
+
+
+def test_a_system_message_takes_the_templates_place(shared, assistant):
+    for role in ("system", "developer"):
+        messages = [{"role": role, "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
+        status, answer = shared.chat(messages)
+        assert (status, said(answer)) == (200, assistant.ask(None, "Hello?", system="Be brief."))
+
+
+def prompt_of(messages, assistant):
+    import msgspec
+
+    from minillava.serve.protocol import Message
+
+    return reading.read_messages(msgspec.convert(messages, list[Message]), assistant.template)
+
+
+def test_prompts_are_those_that_generate_writes(assistant):
+    user = partial(dict, role="user")
+    question = assistant.prompt("What?")
+    for content in ([picture(1), text("What?")], [text("What?"), picture(1)]):
+        prompt, pictures = prompt_of([user(content=content)], assistant)
+        assert (prompt, prompt.segments) == (question, question.segments)
+        assert pictures == [(SHAPES / "example-1.png").read_bytes()]
+    between = [text("Is"), picture(1), text("like"), picture(2), text("?")]
+    prompt, pictures = prompt_of([user(content=between)], assistant)
+    assert prompt == assistant.prompt("Is\n<image>\nlike\n<image>\n?", images=2)
+    # neighbours of one role are one message
+    prompt, _ = prompt_of([user(content="a"), user(content=[picture(1), text("b")])], assistant)
+    assert prompt == assistant.prompt("a\n<image>\nb")
+
+
+def test_what_a_user_types_is_text_also_where_it_reads_image(shared, assistant):
+    """A typed marker was taken for a picture, of which there was none: another server crashed."""
+    typed = "What does <image> mean? <typed-0>"
+    prompt, pictures = prompt_of([{"role": "user", "content": typed}], assistant)
+    assert pictures == [] and typed in prompt
+    assert -200 not in assistant.tokenizer.encode(prompt)
+    with_one, _ = prompt_of([{"role": "user", "content": [picture(1), text(typed)]}], assistant)
+    assert assistant.tokenizer.encode(with_one).count(-200) == 1
+    assert said(shared.ask(typed)) is not None
+
+
+def test_log_probabilities_spell_the_answer(shared, assistant):
+    answer = shared.ask([picture(1), text("Describe this image.")], logprobs=True, top_logprobs=2)
+    entries = answer["choices"][0]["logprobs"]["content"]
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == said(answer)
+    assert len(entries) == answer["usage"]["completion_tokens"] - 1  # the end token has none
+    for entry in entries:
+        assert [len(entry["top_logprobs"]), entry["top_logprobs"][0]["logprob"]] == [
+            2,
+            pytest.approx(entry["logprob"]),  # greedy: the likeliest was taken
+        ]
+        assert "".join(map(chr, entry["bytes"])) == entry["token"]
+
+
+# --- streams --------------------------------------------------------------------------------------
+
+
+def test_a_stream_byte_by_byte(shared, assistant):
+    *events, last = shared.events([picture(1), text("Is it red?")], max_tokens=3, seed=0)
+    assert last == "[DONE]"
+    masked = [re.sub(r'"chatcmpl-\w+"', '"ID"', event) for event in events]
+    masked = [re.sub(r'"created":\d+', '"created":0', event) for event in masked]
+    masked = [re.sub(r'"minillava":\{.*?\}', '"minillava":{}', event) for event in masked]
+    version = f"minillava-{minillava.__version__}-float32"
+    head = f'{{"id":"ID","object":"chat.completion.chunk","created":0,"model":"shapes","system_fingerprint":"{version}","choices":['
+    texts = [
+        piece
+        for piece in assistant.stream(SHAPES / "example-1.png", "Is it red?", max_new_tokens=3)
+        if piece
+    ]
+    deltas = [
+        '{"role":"assistant","content":""}',
+        *(f'{{"content":{json.dumps(t)}}}' for t in texts),
+    ]
+    lines = [
+        f'{head}{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":null}}]}}'
+        for delta in deltas
+    ]
+    reason = json.loads(events[-1])["choices"][0]["finish_reason"]
+    end = f'{head}{{"index":0,"delta":{{}},"logprobs":null,"finish_reason":"{reason}"}}],"minillava":{{}}}}'
+    assert masked == [*lines, end]
+    assert reason in ("stop", "length")
+
+
+def test_a_stream_says_what_the_whole_answer_says(shared):
+    parts = [picture(2), text("Describe this image.")]
+    options = {"n": 2, "temperature": 1, "seed": 3, "logprobs": True}
+    whole = shared.ask(parts, **options)
+    *events, usage, last = shared.events(parts, stream_options={"include_usage": True}, **options)
+    assert last == "[DONE]"
+    chunks = [json.loads(event) for event in events]
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
+    for i in range(2):
+        own = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == i]
+        assert own[0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(c["delta"].get("content", "") for c in own) == said(whole, i)
+        reasons = [c["finish_reason"] for c in own if c["finish_reason"]]
+        assert reasons == [whole["choices"][i]["finish_reason"]]
+        entries = [e for c in own for e in (c["logprobs"] or {"content": []})["content"]]
+        assert [e["bytes"] for e in entries] == [
+            e["bytes"] for e in whole["choices"][i]["logprobs"]["content"]
+        ]
+    found = json.loads(usage)
+    assert found["choices"] == []
+    assert found["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+
+
+def test_a_silent_stream_is_kept_awake(start, monkeypatch):
+    """Also while it waits in the queue: proxies close silent streams."""
+    monkeypatch.setattr(application, "PING", 0.01)
+    running = start(engine={"slots": 1})
+    one = Streaming(running, LONG)
+    assert one.read_until(b'"content":')
+    two = Streaming(running, {"max_tokens": 2})
+    assert two.read_until(b": ping\n\n")
+    one.close()
+    assert two.read_until(b"data: [DONE]\n\n")
+    two.close()
+
+
+class Streaming:
+    """A request whose answer is read as one likes."""
+
+    def __init__(self, running, options, stream=True):
+        self.socket = socket.create_connection(("127.0.0.1", running.port), timeout=60)
+        body = {"messages": [{"role": "user", "content": "What is a ring?"}], "stream": stream}
+        self.socket.sendall(raw_request(json.dumps({**body, **options}).encode()))
+        self.got = b""
+
+    def read_until(self, ending: bytes) -> bool:
+        while ending not in self.got:
+            more = self.socket.recv(65536)
+            if not more:
+                return False
+            self.got += more
+        return True
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def raw_request(body: bytes) -> bytes:
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_nobody_computes_for_a_client_that_went_away(start, stream):
+    running = start(engine={"slots": 2})
+    gone = Streaming(running, {**LONG, "n": 2}, stream)
+    if stream:
+        assert gone.read_until(b'"content":')
+    wait_until(lambda: running.engine.running == 2)
+    gone.close()
+    wait_until(lambda: running.engine.running == 0)
+    assert said(running.ask("What is a ring?", max_tokens=3))
+    wait_until(lambda: b"minillava_cancelled_total 1.0" in running.send("GET", "/metrics")[2])
+
+
+def test_a_full_queue_says_when_to_come_again(start):
+    running = start(engine={"slots": 1, "waiting": 1})
+    busy = [Streaming(running, LONG) for _ in range(2)]
+    wait_until(lambda: running.engine.full)
+    body = {"messages": [{"role": "user", "content": "?"}]}
+    status, headers, answer = running.send("POST", "/v1/chat/completions", body)
+    assert (status, json.loads(answer)["error"]["code"]) == (429, "queue_full")
+    assert 1 <= int(headers["retry-after"]) <= 120
+    for one in busy:
+        one.close()
+
+
+def test_what_fails_after_the_start_is_an_event_and_a_whole_body(start, assistant):
+    running = start(engine={"slots": 1})
+    one = Streaming(running, LONG)
+    assert one.read_until(b'"content":')
+    two = Streaming(running, LONG)
+    wait_until(lambda: len(running.engine.waiting) == 1)
+    running.engine.drain(0)
+    for stream in (one, two):
+        assert stream.read_until(b"0\r\n\r\n")  # the last piece of a chunked body
+        assert b'"code":"shutting_down"' in stream.got and b"[DONE]" not in stream.got
+        stream.close()
+    assert running.send("GET", "/health")[0] == 503
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+HELLO = [{"role": "user", "content": "Hello?"}]
+
+
+def url(text: str) -> list:
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": text}}]}]
+
+
+def data(content: bytes) -> list:
+    return url(f"data:image/png;base64,{base64.b64encode(content).decode()}")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "param"),
+    [
+        (b"", 400, "invalid_json", None),
+        (b"{", 400, "invalid_json", None),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "invalid_json", None),
+        (b"[" * 100_000, 400, "invalid_value", None),
+        (b'{"metadata": ' + b"[" * 100_000, 400, "invalid_json", None),
+        (b"[]", 400, "invalid_value", None),
+        ({}, 400, "missing_required_parameter", "messages"),
+        ({"messages": []}, 400, "invalid_value", "messages"),
+        ({"messages": HELLO, "temprature": 1}, 400, "unknown_parameter", "temprature"),
+        ({"messages": [{**HELLO[0], "x": 1}]}, 400, "unknown_parameter", "messages[0].x"),
+        ({"messages": HELLO, "temperature": 3}, 400, "invalid_value", "temperature"),
+        ({"messages": HELLO, "temperature": "hot"}, 400, "invalid_value", "temperature"),
+        ({"messages": HELLO, "max_tokens": 0}, 400, "invalid_value", "max_tokens"),
+        ({"messages": HELLO, "max_tokens": True}, 400, "invalid_value", "max_tokens"),
+        ({"messages": HELLO, "n": 5}, 400, "invalid_value", "n"),
+        ({"messages": HELLO, "seed": 2**63}, 400, "invalid_value", "seed"),
+        ({"messages": HELLO, "stop": [""]}, 400, "invalid_value", "stop"),
+        ({"messages": HELLO, "stop": ["a"] * 17}, 400, "invalid_value", "stop"),
+        ({"messages": HELLO, "top_logprobs": 2}, 400, "invalid_value", "top_logprobs"),
+        ({"messages": HELLO, "typical_p": 0.5}, 400, "invalid_value", None),
+        ({"messages": HELLO, "stream_options": {}}, 400, "invalid_value", "stream_options"),
+        ({"messages": HELLO, "tools": [{}]}, 400, "unsupported_parameter", "tools"),
+        ({"messages": HELLO, "presence_penalty": 0.1}, 400, "unsupported_parameter", "presence_penalty"),
+        ({"messages": HELLO, "response_format": {"type": "json_object"}}, 400, "unsupported_parameter", "response_format"),
+        ({"messages": HELLO, "model": "gpt-9"}, 404, "model_not_found", "model"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "unsupported_value", "messages[0].role"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "invalid_value", "messages[0].role"),
+        ({"messages": [*HELLO, {"role": "system", "content": "x"}]}, 400, "invalid_value", "messages[1].role"),
+        ({"messages": [{"role": "user", "content": " "}]}, 400, "invalid_value", "messages"),
+        ({"messages": [{"role": "user", "content": []}]}, 400, "invalid_value", "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, 400, "unsupported_value", "messages[0].content[0].type"),
+        ({"messages": url("http://127.0.0.1:1/a.png")}, 400, "image_url_not_supported", "messages[0].content[0].image_url.url"),
+        ({"messages": url("/etc/passwd")}, 400, "image_url_not_supported", "messages[0].content[0].image_url.url"),
+        ({"messages": url("file:///etc/passwd")}, 400, "image_url_not_supported", "messages[0].content[0].image_url.url"),
+        ({"messages": url("data:image/png;base64,a b")}, 400, "invalid_image", "messages[0].content[0].image_url.url"),
+        ({"messages": data(b"no picture")}, 400, "invalid_image", "messages"),
+        ({"messages": data(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")}, 400, "invalid_image", "messages"),
+        ({"messages": data((SHAPES / "example-1.png").read_bytes()[:200])}, 400, "invalid_image", "messages"),
+        ({"messages": [{"role": "user", "content": "a " * 3000}]}, 400, "context_length_exceeded", "messages"),
+        ({"messages": [{"role": "user", "content": "a" * 2_000_000}]}, 400, "context_length_exceeded", "messages"),
+        ({"messages": [{"role": "user", "content": [picture(1)] * 60}]}, 400, "too_many_images", "messages"),
+    ],
+    ids=lambda value: str(value)[:60] if not isinstance(value, dict) else str(value)[-60:],
+)  # fmt: skip
+def test_a_wrong_request_is_told_what_is_wrong(shared, body, status, code, param):
+    found, headers, answer = shared.send("POST", "/v1/chat/completions", body)
+    error = json.loads(answer)["error"]
+    assert (found, error["code"], error["param"]) == (status, code, param), error
+    assert error["type"] == "invalid_request_error" and error["message"]
+    assert "Traceback" not in error["message"] and str(ROOT) not in error["message"]
+    assert headers["content-type"] == "application/json" and headers["x-request-id"]
+
+
+def png_header(width: int, height: int) -> bytes:
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        crc = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + crc
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(1, 70_000), (9000, 9000)])
+def test_a_picture_that_says_it_is_huge_is_not_decoded(shared, size):
+    status, answer = shared.chat(data(png_header(*size)))
+    assert (status, answer["error"]["code"]) == (400, "image_too_large")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status", "code"),
+    [
+        ("GET", "/v1/chat/completions", {}, 405, "method_not_allowed"),
+        ("GET", "/v2", {}, 404, "unknown_url"),
+        ("GET", "/v1/models/other", {}, 404, "model_not_found"),
+        ("GET", "/v1/models", {"origin": "http://evil.example"}, 403, "origin_not_allowed"),
+        ("GET", "/v1/models", {"origin": "null"}, 403, "origin_not_allowed"),
+        ("GET", "/v1/models", {"sec_fetch_site": "cross-site"}, 403, "origin_not_allowed"),
+        ("GET", "/v1/models", {"host": "evil.example"}, 400, None),
+        ("GET", "/v1/models", {"host": "127.0.0.1.evil.example"}, 400, None),
+    ],
+)
+def test_who_may_not_ask(shared, method, path, headers, status, code):
+    found, given, body = shared.send(method, path, **headers)
+    assert found == status
+    if code is not None:
+        assert json.loads(body)["error"]["code"] == code
+    assert given["x-request-id"]
+
+
+def test_a_body_that_is_no_json_by_its_name_or_too_large(start):
+    running = start(max_body=1000, body_timeout=0.3)
+    form = "application/x-www-form-urlencoded"
+    status, _, body = running.send("POST", "/v1/chat/completions", b"{}", content_type=form)
+    assert (status, json.loads(body)["error"]["code"]) == (415, "unsupported_media_type")
+    status, _, body = running.send("POST", "/v1/chat/completions", b" " * 1001)
+    assert (status, json.loads(body)["error"]["code"]) == (413, "request_too_large")
+    with socket.create_connection(("127.0.0.1", running.port), timeout=60) as slow:
+        slow.sendall(raw_request(b"x" * 100)[:-50])
+        answer = b"".join(iter(lambda: slow.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 408 ") and b"request_timeout" in answer
+
+
+def test_a_key_is_needed_everywhere_but_where_nothing_is_told(start):
+    running = start(keys=[b"first", "zw\u00f6lf".encode()])
+    for path in ("/v1/models", "/metrics", "/nowhere"):
+        for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer fir"},
+                      {"authorization": "first"}, {"authorization": "Bearer \u00e4"}):  # fmt: skip
+            status, headers, body = running.send("GET", path, **given)
+            assert (status, json.loads(body)["error"]["code"]) == (401, "invalid_api_key")
+            assert headers["www-authenticate"] == "Bearer"
+    assert running.send("GET", "/v1/models", authorization="Bearer first")[0] == 200
+    assert running.send("GET", "/health")[0] == running.send("GET", "/livez")[0] == 200
+
+
+def test_a_silent_peer_is_hung_up_on(start, monkeypatch):
+    """It held its connection for ever; an answer may take as long as it takes."""
+    monkeypatch.setattr(serving, "HEAD", 0.2)
+    running = start()
+    with socket.create_connection(("127.0.0.1", running.port), timeout=60) as silent:
+        silent.sendall(b"GET /health HTT")
+        assert silent.recv(100) == b""
+    assert said(running.ask("What is a ring?", min_tokens=200))
+
+
+# --- the other routes -----------------------------------------------------------------------------
+
+
+def test_models_health_and_tokens(shared, assistant):
+    _, _, body = shared.send("GET", "/v1/models")
+    listed = json.loads(body)
+    assert [model["id"] for model in listed["data"]] == ["shapes", "small"]
+    assert json.loads(shared.send("GET", "/v1/models/small")[2]) == listed["data"][1]
+    assert shared.ask("?", model="small", max_tokens=1)["model"] == "small"
+    health = json.loads(shared.send("GET", "/health")[2])
+    assert health == {"status": "ok", "slots": 4, "running": 0, "waiting": 0}
+    messages = [{"role": "user", "content": [picture(1), text("What?")]}]
+    found = json.loads(shared.send("POST", "/tokenize", {"messages": messages})[2])
+    ids = assistant.tokenize(assistant.prompt("What?"))
+    patches = assistant.model.config.tokens_per_image
+    assert (found["ids"], found["picture_positions"]) == (ids, patches)
+    assert found["count"] == len(ids) - 1 + patches and len(found["pieces"]) == len(ids)
+    found = json.loads(shared.send("POST", "/tokenize", {"text": "a ring"})[2])
+    assert found["ids"] == assistant.tokenizer.encode("a ring")
+    assert shared.send("POST", "/tokenize", {})[0] == 400
+
+
+def test_metrics_count(shared):
+    def value(name: str) -> float:
+        text = shared.send("GET", "/metrics")[2].decode()
+        return float(re.search(rf"^{re.escape(name)} (.+)$", text, re.MULTILINE)[1])
+
+    before = value("minillava_generated_tokens_total")
+    shared.ask("What is a ring?", max_tokens=3)
+    assert value("minillava_generated_tokens_total") == before + 3
+    assert value('minillava_requests_total{route="/v1/chat/completions",status="200"}') >= 1
+    assert value("minillava_engine_up") == 1
+
+
+def test_a_clients_name_of_a_request_is_kept_only_if_it_is_one(shared):
+    assert shared.send("GET", "/livez", x_request_id="mine-1")[1]["x-request-id"] == "mine-1"
+    strange = shared.send("GET", "/livez", x_request_id="mine 1;")[1]["x-request-id"]
+    assert strange.startswith("req_")
+
+
+def test_many_clients_at_once_get_their_own_answers(shared, assistant):
+    questions = ["How many shapes are there?", "Where is the ring?", "Is it red?", "Describe it."]
+    cases = [(1 + i % 3, questions[i % 4]) for i in range(12)]
+    found: queue.Queue = queue.Queue()
+
+    def ask(case):
+        number, question = case
+        if number == 2:
+            *events, _ = shared.events([picture(number), text(question)])
+            deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
+            found.put((case, "".join(delta.get("content", "") for delta in deltas)))
+        else:
+            found.put((case, said(shared.ask([picture(number), text(question)]))))
+
+    threads = [threading.Thread(target=ask, args=(case,)) for case in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    answers = [found.get_nowait() for _ in cases]
+    for (number, question), answer in answers:
+        assert answer == assistant.ask(SHAPES / f"example-{number}.png", question)
+
+
+# --- clients --------------------------------------------------------------------------------------
+
+
+def test_openais_own_client(shared, assistant):
+    openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
+    client = openai.OpenAI(
+        base_url=f"http://127.0.0.1:{shared.port}/v1", api_key="x", max_retries=0
+    )
+    assert [model.id for model in client.models.list()] == ["shapes", "small"]
+    messages = [{"role": "user", "content": [text("Is it red?"), picture(1)]}]
+    expected = assistant.ask(SHAPES / "example-1.png", "Is it red?")
+    plain = client.chat.completions.create(model="shapes", messages=messages, temperature=0)
+    assert plain.choices[0].message.content == expected
+    assert plain.usage.prompt_tokens_details.cached_tokens >= 0
+    chunks = list(client.chat.completions.create(
+        model="shapes", messages=messages, stream=True, stream_options={"include_usage": True}
+    ))  # fmt: skip
+    deltas = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(deltas) == expected
+    assert chunks[-1].usage.completion_tokens == plain.usage.completion_tokens
+    with pytest.raises(openai.BadRequestError, match="temprature is not known here"):
+        client.chat.completions.create(model="", messages=messages, extra_body={"temprature": 1})
+    with pytest.raises(openai.NotFoundError) as found:
+        client.chat.completions.create(model="gpt-9", messages=messages)
+    assert found.value.code == "model_not_found" and found.value.request_id
+
+
+# --- the door -------------------------------------------------------------------------------------
+
+
+def door(*words: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "minillava.serve", "-m", SHAPES, "--port", "0", *map(str, words)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGTERM")
+def test_the_door_says_where_it_listens_and_ends_when_it_is_told(assistant):
+    """A request that runs finishes; uvicorn alone would end with the signal's status."""
+    process = door("-q", "--slots", "1")
+    try:
+        line = process.stdout.readline()
+        port = int(re.fullmatch(r"listening on http://127\.0\.0\.1:(\d+)\n", line)[1])
+        running = Streaming(type("At", (), {"port": port}), {"max_tokens": 40, "min_tokens": 40})
+        assert running.read_until(b'"content":')
+        process.send_signal(signal.SIGTERM)
+        assert running.read_until(b"data: [DONE]\n\n")
+        running.close()
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, err) == (0, "")
+
+
+def test_wrong_usage_of_the_door(run_main, tmp_path, monkeypatch):
+    monkeypatch.delenv("MINILLAVA_API_KEY", raising=False)
+    status, out, err = run_main(main, "-m", SHAPES, "--host", "0.0.0.0", "--port", "0")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "lets others in: give --api-key-file" in err
+    with contextlib.closing(listen("127.0.0.1", 0)) as taken:
+        taken.listen()
+        status, out, err = run_main(main, "-m", SHAPES, "--port", taken.getsockname()[1])
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "choose another --port" in err
+    (tmp_path / "keys").write_text("\n\n")
+    status, out, err = run_main(main, "-m", SHAPES, "--api-key-file", tmp_path / "keys")
+    assert (status, err.count("\n")) == (1, 1) and "has no key" in err
+    for words in (["--port", "70000"], ["--slots", "0"], ["--temperature", "nan"]):
+        assert run_main(main, *words)[0] == 2
+
+
+def test_without_the_extra_there_is_one_line_that_names_it(run_main, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("minillava.serve.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys.modules["minillava.serve"], "server", None, raising=False)
+    monkeypatch.delattr(sys.modules["minillava.serve"], "server")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    status, out, err = run_main(main, "-m", SHAPES)
+    assert (status, out) == (1, "")
+    assert err == (
+        "error: serve needs packages that are not installed (uvicorn); "
+        "pip install 'minillava[serve]'\n"
+    )
+
+
+def test_the_extra_names_what_is_imported():
+    declared = re.search(r'"serve": \[(.*?)\]', (ROOT / "setup.py").read_text(), re.DOTALL)[1]
+    packages = {name.replace("-", "_") for name in re.findall(r'"([a-z0-9-]+)>=', declared)}
+    assert packages <= set(EXTRA) and set(EXTRA) - packages == {"anyio"}  # which starlette brings
+
+
+def test_no_file_is_written(shared, tmp_path):
+    before = sorted(Path(tmp_path).parent.iterdir())
+    shared.ask([picture(1), text("Is it red?")], max_tokens=2)
+    assert sorted(Path(tmp_path).parent.iterdir()) == before
