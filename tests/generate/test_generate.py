@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from bounds import assert_same_in_float64, assert_within, gamma
+from folders import change_config
 from models import stored
 
 from minillava.files.tokenizer_files import AddedToken
@@ -311,9 +312,13 @@ def test_a_prompt_that_fills_the_context_is_refused_with_its_numbers(toy, pixels
         generate(toy.model, [[1] * (context - 16) + [-200]], pixels[:1])
 
 
-def test_an_answer_ends_where_the_context_does(toy):
-    context = toy.model.config.text.context
-    result = generate(toy.model, [[1] * (context - 3)], max_new_tokens=50)
+def test_an_answer_ends_where_the_context_does(folder):
+    """Positions that no cache and no rotary table was made for."""
+    change_config(folder, text_config={"max_position_embeddings": 64})
+    model = stored(folder).model
+    context = model.config.text.context
+    result = generate(model, [[1] * (context - 3)], max_new_tokens=50)
+    assert context == 64
     assert (result.sequences.shape[1], result.finish_reason) == (3, ["length"])
 
 
