@@ -14,5 +14,9 @@ __getattr__ = on_first_use(
         "Keep": "intervene",
         "put": "intervene",
         "zero": "intervene",
+        "Answered": "measure",
+        "knock_out": "knockout",
+        "ablate": "knockout",
+        "patch": "patching",
     },
 )
