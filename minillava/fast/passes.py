@@ -7,7 +7,7 @@ answer is the same however busy the machine was.
 
 from collections.abc import Callable
 
-from minillava.fast.processor import has_amx, has_fast_bfloat16
+from minillava.fast.processor import has_fast_bfloat16
 from minillava.fast.quantize import quantised_kinds
 from minillava.llama import LanguageModel
 from minillava.options import dtype_name
@@ -19,11 +19,11 @@ ATTENTION = 0.03
 
 COSTS: dict[str, dict[str, tuple[float, ...]]] = {
     "gpu": {"bfloat16": (1.0, 1.0, 1.0, 1.0, 1.05, 1.1)},
-    "amx": {
-        "float32": (1.0, 2.1, 2.2, 2.8, 3.8, 5.1),
-        "bfloat16": (1.0, 1.15, 1.15, 1.2, 1.5, 2.2),
-        "int8": (1.0, 1.0, 1.3, 2.7, 5.4, 10.8),
-        "int4": (1.0, 1.0, 1.3, 2.7, 5.4, 10.8),
+    "bf16": {
+        "float32": (1.0, 2.0, 2.1, 2.4, 3.2, 4.6),
+        "bfloat16": (1.0, 1.0, 1.05, 1.3, 1.65, 2.3),
+        "int8": (1.0, 1.15, 1.5, 2.9, 5.6, 11.2),
+        "int4": (1.0, 1.25, 1.75, 3.55, 7.2, 14.4),
     },
     "cpu": {
         "float32": (1.0, 2.1, 2.2, 2.8, 3.8, 5.1),
@@ -32,8 +32,9 @@ COSTS: dict[str, dict[str, tuple[float, ...]]] = {
         "int4": (1.0, 1.03, 1.3, 2.7, 5.2, 18.7),
     },
 }
-"""By where and by what the weights are stored in: the time of so many rows of ROWS over that of
-one. Of one product of 4096 x 11008; those of `cpu` are of AVX2 (tools/MEASUREMENTS.md)."""
+"""By where and by what the weights are stored in: the time of one product of so many rows of ROWS
+over that of one. bf16: on a processor with instructions for it (4096 x 4096 on AVX512-BF16, one
+core; 32 rows extrapolated); cpu: without (4096 x 11008 on AVX2, tools/MEASUREMENTS.md)."""
 
 
 def pass_cost(model: LanguageModel) -> Callable[[int], float]:
@@ -44,7 +45,7 @@ def pass_cost(model: LanguageModel) -> Callable[[int], float]:
     if weight.device.type != "cpu":
         table = COSTS["gpu"]
     else:
-        table = COSTS["amx" if has_amx() and has_fast_bfloat16() else "cpu"]
+        table = COSTS["bf16" if has_fast_bfloat16() else "cpu"]
     costs = table.get(stored) or table.get("float32") or table["bfloat16"]
     return lambda rows: interpolate(costs, rows) + ATTENTION * (rows - 1)
 

@@ -548,7 +548,7 @@ def test_a_right_guess_always_pays_where_rows_are_cheap_and_never_where_they_are
 def test_the_cost_is_that_of_this_model(shapes):
     assert pass_cost(shapes.model.language_model)(1) == 1
     small = load(REFERENCE.parents[1] / "weights/shapes", device="cpu", quantize="int4")
-    assert pass_cost(small.model.language_model)(2) < 1.2
+    assert pass_cost(small.model.language_model)(2) < 1.5
     assert pass_cost(shapes.model.language_model)(2) > 2
 
 
