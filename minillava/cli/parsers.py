@@ -903,4 +903,6 @@ def read_serve(parser: Parser, argv: Sequence[str]) -> tuple:
         parser.error(f"--port is {args.port}, expected 0 to 65535")
     if not 0 <= args.temperature <= 2:
         parser.error(f"--temperature is {args.temperature}, expected 0 to 2")
+    if args.compile:  # its step writes at one position, and the rows stand at their own
+        parser.error("--compile is for one answer at a time: leave it out")
     return (args,)

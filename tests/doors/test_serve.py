@@ -645,8 +645,9 @@ def door(*words: object) -> subprocess.Popen:
     )
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGTERM")
-def test_the_door_says_where_it_listens_and_ends_when_it_is_told(assistant):
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_the_door_says_where_it_listens_and_ends_when_it_is_told(number, status):
     """A request that runs finishes; uvicorn alone would end with the signal's status."""
     process = door("-q", "--slots", "1")
     try:
@@ -654,13 +655,13 @@ def test_the_door_says_where_it_listens_and_ends_when_it_is_told(assistant):
         port = int(re.fullmatch(r"listening on http://127\.0\.0\.1:(\d+)\n", line)[1])
         running = Streaming(type("At", (), {"port": port}), {"max_tokens": 40, "min_tokens": 40})
         assert running.read_until(b'"content":')
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert running.read_until(b"data: [DONE]\n\n")
         running.close()
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert (process.returncode, err) == (0, "")
+    assert (process.returncode, err.strip()) == (status, "")
 
 
 def test_wrong_usage_of_the_door(run_main, tmp_path, monkeypatch):
@@ -676,7 +677,9 @@ def test_wrong_usage_of_the_door(run_main, tmp_path, monkeypatch):
     (tmp_path / "keys").write_text("\n\n")
     status, out, err = run_main(main, "-m", SHAPES, "--api-key-file", tmp_path / "keys")
     assert (status, err.count("\n")) == (1, 1) and "has no key" in err
-    for words in (["--port", "70000"], ["--slots", "0"], ["--temperature", "nan"]):
+    for words in (
+        ["--port", "70000"], ["--slots", "0"], ["--temperature", "nan"], ["--compile"],
+    ):  # fmt: skip
         assert run_main(main, *words)[0] == 2
 
 
