@@ -105,6 +105,7 @@ def test_a_length_penalty_moves_the_choice_between_short_and_long(model):
 
 
 def test_min_new_tokens_bars_short_answers(model):
+    """Barred after the beams are chosen, an end would leave beams without a token."""
     options = {
         "num_beams": V**2,
         "num_return_sequences": 4,
@@ -120,6 +121,7 @@ def test_min_new_tokens_bars_short_answers(model):
 @pytest.mark.parametrize("early", [False, True, "never"])
 @pytest.mark.parametrize("options", [{}, {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3}])
 def test_a_row_of_a_batch_equals_the_row_alone(toy, ends, early, options):
+    """Rows finish at different times, and beams change places within their own row only."""
     rows = [[1, 30, -200, 41, 42], [1, 99, 12], [1, 7, 8, 9, 10, 11, 12]]
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     options = {
@@ -149,6 +151,7 @@ def test_a_row_of_a_batch_equals_the_row_alone(toy, ends, early, options):
 
 
 def test_scores_are_the_sums_of_what_was_recorded_along_each_answer(toy):
+    """What is recorded follows the beams: a step's row belongs to whichever answer came from it."""
     found = generate(
         toy.model, [[1, 30, 41], [1, 9]], num_beams=4, num_return_sequences=3, max_new_tokens=6, length_penalty=0.7,
         repetition_penalty=1.2, record=("scores", "logits", "hidden_states", "attentions"),
@@ -170,6 +173,7 @@ def test_scores_are_the_sums_of_what_was_recorded_along_each_answer(toy):
 
 
 def test_an_end_in_the_first_step_is_an_answer_like_others(toy, ends):
+    """All beams begin as one: the end of the first token must not finish them all."""
     first = int(generate(toy.model, [[1, 30, 41]], max_new_tokens=1).sequences)
     ends(first)
     found = generate(
@@ -209,6 +213,7 @@ def test_it_stops_when_nothing_more_can_change(toy, ends):
 
 
 def test_a_budget_of_one_token(toy):
+    """The answers are there after prefill, without a pass more."""
     assert forward_passes(toy, max_new_tokens=1) == 1
     found = generate(
         toy.model,
@@ -222,6 +227,7 @@ def test_a_budget_of_one_token(toy):
 
 
 def test_pictures_and_prompt_are_read_once(toy):
+    """Repeated for each beam before prefill, they are computed as often as there are beams."""
     seen = []
     tower = toy.model.vision_tower.register_forward_hook(
         lambda _, given, out: seen.append(len(out))
@@ -244,6 +250,8 @@ def test_pictures_and_prompt_are_read_once(toy):
 
 
 def test_a_seed_reproduces_beam_samples(toy):
+    """Beams draw several tokens at once, from the answer's own generator like all."""
+
     def sample(seed):
         torch.rand(1)  # somebody else uses the global generator
         return generate(
@@ -255,6 +263,7 @@ def test_a_seed_reproduces_beam_samples(toy):
 
 
 def test_stop_texts_are_cut_from_finished_answers(toy):
+    """Beams go on beyond a stop text, which is found in the whole answer."""
     options = {"num_beams": 3, "max_new_tokens": 10, "tokenizer": toy.tokenizer}
     whole = generate(toy.model, [[1, 30, 41]], **options)
     stop = whole.text[0][3:5]
@@ -267,6 +276,8 @@ def test_stop_texts_are_cut_from_finished_answers(toy):
 
 
 def test_ask_and_stream_give_the_best_beam(toy):
+    """No token is final before the search ends: streamed as they come, they would be of several
+    answers."""
     options = {"num_beams": 3, "max_new_tokens": 6}
     ids = toy.tokenizer.encode(toy.prompt("What?", images=0))
     (expected,) = generate(toy.model, [ids], tokenizer=toy.tokenizer, **options).text
@@ -275,6 +286,7 @@ def test_ask_and_stream_give_the_best_beam(toy):
 
 
 def test_what_does_not_go_with_beams_is_refused(toy):
+    """The loop knows no beams, and contrast's second rows do not follow them."""
     with pytest.raises(ValueError, match=r"num_beams is 3: beams go through generate\(\)"):
         next(steps(toy.model, toy.model.splice([[1, 2]]), Options(num_beams=3)))
     with pytest.raises(ValueError, match="without contrast"):

@@ -44,6 +44,8 @@ def ending_with(model, token_id):
 
 
 def test_shapes_of_what_is_recorded(toy, pixels):
+    """As transformers gives them: a step's hidden states are those of its new positions, the
+    first step's those of the prompt."""
     result = generate(
         toy.model,
         [IDS],
@@ -78,6 +80,7 @@ def test_shapes_of_what_is_recorded(toy, pixels):
 
 
 def test_what_was_not_asked_for_is_none(toy, pixels):
+    """An empty tuple reads like a recording of nothing."""
     result = generate(toy.model, [IDS], pixels[:1], max_new_tokens=1)
     assert (result.scores, result.logits, result.hidden_states, result.attentions, result.text) == (
         None,
@@ -86,6 +89,7 @@ def test_what_was_not_asked_for_is_none(toy, pixels):
 
 @pytest.mark.numeric
 def test_a_fused_model_records_the_weights_of_eager(reference):
+    """The library's call has no weights to give."""
     models = [stored(dtype="float64", attention=a).model for a in ("fused", "eager")]
     first, second = (
         generate(model, [[1, 30, 41]], max_new_tokens=2, record=("attentions",)) for model in models
@@ -96,6 +100,7 @@ def test_a_fused_model_records_the_weights_of_eager(reference):
 
 
 def test_the_end_token_stops_its_row_and_the_rest_is_padding(toy, pixels):
+    """A row that has ended is decoded along with the others, and what it says then is no answer."""
     rows = [IDS, [1, 99, -200, 12]]
     free = generate(toy.model, rows, pixels, max_new_tokens=8).sequences
     # a token that only the first row produces
@@ -109,6 +114,7 @@ def test_the_end_token_stops_its_row_and_the_rest_is_padding(toy, pixels):
 
 
 def test_no_forward_pass_after_the_last_token(toy, pixels):
+    """Its logits would be thrown away, after a whole step."""
     calls = []
     hook = toy.model.language_model.register_forward_hook(lambda *args: calls.append(1))
     try:
@@ -124,6 +130,7 @@ def test_no_forward_pass_after_the_last_token(toy, pixels):
 
 
 def test_the_head_sees_one_position_at_prefill(toy, pixels):
+    """Logits of the whole prompt are positions times vocabulary: 80 MB for one picture."""
     seen = []
     hook = toy.model.language_model.lm_head.register_forward_hook(
         lambda *args: seen.append(args[1][0].shape[1])
@@ -136,6 +143,7 @@ def test_the_head_sees_one_position_at_prefill(toy, pixels):
 
 
 def test_interleaved_loops_do_not_disturb_each_other(toy, pixels):
+    """A cache or a generator that is kept on the model would be shared."""
     prompts = [
         toy.model.splice([row], pixels[i : i + 1]) for i, row in enumerate((IDS, [1, 99, -200, 12]))
     ]
@@ -147,6 +155,8 @@ def test_interleaved_loops_do_not_disturb_each_other(toy, pixels):
 
 
 def test_a_seed_reproduces_a_sample_whatever_else_draws(toy, pixels):
+    """Drawn from torch's global generator, it would depend on the process."""
+
     def sample(seed):
         torch.rand(1)  # somebody else uses the global generator
         return generate(toy.model, [IDS], pixels[:1], max_new_tokens=12, temperature=1.5, seed=seed)
@@ -159,6 +169,7 @@ def test_a_seed_reproduces_a_sample_whatever_else_draws(toy, pixels):
 
 
 def test_end_tokens_are_barred_until_enough_is_said(toy, pixels):
+    """All of them: a model may have several."""
     free = generate(toy.model, [IDS], pixels[:1], max_new_tokens=6).sequences[0].tolist()
     with ending_with(toy.model, free[1]):
         assert (
@@ -176,6 +187,7 @@ def test_end_tokens_are_barred_until_enough_is_said(toy, pixels):
 
 
 def test_a_stop_text_ends_an_answer_however_much_should_be_said(toy, pixels):
+    """Only ends of the vocabulary are barred, as in transformers."""
     whole = generate(toy.model, [IDS], pixels[:1], max_new_tokens=12, tokenizer=toy.tokenizer)
     options = {"tokenizer": toy.tokenizer, "stop": whole.text[0][3:6]}
     result = generate(toy.model, [IDS], pixels[:1], max_new_tokens=12, min_new_tokens=12, **options)
@@ -211,6 +223,7 @@ def test_what_must_not_repeat_counts_the_pictures_patches_and_no_padding(toy, pi
 
 @pytest.mark.numeric
 def test_several_samples_stand_in_adjacent_rows(reference, pixels):
+    """Repeated as a whole instead, the batch would give each prompt another's samples."""
     toy = stored(dtype="float64", attention="eager")
     rows = [[1, 99, -200, 12], IDS]
     options = {"temperature": 1.2, "seed": 4, "max_new_tokens": 6, "tokenizer": toy.tokenizer}
@@ -231,6 +244,7 @@ def test_several_samples_stand_in_adjacent_rows(reference, pixels):
 
 
 def test_a_stop_text_ends_the_answer_and_is_cut(toy, pixels):
+    """Its beginning may come a token before its end, and must not be shown."""
     whole = generate(toy.model, [IDS], pixels[:1], max_new_tokens=12, tokenizer=toy.tokenizer)
     stop = whole.text[0][3:6]
     result = generate(
@@ -272,6 +286,8 @@ def feed(text, stop, end=None):
 
 
 def test_text_that_may_become_a_stop_text_is_held_back():
+    """What was printed cannot be taken back; what turned out to be none must be printed after
+    all."""
     assert feed("a##b", ["###"]) == (["a", "", "", "##b"], "length")
     assert feed("a###", ["###"]) == (["a", "", "", ""], "stop")
     assert feed("aab", ["ab", "b!"]) == (["", "a", ""], "stop")
@@ -291,6 +307,8 @@ def test_a_stop_text_may_hold_a_token_that_is_not_shown():
 
 
 def test_a_stop_text_of_megabytes_costs_no_more_than_what_is_held():
+    """Compared whole, or copied, at every token, it would cost more than the model."""
+
     class Counting(str):
         def startswith(self, end):
             looked.append(len(end))
@@ -305,6 +323,8 @@ def test_a_stop_text_of_megabytes_costs_no_more_than_what_is_held():
 
 
 def test_a_prompt_that_fills_the_context_is_refused_with_its_numbers(toy, pixels):
+    """Past the context the rotary angles are ones that the model never saw, and it answers all
+    the same."""
     context = toy.model.config.text.context
     with pytest.raises(
         ValueError, match=rf"prompt takes {context} positions \(1 picture.*context holds {context}"
@@ -323,6 +343,7 @@ def test_an_answer_ends_where_the_context_does(folder):
 
 
 def test_numbers_that_are_not_finite_are_refused(reference, pixels):
+    """The largest of NaN is id 0, and an answer of it looks like an empty one."""
     broken = stored()
     broken.model.language_model.norm.weight.data[3] = float("nan")
     for temperature in (0.0, 1.0):
@@ -331,6 +352,7 @@ def test_numbers_that_are_not_finite_are_refused(reference, pixels):
 
 
 def test_unknown_records_and_stop_without_tokenizer(toy):
+    """A misspelt record would be None, as what was not asked for."""
     with pytest.raises(
         ValueError, match=r"cannot record \['attention'\], expected some of: scores"
     ):
@@ -394,11 +416,13 @@ def test_unknown_records_and_stop_without_tokenizer(toy):
     ],
 )
 def test_options_out_of_range_are_named(options, message):
+    """top_p of 90 keeps everything, and a temperature below zero prefers the worst."""
     with pytest.raises(ValueError, match=message):
         Options(**options)
 
 
 def test_one_stop_text_need_not_be_a_list_and_empty_ones_match_nothing():
+    """A str is a sequence of its letters, and the empty text is in every text."""
     assert Options(stop="###").stop == ("###",)
     assert Options(stop=["", "a"]).stop == ("a",)
     assert Options(stop=None).stop == ()
