@@ -56,26 +56,30 @@ def read_config(folder: Path, vision_tower: Path | None = None) -> LlavaConfig:
 
 def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> LlavaConfig:
     raw.expect("model_type", ("llava", "llava_llama"), required=True)
-    text, vision = raw.section("text_config"), raw.section("vision_config")
-    hub = text is not None
-    if not hub and "mm_vision_tower" not in raw and "mm_hidden_size" not in raw:
+    if "text_config" in raw:
+        config = _hub(raw, _shared(raw, generation, tower))
+    elif "mm_vision_tower" in raw or "mm_hidden_size" in raw:
+        config = _original(raw, _shared(raw, generation, tower))
+    else:
         raise ValueError(
             f"{raw.path}: neither a `text_config` (hub dialect) nor `mm_vision_tower` (original "
-            "dialect): "
-            f"not a LLaVA-1.5 config; {_USE_LLAVA}"
+            f"dialect): not a LLaVA-1.5 config; {_USE_LLAVA}"
         )
-    text = raw if text is None else text
-    vision = tower if tower is not None else vision
-    eos = next(
-        ids for r in (generation, text, raw, _LLAMA_END) if (ids := r.token_ids("eos_token_id"))
-    )
+    check_config(config, raw.path)
+    return config
+
+
+def _shared(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> dict[str, Any]:
+    """The fields that both dialects have, as far as they spell them alike."""
+    text = raw.section("text_config") or raw
+    vision = tower or raw.section("vision_config")
+    sources = (generation, text, raw, _LLAMA_END)
+    eos = next(ids for reader in sources if (ids := reader.token_ids("eos_token_id")))
     pad = generation.token_ids("pad_token_id") or raw.token_ids("pad_token_id") or eos
-    tied = bool(
-        raw.value("tie_word_embeddings", bool, False)
-        or text.value("tie_word_embeddings", bool, False)
-    )
+    tied = any(reader.value("tie_word_embeddings", bool, False) for reader in (raw, text))
     text_config = _text(text, tied)
-    shared: dict[str, Any] = {
+    image = raw.value("image_token_id", int, LlavaConfig.image_token_id)
+    return {
         "vision": CLIP_LARGE_336 if vision is None else _vision(vision),
         "vision_stated": vision is not None,
         "text": text_config,
@@ -83,40 +87,37 @@ def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> Ll
         # Some configs name a pad token that their embedding table does not have; any id will do
         # after the end.
         "pad_token_id": pad[0] if pad[0] < text_config.vocab_size else eos[0],
-        "image_token_id": raw.value(
-            "image_token_index", int, raw.value("image_token_id", int, LlavaConfig.image_token_id)
-        ),
+        "image_token_id": raw.value("image_token_index", int, image),
     }
-    if hub:
-        raw.expect("projector_hidden_act", ("gelu",))
-        strategy = raw.expect("vision_feature_select_strategy", ("default", "full"))
-        config = LlavaConfig(
-            **shared,
-            feature_layer=raw.value("vision_feature_layer", int, LlavaConfig.feature_layer),
-            keep_class_token=strategy == "full",
-            projector_bias=raw.value("multimodal_projector_bias", bool, True),
-        )
-    else:
-        # LLaVA takes an absent mm_use_im_patch_token for true. The token it then adds is in no
-        # prompt: it matters only where others come after it.
-        around = raw.value("mm_use_im_start_end", bool, False)
-        added = (IM_PATCH,) * raw.value("mm_use_im_patch_token", bool, around) + (
-            IM_START,
-            IM_END,
-        ) * around
-        aspect = raw.expect("image_aspect_ratio", ("pad", "square"))  # `anyres` is LLaVA-1.6
-        config = LlavaConfig(
-            **shared,
-            feature_layer=raw.value("mm_vision_select_layer", int, LlavaConfig.feature_layer),
-            keep_class_token=raw.expect("mm_vision_select_feature", ("patch", "cls_patch"))
-            == "cls_patch",
-            projector_layers=_projector_layers(raw),
-            image_aspect_ratio="crop" if aspect == "square" else "pad",
-            vision_tower_name=raw.value("mm_vision_tower", str, None),
-            added_tokens=added,
-        )
-    check_config(config, raw.path)
-    return config
+
+
+def _hub(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
+    raw.expect("projector_hidden_act", ("gelu",))
+    strategy = raw.expect("vision_feature_select_strategy", ("default", "full"))
+    return LlavaConfig(
+        **shared,
+        feature_layer=raw.value("vision_feature_layer", int, LlavaConfig.feature_layer),
+        keep_class_token=strategy == "full",
+        projector_bias=raw.value("multimodal_projector_bias", bool, True),
+    )
+
+
+def _original(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
+    # LLaVA takes an absent mm_use_im_patch_token for true. The token it then adds is in no prompt:
+    # it matters only where others come after it.
+    around = raw.value("mm_use_im_start_end", bool, False)
+    patch = raw.value("mm_use_im_patch_token", bool, around)
+    aspect = raw.expect("image_aspect_ratio", ("pad", "square"))  # `anyres` is LLaVA-1.6
+    selected = raw.expect("mm_vision_select_feature", ("patch", "cls_patch"))
+    return LlavaConfig(
+        **shared,
+        feature_layer=raw.value("mm_vision_select_layer", int, LlavaConfig.feature_layer),
+        keep_class_token=selected == "cls_patch",
+        projector_layers=_projector_layers(raw),
+        image_aspect_ratio="crop" if aspect == "square" else "pad",
+        vision_tower_name=raw.value("mm_vision_tower", str, None),
+        added_tokens=(IM_PATCH,) * patch + (IM_START, IM_END) * around,
+    )
 
 
 def is_language_model(folder: Path) -> bool:

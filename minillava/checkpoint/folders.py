@@ -65,7 +65,7 @@ def find_folders(
 
 def default_weights() -> str:
     """What is opened where no weights are named: those of $MINILLAVA_WEIGHTS, else the bundled demo
-    model. Raises ValueError where there is neither."""
+    model. Raises ValueError if there is neither."""
     named = os.environ.get(WEIGHTS_VARIABLE)
     if named:
         if not os.path.isdir(os.path.expanduser(named)) and not is_repo_id(named):
@@ -88,7 +88,7 @@ HOW_TO_GET_WEIGHTS = (
 
 
 def bundled_weights() -> Path | None:
-    """The folder of the demo model that comes with minillava; None where somebody left it out."""
+    """The folder of the demo model that comes with minillava; None if somebody left it out."""
     package = Path(__file__).parents[1]
     # as installed from a wheel; in a checkout
     folders = package / "shapes", package.parent / "weights" / "shapes"

@@ -88,6 +88,28 @@ class StoredWeights:
             for file in sorted(self.folder.glob("*.gguf"))[:1]:
                 raise quantised(self.folder, "llama.cpp", f"holds {file.name}") from None
             raise
+        self._refuse(tensors)
+        read, others = weight_files(self.folder)
+        others += [
+            self.folder / name
+            for name in (PROJECTOR_NAME, REST_NAME)
+            if (self.folder / name).exists()
+        ]
+        if others:
+            self.notes.append(several_sets(read[0], others))
+        inner = next((stored for stored in tensors if ".base_layer." in stored.name), None)
+        if inner is not None:
+            self.notes.append(
+                f"{inner.path}: holds {inner.name}, as PEFT names a layer that has a LoRA; if that "
+                "was not merged before, this is the model without it"
+            )
+        for opened in {stored.path: stored.file for stored in tensors}.values():
+            self.notes += opened.notes
+        return unwrapped(tensors)
+
+    def _refuse(self, tensors: list[Stored]) -> None:
+        """Raises ValueError for tensors that are not a model's own weights: of a LoRA, computed
+        from others, quantised by another program."""
         for stored in tensors:
             if re.search(r"\.lora_[AB]\.", stored.name):
                 found = f"holds a LoRA that was not merged ({stored.name})"
@@ -106,23 +128,6 @@ class StoredWeights:
             COMPUTED,
             tuple(f".{suffix}" for pair in PARTS.items() for suffix in pair),
         )
-        read, others = weight_files(self.folder)
-        others += [
-            self.folder / name
-            for name in (PROJECTOR_NAME, REST_NAME)
-            if (self.folder / name).exists()
-        ]
-        if others:
-            self.notes.append(several_sets(read[0], others))
-        inner = next((stored for stored in tensors if ".base_layer." in stored.name), None)
-        if inner is not None:
-            self.notes.append(
-                f"{inner.path}: holds {inner.name}, as PEFT names a layer that has a LoRA; if that "
-                "was not merged before, this is the model without it"
-            )
-        for opened in {stored.path: stored.file for stored in tensors}.values():
-            self.notes += opened.notes
-        return unwrapped(tensors)
 
     def _join_parts(self, module: str, suffix: str) -> None:
         """A quantised weight and its scales become one tensor, `<module>.weight`. Raises
@@ -182,12 +187,32 @@ class StoredWeights:
         self.notes += adapter.notes
         if (folder / REST_NAME).exists():
             self.override(unwrapped(open_file(folder / REST_NAME)))
-        problems, resized = [], ""
         given = [*adapter.whole, *adapter.deltas]
         plain = dict(zip(given, unwrap(given, adapter.path), strict=True))
-        for name, stored in self._named(
-            [(plain[name], stored) for name, stored in adapter.whole.items()], PREFIXES
-        ):
+        problems = self._replace_whole(
+            adapter.path, [(plain[name], stored) for name, stored in adapter.whole.items()]
+        )
+        for stored_name, delta in adapter.deltas.items():
+            name = renamed(plain[stored_name], PREFIXES)
+            problems += self._check_delta(adapter.path, name, delta)
+            self.deltas[name] = delta
+        if adapter.everywhere:
+            problems += [f"it holds no lora_A and lora_B for {name}" for name in self._left_out()]
+        if problems:
+            first = (
+                f"{adapter.path}: {problems[0]}; {len(problems)} problem(s) with "
+                f"{len(adapter.deltas)} layers"
+            )
+            raise ValueError(
+                "\n  ".join([f"{first}: use the base model it was trained on", *problems[1:]])
+            )
+
+    def _replace_whole(self, path: Path, tensors: list[tuple[str, Stored]]) -> list[str]:
+        """Weights that an adapter holds whole, in the place of the base's; returns what does not
+        fit. Tables of another number of rows resize the vocabulary. Raises ValueError if one of the
+        two tables has another size than the other."""
+        problems, resized = [], ""
+        for name, stored in self._named(tensors, PREFIXES):
             before = self.shape(name) if name in self.tensors else stored.shape
             if name in TABLES and stored.shape[1:] == before[1:] and stored.shape != before:
                 resized, self.rows = _resized(before[0], stored.shape[0]), stored.shape[0]
@@ -204,37 +229,28 @@ class StoredWeights:
         for name in TABLES:
             if resized and name in self.tensors and self.shape(name)[0] != self.rows:
                 raise ValueError(
-                    f"{adapter.path}: {resized}, but it does not hold {name} of that size; merge "
-                    "it with PEFT first"
+                    f"{path}: {resized}, but it does not hold {name} of that size; merge it with "
+                    "PEFT first"
                 )
-        for stored_name, delta in adapter.deltas.items():
-            name = renamed(plain[stored_name], PREFIXES)
-            found = [delta.b.shape[0], delta.a.shape[1]]
-            if name not in self.tensors:
-                problems.append(f"{delta.a.name} is for {name}, which this model does not have")
-            elif name in self.quantised:
-                problems.append(f"{delta.a.name} is for {name}, which is quantised")
-            elif name in TABLES and found[0] != self.shape(name)[0]:
-                rows = _resized(self.shape(name)[0], found[0])
-                raise ValueError(f"{adapter.path}: {rows}; merge it with PEFT first")
-            elif found != list(self.shape(name)):
-                problems.append(
-                    f"{delta.a.name} and lora_B make {found}, {name} has shape "
-                    f"{list(self.shape(name))}"
-                )
-            elif name in self.deltas:
-                problems.append(f"{delta.a.name} is a second adapter of {name}")
-            self.deltas[name] = delta
-        if adapter.everywhere:
-            problems += [f"it holds no lora_A and lora_B for {name}" for name in self._left_out()]
-        if problems:
-            first = (
-                f"{adapter.path}: {problems[0]}; {len(problems)} problem(s) with "
-                f"{len(adapter.deltas)} layers"
-            )
-            raise ValueError(
-                "\n  ".join([f"{first}: use the base model it was trained on", *problems[1:]])
-            )
+        return problems
+
+    def _check_delta(self, path: Path, name: str, delta: Delta) -> list[str]:
+        """Why a LoRA cannot change our weight of this name, in at most one sentence. Raises
+        ValueError for one of a resized vocabulary."""
+        found = [delta.b.shape[0], delta.a.shape[1]]
+        if name not in self.tensors:
+            return [f"{delta.a.name} is for {name}, which this model does not have"]
+        if name in self.quantised:
+            return [f"{delta.a.name} is for {name}, which is quantised"]
+        shape = list(self.shape(name))
+        if name in TABLES and found[0] != shape[0]:
+            rows = _resized(shape[0], found[0])
+            raise ValueError(f"{path}: {rows}; merge it with PEFT first")
+        if found != shape:
+            return [f"{delta.a.name} and lora_B make {found}, {name} has shape {shape}"]
+        if name in self.deltas:
+            return [f"{delta.a.name} is a second adapter of {name}"]
+        return []
 
     def _left_out(self) -> list[str]:
         """Weights of the language model that a LoRA leaves alone although it changes their like in

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 from minillava.checkpoint.config_json import check_config
 from minillava.checkpoint.names import OTHER_TOWERS, TABLES
@@ -35,44 +36,22 @@ def settle(config: LlavaConfig, checkpoint: StoredWeights) -> LlavaConfig:
 def _measure_tower(config: LlavaConfig, checkpoint: StoredWeights) -> VisionConfig:
     """OpenAI's CLIP of the size that the stored tensors have: its heads are 64 wide. A name that
     does not say so is noted. Raises ValueError for other widths, whose heads nobody can know."""
-    embeddings, first_layer = (
-        "vision_tower.embeddings.",
-        "vision_tower.encoder.layers.0.mlp.fc1.weight",
-    )
+    prefix = "vision_tower.embeddings."
     names = (
-        f"{embeddings}position_embedding.weight",
-        f"{embeddings}patch_embedding.weight",
-        first_layer,
+        f"{prefix}position_embedding.weight",
+        f"{prefix}patch_embedding.weight",
+        "vision_tower.encoder.layers.0.mlp.fc1.weight",
     )
     if not all(name in checkpoint.tensors for name in names):
         return config.vision  # what is missing will be said
     positions, patches, mlp = map(checkpoint.shape, names)  # [P + 1, C], [C, 3, p, p], [F, C]
-    name = config.vision_tower_name or "that lies there"
-    advice = f"{checkpoint.folder}: config.json does not describe the vision tower {name}"
-    step = (
-        "add the `vision_config` that it was trained with, or pass its own folder with "
-        "--vision-tower"
-    )
-    if OTHER_TOWERS.search(config.vision_tower_name or ""):
-        raise ValueError(f"{advice}, which is not one of OpenAI's CLIPs; {step}")
-    side = math.isqrt(max(positions[0] - 1, 0))
-    if len(patches) != 4 or patches[2] != patches[3] or side < 1 or side * side != positions[0] - 1:
-        found = f"{positions[0]} positions and patches of shape {list(patches)}"
-        raise ValueError(f"{advice}, and {found} do not say how large its pictures are; {step}")
-    width = patches[0]
-    if width not in CLIP_DEPTHS:
-        raise ValueError(
-            f"{advice}, and its width {width} does not say how many heads it has; {step}"
-        )
-    if config.vision_tower_name and not _OPENAI.search(config.vision_tower_name):
-        checkpoint.notes.append(
-            f"{advice}, which is taken for one of OpenAI's CLIPs (quick_gelu, heads 64 wide) by "
-            f"its size; if it is another, {step}"
-        )
+    named = config.vision_tower_name
+    checkpoint.notes += _check_tower(checkpoint.folder, named, positions, patches)
     blocks = (
         re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name) for name in checkpoint.tensors
     )
     depth = 1 + max(int(block[1]) for block in blocks if block)
+    width = patches[0]
     return replace(
         config.vision,
         hidden_size=width,
@@ -81,7 +60,35 @@ def _measure_tower(config: LlavaConfig, checkpoint: StoredWeights) -> VisionConf
         # counts them.
         num_hidden_layers=max(depth, CLIP_DEPTHS[width]),
         num_attention_heads=width // 64,
-        image_size=side * patches[2],
+        image_size=math.isqrt(positions[0] - 1) * patches[2],
         patch_size=patches[2],
         num_channels=patches[1],
     )
+
+
+def _check_tower(
+    folder: Path, name: str | None, positions: tuple[int, ...], patches: tuple[int, ...]
+) -> list[str]:
+    """What to note of a tower of these shapes that no file describes. Raises ValueError for one
+    that is not one of OpenAI's CLIPs, or of no size that these have."""
+    advice = f"{folder}: config.json does not describe the vision tower {name or 'that lies there'}"
+    step = (
+        "add the `vision_config` that it was trained with, or pass its own folder with "
+        "--vision-tower"
+    )
+    if OTHER_TOWERS.search(name or ""):
+        raise ValueError(f"{advice}, which is not one of OpenAI's CLIPs; {step}")
+    side = math.isqrt(max(positions[0] - 1, 0))
+    if len(patches) != 4 or patches[2] != patches[3] or side < 1 or side * side != positions[0] - 1:
+        found = f"{positions[0]} positions and patches of shape {list(patches)}"
+        raise ValueError(f"{advice}, and {found} do not say how large its pictures are; {step}")
+    if patches[0] not in CLIP_DEPTHS:
+        raise ValueError(
+            f"{advice}, and its width {patches[0]} does not say how many heads it has; {step}"
+        )
+    if not name or _OPENAI.search(name):
+        return []
+    return [
+        f"{advice}, which is taken for one of OpenAI's CLIPs (quick_gelu, heads 64 wide) by its "
+        f"size; if it is another, {step}"
+    ]

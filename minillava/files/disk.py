@@ -89,7 +89,7 @@ def refused(path: str | os.PathLike[str], error: OSError, writing: bool = False)
 
 def nearest_folder(path: str | os.PathLike[str]) -> Path | None:
     """The folder that a mistyped path may have meant: each part that is not there is taken for the
-    one most like it. None where nothing is."""
+    one most like it. None if nothing is."""
     found, given = Path(), Path(path).expanduser()
     for part in given.parts:
         if not (found / part).is_dir():
@@ -250,7 +250,7 @@ def locked(file: BinaryIO, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 def _existing(target: Path) -> os.stat_result | None:
-    """Of the file that is there; PermissionError where it is marked as not to be written."""
+    """Of the file that is there; PermissionError if it is marked as not to be written."""
     try:
         found = os.stat(target)
     except FileNotFoundError:
@@ -270,6 +270,7 @@ def _stem(target: Path) -> str:
 def _beside(target: Path, mode: int) -> Iterator[tuple[BinaryIO, Path]]:
     """A new file in the same folder, locked while it is ours. The body removes or renames it; an
     error does as well."""
+    # without O_BINARY, which only Windows has, it would write "\r\n" for each "\n"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     for attempt in count():
         temporary = target.with_name(f"{_stem(target)}.{os.getpid()}{attempt or ''}.new")

@@ -45,7 +45,7 @@ def turn_upright(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """None where there is none that can be read."""
+    """None if there is none that can be read."""
     info = image.info
     exif, xmp = (
         info.get("exif"),
@@ -74,12 +74,13 @@ def _jpeg_xmp(image: Image.Image) -> bytes:
     """What newer Pillows put in `info["xmp"]`, from the segments of a JPEG; b"" where there is
     none."""
     begin = b"http://ns.adobe.com/xap/1.0/\0"
+    # only Pillow's JPEG class has this list of segments
     segments = (data for _, data in getattr(image, "applist", ()) if data.startswith(begin))
     return next(segments, begin)[len(begin) :]
 
 
 def _read_orientation(exif: bytes) -> int | None:
-    """The orientation in the first directory of EXIF data, None where there is none. Raises
+    """The orientation in the first directory of EXIF data, None if there is none. Raises
     struct.error where the directory lies outside the data."""
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]

@@ -294,7 +294,7 @@ def _read_data_url(url: str) -> bytes:
 
 
 def _without_metadata(file: Path | BinaryIO) -> BinaryIO:
-    """A file that Pillow could not open, once more without its metadata. Raises ValueError where
+    """A file that Pillow could not open, once more without its metadata. Raises ValueError if
     that is no help, and whatever a file raises that cannot be read again."""
     with open(file, "rb") if isinstance(file, Path) else nullcontext(file) as again:
         again.seek(0)

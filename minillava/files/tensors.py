@@ -100,41 +100,7 @@ class TorchFile:
 
     def __init__(self, path: Path):
         self.notes: list[str] = []
-        try:
-            content = _unpickle(path)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: not found; download this file") from None
-        except pickle.UnpicklingError as error:
-            code = _FORBIDDEN.search(str(error))
-            if code is None:
-                raise _damaged(path, error) from None
-            found = (
-                f"holds more than tensors, namely {code[1]}, which opening it would run: refused"
-            )
-            raise OtherObjects(f"{path}: {found}; get these weights as safetensors") from None
-        except (
-            Exception
-        ) as error:  # damaged bytes raise nearly anything: EOFError, KeyError, RuntimeError, ...
-            raise _damaged(path, error) from None
-        nested = [
-            content[nest]
-            for nest in _NESTS
-            if isinstance(content, dict) and isinstance(content.get(nest), dict)
-        ]
-        if len(nested) == 1:
-            others = [
-                str(name)
-                for name, value in content.items()
-                if isinstance(value, dict)
-                and value is not nested[0]
-                and any(map(_is_plain, value.values()))
-            ]
-            if others:
-                taken = next(name for name in _NESTS if content.get(name) is nested[0])
-                self.notes.append(
-                    f"{path}: weights are read from its {taken}, not from {', '.join(others)!s:.80}"
-                )
-            content = nested[0]
+        content = self._unnest(path, _open_pickle(path))
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
             raise ValueError(
                 f"{path}: holds a {type(content).__name__}, expected tensors by name; "
@@ -152,6 +118,29 @@ class TorchFile:
                 )
         self._tensors = content
         self.names = list(content)
+
+    def _unnest(self, path: Path, content: Any) -> Any:
+        """The state dict, where a training program put it beside its optimizer's; other dicts of
+        tensors beside it are noted."""
+        nests = [
+            nest
+            for nest in _NESTS
+            if isinstance(content, dict) and isinstance(content.get(nest), dict)
+        ]
+        if len(nests) != 1:
+            return content
+        taken = content[nests[0]]
+        beside = {name: value for name, value in content.items() if value is not taken}
+        others = [
+            str(name)
+            for name, value in beside.items()
+            if isinstance(value, dict) and any(map(_is_plain, value.values()))
+        ]
+        if others:
+            self.notes.append(
+                f"{path}: weights are read from its {nests[0]}, not from {', '.join(others)!s:.80}"
+            )
+        return taken
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
@@ -174,6 +163,22 @@ _PREAMBLE = (
     "succeed, but it can result in arbitrary code execution. Do it only if you got the file from a "
     "trusted source."
 )
+
+
+def _open_pickle(path: Path) -> Any:
+    """What is in the file. Raises FileNotFoundError or ValueError."""
+    try:
+        return _unpickle(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: not found; download this file") from None
+    except pickle.UnpicklingError as error:
+        code = _FORBIDDEN.search(str(error))
+        if code is None:
+            raise _damaged(path, error) from None
+        found = f"holds more than tensors, namely {code[1]}, which opening it would run: refused"
+        raise OtherObjects(f"{path}: {found}; get these weights as safetensors") from None
+    except Exception as error:  # damaged bytes raise nearly anything: EOFError, KeyError, ...
+        raise _damaged(path, error) from None
 
 
 def _unpickle(path: Path) -> Any:
