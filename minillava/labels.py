@@ -43,9 +43,9 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     )
 
 
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of predicting each label from the position before it. logits [B,T,V],
-    labels [B,T].
+def next_token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy, "mean" or "sum", of predicting each label from the position before it. logits
+    [B,T,V], labels [B,T].
 
     In float32, as in transformers, since it sums over the whole vocabulary. Raises ValueError when
     every label is ignored: the mean over nothing is NaN.
@@ -56,5 +56,5 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(
             f"every label is ignored ({IGNORE_INDEX}): there is nothing to take a loss of"
         )
-    logits = upcast(logits)
-    return F.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=IGNORE_INDEX)
+    logits, following = upcast(logits).flatten(0, 1), following.flatten()
+    return F.cross_entropy(logits, following, ignore_index=IGNORE_INDEX, reduction=reduction)

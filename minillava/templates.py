@@ -80,8 +80,8 @@ TEMPLATES = {
     ),
     # The chat template of the llava-hf checkpoints: no system text, no end token between turns.
     "hf": replace(LLAVA_V1, system="", assistant="ASSISTANT: {} "),
-    # The captions of projector pre-training.
-    "plain": Template("", "{}", "{}\n", "{}\n", "", single_turn=True),
+    # The captions of projector pre-training: a picture, its caption, and no question.
+    "plain": Template("", "{}", "{}", "{}\n", "", single_turn=True),
 }
 DEFAULT_TEMPLATE = "llava_v1"
 

@@ -32,6 +32,11 @@ DOORS = {
     ),
     "serve": ("answer OpenAI's clients over HTTP", "serve.run", "run"),
     "convert": ("write weights in another layout, or in 8 or 4 bits", "convert.run", "run"),
+    "finetune": (
+        "learn from rows of pictures and conversations: LoRA, projector or all",
+        "finetune.run",
+        "run",
+    ),
     "pope": ("score answers to POPE in the three ways that papers do", "pope.run", "run"),
 }
 

@@ -47,7 +47,18 @@ SHELVES = ["files", "spine", "fast", "generate", "checkpoint", "assistant", "cli
 SIDE_BY_SIDE = {"fast", "generate", "checkpoint"}
 SIDEWAYS = {("checkpoint", "fast.quantize"), ("checkpoint", "fast.processor")}
 # folders of the last shelf; none knows another, but that probe measures what look shows
-DOORS = {"chat", "batch", "look", "probe", "tracing", "inspection", "serve", "convert", "pope"}
+DOORS = {
+    "chat",
+    "batch",
+    "look",
+    "probe",
+    "tracing",
+    "inspection",
+    "serve",
+    "convert",
+    "pope",
+    "finetune",
+}
 DOOR_TO_DOOR = {("probe", "look"), *zip(sorted(DOORS), sorted(DOORS), strict=True)}
 # generate/ holds strategies, and a door
 OF_A_DOOR = {"generate.answer", "generate.__main__", "cli.__main__", "__main__"}

@@ -58,7 +58,7 @@ def test_system_texts_have_their_original_lengths():
 def test_plain_is_a_caption_and_holds_one_turn():
     """The first stage of training pairs a picture with a caption, without roles; a second turn
     would be joined to it."""
-    assert render(TEMPLATES["plain"], [("<image>", "a dog")]) == "<image>\na dog\n"
+    assert render(TEMPLATES["plain"], [("<image>", "a dog")]) == "<image>a dog\n"
     with pytest.raises(ValueError, match="holds one turn, the conversation has 2"):
         render(TEMPLATES["plain"], TWO_TURNS)
 

@@ -1,0 +1,52 @@
+"""LoRA that learns (Hu et al. 2021): y = W·x + scale · B·A·x, with W frozen.
+
+The names are those that checkpoint/adapter.py reads. r rank, C width before, N width after.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillava.llava import Llava
+
+
+class LoraLinear(nn.Module):
+    """A linear layer and what it gains. A and B are float32, whatever W is; A begins as PEFT's
+    does, B as zeros, so that nothing changes before the first update."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.base, self.scale, self.dropout = base, alpha / rank, dropout
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))  # [r, C]
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))  # [N, r]
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., N]"""
+        y = self.base(x)
+        narrow = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
+        # In this order PEFT computes it: the scale last.
+        gain = F.linear(F.linear(narrow, self.lora_A), self.lora_B) * self.scale
+        return (y + gain).to(y.dtype)
+
+
+def add_lora(model: Llava, rank: int, alpha: float, dropout: float, seed: int) -> None:
+    """A LoRA on every linear layer of the language model's blocks. The vision tower has layers of
+    the same names, and gets none."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for block in model.language_model.layers:
+            for part in (block.self_attn, block.mlp):
+                for name, base in list(part.named_children()):
+                    if isinstance(base, nn.Linear):
+                        part.add_module(name, LoraLinear(base, rank, alpha, dropout))
+
+
+def lora_layers(model: Llava) -> dict[str, LoraLinear]:
+    """The LoRA layers by our names of their weights, without `.weight`."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)
+    }

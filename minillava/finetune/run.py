@@ -1,0 +1,244 @@
+"""What `python -m minillava.finetune` does: check the rows, say the plan, learn, save."""
+
+import argparse
+import dataclasses
+import json
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minillava.assistant import Assistant, load
+from minillava.attention import ATTENTION, eager
+from minillava.checkpoint.folders import Folders, find_folders
+from minillava.checkpoint.parts import Parts, open_parts
+from minillava.cli.messages import Messages, show
+from minillava.files.disk import write_whole
+from minillava.finetune.learning import make_optimiser, prepare
+from minillava.finetune.loop import Record, train
+from minillava.finetune.recipe import Recipe, read_recipe
+from minillava.finetune.rows import Example, Row, as_seen, check_template, encode_row, read_rows
+from minillava.finetune.save import check_one_folder, count, save_learnt, save_whole
+from minillava.finetune.state import describe, resume, save_state
+from minillava.llava import Llava
+from minillava.templates import find_template
+
+LOG_NAME = "log.jsonl"
+
+
+def run(args: argparse.Namespace) -> int:
+    messages = Messages(args.verbose, args.quiet)
+    recipe = read_recipe(args.recipe, vars(args))
+    folders = find_folders(args.model, None, args.vision_tower, args.model_base)
+    rows = _rows(args, recipe, messages)
+    parts = open_parts(folders, recipe.aspect)
+    check_template(find_template(recipe.template), parts.tokenizer, parts.config.eos_token_ids)
+    if args.check is not None:
+        shown = [_encode(row, parts, recipe) for row in rows[: args.check]]
+        return show("".join(f"{as_seen(example, parts.tokenizer)}\n" for example in shown))
+    examples = _examples(rows, parts, recipe, messages)
+    if args.plan:
+        return show(_plan(parts, recipe, examples))
+    _learn(args, recipe, folders, examples, messages)
+    return 0
+
+
+def _rows(args: argparse.Namespace, recipe: Recipe, messages: Messages) -> list[Row]:
+    """The rows of the file. Raises ValueError naming what is wrong with them, unless that is left
+    out."""
+    found = read_rows(args.data, args.images, recipe.template == "plain")
+    messages.note(found.counts())
+    if args.skip_bad and found.rows:
+        bad = sum(map(len, found.problems.values()))
+        if bad:
+            messages.note(f"{bad:,} row(s) left out that cannot be learnt")
+    else:
+        found.refuse(args.data)
+    return found.rows
+
+
+def _encode(row: Row, parts: Parts, recipe: Recipe) -> Example:
+    template, longest = find_template(recipe.template), recipe.max_length
+    return encode_row(row, parts.tokenizer, template, parts.config.tokens_per_image, longest)
+
+
+def _examples(
+    rows: Sequence[Row], parts: Parts, recipe: Recipe, messages: Messages
+) -> list[Example]:
+    """The rows as ids. Rows of which the cut left nothing to learn are left out; raises ValueError
+    if that is all of them, or the model's context is shorter than the recipe's rows."""
+    context = parts.config.text.context
+    if recipe.max_length > context:
+        recipe = dataclasses.replace(recipe, max_length=context)
+        messages.note(f"rows are cut at {context} positions, the model's context")
+    examples = [_encode(row, parts, recipe) for row in rows]
+    cut, empty = sum(e.cut for e in examples), sum(not e.learnt for e in examples)
+    if empty == len(examples):
+        raise ValueError(
+            f"all {empty} rows are longer than {recipe.max_length} positions, and no answer is "
+            "left of them; raise --max-length"
+        )
+    if cut:
+        messages.note(
+            f"{cut:,} row(s) cut at {recipe.max_length} positions, {empty:,} of them left out, "
+            "since no answer was left"
+        )
+    return [example for example in examples if example.learnt]
+
+
+def _plan(parts: Parts, recipe: Recipe, examples: Sequence[Example]) -> str:
+    """What will be learnt, from how many rows, and what it takes."""
+    with torch.device("meta"):
+        model = Llava(parts.config, eager)
+    total = sum(p.numel() for p in model.parameters())
+    learning = prepare(model, recipe)
+    learnt = count(model, learning)
+    rates = {"projector": recipe.projector_rate}
+    told = ", ".join(
+        f"{part} {numbers / 1e6:.1f} M at {rates.get(part, recipe.rate):g}"
+        for part, numbers in learnt.items()
+    )
+    rows, updates = len(examples), recipe.updates_for(len(examples))
+    longest = max(example.positions for example in examples)
+    # weights in float32, and of what learns a gradient and AdamW's two moments
+    size = 4 * sum(p.numel() for p in model.parameters()) + 12 * sum(learnt.values())
+    return (
+        f"learn    {sum(learnt.values()) / 1e6:.1f} M of {total / 1e6:.1f} M parameters: {told}\n"
+        f"rows     {rows:,}, {updates:,} update(s) of {recipe.batch * recipe.accumulate} rows in "
+        f"micro-batches of {recipe.batch}, longest {longest:,} positions\n"
+        f"memory   {size / 1e9:.2f} GB for weights, gradients and moments; activations on top\n"
+    )
+
+
+def _learn(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    folders: Folders,
+    examples: list[Example],
+    messages: Messages,
+) -> None:
+    if recipe.learn == "language" or args.merged:
+        check_one_folder(folders)
+    out = _open_out(args.out, args.resume)
+    assistant = _open_model(args, recipe)
+    learning = prepare(assistant.model, recipe)
+    optimiser = make_optimiser(learning, recipe)
+    about = describe(recipe, args.data, folders)
+    start = resume(out, learning, optimiser, about) if args.resume else 0
+    if args.resume:
+        messages.note(f"goes on after update {start}" if start else "no state there: starts anew")
+    log = _log_until(out / LOG_NAME, start)
+    layout = args.layout or ("hf" if _is_hub(folders) else "llava")
+    model, updates = assistant.model, recipe.updates_for(len(examples))
+    with _stop_between_updates() as stopped:
+        for record in train(model, examples, assistant.image_processor, recipe, optimiser, start):
+            log.append(json.dumps(record._asdict()) + "\n")
+            _tell(record, updates, messages)
+            if stopped or record.update % args.save_every == 0 or record.update == updates:
+                if recipe.learn != "language":
+                    save_learnt(model, recipe, layout, str(folders.weights), out)
+                write_whole(out / LOG_NAME, "".join(log))
+                save_state(out, record.update, learning, optimiser, about)
+            if stopped:
+                raise KeyboardInterrupt
+    if recipe.learn == "language" or args.merged:
+        save_whole(assistant.model, folders, out / "model")
+    messages.note(_last_line(args, recipe, out, layout, folders))
+
+
+def _open_out(out: Path, goes_on: bool) -> Path:
+    """The folder of the run. Raises ValueError for one that holds something, unless a run goes on
+    there."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; name a folder")
+    if out.exists() and any(out.iterdir()) and not goes_on:
+        raise ValueError(f"{out}: is not empty; --resume goes on there, or name a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _open_model(args: argparse.Namespace, recipe: Recipe) -> Assistant:
+    """The model as it is built: layers that are fast at inference do not learn."""
+    assistant = load(
+        args.model,
+        device=args.device,
+        dtype="float32",
+        attention="eager",
+        vision_tower=args.vision_tower,
+        model_base=args.model_base,
+        template=recipe.template,
+        image_aspect_ratio=recipe.aspect,
+    )
+    if assistant.model.projector.linear_1.weight.device.type != "cpu":
+        assistant.model.language_model.attend = ATTENTION["fused"]
+    return assistant
+
+
+def _is_hub(folders: Folders) -> bool:
+    content = json.loads((folders.find("config.json") / "config.json").read_text("utf-8"))
+    return "text_config" in content
+
+
+def _log_until(path: Path, update: int) -> list[str]:
+    """The lines of the log up to an update."""
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if json.loads(line)["update"] <= update]
+
+
+@contextmanager
+def _stop_between_updates() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM wait until an update is whole and saved: the list is then not empty."""
+    came: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in signals]
+    try:
+        yield came
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _tell(record: Record, updates: int, messages: Messages) -> None:
+    text = (
+        f"update {record.update} of {updates}: loss {record.loss:.4f} over {record.tokens} tokens, "
+        f"norm {record.norm:.3g}, {record.seconds:.2f} s"
+    )
+    messages.progress("" if record.update == updates else text)
+    if messages.verbose:
+        messages.note(text)
+
+
+def _last_line(
+    args: argparse.Namespace, recipe: Recipe, out: Path, layout: str, folders: Folders
+) -> str:
+    """How to ask what was learnt."""
+    if recipe.learn == "language" or args.merged:
+        return f"learnt; ask it with: python -m minillava.generate --weights {out / 'model'}"
+    if recipe.learn == "lora" and layout == "hf":
+        return (
+            "learnt; ask it with: python -m minillava.generate --weights "
+            f"{folders.weights} --adapter {out}"
+        )
+    return (
+        f"learnt; ask it with: python -m minillava.generate --weights {out} --model-base "
+        f"{folders.weights}"
+    )
+
+
+def finetune(model: str | Path, data: str | Path, out: str | Path, **options: Any) -> None:
+    """`python -m minillava.finetune` from Python: the flags by their names. Raises what the command
+    says in one line."""
+    flags: dict[str, Any] = {
+        "recipe": "lora", "images": None, "resume": False, "save_every": 100, "layout": None,
+        "merged": False, "skip_bad": False, "device": "auto", "vision_tower": None,
+        "model_base": None, "check": None, "plan": False, "verbose": False, "quiet": True,
+    }  # fmt: skip
+    known = {*flags, *(field.name for field in dataclasses.fields(Recipe))}
+    for name in options:
+        if name not in known:
+            raise TypeError(f"there is no option {name!r}: expected some of: {', '.join(known)}")
+    given = {**flags, **options, "model": model, "data": Path(data), "out": Path(out)}
+    run(argparse.Namespace(**given))

@@ -1,0 +1,311 @@
+"""`python -m minillava.finetune`: checked, learnt, saved as others open it, and gone on with."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from paths import REFERENCE, ROOT
+from PIL import Image
+from safetensors.torch import load_file
+
+import minillava
+from minillava.cli import parsers
+from minillava.cli.doors import enter
+from minillava.finetune import recipe, save
+from minillava.finetune.run import finetune
+
+main = partial(enter, "finetune")
+
+PLAIN = REFERENCE / "plain"
+
+QUICK = ("--rank", "4", "--batch", "1", "--accumulate", "2", "--rate", "1e-2", "--device", "cpu",
+         "--projector-rate", "1e-3")  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Six rows, one of text alone, with two pictures."""
+    for i in range(2):
+        Image.new("RGB", (40, 30), (200 * i, 90, 30)).save(tmp_path / f"{i}.png")
+    rows = [
+        {
+            "id": i,
+            "image": f"{i % 2}.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat?"},
+                {"from": "gpt", "value": f"a {'bcd'[i % 3]} " * (i % 3 + 1)},
+            ],
+        }
+        for i in range(5)
+    ]
+    hello = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    rows.append({"id": 5, "conversations": hello})
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def learn(run_main, data: Path, out: Path, *more: object, model: Path = PLAIN) -> str:
+    status, printed, errors = run_main(main, model, data, "--out", out, *QUICK, *more)
+    assert (status, printed) == (0, ""), errors
+    return errors
+
+
+def logits(folder: Path, **options) -> torch.Tensor:
+    model = minillava.load(
+        folder, device="cpu", dtype="float32", attention="eager", **options
+    ).model
+    pixels = torch.randn(1, 3, *[model.config.vision.image_size] * 2, generator=fixed())
+    with torch.no_grad():
+        return model([[1, 5, -200, 9, 30]], pixels).logits
+
+
+def fixed() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_rows_are_shown_and_nothing_is_written(run_main, data, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    status, printed, errors = run_main(main, PLAIN, data, "--check", 2)
+    assert status == 0
+    assert printed.count("ends with </s>") == 2 and "[[" in printed
+    assert "6 rows (5 with a picture, 1 of text alone), 6 answers" in errors
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_bad_row_ends_a_run_before_a_model_is_opened(run_main, data, tmp_path):
+    rows = json.loads(data.read_text(encoding="utf-8"))
+    rows[2]["image"] = "gone.png"
+    data.write_text(json.dumps(rows), encoding="utf-8")
+    status, _, errors = run_main(main, PLAIN, data, "--out", tmp_path / "out")
+    assert status == 1
+    assert "row '2' (2) names a picture that is not there" in errors
+    assert not (tmp_path / "out").exists()
+    status, printed, errors = run_main(main, PLAIN, data, "--skip-bad", "--check", 9)
+    assert (status, printed.count("row '")) == (0, 5)
+    assert "1 row(s) left out" in errors
+
+
+def test_the_plan_says_what_learns_and_writes_nothing(run_main, data, tmp_path):
+    status, printed, _ = run_main(main, PLAIN, data, "--plan", *QUICK)
+    assert status == 0
+    model = minillava.load(PLAIN, device="cpu").model
+    adapted = sum(
+        4 * (module.in_features + module.out_features)
+        for module in model.language_model.layers.modules()
+        if isinstance(module, torch.nn.Linear)
+    )
+    learnt = adapted + sum(p.numel() for p in model.projector.parameters())
+    assert printed.startswith(f"learn    {learnt / 1e6:.1f} M of ")
+    assert "rows     6, 3 update(s) of 2 rows" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_is_opened_by_minillava_and_changes_its_answers(run_main, data, tmp_path):
+    told = learn(run_main, data, tmp_path / "out", "--epochs", 2)
+    assert f"--weights {PLAIN} --adapter {tmp_path / 'out'}" in told
+    assert not torch.equal(logits(PLAIN), logits(PLAIN, adapter=tmp_path / "out"))
+    log = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "log.jsonl").read_text("utf-8").splitlines()
+    ]
+    assert [record["update"] for record in log] == [1, 2, 3, 4, 5, 6]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert (log[0]["rates"], sum(r["rows"] for r in log)) == ([0.0] * len(log[0]["rates"]), 12)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use of transformers
+def test_peft_opens_a_lora_and_computes_the_same(run_main, data, tmp_path):
+    hf = pytest.importorskip("hf")
+    pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    learn(run_main, data, tmp_path / "out")
+    base = hf.load(PLAIN)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "out")
+    named = dict(model.named_parameters())
+    for name, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
+        theirs = name.replace(".weight", ".default.weight") if ".lora_" in name else name
+        theirs = theirs.replace(
+            "multi_modal_projector.", "multi_modal_projector.modules_to_save.default."
+        )
+        assert torch.equal(named[theirs], tensor), name
+    merged = model.merge_and_unload()
+    pixels = torch.randn(1, 3, *[base.config.vision_config.image_size] * 2, generator=fixed())
+    found = hf.forward(merged, [[1, 5, -200, 9, 30]], pixels)["logits"]
+    assert torch.equal(found, logits(PLAIN, adapter=tmp_path / "out"))
+
+
+def test_both_layouts_hold_the_same_model(run_main, data, tmp_path):
+    for layout in ("hf", "llava"):
+        learn(run_main, data, tmp_path / layout, "--layout", layout, "--merged")
+    assert {path.name for path in (tmp_path / "llava").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "config.json", "log.jsonl", "model",
+        "non_lora_trainables.bin", "state.pt",
+    }  # fmt: skip
+    expected = logits(PLAIN, adapter=tmp_path / "hf")
+    assert torch.equal(logits(tmp_path / "llava", model_base=PLAIN), expected)
+    for layout in ("hf", "llava"):
+        assert torch.equal(logits(tmp_path / layout / "model"), expected)
+
+
+def test_a_projector_is_saved_as_llava_saves_it(run_main, data, tmp_path):
+    told = learn(run_main, data, tmp_path / "out", "--learn", "projector")
+    assert f"--weights {tmp_path / 'out'} --model-base {PLAIN}" in told
+    found = torch.load(tmp_path / "out" / "mm_projector.bin", weights_only=True)
+    assert sorted(found) == [
+        f"model.mm_projector.{i}.{k}" for i in (0, 2) for k in ("bias", "weight")
+    ]
+    assert not torch.equal(logits(tmp_path / "out", model_base=PLAIN), logits(PLAIN))
+
+
+def test_a_whole_model_is_written_like_the_one_it_began_from(run_main, data, tmp_path):
+    learn(run_main, data, tmp_path / "out", "--learn", "language")
+    before, after = (
+        load_file(f / "model.safetensors") for f in (PLAIN, tmp_path / "out" / "model")
+    )
+    assert {n: (t.dtype, t.shape) for n, t in before.items()} == {
+        n: (t.dtype, t.shape) for n, t in after.items()
+    }
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any(name.startswith("vision_tower.") for name in moved)
+    assert not torch.equal(logits(tmp_path / "out" / "model"), logits(PLAIN))
+
+
+@pytest.mark.parametrize("learnt", ["lora", "language"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(run_main, data, tmp_path, monkeypatch, learnt):
+    """AdamW started afresh, and rows in another order, are what others call to resume."""
+    more = ("--learn", learnt, "--epochs", 2, "--save-every", 1)
+    learn(run_main, data, tmp_path / "whole", *more)
+    out = tmp_path / "parts"
+    real, done = save_state_of(), []
+
+    def die(*arguments) -> None:
+        real(*arguments)
+        done.append(1)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("minillava.finetune.run.save_state", die)
+        status, _, _ = run_main(main, PLAIN, data, "--out", out, *QUICK, *more)
+    assert status == 130
+    told = learn(run_main, data, out, *more, "--resume")
+    assert "goes on after update 3" in told
+    whole, parts = (
+        torch.load(f / "state.pt", weights_only=True) for f in (tmp_path / "whole", out)
+    )
+    assert whole["update"] == parts["update"] == 6
+    for name, tensor in whole["learnt"].items():
+        assert torch.equal(tensor, parts["learnt"][name]), name
+    records = [
+        [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+        for folder in (tmp_path / "whole", out)
+    ]
+    for a, b in zip(*records, strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+
+def save_state_of():
+    from minillava.finetune.state import save_state
+
+    return save_state
+
+
+def test_a_run_goes_on_with_what_it_was_only(run_main, data, tmp_path):
+    out = tmp_path / "out"
+    assert "starts anew" in learn(run_main, data, out, "--resume")
+    for more, told in ((("--seed", 1), "seed was 42, and is 1 now"), ((), "data was ")):
+        if not more:
+            data.write_text(data.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+        status, _, errors = run_main(main, PLAIN, data, "--out", out, *QUICK, "--resume", *more)
+        assert (status, errors.count("error: ")) == (1, 1)
+        assert told in errors
+    (out / "state.pt").write_bytes(b"PK\3\4 damaged")
+    status, _, errors = run_main(main, PLAIN, data, "--out", out, *QUICK, "--resume")
+    assert status == 1 and "cannot be read" in errors
+
+
+def test_nothing_of_the_users_is_overwritten(run_main, data, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    for out in (tmp_path / "out", data):
+        status, _, errors = run_main(main, PLAIN, data, "--out", out, *QUICK)
+        assert status == 1, out
+        assert "name a" in errors
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_ctrl_c_saves_the_update_that_is_being_made(data, tmp_path):
+    """A signal in the middle of AdamW's step would leave half of it."""
+    script = (
+        "import sys\nfrom minillava.cli.doors import begin\nimport minillava.finetune.loop as loop\n"
+        "import os, signal\nreal = loop._clip\n"
+        "def clip(*a):\n    os.kill(os.getpid(), signal.SIGINT)\n    return real(*a)\n"
+        "loop._clip = clip\nbegin('finetune', sys.argv[1:])\n"
+    )
+    out = tmp_path / "out"
+    arguments = [str(PLAIN), str(data), "--out", str(out), *QUICK]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert torch.load(out / "state.pt", weights_only=True)["update"] == 1
+
+
+def test_a_model_in_several_folders_is_not_written_as_one(run_main, data, tmp_path, write_dialect):
+    found = write_dialect("original-bare", tmp_path / "bare")
+    status, _, errors = run_main(
+        main, found["weights"], data, "--vision-tower", found["vision_tower"], "--out",
+        tmp_path / "out", "--learn", "language", *QUICK,
+    )  # fmt: skip
+    assert status == 1
+    assert "lies in several folders" in errors
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status", "told"),
+    [
+        (("--template", "hf"), 1, "never learn to stop"),
+        (("--template", "plain"), 1, "no caption of one picture"),
+        (("--rank", "0"), 1, "rank is 0"),
+        (("--max-length", "5"), 1, "no answer is left"),
+        (("--check", "0"), 2, "--check is 0"),
+        (("--save-every", "0"), 2, "--save-every is 0"),
+        (("--learn", "tower"), 2, "invalid choice"),
+    ],
+)
+def test_wrong_settings_are_told_in_one_line(run_main, data, tmp_path, wrong, status, told):
+    found, _, errors = run_main(main, PLAIN, data, "--out", tmp_path / "out", *wrong)
+    assert (found, told in errors) == (status, True), errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_without_a_place_for_what_is_learnt_are_refused(run_main, data):
+    status, _, errors = run_main(main, PLAIN, data)
+    assert status == 2 and "--out" in errors
+
+
+def test_the_words_that_flags_offer_are_those_that_the_recipes_take():
+    """The flags are read before torch is imported, and so do not read the recipes."""
+    offered = {names[0]: settings for names, settings in parsers.RECIPE_FLAGS}
+    assert offered["--learn"]["choices"] == recipe.LEARN
+    assert offered["--order"]["choices"] == recipe.ORDERS
+    assert offered["--loss-mean"]["choices"] == recipe.MEANS
+    assert tuple(recipe.RECIPES) == parsers.RECIPE_NAMES
+    run = {names[0]: settings for names, settings in parsers.FINETUNE_FLAGS}
+    assert run["--layout"]["choices"] == save.LAYOUTS
+
+
+def test_it_learns_in_python(data, tmp_path):
+    finetune(PLAIN, data, tmp_path / "out", rank=4, batch=2, accumulate=1, updates=2, device="cpu")
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    with pytest.raises(TypeError, match="there is no option 'ranks'"):
+        finetune(PLAIN, data, tmp_path / "x", ranks=4)

@@ -1,0 +1,222 @@
+"""Learning: what moves and what does not, and the numbers of transformers, PEFT and AdamW to the
+last bit."""
+
+import math
+
+import hf
+import pytest
+import torch
+from paths import REFERENCE
+
+import minillava
+from minillava.config import IGNORE_INDEX
+from minillava.finetune.learning import make_optimiser, prepare
+from minillava.finetune.loop import Batch, summed_loss, train
+from minillava.finetune.lora import lora_layers
+from minillava.finetune.recipe import Recipe
+from minillava.finetune.rows import Example, Row
+
+SHORT = {"batch": 1, "accumulate": 2, "rank": 4, "alpha": 8, "dropout": 0.0, "rate": 1e-3,
+         "projector_rate": 1e-3, "order": "file", "warmup": 0.0, "clip": 1.0}  # fmt: skip
+
+
+def toy() -> "minillava.Assistant":
+    return minillava.load(REFERENCE / "plain", device="cpu", dtype="float32", attention="eager")
+
+
+def example(ids: list[int], learnt: int, pictures: int = 1) -> Example:
+    """A row that learns its last ids; its pictures are noise, of a seed each."""
+    labels = [IGNORE_INDEX] * (len(ids) - learnt) + ids[len(ids) - learnt :]
+    row = Row(str(len(ids)), (), (("a b " * len(ids), "c"),), None)
+    return Example(row, ids, labels, tuple(range(pictures)), len(ids), cut=False)
+
+
+EXAMPLES = [
+    example([1, 5, -200, 17, 300, 42], 3),
+    example([1, 7, 8, -200, 9, 11, 12, 13], 2),
+    example([1, -200, 77, 78, 2], 3),
+    example([1, 9, 3, -200, 2, 2], 2),
+]
+
+
+class Noise:
+    """Pictures by their seeds."""
+
+    def __init__(self, side: int):
+        self.side = side
+
+    def __call__(self, seeds: list) -> torch.Tensor:
+        drawn = [
+            torch.randn(3, self.side, self.side, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
+        return torch.stack(drawn) if drawn else torch.zeros(0, 3, self.side, self.side)
+
+
+def run(recipe: Recipe, assistant=None, start: int = 0, examples=EXAMPLES):
+    """(the model, what learns by name, the records) of a whole run."""
+    assistant = assistant or toy()
+    learning = prepare(assistant.model, recipe)
+    processor = Noise(assistant.image_processor.image_size)
+    optimiser = make_optimiser(learning, recipe)
+    records = list(train(assistant.model, examples, processor, recipe, optimiser, start))
+    return assistant.model, learning, records
+
+
+@pytest.mark.parametrize(("learn", "moved"), [("projector", 4), ("lora", None), ("language", None)])
+def test_what_is_frozen_does_not_move(learn, moved):
+    """A suffix list of layers learns the vision tower's, too, which no recipe asks for."""
+    before = {name: tensor.clone() for name, tensor in toy().model.state_dict().items()}
+    model, learning, records = run(Recipe(**SHORT, learn=learn, updates=3))
+    layers = len(model.language_model.layers)
+    language = sum(name.startswith("language_model.") for name in before)
+    expected = {"projector": 4, "lora": 2 * 7 * layers + 4, "language": language + 4}
+    assert len(learning) == expected[learn]
+    changed = set()
+    for name, tensor in model.state_dict().items():
+        ours = name.replace(".base.", ".")
+        if ours in before and not torch.equal(tensor, before[ours]):
+            changed.add(ours)
+    assert not any(name.startswith("vision_tower.") for name in changed)
+    assert {name for name in changed if name.startswith("projector.")}
+    if learn != "language":
+        assert not any(name.startswith("language_model.") for name in changed)
+    assert len(records) == 3 and all(math.isfinite(record.loss) for record in records)
+
+
+def test_the_first_update_of_a_warm_up_moves_nothing():
+    """Its rate is 0, as published."""
+    recipe = Recipe(**{**SHORT, "warmup": 0.5}, updates=1)
+    model, _, (record,) = run(recipe)
+    assert record.rates == [0.0] * len(record.rates)
+    before = toy().model.state_dict()
+    assert torch.equal(
+        model.projector.state_dict()["linear_1.weight"], before["projector.linear_1.weight"]
+    )
+
+
+def test_a_loss_is_the_mean_over_the_tokens_of_an_update():
+    """Micro-batches of unequal length are one batch of all their rows; LLaVA's own mean is one of
+    means."""
+    in_two = Recipe(**SHORT, learn="projector", updates=1)
+    in_one = Recipe(**{**SHORT, "batch": 2, "accumulate": 1}, learn="projector", updates=1)
+    losses = []
+    for recipe in (in_two, in_one):
+        assistant = toy()
+        assistant.model.double()
+        losses.append(run(recipe, assistant)[2][0].loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    each = [
+        run(Recipe(**{**SHORT, "accumulate": 1}, learn="projector", updates=1), examples=[row])[2][
+            0
+        ]
+        for row in EXAMPLES[:2]
+    ]
+    means = Recipe(**SHORT, learn="projector", updates=1, loss_mean="microbatch")
+    assert run(means)[2][0].loss == pytest.approx(sum(r.loss for r in each) / 2, rel=1e-6)
+    tokens = [record.tokens for record in each]
+    weighted = sum(record.loss * record.tokens for record in each) / sum(tokens)
+    assert run(in_two)[2][0].loss == pytest.approx(weighted, rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_rows():
+    """A trainer that logs 0.0 for it goes on with weights that are all NaN."""
+    recipe = Recipe(**SHORT, learn="projector", updates=1)
+    assistant = toy()
+    with torch.no_grad():
+        assistant.model.language_model.norm.weight.fill_(math.inf)
+    with pytest.raises(ValueError, match=r"update 1: the loss is nan.* its rows: 6, 8"):
+        run(recipe, assistant)
+
+
+def test_dropout_is_a_function_of_the_update():
+    recipe = Recipe(**{**SHORT, "dropout": 0.5}, updates=2)
+    torch.manual_seed(1)
+    first = run(recipe)[2]
+    torch.manual_seed(2)
+    assert [r.loss for r in run(recipe)[2]] == [r.loss for r in first]
+    other = Recipe(**{**SHORT, "dropout": 0.5}, updates=2, seed=7)
+    assert [r.loss for r in run(other)[2]] != [r.loss for r in first]
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use of transformers
+def test_updates_are_those_of_transformers_peft_and_adamw_to_the_last_bit():
+    """LoRA and projector, rows with pictures, two micro-batches an update, the gradient cut to norm
+    1: losses, norms and every learnt tensor."""
+    pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    recipe = Recipe(**SHORT, updates=4)
+    assistant = toy()
+    learning = prepare(assistant.model, recipe)
+
+    theirs = hf.load(REFERENCE / "plain")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=0.0, target_modules=r".*language_model\.layers.*_proj",
+        modules_to_save=["multi_modal_projector"],
+    )  # fmt: skip
+    theirs = peft.get_peft_model(theirs, config)
+    named = {their_name(name): p for name, p in theirs.named_parameters() if p.requires_grad}
+    assert named.keys() == learning.keys()
+    with torch.no_grad():
+        for name, parameter in learning.items():
+            named[name].copy_(parameter)
+    # in the order of ours, since a norm is a sum
+    oracle = [named[name] for name in learning]
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in named.items() if n.startswith("projector.")]},
+            {"params": [p for n, p in named.items() if not n.startswith("projector.")]},
+        ],
+        lr=0.0,
+        weight_decay=0.0,
+    )
+    processor = Noise(assistant.image_processor.image_size)
+    records = train(assistant.model, EXAMPLES, processor, recipe, make_optimiser(learning, recipe))
+    for update, record in enumerate(records):
+        rows = [EXAMPLES[(2 * update + i) % 4] for i in range(2)]
+        tokens = torch.tensor(sum(row.learnt for row in rows))
+        loss = 0.0
+        for row in rows:
+            given = hf.inputs(theirs.base_model.model, [row.ids], [row.labels])
+            out = theirs(
+                **given, pixel_values=processor(row.pictures), use_cache=False,
+                num_items_in_batch=tokens,
+            )  # fmt: skip
+            out.loss.backward()
+            loss += out.loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(in_groups(oracle, learning), 1.0)
+        for group in optimiser.param_groups:
+            group["lr"] = record.rates[0]
+        optimiser.step()
+        optimiser.zero_grad()
+        assert (record.loss, record.norm) == (loss, norm.item()), update
+        for name, parameter in learning.items():
+            assert torch.equal(named[name], parameter), (update, name)
+
+
+def in_groups(oracle: list, learning: dict) -> list:
+    """The parameters in the order of our optimiser's groups."""
+    names = list(learning)
+    groups = make_optimiser(dict(learning), Recipe(**SHORT)).param_groups
+    flat = [p for group in groups for p in group["params"]]
+    places = {id(parameter): i for i, parameter in enumerate(learning.values())}
+    assert len(flat) == len(names)
+    return [oracle[places[id(parameter)]] for parameter in flat]
+
+
+def their_name(name: str) -> str:
+    """Our name of a parameter of PEFT's."""
+    name = name.removeprefix("base_model.model.").removeprefix("model.")
+    name = name.replace("multi_modal_projector.modules_to_save.default.", "projector.")
+    return name.replace(".default.weight", "")
+
+
+def test_a_lora_changes_nothing_before_it_has_learnt():
+    assistant, processor = toy(), Noise(toy().image_processor.image_size)
+    row = EXAMPLES[0]
+    batch = Batch([row.ids], [row.labels], processor(row.pictures), row.learnt)
+    before = summed_loss(assistant.model, batch).item()
+    prepare(assistant.model, Recipe(**SHORT))
+    assert summed_loss(assistant.model, batch).item() == before
+    assert len(lora_layers(assistant.model)) == 7 * len(assistant.model.language_model.layers)
