@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minillava.fast.quantize import QuantisedLinear
 from minillava.llava import Llava
 
 
@@ -16,7 +17,7 @@ class LoraLinear(nn.Module):
     """A linear layer and what it gains. A and B are float32, whatever W is; A begins as PEFT's
     does, B as zeros, so that nothing changes before the first update."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+    def __init__(self, base: nn.Linear | QuantisedLinear, rank: int, alpha: float, dropout: float):
         super().__init__()
         self.base, self.scale, self.dropout = base, alpha / rank, dropout
         device = base.weight.device
@@ -41,7 +42,7 @@ def add_lora(model: Llava, rank: int, alpha: float, dropout: float, seed: int) -
         for block in model.language_model.layers:
             for part in (block.self_attn, block.mlp):
                 for name, base in list(part.named_children()):
-                    if isinstance(base, nn.Linear):
+                    if isinstance(base, (nn.Linear, QuantisedLinear)):
                         part.add_module(name, LoraLinear(base, rank, alpha, dropout))
 
 

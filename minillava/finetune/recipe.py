@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from minillava.options import ASPECTS, expect_one_of
+from minillava.options import ASPECTS, KINDS, expect_one_of
 from minillava.templates import TEMPLATES
 
 LEARN = ("projector", "lora", "language")
@@ -21,7 +21,8 @@ class Recipe:
     an update. updates: instead of epochs. max_length: positions of a row, with those of pictures.
     warmup: the share of updates until the full rate. clip: the largest norm of an update's
     gradient; 0 for none. loss_mean: over the tokens of an update, or of each micro-batch alone as
-    LLaVA was trained. Raises ValueError for values out of range.
+    LLaVA was trained. quantize: the frozen language model in 8 or 4 bits a weight. Raises
+    ValueError for values out of range.
     """
 
     learn: str = "lora"
@@ -43,11 +44,15 @@ class Recipe:
     order: str = "length"
     loss_mean: str = "tokens"
     seed: int = 42
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         choices = {"learn": LEARN, "order": ORDERS, "loss_mean": MEANS, "aspect": ASPECTS}
         for name, known in {**choices, "template": tuple(TEMPLATES)}.items():
             expect_one_of(name, vars(self)[name], known)
+        expect_one_of("quantize", self.quantize, (None, *KINDS))
+        if self.quantize and self.learn == "language":
+            raise ValueError("quantised weights cannot learn; choose --learn lora or projector")
         for name, low, high in (
             ("rate", 0, 1),
             ("projector_rate", 0, 1),

@@ -120,6 +120,11 @@ def _learn(
     examples: list[Example],
     messages: Messages,
 ) -> None:
+    if args.merged and recipe.quantize:
+        raise ValueError(
+            "--merged adds a LoRA to the weights it was learnt on, and those in "
+            f"{recipe.quantize} are not stored; leave --merged or --quantize out"
+        )
     if recipe.learn == "language" or args.merged:
         check_one_folder(folders)
     out = _open_out(args.out, args.resume)
@@ -167,6 +172,7 @@ def _open_model(args: argparse.Namespace, recipe: Recipe) -> Assistant:
         device=args.device,
         dtype="float32",
         attention="eager",
+        quantize=recipe.quantize,
         vision_tower=args.vision_tower,
         model_base=args.model_base,
         template=recipe.template,

@@ -140,6 +140,15 @@ def test_peft_opens_a_lora_and_computes_the_same(run_main, data, tmp_path):
     assert torch.equal(found, logits(PLAIN, adapter=tmp_path / "out"))
 
 
+@pytest.mark.parametrize("learnt", ["lora", "projector"])
+def test_what_learns_on_quantised_weights_is_saved_alike(run_main, data, tmp_path, learnt):
+    learn(run_main, data, tmp_path / "out", "--quantize", "int8", "--learn", learnt)
+    where = {"adapter": tmp_path / "out"} if learnt == "lora" else {}
+    folder = PLAIN if learnt == "lora" else tmp_path / "out"
+    where |= {} if learnt == "lora" else {"model_base": PLAIN}
+    assert not torch.equal(logits(folder, **where), logits(PLAIN))
+
+
 def test_both_layouts_hold_the_same_model(run_main, data, tmp_path):
     for layout in ("hf", "llava"):
         learn(run_main, data, tmp_path / layout, "--layout", layout, "--merged")
@@ -280,6 +289,8 @@ def test_a_model_in_several_folders_is_not_written_as_one(run_main, data, tmp_pa
         (("--check", "0"), 2, "--check is 0"),
         (("--save-every", "0"), 2, "--save-every is 0"),
         (("--learn", "tower"), 2, "invalid choice"),
+        (("--quantize", "int8", "--learn", "language"), 1, "quantised weights cannot learn"),
+        (("--quantize", "int8", "--merged"), 1, "leave --merged or --quantize out"),
     ],
 )
 def test_wrong_settings_are_told_in_one_line(run_main, data, tmp_path, wrong, status, told):

@@ -10,6 +10,7 @@ from paths import REFERENCE
 
 import minillava
 from minillava.config import IGNORE_INDEX
+from minillava.fast.quantize import QuantisedLinear
 from minillava.finetune.learning import make_optimiser, prepare
 from minillava.finetune.loop import Batch, summed_loss, train
 from minillava.finetune.lora import lora_layers
@@ -220,3 +221,38 @@ def test_a_lora_changes_nothing_before_it_has_learnt():
     prepare(assistant.model, Recipe(**SHORT))
     assert summed_loss(assistant.model, batch).item() == before
     assert len(lora_layers(assistant.model)) == 7 * len(assistant.model.language_model.layers)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_gradient_through_quantised_weights_is_that_through_the_numbers_they_stand_for(kind):
+    """In float64, where the order of a sum does not show."""
+    options = {"device": "cpu", "dtype": "float64", "attention": "eager"}
+    small, wide = (
+        minillava.load(REFERENCE / "plain", quantize=quantize, **options)
+        for quantize in (kind, None)
+    )
+    for name, module in small.model.named_modules():
+        if isinstance(module, QuantisedLinear):
+            with torch.no_grad():
+                weight = module.dequantise(slice(None), torch.float64)
+                wide.model.get_submodule(name).weight.copy_(weight)
+    losses, gradients = [], []
+    for model in (small.model, wide.model):
+        learning = prepare(model, Recipe(**SHORT))
+        for name, parameter in learning.items():
+            parameter.data = parameter.data.double()
+            if name.endswith("lora_B"):  # of zeros it would leave A without a gradient
+                drawn = torch.Generator().manual_seed(len(name))
+                parameter.data = 0.01 * torch.randn(parameter.shape, generator=drawn).double()
+        row = EXAMPLES[0]
+        pixels = Noise(small.image_processor.image_size)(row.pictures).double()
+        loss = summed_loss(model, Batch([row.ids], [row.labels], pixels, row.learnt))
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad.clone() for name, p in learning.items()})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    assert gradients[0].keys() == gradients[1].keys()
+    norm = torch.stack([g.norm() for g in gradients[1].values()]).norm()
+    for name, gradient in gradients[0].items():
+        assert gradient.dtype == torch.float64
+        assert (gradient - gradients[1][name]).norm() < 1e-12 * norm, name
