@@ -22,7 +22,7 @@ from minillava.finetune.loop import Record, train
 from minillava.finetune.recipe import Recipe, read_recipe
 from minillava.finetune.rows import Example, Row, as_seen, check_template, encode_row, read_rows
 from minillava.finetune.save import check_one_folder, count, save_learnt, save_whole
-from minillava.finetune.state import describe, resume, save_state
+from minillava.finetune.state import STATE_NAME, describe, resume, save_state
 from minillava.llava import Llava
 from minillava.templates import find_template
 
@@ -132,21 +132,27 @@ def _learn(
     learning = prepare(assistant.model, recipe)
     optimiser = make_optimiser(learning, recipe)
     about = describe(recipe, args.data, folders)
-    start = resume(out, learning, optimiser, about) if args.resume else 0
+    start, log = resume(out, learning, optimiser, about) if args.resume else (0, [])
     if args.resume:
         messages.note(f"goes on after update {start}" if start else "no state there: starts anew")
-    log = _log_until(out / LOG_NAME, start)
     layout = args.layout or ("hf" if _is_hub(folders) else "llava")
     model, updates = assistant.model, recipe.updates_for(len(examples))
+
+    def files() -> None:
+        if recipe.learn != "language":
+            save_learnt(model, recipe, layout, str(folders.weights), out)
+        write_whole(out / LOG_NAME, "".join(log))
+
+    if start == updates:  # a run that ended right after its last state
+        files()
     with _stop_between_updates() as stopped:
         for record in train(model, examples, assistant.image_processor, recipe, optimiser, start):
             log.append(json.dumps(record._asdict()) + "\n")
             _tell(record, updates, messages)
             if stopped or record.update % args.save_every == 0 or record.update == updates:
-                if recipe.learn != "language":
-                    save_learnt(model, recipe, layout, str(folders.weights), out)
-                write_whole(out / LOG_NAME, "".join(log))
-                save_state(out, record.update, learning, optimiser, about)
+                # The state first: a run that is killed here goes on, and writes the others anew.
+                save_state(out, record.update, learning, optimiser, about, log)
+                files()
             if stopped:
                 raise KeyboardInterrupt
     if recipe.learn == "language" or args.merged:
@@ -161,6 +167,10 @@ def _open_out(out: Path, goes_on: bool) -> Path:
         raise ValueError(f"{out}: is a file; name a folder")
     if out.exists() and any(out.iterdir()) and not goes_on:
         raise ValueError(f"{out}: is not empty; --resume goes on there, or name a new folder")
+    if out.exists() and any(out.iterdir()) and not (out / STATE_NAME).exists():
+        raise ValueError(
+            f"{out}: is not empty, and has no {STATE_NAME} to go on from; name a new one"
+        )
     out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -186,12 +196,6 @@ def _open_model(args: argparse.Namespace, recipe: Recipe) -> Assistant:
 def _is_hub(folders: Folders) -> bool:
     content = json.loads((folders.find("config.json") / "config.json").read_text("utf-8"))
     return "text_config" in content
-
-
-def _log_until(path: Path, update: int) -> list[str]:
-    """The lines of the log up to an update."""
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if json.loads(line)["update"] <= update]
 
 
 @contextmanager

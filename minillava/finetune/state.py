@@ -37,8 +37,9 @@ def save_state(
     learning: Mapping[str, Tensor],
     optimiser: torch.optim.Optimizer,
     about: dict[str, Any],
+    log: list[str],
 ) -> None:
-    """Written whole or not at all. Raises OSError."""
+    """Written whole or not at all. log: its lines. Raises OSError."""
     file = io.BytesIO()
     learnt = {name: tensor.detach() for name, tensor in learning.items()}
     content = {
@@ -46,6 +47,7 @@ def save_state(
         "learnt": learnt,
         "optimiser": optimiser.state_dict(),
         "about": about,
+        "log": log,
     }
     torch.save(content, file)
     write_whole(out / STATE_NAME, file.getvalue())
@@ -56,12 +58,13 @@ def resume(
     learning: Mapping[str, Tensor],
     optimiser: torch.optim.Optimizer,
     about: dict[str, Any],
-) -> int:
+) -> tuple[int, list[str]]:
     """Put the state back where it came from; the number of updates that are done, 0 if there is no
-    state. Raises ValueError naming a setting that differs, with both values."""
+    state, and their lines of the log. Raises ValueError naming a setting that differs, with both
+    values."""
     path = out / STATE_NAME
     if not path.exists():
-        return 0
+        return 0, []
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         known, learnt = content["about"], content["learnt"]
@@ -79,4 +82,4 @@ def resume(
         for name, tensor in learning.items():
             tensor.copy_(learnt[name])
     optimiser.load_state_dict(content["optimiser"])
-    return int(content["update"])
+    return int(content["update"]), content["log"]

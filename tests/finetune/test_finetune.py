@@ -219,6 +219,23 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(run_main, data, tmp_path, mo
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
+def test_a_run_that_ended_before_its_files_were_written_writes_them(
+    run_main, data, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("minillava.finetune.run.save_learnt", interrupted)
+        status, _, _ = run_main(main, PLAIN, data, "--out", out, *QUICK)
+    assert (status, [path.name for path in out.iterdir()]) == (130, ["state.pt"])
+    learn(run_main, data, out, "--resume")
+    assert not torch.equal(logits(PLAIN), logits(PLAIN, adapter=out))
+    assert len((out / "log.jsonl").read_text("utf-8").splitlines()) == 3
+
+
+def interrupted(*arguments) -> None:
+    raise KeyboardInterrupt
+
+
 def save_state_of():
     from minillava.finetune.state import save_state
 
@@ -242,8 +259,8 @@ def test_a_run_goes_on_with_what_it_was_only(run_main, data, tmp_path):
 def test_nothing_of_the_users_is_overwritten(run_main, data, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    for out in (tmp_path / "out", data):
-        status, _, errors = run_main(main, PLAIN, data, "--out", out, *QUICK)
+    for out, more in ((tmp_path / "out", ()), (tmp_path / "out", ("--resume",)), (data, ())):
+        status, _, errors = run_main(main, PLAIN, data, "--out", out, *QUICK, *more)
         assert status == 1, out
         assert "name a" in errors
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
