@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from minillava.checkpoint.names import TABLES
 from minillava.checkpoint.stored import StoredWeights
 from minillava.config import LlavaConfig
-from minillava.fast.quantize import quantised_layer, quantize_tensor
+from minillava.fast.quantize import (
+    ORDER,
+    PACKED,
+    packed_order,
+    quantised_layer,
+    quantize_tensor,
+    read_order,
+    unpack_whole,
+)
 from minillava.files.rows import grow_rows
 from minillava.llava import Llava
 
@@ -139,7 +147,7 @@ def fill(
             and isinstance(model.get_submodule(module), nn.Linear)
         )
         if name in weights.quantised:
-            parts = _read_quantised(weights, name, tuple(tensor.shape))
+            parts = _read_quantised(weights, name, tuple(tensor.shape), device)
         elif small and quantize is not None:
             whole = _read(weights, name, len(tensor), None, transient=True)
             parts = quantize_tensor(whole.to(device), quantize)
@@ -161,17 +169,40 @@ def _read(
     return grow_rows(whole, rows) if name in TABLES else whole
 
 
-def _read_quantised(weights: StoredWeights, name: str, shape: Shape) -> dict[str, Tensor]:
+def _read_quantised(
+    weights: StoredWeights, name: str, shape: Shape, device: torch.device
+) -> dict[str, Tensor]:
     """The parts of a weight that is stored quantised."""
     if weights.shape(name) != shape:
         found, wanted = list(weights.shape(name)), list(shape)
         raise ValueError(
             f"{weights.folder}: {name} is quantised with shape {found}, expected {wanted}"
         )
-    return {  # int4 is packed anew, so what was read of it may go
+    parts = {  # int4 is packed anew, so what was read of it may go
         suffix: stored.file.read(stored.name, transient=suffix == "weight_int4")
         for suffix, stored in weights.quantised[name].items()
     }
+    return _unpacked(weights, name, parts, device) if PACKED in parts else parts
+
+
+def _unpacked(
+    weights: StoredWeights, name: str, parts: dict[str, Tensor], device: torch.device
+) -> dict[str, Tensor]:
+    """int4 in the order of some processor: as it is if that is this one, else as it is for all."""
+    stored = weights.quantised[name][PACKED]
+    try:
+        order = read_order(stored.file.metadata.get(ORDER))
+    except ValueError as error:
+        raise ValueError(f"{stored.path}: {stored.name} {error}; convert it again") from None
+    if device.type == "cpu" and torch.equal(order, packed_order()):
+        return parts
+    note = (
+        f"{weights.folder}: its int4 weights are packed for another processor and are packed anew, "
+        "which takes a while; convert them here to save it"
+    )
+    if device.type == "cpu" and note not in weights.notes:
+        weights.notes.append(note)
+    return {"weight_int4": unpack_whole(parts[PACKED], order), "scale_zero": parts["scale_zero"]}
 
 
 def _nearest(names: list[str], known: dict[str, str]) -> dict[str, str]:

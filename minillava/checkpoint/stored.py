@@ -149,7 +149,7 @@ class StoredWeights:
         dtype = stored.file.read(stored.name).dtype
         try:
             whole_shape({part: found.shape for part, found in self.quantised[name].items()})
-            if dtype != {"weight_int8": torch.int8, "weight_int4": torch.uint8}[suffix]:
+            if dtype != (torch.int8 if suffix == "weight_int8" else torch.uint8):
                 raise ValueError(f"is {dtype}")
         except ValueError as error:
             raise ValueError(f"{stored.path}: {stored.name} {error}; download it again") from None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minillava.checkpoint.folders import Folders
 from minillava.checkpoint.parts import collect_parts
-from minillava.fast.quantize import LINE
+from minillava.fast.quantize import LINE, ORDER, PACKED, packed_order
 from minillava.files.disk import one_line
 from minillava.files.tensors import INDEX_NAME, SINGLE_NAME, open_folder
 
@@ -72,6 +72,8 @@ def write_weights(
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """One safetensors file. Raises ValueError or OSError if it cannot be written."""
     metadata = {"format": "pt"}
+    if any(name.endswith(PACKED) for name in tensors):
+        metadata[ORDER] = " ".join(map(str, packed_order().tolist()))
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:  # which says in words what the system said in numbers
@@ -79,8 +81,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise ValueError(f"{path}: {found}") from None
     with path.open("rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little")).rstrip(b" ")
-    if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
-        # The int8 kernel loads whole lines of memory: with a header that ends where a line does, so
+    if any(tensor.dtype in (torch.int8, torch.uint8) for tensor in tensors.values()):
+        # The kernels load whole lines of memory: with a header that ends where a line does, so
         # do all tensors of usual shapes, and need not be copied when they are opened.
         padding = -(8 + len(header) + len(',"padding":""')) % LINE
         save_file(tensors, path, metadata={**metadata, "padding": "-" * padding})

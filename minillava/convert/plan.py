@@ -32,7 +32,7 @@ from minillava.checkpoint.write_json import (
     tokenizer_config,
 )
 from minillava.config import IM_START, LlavaConfig
-from minillava.fast.quantize import PARTS, quantize_tensor, stored_shapes
+from minillava.fast.quantize import PACKED, PARTS, pack_here, quantize_tensor, stored_shapes
 from minillava.files.disk import read_json
 from minillava.files.hub import CLIP_RELEASE
 from minillava.files.rows import grow_rows
@@ -141,6 +141,7 @@ def _plan(
         if kind and name in quantised and name.startswith("language_model."):
             module = name.removesuffix(".weight")
             for suffix, (size, stored) in stored_shapes(shape, kind).items():
+                suffix = PACKED if suffix == "weight_int4" else suffix
                 make = partial(_make_part, weights, name, shape[0], kind, suffix)
                 ours = name if suffix in PARTS else None
                 planned[f"{module}.{suffix}"] = Planned(size, stored, make, ours)
@@ -162,7 +163,8 @@ def _make_part(weights: StoredWeights, name: str, rows: int, kind: str, suffix: 
 @lru_cache(maxsize=1)  # the parts of a weight are wanted one after the other
 def _quantised(weights: StoredWeights, name: str, rows: int, kind: str) -> dict[str, Tensor]:
     tensor = weights.read(name, transient=True)
-    return quantize_tensor(grow_rows(tensor, rows) if name in TABLES else tensor, kind)
+    grown = grow_rows(tensor, rows) if name in TABLES else tensor
+    return pack_here(quantize_tensor(grown, kind))
 
 
 def _unused_tower(config: LlavaConfig, planned: dict[str, Planned]) -> dict[str, Planned]:

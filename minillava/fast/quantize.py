@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from minillava.fast import processor
 from minillava.fast.linear import BLOCK, LARGER, blockwise, convert, linear
 
-PARTS = {"weight_int8": "scale", "weight_int4": "scale_zero"}  # names of what is stored of a weight
+PACKED = "weight_int4_packed"
+"""int4 in the order that a processor's kernel wants, which opens without being packed anew. Which
+order it is stands in the file's metadata, as ORDER."""
+
+ORDER = "int4_order"
+
+# names of what is stored of a weight
+PARTS = {"weight_int8": "scale", "weight_int4": "scale_zero", PACKED: "scale_zero"}
 
 GROUP = 64  # weights of a row that share a scale and a zero in int4: 4.5 bits a weight
 
@@ -99,9 +106,7 @@ class Int8Linear(QuantisedLinear):
     kind = "int8"
 
     def __init__(self, weight_int8: Tensor, scale: Tensor):
-        # in the middle of a file; some processors' kernels load from whole lines
-        if weight_int8.data_ptr() % LINE:
-            weight_int8 = weight_int8.clone()
+        weight_int8 = aligned(weight_int8)
         super().__init__(weight_int8, tuple(weight_int8.shape))
         self.register_buffer("scale", scale)
         self.has_kernel = self.in_features % ALIGNED == 0
@@ -126,11 +131,13 @@ class Int4Linear(QuantisedLinear):
 
     kind = "int4"
 
-    def __init__(self, weight_int4: Tensor, scale_zero: Tensor):
+    def __init__(self, weight_int4: Tensor, scale_zero: Tensor, packed: bool = False):
+        """packed: for this processor already, on a CPU."""
         rows, half = weight_int4.shape
-        packed = weight_int4.device.type == "cpu"
         if packed:
-            weight_int4 = torch.cat([pack(split(part)) for part in weight_int4.split(BLOCK)])
+            weight_int4 = aligned(weight_int4)
+        elif weight_int4.device.type == "cpu":
+            weight_int4, packed = pack_whole(weight_int4), True
         super().__init__(weight_int4, (rows, 2 * half))
         self.register_buffer("scale_zero", scale_zero.transpose(0, 1).contiguous())
         self.has_kernel = packed  # which stays so, should the layer move to another device
@@ -229,14 +236,49 @@ def split(nibbles: Tensor) -> Tensor:
     return torch.stack([nibbles & 15, nibbles >> 4], dim=-1).flatten(1)
 
 
+def aligned(weight: Tensor) -> Tensor:
+    """Some processors' kernels load from whole lines, and in a file it may begin in the middle."""
+    return weight.clone() if weight.data_ptr() % LINE else weight
+
+
+def pack_whole(nibbles: Tensor) -> Tensor:
+    """As stored for every processor [N, K/2] -> as this one's kernel wants it."""
+    return torch.cat([pack(split(part)) for part in nibbles.split(BLOCK)])
+
+
+def unpack_whole(packed: Tensor, order: Tensor) -> Tensor:
+    """The inverse, of a processor whose `packed_order` this is."""
+    q = torch.cat([unpack(part, order) for part in packed.split(BLOCK)])
+    return q[:, ::2] | q[:, 1::2] << 4
+
+
+def pack_here(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `quantize_tensor` made, int4 as this processor's kernel wants it."""
+    return {
+        PACKED if suffix == "weight_int4" else suffix: (
+            pack_whole(part) if suffix == "weight_int4" else part
+        )
+        for suffix, part in stored.items()
+    }
+
+
+def read_order(text: str | None) -> Tensor:
+    """A `packed_order` from a file's metadata. Raises ValueError if it is none."""
+    words = (text or "").split()
+    rows = len(words)
+    if sorted(words) != sorted(map(str, range(rows))) or rows % 2 or not rows or TILE % rows:
+        raise ValueError(f"is int4 packed in an unknown order ({ORDER} {text!r})")
+    return torch.tensor([int(word) for word in words])
+
+
 def pack(q: Tensor) -> Tensor:
     """uint8 [n, K] -> as this processor's kernel wants it, uint8 [n, K/2]."""
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
 
 
-def unpack(packed: Tensor) -> Tensor:
-    """The inverse of `pack`: [n, K/2] -> [n, K]"""
-    order = packed_order().to(packed.device)
+def unpack(packed: Tensor, order: Tensor | None = None) -> Tensor:
+    """The inverse of `pack`: [n, K/2] -> [n, K]. order: another processor's `packed_order`."""
+    order = (packed_order() if order is None else order).to(packed.device)
     # [n/R, R/2, K], R rows a tile
     columns = packed.view(-1, 2 * packed.shape[1], len(order) // 2).transpose(1, 2)
     return torch.cat([columns & 15, columns >> 4], dim=1).index_select(1, order).flatten(0, 1)
@@ -267,6 +309,8 @@ def packed_order() -> Tensor:
 
 def quantised_layer(stored: dict[str, Tensor]) -> QuantisedLinear:
     """The layer of what `quantize_tensor` made."""
+    if PACKED in stored:
+        return Int4Linear(stored[PACKED], stored["scale_zero"], packed=True)
     return (Int4Linear if "weight_int4" in stored else Int8Linear)(**stored)
 
 

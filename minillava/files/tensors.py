@@ -73,6 +73,7 @@ class SafetensorsFile:
                 f"{path}: truncated or not a safetensors file ({what}); {DOWNLOAD_AGAIN}"
             ) from None
         self.path, self.names = path, list(self._file.keys())
+        self.metadata: dict[str, str] = self._file.metadata() or {}
         self.notes: list[str] = []
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -99,6 +100,7 @@ class TorchFile:
     """
 
     def __init__(self, path: Path):
+        self.metadata: dict[str, str] = {}
         self.notes: list[str] = []
         content = self._unnest(path, _open_pickle(path))
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):

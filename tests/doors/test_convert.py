@@ -28,6 +28,7 @@ from minillava.cli import parsers
 from minillava.cli.doors import enter
 from minillava.convert import plan, run
 from minillava.convert.run import convert
+from minillava.fast import quantize
 from minillava.fast.quantize import LINE, Int8Linear
 from minillava.files.hub import CLIP_RELEASE
 from minillava.files.new_folder import OWNER, new_folder
@@ -968,6 +969,63 @@ def test_a_quantised_folder_is_what_loading_would_make(tmp_path, kind, to, capsy
     whole = {part: found["parameters"] for part, found in inspect_folder(SHAPES).parts.items()}
     assert {part: found["parameters"] for part, found in report.parts.items()} == whole
     assert report.dtypes["int8" if kind == "int8" else "uint8"]["tensors"] >= 20
+
+
+@pytest.fixture
+def packed(tmp_path) -> Path:
+    convert(SHAPES, tmp_path / "packed", "hf", quantize="int4")
+    return tmp_path / "packed"
+
+
+def order_of(folder: Path) -> str:
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return file.metadata()["int4_order"]
+
+
+def with_order(folder: Path, order: str | None, change=lambda packed: packed) -> None:
+    """The same weights, said to be in another order."""
+    tensors = {
+        name: change(tensor) if name.endswith("weight_int4_packed") else tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    metadata = {"format": "pt"} | ({} if order is None else {"int4_order": order})
+    save_file(tensors, folder / "model.safetensors", metadata=metadata)
+
+
+def test_int4_opens_without_being_packed_anew(packed, monkeypatch):
+    """Packing took 40 s of 7B's every start."""
+    assert order_of(packed).split() == [str(i) for i in quantize.packed_order().tolist()]
+    monkeypatch.setattr(quantize, "pack_whole", lambda nibbles: pytest.fail("packed anew"))
+    found = minillava.load(packed, device="cpu", dtype="float32")
+    files = list(packed.glob("*.safetensors"))
+    layers = [m for m in found.model.modules() if isinstance(m, quantize.Int4Linear)]
+    assert files and layers
+    assert all(layer.weight.data_ptr() % quantize.LINE == 0 for layer in layers)
+
+
+def test_int4_of_another_processor_is_packed_anew_and_says_so(packed):
+    """Its tiles are of 16 rows, neighbours in the halves of a byte."""
+    expected = minillava.load(packed, device="cpu", dtype="float32").model.state_dict()
+    order = [*range(0, 16, 2), *range(1, 16, 2)]
+    places = torch.tensor(order).view(2, 8)  # columns in the low halves, and in the high
+
+    def change(weight: torch.Tensor) -> torch.Tensor:
+        q = quantize.unpack(weight).view(len(weight) // 16, 16, -1)
+        low, high = (q[:, place].transpose(1, 2).reshape(len(weight), -1) for place in places)
+        return low | high << 4
+
+    with_order(packed, " ".join(map(str, torch.tensor(order).argsort().tolist())), change)
+    with pytest.warns(UserWarning, match="packed for another processor and are packed anew"):
+        found = minillava.load(packed, device="cpu", dtype="float32").model.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("order", [None, "", "0 1 1 2", "0 1 2", "one two", "0 1 2 3 4 5", "-1 0"])
+def test_an_order_that_is_none_is_refused(packed, order):
+    with_order(packed, order)
+    with pytest.raises(ValueError, match=r"weight_int4_packed is int4 packed in an unknown order"):
+        minillava.load(packed, device="cpu")
 
 
 @pytest.fixture
