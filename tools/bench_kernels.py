@@ -155,7 +155,7 @@ def measure(stored: str, n: int, c: int, row_counts: Sequence[int], rounds: int)
         work = {
             way: lambda weight, way=way, x=x: by(way, weight, x) for way in ways_of(stored, rows)
         }
-        cell = Cell(stored, n, c, rows, processor.way(stored, rows))
+        cell = Cell(stored, n, c, rows, processor.way(stored, rows, wide=c > n))
         warm = {way: round_of(call, turns, 1) for way, call in work.items()}
         warm = {
             way: min(s, round_of(work[way], turns, 1)) if s < 1 else s for way, s in warm.items()
@@ -391,7 +391,7 @@ def read(paths: Sequence[Path]) -> tuple[str, str, list[Cell]]:
         raise ValueError(f"measured on processors of kinds {', '.join(kinds)}, expected one kind")
     cells = [Cell(**cell) for part in found for cell in part["cells"]]
     for cell in cells:
-        cell.taken = processor.way(cell.stored, cell.rows, on=kinds[0])
+        cell.taken = processor.way(cell.stored, cell.rows, wide=cell.c > cell.n, on=kinds[0])
     return kinds[0], "; ".join(dict.fromkeys(part["head"] for part in found)), cells
 
 

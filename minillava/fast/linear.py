@@ -69,7 +69,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows, stored = x.numel() // x.shape[-1], NAMES.get(x.dtype)
     if x.device.type != "cpu" or not rows or not stored or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    way = processor.way(stored, rows)
+    way = processor.way(stored, rows, wide=weight.shape[1] > weight.shape[0])
     if way == "plain":
         return F.linear(x, weight, bias)
     out = PRODUCTS[way](x.reshape(rows, -1), weight)

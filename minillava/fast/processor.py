@@ -37,6 +37,7 @@ WAYS: dict[str, dict[str, Ways]] = {
     "avx512-bf16": {
         "float32": FLOAT32,
         "bfloat16": ((1, "twice"), (MANY, "plain")),
+        "bfloat16, wide": ((1, "twice"), (7, "plain"), (32, "turned"), (MANY, "plain")),
         "int8": ((16, "kernel"), (MANY, "bfloat16 blocks x4")),
         "int4": ((96, "kernel"), (MANY, "bfloat16 blocks x4")),
     },
@@ -66,7 +67,8 @@ WAYS: dict[str, dict[str, Ways]] = {
     },
 }
 """By kind of processor and by what a weight is stored in: up to how many rows of x which way, one
-of `linear.PRODUCTS`, or of `quantize.BLOCKS`."""
+of `linear.PRODUCTS`, or of `quantize.BLOCKS`. wide: of a weight with more columns than rows, if
+that makes a difference."""
 
 SAME_ROWS: dict[str, dict[str, int]] = {
     "avx2": {"bfloat16": 4, "int8": 32, "int4": 32},
@@ -93,10 +95,12 @@ WITHOUT_BFLOAT16 = {
 WITHOUT_AMX = {*WITHOUT_BFLOAT16, "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", "AVX10_2"}
 
 
-def way(stored: str, rows: int, without: str = "", on: str = "") -> str:
-    """The way to a product of so many rows with a weight that is stored in this. without: one that
-    cannot be taken here. on: a kind of processor (default: this one)."""
-    ways = WAYS[on or kind()][stored]
+def way(stored: str, rows: int, wide: bool = False, without: str = "", on: str = "") -> str:
+    """The way to a product of so many rows with a weight that is stored in this. wide: whether it
+    has more columns than rows. without: one that cannot be taken here. on: a kind of processor
+    (default: this one)."""
+    table = WAYS[on or kind()]
+    ways = table.get(f"{stored}, wide", table[stored]) if wide else table[stored]
     return next(name for most, name in ways if rows <= most and name != without)
 
 

@@ -44,10 +44,12 @@ def kind(request, monkeypatch):
 
 def test_tables_name_ways_that_exist_for_every_number_of_rows():
     for kind, table in WAYS.items():
-        assert list(table) == ["float32", "bfloat16", "int8", "int4"], kind
+        plain = [stored for stored in table if not stored.endswith(", wide")]
+        assert plain == ["float32", "bfloat16", "int8", "int4"], kind
+        assert {stored.removesuffix(", wide") for stored in table} == set(plain), kind
         for stored, ways in table.items():
             known = {"kernel", *quantize.BLOCKS} if stored.startswith("int") else set(PRODUCTS)
-            if stored == "float32":
+            if stored.startswith("float32"):
                 known -= {way for way in PRODUCTS if "blocks" in way}
             bounds, names = zip(*ways, strict=True)
             assert set(names) <= known, (kind, stored)
@@ -116,12 +118,13 @@ def test_the_way_of_the_table_is_taken(monkeypatch, kind, dtype):
         monkeypatch.setitem(
             PRODUCTS, name, lambda *a, name=name, way=way: seen.append((name, len(a[0]))) or way(*a)
         )
-    weight = torch.randn(WIDTH_AFTER, WIDTH).to(getattr(torch, dtype))
-    for most, name in WAYS[kind][dtype]:
-        rows = int(min(most, 130))
-        seen.clear()
-        linear(torch.randn(rows, WIDTH).to(weight.dtype), weight)
-        assert seen[:1] == [(name, rows)] * (name != "plain"), (kind, dtype, rows)
+    tall = torch.randn(WIDTH_AFTER, WIDTH).to(getattr(torch, dtype))
+    for stored, weight in ((dtype, tall), (f"{dtype}, wide", tall[: WIDTH // 2])):
+        for most, name in WAYS[kind].get(stored, ()):
+            rows = int(min(most, 130))
+            seen.clear()
+            linear(torch.randn(rows, WIDTH).to(weight.dtype), weight)
+            assert seen[:1] == [(name, rows)] * (name != "plain"), (kind, stored, rows)
 
 
 @pytest.mark.parametrize("larger", [False, True])
