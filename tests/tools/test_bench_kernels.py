@@ -85,7 +85,7 @@ def test_bits_are_counted_of_products_and_of_attention(monkeypatch, capsys):
     product, attention = json.loads(capsys.readouterr().out)
     assert (product["of"], attention["of"]) == ("128 × 64", "attention of toy")
     for stored, claimed in processor.SAME_ROWS.get(processor.kind(), {}).items():
-        assert claimed <= product[stored] <= attention[stored] == max(same_bits.ROWS)
+        assert claimed <= product[stored] <= max(same_bits.ROWS) >= attention[stored] >= 1
     assert bench.main(["kernels", "--bits", "--layers", "128x64", "--dtypes", "int8"]) == 0
     text = capsys.readouterr().out.split("\n\n")[1]
     assert text.splitlines()[2] == f"| 128 × 64 | {product['int8']} |"
