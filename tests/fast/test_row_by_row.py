@@ -87,10 +87,11 @@ def test_drafts_have_the_bits_of_single_steps(exact, prompts):
     """Guesses that are right, and some that are wrong."""
     ids, patches = [prompts[0][0]], [prompts[1][0]]
     plain = logits(exact, ids, patches)
-    drafts = Drafts(Lookup(), tokens=3, exact=True)
+    drafts = Drafts(Lookup(), tokens=3)
     spliced = exact.model.splice(ids, patches)
     drafted = torch.stack([step.logits for step in drafts.steps(exact.model, spliced, LONG)])
     assert torch.equal(drafted, plain)
+    assert drafts.report.exact
 
 
 def test_a_second_turn_has_the_bits_of_a_fresh_start(exact, prompts):
