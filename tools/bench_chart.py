@@ -15,6 +15,10 @@ MEASURED = TOOLS / "MEASUREMENTS.md"
 CHART = TOOLS / "speed.svg"
 # a panel's title: the heading its rows stand below, and what the text before its table says
 PANELS = {
+    "1B on two CPU cores with AVX-512 and bfloat16": (
+        "## Two CPU cores",
+        "AVX-512 with bfloat16, torch 2.13.0+cpu; 1.2 billion",
+    ),
     "7B on two CPU cores with AVX2": ("## Two CPU cores", "--size 7b"),
     "7B on one H100": ("## GPU: one H100", "7B with random weights"),
     "7B on one H200": ("## GPU: one H200", "7B with random weights"),
