@@ -27,7 +27,8 @@ SMALL = 50_000_000  # parameters: a model below gains less by a second thread th
 
 def read_question(args: argparse.Namespace) -> tuple[str, list[Image.Image]]:
     """--prompt and --image, `-` from stdin. What can be wrong with them is found here, before
-    gigabytes are opened: raises as `open_image` and `place_images`."""
+    gigabytes are opened. Raises ValueError for an empty question, and ValueError or OSError for a
+    picture that cannot be opened (see `open_image`)."""
     from minillava.files.pictures import open_image
 
     if args.prompt == "-":
@@ -75,8 +76,8 @@ def _read_stdin() -> io.BytesIO:
 
 
 def find_weights(given: str | None, messages: Messages) -> str:
-    """--weights, else the default ones; where those are the bundled model, a note says so. Raises
-    ValueError as `default_weights`."""
+    """--weights, else the default ones; if those are the bundled model, a note says so. Raises
+    ValueError if there are none (see default_weights)."""
     from minillava.checkpoint.folders import HOW_TO_GET_WEIGHTS, default_weights
 
     weights = default_weights() if given is None else given
