@@ -970,6 +970,8 @@ RECIPE_FLAGS = (
     flag("--loss-mean", choices=("tokens", "microbatch"), help="over an update's tokens, or "
          "over each batch's alone, as LLaVA was trained"),
     flag("--seed", type=int, metavar="N", help="of order, start and dropout"),
+    flag("--hold-out", type=float, metavar="X", help="share of the rows that are not learnt; their "
+         "loss is told before the first update and at each save"),
     flag("--quantize", choices=KINDS, help="the language model, which a LoRA or the projector then "
          "learns on, in 8 or 4 bits a weight"),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minillava.finetune.order import micro_batches, rows_in_order
+from minillava.finetune.order import blocks, micro_batches, rows_in_order
 from minillava.finetune.recipe import Recipe, rate_factor
 from minillava.finetune.rows import Example
 from minillava.image import ImageProcessor
@@ -101,6 +101,22 @@ def train(
             norm.item(),
             time.monotonic() - began,
         )
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Llava, examples: Sequence[Example], processor: ImageProcessor, batch: int
+) -> float:
+    """The mean loss per token of rows that are not learnt, without dropout."""
+    learning = model.language_model.training
+    model.language_model.eval()
+    loss, tokens = 0.0, 0
+    for some in blocks(examples, batch):
+        micro = collate(some, processor)
+        loss += summed_loss(model, micro).item()
+        tokens += micro.tokens
+    model.language_model.train(learning)
+    return loss / tokens
 
 
 def _backward(

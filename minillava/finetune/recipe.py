@@ -21,8 +21,9 @@ class Recipe:
     an update. updates: instead of epochs. max_length: positions of a row, with those of pictures.
     warmup: the share of updates until the full rate. clip: the largest norm of an update's
     gradient; 0 for none. loss_mean: over the tokens of an update, or of each micro-batch alone as
-    LLaVA was trained. quantize: the frozen language model in 8 or 4 bits a weight. Raises
-    ValueError for values out of range.
+    LLaVA was trained. quantize: the frozen language model in 8 or 4 bits a weight.
+    hold_out: the share of rows that are not learnt, but measured. Raises ValueError for values out
+    of range.
     """
 
     learn: str = "lora"
@@ -45,6 +46,7 @@ class Recipe:
     loss_mean: str = "tokens"
     seed: int = 42
     quantize: str | None = None
+    hold_out: float = 0.0
 
     def __post_init__(self) -> None:
         choices = {"learn": LEARN, "order": ORDERS, "loss_mean": MEANS, "aspect": ASPECTS}
@@ -68,6 +70,7 @@ class Recipe:
             ("decay", 0, 1),
             ("clip", 0, 1e9),
             ("seed", 0, 2**32),
+            ("hold_out", 0, 0.9),
         ):
             value = vars(self)[name]
             if value is not None and not low <= value <= high:

@@ -4,6 +4,7 @@ A row is a picture and a conversation about it, as LLaVA's files have them: `{"i
 "conversations": [{"from": "human" | "gpt", "value": text}, ...]}`. P positions of a picture.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -213,6 +214,17 @@ def _place(questions: list[str], pictures: int) -> list[str]:
         f"{IMAGE_MARKER}\n{question.replace(IMAGE_MARKER, '').strip()}" if count else question
         for question, count in zip(questions, marked, strict=True)
     ]
+
+
+def hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+    """(rows to learn, rows to measure), by a hash of the picture's name, or of the text without
+    one: the split stays when rows are added, and no picture is on both sides."""
+    sides: tuple[list[Row], list[Row]] = [], []
+    for row in rows:
+        key = str([path.name for path in row.pictures] or row.turns)
+        number = int.from_bytes(hashlib.sha256(key.encode(errors="replace")).digest()[:8], "big")
+        sides[number < share * 2**64].append(row)
+    return sides
 
 
 # ----------------------------------------------------------------------------------- what is learnt

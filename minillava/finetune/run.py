@@ -18,9 +18,17 @@ from minillava.checkpoint.parts import Parts, open_parts
 from minillava.cli.messages import Messages, show
 from minillava.files.disk import write_whole
 from minillava.finetune.learning import make_optimiser, prepare
-from minillava.finetune.loop import Record, train
+from minillava.finetune.loop import Record, held_out_loss, train
 from minillava.finetune.recipe import Recipe, read_recipe
-from minillava.finetune.rows import Example, Row, as_seen, check_template, encode_row, read_rows
+from minillava.finetune.rows import (
+    Example,
+    Row,
+    as_seen,
+    check_template,
+    encode_row,
+    hold_out,
+    read_rows,
+)
 from minillava.finetune.save import check_one_folder, count, save_learnt, save_whole
 from minillava.finetune.state import STATE_NAME, describe, resume, save_state
 from minillava.llava import Llava
@@ -39,10 +47,17 @@ def run(args: argparse.Namespace) -> int:
     if args.check is not None:
         shown = [_encode(row, parts, recipe) for row in rows[: args.check]]
         return show("".join(f"{as_seen(example, parts.tokenizer)}\n" for example in shown))
-    examples = _examples(rows, parts, recipe, messages)
+    learnt, held = hold_out(rows, recipe.hold_out)
+    if recipe.hold_out and not (learnt and held):
+        raise ValueError(
+            f"--hold-out {recipe.hold_out} of {len(rows)} row(s) leaves {len(learnt)} to learn and "
+            f"{len(held)} to measure; give another share"
+        )
+    examples = _examples(learnt, parts, recipe, messages)
+    measured = _examples(held, parts, recipe, messages) if held else []
     if args.plan:
         return show(_plan(parts, recipe, examples))
-    _learn(args, recipe, folders, examples, messages)
+    _learn(args, recipe, folders, examples, measured, messages)
     return 0
 
 
@@ -118,15 +133,10 @@ def _learn(
     recipe: Recipe,
     folders: Folders,
     examples: list[Example],
+    held: list[Example],
     messages: Messages,
 ) -> None:
-    if args.merged and recipe.quantize:
-        raise ValueError(
-            "--merged adds a LoRA to the weights it was learnt on, and those in "
-            f"{recipe.quantize} are not stored; leave --merged or --quantize out"
-        )
-    if recipe.learn == "language" or args.merged:
-        check_one_folder(folders)
+    _check_whole(args, recipe, folders)
     out = _open_out(args.out, args.resume)
     assistant = _open_model(args, recipe)
     learning = prepare(assistant.model, recipe)
@@ -143,6 +153,8 @@ def _learn(
             save_learnt(model, recipe, layout, str(folders.weights), out)
         write_whole(out / LOG_NAME, "".join(log))
 
+    if start == 0:
+        log += _measure(0, assistant, held, recipe, messages)
     if start == updates:  # a run that ended right after its last state
         files()
     with _stop_between_updates() as stopped:
@@ -150,14 +162,37 @@ def _learn(
             log.append(json.dumps(record._asdict()) + "\n")
             _tell(record, updates, messages)
             if stopped or record.update % args.save_every == 0 or record.update == updates:
+                log += _measure(record.update, assistant, held, recipe, messages)
                 # The state first: a run that is killed here goes on, and writes the others anew.
                 save_state(out, record.update, learning, optimiser, about, log)
                 files()
             if stopped:
                 raise KeyboardInterrupt
     if recipe.learn == "language" or args.merged:
-        save_whole(assistant.model, folders, out / "model")
+        save_whole(model, folders, out / "model")
     messages.note(_last_line(args, recipe, out, layout, folders))
+
+
+def _check_whole(args: argparse.Namespace, recipe: Recipe, folders: Folders) -> None:
+    """Raises ValueError where a whole model is wanted that could not be written."""
+    if args.merged and recipe.quantize:
+        raise ValueError(
+            "--merged adds a LoRA to the weights it was learnt on, and those in "
+            f"{recipe.quantize} are not stored; leave --merged or --quantize out"
+        )
+    if recipe.learn == "language" or args.merged:
+        check_one_folder(folders)
+
+
+def _measure(
+    update: int, assistant: Assistant, held: list[Example], recipe: Recipe, messages: Messages
+) -> list[str]:
+    """The line of the log about the rows that are not learnt, if there are any."""
+    if not held:
+        return []
+    loss = held_out_loss(assistant.model, held, assistant.image_processor, recipe.batch)
+    messages.note(f"after update {update}: loss {loss:.4f} on {len(held)} held-out row(s)")
+    return [json.dumps({"update": update, "held_out_loss": loss}) + "\n"]
 
 
 def _open_out(out: Path, goes_on: bool) -> Path:

@@ -337,3 +337,29 @@ def test_it_learns_in_python(data, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     with pytest.raises(TypeError, match="there is no option 'ranks'"):
         finetune(PLAIN, data, tmp_path / "x", ranks=4)
+
+
+def test_held_out_rows_are_measured_and_not_learnt(run_main, data, tmp_path):
+    """Without them a run that learns its rows by heart looks as good as any."""
+    rows = json.loads(data.read_text(encoding="utf-8"))
+    told = learn(run_main, data, tmp_path / "out", "--hold-out", 0.3, "--epochs", 3)
+    log = [json.loads(s) for s in (tmp_path / "out" / "log.jsonl").read_text("utf-8").splitlines()]
+    held = [record for record in log if "held_out_loss" in record]
+    learnt = sum(record["rows"] for record in log if "rows" in record)
+    assert [record["update"] for record in held] == [0, log[-1]["update"]]
+    assert held[0]["held_out_loss"] != held[1]["held_out_loss"]
+    assert f"on {len(rows) - learnt // 3} held-out row(s)" in told
+    assert 0 < learnt // 3 < len(rows)
+    status, _, errors = run_main(main, PLAIN, data, "--out", tmp_path / "x", "--hold-out", 1e-9)
+    assert (status, "to measure; give another share" in errors) == (1, True)
+
+
+def test_a_picture_is_on_one_side_and_stays_there(data):
+    from minillava.finetune.rows import hold_out, read_rows
+
+    rows = read_rows(data).rows
+    learnt, held = hold_out(rows, 0.5)
+    assert len(learnt) + len(held) == len(rows)
+    assert not {row.pictures for row in learnt if row.pictures} & {row.pictures for row in held}
+    assert hold_out(rows[:3], 0.5)[1] == [row for row in held if row in rows[:3]]
+    assert hold_out(rows, 0.0) == (rows, [])
