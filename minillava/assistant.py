@@ -42,7 +42,7 @@ from minillava.options import (
 )
 from minillava.prompt import DEFAULT_PROMPT, Prompt, place_images, render
 from minillava.sampling import Process
-from minillava.templates import DEFAULT_TEMPLATE, Template, find_template
+from minillava.templates import Template, find_template, template_of
 from minillava.tokenizer import Tokenizer
 
 
@@ -300,14 +300,14 @@ def load(
     is fast, else float32) or a name. attention: fused, eager. quantize: int8, int4: the language
     model's linear layers in so many bits a weight. compile: the decoding step by torch.compile, for
     a GPU. vision_tower, model_base, adapter: other folders of the model (checkpoint/folders.py).
-    template: a name of prompt.TEMPLATES. image_aspect_ratio: pad or crop, instead of config.json's.
+    template: a name of TEMPLATES. image_aspect_ratio: pad or crop, instead of config.json's.
     Warns of weights that are not read. Raises FileNotFoundError, OSError or ValueError in one line.
     """
     check_names(other, load.__kwdefaults__ or {}, OTHER_NAMES)
     folders = find_folders(weights, revision, vision_tower, model_base, adapter)
     expect_one_of("attention", attention, ATTENTION)
     expect_one_of("quantize", quantize, (None, *KINDS))
-    style = find_template(DEFAULT_TEMPLATE if template is None else template)
+    style = None if template is None else find_template(template)
     parts = open_parts(folders, image_aspect_ratio)
     stored, place = parts.weights, choose_device(str(device))
     kind = choose_dtype(dtype_name(dtype), place, stored.dtype(), stored.parameters())
@@ -322,4 +322,5 @@ def load(
         compile_decode(model)
     for note in stored.notes:
         warnings.warn(note, stacklevel=2)
+    style = style or find_template(template_of(parts.tokenizer.added))
     return Assistant(model, parts.tokenizer, parts.image_processor, style, stored.unused)

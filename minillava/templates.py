@@ -4,6 +4,7 @@ changed model.
 Source: LLaVA, conversation.py; for `hf`, the chat template of the llava-hf checkpoints.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 
@@ -78,12 +79,36 @@ TEMPLATES = {
         stop=("<|im_end|>",),
         separators=("<|im_start|>", "<|im_end|>"),
     ),
+    # xtuner's llava-phi-3-mini.
+    "phi_3": Template(
+        system="",
+        system_block="<|system|>\n{}<|end|>\n",
+        user="<|user|>\n{}<|end|>\n",
+        assistant="<|assistant|>\n{}<|end|>\n",
+        opening="<|assistant|>\n",
+        stop=("<|end|>",),
+        separators=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    ),
     # The chat template of the llava-hf checkpoints: no system text, no end token between turns.
     "hf": replace(LLAVA_V1, system="", assistant="ASSISTANT: {} "),
     # The captions of projector pre-training: a picture, its caption, and no question.
     "plain": Template("", "{}", "{}", "{}\n", "", single_turn=True),
 }
 DEFAULT_TEMPLATE = "llava_v1"
+
+
+def template_of(tokens: Collection[str]) -> str:
+    """The name of the template whose separators are all among the tokens that were added for a
+    model; the default if there is none."""
+    fitting = (
+        name for name, t in TEMPLATES.items() if t.separators and {*t.separators} <= {*tokens}
+    )
+    return next(fitting, DEFAULT_TEMPLATE)
+
+
+def template_name(template: Template) -> str:
+    """Under which name a template is found; "" for one that somebody made."""
+    return next((name for name, known in TEMPLATES.items() if known == template), "")
 
 
 def find_template(name: str) -> Template:

@@ -20,7 +20,7 @@ from minillava.cli.parsers import CHAT_COMMANDS
 from minillava.files.disk import is_stream, write_whole
 from minillava.files.pictures import ImageSource, name_of, open_image
 from minillava.files.text import as_meant, read_lines, refuse_nul
-from minillava.prompt import DEFAULT_TEMPLATE
+from minillava.templates import template_name
 
 # --- the door -------------------------------------------------------------------------------------
 COMMANDS = ("/image", "/clear", "/save", "/help", "/quit", "/exit")
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
     about = {
         "minillava": __version__,
         "weights": weights,
-        "template": args.template or DEFAULT_TEMPLATE,
+        "template": template_name(assistant.template),
     }
     options = {**options, "draft": assistant.drafts(args.draft, args.draft_tokens)}
     session = Session(Conversation(assistant, args.system), options, about, messages)

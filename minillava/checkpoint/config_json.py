@@ -29,6 +29,23 @@ Config = TypeVar("Config", TextConfig, VisionConfig)
 
 _USE_LLAVA = f"use a LLaVA-1.5 checkpoint such as {RELEASE}"
 
+LLAVAS = ("llava", "llava_llama", "llava_mistral", "share4v")
+"""The model types of LLaVA-1.5 and of those that differ from it in their weights alone; all but the
+first in the original dialect."""
+
+_MISTRALS = ("mistral", "llava_mistral")
+
+_MISTRAL = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+}
+"""Where transformers' MistralConfig has other defaults than LlamaConfig. The computation is
+Llama's."""
+
+_WINDOW = 4096
+"""Mistral's sliding window if a file does not name it; null is none."""
+
 
 def read_config(folder: Path, vision_tower: Path | None = None) -> LlavaConfig:
     """The configuration of a checkpoint folder: config.json, and generation_config.json if there is
@@ -55,7 +72,7 @@ def read_config(folder: Path, vision_tower: Path | None = None) -> LlavaConfig:
 
 
 def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> LlavaConfig:
-    raw.expect("model_type", ("llava", "llava_llama"), required=True)
+    raw.expect("model_type", LLAVAS, required=True)
     if "text_config" in raw:
         config = _hub(raw, _shared(raw, generation, tower))
     elif "mm_vision_tower" in raw or "mm_hidden_size" in raw:
@@ -121,9 +138,9 @@ def _original(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
 
 
 def is_language_model(folder: Path) -> bool:
-    """Whether a folder is a Llama alone, and no LLaVA."""
+    """Whether a folder is a Llama or Mistral alone, and no LLaVA."""
     raw = read_json(Path(folder) / "config.json")
-    return raw.get("model_type") == "llama" and "mm_vision_tower" not in raw
+    return raw.get("model_type") in ("llama", "mistral") and "mm_vision_tower" not in raw
 
 
 def read_text_config(folder: Path) -> TextConfig:
@@ -136,23 +153,31 @@ def read_text_config(folder: Path) -> TextConfig:
 
 
 def _text(raw: "_Reader", tied: bool) -> TextConfig:
-    raw.expect("model_type", ("llama", "llava", "llava_llama"))
+    kind = raw.expect("model_type", ("llama", "mistral", *LLAVAS))
     raw.expect("hidden_act", ("silu",))
     for flag in ("attention_bias", "mlp_bias"):
         if raw.value(flag, bool, False):
             raise ValueError(
                 f"{raw.path}: {raw.prefix}{flag} is True, supported: False (Llama has no biases)"
             )
-    return raw.fill(TextConfig, tie_word_embeddings=tied, **_rope(raw))
+    known: dict[str, Any] = {}
+    if kind in _MISTRALS:
+        known = {name: value for name, value in _MISTRAL.items() if name not in raw}
+    rope = _rope(raw, int(known.pop("max_position_embeddings", TextConfig.max_position_embeddings)))
+    if kind in _MISTRALS and raw.raw.get("sliding_window", _WINDOW) is not None:
+        # Up to the window's length its mask hides nothing: longer prompts are refused, not masked.
+        window = raw.positive("sliding_window", int, _WINDOW)
+        rope["max_position_embeddings"] = min(rope["max_position_embeddings"], window)
+    return raw.fill(TextConfig, tie_word_embeddings=tied, **rope, **known)
 
 
-def _rope(raw: "_Reader") -> dict[str, float]:
-    """The fields about positions. transformers 4 writes `rope_theta` and `rope_scaling`,
+def _rope(raw: "_Reader", length: int) -> dict[str, float]:
+    """The fields about positions; length: max_position_embeddings if no file says. transformers 4 writes `rope_theta` and `rope_scaling`,
     transformers 5 one `rope_parameters`; when both are there a non-null `rope_scaling` wins, as in
     transformers 5."""
     rope = raw.section("rope_scaling" if raw.raw.get("rope_scaling") else "rope_parameters")
     theta = raw.positive("rope_theta", float, TextConfig.rope_theta)
-    stated = raw.positive("max_position_embeddings", int, TextConfig.max_position_embeddings)
+    stated = raw.positive("max_position_embeddings", int, length)
     if rope is None:
         return {"rope_theta": theta, "max_position_embeddings": stated}
     kind = rope.expect("rope_type", ("default", "linear")) or rope.expect(

@@ -61,7 +61,7 @@ def read_model_config(folders: Folders) -> LlavaConfig:
     """The configuration of the model, from its own config.json or its base's. Raises
     FileNotFoundError or ValueError."""
     home, base = folders.find("config.json"), folders.model_base
-    if home == base and read_json(base / "config.json").get("model_type") == "llama":
+    if home == base and read_json(base / "config.json").get("model_type") in ("llama", "mistral"):
         raise FileNotFoundError(
             f"{folders.weights}: holds no config.json, and its base {base} is no LLaVA; copy the "
             "config.json that the finished training saved"
@@ -83,6 +83,11 @@ def collect_parts(folders: Folders, vocabulary: int | None = None) -> StoredWeig
         weights = StoredWeights(folders.model_base, vocabulary=vocabulary)
         weights.folder = folder
     if folders.vision_tower is not None:
+        if any(name.startswith("vision_tower.") for name in weights.tensors):
+            weights.notes.append(
+                f"{folder}: holds a vision tower of its own, which may have been trained further; "
+                f"{folders.vision_tower} takes its place"
+            )
         weights.set_aside(lambda name: name.startswith("vision_tower."))
         clip = StoredWeights(folders.vision_tower, CLIP_PREFIXES, dropped=CLIP_TEXT_HALF)
         weights.tensors.update(clip.tensors)

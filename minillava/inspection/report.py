@@ -16,7 +16,7 @@ import torch
 
 from minillava.attention import fused
 from minillava.checkpoint.build import compare, shapes_of
-from minillava.checkpoint.config_json import read_config
+from minillava.checkpoint.config_json import LLAVAS, read_config
 from minillava.checkpoint.folders import Folders, find_folders
 from minillava.checkpoint.names import (
     CLIP_PREFIXES,
@@ -37,7 +37,8 @@ from minillava.files.tokenizer_files import find_tokenizer
 from minillava.inspection.memory import memory_table
 from minillava.llava import Llava
 from minillava.options import dtype_name
-from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, find_template, place_images, render
+from minillava.prompt import DEFAULT_PROMPT, place_images, render
+from minillava.templates import DEFAULT_TEMPLATE, find_template, template_of
 
 FILES = {  # beside the weights -> what a missing one means
     "config.json": "needed",
@@ -106,7 +107,7 @@ def inspect_folder(
     ValueError if a folder does not exist."""
     folders = find_folders(weights, revision, vision_tower, model_base, adapter)
     report = Report(str(folders.weights), dialect_of(folders))
-    report.template = _template(template, system)
+    report.template = _template(template or DEFAULT_TEMPLATE, system)
     report.files = _files(folders)
     config = report.attempt(read_config, folders.find("config.json"), folders.vision_tower)
     checkpoint, tensors, config = _open_weights(report, folders, config)
@@ -127,6 +128,8 @@ def inspect_folder(
         report.notes = checkpoint.notes
         _say_what_to_get(report, checkpoint, None if config is None else config.vision_tower_name)
     _describe_tokenizer(report, folders.of_tokenizer, config)
+    fitting = template or template_of(report.tokenizer.get("added", ()))
+    report.template = {**_template(fitting, system), "default": template is None}
     return report
 
 
@@ -141,11 +144,9 @@ def _files(folders: Folders) -> dict[str, bool]:
     return found
 
 
-def _template(name: str | None, system: str | None) -> dict:
-    chosen = name or DEFAULT_TEMPLATE
+def _template(name: str, system: str | None) -> dict:
     question = place_images(DEFAULT_PROMPT, 1)
-    prompt = render(find_template(chosen), [(question, None)], system)
-    return {"name": chosen, "default": name is None, "prompt": str(prompt)}
+    return {"name": name, "prompt": str(render(find_template(name), [(question, None)], system))}
 
 
 def dialect_of(folders: Folders) -> str:
@@ -161,7 +162,7 @@ def dialect_of(folders: Folders) -> str:
     except (ValueError, OSError):
         return "unknown: it has no config.json that can be read"
     kind = raw.get("model_type")
-    if kind in ("llava", "llava_llama"):
+    if kind in LLAVAS:
         return (
             "LLaVA as on the hub (llava-hf)"
             if "text_config" in raw
@@ -169,7 +170,7 @@ def dialect_of(folders: Folders) -> str:
         )
     if kind in ("clip", "clip_vision_model"):
         return "a plain CLIP: the --vision-tower of a LLaVA, not a LLaVA by itself"
-    if kind == "llama":
+    if kind in ("llama", "mistral"):
         return "a plain Llama: the --model-base of a projector or a LoRA, not a LLaVA by itself"
     return f"unknown: model_type is {kind!r}"
 

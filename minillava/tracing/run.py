@@ -31,6 +31,7 @@ from minillava.loop import Step
 from minillava.options import Options
 from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, place_images, render
 from minillava.sampling import Sampler
+from minillava.templates import template_name
 from minillava.tokenizer import Tokenizer
 from minillava.tracing.compare import Comparison, read_tensors
 from minillava.tracing.page import Page
@@ -246,7 +247,7 @@ def _run(
         layers=args.layers,
         steps=traced,
         system=args.system,
-        template=args.template or DEFAULT_TEMPLATE,
+        template=template_name(assistant.template),
         whole=whole,
     )
     if args.steps and made <= max(args.steps):

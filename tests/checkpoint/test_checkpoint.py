@@ -529,6 +529,7 @@ def test_a_clip_folder_replaces_the_tower_inside(folder, tmp_path, write_dialect
     model, checkpoint = build(folder, clip)
     assert torch.equal(model.vision_tower.embeddings.class_embedding, tensors[name] + 1)
     assert f"{TOWER}embeddings.class_embedding" in checkpoint.unused
+    assert any("holds a vision tower of its own" in note for note in checkpoint.notes)
 
 
 @pytest.mark.parametrize("damage", ["misshapen", "integer", "unexpected"])

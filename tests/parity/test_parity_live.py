@@ -37,7 +37,7 @@ transformers = pytest.importorskip(
 pytestmark = [pytest.mark.numeric, pytest.mark.parity]
 
 SEED = os.environ.get("MINILLAVA_PARITY_SEED") or str(random.SystemRandom().randrange(10**9))
-KINDS = ("plain", "grouped", "multi-query", "tied", "linear")
+KINDS = ("plain", "grouped", "multi-query", "tied", "linear", "mistral")
 DTYPES = ("float32", "bfloat16", "float16")
 STEPS = 7
 
@@ -77,6 +77,8 @@ def draw_config(kind: str, choose: random.Random) -> dict:
     }
     if kind in ("grouped", "multi-query"):
         text["num_key_value_heads"] = heads // 2 if kind == "grouped" else 1
+    if kind == "mistral":
+        text |= {"model_type": "mistral", "num_key_value_heads": heads // 2, "sliding_window": 256}
     if kind == "linear":
         text["rope_scaling"] = {"type": "linear", "factor": choose.choice([2.0, 3.0])}
     vision = {

@@ -170,6 +170,21 @@ def test_the_template_does_not_come_from_the_folders_name(reference, tmp_path):
     assert minillava.load(folder, device="cpu").template is TEMPLATES["llava_v1"]
 
 
+def test_the_template_comes_from_the_tokens_that_were_added_for_it(reference, tmp_path):
+    """A Phi-3 was asked in the words of a Vicuna, and did not know where to stop."""
+    folder = shutil.copytree(reference / "plain", tmp_path / "phi")
+    names = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+    tokens = {name: 442 + i for i, name in enumerate(names)}
+    (folder / "added_tokens.json").write_text(json.dumps(tokens), encoding="utf-8")
+    phi = minillava.load(folder, device="cpu")
+    assert phi.template is TEMPLATES["phi_3"] and phi.options().stop == ("<|end|>",)
+    assert phi.prompt("A") == "<|user|>\n<image>\nA<|end|>\n<|assistant|>\n"
+    ids = phi.tokenizer.encode(phi.prompt("a<|end|>b"))
+    assert [i for i in ids if i >= 442] == [443, 445, 444]  # what is typed ends no turn
+    chosen = minillava.load(folder, device="cpu", template="llava_v1")
+    assert chosen.template is TEMPLATES["llava_v1"]
+
+
 def test_attention_and_precision_are_what_was_asked_for(reference):
     for name, dtype in (
         ("float32", torch.float32),

@@ -490,7 +490,7 @@ REFUSED = [
     *((HUB, "model_type", value) for value in ("llama", "llava_next", "mllama", "clip", 3, None, ["llava"])),
     *((HUB, "text_config", value) for value in ("llama", [], 1, True)),
     *((HUB, "vision_config", value) for value in ("clip", [], 1, True)),
-    *((HUB, "text_config.model_type", value) for value in ("mistral", "qwen2", "gpt_neox", 1)),
+    *((HUB, "text_config.model_type", value) for value in ("gemma", "qwen2", "gpt_neox", 1)),
     *((HUB, "text_config.hidden_act", value) for value in ("gelu", "relu", 1)),
     *((HUB, f"text_config.{key}", value) for key in ("attention_bias", "mlp_bias") for value in (True, "no", 0)),
     *((HUB, key, value) for key in ("tie_word_embeddings", "text_config.tie_word_embeddings") for value in ("no", 0)),
@@ -715,3 +715,79 @@ def test_an_absent_file_is_named(tmp_path):
     assert str(caught.value).startswith(str(tmp_path / "config.json"))
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "nothing.json")
+
+
+# --- relatives of LLaVA-1.5 -----------------------------------------------------------------------
+
+# llava-hf/bakLlava-v1-hf: a Mistral, whose fields are mostly the defaults of its class.
+BAKLLAVA = {
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "pad_token_id": 32001,
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "sliding_window": 4096,
+        "vocab_size": 32064,
+    },
+    "vision_config": HUB_7B["vision_config"],
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+}
+
+
+def test_a_mistral_is_a_llama_whose_context_is_its_window(read):
+    """Up to the window's length its mask hides nothing, so nothing is computed that Llama does
+    not."""
+    text = read(BAKLLAVA).text
+    assert text == TextConfig(
+        vocab_size=32064,
+        intermediate_size=14336,
+        num_key_value_heads=8,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=4096,
+    )
+    assert (text.context, text.head_dim, text.rope_theta) == (4096, 128, 10000.0)
+
+
+@pytest.mark.parametrize(
+    ("window", "context"), [("absent", 4096), (None, 32768), (2048, 2048), (40000, 32768)]
+)
+def test_an_absent_window_is_4096_and_null_is_none(read, window, context):
+    text = {**BAKLLAVA["text_config"], "sliding_window": window}
+    if window == "absent":
+        del text["sliding_window"]
+    assert read({**BAKLLAVA, "text_config": text}).text.context == context
+
+
+def test_a_mistral_that_leaves_everything_out_has_the_sizes_of_its_class(read):
+    """Llama's would be another model: 11008 wide, without grouped heads."""
+    text = read({**BAKLLAVA, "text_config": {"model_type": "mistral"}}).text
+    assert (text.intermediate_size, text.num_key_value_heads, text.context) == (14336, 8, 4096)
+    whole = {"model_type": "mistral", "sliding_window": None}
+    assert read({**BAKLLAVA, "text_config": whole}).text.context == 131072
+    with pytest.raises(ValueError, match=r"text_config\.sliding_window is 0, expected a number"):
+        read({**BAKLLAVA, "text_config": {"model_type": "mistral", "sliding_window": 0}})
+
+
+def test_our_defaults_of_mistral_are_those_of_transformers(read):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.MistralConfig()
+    text = {"model_type": "mistral", "sliding_window": None}
+    ours = read({**BAKLLAVA, "text_config": text}).text
+    for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                  "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "vocab_size"):  # fmt: skip
+        assert getattr(ours, field) == getattr(theirs, field), field
+    assert theirs.sliding_window == 4096
+
+
+@pytest.mark.parametrize("kind", ["share4v", "llava_mistral", "llava_llama"])
+def test_originals_that_differ_in_their_weights_alone(read, kind):
+    """ShareGPT4V, and Mistrals trained by LLaVA's own code."""
+    config = read({**ORIGINAL_7B, "model_type": kind, "sliding_window": None})
+    assert config.text == read(ORIGINAL_7B).text
+    assert (config.projector_layers, config.image_aspect_ratio) == (2, "pad")

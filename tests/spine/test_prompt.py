@@ -30,6 +30,7 @@ GOLDEN = {
         "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nA<|im_end|>"
         "<|im_start|>assistant\nB<|im_end|><|im_start|>user\nC<|im_end|><|im_start|>assistant\n"
     ),
+    "phi_3": "<|user|>\n<image>\nA<|end|>\n<|assistant|>\nB<|end|>\n<|user|>\nC<|end|>\n<|assistant|>\n",
     "hf": "USER: <image>\nA ASSISTANT: B USER: C ASSISTANT:",
 }
 

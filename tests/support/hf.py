@@ -552,8 +552,10 @@ def float64():
     float32 whatever they are given. The rotary tables stay float32 rounded to the model's type:
     they define the network."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
-    norm, softmax = LlamaRMSNorm.forward, F.softmax
+    norms, softmax = (LlamaRMSNorm, MistralRMSNorm), F.softmax
+    forwards = [norm.forward for norm in norms]
 
     def norm64(self, x):
         return self.weight * (
@@ -565,11 +567,15 @@ def float64():
             x, *arguments, dtype=x.dtype if x.dtype == torch.float64 else dtype, **options
         )
 
-    LlamaRMSNorm.forward, F.softmax = norm64, softmax64
+    for norm in norms:
+        norm.forward = norm64
+    F.softmax = softmax64
     try:
         yield
     finally:
-        LlamaRMSNorm.forward, F.softmax = norm, softmax
+        for norm, forward in zip(norms, forwards, strict=True):
+            norm.forward = forward
+        F.softmax = softmax
 
 
 def patches(model) -> int:
