@@ -307,8 +307,8 @@ def load(
     folders = find_folders(weights, revision, vision_tower, model_base, adapter)
     expect_one_of("attention", attention, ATTENTION)
     expect_one_of("quantize", quantize, (None, *KINDS))
-    style = None if template is None else find_template(template)
     parts = open_parts(folders, image_aspect_ratio)
+    style = find_template(template_of(parts.tokenizer.added) if template is None else template)
     stored, place = parts.weights, choose_device(str(device))
     kind = choose_dtype(dtype_name(dtype), place, stored.dtype(), stored.parameters())
     model = build_model(
@@ -322,5 +322,4 @@ def load(
         compile_decode(model)
     for note in stored.notes:
         warnings.warn(note, stacklevel=2)
-    style = style or find_template(template_of(parts.tokenizer.added))
     return Assistant(model, parts.tokenizer, parts.image_processor, style, stored.unused)

@@ -16,6 +16,7 @@ from sentencepiece import SentencePieceProcessor
 
 from minillava.files.disk import one_line, read_json, refused
 from minillava.files.hub import RELEASE
+from minillava.files.llama_json import LlamaPieces, is_llama
 
 MODEL_NAME = "tokenizer.model"
 
@@ -88,6 +89,9 @@ _OTHER_KIND = (
 )
 
 
+Pieces = SentencePieceProcessor | LlamaPieces
+"""What cuts text: a tokenizer.model, or the tokenizer.json that was made of it."""
+
 Flags = dict[str, Any]
 """A token as a JSON object describes it: its `content`, and any of _FLAGS."""
 
@@ -129,9 +133,7 @@ class TokenizerFiles:
             return not (isinstance(before, dict) and before.get("prepend_scheme") == "first")
         return legacy
 
-    def tokens(
-        self, model: SentencePieceProcessor, wanted: Sequence[str] = ()
-    ) -> dict[str, AddedToken]:
+    def tokens(self, model: Pieces, wanted: Sequence[str] = ()) -> dict[str, AddedToken]:
         """Every token that a file names, by its text, the control tokens of `model`, and the
         `wanted` ones. Raises ValueError where files contradict themselves, one another or
         `model`."""
@@ -170,7 +172,7 @@ class TokenizerFiles:
         self._check_ends(found, model)
         return found
 
-    def _check_ends(self, found: dict[str, AddedToken], model: SentencePieceProcessor) -> None:
+    def _check_ends(self, found: dict[str, AddedToken], model: Pieces) -> None:
         """A prompt begins with the begin token of `model` and has no end token. Raises ValueError
         where a file says otherwise."""
         for key, ours in (("add_bos_token", True), ("add_eos_token", False)):
@@ -215,9 +217,7 @@ class TokenizerFiles:
         for text, i in self.added.items():
             yield ADDED_NAME, text, i, {}
 
-    def _check(
-        self, file: str, text: str, i: int, flags: Flags, model: SentencePieceProcessor
-    ) -> None:
+    def _check(self, file: str, text: str, i: int, flags: Flags, model: Pieces) -> None:
         path = self.folder / file
         if not _is_text(text):
             raise ValueError(
@@ -333,22 +333,22 @@ def _check_model_is_there(path: Path, files: TokenizerFiles, vocabulary: int | N
     raise FileNotFoundError(
         f"{path}: not found; copy tokenizer.model from the original checkpoint "
         "(liuhaotian/llava-v1.5-7b or "
-        "lmsys/vicuna-7b-v1.5 on the hub): a tokenizer.json alone is not enough"
+        "lmsys/vicuna-7b-v1.5 on the hub), or a tokenizer.json that was made of it"
     )
 
 
-def is_word(model: SentencePieceProcessor, i: int) -> bool:
+def is_word(model: Pieces, i: int) -> bool:
     """Whether text is cut into this piece: not for control pieces, the unknown one, and unused
     ones."""
     return not (model.is_control(i) or model.is_unknown(i) or model.is_unused(i))
 
 
-def open_model(
-    path: Path, files: TokenizerFiles, vocabulary: int | None = None
-) -> SentencePieceProcessor:
-    """A tokenizer.model of the Llama 2 family, which `files` belong to. vocabulary: rows of the
-    embedding table, if they are known. Raises FileNotFoundError or ValueError, or OSError if the
-    system refuses."""
+def open_model(path: Path, files: TokenizerFiles, vocabulary: int | None = None) -> Pieces:
+    """A tokenizer.model of the Llama 2 family, which `files` belong to; if it is not there, the
+    tokenizer.json of `files`. vocabulary: rows of the embedding table, if they are known. Raises
+    FileNotFoundError or ValueError, or OSError if the system refuses."""
+    if not os.path.lexists(path) and is_llama(files.fast):
+        return LlamaPieces(files.folder / FAST_NAME, files.fast)
     _check_model_is_there(path, files, vocabulary)
     model = _read_model(path)
     _check_pieces(path, model, files)
@@ -397,7 +397,7 @@ def _check_kind(path: Path, files: TokenizerFiles) -> None:
         )
 
 
-def _check_pieces(path: Path, model: SentencePieceProcessor, files: TokenizerFiles) -> None:
+def _check_pieces(path: Path, model: Pieces, files: TokenizerFiles) -> None:
     """A tokenizer.model must be of the kind that the files beside it say, and cut from the same
     vocabulary as their tokenizer.json. Raises ValueError."""
     _check_kind(path, files)

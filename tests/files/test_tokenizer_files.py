@@ -359,7 +359,9 @@ def test_llama_2_s_own_tokenizer_json_keeps_the_advice(folder):
     raw = llama_2(folder)
     (folder / "tokenizer.model").unlink()
     write(folder, "tokenizer.json", raw)
-    assert "tokenizer.model: not found; copy tokenizer.model from" in complaint(folder)
+    found = complaint(folder)
+    assert "tokenizer.json: prepares text in another way" in found
+    assert "copy the tokenizer.model of this language model" in found
 
 
 def test_a_vocabulary_that_no_known_tokenizer_model_has(folder):
