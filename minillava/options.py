@@ -103,7 +103,7 @@ def remaining_context(
 
 
 def expect_text(text: object, name: str) -> None:
-    """Raises ValueError, with the argument's name, for what is no text."""
+    """Raises ValueError, with the argument's name, for what is not a text."""
     if not isinstance(text, str):
         raise ValueError(f"{name} is {text!r}, expected a text")
 

@@ -45,7 +45,7 @@ class Parts(NamedTuple):
 
 def open_parts(folders: Folders, aspect: str | None = None) -> Parts:
     """The parts of a whole model. aspect: pad or crop, instead of what config.json says. Raises
-    FileNotFoundError, OSError or ValueError in one line."""
+    FileNotFoundError, OSError or ValueError, as `load`."""
     check_base(folders)
     weights, config = open_checkpoint(folders, read_model_config(folders))
     tokenizer = open_tokenizer(folders.of_tokenizer, config)
@@ -63,8 +63,8 @@ def read_model_config(folders: Folders) -> LlavaConfig:
     home, base = folders.find("config.json"), folders.model_base
     if home == base and read_json(base / "config.json").get("model_type") in ("llama", "mistral"):
         raise FileNotFoundError(
-            f"{folders.weights}: holds no config.json, and its base {base} is no LLaVA; copy the "
-            "config.json that the finished training saved"
+            f"{folders.weights}: holds no config.json, and its base {base} is not a LLaVA; copy "
+            "the config.json that the finished training saved"
         )
     return read_config(home, folders.vision_tower)
 

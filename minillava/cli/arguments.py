@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
                 "--questions": "a file of questions",
             }
             hint = "; ".join(
-                f"{what} goes behind {flag}" for flag, what in places.items() if flag in self.flags
+                f"{what} goes after {flag}" for flag, what in places.items() if flag in self.flags
             )
             return f"unrecognized argument {unknown[0]!r}" + (f": {hint}" if hint else "")
         from difflib import get_close_matches

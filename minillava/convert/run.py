@@ -35,8 +35,8 @@ def convert(
 
     dtype: of all weights, instead of the stored ones. quantize: int8 or int4, the language model's
     linear layers in the form of minillava/fast/quantize.py, which other programs cannot read.
-    shard_size: of a file, in bytes. Raises FileNotFoundError or ValueError in one line; what was
-    written is then gone.
+    shard_size: of a file, in bytes. Raises FileNotFoundError or ValueError; what was written is
+    then gone.
     """
     folders = find_folders(source, None, vision_tower, model_base, adapter)
     source = folders.weights

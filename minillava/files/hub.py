@@ -50,7 +50,7 @@ def find_snapshot(repo: str, revision: str | None = None) -> Path:
     """
     if not _is_name(repo):
         raise ValueError(
-            f"{repo!r} is no model on the hub, expected ORG/NAME such as {next(iter(SIZES))}"
+            f"{repo!r} is not a model on the hub, expected ORG/NAME such as {next(iter(SIZES))}"
         )
     option = "" if revision is None else f" --revision {shlex.quote(revision)}"
     revision = "main" if revision is None else revision

@@ -577,7 +577,7 @@ def test_an_adapter_without_configuration_says_which_one_is_missing(write_lora, 
     folder, _ = write_lora()
     (folder / "config.json").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"holds no config\.json, and its base .* is no LLaVA"
+        FileNotFoundError, match=r"holds no config\.json, and its base .* is not a LLaVA"
     ):
         load(folder, model_base=base, vision_tower=release["vision_tower"])
     with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json, expected a LoRA"):

@@ -723,7 +723,7 @@ def test_the_examples_of_help_are_valid_commands(run):
         (["-prompt=What?"], "did you mean --prompt?"),
         (
             ["-i", "x.jpg", "What is it?"],
-            "'What is it?': a question goes behind --prompt; a picture goes behind",
+            "'What is it?': a question goes after --prompt; a picture goes after",
         ),
         (["--two\nlines\x1b[31m"], "--two\\nlines\\x1b[31m"),
     ],
