@@ -15,7 +15,7 @@ from minillava.checkpoint.config_json import is_language_model
 from minillava.checkpoint.draft import check_same_words, open_language_model
 from minillava.checkpoint.folders import find_folder, find_folders
 from minillava.checkpoint.parts import open_parts
-from minillava.checkpoint.place import OTHER_NAMES, choose_device, choose_dtype
+from minillava.checkpoint.place import choose_device, choose_dtype
 from minillava.fast import speed_up
 from minillava.fast.ahead import decode_ahead
 from minillava.fast.compiled import compile_decode
@@ -26,7 +26,7 @@ from minillava.generate.contrast import Contrast, find_method
 from minillava.generate.draft_model import DraftModel
 from minillava.generate.drafts import Draftable, find_drafts
 from minillava.generate.generation import Generation, check_room, generate
-from minillava.generate.named import check_names, read_options
+from minillava.generate.named import LOAD_HINTS, check_names, read_options
 from minillava.generate.score import score_answers
 from minillava.generate.speculate import Drafts, following
 from minillava.image import ImageProcessor
@@ -213,7 +213,7 @@ class Assistant:
         system: str | None = None,
         per_token: bool = False,
     ) -> list[float]:
-        """The log-likelihood of each answer and of what the template writes behind it (for most,
+        """The log-likelihood of each answer and of what the template writes after it (for most,
         the end token), in nats; per_token: their mean over its tokens, which is minus the loss. For
         ranking answers, or "Yes." against "No.". image: as for `ask`. Raises ValueError for an
         answer that does not fit the model's context."""
@@ -301,9 +301,10 @@ def load(
     model's linear layers in so many bits a weight. compile: the decoding step by torch.compile, for
     a GPU. vision_tower, model_base, adapter: other folders of the model (checkpoint/folders.py).
     template: a name of TEMPLATES. image_aspect_ratio: pad or crop, instead of config.json's.
-    Warns of weights that are not read. Raises FileNotFoundError, OSError or ValueError in one line.
+    Warns of weights that are not read. Raises FileNotFoundError, OSError or ValueError, of one line
+    and one more for each further tensor that does not fit; TypeError for another name.
     """
-    check_names(other, load.__kwdefaults__ or {}, OTHER_NAMES)
+    check_names(other, load.__kwdefaults__ or {}, LOAD_HINTS)
     folders = find_folders(weights, revision, vision_tower, model_base, adapter)
     expect_one_of("attention", attention, ATTENTION)
     expect_one_of("quantize", quantize, (None, *KINDS))

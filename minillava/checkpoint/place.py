@@ -9,22 +9,6 @@ from minillava.options import DEVICES, DTYPES, expect_one_of
 # as float32, takes half the memory, and needs no copy that is made first.
 LARGE = 10**9
 
-OTHER_NAMES = {
-    "torch_dtype": "dtype is its name here",
-    "device_map": "device names the one that holds the whole model",
-    "load_in_8bit": 'set quantize="int8"',
-    "load_in_4bit": 'set quantize="int4"',
-    "load_8bit": 'set quantize="int8"',
-    "load_4bit": 'set quantize="int4"',
-    "attn_implementation": "attention is fused or eager",
-    "model_path": "the weights come first, without a name",
-    "pretrained_model_name_or_path": "the weights come first, without a name",
-    "conv_mode": "template is its name here",
-    "trust_remote_code": "no code of a checkpoint is ever run",
-    "local_files_only": "nothing is downloaded, so leave it out",
-}
-"""What `load` is asked for by people who know other libraries, and what does it here."""
-
 
 def choose_device(name: str) -> str:
     """`auto` is a GPU if there is one. Raises ValueError for an unknown device or one this machine
@@ -36,12 +20,16 @@ def choose_device(name: str) -> str:
     }
     if name == "auto":
         return next(device for device in ("cuda", "mps", "cpu") if available[device])
-    kind, _, index = name.partition(":")
-    if kind not in available or (index and not index.isdecimal()):
+    kind, colon, index = name.partition(":")
+    if kind not in available or (colon and not (index.isascii() and index.isdecimal())):
         expect_one_of("device", name, DEVICES)
     if not available[kind]:
         found = f"device {name!r} is not available to this PyTorch ({torch.__version__})"
         raise ValueError(f"{found}; use device cpu (a command: --device cpu)")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind != "cpu" and int(index or 0) >= count:  # every cpu:n is the one there is
+        there = kind if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
+        raise ValueError(f"device {name!r} is not in this machine, expected {there}")
     return name
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from minillava.options import Options
 
-OTHER_NAMES = {
+OPTION_HINTS = {
     "do_sample": "set temperature above 0 to sample (1.0 changes nothing)",
     "max_length": "max_new_tokens counts the answer's tokens alone",
     "record": "minillava.generate.generate records",
@@ -27,6 +27,22 @@ OTHER_NAMES = {
 }
 """What people who know other libraries ask for, and what does it here."""
 
+LOAD_HINTS = {
+    "torch_dtype": "dtype is its name here",
+    "device_map": "device names the one that holds the whole model",
+    "load_in_8bit": 'set quantize="int8"',
+    "load_in_4bit": 'set quantize="int4"',
+    "load_8bit": 'set quantize="int8"',
+    "load_4bit": 'set quantize="int4"',
+    "attn_implementation": "attention is fused or eager",
+    "model_path": "the weights come first, without a name",
+    "pretrained_model_name_or_path": "the weights come first, without a name",
+    "conv_mode": "template is its name here",
+    "trust_remote_code": "no code of a checkpoint is ever run",
+    "local_files_only": "nothing is downloaded, so leave it out",
+}
+"""What `load` is asked for by people who know other libraries, and what does it here."""
+
 
 def check_names(given: Mapping[str, Any], known: Collection[str], other: Mapping[str, str]) -> None:
     """Raises TypeError for a name that is not known, with what `other` says, or the nearest."""
@@ -41,5 +57,5 @@ def check_names(given: Mapping[str, Any], known: Collection[str], other: Mapping
 
 def read_options(given: Mapping[str, Any], others: Options | None = None) -> Options:
     """Options by name, the rest as in `others`. Raises as `check_names` and Options do."""
-    check_names(given, Options.__dataclass_fields__, OTHER_NAMES)
+    check_names(given, Options.__dataclass_fields__, OPTION_HINTS)
     return Options(**given) if others is None else replace(others, **given)

@@ -225,6 +225,26 @@ def test_auto_takes_the_best_device(monkeypatch, there, chosen):
 
 
 @pytest.mark.parametrize(
+    ("count", "name", "message"),
+    [
+        (1, "cuda:7", "device 'cuda:7' is not in this machine, expected cuda"),
+        (1, "cuda:1", "device 'cuda:1' is not in this machine, expected cuda"),
+        (2, "cuda:2", "device 'cuda:2' is not in this machine, expected cuda:0 to cuda:1"),
+        (2, "cuda:", "unknown device 'cuda:', expected one of: auto, cpu, cuda, mps"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, count, name, message):
+    """It was found inside torch, after the checkpoint had been opened."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for there in ("cuda", *(f"cuda:{i}" for i in range(count)), "cpu", "cpu:0"):
+        assert choose_device(there) == there
+    with pytest.raises(ValueError) as error:
+        choose_device(name)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
     ("argument", "message"),
     [
         ({"device": "cpu:x"}, "unknown device 'cpu:x'"),
