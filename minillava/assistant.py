@@ -300,9 +300,8 @@ def load(
     is fast, else float32) or a name. attention: fused, eager. quantize: int8, int4: the language
     model's linear layers in so many bits a weight. compile: the decoding step by torch.compile, for
     a GPU. vision_tower, model_base, adapter: other folders of the model (checkpoint/folders.py).
-    template: a name of TEMPLATES. image_aspect_ratio: pad or crop, instead of config.json's.
-    Warns of weights that are not read. Raises FileNotFoundError, OSError or ValueError, of one line
-    and one more for each further tensor that does not fit; TypeError for another name.
+    template: a name of TEMPLATES. image_aspect_ratio: pad or crop, instead of config.json's. Warns
+    of unread weights. Raises OSError, TypeError, or ValueError with a line for each misfit tensor.
     """
     check_names(other, load.__kwdefaults__ or {}, LOAD_HINTS)
     folders = find_folders(weights, revision, vision_tower, model_base, adapter)
