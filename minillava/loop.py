@@ -4,12 +4,13 @@ What is left of `steps` for one prompt, the most likely tokens and nobody who wa
 
     def plain(model, spliced, cache, most):
         output = prefill(model, spliced, cache)
-        for _ in range(most):
-            token = last_logits(output).argmax(-1)  # [1]
+        for left in reversed(range(most)):
+            token = output.logits[:, -1].argmax(-1)  # [1]
             if int(token) in model.config.eos_token_ids:
                 return
             yield int(token)
-            output = decode(model, token, cache)
+            if left:  # the last token is chosen but never fed back: the cache has no room for it
+                output = decode(model, token, cache)
 
 Everything else is for more rows, other choices, text and records (`Run`, in streaming.py), and for
 a GPU that must not wait (`Decoder`). B batch, T prompt positions after the splice, C width, V
