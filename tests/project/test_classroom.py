@@ -20,6 +20,7 @@ from paths import ROOT
 from minillava import loop
 from minillava.cache import KVCache
 from minillava.loop import steps
+from minillava.sampling import last_logits
 
 PACKAGE = ROOT / "minillava"
 PAGE = (PACKAGE / "CLASSROOM.md").read_text(encoding="utf-8")
@@ -190,7 +191,7 @@ def test_the_plain_loop_answers_as_the_real_one(most, reference):
     one's size: it read its last token once more than there was room for."""
     docstring = ast.get_docstring(ast.parse((PACKAGE / "loop.py").read_text(encoding="utf-8")))
     code = textwrap.dedent("\n".join(re.findall(r"^(?: {4}.*)?$", docstring, re.MULTILINE)))
-    names = dict(vars(loop))
+    names = {**vars(loop), "last_logits": last_logits}
     exec(code, names)
     assert len(code.strip().splitlines()) <= 10
     toy = stored()
