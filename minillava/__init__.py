@@ -19,25 +19,14 @@ if sys.argv[:1] == ["-m"] and any("minillava" in word for word in sys.orig_argv[
 
     leave_on_ctrl_c()
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from importlib.machinery import ModuleSpec
-    from types import CodeType, ModuleType
+from minillava.files.modules import find_renamed, on_first_use
 
 __version__ = "0.1.0"
 __all__ = ["Assistant", "__version__", "load"]
 
-
-def __getattr__(name: str) -> Any:
-    # `load` and `Assistant` are fetched on first use: importing minillava alone stays instant, and
-    # `python -m minillava.generate` does not find its own module already imported.
-    if name in ("load", "Assistant"):
-        from minillava import assistant
-
-        return vars(assistant)[name]
-    raise AttributeError(f"module 'minillava' has no attribute {name!r}")
+# Fetched on first use: importing minillava alone stays instant, and `python -m minillava.generate`
+# does not find its own module already imported.
+__getattr__ = on_first_use(__name__, {"load": "assistant", "Assistant": "assistant"})
 
 
 def __dir__() -> list[str]:
@@ -46,75 +35,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def on_first_use(package: str, homes: dict[str, str]) -> Callable[[str], Any]:
-    """A package's `__getattr__`: each name comes from the module of its home, which is imported
-    then.
-
-    So `from minillava.generate import generate` works, and `python -m minillava.generate`, which
-    imports the package before anything else, has read the flags before torch is imported."""
-
-    def fetch(name: str) -> Any:
-        if name in homes:
-            return vars(__import__(f"{package}.{homes[name]}", fromlist=[name]))[name]
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
-
-    return fetch
-
-
-_RENAMED = {
-    "minillava.inspect": "minillava.inspection",
-    "minillava.trace": "minillava.tracing",
-    "minillava.contrast": "minillava.generate.contrast",
-}
-
-
-def _real_name(name: str) -> str | None:
-    """`minillava.tracing.page` for `minillava.trace.page`; None for a name that is nobody's
-    second."""
-    for other, real in _RENAMED.items():
-        if name == other or name.startswith(other + "."):
-            return real + name[len(other) :]
-    return None
-
-
-class _Renamed:
-    """Finds and loads `minillava.inspect` and `minillava.trace`, whose folders have other names,
-    and `minillava.contrast`, which has moved.
-
-    Python puts the folder of a script first on its path, and the current folder for `python -m`:
-    there a folder `inspect` would be what the standard library, and so torch, gets for
-    `import inspect`. Both names of a module are one module object.
-    """
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> "ModuleSpec | None":
-        if (real_name := _real_name(name)) is None:
-            return None
-        from importlib.util import find_spec  # here, since importing minillava costs nothing
-
-        real = find_spec(real_name)
-        if real is None:
-            return None
-        # a loader by its methods: importlib's class would be imported for its name alone
-        spec = type(real)(name, self, origin=real.origin)  # type: ignore[arg-type]
-        spec.loader_state = real_name
-        spec.submodule_search_locations = real.submodule_search_locations
-        return spec
-
-    def create_module(self, spec: "ModuleSpec") -> "ModuleType":
-        module = __import__(spec.loader_state, fromlist=["*"])
-        # Python is about to write the spec of the other name over it
-        spec.loader_state = module.__spec__
-        return module
-
-    def exec_module(self, module: Any) -> None:
-        module.__spec__ = module.__spec__.loader_state
-
-    def get_code(self, name: str) -> "CodeType | None":
-        """What `python -m` runs."""
-        from importlib.util import find_spec
-
-        real: Any = find_spec(_real_name(name) or name)
-        return real.loader.get_code(real.name)
-
-
-sys.meta_path.insert(0, _Renamed())  # first: `minillava.trace.page` would be found beside the other
+find_renamed()

@@ -1,7 +1,7 @@
 """A file of questions, answered in batches, that an interruption cannot break; `python -m
 minillava.batch`."""
 
-from minillava import on_first_use
+from minillava.files.modules import on_first_use
 
 __getattr__ = on_first_use(
     __name__,

@@ -1,6 +1,6 @@
 """A conversation whose cache is kept from question to question; `python -m minillava.chat`."""
 
-from minillava import on_first_use
+from minillava.files.modules import on_first_use
 
 __getattr__ = on_first_use(
     __name__,

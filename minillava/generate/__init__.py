@@ -1,6 +1,6 @@
 """Ways to choose an answer's tokens, one by one or as beams; `python -m minillava.generate`."""
 
-from minillava import on_first_use
+from minillava.files.modules import on_first_use
 
 __getattr__ = on_first_use(
     __name__,

@@ -1,6 +1,6 @@
 """What a folder of weights holds, and whether the model is well; `python -m minillava.inspect`."""
 
-from minillava import on_first_use
+from minillava.files.modules import on_first_use
 
 __getattr__ = on_first_use(
     __name__,

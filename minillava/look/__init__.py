@@ -1,6 +1,6 @@
 """What each word of an answer looked at: maps, a page, numbers; `python -m minillava.look`."""
 
-from minillava import on_first_use
+from minillava.files.modules import on_first_use
 
 __getattr__ = on_first_use(
     __name__,

@@ -1,7 +1,7 @@
 """Why it answered: parts of a picture, of the attention and of the network are changed, and what
 the answer loses by it is measured; `python -m minillava.probe`."""
 
-from minillava import on_first_use
+from minillava.files.modules import on_first_use
 
 __getattr__ = on_first_use(
     __name__,

@@ -1,6 +1,6 @@
 """Every tensor on the way to an answer, and where two runs part; `python -m minillava.trace`."""
 
-from minillava import on_first_use
+from minillava.files.modules import on_first_use
 
 __getattr__ = on_first_use(
     __name__,
