@@ -45,6 +45,8 @@ class Context(NamedTuple):
 
 
 class LanguageModel(nn.Module):
+    one_by_one = False  # True: guesses are read as steps of their own (fast/row_by_row.py)
+
     def __init__(self, config: TextConfig, attend: Callable[..., Any]):
         super().__init__()
         self.config, self.attend = config, attend

@@ -15,7 +15,7 @@ from minillava.options import dtype_name
 ROWS = (1, 2, 4, 8, 16, 32)
 
 # Each further row reads the keys and values once more.
-ATTENTION = 0.03
+ATTENTION_COST = 0.03
 
 COSTS: dict[str, dict[str, tuple[float, ...]]] = {
     "gpu": {"bfloat16": (1.0, 1.0, 1.0, 1.0, 1.05, 1.1)},
@@ -38,7 +38,10 @@ core; 32 rows extrapolated); cpu: without (4096 x 11008 on AVX2, tools/MEASUREME
 
 
 def pass_cost(model: LanguageModel) -> Callable[[int], float]:
-    """A function of the number of rows."""
+    """A function of the number of rows. A model whose guesses are steps of their own gains nothing
+    by them."""
+    if model.one_by_one:
+        return float
     weight = model.embed_tokens.weight
     kinds = quantised_kinds(model)
     stored = kinds[0] if kinds else dtype_name(weight.dtype)
@@ -47,7 +50,7 @@ def pass_cost(model: LanguageModel) -> Callable[[int], float]:
     else:
         table = COSTS["bf16" if has_fast_bfloat16() else "cpu"]
     costs = table.get(stored) or table.get("float32") or table["bfloat16"]
-    return lambda rows: interpolate(costs, rows) + ATTENTION * (rows - 1)
+    return lambda rows: interpolate(costs, rows) + ATTENTION_COST * (rows - 1)
 
 
 def interpolate(costs: tuple[float, ...], rows: int) -> float:

@@ -65,6 +65,7 @@ class RowByRow(LanguageModel):
     that share a pass."""
 
     together: int
+    one_by_one = True
 
     def forward(  # type: ignore[override]
         self,
@@ -84,11 +85,6 @@ class RowByRow(LanguageModel):
             return super().forward(inputs, attention_mask, cache, **options)
         if length == 1:
             output = self._step(inputs, cache, pads, **options)
-        elif options.get("attend"):  # drafts: tokens of one answer, each as a step
-            views = [View(cache, slice(None), ahead=i) for i in range(length)]
-            del options["attend"]
-            steps = zip(inputs.split(1, dim=1), views, strict=True)
-            output = joined([self._step(ids, view, pads, **options) for ids, view in steps])
         else:
             rows = [self._read(inputs, cache, row, pad, options) for row, pad in enumerate(pads)]
             output = stacked(rows)
@@ -114,7 +110,7 @@ class RowByRow(LanguageModel):
         self, inputs: Tensor, cache: KVCache, pads: list[int], **options: Any
     ) -> LanguageOutput:
         """One new token for each row, [B, 1]."""
-        attend = eager if options.get("attentions") else self.attend
+        attend = options.get("attend") or (eager if options.get("attentions") else self.attend)
         outputs = []
         for first in range(0, len(pads), self.together):
             rows = slice(first, first + self.together)
@@ -129,14 +125,11 @@ class RowByRow(LanguageModel):
 
 class View(KVCache):
     """Some rows of a cache from position `first` on, in the same memory: what is written here is
-    there. ahead: positions that were written and are not counted yet. masked: with the cache's
-    padding."""
+    there. masked: with the cache's padding."""
 
-    def __init__(
-        self, cache: KVCache, rows: slice, first: int = 0, ahead: int = 0, masked: bool = False
-    ):
+    def __init__(self, cache: KVCache, rows: slice, first: int = 0, masked: bool = False):
         self.capacity = cache.capacity - first
-        self.length = max(0, cache.length + ahead - first)
+        self.length = max(0, cache.length - first)
         self.keys, self.values = (
             [tensor[rows, :, first:] for tensor in tensors]
             for tensors in (cache.keys, cache.values)

@@ -159,7 +159,7 @@ METHODS = {"vcd": VCD, "ritual": RITUAL, "m3id": M3ID}
 
 def find_method(contrast: Contrast | str | None) -> Contrast | None:
     """A method, or one by its name with its defaults. Raises ValueError for what is neither."""
-    if contrast is None or hasattr(contrast, "second"):
+    if contrast is None or (hasattr(contrast, "second") and not isinstance(contrast, type)):
         return contrast
     if not isinstance(contrast, str) or contrast not in METHODS:
         names = ", ".join(METHODS)

@@ -96,10 +96,10 @@ def _add_second(
 ) -> tuple[list[Sequence[int]], Tensor | None]:
     """Ids and pictures of the rows that answer, then of those that read along. Raises ValueError if
     they do not fit together."""
-    if isinstance(contrast, str):
+    if isinstance(contrast, str | type):
         raise ValueError(
-            f"contrast is {contrast!r}, expected a method with the rows of `second`; ask() takes "
-            "names"
+            f"contrast is {contrast!r}, expected a method such as VCD() with the rows of "
+            "`second`; ask() takes names"
         )
     if second is None or contrast is None:
         raise ValueError(

@@ -153,8 +153,10 @@ class Drafts:
     report: Report | None = None  # of the answer that began last
 
     def __post_init__(self) -> None:
-        if not hasattr(self.drafter, "begin"):
-            raise ValueError(f"draft is {self.drafter!r}, expected a name or a drafter")
+        if not hasattr(self.drafter, "begin") or isinstance(self.drafter, type):
+            raise ValueError(
+                f"draft is {self.drafter!r}, expected a name or a drafter, such as Lookup()"
+            )
         if self.tokens is not None and (
             type(self.tokens) is not int or not 1 <= self.tokens <= DRAFT_TOKENS
         ):
@@ -267,7 +269,9 @@ def check(model: Llava, token_ids: list[int], cache: KVCache, run: Run) -> list[
     Both streams of contrast read the same tokens."""
     language, past = model.language_model, cache.length
     ids = torch.tensor([token_ids] * run.streams, device=run.sampler.history.device)  # [B, g + 1]
-    attend = row_by_row(
+    if language.one_by_one:
+        return [language(each, None, cache, **run.wanted) for each in ids.split(1, dim=1)]
+    attend = query_by_query(
         eager if run.wanted["attentions"] else language.attend, cache.padding_mask is not None
     )
     output = language(ids, None, cache, attend=attend, **run.wanted)
@@ -285,7 +289,7 @@ def one_row(output: LanguageOutput, i: int, length: int) -> LanguageOutput:
     )
 
 
-def row_by_row(attend: Callable[..., Any], padded: bool) -> Callable[..., Any]:
+def query_by_query(attend: Callable[..., Any], padded: bool) -> Callable[..., Any]:
     """Attention of several new positions as if each were a step: the very call of a step, one query
     over the keys that it would see. A call for all of them adds up in another order, and in int8,
     int4 and bfloat16 it is the only thing that does."""
@@ -312,11 +316,11 @@ def keeps_bits(language: LanguageModel, most: int, streams: int = 1) -> bool:
     """Whether the rows of a pass over up to `most` tokens have the bits of single steps here: by
     the first block and the head, which have layers of all shapes. What differs is how a product of
     several rows adds up. streams: 2 with contrast."""
-    if hasattr(language, "together"):  # by fast/row_by_row.py
+    if language.one_by_one:
         return True
     weight = language.embed_tokens.weight
     config = replace(language.config, num_hidden_layers=1)
-    context = Context(*[None] * 4, row_by_row(language.attend, False), None)
+    context = Context(*[None] * 4, query_by_query(language.attend, False), None)
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (streams, most), generator=random).to(weight.device)
 

@@ -1,6 +1,8 @@
 """fast/row_by_row.py: an answer has the same bits whoever shares its passes, and otherwise is the
 plain one but for rounding."""
 
+import json
+
 import pytest
 import torch
 from bounds import assert_same_in_float64
@@ -11,12 +13,13 @@ from minillava.cache import KVCache
 from minillava.chat.conversation import Conversation
 from minillava.cli.doors import enter
 from minillava.fast import processor, row_by_row
+from minillava.fast.passes import pass_cost
 from minillava.fast.row_by_row import RowByRow, keep_bits, padding, reusable, rows_together
 from minillava.files.pictures import open_image
 from minillava.generate.contrast import VCD
 from minillava.generate.generation import generate
 from minillava.generate.lookup import Lookup
-from minillava.generate.speculate import Drafts
+from minillava.generate.speculate import Drafts, Pace
 from minillava.loop import Options, steps
 
 pytestmark = pytest.mark.numeric
@@ -92,6 +95,35 @@ def test_drafts_have_the_bits_of_single_steps(exact, prompts):
     drafted = torch.stack([step.logits for step in drafts.steps(exact.model, spliced, LONG)])
     assert torch.equal(drafted, plain)
     assert drafts.report.exact
+
+
+def test_guesses_that_are_steps_of_their_own_do_not_pay(exact):
+    """They were chosen by what a pass over several rows costs, which this model never runs."""
+    cost = pass_cost(exact.model.language_model)
+    assert [cost(rows) for rows in (1, 2, 5)] == [1, 2, 5]
+    assert Pace(None, cost, guess_cost=0.0).choose() == 0
+
+
+def test_attention_of_the_caller_s_makes_no_draft_of_a_prompt(exact, prompts):
+    """Any `attend` was taken for the sign of a draft, whose tokens are steps."""
+    language, seen = exact.model.language_model, []
+
+    def attend(q, *rest):
+        seen.append(q.shape[2])
+        return language.attend(q, *rest)
+
+    ids = torch.tensor([prompts[0][1]]).clamp(min=0)
+    outputs = []
+    for given in ({"attend": attend}, {}):
+        weight = language.embed_tokens.weight
+        cache = KVCache(language.config, 1, ids.shape[1] + 1, dtype=weight.dtype, device="cpu")
+        with torch.no_grad():
+            outputs.append(language(ids, None, cache, **given).logits)
+            outputs.append(language(ids[:, :1], None, cache, **given).logits)
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[1], outputs[3])
+    assert max(seen) == min(row_by_row.PIECE, ids.shape[1])
+    assert min(seen) == 1
 
 
 def test_a_second_turn_has_the_bits_of_a_fresh_start(exact, prompts):
@@ -213,6 +245,13 @@ def test_the_flag_gives_the_same_answer_and_not_with_a_compiled_step(run_main):
     plain = run_main(main, *picture)
     assert plain[0] == 0
     assert run_main(main, *picture, "--same-bits") == plain
+    told = [
+        json.loads(run_main(main, *picture, "--same-bits", "--json", "--logprobs", "2", *more)[1])
+        for more in ([], ["--draft", "lookup", "--draft-tokens", "4"])
+    ]
+    assert told[0]["tokens"] == told[1]["tokens"]
+    assert told[1]["draft"]["exact"] is True
+    assert told[1]["draft"]["drafted"] > 0
     status, _, err = run_main(main, *picture, "--same-bits", "--compile")
     assert status == 1
     assert "leave out --compile or --same-bits" in err

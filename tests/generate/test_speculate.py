@@ -481,6 +481,8 @@ def test_a_long_conversation_makes_room_while_a_block_is_shown(shapes, monkeypat
 def test_wrong_drafts_are_one_line(shapes):
     with pytest.raises(ValueError, match="draft is 5, expected a name or a drafter"):
         shapes.ask(PICTURE, draft=5)
+    with pytest.raises(ValueError, match=r"draft is <class .*Lookup'>, expected .* as Lookup\(\)"):
+        shapes.ask(PICTURE, draft=Lookup)  # was a TypeError, of a call without self
     for tokens in (0, 65, 2.5, True, "many"):
         with pytest.raises(ValueError, match="expected a whole number from 1 to 64, or auto"):
             shapes.drafts("lookup", tokens)

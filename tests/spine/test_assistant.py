@@ -583,7 +583,7 @@ def test_contrast_by_name_and_process(toy, picture):
     assert toy.ask(picture, "Why?", contrast="vcd", **options) == toy.ask(
         picture, "Why?", contrast=VCD(), **options
     )
-    for wrong in ("vdc", 3):
+    for wrong in ("vdc", 3, VCD):  # of the class, a call failed for want of an instance
         with pytest.raises(
             ValueError,
             match=r"contrast is .*, expected one of: vcd, ritual, m3id, or a contrast.Contrast",

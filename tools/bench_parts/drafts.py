@@ -12,7 +12,7 @@ import torch
 from bench_parts.clock import Timing, say, take_turns
 from bench_parts.growth import random_model
 from minillava.cache import KVCache
-from minillava.generate.speculate import Drafts, row_by_row
+from minillava.generate.speculate import Drafts, query_by_query
 from minillava.llava import Llava, Spliced
 from minillava.loop import steps
 from minillava.options import DTYPES, Options
@@ -86,7 +86,7 @@ def one_pass(model: Llava, cache: KVCache, count: int) -> float:
     language, before = model.language_model, cache.length
     ids = torch.full((1, count), 5)
     started = time.perf_counter()
-    language(ids, None, cache, attend=row_by_row(language.attend, padded=False))
+    language(ids, None, cache, attend=query_by_query(language.attend, padded=False))
     seconds = time.perf_counter() - started
     cache.truncate(before)
     return seconds
