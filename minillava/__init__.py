@@ -5,7 +5,7 @@
     print(assistant.ask("x.jpg", "What is in this image?"))
 
 Reading order, which is the order of the data: config, options, image, templates, prompt, tokenizer,
-attention, vision, projector, cache, llama, labels, llava, sampling, streaming, loop, assistant. The
+attention, vision, projector, cache, llama, llava, sampling, streaming, loop, labels, assistant. The
 folders are everything else. CLASSROOM.md has the questions that people ask on the way, and
 exercises.
 """

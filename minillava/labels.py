@@ -1,19 +1,11 @@
-"""What a training predicts, and how far off it is: the ids of the answers in a finished
-conversation, and the loss.
-
-B batch, T tokens, V vocabulary.
-"""
+"""What a training predicts: the ids of the answers in a finished conversation."""
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from minillava.config import IGNORE_INDEX
-from minillava.llama import upcast
 from minillava.prompt import render
 from minillava.templates import Template
-from minillava.tokenizer import Tokenizer
+from minillava.tokenizer import Tokenizer, common_prefix
 
 
 def encode_answers(
@@ -34,27 +26,3 @@ def encode_answers(
         start, end = len(opened), common_prefix(finished, ids)
         labels[start:end] = ids[start:end]
     return ids, labels
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two texts begin with together."""
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
-
-
-def next_token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy, "mean" or "sum", of predicting each label from the position before it. logits
-    [B,T,V], labels [B,T].
-
-    In float32, as in transformers, since it sums over the whole vocabulary. Raises ValueError when
-    every label is ignored: the mean over nothing is NaN.
-    """
-    # [B, T]: position t predicts token t + 1
-    following = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
-    if (following == IGNORE_INDEX).all():
-        raise ValueError(
-            f"every label is ignored ({IGNORE_INDEX}): there is nothing to take a loss of"
-        )
-    logits, following = upcast(logits).flatten(0, 1), following.flatten()
-    return F.cross_entropy(logits, following, ignore_index=IGNORE_INDEX, reduction=reduction)

@@ -1,4 +1,5 @@
-"""LLaVA: the vision tower, the projector and the language model, and the splice that joins them.
+"""LLaVA: the vision tower, the projector and the language model, the splice that joins them, and
+the loss.
 
 B batch, t tokens of a row before the splice, T after it, n pictures, R their side in pixels, P
 patches each, C width, V vocabulary.
@@ -10,14 +11,14 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillava.attention import fused
 from minillava.cache import KVCache
 from minillava.config import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig
 from minillava.files.rows import as_rows, check_ids, check_images, check_lengths, grow_rows
-from minillava.labels import next_token_loss
-from minillava.llama import LanguageModel
+from minillava.llama import LanguageModel, upcast
 from minillava.projector import Projector
 from minillava.vision import VisionTower
 
@@ -174,3 +175,20 @@ def pad_left(rows: list[Tensor], value: int | bool) -> Tensor:
     longest = max(map(len, rows))
     pads = [row.new_full((longest - len(row), *row.shape[1:]), value) for row in rows]
     return torch.stack([torch.cat(pair) for pair in zip(pads, rows, strict=True)])
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy, "mean" or "sum", of predicting each label from the position before it. logits
+    [B,T,V], labels [B,T].
+
+    In float32, as in transformers, since it sums over the whole vocabulary. Raises ValueError when
+    every label is ignored: the mean over nothing is NaN.
+    """
+    # [B, T]: position t predicts token t + 1
+    following = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
+    if (following == IGNORE_INDEX).all():
+        raise ValueError(
+            f"every label is ignored ({IGNORE_INDEX}): there is nothing to take a loss of"
+        )
+    logits, following = upcast(logits).flatten(0, 1), following.flatten()
+    return F.cross_entropy(logits, following, ignore_index=IGNORE_INDEX, reduction=reduction)

@@ -131,23 +131,3 @@ def expect_one_of(name: str, value: object, known: Collection[object]) -> None:
     if value not in list(known):  # a list compares what has no hash, too
         words = ", ".join(str(word) for word in known if word is not None)
         raise ValueError(f"unknown {name} {value!r}, expected one of: {words}")
-
-
-def expect_turns(turns: Sequence[tuple[Any, Any]], system: object, single: bool) -> None:
-    """Raises ValueError unless a conversation is texts, with questions that say something and an
-    answer to all but the last. single: the template holds one turn."""
-    if not turns:
-        raise ValueError("a conversation needs at least one question")
-    if single and len(turns) > 1:
-        raise ValueError(
-            f"this template holds one turn, the conversation has {len(turns)}; choose another "
-            "template"
-        )
-    expect_text(system, "system")
-    for i, (question, answer) in enumerate(turns, 1):
-        expect_text(question, f"question {i}")
-        expect_text("" if answer is None else answer, f"answer {i}")
-        if not question.strip():
-            raise ValueError(f"question {i} is empty; write what you want to know")
-        if answer is None and i < len(turns):
-            raise ValueError(f"question {i} has no answer, but question {i + 1} follows it")

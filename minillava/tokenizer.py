@@ -202,3 +202,10 @@ class TextDecoder:
         rest = self._bytes.decode(b"", final=True)
         self._bytes.reset()
         return rest
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two texts begin with together."""
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

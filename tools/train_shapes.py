@@ -60,7 +60,8 @@ from minillava.image import CLIP_MEAN, CLIP_STD, ImageProcessor
 from minillava.labels import encode_answers
 from minillava.llama import Context, rotary_tables
 from minillava.llava import Llava
-from minillava.prompt import DEFAULT_TEMPLATE, TEMPLATES, Prompt, Segment, place_images
+from minillava.prompt import Prompt, Segment, place_images
+from minillava.templates import DEFAULT_TEMPLATE, TEMPLATES
 from minillava.tokenizer import Tokenizer
 
 try:

@@ -14,11 +14,11 @@ from minillava.cache import KVCache
 from minillava.fast.row_by_row import reusable
 from minillava.files.pictures import ImageSource
 from minillava.generate.speculate import following
-from minillava.labels import common_prefix
 from minillava.llava import Spliced
 from minillava.loop import Process
 from minillava.options import Options, remaining_context
 from minillava.prompt import place_images, render
+from minillava.tokenizer import common_prefix
 
 GROWTH = 512
 """The cache grows by this many positions: all of a 7B's context would be 2 GB, most conversations

@@ -21,7 +21,8 @@ from minillava.options import (
     WEIGHTS_VARIABLE,
     Options,
 )
-from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, TEMPLATES
+from minillava.prompt import DEFAULT_PROMPT
+from minillava.templates import DEFAULT_TEMPLATE, TEMPLATES
 
 Flag = tuple[tuple[str, ...], dict[str, Any]]
 """One flag: its spellings, and what `argparse.add_argument` is told about it."""

@@ -12,8 +12,7 @@ from minillava.finetune.order import blocks, micro_batches, rows_in_order
 from minillava.finetune.recipe import Recipe, rate_factor
 from minillava.finetune.rows import Example
 from minillava.image import ImageProcessor
-from minillava.labels import next_token_loss
-from minillava.llava import Llava
+from minillava.llava import Llava, next_token_loss
 
 
 class Batch(NamedTuple):

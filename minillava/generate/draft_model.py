@@ -17,9 +17,9 @@ from torch import Tensor
 from minillava.cache import KVCache
 from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.generate.speculate import fork
-from minillava.labels import common_prefix
 from minillava.llama import LanguageModel, upcast
 from minillava.sampling import Sampler
+from minillava.tokenizer import common_prefix
 
 
 class DraftModel:

@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from minillava.cache import KVCache
-from minillava.labels import common_prefix
 from minillava.llama import Context, LanguageModel, rotary_tables, upcast
 from minillava.llava import Llava
 from minillava.loop import decode
 from minillava.options import Options
 from minillava.sampling import NOT_FINITE, NOTHING_LEFT, Sampler
 from minillava.streaming import Row
-from minillava.tokenizer import Tokenizer
+from minillava.tokenizer import Tokenizer, common_prefix
 
 Held = int | bytes
 """What stands at a position of a cache: a token id, or P times the digest of a picture."""

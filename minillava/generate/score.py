@@ -11,10 +11,10 @@ from torch import Tensor
 
 from minillava.cache import KVCache
 from minillava.config import IGNORE_INDEX
-from minillava.labels import common_prefix
 from minillava.llama import upcast
 from minillava.llava import Llava
 from minillava.options import remaining_context
+from minillava.tokenizer import common_prefix
 
 
 @torch.no_grad()

@@ -13,8 +13,9 @@ from itertools import count
 from PIL import Image, UnidentifiedImageError
 
 from minillava.files.pictures import open_image
-from minillava.prompt import IMAGE_MARKER, Prompt, Segment, Template, render
+from minillava.prompt import IMAGE_MARKER, Prompt, Segment, render
 from minillava.serve.protocol import ApiError, Message, Picture, TextPart
+from minillava.templates import Template
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What a picture may be, by its content: rarer decoders are where accidents happen."""

@@ -29,9 +29,9 @@ from minillava.image import ImageProcessor
 from minillava.llava import Llava, Spliced
 from minillava.loop import Step
 from minillava.options import Options
-from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, place_images, render
+from minillava.prompt import DEFAULT_PROMPT, place_images, render
 from minillava.sampling import Sampler
-from minillava.templates import template_name
+from minillava.templates import DEFAULT_TEMPLATE, template_name
 from minillava.tokenizer import Tokenizer
 from minillava.tracing.compare import Comparison, read_tensors
 from minillava.tracing.page import Page

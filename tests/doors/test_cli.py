@@ -36,7 +36,8 @@ from minillava.cli.opening import THREAD_VARIABLES, choose_threads
 from minillava.generate.contrast import METHODS
 from minillava.loop import Options
 from minillava.options import WEIGHTS_VARIABLE
-from minillava.prompt import DEFAULT_PROMPT, DEFAULT_TEMPLATE, TEMPLATES
+from minillava.prompt import DEFAULT_PROMPT
+from minillava.templates import DEFAULT_TEMPLATE, TEMPLATES
 
 main = partial(enter, "generate")
 

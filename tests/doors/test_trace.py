@@ -31,7 +31,8 @@ from minillava.inspection.doctor import TOLERANCE
 from minillava.llava import Llava
 from minillava.look.run import look
 from minillava.loop import Options
-from minillava.prompt import DEFAULT_PROMPT, TEMPLATES
+from minillava.prompt import DEFAULT_PROMPT
+from minillava.templates import TEMPLATES
 from minillava.tokenizer import Tokenizer
 from minillava.tracing.compare import difference
 from minillava.tracing.recorder import Record, Recorder, summarise

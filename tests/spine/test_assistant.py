@@ -22,7 +22,8 @@ from minillava.generate.contrast import M3ID, VCD
 from minillava.generate.generation import generate
 from minillava.labels import encode_answers
 from minillava.look.run import look
-from minillava.prompt import DEFAULT_PROMPT, TEMPLATES
+from minillava.prompt import DEFAULT_PROMPT
+from minillava.templates import TEMPLATES
 from minillava.tracing.run import trace
 
 

@@ -9,7 +9,7 @@ from models import TINY_TEXT, TINY_VISION, tiny
 
 from minillava.attention import ATTENTION
 from minillava.cache import KVCache
-from minillava.labels import next_token_loss
+from minillava.llava import next_token_loss
 
 pytestmark = pytest.mark.numeric
 

@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 
-from minillava.prompt import TEMPLATES, find_template, place_images, render
+from minillava.prompt import place_images, render
+from minillava.templates import TEMPLATES, find_template
 
 HUMAN = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives "

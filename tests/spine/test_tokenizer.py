@@ -10,7 +10,8 @@ from sentencepiece import SentencePieceProcessor
 
 from minillava.config import IGNORE_INDEX
 from minillava.labels import encode_answers
-from minillava.prompt import TEMPLATES, Prompt, Segment, place_images, render
+from minillava.prompt import Prompt, Segment, place_images, render
+from minillava.templates import TEMPLATES
 from minillava.tokenizer import TextDecoder, Tokenizer
 
 WALKTHROUGH_IDS = [
