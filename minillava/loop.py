@@ -63,7 +63,8 @@ def steps(
         output = prefill(model, spliced, decoder.cache, **run.wanted)
         while True:
             step, told = run.choose(output)
-            decoder.begin(step.token_ids.repeat(run.streams), told, run.sampler.step == run.most)
+            last = run.sampler.chosen == run.most
+            decoder.begin(step.token_ids.repeat(run.rows_per_answer), told, last)
             run.tell(step, decoder.read())  # a GPU may go on meanwhile
             finished = all(step.finish_reason)
             if finished:

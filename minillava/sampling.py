@@ -1,8 +1,9 @@
 """From logits to the next token: penalties and filters as pure functions on scores [B, V], and the
 `Sampler`, which applies them in the order of transformers.
 
-Repetition penalty, no repeated n-grams, no early end; only when sampling, temperature, top-k,
-top-p, min-p, typical-p. A removed token gets -inf. keep: of the best, how many a filter leaves.
+Repetition penalty, no repeated n-grams, no early end; then the caller's own `process`; and only
+when sampling, temperature, top-k, top-p, min-p, typical-p. A removed token gets -inf. keep: of the
+best, how many a filter leaves.
 """
 
 import math
@@ -125,7 +126,7 @@ class Sampler:
         if there are seeds for another number of prompts."""
         if process is not None and not callable(process):
             raise ValueError(f"process is {process!r}, expected f(scores, history) -> scores")
-        self.options, self.custom, device = options, process, token_ids.device
+        self.options, self.process, device = options, process, token_ids.device
         seeds = options.seed if isinstance(options.seed, tuple) else (options.seed,)
         if not seeds or len(token_ids) % len(seeds):
             raise ValueError(
@@ -141,14 +142,14 @@ class Sampler:
         self.history, self.prompt_length = token_ids, token_ids.shape[1]
 
     @property
-    def step(self) -> int:
+    def chosen(self) -> int:
         """How many tokens of the answer are chosen."""
         return self.history.shape[1] - self.prompt_length
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, V] float32 -> token ids [B], the scores [B, V] they were chosen from, and bool [B]:
-        rows with no token left to choose, which get any."""
-        scores = self.process(logits)
+        True for rows with no token left, whose id is meaningless."""
+        scores = self.scores_of(logits)
         empty = ~(scores > REMOVED).any(-1)  # [B]
         scores = scores.masked_fill(empty[:, None], 0)
         token_ids = (
@@ -156,7 +157,7 @@ class Sampler:
         )
         return token_ids, scores, empty
 
-    def process(self, logits: Tensor) -> Tensor:
+    def scores_of(self, logits: Tensor) -> Tensor:
         """Logits or log-probabilities [B, V] -> the scores to choose from, in the order of
         transformers."""
         o, scores = self.options, logits
@@ -164,10 +165,10 @@ class Sampler:
             scores = repetition_penalty(scores, self._seen(scores.shape[1]), o.repetition_penalty)
         if o.no_repeat_ngram_size:
             scores = no_repeat_ngram(scores, self.history, o.no_repeat_ngram_size)
-        if self.step < o.min_new_tokens:
+        if self.chosen < o.min_new_tokens:
             scores = scores.index_fill(1, self.end_ids, REMOVED)
-        if self.custom is not None:
-            scores = check_scores(self.custom(scores.clone(), self.history.clone()), scores)
+        if self.process is not None:
+            scores = check_scores(self.process(scores.clone(), self.history.clone()), scores)
         if o.temperature == 0:
             return scores
         if o.temperature != 1:

@@ -23,7 +23,7 @@ class Step:
     """One new token per row. Rows that had already finished get the pad token and no text."""
 
     token_ids: Tensor  # [B]
-    # the same numbers, here: to read them from a GPU is to wait for the step that it has begun
+    # token_ids as Python ints, on the CPU; copying them from a GPU waits for it
     ids: list[int]
     text: list[str]  # per row, the text that can now be shown; "" without a tokenizer
     # per row: None while it goes on, "stop" (end token or stop text), "length"
@@ -57,9 +57,9 @@ class Run:
             raise ValueError(f"cannot record {sorted(unknown)}, expected some of: {some}")
         if options.stop and tokenizer is None:
             raise ValueError("stop texts need a tokenizer: pass tokenizer=")
-        self.contrast, self.streams = contrast, 1 if contrast is None else 2
+        self.contrast, self.rows_per_answer = contrast, 1 if contrast is None else 2
         rows, length, _ = spliced.embeds.shape
-        self.batch, before = rows // self.streams, 0 if cache is None else cache.length
+        self.batch, before = rows // self.rows_per_answer, 0 if cache is None else cache.length
         pictures = max(map(len, spliced.image_spans))
         self.most = remaining_context(model.config, before + length, pictures)
         self.most = min(options.max_new_tokens, self.most)
@@ -70,9 +70,9 @@ class Run:
         self.rows = [
             Row(model.config.eos_token_ids, tokenizer, options.stop) for _ in range(self.batch)
         ]
-        # which rows have finished: here, and on the device [B] once one has
-        self.known = [False] * self.batch
-        self.done: Tensor | None = None
+        # finished rows, as Python bools; the same as a tensor [B] on the device, once one has
+        self.finished = [False] * self.batch
+        self.finished_on_device: Tensor | None = None
 
     def choose(self, output: LanguageOutput) -> tuple[Step, Tensor]:
         """The next token of each row by logits [B or 2 B, 1, V], and the numbers that `tell` wants,
@@ -81,16 +81,17 @@ class Run:
         other, finite = None, logits.isfinite().all()
         if self.contrast is not None:
             logits, other = logits.chunk(2)
-            combined = self.contrast(logits, other, self.sampler.step)
+            combined = self.contrast(logits, other, self.sampler.chosen)
         # multinomial on NaN aborts the CUDA context, and we learn that the logits were not finite
         # only after the draw. So draw from zeros and raise in `tell`.
         token_ids, scores, empty = self.sampler(combined.where(finite, 0))
-        known = [row.finish_reason is not None for row in self.rows]
-        if known != self.known:  # a row has finished: the one time when the device waits for us
-            self.known, self.done = known, torch.tensor(known, device=token_ids.device)
-        if self.done is not None:
-            token_ids = token_ids.masked_fill(self.done, self.pad_token_id)
-            empty = empty & ~self.done
+        finished = [row.finish_reason is not None for row in self.rows]
+        if finished != self.finished:  # the one time when the device waits for us
+            self.finished = finished
+            self.finished_on_device = torch.tensor(finished, device=token_ids.device)
+        if self.finished_on_device is not None:
+            token_ids = token_ids.masked_fill(self.finished_on_device, self.pad_token_id)
+            empty = empty & ~self.finished_on_device
         self.sampler.remember(token_ids)
         states, attentions = (
             recorded and tuple(t[: self.batch] for t in recorded)
@@ -107,7 +108,7 @@ class Run:
             raise ValueError(NOT_FINITE)
         if empty:
             raise ValueError(NOTHING_LEFT)
-        last = self.sampler.step == self.most
+        last = self.sampler.chosen == self.most
         step.text = [row.feed(id, last) for row, id in zip(self.rows, step.ids, strict=True)]
         step.finish_reason = [row.finish_reason for row in self.rows]
 

@@ -84,7 +84,7 @@ def search(
         output = search.repeat(prefill(model, spliced, cache, **run.wanted), cache)
         while True:
             logits = check_finite(last_logits(output))  # [B·n, V]
-            scores = run.sampler.process(logits.log_softmax(-1))
+            scores = run.sampler.scores_of(logits.log_softmax(-1))
             now = {**vars(output), "logits": logits, "scores": scores}
             for name in record:
                 recorded[name].append(now[name])
@@ -146,7 +146,7 @@ class Search:
         else:
             best = self.run.sampler.draw(total, self.count)
         beam, token_ids = best // scores.shape[1], best % scores.shape[1]  # [B, K]
-        rows, at = torch.arange(self.prompts, device=self.device)[:, None], self.run.sampler.step
+        rows, at = torch.arange(self.prompts, device=self.device)[:, None], self.run.sampler.chosen
         found = self.running.take(beam)
         found.token_ids[:, :, at] = token_ids
         found.path[:, :, at] = rows * self.n + beam
@@ -167,14 +167,14 @@ class Search:
         full = self.finished.ended.all(1, keepdim=True) & early  # [B, 1]
         ended = candidates.ended.clone()
         ended[:, self.n :] = False
-        score = candidates.score / (self.run.sampler.step + 1) ** self.options.length_penalty
+        score = candidates.score / (self.run.sampler.chosen + 1) ** self.options.length_penalty
         score = score + full * RULED_OUT + ~self.improvable * RULED_OUT + ~ended * RULED_OUT
         finished = self.finished.join(replace(candidates, score=score, ended=ended))
         self.finished = finished.take(finished.score.topk(self.n).indices)
 
     def last_tokens(self) -> tuple[Tensor, Tensor]:
         """Of each running beam its newest token, and in which row that was chosen: [B·n] both."""
-        at = self.run.sampler.step
+        at = self.run.sampler.chosen
         return self.running.token_ids[:, :, at].flatten(), self.running.path[:, :, at].flatten()
 
     def can_improve(self) -> bool:
@@ -189,7 +189,7 @@ class Search:
         early, penalty, step = (
             self.options.early_stopping,
             self.options.length_penalty,
-            self.run.sampler.step,
+            self.run.sampler.chosen,
         )
         length = self.most if early == "never" and penalty > 0 else step
         hoped = self.running.score[:, :1] / length**penalty  # [B, 1]

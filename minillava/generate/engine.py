@@ -391,7 +391,7 @@ class Engine(threading.Thread):
             return
         answer.sampler.remember(token)
         answer.token = token
-        text = answer.row.feed(int(token), answer.sampler.step == answer.most)
+        text = answer.row.feed(int(token), answer.sampler.chosen == answer.most)
         reason, count = answer.row.finish_reason, answer.request.logprobs
         likely = None if count is None else likeliest(logits[0], int(token), count)
         if reason is not None:

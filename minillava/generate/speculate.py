@@ -54,7 +54,7 @@ def fork(sampler: Sampler) -> Sampler:
     """The same, to guess with: it draws what the other will draw, and leaves it as it is. Without
     somebody's own `process`, which would be called for guesses."""
     other = copy(sampler)
-    other.custom, other.generators = None, []
+    other.process, other.generators = None, []
     for generator in sampler.generators:
         twin = torch.Generator(device=generator.device)
         other.generators.append(twin.set_state(generator.get_state()))
@@ -211,7 +211,9 @@ def _steps(
     run = Run(model, spliced, options, tokenizer, record, contrast, process, cache)
     check_one(run.batch, options)
     pace = Pace(
-        drafts.tokens, lambda count: drafts.pass_cost(count * run.streams), drafts.drafter.cost
+        drafts.tokens,
+        lambda count: drafts.pass_cost(count * run.rows_per_answer),
+        drafts.drafter.cost,
     )
     with decode_in_turn(model, spliced.embeds, run.capacity, cache, run.wanted) as decoder:
         # Somebody else's cache may grow at the last yield of a block, keeping what is in it.
@@ -224,7 +226,7 @@ def _steps(
             start = cache.length - len(guesses)  # as far as it is known
             block = take_rows(run, rows, guesses)
             accepted = sum(s.ids == [guess] for s, guess in zip(block, guesses, strict=False))
-            report.tokens = run.sampler.step
+            report.tokens = run.sampler.chosen
             if report.tokens > len(block):  # not the prompt's
                 report.add(len(guesses), accepted)
                 pace.note(len(guesses), accepted)
@@ -235,7 +237,7 @@ def _steps(
             ids = [step.ids[0] for step in block]
             draft.accept(ids, rows[len(block) - 1].hidden[0, -1])
             # one more than are left could not count
-            most = min(run.most - run.sampler.step, cache.capacity - cache.length - spare) - 1
+            most = min(run.most - run.sampler.chosen, cache.capacity - cache.length - spare) - 1
             count = min(pace.choose(), most)
             guesses = text_only(draft.propose(count), model) if count > 0 else []
             guessed = draft.propose(1) if count == 0 and drafts.drafter.cost == 0 else []
@@ -268,7 +270,8 @@ def check(model: Llava, token_ids: list[int], cache: KVCache, run: Run) -> list[
     """One pass over tokens whose order is known, as what single steps would give, one for each.
     Both streams of contrast read the same tokens."""
     language, past = model.language_model, cache.length
-    ids = torch.tensor([token_ids] * run.streams, device=run.sampler.history.device)  # [B, g + 1]
+    rows = [token_ids] * run.rows_per_answer
+    ids = torch.tensor(rows, device=run.sampler.history.device)  # [B, g + 1]
     if language.one_by_one:
         return [language(each, None, cache, **run.wanted) for each in ids.split(1, dim=1)]
     attend = query_by_query(

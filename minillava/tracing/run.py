@@ -184,11 +184,11 @@ def _record_choice(recorder: Recorder, step: Step, tokenizer: Tokenizer) -> None
     """Scores [1, V], where penalties or filters changed the logits; the five likeliest; the
     token."""
     if not torch.equal(step.scores, step.logits):
-        recorder.add("choice", "scores", step.scores, Sampler.process)
+        recorder.add("choice", "scores", step.scores, Sampler.scores_of)
     best = step.scores[0].softmax(-1).topk(min(5, step.scores.shape[1]))
     likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     top = [[i, tokenizer.piece(i), significant(p)] for i, p in likely]
-    recorder.add("choice", "top", None, Sampler.process, top)
+    recorder.add("choice", "top", None, Sampler.scores_of, top)
     (chosen,) = step.ids
     recorder.add(
         "choice", "token", step.token_ids, Sampler.__call__, [[chosen, tokenizer.piece(chosen)]]
