@@ -86,6 +86,7 @@ def test_it_cuts_as_llamas_own_32000_pieces(llama_tokenizer):
         assert ours.encode(text) == model.encode(text), repr(text)
 
 
+@pytest.mark.parity
 def test_it_cuts_as_the_library_that_the_file_is_written_for(raw):
     tokenizers = pytest.importorskip("tokenizers")
     theirs, ours = tokenizers.Tokenizer.from_str(json.dumps(raw)), LlamaPieces(MODEL, raw)

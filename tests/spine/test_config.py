@@ -774,6 +774,7 @@ def test_a_mistral_that_leaves_everything_out_has_the_sizes_of_its_class(read):
         read({**BAKLLAVA, "text_config": {"model_type": "mistral", "sliding_window": 0}})
 
 
+@pytest.mark.parity
 def test_our_defaults_of_mistral_are_those_of_transformers(read):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.MistralConfig()
