@@ -113,7 +113,8 @@ def test_compare_measures_processes_side_by_side(checkpoints, capsys, tmp_path):
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0].startswith(f"`python tools/bench.py {' '.join(arguments)} --journal {journal}`")
-    first_table = lines[: lines.index("", 2)]  # peak memory has a table of its own, by the same names
+    # peak memory has a table of its own, by the same names
+    first_table = lines[: lines.index("", 2)]
     shown = {row[0]: row[1:] for row in map(cells, first_table) if row[0].startswith("minillava")}
     names = ["minillava float32", "minillava int4, 1 thread"]
     assert [name.removesuffix(" !") for name in shown][:2] == names
