@@ -1,7 +1,8 @@
 """Attention twice: `eager`, written out to be read and recorded, and `fused`, one library call.
 
-Both compute the same function of the same inputs; the tests hold them against each other. B batch,
-H heads, K key/value heads, T queries, S keys, D head width.
+Both compute the same function of the same inputs; the tests hold them against each other. Give a
+mask or causal, not both; causal needs T == S. B batch, H heads, K key/value heads, T queries, S
+keys, D head width.
 """
 
 import torch
@@ -19,7 +20,8 @@ def eager(
     """
     groups = q.shape[1] // k.shape[1]
     k, v = repeat_heads(k, groups), repeat_heads(v, groups)  # [B, H, S, D]
-    # A dot product of D numbers spreads like √D, and a softmax over large scores sees one place.
+    # A dot product of D numbers has a standard deviation of about √D; without dividing, the softmax
+    # gives almost all weight to one key.
     scores = torch.matmul(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5  # [B, H, T, S]
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()  # [T, S]

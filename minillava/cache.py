@@ -38,8 +38,10 @@ class KVCache:
         self.values = [torch.empty_like(k) for k in self.keys]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new keys and values [B,K,T,D] after the cached ones; all so far
-        [B,K,S,D]. The length grows only with `advance`, once all layers have written."""
+        """Write one layer's new keys and values [B,K,T,D] after the cached ones. Returns all keys
+        and values so far [B,K,S,D]. The length grows only with `advance`, once all layers have
+        written.
+        """
         start, end = self.length, self.length + k.shape[2]
         self.keys[layer][:, :, start:end] = k
         self.values[layer][:, :, start:end] = v

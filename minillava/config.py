@@ -1,7 +1,7 @@
 """The numbers of a LLaVA model: everything that decides its shape and what its token ids mean.
 
-Files leave most of them out and rely on the defaults of the classes that wrote them, so those
-defaults live here, once (checkpoint/config_json.py reads the files).
+A checkpoint's config.json leaves most of them out and relies on the defaults of the classes that
+wrote them, so those defaults live here, once (checkpoint/config_json.py reads the files).
 """
 
 from dataclasses import dataclass
@@ -96,7 +96,7 @@ class LlavaConfig:
     image_aspect_ratio: str = "pad"
     vision_tower_name: str | None = None  # where the original dialect says its tower comes from
     added_tokens: tuple[str, ...] = ()  # IM_PATCH, or IM_START and IM_END
-    # False: nothing describes the tower but its tensors (checkpoint/towers.py), or it is CLIP's
+    # True if config.json describes the tower; if not, its tensors do (checkpoint/towers.py)
     vision_stated: bool = True
 
     @property

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from minillava.files.pictures import Images, ImageSource, as_list, open_image
-from minillava.files.resize import BICUBIC, WHOLE_SQUARE, cut_thread, pad_and_resize
+from minillava.files.resize import BICUBIC, WHOLE_SQUARE, cut_very_long, pad_and_resize
 from minillava.options import ASPECTS
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -19,7 +19,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImageProcessor:
-    """Open, make RGB, make square, resize, normalise.
+    """Open, make RGB, make square and resize (pad first, crop last), normalise.
 
     aspect "pad" (LLaVA-1.5's training): the picture is centred on a square of the mean colour,
     nothing is lost. aspect "crop" (CLIP's, and the llava-hf default): the short side fits, the ends
@@ -80,7 +80,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     """Short side to `size`, bicubic, then the middle `size` x `size` (transformers,
     CLIPImageProcessorPil)."""
-    image = cut_thread(image, size)
+    image = cut_very_long(image, size)
     width, height = image.size
     long = int(size * max(width, height) / min(width, height))
     image = image.resize((size, long) if width <= height else (long, size), BICUBIC)

@@ -61,7 +61,7 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         inputs: Tensor,
-        attention_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
         cache: KVCache | None = None,
         *,
         last_only: bool = False,
@@ -73,15 +73,19 @@ class LanguageModel(nn.Module):
     ) -> LanguageOutput:
         """Token ids [B,T] or embeddings [B,T,C] -> logits.
 
-        attention_mask: bool [B,T] of the new tokens, False for padding. cache: what came before;
+        padding_mask: bool [B,T] of the new tokens, False where padding. cache: what came before;
         the new tokens are added to it. last_only: the head runs on the last position alone (over a
         whole prompt it would cost as much as two thirds of a layer, and T rows of V logits).
         attentions: recorded by `eager`, which alone has them. positions [B|1,T] and mask bool
-        [B|1,1,T,S]: of tokens that are no row, but guesses. attend: instead of the model's own.
+        [B|1,1,T,S], always together: for guessed tokens (generate/speculate.py), which are not one
+        sequence; None: made from the cache. attend: instead of the model's own. Raises ValueError
+        if only one of the two is given.
         """
+        if (positions is None) != (mask is None):
+            raise ValueError("positions and mask go together: give both, or neither")
         x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)  # [B, T, C]
         attend = attend or (eager if attentions else self.attend)
-        context = self._context(x, attention_mask, cache, positions, mask, attend)
+        context = self._context(x, padding_mask, cache, positions, mask, attend)
         states, weights = [], []
         for layer in self.layers:
             if hidden_states:

@@ -39,7 +39,7 @@ class Spliced:
 class LlavaOutput:
     logits: Tensor  # [B, T, V]
     loss: Tensor | None
-    attention_mask: Tensor | None  # bool [B, T]
+    padding_mask: Tensor | None  # bool [B, T], False where padding; None if nothing is
     image_spans: list[list[tuple[int, int]]]
 
 
@@ -52,7 +52,7 @@ class Llava(nn.Module):
         self.vision_tower = VisionTower(config, attend)
         self.projector = Projector(config)
         self.language_model = LanguageModel(config.text, attend)
-        self.decoding: Callable[..., Any] | None = None  # of fast/; None: loop.decode_in_turn
+        self.decoding: Callable[..., Any] | None = None  # None: loop.decode_in_turn, the plain one
 
     def forward(
         self,
@@ -125,8 +125,8 @@ class Llava(nn.Module):
             self._splice_row(ids, mask.bool(), target, pictures)
             for ids, mask, target in zip(rows, masks, targets, strict=True)
         ]
-        embeds, token_ids, real, targets, spans = map(list, zip(*spliced, strict=True))
-        padding_mask = pad_left(real, False)  # [B, T]
+        embeds, token_ids, masks, targets, spans = map(list, zip(*spliced, strict=True))
+        padding_mask = pad_left(masks, False)  # [B, T]
         pads = [padding_mask.shape[1] - len(row) for row in embeds]
         return Spliced(
             embeds=pad_left(embeds, 0),
@@ -139,10 +139,11 @@ class Llava(nn.Module):
         )
 
     def _splice_row(
-        self, ids: Tensor, real: Tensor, labels: Tensor, pictures: Iterator[Tensor]
+        self, ids: Tensor, padding_mask: Tensor, labels: Tensor, pictures: Iterator[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[int, int]]]:
-        """One row: ids, real and labels [t], and the next of `pictures` [P, C] for each -200 ->
-        embeds [T, C], token ids, real and labels [T], and the span of each picture in 0..T."""
+        """One row: ids, padding mask and labels [t], and the next of `pictures` [P, C] for each
+        -200 -> embeds [T, C], token ids, padding mask and labels [T], and each picture's span in
+        0..T."""
         is_image = ids == IMAGE_TOKEN_INDEX  # [t]
         words = self.language_model.embed_tokens(ids.masked_fill(is_image, 0))  # [t, C]
         parts = list(words.split(1))  # t times [1, C]
@@ -153,10 +154,11 @@ class Llava(nn.Module):
         spans = [(ends[at] - len(parts[at]), ends[at]) for at in places]
 
         counts = torch.tensor([len(part) for part in parts], device=ids.device)  # [t]
-        real = real.repeat_interleave(counts)
+        padding_mask = padding_mask.repeat_interleave(counts)
         token_ids = ids.masked_fill(is_image, self.config.image_token_id).repeat_interleave(counts)
         labels = labels.masked_fill(is_image, IGNORE_INDEX).repeat_interleave(counts)
-        return torch.cat(parts), token_ids.masked_fill(~real, -1), real, labels, spans
+        token_ids = token_ids.masked_fill(~padding_mask, -1)
+        return torch.cat(parts), token_ids, padding_mask, labels, spans
 
     def _check(
         self, rows: list[Tensor], masks: list[Tensor], labels: list[Tensor], images: Any

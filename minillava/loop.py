@@ -48,11 +48,11 @@ def steps(
     """The loop, one Step per token: the first costs the whole prompt, each further one a single
     position.
 
-    contrast: makes one [B, V] of the logits of two rows and the number of the step; `spliced` then
-    holds 2 B rows, B that answer and B that read along and see something else. process: changes
-    scores before temperature and filters (see Sampler). cache: what was read before this prompt,
-    which goes on from there; it needs room for prompt and answer. Everything needed to go on lives
-    in local variables, so any number of loops can share one model. Raises ValueError as `generate`.
+    contrast: f(logits, other, step) -> [B, V], of the logits of two rows; `spliced` then holds 2 B
+    rows, B that answer and B that read along and see something else. process: changes scores before
+    temperature and filters (see Sampler). cache: what was read before this prompt, which goes on
+    from there; it needs room for prompt and answer. Everything needed to go on lives in local
+    variables, so any number of loops can share one model. Raises ValueError as `generate`.
     """
     if options.num_beams > 1:
         message = f"num_beams is {options.num_beams}: beams go through generate() or beam.search()"
@@ -100,8 +100,9 @@ class Decoder:
 def decode_in_turn(
     model: Llava, like: Tensor, capacity: int, cache: KVCache | None, wanted: dict[str, bool]
 ) -> Iterator[Decoder]:
-    """The decoder of one answer. like [B,T,C]: shows rows, dtype and device of its cache, if none
-    is given; wanted: what `decode` records."""
+    """The decoder of one answer, the plain one; `load` sets fast.ahead.decode_ahead, which gives
+    the same answers. like [B,T,C]: shows rows, dtype and device of its cache, if none is given;
+    wanted: what `decode` records."""
     if cache is None:
         text = model.config.text
         cache = KVCache(text, len(like), capacity, dtype=like.dtype, device=like.device)

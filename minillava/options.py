@@ -45,9 +45,9 @@ class Options:
     need a temperature. min_new_tokens bars the end tokens until then, as in transformers; a stop
     text still ends an answer. num_beams above 1 is beam search (generate/beam.py); length_penalty
     and early_stopping belong to it. stop: texts that end an answer and are cut from it. seed: if
-    None, 0 for greedy and a fresh one for samples, kept here; several, one per prompt, make each
-    sample independent of the prompts beside it. num_return_sequences: answers per prompt, in
-    adjacent rows. Raises ValueError for a value out of range.
+    None, 0 for greedy and a fresh one for samples, stored in this field; several, one per prompt,
+    make each sample independent of the prompts beside it. num_return_sequences: answers per prompt,
+    in adjacent rows. Raises ValueError for a value out of range.
     """
 
     max_new_tokens: int = setting(512, 1)

@@ -1,5 +1,5 @@
-"""Conversation templates as data: the exact strings each model was trained on. A changed space is a
-changed model.
+"""Conversation templates as data, to the last space: a changed space is a changed model. The
+default is the one of LLaVA's command line; LLaVA-1.5 was trained with `vicuna_v1`.
 
 Source: LLaVA, conversation.py; for `hf`, the chat template of the llava-hf checkpoints.
 """
@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Template:
-    """system and opening are plain text, the others format strings whose `{}` is filled with text;
-    in first_user the first `{}` is the finished system_block, the second the question.
+    """system_block, user, assistant and first_user are format strings whose `{}` is filled with
+    text, system and opening are plain text; in first_user the first `{}` is the finished
+    system_block, the second the question.
 
     stop: text that ends an answer, if the model was not trained to end with its end token.
     separators: text that must not be forged by a user (prompt.Segment, `spelled`).
@@ -92,7 +93,14 @@ TEMPLATES = {
     # The chat template of the llava-hf checkpoints: no system text, no end token between turns.
     "hf": replace(LLAVA_V1, system="", assistant="ASSISTANT: {} "),
     # The captions of projector pre-training: a picture, its caption, and no question.
-    "plain": Template("", "{}", "{}", "{}\n", "", single_turn=True),
+    "plain": Template(
+        system="",
+        system_block="{}",
+        user="{}",
+        assistant="{}\n",
+        opening="",
+        single_turn=True,
+    ),
 }
 DEFAULT_TEMPLATE = "llava_v1"
 

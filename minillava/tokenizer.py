@@ -1,8 +1,9 @@
 """Text to token ids and back: SentencePiece with the conventions of Llama and LLaVA.
 
-SentencePiece writes a space as "▁" and puts one before every text, so that "dog" and " dog" are the
-same word. LLaVA cuts a prompt at `<image>` and encodes each chunk as a text of its own, which is
-why the newline after a picture is two ids, 29871 ("▁") and 13 ("\\n" as a byte).
+SentencePiece writes a space as "▁" and puts one before every text, so that a word at the start of a
+text is the same piece as that word after a space. LLaVA cuts a prompt at `<image>` and encodes each
+chunk as a text of its own, which is why the newline after a picture is two ids, 29871 ("▁") and 13
+("\\n" as a byte).
 """
 
 import codecs

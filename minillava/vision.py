@@ -30,7 +30,7 @@ class VisionTower(nn.Module):
         self.encoder = Encoder(c, config.vision_layers_needed, attend)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """[n, 3, R, R] -> [n, P, C]: the selected layer's patches, without the class token.
+        """[n, 3, R, R] -> [n, P or N, C]: the selected layer's patches, N with the class token.
         Raises ValueError if the pictures have another size than the tower was trained on."""
         c, found = self.config, list(pixel_values.shape)
         expected = [c.num_channels, c.image_size, c.image_size]
@@ -40,7 +40,7 @@ class VisionTower(nn.Module):
         x = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))  # [n, N, C]
         # The class token summarises the picture for CLIP's caption matching; LLaVA wants places, so
         # it is dropped.
-        return x if self.keep_class_token else x[:, 1:]  # [n, P, C]
+        return x if self.keep_class_token else x[:, 1:]  # [n, P or N, C]
 
 
 class Embeddings(nn.Module):

@@ -70,7 +70,7 @@ class RowByRow(LanguageModel):
     def forward(  # type: ignore[override]
         self,
         inputs: Tensor,
-        attention_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
         cache: KVCache | None = None,
         **options: Any,
     ) -> LanguageOutput:
@@ -80,9 +80,9 @@ class RowByRow(LanguageModel):
         count, length = inputs.shape[:2]
         pads = None
         if cache is not None and options.get("positions") is None:
-            pads = padding(cache.reserve(count, length, attention_mask), count)
+            pads = padding(cache.reserve(count, length, padding_mask), count)
         if cache is None or pads is None:
-            return super().forward(inputs, attention_mask, cache, **options)
+            return super().forward(inputs, padding_mask, cache, **options)
         if length == 1:
             output = self._step(inputs, cache, pads, **options)
         else:

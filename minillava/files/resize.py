@@ -49,7 +49,7 @@ def _pad_and_resize_down(rows: Image.Image, side: int, colour: tuple[int, ...]) 
     return column.resize((rows.width, rows.width), BICUBIC)
 
 
-def cut_thread(image: Image.Image, size: int) -> Image.Image:
+def cut_very_long(image: Image.Image, size: int) -> Image.Image:
     """Of a picture so long and thin that it would be longer than MAX_SIDE once its short side is
     `size`, the square in the middle, which is all that a crop leaves; any other picture as it
     is."""

@@ -31,6 +31,7 @@ import minillava
 from minillava.cli import messages, parsers
 from minillava.cli.arguments import Parser, check_outputs, file_name, number_list
 from minillava.cli.doors import enter
+from minillava.cli.flags import GENERATION_FLAGS, SEARCH_FLAGS
 from minillava.cli.messages import print_json, write_outputs
 from minillava.cli.opening import THREAD_VARIABLES, choose_threads
 from minillava.generate.contrast import METHODS
@@ -624,25 +625,8 @@ FLAGS = {
     ],
     "quantized": ["--quantize"],
     "question": ["--image", "-i", "--image-aspect-ratio", "--prompt", "-p", "--query", "--system"],
-    "several": [
-        "--num-beams",
-        "--length-penalty",
-        "--early-stopping",
-        "--num-return-sequences",
-        "--logprobs",
-    ],
-    "barred": ["--min-new-tokens", "--typical-p", "--no-repeat-ngram-size"],
-    "answer": [
-        "--max-new-tokens",
-        "-n",
-        "--temperature",
-        "--top-k",
-        "--top-p",
-        "--min-p",
-        "--repetition-penalty",
-    ],
+    "several": ["--num-return-sequences", "--logprobs"],
     "output": [
-        "--seed",
         "--json",
         "--print-prompt",
         "--verbose",
@@ -654,6 +638,15 @@ FLAGS = {
         "-h",
     ],
 }
+
+
+def test_every_option_has_a_flag_in_help(run):
+    """A list by hand did not notice a new setting without a flag."""
+    groups = GENERATION_FLAGS + SEARCH_FLAGS
+    names = {max(spellings, key=len) for spellings, _ in groups} | {"--num-return-sequences"}
+    assert names == {"--" + name.replace("_", "-") for name in Options.__dataclass_fields__}
+    shown = set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", run("--help")[1].replace(",", " ")))
+    assert {spelling for spellings, _ in groups for spelling in spellings} <= shown
 
 
 def test_help_names_every_flag(run):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from bounds import assert_within, gamma, unit
 
+from minillava.attention import eager
 from minillava.config import TextConfig
-from minillava.llama import RMSNorm, apply_rotary, positions_and_mask, rotary_tables
+from minillava.llama import LanguageModel, RMSNorm, apply_rotary, positions_and_mask, rotary_tables
 
 pytestmark = pytest.mark.numeric
 
@@ -91,6 +92,26 @@ def test_linear_scaling_divides_positions():
     at_8 = rotary_tables(torch.tensor([[8]]), scaled, torch.float32)
     at_2 = rotary_tables(torch.tensor([[2]]), CONFIG, torch.float32)
     assert all(map(torch.equal, at_8, at_2))  # to the bit: 4 is a power of two
+
+
+@pytest.mark.parametrize("one", ["positions", "mask"])
+def test_positions_and_mask_go_together(one):
+    """A mask without positions was dropped without a word, for the one that the cache gives."""
+    text = TextConfig(
+        vocab_size=7,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model, ids = LanguageModel(text, eager), torch.tensor([[1, 2]])
+    given = {
+        "positions": torch.tensor([[0, 1]]),
+        "mask": torch.ones(1, 1, 2, 2, dtype=torch.bool),
+    }
+    assert model(ids, **given).logits.shape == (1, 2, 7)
+    with pytest.raises(ValueError, match="positions and mask go together"):
+        model(ids, **{one: given[one]})
 
 
 def test_prefill_without_padding_uses_the_causal_path():
