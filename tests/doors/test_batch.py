@@ -102,6 +102,7 @@ def expected(assistant, question: dict, **options) -> str:
 
 
 def test_the_records_are_those_that_llavas_scripts_read_and_nothing_else_is_left(run, tmp_path):
+    """A field of another name would break LLaVA's scoring scripts, and a journal left would litter."""
     questions = [
         {"question_id": 7, "image": "grey.png", "text": "Was ist das für ein Bild?", "label": "no"}
     ]
@@ -124,6 +125,7 @@ def test_the_records_are_those_that_llavas_scripts_read_and_nothing_else_is_left
 def test_batches_answer_as_one_by_one_and_in_the_order_of_the_questions(
     run, assistant, size, tmp_path
 ):
+    """A batch sorts its questions by length: its answers could differ or lie in that order."""
     questions = lines(23)
     status, records, err = run(questions, "--batch-size", size)
     assert (status, err) == (0, f"note: 23 answers in {tmp_path}/a.jsonl\n")
@@ -137,6 +139,7 @@ def test_batches_answer_as_one_by_one_and_in_the_order_of_the_questions(
 
 
 def test_batches_are_of_similar_length_and_neighbours_stay_near(assistant):
+    """A short question beside a long one would be padded, and a far one would hold back the file."""
     questions = read_questions(b"\n".join(json.dumps(q).encode() for q in lines(200)), PICTURES)
     batches = plan(assistant, questions, None, LENGTH, 4)
     assert sorted(question.line for some in batches for question in some) == list(range(1, 201))
@@ -162,6 +165,7 @@ def test_questions_with_different_room_do_not_share_a_batch(assistant):
 
 
 def test_questions_may_share_an_id_and_name_several_pictures_or_none(run, assistant):
+    """Questions that share an id would be taken for one, or get one another's pictures."""
     questions = [
         {"question_id": 1, "image": ["square.png", "grey.png"], "text": "Which is brighter?"},
         {"question_id": 1, "text": "Hello?"},
@@ -176,6 +180,7 @@ def test_questions_may_share_an_id_and_name_several_pictures_or_none(run, assist
 
 
 def test_ids_that_repeat_get_a_note(run):
+    """Ids that repeat, which no scorer can tell apart, would pass without a word."""
     twice = [{"question_id": name, "text": "Hello?"} for name in (1, 2, 1, "1")]
     assert "note: 1 question_id(s) stand on more than one question (1, for one)" in run(twice)[2]
     assert "question_id(s)" not in run(twice[:2], "--overwrite")[2]
@@ -196,6 +201,7 @@ def test_pictures_inside_the_file_and_by_url(run, assistant):
 
 
 def test_samples_depend_on_the_line_and_not_on_the_batch(run, assistant):
+    """Another batch size would sample other answers, so that no run could be repeated."""
     questions = lines(10)
     sampling = ["--temperature", "1.5", "--seed", "40"]
     _, records, _ = run(questions, *sampling, "--batch-size", "4")
@@ -211,6 +217,7 @@ def test_samples_depend_on_the_line_and_not_on_the_batch(run, assistant):
 
 
 def test_template_system_beams_and_contrast_reach_the_answers(run, assistant):
+    """A flag would be accepted and not reach the answers."""
     questions = lines(3)
     for flags, options in (
         (["--system", "Hm."], {"system": "Hm."}),
@@ -227,6 +234,7 @@ def test_template_system_beams_and_contrast_reach_the_answers(run, assistant):
 
 @pytest.mark.parametrize(("size", "encoded"), [(4, 4), (1, 12), (0, 12)])
 def test_a_picture_of_many_questions_is_encoded_once(run, monkeypatch, size, encoded):
+    """A picture with many questions would be encoded anew for each of them."""
     made = []
     original = minillava.assistant.Assistant.encode
     monkeypatch.setattr(
@@ -238,6 +246,7 @@ def test_a_picture_of_many_questions_is_encoded_once(run, monkeypatch, size, enc
 
 
 def test_an_empty_file_and_blank_lines(run):
+    """A blank line would be an error in the answers, and an empty file would fail."""
     assert run([])[:2] == (0, [])
     question = {"question_id": 1, "text": "Hello?"}
     status, records, _ = run(
@@ -247,6 +256,7 @@ def test_an_empty_file_and_blank_lines(run):
 
 
 def test_a_file_from_windows_without_a_last_newline(run, tmp_path):
+    """The last question of a file without a newline at its end would be lost."""
     question = '{"question_id": 1, "text": "Hello?"}'
     (tmp_path / "q.jsonl").write_bytes(f"{question}\r\n{question}".encode("utf-8-sig"))
     assert [record["question_id"] for record in run(None)[1]] == [1, 1]
@@ -294,6 +304,7 @@ BAD = [
 def test_a_bad_question_becomes_a_record_and_the_others_are_answered(
     run, assistant, line, name, message
 ):
+    """One bad line would end the whole run, or vanish from the answers without a word."""
     first, last = lines(2)
     status, records, err = run([first, line, last])
     assert status == 1
@@ -311,6 +322,7 @@ def test_a_bad_question_becomes_a_record_and_the_others_are_answered(
 
 
 def test_a_broken_picture(run, tmp_path):
+    """A picture cut in half would be answered as if it were whole."""
     content = (REFERENCE / "pictures" / "square.png").read_bytes()
     (tmp_path / "half.png").write_bytes(content[: len(content) // 2])
     status, records, _ = run(
@@ -337,6 +349,7 @@ def test_a_broken_picture(run, tmp_path):
     ],
 )
 def test_wrong_usage_is_one_line(run, tmp_path, arguments, status, found):
+    """Wrong usage would show a traceback, or leave a file of answers behind."""
     code, records, err = run(lines(1), *arguments)
     assert (code, records, err.count("\n")) == (status, None, 1)
     assert found in err
@@ -344,12 +357,14 @@ def test_wrong_usage_is_one_line(run, tmp_path, arguments, status, found):
 
 
 def test_the_questions_are_never_overwritten_by_the_answers(run, tmp_path):
+    """`--answers q.jsonl --overwrite` would replace the user's questions."""
     status, _, err = run(lines(1), "--answers", tmp_path / "q.jsonl", "--overwrite")
     assert (status, "same file" in err) == (2, True)
     assert (tmp_path / "q.jsonl").exists()
 
 
 def test_help_describes_every_flag_and_offers_none_that_cannot_be_used():
+    """--help would offer --num-return-sequences, which a file of one answer a line cannot hold."""
     parser = parsers.batch_parser()
     assert all(action.help for action in parser._actions)
     assert "--num-beams" in parser.format_help()
@@ -358,6 +373,8 @@ def test_help_describes_every_flag_and_offers_none_that_cannot_be_used():
 
 
 def test_a_full_gpu_says_what_to_do(run, monkeypatch):
+    """A full GPU would end in CUDA's own words, without the flag that helps."""
+
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -416,6 +433,7 @@ def count_asked(monkeypatch) -> list[int]:
 
 
 def test_after_ctrl_c_only_the_rest_is_asked(run, stopped, whole, tmp_path, monkeypatch):
+    """After Ctrl-C the same command would ask everything again, or write another file."""
     stopped(2)
     assert not (tmp_path / "a.jsonl").exists()
     asked = count_asked(monkeypatch)
@@ -448,6 +466,7 @@ def test_what_is_asked_after_a_torn_end_is_kept(run, stopped, whole, tmp_path, m
 
 
 def test_a_journal_of_another_kind_of_device_is_refused(run, stopped, monkeypatch):
+    """Answers of a CPU and a GPU, whose rounding differs, would be mixed in one file."""
     stopped(1)
     monkeypatch.setattr(batch, "choose_device", lambda name: "cuda:1")
     status, _, err = run(None, "--batch-size", "4")
@@ -457,6 +476,7 @@ def test_a_journal_of_another_kind_of_device_is_refused(run, stopped, monkeypatc
 
 
 def test_a_torn_header_is_begun_again(run, stopped, whole, tmp_path):
+    """A run killed while it wrote the journal's first line could never go on."""
     journal = stopped(1)
     (tmp_path / "a.jsonl.partial").write_bytes(journal[:30])
     assert run(None, "--batch-size", "4")[0] == 0
@@ -464,6 +484,7 @@ def test_a_torn_header_is_begun_again(run, stopped, whole, tmp_path):
 
 
 def test_what_is_no_record_at_the_end_is_dropped(run, stopped, whole, tmp_path):
+    """Bytes that a crash left at the end of the journal would be taken for an answer."""
     journal = stopped(1)
     (tmp_path / "a.jsonl.partial").write_bytes(journal + bytes(100) + b"\n7\n")
     assert run(None, "--batch-size", "4")[0] == 0
@@ -471,6 +492,7 @@ def test_what_is_no_record_at_the_end_is_dropped(run, stopped, whole, tmp_path):
 
 
 def test_another_batch_size_goes_on_too(run, stopped, whole, tmp_path):
+    """A run out of memory could not go on with a smaller --batch-size."""
     stopped(2)
     status, records, _ = run(None, "--batch-size", "3")
     assert (status, [record["text"] for record in records]) == (
@@ -489,6 +511,7 @@ def test_another_batch_size_goes_on_too(run, stopped, whole, tmp_path):
     ],
 )
 def test_a_journal_of_another_run_is_refused_and_kept(run, stopped, tmp_path, change, named):
+    """Answers of two models or settings would be mixed in one file, or the older ones lost."""
     journal = stopped(1)
     questions = lines(21) if change is None else None
     status, records, err = run(questions, *(change or []), "--batch-size", "4")
@@ -502,6 +525,7 @@ def test_a_journal_of_another_run_is_refused_and_kept(run, stopped, tmp_path, ch
 
 
 def test_a_file_that_is_no_journal_is_refused_and_kept(run, tmp_path):
+    """A user's own file with the journal's name would be overwritten."""
     (tmp_path / "a.jsonl.partial").write_text("my notes")
     status, records, err = run(lines(1))
     assert (status, records) == (1, None)
@@ -542,6 +566,7 @@ def test_a_finished_file_is_left_alone_unless_told_otherwise(
     ids=range(9),
 )
 def test_a_finished_file_of_another_run_is_refused_and_kept(run, tmp_path, monkeypatch, change):
+    """Another file under the answers' name would pass as finished, or be overwritten."""
     run(lines(3))
     answers = tmp_path / "a.jsonl"
     if callable(change):
@@ -558,6 +583,7 @@ def test_a_finished_file_of_another_run_is_refused_and_kept(run, tmp_path, monke
 
 
 def test_other_questions_are_not_finished_already(run):
+    """An edited question would keep its old answer, since the file has as many lines."""
     questions = lines(3)
     run(questions)
     status, _, err = run([*questions[:2], {**questions[2], "text": "Another one?"}])
@@ -594,6 +620,7 @@ def test_errors_are_asked_again_and_nothing_else(run, tmp_path, monkeypatch, who
 
 
 def test_an_error_that_stays_one_is_told_again(run, monkeypatch):
+    """A second run would exit with 0 although a question still has no answer."""
     questions = [b"{", lines(1)[0]]
     assert run(questions)[0] == 1
     asked = count_asked(monkeypatch)
@@ -636,6 +663,7 @@ def kill_and_go_on(folder: Path, kills: int, seed: int) -> list[int]:
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
 def test_killed_at_random_moments_it_ends_with_the_same_file(tmp_path, monkeypatch):
+    """A kill at an unlucky moment would lose an answer or write one twice."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "calm").mkdir()
     for folder in (tmp_path, tmp_path / "calm"):
@@ -650,6 +678,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_file(tmp_path, monkeypat
 
 @pytest.mark.parametrize("moment", ["before the rename", "after the rename"])
 def test_killed_around_the_rename(run, stopped, whole, tmp_path, monkeypatch, moment):
+    """A kill beside the last rename would leave a journal that blocks the finished file."""
     stopped(4)
     replace = os.replace
 
@@ -669,6 +698,7 @@ def test_killed_around_the_rename(run, stopped, whole, tmp_path, monkeypatch, mo
 
 
 def test_verbose_tells_how_far_it_is(run):
+    """Hours of work would pass without a word about how much is left."""
     _, _, err = run(lines(3), "--verbose")
     assert "3 answered, 0 to go, " in err
     assert "per second" in err
@@ -708,6 +738,7 @@ def test_every_form_of_questions_gets_the_answers_of_json_lines(run, tmp_path, a
 
 
 def test_a_bad_object_of_an_array_is_named_by_its_place(run, tmp_path):
+    """In an array over several lines the error would name a line that holds no question."""
     (tmp_path / "q.jsonl").write_text(json.dumps([SOME[1], 7], indent=2))
     status, records, err = run(None)
     assert (status, records[1]["question"]) == (1, 2)
@@ -747,6 +778,7 @@ REFUSED = {
 def test_a_file_without_questions_is_refused_before_the_model_is_opened(
     run, tmp_path, monkeypatch, content, found
 ):
+    """A wrong file of questions would be noticed only after minutes of reading a model."""
     monkeypatch.setattr(
         "minillava.assistant.load", lambda *_, **__: pytest.fail("opened the model")
     )
@@ -769,6 +801,7 @@ def test_a_file_named_minus_is_asked_by_its_path(tmp_path, monkeypatch, capsys):
 
 
 def test_questions_from_stdin_and_from_a_pipe(run, tmp_path, monkeypatch, assistant):
+    """A pipe, which can be read only once, would seem empty at the second look."""
     questions = lines(2)
     content = b"".join(json.dumps(question).encode() + b"\n" for question in questions)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
@@ -789,6 +822,7 @@ def test_questions_from_stdin_and_from_a_pipe(run, tmp_path, monkeypatch, assist
 
 @pytest.mark.skipif(os.name != "posix", reason="names of open files, links and modes")
 def test_answers_go_through_pipes_and_links(run, tmp_path, assistant):
+    """A link would be replaced by a file, and a pipe would be opened as a file to rename."""
     read, write = os.pipe()
     assert run(lines(1), "--answers", f"/dev/fd/{write}")[:2] == (0, None)
     os.close(write)
@@ -805,6 +839,7 @@ def test_answers_go_through_pipes_and_links(run, tmp_path, assistant):
 
 
 def test_answers_never_replace_what_is_read(run, tmp_path):
+    """`--answers mine.png --overwrite` would destroy a picture that the questions name."""
     picture = tmp_path / "mine.png"
     picture.write_bytes((REFERENCE / "pictures" / "grey.png").read_bytes())
     before = picture.read_bytes()
@@ -851,6 +886,8 @@ def test_overwriting_keeps_the_old_answers_until_the_new_are_whole(
 
 
 def test_a_full_disk_says_what_is_kept_and_the_same_command_goes_on(run, tmp_path, monkeypatch):
+    """A full disk at the end would lose every answer, or not say that they are kept."""
+
     def full(path, _):
         raise OSError(28, "No space left on device", str(path))
 
@@ -865,6 +902,7 @@ def test_a_full_disk_says_what_is_kept_and_the_same_command_goes_on(run, tmp_pat
 
 
 def test_what_a_killed_run_left_beside_its_answers_goes_with_the_next(run, tmp_path):
+    """Temporary files of killed runs would pile up beside the answers."""
     assert run(lines(2))[0] == 0
     for name in ("a.jsonl.123.new", "a.jsonl.partial.123.new"):
         (tmp_path / name).write_text("torn")
@@ -901,6 +939,7 @@ def test_a_second_run_waits_and_goes_on_with_what_the_first_leaves(
 
 
 def test_the_time_left_is_never_0_minutes():
+    """Half a minute before its end the run would say that 0 minutes are left."""
     assert [_duration(seconds) for seconds in (0, 29.6, 89, 90, 600)] == [
         "0 s",
         "30 s",

@@ -86,6 +86,7 @@ def watch(monkeypatch):
 @pytest.mark.numeric
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_every_turn_is_that_of_a_fresh_start_and_reads_only_what_is_new(watch, template):
+    """A stale cache would change a later answer, or every turn would read the picture anew."""
     assistant, again = (
         minillava.load(WEIGHTS, device="cpu", dtype="float64", template=template) for _ in range(2)
     )
@@ -141,6 +142,7 @@ def test_an_answer_that_is_written_as_it_was_generated_is_not_read_again(assista
 
 
 def test_a_second_picture_in_a_later_turn(assistant, watch):
+    """A picture of a later turn would take the first one's place, or be read as text."""
     seen = watch(assistant.model)
     conversation = Conversation(assistant, system="Hm.")
     conversation.add_image(PICTURE)
@@ -158,6 +160,7 @@ def test_a_second_picture_in_a_later_turn(assistant, watch):
 
 
 def test_another_picture_at_the_same_place_is_not_taken_for_the_first(assistant):
+    """The ids of two prompts agree while their pictures differ: the cache would keep the old one."""
     conversation = Conversation(assistant)
     conversation.add_image(PICTURE, "it.png")
     pieces = conversation.stream("What is it?", max_new_tokens=5)
@@ -172,6 +175,7 @@ def test_another_picture_at_the_same_place_is_not_taken_for_the_first(assistant)
 
 
 def test_an_answer_left_early_is_the_turns_answer(assistant, watch):
+    """After an interrupted answer the next question would follow words that nobody saw."""
     conversation = Conversation(assistant)
     conversation.add_image(PICTURE)
     pieces = conversation.stream("What is it?", max_new_tokens=50)
@@ -228,6 +232,7 @@ def test_the_same_question_again_after_nothing_was_said(assistant, say_nothing):
 def test_an_old_stream_leaves_the_newer_conversation_alone(
     assistant, say_nothing, silent, then, end
 ):
+    """Closing an old stream late would change the turns that came after it."""
     conversation, fresh = Conversation(assistant), Conversation(assistant)
     for each in (conversation, fresh):
         each.add_image(PICTURE)
@@ -275,6 +280,7 @@ def test_an_old_stream_leaves_the_newer_conversation_alone(
 
 
 def test_an_old_stream_does_not_end_a_newer_one(assistant):
+    """Closing an old stream would end the answer that is being written."""
     conversation = Conversation(assistant)
     old = conversation.stream("What is it?", max_new_tokens=5)
     next(old)
@@ -286,6 +292,7 @@ def test_an_old_stream_does_not_end_a_newer_one(assistant):
 
 
 def test_a_finished_stream_ends_quietly_after_another_question(assistant):
+    """The end of an old stream would raise, or be booked on the newer turn."""
     conversation = Conversation(assistant)
     old = conversation.stream("What is it?", max_new_tokens=1)
     next(old)
@@ -316,6 +323,7 @@ def test_interrupted_while_it_reads_the_question_was_not_asked(assistant, monkey
 
 
 def test_the_cache_grows_as_it_is_needed(assistant, monkeypatch):
+    """A cache that grows would lose what it held, or take the whole context's memory at once."""
     expected = assistant.ask(PICTURE, "What is it?", max_new_tokens=40)
     monkeypatch.setattr(conversing, "GROWTH", 16)
     conversation = Conversation(assistant)
@@ -345,6 +353,7 @@ def short(endless):
 
 
 def test_a_full_context_is_refused_with_the_numbers_and_clear_helps(short):
+    """A full context would cut the question, or leave a session that /clear cannot save."""
     conversation = Conversation(load(weights=short))
     conversation.add_image(PICTURE)
     conversation.ask("What?", max_new_tokens=1000)
@@ -361,6 +370,7 @@ def test_a_full_context_is_refused_with_the_numbers_and_clear_helps(short):
 
 
 def test_a_template_of_one_turn_says_so():
+    """A template of one turn would drop the first question in silence."""
     conversation = Conversation(load("plain"))
     conversation.ask("a dog", max_new_tokens=2)
     with pytest.raises(ValueError, match="this template holds one turn"):
@@ -368,6 +378,7 @@ def test_a_template_of_one_turn_says_so():
 
 
 def test_wrong_questions_change_nothing(assistant):
+    """A refused question would stay in the conversation and spoil the next answer."""
     conversation = Conversation(assistant)
     for wrong, message in (
         ("", "empty"),
@@ -409,16 +420,19 @@ def expected(assistant):
 
 @pytest.mark.parametrize("end", ["", "\n", "\n\n  \n/quit\nnever\n", "\n/exit"])
 def test_a_pipe_gets_answers_and_nothing_else(talk, expected, end):
+    """Prompts and notes would stand among the answers in a pipe."""
     assert len(set(expected)) == 3
     status, out, err = talk("\n".join(QUESTIONS) + end, "-i", PICTURE)
     assert (status, out, err) == (0, "".join(f"{answer}\n" for answer in expected), "")
 
 
 def test_no_lines_no_answer(talk):
+    """An empty input would be asked as an empty question."""
     assert talk("", "-i", PICTURE) == (0, "", "")
 
 
 def test_image_and_clear(talk, expected, assistant):
+    """/clear would keep the picture, so that the next answer is still about it."""
     status, out, err = talk(f"/image {PICTURE}\n{QUESTIONS[0]}\n/clear\n{QUESTIONS[0]}\n", "-v")
     without = assistant.ask(None, QUESTIONS[0], max_new_tokens=6)
     assert (status, out) == (0, f"{expected[0]}\n{without}\n")
@@ -427,6 +441,7 @@ def test_image_and_clear(talk, expected, assistant):
 
 
 def test_verbose_counts_positions(talk, expected):
+    """--verbose would not tell what was reused, nor the seed that repeats an answer."""
     status, out, err = talk("\n".join(QUESTIONS), "-i", PICTURE, "-v")
     assert (status, out) == (0, "".join(f"{answer}\n" for answer in expected))
     stages = [line.split()[0] for line in err.splitlines()]
@@ -453,6 +468,7 @@ def test_a_dropped_picture_is_added_and_said(talk, expected, tmp_path, spelled):
 
 
 def test_a_question_behind_a_dropped_picture_is_asked(talk, expected, tmp_path):
+    """The question typed after a dropped file would be lost, or taken for a part of its name."""
     path = tmp_path / "a b.png"
     shutil.copy(PICTURE, path)
     assert talk(f"'{path}' {QUESTIONS[0]}\n") == (
@@ -475,6 +491,7 @@ def test_a_stdout_that_is_full_ends_the_session_by_its_name(talk, monkeypatch):
 
 
 def test_several_dropped_pictures_are_all_added_or_none(talk, assistant, tmp_path):
+    """One wrong path of several would leave the others added, unnoticed."""
     path = tmp_path / "a b.png"
     shutil.copy(PICTURE, path)
     pictures = f"'{path}' {PICTURE}"
@@ -501,11 +518,13 @@ def test_save_to_a_minus_asks_for_a_name(talk, tmp_path, monkeypatch):
 
 
 def test_save_takes_a_quoted_path(talk, tmp_path):
+    """The quotes around a path with a space would become part of the file's name."""
     assert talk(f"/save '{tmp_path / 'a b.json'}'\n/save {tmp_path / 'c d.json'}\n")[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a b.json", "c d.json"]
 
 
 def test_help_goes_to_stderr_and_names_every_command(talk):
+    """/help would put its text among the answers, or leave a command out."""
     status, out, err = talk("/help\n")
     assert (status, out) == (0, "")
     for command in ("/image", "/clear", "/save", "/help", "/quit", "/exit"):
@@ -530,6 +549,7 @@ def test_help_goes_to_stderr_and_names_every_command(talk):
     ],
 )
 def test_what_is_wrong_is_one_line_and_the_session_goes_on(talk, assistant, line, found):
+    """A mistyped line would end the session or be asked as a question; a NUL byte ended it."""
     line = line if isinstance(line, bytes) else line.encode()
     status, out, err = talk(line + f"\n{QUESTIONS[0]}\n".encode())
     assert (status, out) == (1, assistant.ask(None, QUESTIONS[0], max_new_tokens=6) + "\n")
@@ -538,6 +558,7 @@ def test_what_is_wrong_is_one_line_and_the_session_goes_on(talk, assistant, line
 
 
 def test_save_writes_the_conversation_and_overwrites_only_its_own_file(talk, expected, tmp_path):
+    """/save would overwrite a file that the session did not write."""
     path, foreign = tmp_path / "talk.json", tmp_path / "foreign.json"
     foreign.write_text("mine")
     script = f"{QUESTIONS[0]}\n/save {path}\n{QUESTIONS[1]}\n/save {path}\n/save {foreign}\n"
@@ -573,6 +594,7 @@ def test_save_writes_the_conversation_and_overwrites_only_its_own_file(talk, exp
 
 
 def test_what_was_sampled_can_be_repeated_from_what_was_saved(talk, assistant, tmp_path):
+    """A saved conversation would lack the seed or an option that its answers came from."""
     path = tmp_path / "talk.json"
     talk(
         "\n".join(QUESTIONS) + f"\n/save {path}",
@@ -598,6 +620,7 @@ def test_what_was_sampled_can_be_repeated_from_what_was_saved(talk, assistant, t
     sys.platform != "linux", reason="needs a file system where any bytes are a name"
 )
 def test_a_picture_whose_name_is_not_utf8_can_be_saved(talk, tmp_path):
+    """/save would fail at a picture whose name is not UTF-8."""
     name = os.fsencode(tmp_path) + b"/\xe9.png"
     shutil.copy(PICTURE, name)
     script = b"/image " + name + f"\n{QUESTIONS[0]}\n/save {tmp_path / 'talk.json'}\n".encode()
@@ -608,10 +631,12 @@ def test_a_picture_whose_name_is_not_utf8_can_be_saved(talk, tmp_path):
 
 @pytest.mark.parametrize("line", [" /quit", "\t/exit "])
 def test_blanks_before_a_command(talk, line):
+    """A command after a blank would be asked as a question."""
     assert talk(f"{line}\n{QUESTIONS[0]}\n") == (0, "", "")
 
 
 def test_ctrl_c_in_a_pipe_ends_the_session_with_130(talk, expected, monkeypatch):
+    """In a pipe Ctrl-C would end one answer only, and the script would go on."""
     original, asked = Conversation.stream, []
 
     def interrupted(self, question, **options):
@@ -630,6 +655,7 @@ def test_ctrl_c_in_a_pipe_ends_the_session_with_130(talk, expected, monkeypatch)
 
 
 def test_a_full_context_is_one_line_with_what_to_do(talk, short):
+    """A full context would not say that /clear helps, or end the session."""
     script = f"{QUESTIONS[0]}\n{QUESTIONS[1]}\n/clear\n{QUESTIONS[0]}\n"
     status, _, err = talk(script, "-i", PICTURE, "-q", "-n", "1000", weights=short)
     assert (status, err.count("\n")) == (1, 1)
@@ -640,6 +666,7 @@ def test_a_full_context_is_one_line_with_what_to_do(talk, short):
 
 
 def test_an_unexpected_error_does_not_lose_the_session(talk, expected, monkeypatch, tmp_path):
+    """An unexpected error would throw the conversation away before it can be saved."""
     calls = []
 
     def broken(self, source, name=None):
@@ -662,6 +689,7 @@ def test_an_unexpected_error_does_not_lose_the_session(talk, expected, monkeypat
     ],
 )
 def test_wrong_arguments(talk, arguments, status, found):
+    """A wrong argument would show a traceback, or open a session that cannot answer."""
     assert talk("What?\n", *arguments)[:2] == (status, "")
     err = talk("What?\n", *arguments)[2]
     assert err.count("\n") == 1
@@ -730,6 +758,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session_and_leaves_at_the_second(
 
 
 def test_the_end_of_the_input_leaves_with_0(terminal):
+    """Ctrl-D at the prompt would be reported as a failure, or print on stdout."""
     process, typing = terminal
     assert b"each line is a question; /help lists the commands\n> " in read_until(
         process.stderr, b"> "

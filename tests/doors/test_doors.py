@@ -40,6 +40,7 @@ def test_without_a_door_they_are_listed(front, words):
 
 
 def test_a_door_by_its_name_answers_as_the_door_does(front):
+    """`minillava generate` would change what `python -m minillava.generate` prints."""
     picture = str(WEIGHTS / "example-1.png")
     status, out, err = front(
         "generate", "-q", "--weights", str(WEIGHTS), "-i", picture, "-p", "Is there a red star?"
@@ -53,6 +54,7 @@ FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /
 @FULL
 @pytest.mark.parametrize("words", [(), ("--version",), ("chat", "--help"), ("look", "--version")])
 def test_what_a_full_disk_or_a_closed_stdout_swallows_is_not_a_success(front, monkeypatch, words):
+    """--help and --version into a full disk would exit with 0 although nothing arrived."""
     with monkeypatch.context() as patch, open("/dev/full", "w") as full:
         patch.setattr(sys, "stdout", full)
         assert front(*words) == (
@@ -74,6 +76,7 @@ def test_what_a_full_disk_or_a_closed_stdout_swallows_is_not_a_success(front, mo
 @FULL
 @pytest.mark.parametrize("words", [("nowhere",), ("chat", "--nowhere")])
 def test_wrong_usage_is_2_where_nobody_can_be_told(front, monkeypatch, words):
+    """Where stderr is closed or full, wrong usage would exit with another status than 2."""
     for path in (None, "/dev/full"):
         with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
             patch.setattr(sys, "stderr", path and stack.enter_context(open(path, "w")))
@@ -84,6 +87,7 @@ def test_wrong_usage_is_2_where_nobody_can_be_told(front, monkeypatch, words):
 
 @pytest.mark.parametrize("door", doors.DOORS)
 def test_help_and_errors_of_a_door_name_the_command_that_was_typed(front, door):
+    """Help and errors would name a command other than the one the user typed."""
     status, out, err = front(door, "--help")
     assert (status, err) == (0, "")
     assert out.startswith(f"usage: python -m minillava {door} ")
@@ -122,6 +126,8 @@ def test_an_output_that_cannot_be_is_one_line(front, monkeypatch, tmp_path, door
 def test_an_error_while_flags_are_read_has_a_traceback_only_with_verbose(
     front, monkeypatch, verbose
 ):
+    """An error of the system while flags are read would be a traceback, or hide one from -v."""
+
     def closed(*_):
         raise PermissionError(13, "Permission denied", "noread/sub/z")
 
@@ -158,16 +164,19 @@ def test_a_package_that_is_not_there_means_another_python(front, monkeypatch):
     ],
 )
 def test_an_unknown_door_is_wrong_usage(front, word, message):
+    """A mistyped door would fail without saying which one is meant."""
     status, out, err = front(word, "x.jpg")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert message in err
 
 
 def test_version(front):
+    """`minillava --version` would need a door, or name another version than the package."""
     assert front("--version") == (0, f"minillava {minillava.__version__}\n", "")
 
 
 def test_an_installed_package_has_the_command():
+    """The installed command would call a function that has moved."""
     script = re.search(
         r'"console_scripts": \["minillava = minillava\.([\w.]+):(\w+)"\]',
         (ROOT / "setup.py").read_text(),

@@ -21,6 +21,7 @@ def run(capsys, door, *arguments):
 
 
 def test_the_answer_is_the_same_and_json_tells_what_it_took(capsys):
+    """Guessing ahead would change the answer, or keep its cost from the user."""
     _, plain, _ = run(capsys, "generate", *ASKED)
     for draft, kind in (("lookup", "lookup"), (WEIGHTS, "model")):
         status, out, err = run(capsys, "generate", *ASKED, "--draft", draft, "-v")
@@ -35,6 +36,7 @@ def test_the_answer_is_the_same_and_json_tells_what_it_took(capsys):
 
 
 def test_tokens_at_a_time(capsys):
+    """--draft-tokens would be accepted and not change how many tokens are guessed."""
     found = [
         json.loads(
             run(capsys, "generate", *ASKED, "--draft", WEIGHTS, "--draft-tokens", count, "--json")[
@@ -68,6 +70,7 @@ def test_what_does_not_go_together_is_wrong_usage(capsys, door, flags, message):
 
 
 def test_several_answers_take_no_drafts(capsys):
+    """--draft would be ignored without a word where several answers are asked for."""
     flags = ["--draft", "lookup", "--num-return-sequences", "2", "--temperature", "1"]
     status, _, err = run(capsys, "generate", *ASKED, *flags)
     assert status == 2
@@ -75,6 +78,7 @@ def test_several_answers_take_no_drafts(capsys):
 
 
 def test_a_draft_that_is_none_is_one_line(capsys, tmp_path):
+    """A mistyped folder of a draft would show a traceback, or be answered without it."""
     status, out, err = run(capsys, "generate", "-q", *ASKED, "--draft", tmp_path / "none")
     assert (status, out) == (1, "")
     assert err.startswith("error: ")
@@ -83,6 +87,7 @@ def test_a_draft_that_is_none_is_one_line(capsys, tmp_path):
 
 
 def test_a_chat_goes_on(capsys, monkeypatch):
+    """A rejected guess left in the cache would spoil the next answer of a chat."""
     found = []
     for flags in ([], ["--draft", "lookup", "--draft-tokens", "3", "-v"]):
         monkeypatch.setattr("sys.stdin", io.StringIO("What is red?\nAnd again: what is red?\n"))

@@ -68,6 +68,8 @@ def test_the_first_may_leave_before_the_second(model):
 
 @torch.no_grad()
 def test_an_error_takes_them_away(model):
+    """After an error the model would go on calling a function that fails."""
+
     def broken(context):
         raise ZeroDivisionError
 

@@ -73,6 +73,7 @@ def test_a_path_from_powershell_explorer_or_a_word_processor(folder, spelled):
     ],
 )
 def test_a_path_as_a_shell_writes_it(folder, name, spelled):
+    """A path that a shell has quoted in its own way would not be found."""
     (folder / name).touch()
     assert read_paths(spelled.format(folder)) == [f"{folder}/{name}"]
     assert dropped(spelled.format(folder)) == [f"{folder}/{name}"]
@@ -87,15 +88,18 @@ def test_a_path_as_a_shell_writes_it(folder, name, spelled):
     ],
 )  # fmt: skip
 def test_quotes_and_brackets_in_a_name(folder, spelled):
+    """A name with quotes and brackets could not be given in any spelling."""
     assert read_paths(spelled) == ["my photos/it's (1).png"]
 
 
 def test_home(folder):
+    """`~` would be taken for a folder of that name, though a shell expands it."""
     assert read_paths("~/b.png") == read_paths("'~/b.png'") == [os.path.expanduser("~/b.png")]
     assert dropped("~/b.png") == [os.path.expanduser("~/b.png")]
 
 
 def test_several_paths_at_once(folder):
+    """Several dropped files would be read as one path with spaces."""
     expected = ["my photos/a star.png", "b.png"]
     assert read_paths("'my photos/a star.png' b.png") == expected
     assert read_paths("'my photos/a star.png'\nb.png\n") == expected
@@ -108,6 +112,7 @@ def test_several_paths_at_once(folder):
     "name", ["'b.png'", '"b.png"', "b\\ c.png", "b.png ", " b.png", "b.png b.png", "~", "#b.png"]
 )
 def test_a_file_that_is_really_called_so_goes_first(folder, name):
+    """A file with quotes or a space in its name would be shadowed by what they mean."""
     (folder / name).touch()
     assert read_paths(name) == [name] or (name == "~" and read_paths("./~") == ["./~"])
 
@@ -126,6 +131,7 @@ def test_a_file_that_is_really_called_so_goes_first(folder, name):
     ],
 )
 def test_what_is_not_there_comes_back_for_the_message(folder, typed, shown):
+    """The error would name another path than the one typed."""
     assert read_paths(typed) == shown
     assert dropped(typed) == []
 
@@ -134,6 +140,7 @@ def test_what_is_not_there_comes_back_for_the_message(folder, typed, shown):
     "line", ["Is b.png there?", "b.png", "/", "'What is it?'", "/my photos", "", "~", "file:///"]
 )
 def test_a_question_is_no_dropped_file(folder, line):
+    """A question that happens to name a file would be added as a picture."""
     assert dropped(line) == []
 
 
@@ -153,6 +160,7 @@ def test_a_question_may_follow_a_dropped_file(folder, spelled, question):
 
 @pytest.mark.parametrize("line", ["Is b.png there?", "b.png what?", "'/no/x.png' what?", "~ what?"])
 def test_a_question_about_a_file_is_all_question(folder, line):
+    """The first word of a question would be cut off because a file has that name."""
     assert dropped_first(line) == ([], line)
     assert not means_a_path(line)
 
@@ -176,11 +184,13 @@ def test_a_question_about_a_file_is_all_question(folder, line):
     ],
 )
 def test_what_can_only_be_a_path(folder, line, path):
+    """A mistyped path would be called an unknown command, or be asked as a question."""
     assert means_a_path(line) is path
     assert dropped_first(line)[0] == []
 
 
 def test_tab_completes_commands_and_paths(folder, monkeypatch):
+    """Tab would complete inside a question, or not find a path with a space."""
     monkeypatch.setattr("sys.stdout", None)  # no line editing: this is about what a line can become
     complete = Terminal(["/image", "/save", "/help"]).completions
     assert complete("/i") == ["/image "]
