@@ -91,6 +91,8 @@ def same_weights(model, other) -> bool:
 
 
 def test_every_tensor_arrives_unchanged_under_its_name(folder):
+    """Two tensors of one shape that change places load without an error, and the answers are
+    nonsense."""
     model, checkpoint = build(folder)
     file = stored(folder)
     state = model.state_dict()
@@ -113,11 +115,13 @@ def test_every_tensor_arrives_unchanged_under_its_name(folder):
 
 
 def test_shards_hold_what_a_single_file_holds(folder, sharded):
+    """A tensor taken from the wrong shard would change the model without an error."""
     assert len(list(sharded.glob("*.safetensors"))) == 3
     assert same_weights(build(folder)[0], build(sharded)[0])
 
 
 def test_an_index_may_name_one_file_only(folder):
+    """A folder with an index beside its single file would be refused, or read differently."""
     (folder / INDEX_NAME).write_text(
         json.dumps({"weight_map": dict.fromkeys(stored(folder), SINGLE_NAME)})
     )
@@ -125,6 +129,8 @@ def test_an_index_may_name_one_file_only(folder):
 
 
 def test_files_may_be_links_as_in_the_hub_cache(tmp_path, sharded):
+    """A model of the hub cache, whose files are links to blobs elsewhere, would be refused as
+    leading out of its folder."""
     links = tmp_path / "links"
     links.mkdir()
     for i, path in enumerate(sorted(sharded.iterdir())):
@@ -135,6 +141,8 @@ def test_files_may_be_links_as_in_the_hub_cache(tmp_path, sharded):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 def test_weights_are_converted_to_the_dtype_asked_for(folder, dtype):
+    """A tensor that kept its stored dtype would meet one of another dtype in the middle of an
+    answer."""
     model = load(folder, dtype=dtype).model
     wanted, file = getattr(torch, dtype), stored(folder)
     assert {tensor.dtype for tensor in model.state_dict().values()} == {wanted}
@@ -142,6 +150,7 @@ def test_weights_are_converted_to_the_dtype_asked_for(folder, dtype):
 
 
 def test_the_dtype_of_a_checkpoint_is_that_of_its_largest_tensor(folder):
+    """A few small float32 tensors would make a half-precision model take twice its memory."""
     tensors = stored(folder)
     store({**tensors, EMBEDDING: tensors[EMBEDDING].half(), HEAD: tensors[HEAD].half()}, folder)
     assert StoredWeights(folder).dtype() is torch.float16
@@ -151,6 +160,8 @@ def test_the_dtype_of_a_checkpoint_is_that_of_its_largest_tensor(folder):
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_all_listed_with_the_nearest_names(folder):
+    """With only the first fault reported, a user would mend a checkpoint one failed load at a
+    time."""
     tensors = stored(folder)
     tensors[QUERY.replace("q_proj", "query")] = tensors.pop(QUERY)
     tensors["multi_modal_projector.linear_1.weight"] = torch.zeros(7, 5)
@@ -179,6 +190,8 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_listed_with_the_neares
     [EMBEDDING, QUERY, HEAD, f"{TOWER}pre_layrnorm.bias", "multi_modal_projector.linear_2.bias"],
 )
 def test_any_single_missing_tensor_is_noticed(folder, name):
+    """A tensor that is not in the file would keep whatever values its memory had, without an
+    error."""
     tensors = stored(folder)
     tensors.pop(name)
     store(tensors, folder)
@@ -189,6 +202,7 @@ def test_any_single_missing_tensor_is_noticed(folder, name):
 
 
 def test_a_tensor_of_the_right_size_and_the_wrong_shape_is_noticed(folder):
+    """A transposed matrix has as many numbers, and would be loaded as if it were the right one."""
     tensors = stored(folder)
     tensors["language_model.model.layers.0.mlp.up_proj.weight"] = torch.zeros(64, 96)
     store(tensors, folder)
@@ -196,6 +210,7 @@ def test_a_tensor_of_the_right_size_and_the_wrong_shape_is_noticed(folder):
 
 
 def test_one_more_layer_than_the_config_says_is_not_dropped(folder):
+    """A config.json with too few layers would cut the model off without an error."""
     tensors = stored(folder)
     store({**tensors, QUERY.replace("layers.1", "layers.2"): tensors[QUERY]}, folder)
     assert "layers.2.self_attn.q_proj.weight is not part of this model" in refusal(folder)
@@ -209,6 +224,8 @@ def test_one_more_vision_block_than_the_config_says_is_not_dropped(folder):
 
 
 def test_two_stored_names_for_one_tensor_are_refused(folder):
+    """One of two different heads would win by the order of the file, and nobody would know
+    which."""
     tensors = stored(folder)
     store({**tensors, "lm_head.weight": tensors[HEAD] + 1}, folder)
     message = refusal(folder)
@@ -241,6 +258,8 @@ def test_a_thousand_wrong_names_are_reported_before_anyone_wonders(folder):
 
 
 def test_computed_buffers_and_unneeded_vision_layers_are_set_aside_by_name(folder):
+    """Releases store buffers and a last vision block that LLaVA does not use: they must not be
+    refused as unexpected, nor hide others that are."""
     buffers = {
         f"{TOWER}embeddings.position_ids": torch.arange(17)[None],
         "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
@@ -257,6 +276,7 @@ def test_computed_buffers_and_unneeded_vision_layers_are_set_aside_by_name(folde
 
 
 def test_a_feature_layer_of_minus_one_needs_the_last_block(folder):
+    """The last vision block would be left out of a model that reads its output."""
     change_config(folder, vision_feature_layer=-1)
     model, checkpoint = build(folder)
     assert sorted(checkpoint.unused) == [
@@ -271,6 +291,8 @@ def test_a_feature_layer_of_minus_one_needs_the_last_block(folder):
 )
 @pytest.mark.parametrize("name", [EMBEDDING, QUERY])
 def test_quantised_weights_are_refused_by_name_and_dtype(folder, name, dtype):
+    """Integers of a quantised checkpoint, converted to floats without their scales, would be
+    nonsense weights."""
     tensors = stored(folder)
     store({**tensors, name: torch.zeros(tensors[name].shape).to(dtype)}, folder)
     message = refusal(folder, dtype="float32")
@@ -283,6 +305,7 @@ def test_quantised_weights_are_refused_by_name_and_dtype(folder, name, dtype):
 
 
 def test_a_folder_that_is_not_there_or_a_file_is_refused(tmp_path, folder):
+    """A mistyped path, or the path of the weights file itself, would end in a traceback."""
     with pytest.raises(FileNotFoundError, match="no such folder"):
         StoredWeights(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="is a file"):
@@ -304,6 +327,8 @@ def test_a_folder_that_is_not_there_or_a_file_is_refused(tmp_path, folder):
     ],
 )
 def test_a_folder_without_weights_says_what_it_holds_instead(folder, left, found):
+    """A download that left out the index or the weights would be called empty, though its shards
+    are in the folder."""
     (folder / SINGLE_NAME).unlink()
     for name in left:
         (folder / name).touch()
@@ -313,6 +338,7 @@ def test_a_folder_without_weights_says_what_it_holds_instead(folder, left, found
 
 
 def test_an_absent_shard_is_named(sharded):
+    """After an interrupted download a user has to know which of the files is missing."""
     (sharded / "model-00002-of-00003.safetensors").unlink()
     message = refusal(sharded, FileNotFoundError)
     assert message.startswith(f"{sharded / 'model-00002-of-00003.safetensors'}: not found")
@@ -320,6 +346,8 @@ def test_an_absent_shard_is_named(sharded):
 
 
 def test_an_index_naming_a_tensor_that_no_shard_holds_is_refused(sharded):
+    """An index of another release would end in a KeyError instead of naming the tensor and the
+    file."""
     file = "model-00001-of-00003.safetensors"
     change_index(sharded, lambda placed: placed.update({"language_model.model.ghost": file}))
     message = refusal(sharded)
@@ -329,6 +357,7 @@ def test_an_index_naming_a_tensor_that_no_shard_holds_is_refused(sharded):
 
 
 def test_an_index_naming_the_wrong_shard_is_refused(sharded):
+    """An index that sends a tensor to the wrong shard would end in a KeyError, or be ignored."""
     right = json.loads((sharded / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"][QUERY]
     wrong = next(path.name for path in sorted(sharded.glob("*.safetensors")) if path.name != right)
     change_index(sharded, lambda placed: placed.update({QUERY: wrong}))
@@ -339,6 +368,7 @@ def test_an_index_naming_the_wrong_shard_is_refused(sharded):
 
 
 def test_a_tensor_that_the_index_does_not_know_is_refused(sharded):
+    """A tensor of a shard that the index leaves out would be dropped without an error."""
     file = json.loads((sharded / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"][QUERY]
     change_index(sharded, lambda placed: placed.pop(QUERY))
     message = refusal(sharded)
@@ -366,6 +396,7 @@ def test_a_tensor_in_two_shards_is_refused_naming_both(sharded, says):
     "name", ["../outside.safetensors", "sub/inside.safetensors", "..", "", "a\\b"]
 )
 def test_an_index_cannot_lead_out_of_its_folder(sharded, name):
+    """A downloaded index could have any file of the disk opened as weights."""
     save_file({QUERY: torch.zeros(64, 64)}, sharded.parent / "outside.safetensors")
     change_index(sharded, lambda placed: placed.update({QUERY: name}))
     message = refusal(sharded)
@@ -373,6 +404,7 @@ def test_an_index_cannot_lead_out_of_its_folder(sharded, name):
 
 
 def test_an_index_cannot_name_an_absolute_path(sharded):
+    """Joining a folder and an absolute path gives that path: the folder would be ignored."""
     path = shutil.copy(REFERENCE / "plain" / SINGLE_NAME, sharded.parent / "elsewhere.safetensors")
     change_index(sharded, lambda placed: placed.update(dict.fromkeys(placed, str(path))))
     assert refusal(sharded).startswith(f"{sharded / INDEX_NAME}: names the file {str(path)!r}")
@@ -383,6 +415,7 @@ def test_an_index_cannot_name_an_absolute_path(sharded):
     ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": {"a": 1}}', ""],
 )
 def test_an_index_that_is_none_is_refused_by_name(sharded, content):
+    """A damaged index would end in a traceback that does not name the file."""
     (sharded / INDEX_NAME).write_text(content, encoding="utf-8")
     message = refusal(sharded)
     assert message.startswith(f"{sharded / INDEX_NAME}: ")
@@ -411,6 +444,7 @@ def cut_points() -> list[int]:
 
 @pytest.mark.parametrize("length", cut_points())
 def test_a_truncated_file_is_refused_wherever_it_ends(folder, length):
+    """An interrupted download would end in a traceback, or load with zeros at its end."""
     path = folder / SINGLE_NAME
     path.write_bytes(path.read_bytes()[:length])
     message = refusal(folder)
@@ -420,6 +454,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(folder, length):
 
 
 def test_a_truncated_shard_is_named(sharded):
+    """Without its name, a user would download every shard again for the sake of one."""
     path = sharded / "model-00003-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert refusal(sharded).startswith(f"{path}: truncated or not a safetensors file")
@@ -452,6 +487,8 @@ def test_a_truncated_shard_is_named(sharded):
     ],
 )
 def test_what_is_not_a_safetensors_file_is_refused_by_name(folder, content):
+    """Bytes that only look like a file of weights would end in a traceback, or in an attempt to
+    read a header of 2^63 bytes."""
     (folder / SINGLE_NAME).write_bytes(content)
     message = refusal(folder)
     found = (
@@ -464,6 +501,8 @@ def test_what_is_not_a_safetensors_file_is_refused_by_name(folder, content):
 
 
 def test_a_directory_in_the_place_of_the_file_is_refused_by_name(folder):
+    """A directory called model.safetensors would end in a traceback that does not say where it
+    is."""
     (folder / SINGLE_NAME).unlink()
     (folder / SINGLE_NAME).mkdir()
     assert refusal(folder).startswith(str(folder / SINGLE_NAME))
@@ -473,6 +512,8 @@ def test_a_directory_in_the_place_of_the_file_is_refused_by_name(folder):
 
 
 def test_an_original_without_tower_says_which_clip_to_get(tmp_path, write_dialect):
+    """An original release has no vision tower: its tensors would be listed as missing, with no word
+    on where to get them."""
     folder = write_dialect("original-bare", tmp_path)["weights"]
     message = refusal(folder, FileNotFoundError)
     assert message.startswith(f"{folder}: holds no vision tower")
@@ -485,6 +526,7 @@ def test_an_original_without_tower_says_which_clip_to_get(tmp_path, write_dialec
 def test_an_original_takes_its_tower_from_a_clip_folder_and_drops_the_text_half(
     tmp_path, write_dialect
 ):
+    """CLIP's text half, which LLaVA does not use, would be refused as unexpected tensors."""
     options = write_dialect("original-bare", tmp_path)
     model, checkpoint = build(options["weights"], options["vision_tower"])
     tower = stored(REFERENCE / "plain")
@@ -502,6 +544,7 @@ def test_an_original_takes_its_tower_from_a_clip_folder_and_drops_the_text_half(
 
 
 def test_a_clip_of_its_vision_half_alone_works_with_and_without_prefix(tmp_path, write_dialect):
+    """A CLIP saved without its text half, or without the prefix of its names, would be refused."""
     options = write_dialect("original-bare", tmp_path)
     clip = options["vision_tower"]
     whole, _ = build(folder=options["weights"], clip=clip)
@@ -522,6 +565,7 @@ def test_a_clip_of_its_vision_half_alone_works_with_and_without_prefix(tmp_path,
 
 
 def test_a_clip_folder_replaces_the_tower_inside(folder, tmp_path, write_dialect):
+    """The tower that the user asked for would give way to that of the checkpoint without a note."""
     clip = write_dialect("original-bare", tmp_path / "bare")["vision_tower"]
     tensors = stored(clip)
     name = "vision_model.embeddings.class_embedding"
@@ -536,6 +580,7 @@ def test_a_clip_folder_replaces_the_tower_inside(folder, tmp_path, write_dialect
 def test_a_wrong_tensor_of_a_clip_folder_is_reported_with_that_folder(
     tmp_path, write_dialect, damage
 ):
+    """A fault of the CLIP folder would be blamed on the folder of the language model."""
     options = write_dialect("original-bare", tmp_path)
     clip = options["vision_tower"]
     tensors = stored(clip)
@@ -550,6 +595,7 @@ def test_a_wrong_tensor_of_a_clip_folder_is_reported_with_that_folder(
 
 
 def test_a_clip_folder_without_weights_is_named(tmp_path, write_dialect):
+    """The error would name the model's folder, which has its weights, and not CLIP's."""
     options = write_dialect("original-bare", tmp_path)
     (options["vision_tower"] / SINGLE_NAME).unlink()
     message = refusal(options["weights"], FileNotFoundError, vision_tower=options["vision_tower"])
@@ -560,6 +606,8 @@ def test_a_clip_folder_without_weights_is_named(tmp_path, write_dialect):
     ("kind", "layers"), [("linear", 1), ("mlp1x_gelu", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)]
 )
 def test_the_originals_projectors_of_every_depth(tmp_path, write_dialect, kind, layers):
+    """A projector of another depth than two layers would be refused, or have its layers mixed
+    up."""
     folder = write_dialect("original", tmp_path)["weights"]
     change_config(folder, mm_projector_type=kind)
     tensors = {
@@ -584,6 +632,7 @@ def test_the_originals_projectors_of_every_depth(tmp_path, write_dialect, kind, 
 
 
 def test_a_tied_head_is_the_embedding_table():
+    """A tied model stores no head: it would be refused as lacking one, or given a second table."""
     model = load(REFERENCE / "tied").model
     assert HEAD not in stored(REFERENCE / "tied")
     assert "language_model.lm_head.weight" not in model.state_dict()
@@ -592,6 +641,7 @@ def test_a_tied_head_is_the_embedding_table():
 
 
 def test_a_stored_head_counts_even_where_the_config_says_tied(tmp_path):
+    """A trained head would be thrown away because config.json calls it tied."""
     folder = Path(shutil.copytree(REFERENCE / "tied", tmp_path / "tied"))
     tensors = stored(folder)
     store({**tensors, HEAD: tensors[EMBEDDING] + 1}, folder)
@@ -605,12 +655,16 @@ def test_a_stored_head_counts_even_where_the_config_says_tied(tmp_path):
 
 @pytest.mark.parametrize("kind", ["plain", "grouped", "tied"])
 def test_nothing_is_left_without_values(kind):
+    """A tensor left on the meta device fails in the first answer only, and dropout left on makes
+    answers differ from run to run."""
     model = load(REFERENCE / kind).model
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     assert not model.training
 
 
 def test_nothing_is_drawn_at_random(folder):
+    """Initial values drawn before the weights are read cost time and change what a user's seed
+    gives."""
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = load(folder, dtype="float32").model
@@ -620,6 +674,7 @@ def test_nothing_is_drawn_at_random(folder):
 
 
 def test_at_the_stored_dtype_every_weight_is_the_mapped_file_itself(folder):
+    """A copy of the weights would double the memory and the time that loading takes."""
     if not Path("/proc/self/maps").exists():
         pytest.skip("needs /proc to see what memory is mapped to")
     model, _ = build(folder)
@@ -818,6 +873,7 @@ def test_of_several_sets_of_weights_one_is_read_and_a_note_names_both(
 
 
 def test_the_bin_index_gives_way_to_the_single_bin(folder):
+    """With two sets of .bin files, a user would not learn which of them the model was read from."""
     zero_head(folder, BIN_NAME)
     (folder / SINGLE_NAME).unlink()
     other_index(folder, BIN_INDEX_NAME)
@@ -826,6 +882,7 @@ def test_the_bin_index_gives_way_to_the_single_bin(folder):
 
 
 def test_an_index_of_the_file_that_is_read_is_no_other_set(folder, recwarn):
+    """A warning about a second set of weights would appear where there is only one."""
     (folder / INDEX_NAME).write_text(
         json.dumps({"weight_map": dict.fromkeys(stored(folder), SINGLE_NAME)})
     )
@@ -835,6 +892,7 @@ def test_an_index_of_the_file_that_is_read_is_no_other_set(folder, recwarn):
 
 @pytest.mark.parity
 def test_transformers_reads_the_same_set(tmp_path, write_dialect):
+    """Of two sets in one folder, transformers would load one and we the other."""
     transformers = pytest.importorskip(
         "transformers", reason="transformers is not installed (extra: parity)"
     )
@@ -885,12 +943,16 @@ def test_wrappers_before_all_names_are_taken_off(tmp_path, write_dialect, wrappe
     ],
 )
 def test_wrappers_inside_names_are_taken_out(folder, change):
+    """A model saved from FSDP, torch.compile or checkpointing would be refused for the names that
+    these insert."""
     plain = load(REFERENCE / "plain", dtype="float32").model
     assert same_weights(load(renamed(folder, change), dtype="float32").model, plain)
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "base_model.model."])
 def test_a_wrapper_before_some_names_is_refused(folder, wrapper):
+    """A half-renamed file would give a long list of missing and unexpected tensors instead of their
+    cause."""
     renamed(folder, lambda name: wrapper + name if "layers.1." in name else name)
     message = refusal(folder)
     assert message.startswith(f"{folder / SINGLE_NAME}: ")
@@ -899,6 +961,7 @@ def test_a_wrapper_before_some_names_is_refused(folder, wrapper):
 
 
 def test_two_names_that_are_one_without_wrappers_are_refused(folder):
+    """Once its wrapper is taken out, one tensor would overwrite another without an error."""
     tensors = stored(folder)
     tensors[QUERY.replace("layers.1.", "layers.1._orig_mod.")] = tensors[QUERY]
     store(tensors, folder)
@@ -907,6 +970,8 @@ def test_two_names_that_are_one_without_wrappers_are_refused(folder):
 
 @pytest.mark.parametrize("nest", ["state_dict", "model_state_dict", "model", "module"])
 def test_a_bin_may_hold_its_state_dict_inside_another(folder, nest):
+    """A checkpoint of a training loop, with epoch and optimizer beside the weights, would be
+    refused."""
     tensors = stored(folder)
     (folder / SINGLE_NAME).unlink()
     rest = {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.zeros(5)}}, "lr": [1e-3]}}
@@ -919,6 +984,7 @@ def test_a_bin_may_hold_its_state_dict_inside_another(folder, nest):
 
 
 def test_a_lora_inside_the_weights_is_not_called_unknown_tensors(folder):
+    """A list of unknown tensors does not tell a user that a LoRA has yet to be merged."""
     store(
         stored(folder) | {QUERY.replace(".weight", ".lora_A.default.weight"): torch.zeros(2, 64)},
         folder,
@@ -994,6 +1060,8 @@ def test_a_tower_that_config_json_does_not_describe_is_measured(sizes, patches):
 
 
 def test_blocks_that_no_feature_needs_may_be_absent():
+    """A tower saved without its last block, which LLaVA does not use, would be taken for another
+    tower."""
     tower = {
         k: v for k, v in tower_of(1024, 23, 4096, 14, 336).items() if "post_layernorm" not in k
     }
@@ -1002,6 +1070,7 @@ def test_blocks_that_no_feature_needs_may_be_absent():
 
 @pytest.mark.parametrize("name", ["openai/clip-vit-large-patch14", "/data/CLIP-ViT-Large", None])
 def test_a_tower_whose_name_says_what_it_is_gets_no_note(name):
+    """Users of OpenAI's own towers would be warned about a guess that is none."""
     shapes = Shapes(tower_of(1024, 24, 4096, 14, 224))
     settle(unstated(vision_tower_name=name), shapes)
     assert shapes.notes == []
@@ -1017,6 +1086,7 @@ def test_a_tower_known_by_its_size_alone_is_noted(name):
 
 
 def test_what_config_json_says_of_a_tower_stands():
+    """A tower that config.json describes would be described anew from its tensors."""
     config = replace(unstated(), vision_stated=True)
     assert settle(config, Shapes(tower_of(768, 12, 3072, 32, 224))).vision == CLIP_LARGE_336
 
@@ -1037,11 +1107,14 @@ def test_what_config_json_says_of_a_tower_stands():
     ],
 )
 def test_what_a_tower_s_tensors_do_not_say_is_refused(sizes, fields, found):
+    """A guessed number of heads, or guessed means of colours, would give wrong features without an
+    error."""
     with pytest.raises(ValueError, match=found):
         settle(unstated(**fields), Shapes(tower_of(*sizes)))
 
 
 def test_positions_that_are_no_square_are_refused():
+    """A square root rounded down would make up a picture size that the tower does not have."""
     tower = tower_of(768, 1, 3072, 16, 224)
     tower["vision_tower.embeddings.position_embedding.weight"] = torch.empty(
         196, 768, device="meta"
@@ -1121,6 +1194,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(folder, cannot_open, 
 @pytest.mark.parametrize("name", ["config.json", SINGLE_NAME, "tokenizer.model", ""])
 @pytest.mark.parametrize("mode", [0o600, 0o300, 0])
 def test_missing_rights_say_where_and_what_to_do(folder, name, mode):
+    """A file that may not be read would be called missing or damaged, and be downloaded again."""
     path = folder / name
     mode = mode & 0o300 if name else mode
     path.chmod(mode)
@@ -1136,6 +1210,7 @@ def test_missing_rights_say_where_and_what_to_do(folder, name, mode):
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ELOOP, errno.ENAMETOOLONG])
 def test_a_failing_disk_is_not_a_damaged_file(folder, cannot_open, number):
+    """A user would download a sound file again because the disk or the path failed."""
     cannot_open(folder / SINGLE_NAME, number)
     message = refusal(folder, OSError)
     assert message.startswith(f"{folder / SINGLE_NAME}: {os.strerror(number)}; ")
@@ -1143,5 +1218,6 @@ def test_a_failing_disk_is_not_a_damaged_file(folder, cannot_open, number):
 
 
 def test_a_name_that_is_too_long_is_no_missing_folder():
+    """A text pasted in the place of a path would be looked for in the hub cache."""
     message = refusal(Path("x" * 300), OSError)
     assert message.startswith("x" * 300 + ": File name too long; ")

@@ -175,6 +175,8 @@ def test_what_others_quantised_is_refused_as_that(folder, parts, config, by, fil
 
 
 def test_a_stated_method_may_stand_beside_config_json_or_in_its_text_part(folder):
+    """A quantised checkpoint whose method stands elsewhere than in config.json's first level would
+    give a list of unknown tensors."""
     pack(folder, awq)
     state(folder, {"bits": 4}, "quantize_config.json")
     assert "quantised by GPTQ" in refusal(folder)
@@ -212,6 +214,8 @@ def test_a_config_alone_does_not_make_weights_quantised(folder, reference, name)
 
 
 def test_gguf_files_are_named(folder):
+    """A folder of llama.cpp's files would be called empty, which sends a user to download it
+    again."""
     (folder / SINGLE_NAME).unlink()
     (folder / "ggml-model-q4_k.gguf").write_bytes(b"GGUF")
     assert "is quantised by llama.cpp (holds ggml-model-q4_k.gguf)" in refusal(folder)

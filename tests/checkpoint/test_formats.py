@@ -137,6 +137,8 @@ def change(path: Path, **fields) -> None:
 
 @pytest.mark.parametrize("form", ["one file", "shards", "saved before PyTorch 1.6"])
 def test_bin_files_hold_the_same_model(release, picture, form):
+    """Older releases have .bin files only: they would be refused, or differ from the safetensors of
+    the same weights."""
     expected = logits(load(**release), picture)
     folder = release["weights"]
     tensors = weights_of(folder)
@@ -177,6 +179,7 @@ class Evil:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_runs_code_is_refused(release, tmp_path, zipped):
+    """Loading a downloaded .bin file would run whatever code its author put into it."""
     folder, trace = release["weights"], tmp_path / "was-here"
     torch.save(
         {**weights_of(folder), "evil": Evil(trace)},
@@ -212,6 +215,8 @@ def test_a_pickle_that_runs_code_is_refused(release, tmp_path, zipped):
     ],
 )
 def test_a_bin_file_that_is_no_checkpoint_is_refused(tmp_path, content, found):
+    """A .bin file of something else, or half a download, would end in a traceback of the
+    unpickler."""
     path = tmp_path / BIN_NAME
     if isinstance(content, str):
         torch.save({"w": torch.zeros(1000)}, path)
@@ -236,12 +241,16 @@ def test_a_bin_file_that_is_no_checkpoint_is_refused(tmp_path, content, found):
 
 
 def test_a_projector_and_its_base_make_the_release(release, base, pretrain, picture):
+    """A projector put on its base model would give other answers than the release made from
+    both."""
     expected = logits(load(**release), picture)
     found = load(pretrain, model_base=base, vision_tower=release["vision_tower"])
     assert torch.equal(logits(found, picture), expected)
 
 
 def test_parts_that_need_a_base_say_so(pretrain, base, release):
+    """A folder of a projector alone would list the whole language model as missing, and a base that
+    is not needed would be ignored."""
     with pytest.raises(
         FileNotFoundError, match=r"holds a projector and no language model; .* --model-base"
     ):
@@ -345,6 +354,8 @@ def write_lora(release, base, tmp_path):
     ids=str,
 )
 def test_a_lora_is_its_merged_weights(release, base, write_lora, picture, form):
+    """A form in which PEFT or LLaVA saves a LoRA would be scaled or transposed wrongly, and only
+    the answers would show it."""
     folder, merged = write_lora(**form)
     found = load(folder, model_base=base, vision_tower=release["vision_tower"])
     store(merged, release["weights"])
@@ -387,12 +398,14 @@ def test_the_merge_is_rounded_once(release, base, write_lora):
 
 
 def test_an_adapter_goes_on_top_of_a_whole_model(release, base, write_lora, picture):
+    """One adapter would give different models by the two ways of loading it."""
     folder, _ = write_lora()
     alone = logits(load(folder, model_base=base, vision_tower=release["vision_tower"]), picture)
     assert torch.equal(logits(load(**release, adapter=folder), picture), alone)
 
 
 def test_an_adapter_without_a_base_names_it(write_lora, release):
+    """A user of an adapter has to learn which model it belongs to."""
     folder, _ = write_lora()
     with pytest.raises(
         FileNotFoundError, match=r"a LoRA adapter and no language model; .*\(lmsys/vicuna-7b-v1.5\)"
@@ -419,6 +432,8 @@ def test_an_adapter_without_a_base_names_it(write_lora, release):
     ],
 )  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_refused(release, base, write_lora, damage, found):
+    """A matrix that fits nowhere would be left out, and the model would answer as if it were not
+    fine-tuned."""
     folder, _ = write_lora()
     matrices = torch.load(folder / "adapter_model.bin")
     damage(matrices)
@@ -450,6 +465,8 @@ def test_an_adapter_that_does_not_fit_is_refused(release, base, write_lora, dama
     ],
 )
 def test_other_kinds_of_adapter_are_refused(release, base, write_lora, fields, found):
+    """Another method than plain LoRA would be merged as plain LoRA, which gives wrong weights
+    without an error."""
     folder, _ = write_lora()
     change(folder / "adapter_config.json", **fields)
     with pytest.raises(ValueError, match=found):
@@ -474,6 +491,7 @@ def test_a_beginning_that_moved_the_base_is_refused_in_any_spelling(
 
 @pytest.mark.parametrize("start", ["tomorrow", 3, ["pissa"]])
 def test_a_beginning_that_nobody_knows_is_refused_by_name(release, base, write_lora, start):
+    """An initialisation that changes the base model would be merged onto the unchanged one."""
     folder, _ = write_lora()
     change(folder / "adapter_config.json", init_lora_weights=start)
     with pytest.raises(
@@ -496,6 +514,7 @@ def test_a_beginning_that_nobody_knows_is_refused_by_name(release, base, write_l
     ids=str,
 )
 def test_a_beginning_that_left_the_base_alone_is_plain_lora(release, base, write_lora, fields):
+    """A plain LoRA would be refused because of a field that changed nothing."""
     folder, merged = write_lora()
     change(folder / "adapter_config.json", **fields)
     found = load(folder, model_base=base, vision_tower=release["vision_tower"]).model.state_dict()
@@ -518,6 +537,8 @@ def test_the_beginnings_are_those_of_peft():
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "_fsdp_wrapped_module."])
 def test_adapter_and_projector_may_be_wrapped_too(release, base, pretrain, write_lora, wrapper):
+    """Names with a wrapper would load from model files and be refused in the files of an adapter or
+    a projector."""
     lora, _ = write_lora()
     files = {
         lora: ("adapter_model.bin", "non_lora_trainables.bin"),
@@ -555,6 +576,7 @@ def test_two_files_of_an_adapter_are_told(release, base, write_lora):
 
 
 def test_two_adapters_in_one_file_are_refused(release, base, write_lora):
+    """One of two adapters in a file would be merged and the other forgotten."""
     folder, _ = write_lora(default=".default")
     matrices = torch.load(folder / "adapter_model.bin")
     more = {name.replace(".default.", ".second."): w for name, w in matrices.items()}
@@ -574,6 +596,8 @@ def test_a_model_with_an_adapter_beside_it_is_refused(release, write_lora):
 
 
 def test_an_adapter_without_configuration_says_which_one_is_missing(write_lora, release, base):
+    """Two files of configuration are needed, and an error that names the wrong one sends a user to
+    the wrong folder."""
     folder, _ = write_lora()
     (folder / "config.json").unlink()
     with pytest.raises(
@@ -585,6 +609,7 @@ def test_an_adapter_without_configuration_says_which_one_is_missing(write_lora, 
 
 
 def test_some_layers_are_enough_where_the_configuration_says_so(write_lora, release, base):
+    """A LoRA of chosen layers would be refused for lacking the others."""
     folder, _ = write_lora(layers_to_transform=[1])
     matrices = {
         k: w for k, w in torch.load(folder / "adapter_model.bin").items() if ".layers.1." in k
@@ -615,6 +640,7 @@ def test_a_table_of_fewer_rows_is_not_lost_on_a_whole_model(release, write_lora)
 
 
 def test_half_a_lora_run_is_refused(write_lora, base, release):
+    """Without one of its two files a fine-tuned model would load as its base."""
     folder, _ = write_lora()
     (folder / "adapter_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"but no adapter_config\.json"):
@@ -777,6 +803,8 @@ def test_equals_peft_where_a_run_cut_the_tables(reference, tmp_path, picture):
 
 @pytest.mark.parametrize("name", [TABLE, HEAD])
 def test_one_table_that_was_cut_without_the_other_is_refused(release, base, write_lora, name):
+    """Embedding and head of different lengths would fail in the middle of an answer, or never give
+    the last tokens."""
     folder, _ = write_lora()
     matrices = torch.load(folder / "adapter_model.bin")
     rows, width = weights_of(release["weights"])[name].shape
@@ -791,6 +819,8 @@ def test_one_table_that_was_cut_without_the_other_is_refused(release, base, writ
 
 
 def test_both_tables_of_an_original_may_be_cut(release, base, write_lora):
+    """A fine-tuned model with fewer rows than its base would be refused though both of its tables
+    agree."""
     folder, _ = write_lora()
     matrices = torch.load(folder / "adapter_model.bin")
     for name in (TABLE, HEAD):
@@ -807,6 +837,7 @@ def test_both_tables_of_an_original_may_be_cut(release, base, write_lora):
 def test_one_table_that_grew_without_the_other_is_refused_with_both_numbers(
     release, base, write_lora, name
 ):
+    """A new token would have an embedding and no row of the head, or the other way round."""
     folder, _ = write_lora()
     matrices = torch.load(folder / "adapter_model.bin")
     rows, width = weights_of(release["weights"])[name].shape
@@ -821,6 +852,7 @@ def test_one_table_that_grew_without_the_other_is_refused_with_both_numbers(
 
 
 def test_a_lora_of_a_larger_head_says_what_its_run_did(release, base, write_lora):
+    """A mismatch of shapes does not tell a user that the training run enlarged the vocabulary."""
     folder, _ = write_lora()
     matrices = torch.load(folder / "adapter_model.bin")
     rows, width = weights_of(release["weights"])[HEAD].shape
@@ -868,6 +900,8 @@ def test_a_model_saved_inside_peft_is_the_model(reference, tmp_path):
 
 
 def test_two_modules_that_peft_keeps_are_not_one(reference, tmp_path):
+    """One of two saved projectors would overwrite the other without an error."""
+
     def twice(name, tensor):
         yield name, tensor
         if "projector" in name:
@@ -882,6 +916,8 @@ def test_two_modules_that_peft_keeps_are_not_one(reference, tmp_path):
     "end", ["parametrizations.weight.original", "weight_orig", "weight_mask", "weight_g"]
 )
 def test_a_weight_that_is_computed_from_others_is_one_line(reference, tmp_path, end):
+    """A pruned or parametrised weight would be called missing, once for each layer."""
+
     def change(name, tensor):
         yield name.replace("q_proj.weight", f"q_proj.{end}"), tensor
 
@@ -894,6 +930,7 @@ def test_a_weight_that_is_computed_from_others_is_one_line(reference, tmp_path, 
 
 
 def test_a_bin_with_a_moving_average_says_which_is_read(reference, tmp_path):
+    """A user would not learn whether the trained weights or their moving average answer."""
     folder = shutil.copytree(reference / "plain", tmp_path / "model")
     tensors = load_file(folder / SINGLE_NAME)
     (folder / SINGLE_NAME).unlink()
@@ -935,6 +972,8 @@ def test_a_file_of_another_name_is_named(reference, tmp_path, name, step):
 
 
 def test_new_rows_are_the_mean_of_the_old(release):
+    """Rows of zeros or of noise for new tokens would change the logits of old ones, or make new
+    ones win."""
     assistant = load(**release)
     model, rows = assistant.model, assistant.model.config.text.vocab_size
     before = {name: w.clone() for name, w in model.state_dict().items()}
@@ -960,6 +999,7 @@ def test_new_rows_are_the_mean_of_the_old(release):
 
 
 def test_growth_in_half_precision_is_the_mean_of_float32():
+    """A sum in bfloat16 stops growing after a few hundred rows, and its mean is wrong."""
     table = (torch.randn(1000, 8) + 3).bfloat16()
     torch.testing.assert_close(
         grow_rows(table, 1001)[-1], table.double().mean(0).bfloat16(), rtol=0, atol=0
@@ -967,6 +1007,7 @@ def test_growth_in_half_precision_is_the_mean_of_float32():
 
 
 def test_tokens_around_pictures_grow_tokenizer_and_model(release, picture):
+    """A model trained with start and end tokens around pictures would be asked without them."""
     folder = release["weights"]
     rows = read_json(folder / "config.json")["vocab_size"]
     plain = load(**release)
@@ -984,6 +1025,7 @@ def test_tokens_around_pictures_grow_tokenizer_and_model(release, picture):
 
 
 def test_ids_come_from_added_tokens_json_when_they_are_there(release):
+    """New tokens would get ids that the files of the checkpoint give to others."""
     folder = release["weights"]
     path = folder / "tokenizer.model"
     pieces = Tokenizer(path).vocab_size
@@ -1050,12 +1092,14 @@ def cached(tmp_path, monkeypatch, reference) -> str:
 
 
 def test_an_id_finds_a_download(cached, picture, reference):
+    """A model that was downloaded would have to be given as the long path of its snapshot."""
     expected = logits(load(reference / "plain"), picture)
     for revision in (None, "main", "0123456789" * 4):
         assert torch.equal(logits(load(cached, revision=revision), picture), expected)
 
 
 def test_what_is_not_downloaded_says_how_to_get_it(cached, reference):
+    """A user who has not downloaded a model would get an error without the command that does."""
     with pytest.raises(
         FileNotFoundError, match="no such folder here, and no such model in the hub cache"
     ):
@@ -1071,6 +1115,8 @@ def test_what_is_not_downloaded_says_how_to_get_it(cached, reference):
 def test_the_command_line_takes_ids_and_parts(
     cached, capfd, picture, pretrain, base, release, monkeypatch
 ):
+    """An option of the command that does not reach load would be ignored without an error."""
+
     def run(*arguments: str) -> tuple[int, str]:
         status = main(["-i", str(picture), "-n", "2", "--dtype", "float32", "--json", *arguments])
         return status, capfd.readouterr().out

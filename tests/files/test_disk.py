@@ -62,6 +62,8 @@ def test_missing_rights_name_the_file_that_lacks_them_and_the_command(tmp_path, 
      (errno.ENAMETOOLONG, "choose a shorter name"), (errno.EMFILE, "too many files are open")],
 )  # fmt: skip
 def test_other_refusals_keep_the_system_s_words_and_get_a_step(number, step):
+    """A failed disk, a circle of links or a name that is too long would be reported without what to
+    do next."""
     told = str(refused("a.json", OSError(number, os.strerror(number))))
     assert told.startswith(f"a.json: {os.strerror(number)}; {step}")
 
@@ -70,6 +72,8 @@ def test_other_refusals_keep_the_system_s_words_and_get_a_step(number, step):
 
 
 def test_a_new_and_an_old_file_hold_what_was_written_and_nothing_else_is_left(tmp_path):
+    """A temporary file would stay beside the written one, or text that is not UTF-8 would end in a
+    traceback."""
     for content in ("first", b"second", "not UTF-8: \udcff"):
         write_whole(tmp_path / "a", content)
         assert names(tmp_path) == ["a"]
@@ -91,6 +95,8 @@ def test_a_link_keeps_leading_to_its_target(tmp_path):
 
 @posix
 def test_links_in_a_circle_are_an_error_with_the_name(tmp_path):
+    """Following links that lead in a circle would never end, or the error would not name the
+    file."""
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     for write in (check_writable, lambda path: write_whole(path, "")):
@@ -103,6 +109,8 @@ def test_links_in_a_circle_are_an_error_with_the_name(tmp_path):
 @posix
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o666])
 def test_an_existing_file_keeps_its_mode_and_a_new_one_follows_the_umask(tmp_path, mode):
+    """A file put in place of a private one would be readable by others, or lose what others may do
+    with it."""
     (tmp_path / "old").write_text("old")
     (tmp_path / "old").chmod(mode)
     before = os.umask(0o027)
@@ -118,6 +126,7 @@ def test_an_existing_file_keeps_its_mode_and_a_new_one_follows_the_umask(tmp_pat
 
 @posix
 def test_a_file_of_two_names_is_still_one_file(tmp_path):
+    """Replacing a file that has a second name would leave the old content under that name."""
     (tmp_path / "a").write_text("something long")
     os.link(tmp_path / "a", tmp_path / "b")
     write_whole(tmp_path / "a", "short")
@@ -142,6 +151,7 @@ def test_a_pipe_gets_the_content_and_stays_a_pipe(tmp_path):
 
 @posix
 def test_a_device_gets_the_content_and_stays_a_device():
+    """Writing to a terminal or /dev/null would replace the device by a file."""
     ours, theirs = os.openpty()
     try:
         write_whole(os.ttyname(theirs), "hello")
@@ -175,6 +185,7 @@ def test_an_open_file_by_its_number_is_written_where_it_stands(tmp_path, folder)
 
 @posix
 def test_a_pipe_whose_reader_left_has_given_what_was_wanted():
+    """A reader such as head, which stops early, would end the command with a broken pipe."""
     read, write = os.pipe()
     os.close(read)
     try:
@@ -184,6 +195,7 @@ def test_a_pipe_whose_reader_left_has_given_what_was_wanted():
 
 
 def test_what_the_disk_refuses_leaves_the_old_file_and_says_its_name(tmp_path, monkeypatch):
+    """A full disk would cost the user the old file, and leave half of the new one."""
     (tmp_path / "a").write_text("old")
 
     def full(*_):
@@ -214,6 +226,8 @@ def test_what_may_not_be_written_is_known_before_and_nothing_changes(tmp_path):
 
 
 def test_asking_whether_a_file_can_be_written_leaves_nothing(tmp_path):
+    """The check before a long run would leave an empty file behind, empty the old one, or refuse a
+    long name that can be written."""
     (tmp_path / "old").write_text("old")
     for name in ("old", "new", "ü" * 120):
         check_writable(tmp_path / name)
@@ -250,6 +264,7 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path):
 
 @pytest.mark.skipif(disk.fcntl is None, reason="an open file cannot be removed there")
 def test_what_another_run_is_writing_is_not_a_leftover(tmp_path):
+    """One run would delete the temporary file that another is still writing."""
     with _beside(tmp_path / "a", 0o666) as (_, temporary):
         write_whole(tmp_path / "a", "of another run")
         assert temporary.exists()
@@ -258,6 +273,7 @@ def test_what_another_run_is_writing_is_not_a_leftover(tmp_path):
 
 
 def test_runs_at_once_leave_one_whole_file(tmp_path):
+    """Two runs that write one file would leave a mixture of both."""
     contents = [bytes([i]) * 50_000 for i in range(8)]
     threads = [
         threading.Thread(target=write_whole, args=(tmp_path / "a", content)) for content in contents
@@ -275,6 +291,8 @@ def test_runs_at_once_leave_one_whole_file(tmp_path):
 
 @posix
 def test_the_same_file_by_every_spelling(tmp_path, monkeypatch):
+    """An input named by another spelling or a link would be overwritten as if it were another
+    file."""
     monkeypatch.chdir(tmp_path)
     Path("a").write_text("")
     Path("other").write_text("")
@@ -293,6 +311,8 @@ def test_the_same_file_by_every_spelling(tmp_path, monkeypatch):
 
 
 def test_an_error_of_the_system_is_a_name_what_happened_and_a_next_step():
+    """A user would see an error number, or a name with a line break in it, instead of one line that
+    says what to do."""
     found = explain(OSError(errno.ENOSPC, "No space left on device", "a.json"))
     assert found == "a.json: No space left on device; make room there, then repeat the command"
     assert explain(OSError(errno.EACCES, "Permission denied", b"a\nb")).startswith(
@@ -313,6 +333,8 @@ TEXT = "Où est 星?\nÀ gauche?"
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "le", "be"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_text_of_any_program_reads_the_same(encoding, end):
+    """Questions saved by Notepad or Excel would begin with a byte order mark, or end in a carriage
+    return."""
     text = TEXT.replace("\n", end)
     wide = {
         "le": b"\xff\xfe" + text.encode("utf-16-le"),
@@ -340,6 +362,8 @@ def test_text_of_any_program_reads_the_same(encoding, end):
     ],
 )
 def test_what_is_not_text_is_one_line_that_says_what_to_do(content, found):
+    """UTF-16 without a mark, or a picture in the place of a text, would be read as letters that
+    nobody wrote."""
     with pytest.raises(ValueError, match="save it as UTF-8") as caught:
         decode(content, "a.txt")
     assert found in str(caught.value)
@@ -347,11 +371,13 @@ def test_what_is_not_text_is_one_line_that_says_what_to_do(content, found):
 
 
 def test_another_encoding_is_tried_last():
+    """Text that is valid UTF-8 would be read as Latin-1 and show é as two letters."""
     assert decode(b"caf\xe9", "stdin", "latin-1") == "café"
     assert decode("café".encode(), "stdin", "latin-1") == "café"
 
 
 def test_a_line_that_is_not_utf_8_spoils_itself_alone():
+    """One bad line would end a run of many questions."""
     lines = list(read_lines(io.BytesIO(b"\xef\xbb\xbfone\ncaf\xe9\nthree"), "stdin"))
     assert lines == ["one", "caf\udce9", "three"]
     assert list(read_lines(io.BytesIO(b""), "stdin")) == []

@@ -59,6 +59,7 @@ def refusal(error: type[Exception], *arguments: str | None) -> str:
     ids=lambda r: str(r)[:10],
 )
 def test_a_snapshot_is_found_by_branch_tag_and_commit(cache, revision):
+    """A revision that the hub's own tools accept would not be found, though it is downloaded."""
     folder = store(cache, refs=("main", "v1.0", "refs/pr/1"))
     store(cache, SECOND, refs=("other",))
     assert find_snapshot(REPO, revision) == folder
@@ -66,6 +67,7 @@ def test_a_snapshot_is_found_by_branch_tag_and_commit(cache, revision):
 
 
 def test_a_branch_goes_before_the_commit_that_it_is_spelled_like(cache):
+    """A branch called abcd would give the commit that begins with these letters."""
     store(cache, SECOND, refs=())
     assert find_snapshot(REPO, "abcd").name == SECOND
     folder = store(cache, FIRST, refs=("abcd",))
@@ -81,6 +83,7 @@ def test_files_need_not_be_links(cache):
 
 @pytest.mark.parametrize("count", range(4))
 def test_the_cache_is_where_the_first_of_these_variables_says(monkeypatch, tmp_path, count):
+    """A model would not be found because we look in another folder than the download used."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     monkeypatch.setenv("SOMEWHERE", str(tmp_path / "some"))
@@ -93,6 +96,7 @@ def test_the_cache_is_where_the_first_of_these_variables_says(monkeypatch, tmp_p
 
 
 def test_without_variables_the_cache_is_in_the_home_folder(monkeypatch, tmp_path):
+    """Without any variable set, as for most users, the cache would not be found."""
     monkeypatch.delenv("HF_HUB_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
@@ -103,6 +107,8 @@ def test_without_variables_the_cache_is_in_the_home_folder(monkeypatch, tmp_path
 
 
 def test_what_is_not_there_names_the_folder_the_size_and_the_one_command(cache):
+    """A user would have to find out the download command, or learn only while it runs that it takes
+    14 GB."""
     repo = "llava-hf/llava-1.5-7b-hf"
     home = cache / "models--llava-hf--llava-1.5-7b-hf"
     command = f"put it there with: hf download {repo}"
@@ -141,6 +147,7 @@ def test_a_mistyped_folder_does_not_become_advice_to_download_a_strangers_model(
     ],
 )
 def test_a_mistyped_folder_leads_to_the_one_most_like_it(tmp_path, monkeypatch, given, meant):
+    """A mistyped path looks like a name on the hub: the advice was to download it."""
     monkeypatch.chdir(tmp_path)
     for name in ("shapes", "llava-1.5-7b", "empty"):
         (tmp_path / "weights" / name).mkdir(parents=True)
@@ -173,6 +180,7 @@ def test_each_folder_beside_the_weights_gets_its_own_advice(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("revision", ["v2", SECOND, "ffff", "ff", "refs", "refs/pr"])
 def test_another_revision_is_not_taken_for_the_one_asked_for(cache, revision):
+    """Another revision than the one asked for would answer, without a word."""
     store(cache, refs=("main", "refs/pr/1"))
     message = refusal(FileNotFoundError, REPO, revision)
     assert f"no revision {revision!r}" in message
@@ -180,11 +188,13 @@ def test_another_revision_is_not_taken_for_the_one_asked_for(cache, revision):
 
 
 def test_without_main_no_snapshot_is_guessed(cache):
+    """Some snapshot would be taken for the main branch because it is the only one there."""
     store(cache, refs=())
     assert "no revision 'main'" in refusal(FileNotFoundError, REPO)
 
 
 def test_an_abbreviation_of_two_commits_is_refused_naming_both(cache):
+    """One of two commits would be chosen by the order of the folder."""
     store(cache, SECOND, refs=())
     store(cache, THIRD, refs=())
     message = refusal(ValueError, REPO, "abcd")
@@ -195,6 +205,7 @@ def test_an_abbreviation_of_two_commits_is_refused_naming_both(cache):
 
 @pytest.mark.parametrize("damage", ["no file", "dangling link", "directory", "no snapshot", "loop"])
 def test_a_snapshot_without_config_json_says_so_and_how_to_finish_it(cache, damage):
+    """An interrupted download would be reported as a broken model, not as one to be finished."""
     folder = store(cache, files=("model.safetensors",))
     # a download that was interrupted: the blob is still called .incomplete
     if damage == "dangling link":
@@ -220,6 +231,7 @@ def test_a_snapshot_without_config_json_says_so_and_how_to_finish_it(cache, dama
     ["../../etc", f"../{FIRST}", "/etc", "", "main", FIRST + "0", FIRST.upper(), "\udc80"],
 )
 def test_a_reference_cannot_lead_out_of_the_snapshots(cache, content):
+    """A reference in the cache could have a folder anywhere on the disk read as a model."""
     store(cache)
     reference = cache / "models--org--name" / "refs" / "main"
     reference.write_bytes(content.encode("utf-8", "surrogateescape"))
@@ -246,6 +258,7 @@ def test_a_reference_cannot_lead_out_of_the_snapshots(cache, content):
     ],
 )
 def test_a_revision_cannot_lead_out_of_the_references(cache, revision):
+    """A revision that is a path would read a file anywhere on the disk."""
     store(cache)
     (cache / "models--org--name" / "x").write_text(FIRST, encoding="utf-8")
     message = refusal(ValueError, REPO, revision)
@@ -262,16 +275,19 @@ NO_REPOS = [
 
 @pytest.mark.parametrize("repo", NO_REPOS)
 def test_what_is_no_name_on_the_hub_is_refused(repo):
+    """A path or a URL would be looked for in the cache as if it were a name on the hub."""
     assert not is_repo_id(repo)
     assert "expected ORG/NAME" in refusal(ValueError, repo)
 
 
 def test_an_adapter_needs_no_config_json(cache):
+    """A downloaded adapter, which has no config.json, would be called an unfinished download."""
     folder = store(cache, files=("adapter_config.json",))
     assert find_snapshot(REPO) == folder
 
 
 def test_a_path_that_exists_is_no_repo_id(tmp_path, monkeypatch):
+    """A folder of the user's that is spelled ORG/NAME would be looked for on the hub."""
     monkeypatch.chdir(tmp_path)
     assert is_repo_id("weights/mine")
     Path("weights").mkdir()
@@ -294,6 +310,7 @@ def huggingface_hub():
 @pytest.mark.parity
 @pytest.mark.parametrize("revision", [None, "v1.0", "refs/pr/1", FIRST, SECOND, THIRD, "v2"])
 def test_huggingface_hub_finds_the_same(cache, huggingface_hub, revision):
+    """A model that huggingface_hub has downloaded would not be found, or another revision of it."""
     store(cache, refs=("main", "refs/pr/1"))
     store(cache, SECOND, refs=("v1.0",))
     options = {"revision": revision, "cache_dir": cache}

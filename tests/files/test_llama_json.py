@@ -67,6 +67,8 @@ def folder(tmp_path, raw):
 
 
 def test_it_cuts_as_sentencepiece_does(raw):
+    """The same text would get other ids from tokenizer.json than from tokenizer.model, and the
+    model would answer worse."""
     model, ours = SentencePieceProcessor(model_file=str(MODEL)), LlamaPieces(MODEL, raw)
     for text in texts(3000):
         assert ours.encode(text) == model.encode(text), repr(text)
@@ -80,6 +82,8 @@ def test_it_cuts_as_sentencepiece_does(raw):
 
 
 def test_it_cuts_as_llamas_own_32000_pieces(llama_tokenizer):
+    """A mistake that shows only with Llama's large vocabulary would pass the small one of the
+    tests."""
     model = SentencePieceProcessor(model_file=str(llama_tokenizer))
     ours = LlamaPieces(llama_tokenizer, as_json(model))
     for text in texts(1000):
@@ -88,6 +92,7 @@ def test_it_cuts_as_llamas_own_32000_pieces(llama_tokenizer):
 
 @pytest.mark.parity
 def test_it_cuts_as_the_library_that_the_file_is_written_for(raw):
+    """A tokenizer.json would be cut otherwise than by tokenizers, the library that wrote it."""
     tokenizers = pytest.importorskip("tokenizers")
     theirs, ours = tokenizers.Tokenizer.from_str(json.dumps(raw)), LlamaPieces(MODEL, raw)
     for text in texts(3000):
@@ -95,6 +100,7 @@ def test_it_cuts_as_the_library_that_the_file_is_written_for(raw):
 
 
 def test_merges_are_pairs_or_texts(raw):
+    """Files of newer releases, which write a merge as a pair, would be refused."""
     pairs = {**raw["model"], "merges": [m.split(" ") for m in raw["model"]["merges"]]}
     text = "a small purple ring at the top right"
     ids = LlamaPieces(MODEL, raw).encode(text)
@@ -145,6 +151,8 @@ def test_the_form_without_a_space_after_tokens(folder, raw):
     ],
 )
 def test_another_form_or_a_damaged_file_is_one_line(folder, raw, change, message):
+    """A tokenizer.json of another family would be read as Llama's and give wrong ids without an
+    error."""
     for key, value in change.items():
         *outer, name = key.split(".")
         (raw["model"] if outer else raw)[name] = value

@@ -93,6 +93,8 @@ def complaint(folder) -> str:
     ids=lambda files: "+".join(files),
 )  # fmt: skip
 def test_every_file_that_names_a_token_is_read(folder, files):
+    """A token named in one of the files only would be cut into letters, which the model was never
+    trained on."""
     for name, content in files.items():
         write(folder, name, content)
     assistant = minillava.load(folder, device="cpu", dtype="float32")
@@ -101,6 +103,8 @@ def test_every_file_that_names_a_token_is_read(folder, files):
 
 
 def test_flags_come_from_the_file_that_has_them(folder):
+    """added_tokens.json has ids without flags: a token would lose that it takes spaces with it, or
+    be shown in answers."""
     write(folder, "added_tokens.json", {"<box>": 442})
     entry = {"id": 442, "content": "<box>", **PLAIN, "rstrip": True, "special": True}
     write(folder, "tokenizer.json", {"added_tokens": [entry]})
@@ -110,6 +114,8 @@ def test_flags_come_from_the_file_that_has_them(folder):
 
 
 def test_special_tokens_map_makes_a_token_special(folder):
+    """A special token would be shown in an answer, or a merely special one could not be written in
+    a question."""
     write(folder, "added_tokens.json", {"<box>": 442, "<end>": 443})
     write(
         folder,
@@ -144,6 +150,7 @@ def test_holes_and_a_pad_token_without_a_row_are_harmless(folder):
 
 
 def test_a_control_piece_may_have_another_name(folder):
+    """The name that a checkpoint gives to one of the first pieces would be cut into letters."""
     write(
         folder,
         "tokenizer_config.json",
@@ -189,6 +196,7 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_files_that_contradict_get_one_error_that_names_one(folder, kind):
+    """Of two files that give a token different ids, one would win without an error."""
     files, expected = WRONG[kind]
     for name, content in files.items():
         write(folder, name, content)
@@ -261,6 +269,7 @@ def test_another_family_is_not_sent_to_llama_2(folder):
     "vocabulary", [[["▁the", -3.5], ["</s>", 0]], {"[UNK]": 0, "the": 1}], ids=["T5", "BERT"]
 )
 def test_other_models_than_bpe_are_another_kind(folder, vocabulary):
+    """A tokenizer.json of T5 or BERT would end in a traceback of code that expects merges."""
     (folder / "tokenizer.model").unlink()
     write(folder, "tokenizer.json", {"model": {"vocab": vocabulary}})
     assert ANOTHER in complaint(folder)
@@ -285,6 +294,8 @@ def test_files_of_other_tokenizers(folder, name, copied):
 @pytest.mark.parametrize("copied", [False, True], ids=["as downloaded", "tokenizer.model copied"])
 @pytest.mark.parametrize("name", ["Qwen2Tokenizer", "GemmaTokenizerFast", "T5Tokenizer"])
 def test_the_class_of_another_tokenizer(folder, name, copied):
+    """The advice to copy Llama's tokenizer.model would be given for a model of another family,
+    where it yields nonsense."""
     if not copied:
         (folder / "tokenizer.model").unlink()
     write(folder, "tokenizer_config.json", {"tokenizer_class": name})
@@ -298,6 +309,7 @@ def test_the_class_of_another_tokenizer(folder, name, copied):
 
 @pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "TokenizersBackend"])
 def test_a_class_of_any_family_needs_the_file_that_says_which(folder, name):
+    """A class that any family uses would be taken for Llama's by guess."""
     raw = llama_2(folder)
     write(folder, "tokenizer_config.json", {"tokenizer_class": name})
     said = f"tokenizer_class is {name}, which may be of any family; download the tokenizer.json"
@@ -325,6 +337,7 @@ def test_another_frame_around_a_prompt_is_refused(folder, settings, said):
 
 
 def test_the_usual_frame_may_be_stated(folder):
+    """A folder that states what is the default anyway would be refused."""
     stated = {"add_bos_token": True, "add_eos_token": None, "bos_token": "<s>", "eos_token": "</s>"}
     write(folder, "tokenizer_config.json", stated)
     assert minillava.load(folder, device="cpu").tokenizer.encode("")[:1] == [1]
@@ -338,6 +351,8 @@ def test_the_usual_frame_may_be_stated(folder):
     ],
 )
 def test_a_sentencepiece_model_of_another_family(folder, settings, said):
+    """T5's tokenizer.model is a SentencePiece model, too: it would load and give ids that mean
+    other words."""
     texts, model = ["the red star is on the left", "a b"] * 50, io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, vocab_size=60, hard_vocab_limit=False,
@@ -356,6 +371,8 @@ def test_a_tiktoken_vocabulary_of_the_same_name(folder):
 
 
 def test_llama_2_s_own_tokenizer_json_keeps_the_advice(folder):
+    """Users of Llama 2, whose tokenizer.model can be copied, would be told that their model is of
+    another family."""
     raw = llama_2(folder)
     (folder / "tokenizer.model").unlink()
     write(folder, "tokenizer.json", raw)
@@ -365,6 +382,7 @@ def test_llama_2_s_own_tokenizer_json_keeps_the_advice(folder):
 
 
 def test_a_vocabulary_that_no_known_tokenizer_model_has(folder):
+    """A user with a Llama 3 model would look for a tokenizer.model that does not exist."""
     (folder / "tokenizer.model").unlink()
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["vocab_size"] = 128_320
@@ -376,6 +394,7 @@ def test_a_vocabulary_that_no_known_tokenizer_model_has(folder):
 
 
 def test_a_tokenizer_model_that_was_copied_to_a_model_of_another_kind(folder):
+    """A copied tokenizer.model would hide that the folder's own tokenizer is of another kind."""
     write(folder, "tokenizer.json", byte_level())
     message = complaint(folder)
     assert ANOTHER in message and "tokenizer.model is not its own" in message
@@ -396,6 +415,7 @@ def test_a_tokenizer_model_of_the_same_family_but_of_another_model(folder):
 
 
 def test_its_own_tokenizer_json_is_no_hindrance(folder):
+    """The check against copied tokenizers would refuse Llama 2's own pair of files."""
     write(folder, "tokenizer.json", llama_2(folder) | fast(box=447))
     assert minillava.load(folder, device="cpu").tokenizer.encode("<box>") == [1, 447]
 
@@ -438,6 +458,8 @@ def test_an_adapter_brings_the_tokenizer_of_its_run(folder, tmp_path):
 
 
 def test_load_and_inspect_take_the_adapter_s_tokenizer(folder, tmp_path):
+    """Tokens that an adapter was trained with would be cut into letters, or inspect would not show
+    them."""
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     name = "base_model.model.language_model.model.layers.0.self_attn.q_proj"

@@ -1476,12 +1476,15 @@ def chosen(cases: list[Case]) -> list[int]:
 
 
 def test_there_are_more_than_a_thousand_cases(bench):
+    """A mistake in how cases are collected would empty the fuzz test, and it would pass."""
     assert sum(len(bench.cases(group)) for group in GROUPS) > 1000
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs pipes and links")
 @pytest.mark.parametrize("group", GROUPS)
 def test_damage_gets_the_right_answer_or_one_clear_error(group, runner, bench, table):
+    """Damaged files and odd inputs would end in a traceback, a hang or a wrong answer without an
+    error."""
     cases = bench.cases(group)
     wrong, counts = [], {}
     for number in chosen(cases):
