@@ -94,12 +94,14 @@ def stdin(monkeypatch):
 
 
 def test_stdout_is_the_answer_and_nothing_else(answer, assistant):
+    """A note or a blank line on stdout would become part of the answer in a script."""
     expected = assistant.ask(PICTURE, QUESTION, max_new_tokens=LENGTH)
     assert expected.strip()
     assert answer("-i", PICTURE, "-p", QUESTION) == expected + "\n"
 
 
 def test_without_a_question_the_picture_is_described(result):
+    """A picture alone would be refused, or asked another question than --help promises."""
     assert result("-i", PICTURE) == {
         **result("-i", PICTURE, "-p", DEFAULT_PROMPT),
         "seed": ANY,
@@ -108,10 +110,12 @@ def test_without_a_question_the_picture_is_described(result):
 
 
 def test_without_a_picture_it_is_a_language_model(answer, assistant):
+    """A question without a picture would be refused, or get a picture's mark in its prompt."""
     assert answer("-p", QUESTION) == assistant.ask(None, QUESTION, max_new_tokens=LENGTH) + "\n"
 
 
 def test_json_agrees_with_the_plain_run(result, answer, assistant):
+    """--json would give another answer than the plain run, or lose one of its fields."""
     found = result("-i", PICTURE, "-p", QUESTION)
     first = ["text", "ids", "finish_reason"]
     assert list(found) == [*first, "answers", "prompt", "seed", "timings"]
@@ -126,6 +130,7 @@ def test_json_agrees_with_the_plain_run(result, answer, assistant):
 
 
 def test_json_is_one_line_of_valid_json_whatever_the_model_says(answer):
+    """Quotes or newlines would break the JSON, or its letters would be escaped beyond reading."""
     out = answer("--json", "-i", PICTURE, "-p", "Ünïcode “quotes” \\ and \n newlines")
     assert out.count("\n") == 1
     assert "Ünïcode" in out  # readable, not escaped
@@ -133,6 +138,7 @@ def test_json_is_one_line_of_valid_json_whatever_the_model_says(answer):
 
 
 def test_the_end_token_ends_the_answer(result, folder):
+    """The model's own end token would be ignored, so that it talks on."""
     ids = result("-i", PICTURE, "-p", QUESTION)["ids"]
     end = next(i for i in ids if i != ids[0])
     (folder / "generation_config.json").write_text(
@@ -144,18 +150,21 @@ def test_the_end_token_ends_the_answer(result, folder):
 
 
 def test_a_stop_text_ends_the_answer_and_is_cut_from_it(result):
+    """The stop text would stay in the answer, or only the last --stop would count."""
     text = result("-i", PICTURE, "-p", QUESTION)["text"]
     found = result("-i", PICTURE, "-p", QUESTION, "--stop", "never said", "--stop", text[2])
     assert (found["text"], found["finish_reason"]) == (text[: text.index(text[2])], "stop")
 
 
 def test_print_prompt_shows_the_exact_prompt_on_stderr(run, answer, assistant):
+    """--print-prompt would mix the prompt into the answer, or show one that was not asked."""
     status, out, err = run("-i", PICTURE, "-p", QUESTION, "--print-prompt")
     assert (status, out) == (0, answer("-i", PICTURE, "-p", QUESTION))
     assert err == assistant.prompt(QUESTION) + "\n"
 
 
 def test_template_and_system_shape_the_prompt(result):
+    """--system "" would be taken for no --system, so that the template's text stays."""
     template = TEMPLATES["vicuna_v1"]
     found = result("-i", PICTURE, "-p", QUESTION, "--template", "vicuna_v1")["prompt"]
     assert found == f"{template.system} USER: <image>\n{QUESTION} ASSISTANT:"
@@ -168,6 +177,7 @@ def test_template_and_system_shape_the_prompt(result):
 
 
 def test_the_aspect_ratio_reaches_the_pixels(result, folder):
+    """--image-aspect-ratio would be accepted and the picture padded all the same."""
     wide = str(REFERENCE / "pictures" / "landscape.png")
     answers = {
         aspect: result("-i", wide, "-p", QUESTION, "--image-aspect-ratio", aspect)["ids"]
@@ -178,6 +188,7 @@ def test_the_aspect_ratio_reaches_the_pixels(result, folder):
 
 
 def test_verbose_tells_every_stage_on_stderr(run, answer):
+    """--verbose would change the answer, or leave out a stage that took the time."""
     status, out, err = run("-i", PICTURE, "-p", QUESTION, "--verbose")
     assert (status, out) == (0, answer("-i", PICTURE, "-p", QUESTION))
     stages = [re.match(r"(\w+) +(\d+\.\d{3}) s  (.+)", line) for line in err.splitlines()]
@@ -264,6 +275,7 @@ def test_verbose_tells_every_stage_on_stderr(run, answer):
     ],
 )
 def test_every_spelling_of_a_flag_means_the_same(answer, arguments):
+    """A command copied from LLaVA would be refused for an underscore or an old flag's name."""
     expected = answer("-i", PICTURE, "-p", QUESTION)
     assert (
         answer(*arguments, base=["--device", "cpu", "--dtype", "float32"], weights=None) == expected
@@ -272,22 +284,26 @@ def test_every_spelling_of_a_flag_means_the_same(answer, arguments):
 
 @pytest.mark.parametrize("question", ["snake_case", "--what_is this_thing", "a=b_c"])
 def test_underscores_are_forgiven_in_flags_and_kept_in_questions(result, question):
+    """The underscores of a question would become dashes like those of a flag."""
     assert question in result("-p", question)["prompt"]
     assert question in result(f"--prompt={question}")["prompt"]
 
 
 def test_a_picture_from_stdin(result, stdin):
+    """`-i -` would look for a file named -, or read the picture as text."""
     stdin(Path(PICTURE).read_bytes())
     assert result("-i", "-", "-p", QUESTION)["ids"] == result("-i", PICTURE, "-p", QUESTION)["ids"]
 
 
 def test_a_picture_from_a_data_url(result):
+    """A picture inside a data URL would be taken for a path."""
     url = "data:image/png;base64," + base64.b64encode(Path(PICTURE).read_bytes()).decode()
     assert result("-i", url, "-p", QUESTION)["ids"] == result("-i", PICTURE, "-p", QUESTION)["ids"]
 
 
 @pytest.mark.parametrize("content", [QUESTION, QUESTION + "\n"])
 def test_a_question_from_stdin_without_the_newline_that_ends_its_line(result, stdin, content):
+    """The newline that ends a piped question would go into the prompt."""
     stdin(content.encode())
     assert (
         result("-i", PICTURE, "-p", "-")["prompt"]
@@ -296,6 +312,7 @@ def test_a_question_from_stdin_without_the_newline_that_ends_its_line(result, st
 
 
 def test_several_pictures_go_before_the_question_in_order(result, assistant):
+    """Of several pictures only the last would be used, or their order turned around."""
     found = result("-i", PICTURE, "--image", OTHER, "-p", QUESTION, "-q")
     assert f"USER: <image>\n<image>\n{QUESTION}" in found["prompt"]
     text = assistant.ask([PICTURE, OTHER], QUESTION, max_new_tokens=LENGTH)
@@ -303,6 +320,7 @@ def test_several_pictures_go_before_the_question_in_order(result, assistant):
 
 
 def test_pictures_go_where_the_question_places_them(result):
+    """Pictures that the question places itself would be put in front of it once more."""
     question = "<image> or <image>: which is brighter?"
     assert (
         f"USER: {question} ASSISTANT:"
@@ -319,6 +337,7 @@ def test_several_pictures_get_a_note_once(run):
 
 
 def test_an_original_release_with_the_clip_it_needs(result, tmp_path, write_dialect):
+    """--vision-tower would not reach the loader, so that an original release cannot be opened."""
     options = write_dialect("original-bare", tmp_path)
     arguments = ["-i", PICTURE, "-p", QUESTION, "--vision_tower", options["vision_tower"]]
     assert (
@@ -328,6 +347,7 @@ def test_an_original_release_with_the_clip_it_needs(result, tmp_path, write_dial
 
 
 def test_weights_from_the_environment_unless_given(result, monkeypatch, tmp_path):
+    """The environment's weights would win over those given by hand."""
     expected = result("-i", PICTURE, "-p", QUESTION)["ids"]
     monkeypatch.setenv(WEIGHTS_VARIABLE, WEIGHTS)
     assert result("-i", PICTURE, "-p", QUESTION, weights=None)["ids"] == expected
@@ -339,6 +359,7 @@ def test_weights_from_the_environment_unless_given(result, monkeypatch, tmp_path
 def test_without_weights_it_takes_the_bundled_ones_and_says_how_to_get_others(
     run, monkeypatch, bundled
 ):
+    """A user without --weights would take the toy's answer for LLaVA's, or not know what to get."""
     monkeypatch.setattr("minillava.checkpoint.folders.bundled_weights", lambda: bundled)
     status, out, err = run("-i", PICTURE, weights=None)
     assert (status, bool(out)) == ((1, False) if bundled is None else (0, True))
@@ -354,6 +375,7 @@ def test_without_weights_it_takes_the_bundled_ones_and_says_how_to_get_others(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_contrast_says_what_the_library_says(run, method):
+    """--contrast would take another beta or seed than the library, so that the answers differ."""
     assistant = minillava.load(WEIGHTS, device="cpu", dtype="float32")
     expected = assistant.ask(
         PICTURE, QUESTION, max_new_tokens=LENGTH, seed=1, contrast=METHODS[method](beta=0.05)
@@ -365,6 +387,7 @@ def test_contrast_says_what_the_library_says(run, method):
 
 
 def test_the_contrast_log_tells_what_each_token_was_chosen_from(run, tmp_path):
+    """The log would miss a token, or stay torn beside its own temporary file."""
     path = tmp_path / "log.jsonl"
     arguments = [
         "-i",
@@ -420,12 +443,14 @@ def test_the_contrast_log_tells_what_each_token_was_chosen_from(run, tmp_path):
     ],
 )
 def test_wrong_use_of_contrast(run, arguments, parts):
+    """A flag of another method would be ignored without a word."""
     status, out, err = run("-i", PICTURE, *arguments)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert all(part in err for part in parts)
 
 
 def test_contrast_needs_a_picture(run):
+    """Without a picture there is nothing to contrast with, and the answer would be the plain one."""
     status, _, err = run("-p", QUESTION, "--contrast", "m3id")
     assert (status, "--image" in err, err.count("\n")) == (2, True, 1)
 
@@ -434,6 +459,7 @@ def test_contrast_needs_a_picture(run):
 
 
 def test_a_seed_makes_samples_reproducible(result):
+    """The same seed would give another sample once something else drew random numbers."""
     sample = lambda *more: result("-i", PICTURE, "-p", QUESTION, "--temperature", "1.5", *more)  # noqa: E731
     first = sample("--seed", "1")
     torch.rand(3)  # whatever else draws random numbers in this process
@@ -464,6 +490,7 @@ def test_the_filters_reach_the_choice(result):
 
 
 def test_the_other_filters_reach_the_choice(result, assistant):
+    """A penalty or filter would be accepted and change nothing."""
     # what was said is likely to be said again
     again = ["-i", PICTURE, "-p", QUESTION, "--repetition-penalty", "0.3"]
     prompt = set(assistant.tokenizer.encode(assistant.prompt(QUESTION)))
@@ -474,6 +501,7 @@ def test_the_other_filters_reach_the_choice(result, assistant):
 
 
 def test_min_new_tokens_bars_the_end(result, folder):
+    """--min-new-tokens would be ignored where the model ends at once."""
     ids = result("-i", PICTURE, "-p", QUESTION)["ids"]
     (folder / "generation_config.json").write_text(
         json.dumps({"eos_token_id": ids[0]}), encoding="utf-8"
@@ -490,6 +518,7 @@ def test_min_new_tokens_bars_the_end(result, folder):
 
 
 def test_beams_say_what_the_library_says(result, answer, assistant):
+    """--num-beams would search with other settings than the library, or show no score."""
     expected = assistant.ask(
         PICTURE, QUESTION, max_new_tokens=LENGTH, num_beams=3, length_penalty=0.5
     )
@@ -506,6 +535,7 @@ def test_beams_say_what_the_library_says(result, answer, assistant):
 
 @pytest.mark.parametrize("how", [["--num-beams", "4"], ["--temperature", "1.3", "--seed", "5"]])
 def test_several_answers_are_printed_with_an_empty_line_between_them(result, answer, how):
+    """Several answers would run into one another, or all be the same."""
     arguments = ["-i", PICTURE, "-p", QUESTION, "--num-return-sequences", "3", *how]
     found = result(*arguments)
     assert {name: found[name] for name in found["answers"][0]} == found["answers"][0]
@@ -517,6 +547,7 @@ def test_several_answers_are_printed_with_an_empty_line_between_them(result, ans
 
 
 def test_several_answers_end_each_at_its_own_end(result, folder):
+    """An answer that ended early would carry on as long as the longest one."""
     arguments = [
         "-i",
         PICTURE,
@@ -548,6 +579,7 @@ def test_several_answers_end_each_at_its_own_end(result, folder):
     "how", [[], ["--num-beams", "3"], ["--temperature", "0.5", "--repetition-penalty", "2"]]
 )
 def test_log_probabilities_are_those_of_the_raw_logits(result, assistant, how):
+    """--logprobs would tell what filters and temperature left, not what the model thinks."""
     found = result("-i", PICTURE, "-p", QUESTION, "--logprobs", "3", *how)
     ids = assistant.tokenizer.encode(found["prompt"])
     exact, pixels = stored(dtype="float64").model, assistant.image_processor([PICTURE]).double()
@@ -574,6 +606,7 @@ def test_log_probabilities_are_those_of_the_raw_logits(result, assistant, how):
 
 
 def test_an_id_without_a_piece_is_shown_as_its_number(result, assistant):
+    """An id that the tokenizer lacks would end --logprobs with an error."""
     everything = result("-i", PICTURE, "-p", QUESTION, "-n", "1", "--logprobs", "99999")["tokens"][
         0
     ]["top"]
@@ -605,6 +638,7 @@ def test_a_small_model_takes_one_thread_unless_the_user_says_how_many(
 
 
 def test_verbose_tells_of_the_search(run):
+    """A beam search would be reported as the stages of greedy decoding."""
     lines = run("-i", PICTURE, "-p", QUESTION, "--num-beams", "3", "--verbose")[2].splitlines()
     assert [line.split()[0] for line in lines] == ["load", "encode", "search"]
     assert "3 beams" in lines[-1]
@@ -650,6 +684,7 @@ def test_every_option_has_a_flag_in_help(run):
 
 
 def test_help_names_every_flag(run):
+    """A flag or one of its choices would be missing from --help."""
     status, out, err = run("--help")
     assert (status, err) == (0, "")
     assert {flag for group in FLAGS.values() for flag in group} <= set(
@@ -666,11 +701,13 @@ def test_help_names_every_flag(run):
 
 
 def test_every_flag_has_a_help_text():
+    """A flag would stand in --help without a word about what it does."""
     for action in parsers.generate_parser()._actions:
         assert action.help, action.option_strings
 
 
 def test_the_defaults_are_those_of_options_and_help_shows_them(run):
+    """The command's default would drift from the library's, or from the one --help names."""
     arguments = vars(parsers.generate_parser().parse_args([]))
     defaults = Options()
     for name in Options.__dataclass_fields__:
@@ -690,6 +727,7 @@ def test_the_defaults_are_those_of_options_and_help_shows_them(run):
 
 
 def test_the_examples_of_help_are_valid_commands(run):
+    """An example in --help would be refused by the command itself."""
     lines = [
         line.strip()
         for line in run("--help")[1].splitlines()
@@ -757,6 +795,7 @@ def test_stdin_at_a_terminal_says_that_it_is_awaited(run, monkeypatch, flag, wha
     ],
 )  # fmt: skip
 def test_lists_of_numbers(text, numbers):
+    """`--layer 0,2-4` would leave out the end of a range, or take a layer twice."""
     assert number_list(text) == numbers
 
 
@@ -764,11 +803,13 @@ def test_lists_of_numbers(text, numbers):
     "text", ["", "x", "1,", ",1", "3-2", "-1", "1-2-3", "1.5", "0-99999999", "1;2", "all,1"]
 )
 def test_what_is_no_list_of_numbers(text):
+    """A mistyped list would be taken for another one, or fill the memory."""
     with pytest.raises(argparse.ArgumentTypeError, match="is not like 3 or 0,2-4 or all"):
         number_list(text)
 
 
 def test_version(run):
+    """`--version` would ask for a picture, or name another version than the package."""
     assert run("--version")[:2] == (0, f"minillava {minillava.__version__}\n")
 
 
@@ -809,6 +850,7 @@ def test_version(run):
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )
 def test_wrong_usage_is_one_line_and_status_2(run, arguments, found):
+    """A flag that cannot act would be ignored, or its error be a traceback or a screen of usage."""
     status, out, err = run(*arguments)
     assert (status, out) == (2, "")
     assert err.startswith("error: ")
@@ -1075,6 +1117,7 @@ FAILURES = [
 def test_a_failure_is_one_line_that_names_it_and_the_next_step(
     run, folder, monkeypatch, damage, name, found, step
 ):
+    """A damaged file or picture would end in a traceback that names neither it nor a way out."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "stdin", sys.stdin)  # some of them replace it
     arguments = damage(folder) or ["-i", PICTURE, "-p", QUESTION]
@@ -1090,6 +1133,7 @@ def test_a_failure_is_one_line_that_names_it_and_the_next_step(
 
 
 def test_verbose_shows_where_a_failure_comes_from(run, folder):
+    """--verbose would hide the traceback that a report of a bug needs."""
     status, out, err = run("-m", folder, *picture_missing(folder), "--verbose")
     assert (status, out) == (1, "")
     assert "Traceback (most recent call last)" in err
@@ -1098,6 +1142,7 @@ def test_verbose_shows_where_a_failure_comes_from(run, folder):
 
 
 def test_one_line_for_many_wrong_tensors_and_verbose_for_all(run, folder):
+    """A wrong config would print hundreds of tensors, or hide all but one for good."""
     several_wrong_keys(folder)
     _, _, short = run("-i", PICTURE, weights=str(folder))
     assert "(5 more like it: --verbose lists them)" in short
@@ -1108,6 +1153,8 @@ def test_one_line_for_many_wrong_tensors_and_verbose_for_all(run, folder):
 
 
 def test_a_bug_says_that_it_is_one(run, monkeypatch):
+    """A bug of ours would read like a mistake of the user."""
+
     def broken(*_, **__):
         raise KeyError("oops")
 
@@ -1157,6 +1204,7 @@ def test_a_system_text_and_a_stop_text_of_windows_are_those_typed(result, around
 
 
 def test_lines_inside_a_question_end_as_ours_do(result, stdin):
+    """Carriage returns inside a piped question would be tokens of their own."""
     expected = result("-i", PICTURE, "-p", "one\ntwo\nthree\n")["prompt"]
     stdin(b"one\r\ntwo\rthree\r\n\r\n")
     assert result("-i", PICTURE, "-p", "-")["prompt"] == expected
@@ -1166,6 +1214,7 @@ def test_lines_inside_a_question_end_as_ours_do(result, stdin):
     "content", [b"What\0?", b"caf\xe9?", "What?".encode("utf-16-le"), b"\xff\xfe?"]
 )
 def test_stdin_that_is_not_text_is_one_line(run, stdin, content):
+    """Bytes that are not UTF-8 would be a traceback, or go garbled into the prompt."""
     stdin(content)
     status, out, err = run("-i", PICTURE, "-p", "-")
     assert (status, out, err.count("\n")) == (1, "", 1)
@@ -1200,6 +1249,7 @@ def test_without_stderr_the_answer_is_alone_on_stdout(answer, capsys, monkeypatc
 
 
 def test_without_stdout_there_is_one_line_and_no_work(capsys, monkeypatch):
+    """With stdout closed the model would work for minutes on an answer that nobody gets."""
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(
         "minillava.assistant.load", lambda *_, **__: pytest.fail("opened the model")
@@ -1213,6 +1263,7 @@ def test_without_stdout_there_is_one_line_and_no_work(capsys, monkeypatch):
 
 
 def test_without_stdin_the_question_is_empty(run, monkeypatch):
+    """With stdin closed `-p -` would be a traceback."""
     monkeypatch.setattr(sys, "stdin", None)
     status, out, err = run("-i", PICTURE, "-p", "-")
     assert (status, out, "the question is empty" in err) == (1, "", True)
@@ -1223,6 +1274,7 @@ def test_without_stdin_the_question_is_empty(run, monkeypatch):
 def test_a_full_disk_under_stderr_costs_nothing_and_under_stdout_the_answer(
     answer, capsys, monkeypatch
 ):
+    """A full disk under the notes would cost the answer; one under the answer would exit with 0."""
     expected = answer("-i", PICTURE, "-p", QUESTION)
     arguments = ["-m", WEIGHTS, *BASE, "-i", PICTURE, "-p", QUESTION, "-v"]
     with monkeypatch.context() as patch, open("/dev/full", "w") as full:
@@ -1371,6 +1423,7 @@ def test_a_minus_is_stdout_or_refused_and_a_tilde_is_home(monkeypatch, tmp_path,
 
 
 def test_two_outputs_are_two_files(check, tmp_path):
+    """Two outputs given one file by two names would overwrite each other."""
     (tmp_path / "there").write_text("")
     os.link(tmp_path / "there", tmp_path / "hard")
     (tmp_path / "dangling").symlink_to("absent")
@@ -1383,6 +1436,7 @@ def test_two_outputs_are_two_files(check, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
 def test_that_a_file_can_be_written_is_known_before_the_work(check, tmp_path):
+    """A folder without write permission would be noticed after the work."""
     (tmp_path / "closed").mkdir(0o555)
     status, err = check([tmp_path / "closed" / "a.json"])
     assert (status, err.count("\n")) == (1, 1)
@@ -1416,6 +1470,7 @@ def test_an_output_that_fails_keeps_neither_the_answer_nor_the_others(run, tmp_p
 
 
 def test_as_a_command_the_answer_is_on_stdout_and_errors_are_on_stderr(answer):
+    """In a process of its own the command would print warnings, or errors on stdout."""
     good = start("minillava.generate", "-m", WEIGHTS, *BASE, "-i", PICTURE, "-p", QUESTION)
     bad = start("minillava.generate", "-m", WEIGHTS, *BASE, "-i", "nowhere.png")
     out, err = good.communicate(timeout=60)
@@ -1449,6 +1504,7 @@ def endless(folder) -> list[str]:
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_keeps_what_was_printed_and_exits_130(endless, answer):
+    """Ctrl-C would show a traceback, or take back the words already printed."""
     process = start("minillava.generate", *endless)
     first = os.read(process.stdout.fileno(), 1)
     process.send_signal(signal.SIGINT)

@@ -115,6 +115,7 @@ def command(*args: object, capsys) -> tuple[int, str]:
 def test_every_layout_becomes_every_other_and_answers_the_same(
     tmp_path, write_dialect, dialect, to
 ):
+    """A converted model would give other answers than the one it was made from."""
     options = write_dialect(dialect, tmp_path / "source", shards=2)
     source, tower = options["weights"], options.get("vision_tower")
     target = tmp_path / "new" / "target"
@@ -160,6 +161,7 @@ def test_every_layout_becomes_every_other_and_answers_the_same(
 
 @pytest.mark.parametrize("dialect", ["hub", "buffers", "original", "original-bare"])
 def test_safetensors_keeps_names_files_and_every_tensor(tmp_path, write_dialect, dialect):
+    """--to safetensors would rename a tensor, or leave the tokenizer behind."""
     source = write_dialect(dialect, tmp_path / "source")["weights"]
     expected = held(source)
     torch.save(expected, source / "pytorch_model.bin")
@@ -196,6 +198,7 @@ def test_bin_shards_with_tensors_that_share_their_bytes(tmp_path, write_dialect)
 
 @pytest.mark.parametrize("name", ["plain", "grouped", "tied"])
 def test_to_the_original_and_back_is_where_it_came_from(tmp_path, name):
+    """A way there and back would lose a tensor, a config's field or a special token."""
     source = REFERENCE / name
     convert(source, tmp_path / "original", "original")
     convert(tmp_path / "original", tmp_path / "back", "hf")
@@ -267,6 +270,7 @@ def test_config_fields_survive_or_are_named(tmp_path, write_dialect, capsys):
 
 
 def test_another_dtype_is_that_of_every_weight_and_of_the_config(tmp_path, write_dialect):
+    """The config would go on naming the old dtype, or computed tables would be rounded."""
     source = write_dialect("buffers", tmp_path / "source")["weights"]
     computed = (".inv_freq", ".position_ids")
     for to in ("hf", "safetensors"):
@@ -285,6 +289,7 @@ def test_another_dtype_is_that_of_every_weight_and_of_the_config(tmp_path, write
 
 
 def test_a_number_too_large_for_the_dtype_is_refused(tmp_path, capsys):
+    """A large weight would become infinity in float16, and the model answer NaN."""
     source = copy(tmp_path / "source")
     change(source, **{"multi_modal_projector.linear_1.bias": torch.full((64,), 70000.0)})
     for to in ("original", "safetensors"):
@@ -324,6 +329,7 @@ def write_adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_an_adapter_is_merged_into_what_is_written(tmp_path):
+    """--adapter would be ignored, and the base alone be written."""
     source = REFERENCE / "plain"
     added = write_adapter(tmp_path / "adapter")
     convert(source, tmp_path / "hf", "hf", adapter=tmp_path / "adapter")
@@ -343,6 +349,7 @@ def test_what_made_the_weights_does_not_come_along(tmp_path):
 
 
 def test_a_projector_and_its_base_become_one_folder(tmp_path, write_dialect):
+    """The base's own projector would win over the one that was given."""
     options = write_dialect("original-bare", tmp_path / "whole")
     whole, source = options["weights"], tmp_path / "projector"
     source.mkdir()
@@ -379,6 +386,7 @@ def test_a_clip_of_other_colours_keeps_them(tmp_path, write_dialect):
 
 
 def test_tokens_of_early_models_stay_where_they_were(tmp_path, write_dialect, capsys):
+    """The marks before and after each picture would be lost, or taken for words."""
     source = write_dialect("original", tmp_path / "source")["weights"]
     hf.write_json(
         {**hf.read_json(source / "config.json"), "mm_use_im_start_end": True},
@@ -397,6 +405,7 @@ def test_tokens_of_early_models_stay_where_they_were(tmp_path, write_dialect, ca
 def test_an_image_id_that_is_a_word_and_a_token_that_no_prompt_contains_do_not_reach_the_hub(
     tmp_path, write_dialect
 ):
+    """The hub's readers would take a word of the question for the picture's place."""
     source = write_dialect("original", tmp_path / "source")["weights"]
     config = {
         **hf.read_json(source / "config.json"),
@@ -415,6 +424,7 @@ def test_an_image_id_that_is_a_word_and_a_token_that_no_prompt_contains_do_not_r
 
 
 def test_a_stored_head_is_the_head_although_the_config_says_tied(tmp_path):
+    """A stored head would be dropped in favour of the embeddings, and change every answer."""
     source = copy(tmp_path / "source", tie_word_embeddings=True)
     convert(source, tmp_path / "hf", "hf")
     assert same(held(tmp_path / "hf"), held(source))
@@ -423,6 +433,7 @@ def test_a_stored_head_is_the_head_although_the_config_says_tied(tmp_path):
 
 @pytest.mark.parametrize("to", ["hf", "original"])
 def test_side_files_stay_within_their_dialect(tmp_path, to):
+    """An optimizer's state would be copied along, or another layout's tokenizer contradict ours."""
     source = copy(tmp_path / "source")
     (source / "tokenizer.json").write_text("{}")
     (source / "LICENSE").write_text("as you like")
@@ -451,6 +462,7 @@ def without_last_block(folder: Path) -> Path:
 
 
 def test_a_last_block_that_nobody_stored_passes_its_input_on(tmp_path, capsys):
+    """A block that is missing since no answer needs it would stop the way to the hub."""
     source = without_last_block(tmp_path / "source")
     status, notes = command(source, tmp_path / "hf", "--to", "hf", capsys=capsys)
     assert status == 0
@@ -482,6 +494,7 @@ def test_a_last_block_that_nobody_stored_passes_its_input_on(tmp_path, capsys):
 def test_what_cannot_be_converted_says_why_and_leaves_nothing(
     tmp_path, write_dialect, capsys, kind, to, message
 ):
+    """A model that the layout cannot hold would be written wrong, or half."""
     source = write_dialect("original-bare" if kind == "bare" else "original", tmp_path / "source")[
         "weights"
     ]
@@ -514,6 +527,7 @@ def test_what_cannot_be_converted_says_why_and_leaves_nothing(
 
 
 def test_one_projector_layer_keeps_its_name_without_a_number(tmp_path, write_dialect):
+    """The only layer of a projector would get a number that LLaVA does not look for."""
     source = write_dialect("original", tmp_path / "source")["weights"]
     hf.write_json(
         {**hf.read_json(source / "config.json"), "mm_projector_type": "linear"},
@@ -535,6 +549,7 @@ def test_one_projector_layer_keeps_its_name_without_a_number(tmp_path, write_dia
 @pytest.mark.parity
 @pytest.mark.parametrize("kind", ["original-bare", "without last block", "tied", "stretched"])
 def test_transformers_loads_the_hub_layout_and_agrees_to_the_bit(tmp_path, write_dialect, kind):
+    """transformers would make up what is missing, and its logits would differ from ours."""
     pytest.importorskip("transformers", minversion="5", reason="live parity needs transformers 5")
     tower = None
     if kind == "original-bare":
@@ -559,6 +574,7 @@ def test_transformers_loads_the_hub_layout_and_agrees_to_the_bit(tmp_path, write
 
 @pytest.mark.parity
 def test_transformers_processor_makes_as_many_tokens_as_the_model_wants(tmp_path, write_dialect):
+    """transformers would fail with fewer image tokens in the prompt than patches."""
     pytest.importorskip("transformers", minversion="5", reason="live parity needs transformers 5")
     pytest.importorskip(
         "google.protobuf", reason="transformers reads tokenizer.model with protobuf"
@@ -637,6 +653,7 @@ def test_added_tokens_go_along(tmp_path, dialect, to):
 @pytest.mark.parity
 @pytest.mark.parametrize("to", ["hf", "original"])
 def test_transformers_reads_added_tokens_as_we_write_them(tmp_path, to):
+    """transformers would cut an added token into pieces, or give it another id."""
     pytest.importorskip("transformers", minversion="5", reason="live parity needs transformers 5")
     pytest.importorskip(
         "google.protobuf", reason="transformers reads tokenizer.model with protobuf"
@@ -679,6 +696,7 @@ def test_a_merged_adapter_s_tokens_go_along(tmp_path):
 
 
 def test_a_folder_that_holds_something_is_not_touched(tmp_path, capsys):
+    """A conversion would overwrite or remove files that the user has there."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("all of it")
     (tmp_path / "file").write_text("this too")
@@ -702,6 +720,7 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path, capsys):
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    """A full disk would be noticed after minutes of writing."""
     monkeypatch.setattr(
         run.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 600_000)
     )
@@ -714,6 +733,8 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("to", ["hf", "safetensors"])
 def test_a_bit_that_the_disk_turned_is_noticed(tmp_path, monkeypatch, capsys, to):
+    """A bit that the disk turned would be in the model from then on."""
+
     def save(tensors, path, **options):
         save_file(tensors, path, **options)
         content = bytearray(path.read_bytes())
@@ -729,6 +750,7 @@ def test_a_bit_that_the_disk_turned_is_noticed(tmp_path, monkeypatch, capsys, to
 
 
 def test_a_tensor_under_the_name_of_another_is_noticed(tmp_path, monkeypatch, capsys):
+    """Two tensors of one shape would change places without an error."""
     swapped = {
         "language_model.layers.0.mlp.up_proj.weight": "gate_proj",
         "language_model.layers.0.mlp.gate_proj.weight": "up_proj",
@@ -750,6 +772,8 @@ def test_a_tensor_under_the_name_of_another_is_noticed(tmp_path, monkeypatch, ca
 
 
 def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
+    """Ctrl-C would leave a half-written folder behind."""
+
     def save(tensors, path, **options):
         save_file(tensors, path, **options)
         raise KeyboardInterrupt
@@ -776,6 +800,7 @@ enter("convert", sys.argv[1:])
 
 
 def test_a_conversion_that_is_killed_leaves_no_folder_that_loads(tmp_path):
+    """A killed conversion would leave a folder that loads as a whole model."""
     target, partial = tmp_path / "target", tmp_path / "target.partial"
     arguments = [str(REFERENCE / "plain"), str(target), "--to", "hf", "--shard-size", "200KB"]
     done = python("-c", KILL, *arguments, path=(ROOT / "tools",))
@@ -803,6 +828,7 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path):
 
 
 def test_what_a_living_run_is_writing_is_left_alone(tmp_path, capsys):
+    """A second conversion to the same place would remove the first one's files."""
     with new_folder(tmp_path / "target") as folder:
         (folder / "a").touch()
         assert door([str(REFERENCE / "plain"), str(tmp_path / "target"), "--to", "hf"]) == 1
@@ -827,6 +853,8 @@ def test_what_a_living_run_is_writing_is_left_alone(tmp_path, capsys):
 def test_a_system_that_does_not_let_us_write_is_told_with_a_step(
     tmp_path, monkeypatch, number, kind, found
 ):
+    """A refused write would be an error number, and leave a half-written folder."""
+
     def refuse(tensors, path, metadata):
         raise OSError(number, os.strerror(number), str(path))
 
@@ -904,6 +932,7 @@ def test_memory_holds_a_shard_and_not_the_checkpoint(tmp_path):
 
 
 def test_sizes_and_layouts_are_checked_before_anything_happens(tmp_path, capsys):
+    """A mistyped size would be noticed after the model was read, or make endless shards."""
     sizes = {"4GB": 4e9, "512MB": 512e6, "1.5 g": 1.5e9, "200KB": 2e5, "7": 7.0}
     assert {text: parsers.read_size(text) for text in sizes} == sizes
     for wrong in (
@@ -944,6 +973,7 @@ def test_int8_weights_lie_where_the_kernel_can_read_them(tmp_path):
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("to", ["hf", "original"])
 def test_a_quantised_folder_is_what_loading_would_make(tmp_path, kind, to, capsys):
+    """A stored int8 model would answer otherwise than one quantised at its start."""
     status, errors = command(
         SHAPES, tmp_path / "small", "--to", to, "--quantize", kind, capsys=capsys
     )
@@ -1023,6 +1053,7 @@ def test_int4_of_another_processor_is_packed_anew_and_says_so(packed):
 
 @pytest.mark.parametrize("order", [None, "", "0 1 1 2", "0 1 2", "one two", "0 1 2 3 4 5", "-1 0"])
 def test_an_order_that_is_none_is_refused(packed, order):
+    """Packed weights in an unknown order would be read as other numbers."""
     with_order(packed, order)
     with pytest.raises(ValueError, match=r"weight_int4_packed is int4 packed in an unknown order"):
         minillava.load(packed, device="cpu")
@@ -1035,6 +1066,7 @@ def small(tmp_path) -> Path:
 
 
 def test_the_doctor_finds_a_quantised_model_well(small, capsys):
+    """The doctor would call a sound quantised model broken."""
     assert main([str(small), "--doctor", "--device", "cpu", "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("\nok ") == 8
@@ -1042,6 +1074,7 @@ def test_the_doctor_finds_a_quantised_model_well(small, capsys):
 
 
 def test_what_is_quantised_is_not_changed_again(small, tmp_path):
+    """Quantising twice, or adding an adapter, would round the weights a second time."""
     with pytest.raises(ValueError, match="is quantised already; leave --quantize out"):
         minillava.load(small, quantize="int4")
     with pytest.raises(ValueError, match="is quantised; convert the weights that it was made from"):
@@ -1060,6 +1093,7 @@ def test_what_is_quantised_is_not_changed_again(small, tmp_path):
 
 
 def test_a_weight_that_an_adapter_keeps_whole_replaces_a_quantised_one(small, tmp_path):
+    """A head that the adapter has learnt whole would be ignored for the quantised one."""
     folder = tmp_path / "adapter"
     folder.mkdir()
     matrices = {"lora_A": torch.zeros(2, 192), "lora_B": torch.zeros(192, 2)}
@@ -1078,6 +1112,7 @@ def test_a_weight_that_an_adapter_keeps_whole_replaces_a_quantised_one(small, tm
     "damage", ["no scale", "wrong scale", "wrong dtype", "weight besides", "wrong shape"]
 )
 def test_damaged_parts_of_a_quantised_weight_are_named(small, damage):
+    """A weight without its scale would be read as whole numbers, or fail without a name."""
     index = small / "model.safetensors.index.json"
     tensors = held(small)
     for path in small.glob("*.safetensors"):

@@ -63,6 +63,7 @@ def opens(weights, **others) -> bool:
 
 
 def test_parameters_and_bytes_are_those_in_the_files():
+    """Tensors that no answer needs would be counted as parts of the model."""
     stored = {
         name: tensor
         for path in WEIGHTS.glob("*.safetensors")
@@ -94,6 +95,7 @@ def test_parameters_and_bytes_are_those_in_the_files():
 
 
 def test_every_dtype_is_counted(folder):
+    """A file of several dtypes would be reported as one of them."""
     change_weights(
         folder, lambda tensors: tensors.update({PROJECTOR: tensors[PROJECTOR].bfloat16()})
     )
@@ -197,6 +199,7 @@ def test_seven_billion_weights_are_counted_without_reading_them(folder, monkeypa
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_dialect_is_whole_and_known(tmp_path, write_dialect, dialect):
+    """A layout that load opens would be called unknown or broken."""
     given = write_dialect(dialect, tmp_path)
     report = inspect.inspect_folder(given.pop("weights"), **given)
     assert (report.problems, report.missing, report.misshapen, report.unexpected) == (
@@ -216,6 +219,7 @@ def test_every_dialect_is_whole_and_known(tmp_path, write_dialect, dialect):
 
 
 def test_a_release_without_tower_says_which_to_get(tmp_path, write_dialect, capsys):
+    """The tower's tensors would be listed as missing one by one, without saying what to download."""
     weights = write_dialect("original-bare", tmp_path)["weights"]
     change_json(weights / "config.json", lambda c: c.update(mm_vision_tower="some/clip-336"))
     status, out = run(capsys, weights)
@@ -230,6 +234,7 @@ def test_a_release_without_tower_says_which_to_get(tmp_path, write_dialect, caps
 
 
 def test_a_plain_clip_and_a_plain_llama_are_called_so(tmp_path, write_dialect):
+    """A plain CLIP or Llama would be called a LLaVA with many tensors missing."""
     write_dialect("original-bare", tmp_path)
     clip = inspect.inspect_folder(tmp_path / "clip")
     assert "plain CLIP" in clip.dialect
@@ -288,6 +293,7 @@ def lora(tmp_path, write_dialect) -> dict[str, Path]:
 
 
 def test_a_lora_alone_asks_for_its_base(lora, capsys):
+    """A LoRA alone would be called damaged, rather than in need of its base."""
     status, out = run(capsys, lora["weights"])
     assert status == 1
     assert "is a LoRA adapter alone" in out
@@ -299,6 +305,7 @@ def test_a_lora_alone_asks_for_its_base(lora, capsys):
 
 
 def test_a_lora_with_its_base_is_whole(lora, capsys):
+    """A LoRA with its base would still be called incomplete, or pass without its tower."""
     status, out = run(
         capsys,
         lora["weights"],
@@ -315,6 +322,7 @@ def test_a_lora_with_its_base_is_whole(lora, capsys):
 
 
 def test_a_projector_alone_needs_a_language_model(lora):
+    """A projector alone would be called a whole model, or not be recognised."""
     names = {"adapter_config.json", "adapter_model.safetensors"}
     for name in names:
         (lora["weights"] / name).unlink()
@@ -336,6 +344,7 @@ def test_a_projector_alone_needs_a_language_model(lora):
 
 
 def test_files_of_pytorch_are_counted_too(folder, tmp_path):
+    """A folder with pytorch_model.bin alone would seem empty."""
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     before = inspect.inspect_folder(folder)
     (folder / "model.safetensors").unlink()
@@ -401,6 +410,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_load_refuses_is_refused_with_a_reason(folder, capsys, damage):
+    """A folder that load refuses would be called sound, or one damage hide all the rest."""
     assert opens(folder)
     assert run(capsys, folder)[0] == 0
     harm, sentence = DAMAGES[damage]
@@ -419,6 +429,7 @@ def test_what_load_refuses_is_refused_with_a_reason(folder, capsys, damage):
 
 @pytest.mark.parametrize("part", ["", "linear_1.weight"], ids=["projector", "one tensor"])
 def test_a_part_that_cannot_be_read_is_not_called_missing(folder, part):
+    """Tensors of a dtype that we do not read would be called missing."""
     name = f"multi_modal_projector.{part}"
     change_weights(
         folder, lambda ts: ts.update({n: t.char() for n, t in ts.items() if n.startswith(name)})
@@ -431,6 +442,7 @@ def test_a_part_that_cannot_be_read_is_not_called_missing(folder, part):
     "harmless", ["generation_config.json", "preprocessor_config.json", "tokenizer_config.json"]
 )
 def test_what_load_does_without_is_no_problem(folder, capsys, harmless):
+    """A file that load can do without would make the folder count as broken."""
     (folder / harmless).unlink()
     assert opens(folder)
     status, out = run(capsys, folder)
@@ -439,6 +451,7 @@ def test_what_load_does_without_is_no_problem(folder, capsys, harmless):
 
 
 def test_a_missing_and_a_damaged_shard_are_both_named_and_the_rest_counted(tmp_path, write_dialect):
+    """Only the first bad shard would be named, and the next after another download."""
     folder = write_dialect("hub", tmp_path, shards=4)["weights"]
     whole = inspect.inspect_folder(folder)
     first, second, *rest = sorted(folder.glob("*.safetensors"))
@@ -455,6 +468,7 @@ def test_a_missing_and_a_damaged_shard_are_both_named_and_the_rest_counted(tmp_p
 
 
 def test_many_problems_are_cut_for_a_person_and_whole_in_json(folder, capsys):
+    """A wrong config would print hundreds of lines, or --json cut them as well."""
     change_json(folder / "config.json", lambda c: c["text_config"].update(hidden_size=32))
     out = run(capsys, folder)[1]
     assert out.count("has shape") == 8
@@ -466,6 +480,7 @@ def test_many_problems_are_cut_for_a_person_and_whole_in_json(folder, capsys):
 
 
 def test_json_is_one_object_with_everything(folder, capsys):
+    """--json would show another prompt than the one that load makes."""
     status, out = run(capsys, folder, "--json", "--template", "vicuna_v1", "--system", "Be brief.")
     assert status == 0
     found = json.loads(out)
@@ -485,6 +500,7 @@ def test_json_is_one_object_with_everything(folder, capsys):
 
 
 def test_keys_lists_every_tensor_once(folder, capsys):
+    """--keys would leave a tensor out, or show it under another's name."""
     out = run(capsys, folder, "--keys")[1]
     for name, tensor in load_file(folder / "model.safetensors").items():
         (line,) = [
@@ -507,6 +523,7 @@ def test_keys_lists_every_tensor_once(folder, capsys):
     ],
 )
 def test_wrong_usage_is_one_line(capsys, arguments, complaint):
+    """Two folders or a stray word would be accepted, and one of them ignored."""
     with pytest.raises(SystemExit) as caught:
         enter("inspect", arguments)
     assert caught.value.code == 2
@@ -516,6 +533,7 @@ def test_wrong_usage_is_one_line(capsys, arguments, complaint):
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
+    """A mistyped folder would be described as an empty one."""
     assert enter("inspect", [str(tmp_path / "no")]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -549,6 +567,7 @@ def test_it_says_what_holds_of_bits_on_this_machine(capsys):
 
 
 def test_a_healthy_model_passes_every_check(capsys):
+    """The doctor would raise a false alarm on the bundled model."""
     status, found = visit(capsys, WEIGHTS)
     assert status == 0
     assert {finding["status"] for finding in found.values()} == {doctor.OK}
@@ -565,6 +584,7 @@ def test_a_healthy_model_passes_every_check(capsys):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_random_weights_pass_in_every_dtype(capsys, reference, dtype):
+    """A half-precision model's rounding would be called a fault."""
     status, found = visit(capsys, reference / "grouped", "--dtype", dtype)
     assert (status, failed(found)) == (0, [])
     slow = dtype == "float16"
@@ -573,6 +593,7 @@ def test_random_weights_pass_in_every_dtype(capsys, reference, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_blind_model_fails_the_blind_test_and_no_other(folder, capsys, dtype):
+    """A model that ignores its picture would be called healthy."""
     change_weights(folder, lambda tensors: tensors[PROJECTOR].zero_())
     status, found = visit(capsys, folder, "--dtype", dtype)
     assert (status, failed(found)) == (1, ["blind test"])
@@ -581,6 +602,7 @@ def test_a_blind_model_fails_the_blind_test_and_no_other(folder, capsys, dtype):
 
 
 def test_one_nan_is_found_and_named(folder, capsys):
+    """A NaN in one weight would be found in the answers only, without its tensor's name."""
     change_weights(folder, lambda tensors: tensors[QUERY][3, 5].fill_(math.nan))
     status, out = run(capsys, folder, "--doctor", "--device", "cpu", "--dtype", "float32")
     assert status == 1
@@ -592,12 +614,14 @@ def test_one_nan_is_found_and_named(folder, capsys):
 
 
 def test_a_number_too_large_for_the_dtype_is_found(folder, capsys):
+    """A weight beyond float16's range would pass, and the answers be NaN."""
     change_weights(folder, lambda tensors: tensors[PROJECTOR][0, 0].fill_(1e6))
     assert failed(visit(capsys, folder)[1]) == []
     assert "weights" in failed(visit(capsys, folder, "--dtype", "float16")[1])
 
 
 def test_a_wrong_attention_is_found(capsys, reference, monkeypatch):
+    """An attention that computes something else would pass the doctor."""
     right = minillava.attention.eager
     monkeypatch.setitem(
         doctor.ATTENTION, "eager", lambda q, k, v, *rest: right(q, k * 1.5, v, *rest)
@@ -606,6 +630,7 @@ def test_a_wrong_attention_is_found(capsys, reference, monkeypatch):
 
 
 def test_a_wrong_cache_is_found(capsys, reference, monkeypatch):
+    """A cache that mixes up its values would pass the doctor."""
     right = KVCache.update
 
     def wrong(self, layer, k, v):
@@ -617,6 +642,7 @@ def test_a_wrong_cache_is_found(capsys, reference, monkeypatch):
 
 
 def test_a_black_picture_looks_like_a_black_one(capsys, tmp_path, reference):
+    """A picture that is black itself would make the model count as blind."""
     minillava.image.Image.new("RGB", (56, 56)).save(tmp_path / "black.png")
     status, found = visit(capsys, reference / "plain", "--image", tmp_path / "black.png")
     assert (status, found["blind test"]["status"]) == (0, doctor.WARNING)
@@ -624,6 +650,7 @@ def test_a_black_picture_looks_like_a_black_one(capsys, tmp_path, reference):
 
 
 def test_attention_is_put_back(reference):
+    """After an error the model would go on with the attention that was being tested."""
     model = minillava.load(reference / "plain", device="cpu").model
     before = [vars(module).get("attend") for module in model.modules()]
     # the language model, two blocks of the tower
@@ -637,6 +664,7 @@ def test_attention_is_put_back(reference):
 
 
 def test_total_variation_of_known_distributions():
+    """Logits that differ by a constant, which say the same, would count as different."""
     one, other = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.25, 0.25, 0.5])
     assert doctor.total_variation(one.log(), other.log()) == pytest.approx(0.5)
     assert doctor.total_variation(one.log(), one.log() + 7) <= gamma(
@@ -673,11 +701,13 @@ def test_the_rule_of_the_blind_test():
     ],
 )
 def test_memory_is_weighed(monkeypatch, available, mapped, status):
+    """A model that does not fit would be opened, or one that fits be refused."""
     monkeypatch.setattr(doctor, "available_memory", lambda device: available)
     assert doctor.memory(100, 20, "cpu", mapped).status == status
 
 
 def test_a_model_that_does_not_fit_is_not_opened(capsys, reference, monkeypatch):
+    """The doctor would fill the memory with a model that it knows is too large."""
     monkeypatch.setattr(doctor, "available_memory", lambda device: 1000)
     status, found = visit(capsys, reference / "plain", "--dtype", "float64")
     assert (status, list(found)) == (1, ["environment", "device and dtype", "memory"])
@@ -688,6 +718,7 @@ def test_a_model_that_does_not_fit_is_not_opened(capsys, reference, monkeypatch)
 
 
 def test_the_doctor_does_not_open_what_is_not_whole(folder, capsys):
+    """A folder without its tokenizer would end the doctor with a traceback."""
     (folder / "tokenizer.model").unlink()
     status, found = visit(capsys, folder)
     assert (status, failed(found)) == (1, ["opening"])

@@ -55,6 +55,7 @@ def nothing_hooked(model) -> bool:
 
 @torch.no_grad()
 def test_an_ablated_head_is_a_model_whose_o_proj_does_not_read_it(toy, embeds):
+    """Another head than the named one would be ablated, and a finding be wrong."""
     other = copy.deepcopy(toy.model)
     width = toy.model.config.text.head_dim
     for head in (0, 3):
@@ -69,6 +70,7 @@ def test_an_ablated_head_is_a_model_whose_o_proj_does_not_read_it(toy, embeds):
 
 @torch.no_grad()
 def test_an_ablated_mlp_is_a_model_whose_down_proj_is_zero(toy, embeds):
+    """Another layer's MLP would be ablated, or its residual along with it."""
     other = copy.deepcopy(toy.model)
     other.language_model.layers[0].mlp.down_proj.weight.zero_()
     with intervene(toy.model, MLPs([0]), zero):
@@ -78,6 +80,7 @@ def test_an_ablated_mlp_is_a_model_whose_down_proj_is_zero(toy, embeds):
 
 @torch.no_grad()
 def test_a_knock_out_is_a_mask_given_to_the_attention(toy, embeds):
+    """What is knocked out would still be seen, or another layer's attention be cut."""
     language, length = toy.model.language_model, embeds.shape[1]
     queries, keys = [length - 1, length - 3], slice(2, 9)
     triangle = torch.ones(length, length, dtype=torch.bool).tril()
@@ -123,6 +126,7 @@ def test_states_are_those_that_the_model_records(toy, embeds):
 
 @torch.no_grad()
 def test_one_position_of_one_state_changes_nothing_before_it(toy, embeds):
+    """A changed position would reach back to those before it."""
     length = embeds.shape[1]
     with intervene(toy.model, States([1], [length - 4]), zero):
         changed = states_of(toy, embeds)
@@ -212,6 +216,7 @@ def test_the_loop_is_intervened(toy, reference):
 )
 @torch.no_grad()
 def test_an_empty_one_leaves_every_bit(reference, place, dtype):
+    """An intervention at no place would still change the rounding."""
     model = minillava.load(reference / "grouped", device="cpu", dtype=dtype).model
     ids = torch.tensor([[1, 322, 417, 391, 13, 428]])
     plain = model.language_model(ids).logits
@@ -222,6 +227,7 @@ def test_an_empty_one_leaves_every_bit(reference, place, dtype):
 
 @torch.no_grad()
 def test_to_keep_values_changes_no_bit(toy, embeds):
+    """Reading the values would compute the attention in another order and move the answer."""
     language = toy.model.language_model
     layers = range(len(language.layers))
     plain = language(embeds).logits
@@ -233,6 +239,7 @@ def test_to_keep_values_changes_no_bit(toy, embeds):
 
 @torch.no_grad()
 def test_they_add_up_in_any_order(toy, embeds):
+    """Of two interventions the later would replace the earlier."""
     language = toy.model.language_model
     first, second = Heads([0], [1]), MLPs([1])
     results = []
@@ -247,6 +254,7 @@ def test_they_add_up_in_any_order(toy, embeds):
 
 @torch.no_grad()
 def test_the_outer_acts_first(toy, embeds):
+    """Of two functions at one place the inner would see the model's own values."""
     place = States([1], [3])
     with (
         intervene(toy.model, place, lambda x, at: x * 0 + 2),
@@ -273,6 +281,7 @@ def test_the_first_may_end_first(toy, embeds):
 
 @torch.no_grad()
 def test_threads_intervene_on_one_model_at_once(toy, embeds):
+    """One thread's intervention would change another thread's answer."""
     language, found = toy.model.language_model, {}
     places = {0: MLPs([0]), 1: Heads([1]), 2: ()}
     expected = {}
@@ -300,6 +309,8 @@ def test_threads_intervene_on_one_model_at_once(toy, embeds):
 
 @torch.no_grad()
 def test_an_error_inside_puts_everything_back(toy, embeds):
+    """After an error the model would stay changed."""
+
     def broken(values, at):
         raise ZeroDivisionError
 
@@ -323,6 +334,7 @@ def test_an_error_inside_puts_everything_back(toy, embeds):
     ],
 )
 def test_places_must_exist(toy, place, said):
+    """A layer or head that the model lacks would be ignored, and measure nothing."""
     with pytest.raises(ValueError, match=said), intervene(toy.model, place, zero):
         pass
     assert nothing_hooked(toy.model)
@@ -340,6 +352,7 @@ def test_a_position_keeps_something_to_attend_to(toy, embeds):
 
 @torch.no_grad()
 def test_what_does_not_fit_is_refused(toy, embeds):
+    """A returned value of another shape would be broadcast without a word."""
     with (
         pytest.raises(ValueError, match=r"how returned \[1, 2\] float32 at layer 0, expected"),
         intervene(toy.model, MLPs([0], [4]), lambda values, at: torch.zeros(1, 2)),
@@ -356,6 +369,7 @@ def test_a_compiled_model_is_refused(toy):
 
 
 def test_positions_of_a_pass():
+    """A position of the sequence would be taken for one of the pass, once there is a cache."""
     assert chosen(None, 3, 6) == [3, 4, 5]
     assert chosen([9, 4, 1, 4], 2, 9) == [4]
     assert chosen(slice(4, None), 2, 7) == [4, 5, 6]
