@@ -81,6 +81,7 @@ def test_a_tokens_row_is_that_of_the_position_before_it(toy, picture):
 
 
 def test_the_rows_are_those_that_the_loop_records(toy, picture):
+    """The maps would show other attention than the model's own."""
     spliced = prepare(toy, picture)
     start, end = spliced.image_spans[0][0]
     recorded = steps(toy.model, spliced, SHORT, tokenizer=toy.tokenizer, record=("attentions",))
@@ -93,6 +94,7 @@ def test_the_rows_are_those_that_the_loop_records(toy, picture):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("attention", ["eager", "fused"])
 def test_looking_leaves_the_logits_bit_identical(reference, picture, attention, dtype):
+    """Looking at an answer would change it, or leave the model changed between two steps."""
     toy = stored("grouped", dtype=dtype, attention=attention)
     spliced = prepare(toy, picture)
     alone = [step.logits for step in steps(toy.model, spliced, SHORT)]
@@ -111,6 +113,7 @@ def test_looking_leaves_the_logits_bit_identical(reference, picture, attention, 
 @pytest.mark.numeric
 @torch.no_grad()
 def test_padding_changes_no_row(toy, picture):
+    """The padding of a batch would shift the maps or take a share of the attention."""
     ids, pixels = toy.tokenizer.encode(toy.prompt(QUESTION)), toy.image_processor([picture])
     alone = toy.model.splice([ids], pixels)
     padded = toy.model.splice([[0, 0, 0, *ids]], pixels, [[0] * 3 + [1] * len(ids)])
@@ -120,6 +123,7 @@ def test_padding_changes_no_row(toy, picture):
 
 
 def test_two_can_be_watched_in_turn(toy, picture):
+    """Two generators that take turns would record each other's rows."""
     prompts = [
         prepare(toy, picture, question) for question in (QUESTION, "And what colour does it have?")
     ]
@@ -132,6 +136,7 @@ def test_two_can_be_watched_in_turn(toy, picture):
 
 
 def test_an_error_leaves_the_model_as_it_was(toy, picture):
+    """After an error the model would go on recording."""
     attend = toy.model.language_model.attend
     spliced = prepare(toy, picture)
     spliced.embeds = spliced.embeds * float("nan")
@@ -141,6 +146,7 @@ def test_an_error_leaves_the_model_as_it_was(toy, picture):
 
 
 def test_a_kept_class_token_is_no_patch(reference, tmp_path, picture):
+    """The class token would be drawn as the first patch, and shift all the others by one."""
     folder = shutil.copytree(reference / "plain", tmp_path / "full")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
@@ -157,6 +163,7 @@ def test_a_kept_class_token_is_no_patch(reference, tmp_path, picture):
 
 @pytest.mark.parametrize("pictures", [0, 2])
 def test_one_picture_is_looked_at(plain, picture, pictures):
+    """With two pictures the map of one would be drawn over the other."""
     spliced = plain.prepare([picture] * pictures, plain.prompt(QUESTION, images=pictures))
     with pytest.raises(
         ValueError, match=rf"1 row\(s\) with {pictures} picture\(s\), expected one with one"
@@ -183,10 +190,12 @@ def test_one_picture_is_looked_at(plain, picture, pictures):
     ],
 )
 def test_tokens_are_joined_to_words(pieces, words):
+    """A word of several tokens would get several maps, or a full stop one of its own."""
     assert look.join_words(pieces) == words
 
 
 def test_a_word_is_the_mean_over_its_tokens_layers_and_heads(plain, picture):
+    """A word's map would be that of its first token, or of layers that were not chosen."""
     spliced, options = (
         prepare(plain, picture),
         {"max_new_tokens": 30, "temperature": 2.0, "seed": 1},
@@ -213,6 +222,7 @@ def test_a_word_is_the_mean_over_its_tokens_layers_and_heads(plain, picture):
 
 
 def test_what_a_stop_text_cuts_off_is_no_word(plain, picture):
+    """The page would have maps for words that the answer does not hold."""
     whole = look.look(plain, picture, QUESTION, max_new_tokens=12)
     stop = whole.words[-1].text[-1]
     cut = look.look(plain, picture, QUESTION, max_new_tokens=12, stop=[stop])
@@ -224,6 +234,7 @@ def test_what_a_stop_text_cuts_off_is_no_word(plain, picture):
 
 
 def test_words_hold_no_more_than_the_answer(plain, picture):
+    """A stop text inside a word would leave the whole word on the page."""
     whole = look.look(plain, picture, QUESTION, max_new_tokens=12).answer
     for start in range(len(whole)):
         for stop in (whole[start : start + 2], whole[start : start + 5]):
@@ -234,11 +245,13 @@ def test_words_hold_no_more_than_the_answer(plain, picture):
 
 
 def test_the_default_is_the_upper_half():
+    """A model of one layer would have no layer to look at."""
     assert [look.default_layers(n) for n in (1, 2, 4, 5)] == [[0], [1], [2, 3], [2, 3, 4]]
     assert look.default_layers(32) == list(range(16, 32))
 
 
 def test_layers_and_heads_must_exist(plain, picture):
+    """A layer or head that the model lacks would be left out of the mean without a word."""
     with pytest.raises(ValueError, match="no layer 2: this model has layers 0 to 1"):
         look.look(plain, picture, QUESTION, layers=[0, 2])
     with pytest.raises(ValueError, match="no head 9: this model has heads 0 to 3"):
@@ -250,6 +263,7 @@ def test_layers_and_heads_must_exist(plain, picture):
 
 @torch.no_grad()
 def test_the_last_layer_of_the_lens_is_the_models_own_answer(toy, picture):
+    """The lens would leave out the last norm, or take it twice, and show words nobody chose."""
     found = look.look(toy, picture, QUESTION, max_new_tokens=6, lens=True).lens
     assert [text for text, _ in found.tokens[-1]] == found.chosen
     spliced = prepare(toy, picture)
@@ -300,6 +314,7 @@ def test_a_patch_lies_on_the_picture_where_the_model_saw_it(size, aspect):
 
 @pytest.mark.parametrize("aspect", ["pad", "crop"])
 def test_the_drawn_map_is_hot_where_the_patch_lies(aspect):
+    """The map would lie beside what the model saw wherever a picture is not square."""
     size, processor = (300, 180), ImageProcessor(96, aspect)
     box = left, top, right, bottom = look.seen_box(size, processor)
     heat = np.zeros((6, 6), np.float32)
@@ -323,6 +338,7 @@ def test_the_drawn_map_is_hot_where_the_patch_lies(aspect):
 
 
 def test_each_map_stands_above_its_word(monkeypatch):
+    """A word would stand under another word's map."""
     texts, write = {}, look_draw.ImageDraw.ImageDraw.text
 
     def note(pen, place, text, *args, **options):
@@ -355,6 +371,7 @@ def test_each_map_stands_above_its_word(monkeypatch):
 
 
 def test_the_grid_shows_each_patch_at_its_row_and_column():
+    """The grid would count columns as rows, or number its lines beside the patches."""
     square = Image.new("RGB", (40, 40), "white")
     square.paste((255, 0, 0), (30, 0, 40, 10))  # row 0, column 3
     sheet = np.asarray(look_draw.draw_grid(square, 4), dtype=int)
@@ -369,6 +386,7 @@ def test_the_grid_shows_each_patch_at_its_row_and_column():
 
 
 def test_a_long_answer_becomes_more_rows_and_no_text_is_too_wide(picture):
+    """The words of a long answer would run off the sheet."""
     heat = np.random.default_rng(0).random((4, 4), np.float32) / 16
     sheets = [
         look_draw.draw_words(
@@ -386,6 +404,8 @@ def test_a_long_answer_becomes_more_rows_and_no_text_is_too_wide(picture):
 
 
 def test_what_to_know_about_the_maps_is_said(tmp_path, run):
+    """A map whose hottest patch is padding would seem to point at the picture's edge."""
+
     def heat(row, column):
         heat = np.zeros((4, 4), np.float32)
         heat[row, column] = 1
@@ -410,6 +430,7 @@ def test_what_to_know_about_the_maps_is_said(tmp_path, run):
 
 
 def test_the_sheet_says_what_to_know_about_the_maps(tmp_path, run, monkeypatch):
+    """The sheet would leave out the remarks that the page makes."""
     notes, draw = [], look_draw.draw_words
     monkeypatch.setattr(
         look_draw, "draw_words", lambda *given: notes.append(given[-1]) or draw(*given)
@@ -420,6 +441,7 @@ def test_the_sheet_says_what_to_know_about_the_maps(tmp_path, run, monkeypatch):
 
 
 def test_numbers_are_listed_shortly():
+    """The layers of a large model would fill the title."""
     assert look_draw.listed([0, 2, 3, 4, 9]) == "0, 2-4, 9"
 
 
@@ -431,6 +453,7 @@ def page_data(page: str) -> dict:
 
 
 def test_the_page_holds_the_numbers_and_loads_nothing(plain, picture):
+    """An answer with a script in it would run, or the page would load something from the net."""
     found = look.look(plain, picture, "</script><b>DATA TITLE", max_new_tokens=8, lens=True)
     found.answer = found.words[0].text = "</script><img src=x onerror=alert(1)>"
     page = look_html.look_page(picture, look.as_json(found, found.words))
@@ -496,6 +519,7 @@ needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node runs 
     ],
 )
 def test_the_page_paints_a_patch_where_it_lies(size, box, place):
+    """The page would paint the patches of a padded picture beside their place."""
     heat = np.zeros((4, 4))
     heat[2, 0], heat[1, 3] = 0.5, 0.25  # patches 8 and 7
     script = """
@@ -596,6 +620,7 @@ def test_pages_keep_their_colours_on_paper_and_in_the_dark(plain, picture, page)
 
 
 def test_small_probabilities_are_not_rounded_to_nothing():
+    """A probability of 1e-9 would be shown as 0."""
     assert [significant(x) for x in (0.123456, 1.23456e-9, 0.0, 1.0)] == [
         0.1235,
         1.235e-9,
@@ -605,6 +630,7 @@ def test_small_probabilities_are_not_rounded_to_nothing():
 
 
 def test_each_page_has_its_own_picture(run, tmp_path, plain, picture):
+    """The lens would show the user's picture, although its patches are those of the square."""
     assert (
         run(
             "--html",
@@ -642,6 +668,7 @@ def run(run_main, reference):
 
 
 def test_everything_is_written_and_the_answer_printed(run, tmp_path):
+    """One of the files would be left out, or disagree with the printed answer."""
     names = {flag: tmp_path / f"{flag}{suffix}" for flag, suffix in (
         ("out", ".png"), ("html", ".html"), ("json", ".json"), ("npy", ".npy"), ("grid", ".jpg"), ("lens", ".html"),
     )}  # fmt: skip
@@ -664,6 +691,7 @@ def test_everything_is_written_and_the_answer_printed(run, tmp_path):
 
 
 def test_picture_and_question_come_from_stdin_too(run, reference, monkeypatch, tmp_path):
+    """`-i -` would look for a file named -, though generate reads stdin."""
     expected, path = run("--json", tmp_path / "a.json"), tmp_path / "b.json"
     for flag, content in (
         ("-p", QUESTION.encode() + b"\n"),
@@ -685,6 +713,7 @@ def test_json_without_a_file_goes_to_stdout(run, tmp_path):
 
 
 def test_one_word_of_chosen_layers_and_heads(run, tmp_path):
+    """--word would miss a word for its case, or --heads change nothing."""
     path = tmp_path / "look.json"
     assert run("--json", path)[0] == 0
     everything = json.loads(path.read_text(encoding="utf-8"))
@@ -736,6 +765,7 @@ def test_one_word_of_chosen_layers_and_heads(run, tmp_path):
 def test_errors_are_one_line_and_write_nothing(
     run, tmp_path, monkeypatch, arguments, status, message
 ):
+    """A mistyped flag would be ignored or be a traceback, and leave half of the files."""
     monkeypatch.chdir(tmp_path)
     found, out, err = run(*arguments)
     assert (found, out) == (status, "")
@@ -749,6 +779,7 @@ def test_errors_are_one_line_and_write_nothing(
 
 
 def test_words_about_a_thing_are_found_in_a_description():
+    """The score would count a word that is said about another thing."""
     thing = shapes.Thing("star", "red", "large", 1)
     text = (
         "I see a large red star at the top left, a large red star at the top and a small blue ring "
@@ -790,6 +821,7 @@ def test_cells_are_where_things_are_drawn(plain, width, height):
 
 
 def test_pointing_counts_the_hottest_patches():
+    """The score would count a head or layer other than the one it names."""
     inside = torch.tensor([False, True, False, False])
     right, wrong = torch.zeros(2, 2, 4), torch.zeros(2, 2, 4)
     right[1, :, 1] = right[0, 1, 1] = wrong[1, :, 2] = wrong[0, 0, 1] = 1
@@ -805,6 +837,7 @@ def test_pointing_counts_the_hottest_patches():
 
 
 def test_the_bundled_model_points_at_what_it_names():
+    """The maps would no longer point at what the model names."""
     if not (WEIGHTS / "config.json").exists():
         pytest.skip("weights/shapes is not there yet")
     assistant = minillava.load(WEIGHTS, device="cpu", dtype="float32")

@@ -82,6 +82,7 @@ def score(write, run_main):
     ],
 )
 def test_readings(text, llava, vcd_where_yes, vcd_where_no, ritual):
+    """An answer would be read otherwise than by the script whose figures are compared."""
     read = lambda scorer, truth: " ".join(  # noqa: E731
         "yes" if v else "no" for v in SCORERS[scorer](text, truth)
     )
@@ -112,6 +113,7 @@ ANSWERS = [
 
 
 def test_figures_by_hand(score):
+    """Accuracy, precision or F1 would be another formula, or a division by zero."""
     status, out, err = score(QUESTIONS, ANSWERS, "--json")
     assert (status, err) == (0, "")
     scores = json.loads(out)["scores"]
@@ -151,6 +153,7 @@ def test_figures_by_hand(score):
 
 
 def test_answers_of_several_lines_shift_what_follows_in_ritual_only(score):
+    """RITUAL reads a line as an answer: the shift would be missing there or reach the others."""
     answers = [(1, "Yes.\nIt is not red."), *ANSWERS[1:]]
     result = json.loads(score(QUESTIONS, answers, "--json")[1])["scores"]
     assert result["llava"] == json.loads(score(QUESTIONS, ANSWERS, "--json")[1])["scores"]["llava"]
@@ -171,6 +174,7 @@ def test_answers_of_several_lines_shift_what_follows_in_ritual_only(score):
 
 
 def test_the_report_says_what_was_scored_and_where_the_scorers_disagree(score):
+    """The report would not say which questions were scored, or hide the disputed answers."""
     status, out, err = score(QUESTIONS, ANSWERS)
     assert (status, err) == (0, "")
     prompts = hashlib.sha256("".join(f"Is {i}?\0" for i in range(1, 7)).encode()).hexdigest()
@@ -185,6 +189,7 @@ def test_the_report_says_what_was_scored_and_where_the_scorers_disagree(score):
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(score):
+    """A byte order mark would make the first line of a file no JSON."""
     marked = ["\ufeff" + json.dumps({"question_id": 1, "text": "Is 1?", "label": "yes"})]
     status, out, _ = score(
         marked, ["\ufeff" + json.dumps({"question_id": 1, "text": "Yes"})], "--json"
@@ -194,6 +199,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(score):
 
 @pytest.mark.parametrize("scorer", ["llava", "vcd", "ritual"])
 def test_one_scorer_alone(score, scorer):
+    """--scorer would be ignored, and all three be printed."""
     rows = [
         line
         for line in score(QUESTIONS, ANSWERS, "--scorer", scorer)[1].splitlines()
@@ -203,16 +209,19 @@ def test_one_scorer_alone(score, scorer):
 
 
 def test_questions_without_categories_are_one(score):
+    """Labels without a category would have no figures at all."""
     scores = json.loads(score([q[:2] for q in QUESTIONS], ANSWERS, "--json")[1])["scores"]
     assert list(scores["llava"]) == ["overall"]
     assert scores["llava"]["overall"]["accuracy"] == 1 / 2
 
 
 def test_order_does_not_matter(score):
+    """Answers in another order would be scored by other questions' labels."""
     assert score(QUESTIONS, ANSWERS[::-1])[1] == score(QUESTIONS, ANSWERS)[1]
 
 
 def test_nothing_is_dropped_in_silence(score):
+    """Missing, doubled or foreign answers would leave a score that looks whole."""
     answers = [
         {"question_id": 1, "text": "Yes", "prompt": "Is 1?"},
         (1, "No"),
@@ -252,6 +261,7 @@ def test_nothing_is_dropped_in_silence(score):
 
 
 def test_no_answers_at_all(score):
+    """A file without answers would be a division by zero, or have exit status 0."""
     status, out, err = score(QUESTIONS, [])
     assert (status, err) == (1, "")
     assert "missing: 6 " in out
@@ -298,6 +308,7 @@ def test_no_answers_at_all(score):
     ],
 )
 def test_a_damaged_file_is_one_line(score, questions, answers, message):
+    """A damaged file would be a traceback, or a wrong label be counted as no."""
     status, out, err = score(questions, answers)
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert message in err
@@ -312,6 +323,7 @@ def test_a_file_that_is_not_there(capsys, tmp_path):
 
 
 def test_answers_that_batch_has_not_finished(score, write, capsys, tmp_path):
+    """An unfinished run's answers would be called missing, without saying how to go on."""
     write("answers.jsonl.partial", [])
     questions = write("questions.jsonl", [{"question_id": 1, "text": "Is 1?", "label": "yes"}])
     assert main(["--questions", questions, "--answers", str(tmp_path / "answers.jsonl")]) == 1
@@ -322,6 +334,7 @@ def test_answers_that_batch_has_not_finished(score, write, capsys, tmp_path):
 
 
 def test_a_file_that_is_no_text(capsys, tmp_path):
+    """A file that is not UTF-8 would be a traceback."""
     (tmp_path / "q.jsonl").write_bytes(b'{"question_id": "caf\xe9"}')
     assert main(["--questions", str(tmp_path / "q.jsonl"), "--answers", "no.jsonl"]) == 1
     assert "q.jsonl: not text in utf-8 (" in capsys.readouterr().err
@@ -383,6 +396,7 @@ def test_a_terminal_without_the_letters(files, monkeypatch, encoding, flags):
     ],
 )
 def test_streams_that_are_full_or_closed(files, redirection, status, said):
+    """A full stdout was a traceback, and with stderr closed errors went among the figures."""
     words = [sys.executable, str(ROOT / "tools" / "pope.py"), *files]
     command = f"set -o pipefail; {shlex.join(words)} {redirection}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
@@ -442,6 +456,7 @@ def test_answers_whose_ids_begin_anew_without_a_category_are_refused(of_llava, c
     ],
 )
 def test_an_instruction_is_no_part_of_a_question(prompt, text, same):
+    """An added instruction would make all answers foreign, or a longer question pass as the same."""
     assert same_question(prompt, text) is same
 
 
@@ -462,6 +477,7 @@ def test_answers_to_other_prompts_are_no_answers(score, ids):
 
 @pytest.mark.parametrize(("key", "value"), [("image", "other/y.jpg"), ("category", "popular")])
 def test_answers_about_another_picture_or_category_are_no_answers(score, key, value):
+    """The answer about another picture would be scored, since its question reads the same."""
     answers = [{"question_id": 1, "text": "Yes", key: value}]
     result = score([(1, "yes", "random")], answers, "--json")
     assert (result[0], json.loads(result[1])["another_prompt"]) == (1, [1])
@@ -543,11 +559,13 @@ def test_ids_that_begin_anew_in_each_file_of_labels_are_refused(of_llava, capsys
 
 @pytest.mark.parametrize("category", Llava.categories)
 def test_with_what_was_asked_each_answer_finds_its_label(of_llava, capsys, category):
+    """Where ids begin anew, an answer would be scored by another category's label."""
     right = float(category != "adversarial")
     assert scored(of_llava.arguments(category), capsys) == (0, {category: right, "overall": right})
 
 
 def test_all_files_of_labels_at_once(of_llava, capsys):
+    """The categories would be mixed when their files are given together."""
     status, found = scored(of_llava.arguments(*Llava.categories), capsys)
     assert (status, found) == (
         0,
@@ -574,6 +592,7 @@ def test_labels_in_another_order_and_other_forms_of_file(of_llava, write, capsys
 
 
 def test_one_file_with_all_labels_whose_ids_repeat(of_llava, write, capsys):
+    """Labels whose ids repeat in one file would overwrite one another."""
     labels = [
         {**label, "category": name} for name in Llava.categories for label in of_llava.labels[name]
     ]
@@ -588,6 +607,7 @@ def test_one_file_with_all_labels_whose_ids_repeat(of_llava, write, capsys):
 
 
 def test_labels_whose_category_nothing_says(of_llava, write, capsys):
+    """Labels of an unknown category would be matched to whichever comes first."""
     arguments = of_llava.arguments("random")
     arguments[1] = write("labels.json", of_llava.labels["random"])
     status, found = scored(arguments, capsys)
@@ -598,6 +618,7 @@ def test_labels_whose_category_nothing_says(of_llava, write, capsys):
 
 
 def test_labels_of_a_category_that_was_not_asked(of_llava, capsys):
+    """Labels that nobody asked about would be scored as all missing, or by foreign answers."""
     of_llava.asked = [one for one in of_llava.asked if one["category"] == "adversarial"]
     of_llava.answers = of_llava.answers[:3]
     status, found = scored(of_llava.arguments("random"), capsys)
@@ -605,6 +626,7 @@ def test_labels_of_a_category_that_was_not_asked(of_llava, capsys):
 
 
 def test_what_was_asked_without_categories(of_llava, write, capsys):
+    """Ids that stand for several questions would be scored by the first that has them."""
     of_llava.asked = [{k: v for k, v in one.items() if k != "category"} for one in of_llava.asked]
     status, found = scored(of_llava.arguments("random"), capsys)
     assert (status, "no category says which has the label" in found) == (1, True)
@@ -630,6 +652,7 @@ def test_what_was_asked_without_categories(of_llava, write, capsys):
     ],
 )
 def test_whatever_does_not_fit_ends_with_status_1(of_llava, capsys, change, kinds):
+    """An incomplete score would end with exit status 0, and a script take it for whole."""
     change(of_llava)
     status, result = main(of_llava.arguments("random")), json.loads(capsys.readouterr().out)
     found = {name for name in ("missing", "unknown", "duplicate", "another_prompt") if result[name]}

@@ -67,12 +67,14 @@ def likely(answered, logits: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def test_the_likelihood_is_that_of_one_plain_pass(toy, answered, picture):
+    """Every measured drop would be against a wrong baseline."""
     ids = toy.tokenizer.encode(toy.prompt(QUESTION)) + answered.ids[:-1]
     logits = toy.model([ids], toy.image_processor([picture])).logits
     assert_same_in_float64(answered.clean, likely(answered, logits))
 
 
 def test_answer_words_and_maps_are_those_of_look(toy, answered, picture):
+    """probe and look would tell different words or maps of one answer."""
     seen = look(toy, picture, QUESTION, **SHORT)
     assert answered.text == seen.answer
     assert [text for text, _ in answered.words] == [word.text for word in seen.words]
@@ -81,6 +83,7 @@ def test_answer_words_and_maps_are_those_of_look(toy, answered, picture):
 
 
 def test_a_word_is_as_likely_as_its_tokens_together(answered):
+    """A word would count as its first token alone."""
     words = answered.by_word(np.arange(2.0 * len(answered.ids)).reshape(2, -1))
     for i, (_, tokens) in enumerate(answered.words):
         assert words[0, i] == sum(tokens)
@@ -88,6 +91,7 @@ def test_a_word_is_as_likely_as_its_tokens_together(answered):
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_one_picture_is_needed(toy, picture, count):
+    """Without a picture, or with two, it would measure nothing or the wrong one."""
     with pytest.raises(ValueError, match=f"needs one picture with patches, found {count}"):
         Answered(toy, [picture] * count, QUESTION, **SHORT)
 
@@ -97,6 +101,7 @@ def test_one_picture_is_needed(toy, picture, count):
 
 @torch.no_grad()
 def test_every_patch_hidden_is_a_prompt_with_the_mean_patch(toy, answered, picture):
+    """Hiding all patches would leave some of the picture to be seen."""
     found = occlude(answered, "mean", answered.grid).drops
     patches = toy.encode(picture)  # [P, C]
     mean = patches.mean(0).expand_as(patches)[None]
@@ -127,6 +132,7 @@ def test_pixels_are_hidden_where_the_patch_is(toy, answered, picture, hiding):
 
 @torch.no_grad()
 def test_one_block_is_replaced_in_the_embeddings(answered):
+    """A hidden block would lie at the mirrored place, or cover its neighbours."""
     start, _ = answered.patches
     (rows,) = hidden_embeddings(answered, "zero", [[(0, 1), (1, 0)], []])
     changed = (rows[0] != answered.embeds[0]).any(-1).nonzero().flatten().tolist()
@@ -135,6 +141,7 @@ def test_one_block_is_replaced_in_the_embeddings(answered):
 
 
 def test_blocks_cover_every_patch_once():
+    """The last row and column would not be hidden where blocks do not divide the grid."""
     assert blocks(4, 3) == [
         [(r, c) for r in range(3) for c in range(3)],
         [(0, 3), (1, 3), (2, 3)],
@@ -158,6 +165,7 @@ def test_many_rows_are_read_as_one_by_one(answered):
 
 
 def test_an_unknown_hiding_is_refused(answered):
+    """A mistyped way of hiding would be taken for another."""
     with pytest.raises(ValueError, match="unknown hiding 'black', expected one of: mean, zero"):
         occlude(answered, "black")
 
@@ -166,6 +174,7 @@ def test_an_unknown_hiding_is_refused(answered):
 
 
 def test_nobody_may_look_is_a_mask_of_every_layer(toy, answered):
+    """A layer or a position could still see the picture that is knocked out."""
     found = knock_out(answered).everywhere["answer"]
     language, length = toy.model.language_model, answered.embeds.shape[1]
     mask = torch.ones(length, length, dtype=torch.bool).tril()
@@ -183,6 +192,7 @@ def test_nobody_may_look_is_a_mask_of_every_layer(toy, answered):
 
 
 def test_a_window_of_all_layers_is_everywhere(toy, answered):
+    """A window at the edge would run past the last layer, or a window of 0 measure nothing."""
     layers = toy.model.config.text.num_hidden_layers
     one = knock_out(answered, 1)
     assert one.curves["answer"].shape == (layers, len(answered.ids))
@@ -201,6 +211,7 @@ def test_a_window_of_all_layers_is_everywhere(toy, answered):
 
 
 def test_an_ablated_head_is_one_that_o_proj_does_not_read(toy, answered):
+    """The table would name another head than the one that was ablated."""
     found = ablate(answered, "zero")
     width = toy.model.config.text.head_dim
     for layer, head in ((0, 3), (1, 0)):
@@ -231,6 +242,7 @@ def test_a_mean_head_says_the_same_everywhere(toy, answered):
 
 
 def test_measuring_leaves_the_model_as_it_was(toy, picture, answered):
+    """After measuring the model would answer otherwise."""
     knock_out(answered)
     ablate(answered)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in toy.model.modules())
@@ -278,6 +290,7 @@ def test_everything_patched_is_the_other_run(pair, monkeypatch, state):
 
 
 def test_the_patches_that_differ_are_found(pair):
+    """Patching would replace patches that are the same in both pictures."""
     grid = pair[0].grid
     differ = {divmod(i, grid) for i in differing(*pair)}
     assert differ == {(row, column) for row in (3, 4, 5) for column in (3, 4, 5)}
@@ -285,6 +298,7 @@ def test_the_patches_that_differ_are_found(pair):
 
 
 def test_nothing_to_patch_is_said(pair, demo):
+    """Two equal answers would be compared, although no word differs between them."""
     with pytest.raises(ValueError, match=r"both pictures lead to .The circle is blue\.."):
         patch(pair[0], pair[0])
     other = Answered(demo, pair[0].picture, "What size is the circle?")
@@ -311,6 +325,7 @@ def run(capsys, reference):
 
 
 def test_everything_is_written_and_agrees(run, tmp_path):
+    """One of the files would be left out, or disagree with the printed tables."""
     names = {"out": "a.png", "html": "a.html", "json": "a.json", "npy": "a.npy"}
     files = {flag: tmp_path / name for flag, name in names.items()}
     status, out, err = run(*(part for flag, path in files.items() for part in (f"--{flag}", path)))
@@ -335,6 +350,7 @@ def test_everything_is_written_and_agrees(run, tmp_path):
 
 
 def test_numbers_alone(run):
+    """--json would print the tables too, or measures that nobody asked for."""
     status, out, _ = run("--json", "--measure", "knockout", "--window", "2")
     raw = json.loads(out)
     assert status == 0
@@ -343,6 +359,7 @@ def test_numbers_alone(run):
 
 
 def test_one_word_of_the_answer(run):
+    """--word would be accepted and all words be measured."""
     words = [
         word["text"] for word in json.loads(run("--json", "--measure", "knockout")[1])["words"]
     ]
@@ -354,6 +371,7 @@ def test_one_word_of_the_answer(run):
 
 
 def test_a_plan_measures_nothing(run, monkeypatch):
+    """--plan would spend the minutes that it is meant to estimate."""
     monkeypatch.setattr(probing, "measure", None)
     status, out, _ = run("--plan", "--block", "2")
     assert status == 0
@@ -379,6 +397,7 @@ def test_a_plan_measures_nothing(run, monkeypatch):
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(run, arguments, status, said):
+    """A setting that cannot be would be a traceback, or be noticed after minutes."""
     found, out, err = run(*arguments)
     assert (found, out) == (status, "")
     assert err.startswith("error: ")
@@ -387,12 +406,14 @@ def test_what_cannot_be_is_said_in_one_line(run, arguments, status, said):
 
 
 def test_two_pictures_that_are_alike_are_refused(run, reference):
+    """The same picture twice would be measured, although there is nothing to find."""
     status, _, err = run("--other", reference / "pictures" / "landscape.png")
     assert (status, err.count("\n")) == (1, 1)
     assert "both pictures lead to" in err
 
 
 def test_tables_and_page_show_the_patching(pair):
+    """The page would leave the patching out, or not escape its words."""
     found = Findings(pair[0], [3], patching=patch(*pair))
     text = as_text(found)
     assert "'The circle is' goes on from \u2581blue (0) to \u2581red (1)" in text
@@ -436,6 +457,7 @@ def test_words_share_the_scale_of_what_is_hidden(pair):
 
 
 def test_numbers_have_no_minus_before_nothing():
+    """A rounded zero would be shown as -0.00, as if it were a loss."""
     assert [number(x) for x in (-0.001, 0.0, -0.0, -0.006, 8.875)] == [
         "0.00",
         "0.00",

@@ -167,6 +167,7 @@ def test_an_answer_is_the_one_that_generate_gives(shared, assistant, first):
 
 
 def test_options_mean_what_they_mean_in_python(shared, assistant):
+    """An option of a request would be ignored, or mean another thing than in Python."""
     path, question = SHAPES / "example-2.png", "Describe this image."
     parts = [picture(2), text(question)]
     for asked, ours in (
@@ -186,6 +187,7 @@ def test_options_mean_what_they_mean_in_python(shared, assistant):
 
 
 def test_several_answers_have_seeds_that_follow_one_another(shared, assistant):
+    """n answers would all be the same, or none could be repeated."""
     path, question = SHAPES / "example-1.png", "Describe this image."
     answer = shared.ask([picture(1), text(question)], n=3, temperature=1, seed=7)
     expected = [assistant.ask(path, question, temperature=1, seed=seed) for seed in (7, 8, 9)]
@@ -197,6 +199,7 @@ def test_several_answers_have_seeds_that_follow_one_another(shared, assistant):
 
 
 def test_a_conversation_goes_on_and_its_beginning_is_not_read_again(shared, assistant):
+    """Every turn would read the picture anew, or answer otherwise than chat does."""
     from minillava.chat import Conversation
 
     conversation = Conversation(assistant)
@@ -213,6 +216,7 @@ def test_a_conversation_goes_on_and_its_beginning_is_not_read_again(shared, assi
 
 
 def test_a_system_message_takes_the_templates_place(shared, assistant):
+    """A system message would be read as a question, or stand beside the template's own."""
     for role in ("system", "developer"):
         messages = [{"role": role, "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
         status, answer = shared.chat(messages)
@@ -228,6 +232,7 @@ def prompt_of(messages, assistant):
 
 
 def test_prompts_are_those_that_generate_writes(assistant):
+    """The server would put a picture at another place than the command line does."""
     user = partial(dict, role="user")
     question = assistant.prompt("What?")
     for content in ([picture(1), text("What?")], [text("What?"), picture(1)]):
@@ -254,6 +259,7 @@ def test_what_a_user_types_is_text_also_where_it_reads_image(shared, assistant):
 
 
 def test_log_probabilities_spell_the_answer(shared, assistant):
+    """A character of several tokens would come garbled in the log-probabilities."""
     answer = shared.ask([picture(1), text("Describe this image.")], logprobs=True, top_logprobs=2)
     entries = answer["choices"][0]["logprobs"]["content"]
     assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == said(answer)
@@ -270,6 +276,7 @@ def test_log_probabilities_spell_the_answer(shared, assistant):
 
 
 def test_a_stream_byte_by_byte(shared, assistant):
+    """A client that reads the stream would stumble over a missing or renamed field."""
     *events, last = shared.events([picture(1), text("Is it red?")], max_tokens=3, seed=0)
     assert last == "[DONE]"
     masked = [re.sub(r'"chatcmpl-\w+"', '"ID"', event) for event in events]
@@ -297,6 +304,7 @@ def test_a_stream_byte_by_byte(shared, assistant):
 
 
 def test_a_stream_says_what_the_whole_answer_says(shared):
+    """A streamed answer would lose text or usage that the whole one has."""
     parts = [picture(2), text("Describe this image.")]
     options = {"n": 2, "temperature": 1, "seed": 3, "logprobs": True}
     whole = shared.ask(parts, **options)
@@ -361,6 +369,7 @@ def raw_request(body: bytes) -> bytes:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_nobody_computes_for_a_client_that_went_away(start, stream):
+    """The answers of clients that left would keep the slots busy."""
     running = start(engine={"slots": 2})
     gone = Streaming(running, {**LONG, "n": 2}, stream)
     if stream:
@@ -373,6 +382,7 @@ def test_nobody_computes_for_a_client_that_went_away(start, stream):
 
 
 def test_a_full_queue_says_when_to_come_again(start):
+    """A full server would let requests wait without end, or not say when to retry."""
     running = start(engine={"slots": 1, "waiting": 1})
     busy = [Streaming(running, LONG) for _ in range(2)]
     wait_until(lambda: running.engine.full)
@@ -385,6 +395,7 @@ def test_a_full_queue_says_when_to_come_again(start):
 
 
 def test_what_fails_after_the_start_is_an_event_and_a_whole_body(start, assistant):
+    """A client would take a broken-off answer for a whole one."""
     running = start(engine={"slots": 1})
     one = Streaming(running, LONG)
     assert one.read_until(b'"content":')
@@ -459,6 +470,7 @@ def data(content: bytes) -> list:
     ids=lambda value: str(value)[:60] if not isinstance(value, dict) else str(value)[-60:],
 )  # fmt: skip
 def test_a_wrong_request_is_told_what_is_wrong(shared, body, status, code, param):
+    """A mistyped parameter would be ignored, or a file of the server's be read as a picture."""
     found, headers, answer = shared.send("POST", "/v1/chat/completions", body)
     error = json.loads(answer)["error"]
     assert (found, error["code"], error["param"]) == (status, code, param), error
@@ -481,6 +493,7 @@ def png_header(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("size", [(1, 70_000), (9000, 9000)])
 def test_a_picture_that_says_it_is_huge_is_not_decoded(shared, size):
+    """A small file could fill the server's memory with its pixels."""
     status, answer = shared.chat(data(png_header(*size)))
     assert (status, answer["error"]["code"]) == (400, "image_too_large")
 
@@ -499,6 +512,7 @@ def test_a_picture_that_says_it_is_huge_is_not_decoded(shared, size):
     ],
 )
 def test_who_may_not_ask(shared, method, path, headers, status, code):
+    """A page in the user's browser could ask the server on this machine."""
     found, given, body = shared.send(method, path, **headers)
     assert found == status
     if code is not None:
@@ -507,6 +521,7 @@ def test_who_may_not_ask(shared, method, path, headers, status, code):
 
 
 def test_a_body_that_is_no_json_by_its_name_or_too_large(start):
+    """A form of another site, an endless body or a slow one would be accepted."""
     running = start(max_body=1000, body_timeout=0.3)
     form = "application/x-www-form-urlencoded"
     status, _, body = running.send("POST", "/v1/chat/completions", b"{}", content_type=form)
@@ -520,6 +535,7 @@ def test_a_body_that_is_no_json_by_its_name_or_too_large(start):
 
 
 def test_a_key_is_needed_everywhere_but_where_nothing_is_told(start):
+    """A part of a key would be enough, or one path answer without any."""
     running = start(keys=[b"first", "zw\u00f6lf".encode()])
     for path in ("/v1/models", "/metrics", "/nowhere"):
         for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer fir"},
@@ -545,6 +561,7 @@ def test_a_silent_peer_is_hung_up_on(start, monkeypatch):
 
 
 def test_models_health_and_tokens(shared, assistant):
+    """A client would find no list of models, or /tokenize count otherwise than the model."""
     _, _, body = shared.send("GET", "/v1/models")
     listed = json.loads(body)
     assert [model["id"] for model in listed["data"]] == ["shapes", "small"]
@@ -564,6 +581,8 @@ def test_models_health_and_tokens(shared, assistant):
 
 
 def test_metrics_count(shared):
+    """The figures of /metrics would stand still, or count a token twice."""
+
     def value(name: str) -> float:
         text = shared.send("GET", "/metrics")[2].decode()
         return float(re.search(rf"^{re.escape(name)} (.+)$", text, re.MULTILINE)[1])
@@ -576,12 +595,14 @@ def test_metrics_count(shared):
 
 
 def test_a_clients_name_of_a_request_is_kept_only_if_it_is_one(shared):
+    """A client could write what it likes into the headers and the log."""
     assert shared.send("GET", "/livez", x_request_id="mine-1")[1]["x-request-id"] == "mine-1"
     strange = shared.send("GET", "/livez", x_request_id="mine 1;")[1]["x-request-id"]
     assert strange.startswith("req_")
 
 
 def test_many_clients_at_once_get_their_own_answers(shared, assistant):
+    """A client would get another one's answer, or words of it."""
     questions = ["How many shapes are there?", "Where is the ring?", "Is it red?", "Describe it."]
     cases = [(1 + i % 3, questions[i % 4]) for i in range(12)]
     found: queue.Queue = queue.Queue()
@@ -609,6 +630,7 @@ def test_many_clients_at_once_get_their_own_answers(shared, assistant):
 
 
 def test_openais_own_client(shared, assistant):
+    """OpenAI's own client could not read an answer, a stream or an error."""
     openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
     client = openai.OpenAI(
         base_url=f"http://127.0.0.1:{shared.port}/v1", api_key="x", max_retries=0
@@ -665,6 +687,7 @@ def test_the_door_says_where_it_listens_and_ends_when_it_is_told(number, status)
 
 
 def test_wrong_usage_of_the_door(run_main, tmp_path, monkeypatch):
+    """A server open to everybody would start without a key."""
     monkeypatch.delenv("MINILLAVA_API_KEY", raising=False)
     status, out, err = run_main(main, "-m", SHAPES, "--host", "0.0.0.0", "--port", "0")
     assert (status, out, err.count("\n")) == (2, "", 1)
@@ -684,6 +707,7 @@ def test_wrong_usage_of_the_door(run_main, tmp_path, monkeypatch):
 
 
 def test_without_the_extra_there_is_one_line_that_names_it(run_main, monkeypatch):
+    """Without uvicorn there would be a traceback, and no word of what to install."""
     for name in [name for name in sys.modules if name.startswith("minillava.serve.server")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys.modules["minillava.serve"], "server", None, raising=False)
@@ -698,12 +722,14 @@ def test_without_the_extra_there_is_one_line_that_names_it(run_main, monkeypatch
 
 
 def test_the_extra_names_what_is_imported():
+    """`pip install 'minillava[serve]'` would leave out a package that is imported."""
     declared = re.search(r'"serve": \[(.*?)\]', (ROOT / "setup.py").read_text(), re.DOTALL)[1]
     packages = {name.replace("-", "_") for name in re.findall(r'"([a-z0-9-]+)>=', declared)}
     assert packages <= set(EXTRA) and set(EXTRA) - packages == {"anyio"}  # which starlette brings
 
 
 def test_no_file_is_written(shared, tmp_path):
+    """The server would leave its clients' pictures on the disk."""
     before = sorted(Path(tmp_path).parent.iterdir())
     shared.ask([picture(1), text("Is it red?")], max_tokens=2)
     assert sorted(Path(tmp_path).parent.iterdir()) == before

@@ -227,6 +227,7 @@ def test_all_32_layers_of_7b_without_its_weights():
 
 
 def test_records_come_in_the_order_of_the_data(assistant, picture):
+    """A reader who follows the data would find a stage after the one it feeds."""
     names = [r.name for r in record(assistant, picture)]
     tower, layer = "vision_tower.", "language_model.layers.0"
     order = ["config", "question", "conversation", "prompt", "input_ids"]
@@ -261,6 +262,7 @@ def test_records_come_in_the_order_of_the_data(assistant, picture):
 
 @pytest.mark.numeric
 def test_numbers_are_those_of_the_tensors(picture):
+    """The trace would show numbers that the model did not compute with."""
     assistant = minillava.load(WEIGHTS, device="cpu", dtype="float64")
     made = generate(
         assistant.model,
@@ -295,6 +297,7 @@ def test_numbers_are_those_of_the_tensors(picture):
 
 
 def test_positions_of_a_padded_row_count_what_is_real(assistant):
+    """The positions of a padded row would count its padding."""
     rows, found = (
         [
             assistant.tokenizer.encode("USER: Hi"),
@@ -314,6 +317,7 @@ def test_positions_of_a_padded_row_count_what_is_real(assistant):
 
 
 def test_a_summary_is_right_and_is_json():
+    """A NaN in a tensor would make the output no JSON, and an empty tensor would fail."""
     x = torch.tensor([[1.0, -2.0, 4.0], [9.0, 0.0, 0.0]])
     assert summarise(x) == {
         "shape": [2, 3], "dtype": "float32", "min": -2.0, "mean": 2.0, "max": 9.0, "first": [1.0, -2.0, 4.0]
@@ -326,6 +330,7 @@ def test_a_summary_is_right_and_is_json():
 
 
 def test_every_record_names_the_line_that_made_it(assistant, picture):
+    """A stage would name a line of the tracer, or one that has moved."""
     lines = {}
     for one in record(assistant, picture, depth="everything"):
         file, _, number = one.source.partition(":")
@@ -359,6 +364,7 @@ def test_every_record_names_the_line_that_made_it(assistant, picture):
 @pytest.mark.parametrize("attend", ["eager", "fused"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_are_the_same_to_the_last_bit(attend, dtype, picture):
+    """Tracing would change the answer that it explains."""
     assistant = minillava.load(WEIGHTS, device="cpu", dtype=dtype, attention=attend)
     ids = assistant.tokenizer.encode(assistant.prompt("What is it?"))
     pixels = assistant.image_processor([picture])
@@ -379,6 +385,8 @@ def test_logits_are_the_same_to_the_last_bit(attend, dtype, picture):
 
 
 def test_hooks_go_even_when_something_breaks(assistant, picture):
+    """A closed pipe would leave the model with hooks that fail."""
+
     def consume(one, tensor):
         if one.name == "mask":
             raise BrokenPipeError
@@ -389,6 +397,7 @@ def test_hooks_go_even_when_something_breaks(assistant, picture):
 
 
 def test_attention_weights_are_let_go_one_by_one(assistant, picture):
+    """The attention weights of all layers would be held at once, gigabytes at 7B."""
     alive = []
 
     def consume(one, tensor):
@@ -404,6 +413,8 @@ def test_attention_weights_are_let_go_one_by_one(assistant, picture):
 
 
 def test_depth_layer_and_step_choose(rows):
+    """--depth, --layer or --step would be accepted and show everything."""
+
     def names(*arguments):
         return [row["name"] for row in rows(*arguments) if row.get("step") is not None]
 
@@ -421,6 +432,7 @@ def test_depth_layer_and_step_choose(rows):
 
 
 def test_text_marks_the_shapes_that_change(out, rows):
+    """The star would miss a shape that the cache changes, or mark all of them."""
     text = out()
     marked = re.findall(r"^  (\S+) +\* (\[.*?\])", text, re.MULTILINE)
     assert ("self_attn.q", "[1, 4, 1, 16]") in marked
@@ -436,6 +448,7 @@ def test_text_marks_the_shapes_that_change(out, rows):
 
 
 def test_the_summary_is_the_answer(rows, assistant):
+    """The traced answer would be another than ask gives."""
     last = rows()[-1]
     assert last["name"] == "answer"
     assert last["value"]["text"] == assistant.ask(
@@ -445,11 +458,13 @@ def test_the_summary_is_the_answer(rows, assistant):
 
 
 def test_a_step_that_never_came_is_said(run):
+    """A step after the answer's end would be left out without a word."""
     status, _, err = run("--step", "0,9")
     assert (status, err) == (0, "note: the answer ended after 4 token(s): there is no step 9\n")
 
 
 def test_without_a_picture(run, capsys):
+    """A question without a picture would be an error in the trace."""
     capsys.readouterr()
     base = [word for word in BASE if word not in BASE[:2]]
     assert main(["-m", str(WEIGHTS), *base, "--depth", "everything"]) == 0
@@ -459,6 +474,7 @@ def test_without_a_picture(run, capsys):
 
 
 def test_picture_and_question_come_from_stdin_too(capsys, monkeypatch, out, tmp_path):
+    """The second run of --compare would find stdin empty."""
     expected, picture = out(), (PICTURES / "landscape.png").read_bytes()
     for flag, content in (("-p", b"What <b>?\n"), ("-i", picture)):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
@@ -505,6 +521,7 @@ def squares(page: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 @pytest.mark.parametrize("kept", [0, 1])
 def test_a_patch_is_at_its_place_in_picture_and_text(rows, out, tmp_path, assistant, picture, kept):
+    """A class token that is kept would shift every patch of the page by one."""
     weights = changed_config(tmp_path, vision_feature_select_strategy="full" if kept else "default")
     out("-m", weights, "--html", tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
@@ -531,6 +548,7 @@ def test_a_patch_is_at_its_place_in_picture_and_text(rows, out, tmp_path, assist
 
 
 def test_the_page_is_whole_and_needs_nothing(out, tmp_path, assistant):
+    """A question with HTML in it would be run, or the page need the net to be read."""
     page = tmp_path / "trace.html"
     answer = out("--html", page, "-i", PICTURES / "portrait.png", "-p", "<image> or <image> <b>?")
     text = page.read_text(encoding="utf-8")
@@ -561,6 +579,7 @@ def parted(rows) -> tuple:
 
 
 def test_a_run_equals_itself(rows, out):
+    """Two equal runs would differ, so that no comparison could be trusted."""
     found = rows("--compare", "dtype=float32", "dtype=float32", "--depth", "everything")
     first, equal, compared = parted(found)
     assert (first, equal) == (None, compared)
@@ -593,6 +612,7 @@ def test_one_changed_weight_is_found(rows, tmp_path):
 
 
 def test_attention_functions_part_by_rounding_alone(rows):
+    """Rounding would count as a fault, or a fault as rounding."""
     found = rows("--compare", "attention=eager", "attention=fused")
     first, equal, compared = parted(found)
     assert first[1].startswith("vision_tower.encoder.layers.")
@@ -604,6 +624,7 @@ def test_attention_functions_part_by_rounding_alone(rows):
 
 
 def test_differences_are_the_largest_and_of_the_larger():
+    """The difference would depend on which run comes first, or a NaN count as equal."""
     a, b = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 8.0])
     for found in (difference(a, b), difference(b, a)):
         assert (found["max"], found["relative"]) == pytest.approx((4, 4 / 73**0.5))
@@ -643,6 +664,7 @@ def test_ids_that_differ_are_counted(out, rows):
 
 
 def test_a_path_in_a_setting_may_have_commas(out, tmp_path):
+    """A folder's name with a comma would be cut into two settings."""
     folder = tmp_path / "a,b, c"
     folder.symlink_to(WEIGHTS)
     text = out(
@@ -656,6 +678,7 @@ def test_a_path_in_a_setting_may_have_commas(out, tmp_path):
 
 
 def test_a_file_may_have_the_sign_of_a_setting_in_its_name(out, tmp_path):
+    """A file named seed=1.safetensors would be called an unknown setting."""
     path = tmp_path / "seed=1.safetensors"
     out("--depth", "outline", "--save", path)
     assert re.search(r"^(\d+) of \1 tensors equal$", out("--depth", "outline", "--compare", path, "dtype=float32"),
@@ -684,6 +707,7 @@ def test_what_there_is_to_know_about_the_weights_is_said_once(capsys):
 
 
 def test_scores_behind_a_filter_are_compared(rows):
+    """The infinities that a filter writes would make every score differ by NaN."""
     flags = ["--temperature", "1", "--top-k", "5", "--depth", "outline"]
     limit = TOLERANCE[torch.float32]
     found = rows("--compare", "attention=eager", "attention=fused", "--tolerance", limit, *flags)
@@ -694,6 +718,7 @@ def test_scores_behind_a_filter_are_compared(rows):
 
 
 def test_pad_and_crop_part_at_the_pixels(out):
+    """The first difference would be named stages too late."""
     text = out(
         "--compare", "image_aspect_ratio=pad", "image-aspect-ratio=crop", "--depth", "outline"
     )
@@ -702,11 +727,13 @@ def test_pad_and_crop_part_at_the_pixels(out):
 
 
 def test_another_prompt_has_other_shapes(out):
+    """Tensors of two shapes would be an error, or be left out of the comparison."""
     text = out("--compare", "template=llava_v1", "template=llava_v0", "--depth", "outline")
     assert re.search(r"^input_ids .* B is \[1, \d+\]  <- first$", text, re.MULTILINE)
 
 
 def test_after_different_tokens_nothing_is_compared(rows, tmp_path, out):
+    """Steps that follow different tokens would be reported as hundreds of faults."""
     file = tmp_path / "a.safetensors"
     out("--save", file, "--step", "0,1,2", "--depth", "outline")
     tensors = load_file(file)
@@ -726,11 +753,13 @@ def test_with_a_file_stdout_has_the_answer_alone(out, rows, tmp_path, flag):
 
 
 def test_with_json_the_trace_is_printed_beside_what_is_saved(rows, tmp_path):
+    """--save would take the trace away from a script that reads it."""
     assert rows("--step", "0", "--save", tmp_path / "a") == rows("--step", "0")
     assert (tmp_path / "a").stat().st_size > 0
 
 
 def test_a_file_is_saved_whole_or_not_at_all(run, out, tmp_path, monkeypatch):
+    """A full disk would leave a torn file in the place of the old one."""
     file, page = tmp_path / "a.safetensors", tmp_path / "a.html"
     out("--save", file, "--html", page, "--depth", "outline")
     assert file.stat().st_mode == page.stat().st_mode  # as readable as any other file
@@ -746,6 +775,7 @@ def test_a_file_is_saved_whole_or_not_at_all(run, out, tmp_path, monkeypatch):
 
 
 def test_a_stored_reference(rows, out, tmp_path):
+    """A reference saved by one run could not be compared with a run of another dtype."""
     file = tmp_path / "reference.safetensors"
     out("--save", file, "--layer", "0", "--step", "0")
     keys = set(load_file(file))
@@ -834,12 +864,14 @@ def test_layers_and_steps_are_lists_with_ranges(rows):
     ],
 )
 def test_errors_are_one_clear_line(run, arguments, status, message):
+    """A mistyped layer or setting would be a traceback, or compare something else."""
     found, out, err = run(*arguments)
     assert (found, out, err.count("\n")) == (status, "", 1)
     assert message in err
 
 
 def test_nothing_in_common(run, tmp_path):
+    """Two files without a common tensor would count as equal."""
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     status, _, err = run("--compare", tmp_path / "x.safetensors", "dtype=float32")
     assert (status, err.count("\n")) == (1, 1)

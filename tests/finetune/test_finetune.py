@@ -69,6 +69,7 @@ def fixed() -> torch.Generator:
 
 
 def test_rows_are_shown_and_nothing_is_written(run_main, data, tmp_path):
+    """--check would begin to learn, or write into the user's folder."""
     before = sorted(tmp_path.iterdir())
     status, printed, errors = run_main(main, PLAIN, data, "--check", 2)
     assert status == 0
@@ -78,6 +79,7 @@ def test_rows_are_shown_and_nothing_is_written(run_main, data, tmp_path):
 
 
 def test_a_bad_row_ends_a_run_before_a_model_is_opened(run_main, data, tmp_path):
+    """A missing picture would end the run hours in, or be left out unasked."""
     rows = json.loads(data.read_text(encoding="utf-8"))
     rows[2]["image"] = "gone.png"
     data.write_text(json.dumps(rows), encoding="utf-8")
@@ -91,6 +93,7 @@ def test_a_bad_row_ends_a_run_before_a_model_is_opened(run_main, data, tmp_path)
 
 
 def test_the_plan_says_what_learns_and_writes_nothing(run_main, data, tmp_path):
+    """--plan would count other weights than those that learn."""
     status, printed, _ = run_main(main, PLAIN, data, "--plan", *QUICK)
     assert status == 0
     model = minillava.load(PLAIN, device="cpu").model
@@ -106,6 +109,7 @@ def test_the_plan_says_what_learns_and_writes_nothing(run_main, data, tmp_path):
 
 
 def test_a_lora_is_opened_by_minillava_and_changes_its_answers(run_main, data, tmp_path):
+    """The saved adapter would not be found by load, or change nothing."""
     told = learn(run_main, data, tmp_path / "out", "--epochs", 2)
     assert f"--weights {PLAIN} --adapter {tmp_path / 'out'}" in told
     assert not torch.equal(logits(PLAIN), logits(PLAIN, adapter=tmp_path / "out"))
@@ -121,6 +125,7 @@ def test_a_lora_is_opened_by_minillava_and_changes_its_answers(run_main, data, t
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use of transformers
 def test_peft_opens_a_lora_and_computes_the_same(run_main, data, tmp_path):
+    """PEFT would skip tensors under names it does not know, and answer as the base."""
     hf = pytest.importorskip("hf")
     pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
@@ -142,6 +147,7 @@ def test_peft_opens_a_lora_and_computes_the_same(run_main, data, tmp_path):
 
 @pytest.mark.parametrize("learnt", ["lora", "projector"])
 def test_what_learns_on_quantised_weights_is_saved_alike(run_main, data, tmp_path, learnt):
+    """What was learnt on int8 weights could not be opened on the whole ones."""
     learn(run_main, data, tmp_path / "out", "--quantize", "int8", "--learn", learnt)
     where = {"adapter": tmp_path / "out"} if learnt == "lora" else {}
     folder = PLAIN if learnt == "lora" else tmp_path / "out"
@@ -150,6 +156,7 @@ def test_what_learns_on_quantised_weights_is_saved_alike(run_main, data, tmp_pat
 
 
 def test_both_layouts_hold_the_same_model(run_main, data, tmp_path):
+    """One layout would leave out the projector, or merge the adapter otherwise."""
     for layout in ("hf", "llava"):
         learn(run_main, data, tmp_path / layout, "--layout", layout, "--merged")
     assert {path.name for path in (tmp_path / "llava").iterdir()} == {
@@ -163,6 +170,7 @@ def test_both_layouts_hold_the_same_model(run_main, data, tmp_path):
 
 
 def test_a_projector_is_saved_as_llava_saves_it(run_main, data, tmp_path):
+    """LLaVA would not find the projector under its names."""
     told = learn(run_main, data, tmp_path / "out", "--learn", "projector")
     assert f"--weights {tmp_path / 'out'} --model-base {PLAIN}" in told
     found = torch.load(tmp_path / "out" / "mm_projector.bin", weights_only=True)
@@ -173,6 +181,7 @@ def test_a_projector_is_saved_as_llava_saves_it(run_main, data, tmp_path):
 
 
 def test_a_whole_model_is_written_like_the_one_it_began_from(run_main, data, tmp_path):
+    """The written model would lack tensors, have another dtype, or a tower that moved."""
     learn(run_main, data, tmp_path / "out", "--learn", "language")
     before, after = (
         load_file(f / "model.safetensors") for f in (PLAIN, tmp_path / "out" / "model")
@@ -222,6 +231,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(run_main, data, tmp_path, mo
 def test_a_run_that_ended_before_its_files_were_written_writes_them(
     run_main, data, tmp_path, monkeypatch
 ):
+    """A run stopped after its last update could not be saved any more."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr("minillava.finetune.run.save_learnt", interrupted)
@@ -243,6 +253,7 @@ def save_state_of():
 
 
 def test_a_run_goes_on_with_what_it_was_only(run_main, data, tmp_path):
+    """--resume would mix two runs with other rows or settings."""
     out = tmp_path / "out"
     assert "starts anew" in learn(run_main, data, out, "--resume")
     for more, told in ((("--seed", 1), "seed was 42, and is 1 now"), ((), "data was ")):
@@ -257,6 +268,7 @@ def test_a_run_goes_on_with_what_it_was_only(run_main, data, tmp_path):
 
 
 def test_nothing_of_the_users_is_overwritten(run_main, data, tmp_path):
+    """A run would write into a folder that holds the user's files."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     for out, more in ((tmp_path / "out", ()), (tmp_path / "out", ("--resume",)), (data, ())):
@@ -286,6 +298,7 @@ def test_ctrl_c_saves_the_update_that_is_being_made(data, tmp_path):
 
 
 def test_a_model_in_several_folders_is_not_written_as_one(run_main, data, tmp_path, write_dialect):
+    """Hours of learning would end in a folder that cannot be opened."""
     found = write_dialect("original-bare", tmp_path / "bare")
     status, _, errors = run_main(
         main, found["weights"], data, "--vision-tower", found["vision_tower"], "--out",
@@ -311,12 +324,14 @@ def test_a_model_in_several_folders_is_not_written_as_one(run_main, data, tmp_pa
     ],
 )
 def test_wrong_settings_are_told_in_one_line(run_main, data, tmp_path, wrong, status, told):
+    """A setting that cannot learn would be noticed after hours, or never."""
     found, _, errors = run_main(main, PLAIN, data, "--out", tmp_path / "out", *wrong)
     assert (found, told in errors) == (status, True), errors
     assert not (tmp_path / "out").exists()
 
 
 def test_flags_without_a_place_for_what_is_learnt_are_refused(run_main, data):
+    """A run without --out would learn for hours and keep nothing."""
     status, _, errors = run_main(main, PLAIN, data)
     assert status == 2 and "--out" in errors
 
@@ -333,6 +348,7 @@ def test_the_words_that_flags_offer_are_those_that_the_recipes_take():
 
 
 def test_it_learns_in_python(data, tmp_path):
+    """A mistyped option in Python would be ignored, and its default be learnt with."""
     finetune(PLAIN, data, tmp_path / "out", rank=4, batch=2, accumulate=1, updates=2, device="cpu")
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     with pytest.raises(TypeError, match="there is no option 'ranks'"):
@@ -355,6 +371,7 @@ def test_held_out_rows_are_measured_and_not_learnt(run_main, data, tmp_path):
 
 
 def test_a_picture_is_on_one_side_and_stays_there(data):
+    """A held-out row whose picture is learnt too would make the run look better than it is."""
     from minillava.finetune.rows import hold_out, read_rows
 
     rows = read_rows(data).rows

@@ -131,6 +131,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows():
 
 
 def test_dropout_is_a_function_of_the_update():
+    """A resumed run would drop other numbers out, and end in other weights."""
     recipe = Recipe(**{**SHORT, "dropout": 0.5}, updates=2)
     torch.manual_seed(1)
     first = run(recipe)[2]
@@ -214,6 +215,7 @@ def their_name(name: str) -> str:
 
 
 def test_a_lora_changes_nothing_before_it_has_learnt():
+    """A fresh adapter would start from another model, or miss some of its layers."""
     assistant, processor = toy(), Noise(toy().image_processor.image_size)
     row = EXAMPLES[0]
     batch = Batch([row.ids], [row.labels], processor(row.pictures), row.learnt)

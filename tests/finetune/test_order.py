@@ -26,6 +26,7 @@ def test_rows_are_grouped_as_llava_groups_them(words, batch, parts, expected):
 @pytest.mark.parametrize("order", ["length", "shuffle", "file"])
 @pytest.mark.parametrize("rows", [1, 5, 12, 13])
 def test_every_row_comes_once_an_epoch(order, rows):
+    """A row would be left out of an epoch, or be learnt twice."""
     words = [(-1) ** i * (i % 7 + 1) for i in range(rows)]
     found = rows_in_order(words, order, 2, 3, seed=1, epoch=0)
     assert sorted(found) == list(range(rows))
@@ -36,6 +37,7 @@ def test_every_row_comes_once_an_epoch(order, rows):
 
 
 def test_an_order_is_a_function_of_seed_and_epoch_alone():
+    """A resumed run would see its rows in another order."""
     torch.manual_seed(1)
     first = rows_in_order(WORDS, "length", 2, 2, seed=3, epoch=1)
     torch.rand(5)
@@ -55,6 +57,7 @@ def test_rates_of_the_published_run():
 @pytest.mark.parity
 @pytest.mark.parametrize("updates", [7, 40, 5198])
 def test_rates_are_those_of_transformers(updates):
+    """The learning rate would differ in the last bit from the run it reproduces."""
     transformers = pytest.importorskip("transformers")
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimiser = torch.optim.AdamW([parameter], lr=1.0)
@@ -67,6 +70,7 @@ def test_rates_are_those_of_transformers(updates):
 
 
 def test_recipes_are_the_published_ones():
+    """A recipe would learn with another batch or rate than LLaVA's."""
     found = {name: read_recipe(name, {}) for name in RECIPES}
     assert [recipe.batch * recipe.accumulate for recipe in found.values()] == [
         256,
@@ -83,6 +87,7 @@ def test_recipes_are_the_published_ones():
 
 
 def test_one_rate_is_the_projectors_where_nothing_else_learns():
+    """--rate would change nothing in stage 1, where only the projector learns."""
     assert read_recipe("stage1", {"rate": 5e-4}).projector_rate == 5e-4
     assert read_recipe("lora", {"rate": 5e-4}).projector_rate == 2e-5
 
@@ -91,6 +96,7 @@ def test_one_rate_is_the_projectors_where_nothing_else_learns():
     "wrong", [{"rank": 0}, {"dropout": 1.0}, {"learn": "tower"}, {"batch": 0}, {"rate": -1.0}]
 )
 def test_a_setting_out_of_range_is_refused_with_its_value(wrong):
+    """A rank of 0 or a negative rate would learn nothing, or the wrong way."""
     (value,) = wrong.values()
     with pytest.raises(ValueError, match=str(value)):
         read_recipe("lora", wrong)

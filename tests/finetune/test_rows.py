@@ -42,6 +42,7 @@ GOOD = {"id": "x", "image": "a.png", "conversations": [human("<image>\nWhat?"), 
 
 @pytest.mark.parametrize("lines", [False, True])
 def test_a_file_of_llava_is_read_as_it_is(write, lines):
+    """A file of LLaVA would have to be rewritten first, or lose a turn."""
     text = {"id": 2, "conversations": [human("Hi"), gpt("Hello"), human("So?"), gpt("Well")]}
     found = read_rows(write([GOOD, text], lines))
     assert found.problems == {}
@@ -63,12 +64,14 @@ def test_a_file_of_llava_is_read_as_it_is(write, lines):
     ],
 )
 def test_one_picture_goes_in_front_of_its_question(write, asked, expected):
+    """A mark after the question would put the picture where LLaVA never had it."""
     row = {**GOOD, "conversations": [human(asked), gpt("Yes.")]}
     (found,) = read_rows(write([row])).rows
     assert found.turns == ((expected, "Yes."),)
 
 
 def test_several_pictures_stay_where_they_are_marked(write):
+    """Several pictures would all go to the front, so that the question loses its sense."""
     row = {"image": ["a.png", "b.png"], "conversations": [human("<image> or <image>?"), gpt("A")]}
     (found,) = read_rows(write([row])).rows
     assert (len(found.pictures), found.turns) == (2, (("<image> or <image>?", "A"),))
@@ -120,6 +123,7 @@ def test_each_bad_row_is_named_before_anything_is_learnt(write, changed, problem
 
 
 def test_the_first_offenders_of_a_kind_are_named_and_the_rest_counted(write):
+    """Thousands of bad rows would fill the screen."""
     path = write([{**GOOD, "id": i, "image": "no.png"} for i in range(9)])
     with pytest.raises(ValueError, match="9 row") as caught:
         read_rows(path).refuse(path)
@@ -128,6 +132,7 @@ def test_the_first_offenders_of_a_kind_are_named_and_the_rest_counted(write):
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"[1,", b"{", b"\xff\xfe\x00", b"\0"])
 def test_a_file_that_is_no_list_of_rows_is_refused_in_one_line(tmp_path, content):
+    """A broken or empty file would be a traceback, or a run that learns nothing."""
     path = tmp_path / "x.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.json") as caught:
@@ -151,6 +156,7 @@ def test_captions_are_learnt_without_their_question(write, llama_tokenizer):
 
 
 def test_labels_are_the_answers_and_their_ends(write, reference):
+    """The question would be learnt too, or the answer's end token not, so that it never stops."""
     tokenizer = Tokenizer(reference / "plain" / "tokenizer.model")
     answers = ("ASSISTANT: </s>", "<unk> 😀\n\nUSER: x", "b")
     turns = [("<image>\nA </s>?", answers[0]), ("USER:", answers[1]), ("\n c", answers[2])]
@@ -191,6 +197,7 @@ def test_a_template_that_never_ends_an_answer_is_refused(reference):
 
 
 def test_a_row_is_shown_with_what_is_learnt(write, reference):
+    """--check would show other tokens than those that are learnt."""
     tokenizer = Tokenizer(reference / "plain" / "tokenizer.model")
     (row,) = read_rows(write([GOOD])).rows
     example = encode_row(row, tokenizer, TEMPLATES["vicuna_v1"], 9, 2048)
