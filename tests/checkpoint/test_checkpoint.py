@@ -1107,8 +1107,8 @@ def test_what_config_json_says_of_a_tower_stands():
     ],
 )
 def test_what_a_tower_s_tensors_do_not_say_is_refused(sizes, fields, found):
-    """A guessed number of heads, or guessed means of colours, would give wrong features without an
-    error."""
+    """A guessed number of heads, or another CLIP taken for OpenAI's, would give wrong features
+    without an error."""
     with pytest.raises(ValueError, match=found):
         settle(unstated(**fields), Shapes(tower_of(*sizes)))
 

@@ -147,7 +147,7 @@ def test_a_mistyped_folder_does_not_become_advice_to_download_a_strangers_model(
     ],
 )
 def test_a_mistyped_folder_leads_to_the_one_most_like_it(tmp_path, monkeypatch, given, meant):
-    """A mistyped path looks like a name on the hub: the advice was to download it."""
+    """A mistyped path looks like a name on the hub: a user would be told to download it."""
     monkeypatch.chdir(tmp_path)
     for name in ("shapes", "llava-1.5-7b", "empty"):
         (tmp_path / "weights" / name).mkdir(parents=True)

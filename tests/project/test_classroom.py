@@ -130,6 +130,8 @@ def readme_tables() -> tuple[list[str], list[str]]:
 
 
 def test_the_questions_follow_the_reading_order_and_leave_no_file_out():
+    """A new file of the package would have no question, or stand where a student does not yet
+    read."""
     around = list(QUESTIONS)[len(core()) :]
     assert list(QUESTIONS)[: len(core())] == core()
     folders = [name.partition("/")[0] for name in around]
@@ -145,6 +147,8 @@ def test_readme_has_the_same_reading_order():
 
 @pytest.mark.parametrize("file", QUESTIONS)
 def test_every_question_has_its_answer_in_the_file(file):
+    """A student would look for an answer in a function that was renamed or says nothing about
+    it."""
     source = (PACKAGE / file).read_text(encoding="utf-8")
     known = places(source)
     for question, where in QUESTIONS[file]:
@@ -159,6 +163,7 @@ def test_every_question_has_its_answer_in_the_file(file):
 
 
 def test_links_lead_somewhere():
+    """A link to a file that has moved would leave a student with an empty page."""
     links = [link for link in re.findall(r"\]\(([^)#]+)", PAGE) if "://" not in link]
     assert [link for link in links if not (PACKAGE / link).exists()] == []
     assert "minillava/CLASSROOM.md" in (ROOT / "README.md").read_text(encoding="utf-8")
@@ -166,6 +171,7 @@ def test_links_lead_somewhere():
 
 @pytest.mark.parametrize("exercise", CHANGES, ids=lambda e: e.title)
 def test_an_exercise_changes_one_line_and_names_a_test(exercise):
+    """A student could not find the line to change, or the test that should notice it."""
     source = (PACKAGE / exercise.file).read_text(encoding="utf-8")
     assert source.splitlines().count(exercise.old) == 1
     assert exercise.old in places(source)[exercise.place]
@@ -284,4 +290,5 @@ def answers(tmp_path_factory) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.title)
 def test_the_bundled_model_answers_as_the_page_says(exercise, answers):
+    """A student would see another answer than the one that the page explains."""
     assert answers[exercise.title] == [printed for _, printed in exercise.runs]

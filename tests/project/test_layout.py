@@ -143,6 +143,7 @@ def test_imports_are_found_wherever_they_are():
 
 
 def test_every_file_stands_on_a_shelf():
+    """The rules about imports would not apply to a new file that no shelf knows."""
     assert set(SPINE) <= set(FILES)
     assert {shelf(name) for name in FILES if name != "__init__"} == set(SHELVES)
 
@@ -168,12 +169,14 @@ def test_a_shelf_knows_only_those_before_it(name):
 
 
 def test_nothing_imports_in_a_circle():
+    """Importing one module would fail or work by which other was imported first."""
     graph = {name: {i.module for i in inner_imports(name) if i.function is None} for name in FILES}
     assert len(list(TopologicalSorter(graph).static_order())) == len(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_only_the_declared_packages_are_imported(name):
+    """An installation of the declared packages would end in a ModuleNotFoundError."""
     for found in imports_of(name, FILES[name].read_text(encoding="utf-8")):
         package = found.module.split(".")[0]
         allowed = ALLOWED | EXTRAS.get(name.split(".")[0], set())
@@ -202,6 +205,7 @@ def test_the_spine_does_not_grow(readme):
 
 
 def test_one_greedy_answer_is_told_in_as_few_lines_as_readme_says(readme):
+    """README would promise a shorter read than the files are."""
     assert set(GREEDY) <= set(SPINE) and len(GREEDY) == 11
     assert lines_of(GREEDY) < GREEDY_LIMIT
     assert f"fewer than {GREEDY_LIMIT:,} lines" in readme
@@ -282,14 +286,16 @@ def test_our_own_files_import_a_renamed_file_by_its_own_name():
 
 @pytest.mark.parametrize("door", ["inspect", "trace", "look"])
 def test_a_door_opens_from_inside_the_package_folder(door):
-    """Who reads the source stands there."""
+    """Who reads the source stands in that folder, where our file names would hide modules of the
+    standard library."""
     done = python("-W", "error", "-m", f"minillava.{door}", "--version", cwd=PACKAGE)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("minillava ")
 
 
 def test_a_door_runs_as_a_script():
-    """What an editor's Run button does."""
+    """The Run button of an editor, which runs the file and not the module, would end in an
+    ImportError."""
     done = python("-W", "error", str(PACKAGE / "generate" / "__main__.py"), "--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("minillava ")
@@ -318,6 +324,7 @@ def test_the_doors_are_those_that_the_folders_open():
 
 
 def test_the_readme_names_every_door(readme):
+    """A command would exist that no reader of README hears of."""
     assert set(doors.DOORS) <= {module for module, _ in commands(readme)}
 
 
@@ -343,6 +350,7 @@ def test_flags_are_read_before_torch_is_imported(door, arguments):
 
 
 def test_setup_declares_the_same_packages():
+    """pip would install fewer packages than the code imports, or more."""
     declared = re.search(
         r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(encoding="utf-8"), re.DOTALL
     )[1]
@@ -351,6 +359,7 @@ def test_setup_declares_the_same_packages():
 
 
 def test_importing_minillava_alone_imports_nothing_heavy():
+    """Each command, its --help included, would wait seconds for torch."""
     done = python("-c", "import minillava, sys; print(*sys.modules)")
     assert (done.returncode, done.stderr) == (0, "")
     imported = done.stdout.split()
@@ -362,6 +371,7 @@ def test_importing_minillava_alone_imports_nothing_heavy():
 
 
 def test_importing_everything_warns_about_nothing():
+    """Every user would see a warning from an import before the first answer."""
     done = python(
         "-W", "error", "-c", "import minillava.generate, minillava.assistant, minillava.cli"
     )
@@ -411,6 +421,7 @@ def flags(words: list[str]) -> list[str]:
 
 
 def test_tables_and_commands_are_found_in_a_text():
+    """The checks of README would find nothing in it, and pass."""
     text = (
         "| file | what |\n|---|---|\n| [`llava.py`](minillava/llava.py) | see `x.py` |\n| "
         "`tools/a.py` | no |\n"
@@ -432,6 +443,7 @@ def readme() -> str:
 
 
 def test_the_readme_names_every_file_once_and_none_that_does_not_exist(readme):
+    """README would lead to a file that was renamed, or leave a new one out."""
     named = files_in_tables(readme)
     assert [name for name in named if not (ROOT / name).exists()] == []
     assert [name for name in named if name.startswith("minillava/")] == [
@@ -452,6 +464,7 @@ def test_the_readme_names_every_file_once_and_none_that_does_not_exist(readme):
 
 
 def test_every_flag_that_a_page_uses_exists(readme, capsys):
+    """A command copied from a page would be refused for an unknown flag."""
     used = commands(readme)
     assert used, "README shows no command"
     for page in sorted(PACKAGE.glob("*/README.md")):

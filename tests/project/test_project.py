@@ -42,7 +42,7 @@ def test_every_file_that_the_contributing_page_names_exists():
 
 
 def test_every_name_that_the_contributing_page_places_is_there():
-    """`NAME` in `file`."""
+    """The page says `NAME` in `file`: it would send a reader to a file that no longer has it."""
     placed = re.findall(r"`(\w+)` in `([\w/.-]+)`", PAGE.read_text(encoding="utf-8"))
     assert len(placed) >= 5
     for name, file in placed:
@@ -50,6 +50,7 @@ def test_every_name_that_the_contributing_page_places_is_there():
 
 
 def test_the_contributing_page_is_one_screen():
+    """A page that grows with every rule would no longer be read."""
     assert len(PAGE.read_text(encoding="utf-8").splitlines()) <= 60
 
 
@@ -64,6 +65,7 @@ def test_the_workflow_calls_what_a_person_runs(name):
 
 
 def test_the_oldest_python_of_the_workflow_is_that_of_the_package():
+    """The package would promise a Python on which nobody runs the tests."""
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     (oldest,) = re.findall(r'python_requires=">=([\d.]+)"', setup)
     (matrix,) = re.findall(r"python: \[(.+)\]", WORKFLOW.read_text(encoding="utf-8"))
@@ -124,6 +126,7 @@ def test_d(): pytest.importorskip("transformers", minversion="5")"""
 
 
 def test_the_hooks_run_what_is_here():
+    """A hook would name a script that has moved, or download something at each commit."""
     text = HOOKS.read_text(encoding="utf-8")
     entries = re.findall(r"entry: (.+)", text)
     assert len(entries) == text.count("language: system") == text.count("- id:") >= 3
@@ -138,6 +141,7 @@ def test_the_package_says_that_it_is_typed():
 
 
 def test_the_import_check_knows_every_module():
+    """A module in a new folder would never be imported by the check."""
     names = imports["modules"](ROOT / "minillava")
     assert {"minillava", "minillava.loop", "minillava.files", "minillava.chat.__main__"} <= set(
         names
@@ -146,6 +150,7 @@ def test_the_import_check_knows_every_module():
 
 
 def test_the_import_check_names_a_module_that_cannot_be_imported(tmp_path, monkeypatch):
+    """The check would pass although a module cannot be imported."""
     (tmp_path / "hungry_module.py").write_text("import no_such_package\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     assert imports["failures"](["minillava.config", "hungry_module"]) == [
@@ -154,6 +159,7 @@ def test_the_import_check_names_a_module_that_cannot_be_imported(tmp_path, monke
 
 
 def test_the_import_check_lets_a_module_of_an_extra_lack_it_and_not_its_door(monkeypatch):
+    """A door without its extra would end in a traceback and not in the name of what to install."""
     for name in [name for name in sys.modules if name.startswith("minillava.serve.")]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("msgspec", "argparse"):

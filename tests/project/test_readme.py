@@ -224,6 +224,7 @@ def test_typed_after_all_before_it(page, i, done):
 
 
 def test_the_memory_table_is_true():
+    """A user would buy or rent a machine by numbers that are wrong."""
     wide = TextConfig(vocab_size=32064)
     wider = replace(wide, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
                     num_key_value_heads=40, head_dim=128)  # fmt: skip
@@ -243,11 +244,14 @@ def test_the_memory_table_is_true():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_is_marked_or_in_continuous_integration(page):
+    """A command on a page would be run by nobody, and stop working unnoticed."""
     blocks = re.findall(r"(<!-- [\w: ]+ -->\n)?```(sh|console|python)\n", PAGES[page])
     assert all(marker for marker, _ in blocks)
 
 
 def test_continuous_integration_runs_the_two_commands_of_readme():
+    """The two commands that a reader tries first would change on the page and not where they are
+    tested."""
     for name in ("main", "test"):
         assert f"<!-- ci: {name} -->" in README
         assert f"readme_command {name}" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
@@ -261,6 +265,7 @@ def headings(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", LINKED)
 def test_links_lead_somewhere(page):
+    """A link to a page or heading that was renamed would lead nowhere."""
     path = ROOT / page
     for link in re.findall(r"\]\(([^)]+)\)", text := path.read_text(encoding="utf-8")):
         file, _, anchor = link.partition("#")
@@ -286,6 +291,7 @@ def test_the_first_screen_quotes_what_its_command_prints():
 
 
 def test_without_a_browser_the_pictures_say_what_is_missing(monkeypatch):
+    """Making the pictures of README would end in a traceback where Chromium is not installed."""
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SystemExit, match="install Chromium"):
         screenshots.main()
@@ -318,6 +324,7 @@ def test_the_chart_is_drawn_from_the_measurements():
 
 
 def test_the_chart_shows_the_later_of_two_runs():
+    """The chart would show an old measurement though a newer one is in the table."""
     table = (
         "\n\nas said\n\n| | dtype | tokens/s |\n|---|---|---:|\n| a | b | {} |\n| c | d | 3.0 |\n"
     )

@@ -43,6 +43,7 @@ def copy(reference, tmp_path):
 
 
 def test_ask_stream_and_generate_say_the_same(toy, picture):
+    """One of the three ways to an answer would drop its first space or its last token."""
     question = "What is in this picture?"
     answer = toy.ask(picture, question, max_new_tokens=10)
     assert len(answer) > 0
@@ -74,6 +75,7 @@ def test_ask_and_score_use_the_context_that_linear_scaling_makes(copy, picture):
 
 
 def test_the_picture_matters(toy, picture):
+    """A picture that never reaches the language model still gets a fluent answer."""
     question = "What is in this picture?"
     other = Image.new("RGB", (60, 60), (200, 30, 30))
     assert toy.ask(picture, question, max_new_tokens=10) != toy.ask(
@@ -82,6 +84,8 @@ def test_the_picture_matters(toy, picture):
 
 
 def test_several_pictures_and_none(toy, picture):
+    """A list of one picture would be asked otherwise than the picture alone, or a second picture
+    would be dropped."""
     one = toy.ask([picture], "Say.", max_new_tokens=5)
     assert one == toy.ask(picture, "Say.", max_new_tokens=5)
     assert toy.ask([picture, picture], "Say.", max_new_tokens=5) == toy.ask(
@@ -91,6 +95,8 @@ def test_several_pictures_and_none(toy, picture):
 
 
 def test_a_list_of_questions_is_answered_as_one_by_one(toy, picture, monkeypatch):
+    """Questions of different lengths in one batch would see each other's padding or pictures, and a
+    picture asked about twice be encoded twice."""
     other = Image.new("RGB", (60, 60), (200, 30, 30))
     images = [picture, None, [other, picture], other, str(picture)]
     questions = [
@@ -111,6 +117,8 @@ def test_a_list_of_questions_is_answered_as_one_by_one(toy, picture, monkeypatch
 
 
 def test_one_picture_or_none_for_a_list_of_questions(toy, picture):
+    """Questions and pictures of different counts would be paired up to the shorter list, and the
+    rest be forgotten."""
     questions = ["What?", "And why is that so?"]
     for image in (picture, None):
         assert toy.ask(image, questions, max_new_tokens=5) == [
@@ -139,6 +147,7 @@ def test_lists_of_seeds_beams_answers_and_contrast(toy, picture):
 
 
 def test_the_prompt_is_the_exact_string(toy):
+    """A space or line break more than in training makes the answers worse, and nothing says so."""
     system = TEMPLATES["llava_v1"].system
     assert toy.prompt("Why?") == f"{system} USER: <image>\nWhy? ASSISTANT:"
     assert toy.prompt("Why?", images=0) == f"{system} USER: Why? ASSISTANT:"
@@ -146,27 +155,32 @@ def test_the_prompt_is_the_exact_string(toy):
 
 
 def test_a_system_text_of_ones_own(toy, picture):
+    """A system text that the user gives would be ignored."""
     assert toy.ask(picture, "Say.", system="Hm.", max_new_tokens=5) != toy.ask(
         picture, "Say.", max_new_tokens=5
     )
 
 
 def test_what_was_not_needed_is_named(toy):
+    """A user could not see which tensors of a checkpoint the model leaves out."""
     assert "vision_tower.vision_model.post_layernorm.weight" in toy.unused
     assert any(".encoder.layers.2." in name for name in toy.unused)  # the last of three
 
 
 def test_unknown_options_are_a_type_error(toy, picture):
+    """A misspelled option would be ignored, and the answer come out with the default."""
     with pytest.raises(TypeError, match="max_tokens"):
         toy.ask(picture, DEFAULT_PROMPT, max_tokens=3)
 
 
 def test_a_template_brings_its_stop_texts(reference):
+    """With v0's template an answer would go on and write the user's next question."""
     toy = minillava.load(reference / "plain", device="cpu", template="llava_v0")
     assert toy.options(stop=["x"]).stop == ("x", "###")
 
 
 def test_the_template_does_not_come_from_the_folders_name(reference, tmp_path):
+    """Renaming a folder would change the answers."""
     folder = shutil.copytree(reference / "plain", tmp_path / "llava-llama-2-mpt-v0")
     assert minillava.load(folder, device="cpu").template is TEMPLATES["llava_v1"]
 
@@ -187,6 +201,7 @@ def test_the_template_comes_from_the_tokens_that_were_added_for_it(reference, tm
 
 
 def test_attention_and_precision_are_what_was_asked_for(reference):
+    """A dtype that the user names would give way to the stored one or to the default."""
     for name, dtype in (
         ("float32", torch.float32),
         ("bfloat16", torch.bfloat16),
@@ -204,12 +219,15 @@ def test_attention_and_precision_are_what_was_asked_for(reference):
 
 @pytest.mark.parametrize(("fast", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_on_a_cpu_is_bfloat16_where_that_is_fast(monkeypatch, fast, chosen):
+    """A processor with fast bfloat16 would be given float32, or one without it be slowed down by
+    bfloat16."""
     for question in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, question, lambda: fast)
     assert choose_dtype("auto", "cpu", torch.float16, 1000) == chosen
 
 
 def test_auto_on_a_cpu_is_bfloat16_for_large_models(monkeypatch):
+    """A model of 7B in float32 would not fit into the memory of a laptop."""
     monkeypatch.setattr("minillava.checkpoint.place.has_fast_bfloat16", lambda: False)
     assert choose_dtype("auto", "cpu", torch.float16, LARGE - 1) == torch.float32
     assert choose_dtype("auto", "cpu", torch.float16, LARGE) == torch.bfloat16
@@ -220,6 +238,7 @@ def test_auto_on_a_cpu_is_bfloat16_for_large_models(monkeypatch):
     ("there", "chosen"), [((True, True), "cuda"), ((False, True), "mps"), ((False, False), "cpu")]
 )
 def test_auto_takes_the_best_device(monkeypatch, there, chosen):
+    """A machine with a GPU would answer on its CPU without a word."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there[0])
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there[1])
     assert choose_device("auto") == chosen
@@ -257,11 +276,13 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch, count, name, message):
     ],
 )
 def test_unknown_choices_name_the_known_ones(reference, argument, message):
+    """A misspelled choice would end in a traceback from torch, or be ignored."""
     with pytest.raises(ValueError, match=message):
         minillava.load(reference / "plain", **argument)
 
 
 def test_pad_is_the_default_and_crop_a_choice(reference, picture):
+    """Cropping by default, as CLIP does, would cut off the sides of every wide picture."""
     pad, crop = (
         minillava.load(reference / "plain", image_aspect_ratio=a).image_processor
         for a in (None, "crop")
@@ -271,6 +292,8 @@ def test_pad_is_the_default_and_crop_a_choice(reference, picture):
 
 
 def test_the_configs_aspect_ratio_holds_unless_another_is_asked_for(tmp_path, write_dialect):
+    """A model trained on cropped pictures would see padded ones, or the user's own choice would be
+    ignored."""
     options = write_dialect("original", tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_aspect_ratio": "square"}))
@@ -279,6 +302,7 @@ def test_the_configs_aspect_ratio_holds_unless_another_is_asked_for(tmp_path, wr
 
 
 def test_preprocessing_numbers_come_from_the_clip_folder_when_there_is_one(tmp_path, write_dialect):
+    """A vision tower of its own would get pixels normalised for another."""
     options = write_dialect("original-bare", tmp_path)
     (options["vision_tower"] / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.1, 0.2, 0.3]})
@@ -287,6 +311,7 @@ def test_preprocessing_numbers_come_from_the_clip_folder_when_there_is_one(tmp_p
 
 
 def test_preprocessing_numbers_come_from_the_folder(copy, picture):
+    """Pixels would be normalised with CLIP's numbers whatever the checkpoint says."""
     path = copy / "preprocessor_config.json"
     raw = json.loads(path.read_text())
     plain = minillava.load(copy).image_processor
@@ -322,6 +347,7 @@ def test_preprocessing_numbers_come_from_the_folder(copy, picture):
     ],
 )
 def test_preprocessing_we_do_not_do_is_refused(copy, change, message):
+    """A picture would be prepared otherwise than in training, without an error."""
     path = copy / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=rf"preprocessor_config\.json: {message}"):
@@ -329,6 +355,8 @@ def test_preprocessing_we_do_not_do_is_refused(copy, change, message):
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(copy):
+    """A tokenizer of another model would fail with an index error in the middle of an answer, or
+    only for rare words."""
     path = copy / "config.json"
     raw = json.loads(path.read_text())
     raw["text_config"]["vocab_size"] = 100
@@ -382,6 +410,8 @@ def test_score_of_the_models_own_answer_is_the_best_of_its_length(reference, pic
 
 @pytest.mark.numeric
 def test_score_edges(reference, picture):
+    """An answer's score would depend on the other answers scored beside it, or not on the
+    picture."""
     toy = stored(dtype="float64")
     assert toy.score(picture, "Hm?", []) == []
     alone = [toy.score(picture, "Hm?", [answer])[0] for answer in ANSWERS]
@@ -397,6 +427,7 @@ def test_score_edges(reference, picture):
 
 
 def test_ask_gives_one_answer(toy, picture):
+    """Of several answers asked for, ask would return the first and drop the rest."""
     for question in ("Say.", ["Say."]):
         with pytest.raises(ValueError, match=r"generate\(\) returns several"):
             toy.ask(picture, question, temperature=1.0, num_return_sequences=2)
@@ -424,6 +455,7 @@ def test_one_seed_shows_every_row_something_else(toy, picture, monkeypatch):
 
 
 def test_score_refuses(toy, picture):
+    """A single text in the place of a list would be scored letter by letter."""
     for answers in ("Yes.", 5, None, (text for text in ["Yes."])):
         with pytest.raises(ValueError, match=r"^answers is .*, expected a list of texts$"):
             toy.score(picture, "Hm?", answers)
@@ -449,6 +481,8 @@ def test_a_question_that_is_no_text_is_refused(toy, picture, question, message):
 
 
 def test_every_other_way_to_give_a_text_refuses_what_is_none(toy, picture):
+    """What is not a text would end in a traceback from inside the tokenizer, or be answered letter
+    by letter."""
     with pytest.raises(ValueError, match=r"^the question is 5, expected a text$"):
         list(toy.stream(picture, 5))
     with pytest.raises(ValueError, match=r"^the question is b'x', expected a text$"):
@@ -464,6 +498,8 @@ def test_every_other_way_to_give_a_text_refuses_what_is_none(toy, picture):
 
 @pytest.mark.parametrize("more", [{}, {"num_beams": 2}])
 def test_a_process_that_cannot_be_called_is_refused(toy, picture, more):
+    """A process that is not a function would fail in the middle of an answer, or be ignored where
+    it is empty."""
     for process in ("x", "", 5):
         with pytest.raises(ValueError, match=f"^process is {process!r}, expected f.scores"):
             toy.ask(picture, "Hm?", process=process, **more)
@@ -481,11 +517,14 @@ def test_a_process_that_cannot_be_called_is_refused(toy, picture, more):
     ],
 )
 def test_an_argument_that_load_does_not_have_names_the_one_it_has(argument, message):
+    """A user who comes from transformers would not learn what torch_dtype or device_map is called
+    here."""
     with pytest.raises(TypeError, match=re.escape(f"there is no option {message}")):
         minillava.load("nowhere", **argument)
 
 
 def test_what_is_no_path_is_no_folder_of_weights(reference):
+    """Something else in the place of a path would end in a traceback from pathlib."""
     for wrong in (5, b"x", ["a"]):
         with pytest.raises(ValueError, match="expected the path of a folder or a hub id"):
             minillava.load(wrong)
@@ -499,6 +538,7 @@ def test_what_is_no_path_is_no_folder_of_weights(reference):
 def test_without_weights_load_takes_what_the_commands_take(
     reference, monkeypatch, tmp_path, capsys
 ):
+    """In Python and on the command line one machine would answer with different models."""
     monkeypatch.setenv("MINILLAVA_WEIGHTS", str(reference / "plain"))
     assert (
         minillava.load(device="cpu").model.config
@@ -580,6 +620,8 @@ def test_a_token_that_takes_whitespace_does_not_lift_the_bound_on_text(toy, monk
 
 
 def test_contrast_by_name_and_process(toy, picture):
+    """A contrast by name would differ from the same one as an object, or a process be ignored
+    beside other options."""
     options = {"max_new_tokens": 4}
     assert toy.ask(picture, "Why?", contrast="vcd", **options) == toy.ask(
         picture, "Why?", contrast=VCD(), **options
@@ -680,6 +722,8 @@ def test_a_conversation_about_an_added_token(boxed):
 
 
 def test_added_tokens_are_scored_and_shown(boxed):
+    """A token added to the vocabulary would be cut into letters when it is scored, looked at or
+    traced."""
     assistant, picture = boxed
     good, bad = assistant.score(picture, "Where is the <box>?", ["The<box> is", "The</box> is"])
     assert good > bad + 5

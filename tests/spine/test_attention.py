@@ -55,6 +55,8 @@ def test_the_measure_is_the_formula():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_no_mask_a_written_mask_and_the_triangle(attend, dtype):
+    """A mask that is shifted, inverted or not broadcast lets tokens see what is hidden, and answers
+    stay fluent."""
     q, k, v = inputs(dtype=dtype)
     scores_in = dtype if attend is eager else None  # `eager` stores them, as transformers does
     for mask in (None, ragged_mask(), ragged_mask()[1:]):
@@ -65,6 +67,7 @@ def test_no_mask_a_written_mask_and_the_triangle(attend, dtype):
 
 
 def test_eager_returns_weights_that_sum_to_one_and_see_nothing_masked():
+    """Heat maps would show weight on padding or on tokens to come."""
     q, k, v = inputs(dtype=torch.float32)
     mask = ragged_mask()
     _, weights = eager(q, k, v, mask)
@@ -80,6 +83,7 @@ def test_eager_returns_weights_that_sum_to_one_and_see_nothing_masked():
 @pytest.mark.parametrize("attend", [eager, fused])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_half_precision_stays_finite_with_large_scores(attend, dtype):
+    """Large scores overflow in float16, and the answer is NaN."""
     q, k, v = inputs(dtype=dtype)
     assert attend(q * 30, k * 30, v, ragged_mask())[0].isfinite().all()
 
@@ -128,6 +132,7 @@ def test_one_query_keeps_float32_until_the_end():
 
 
 def test_a_query_that_sees_nothing_makes_no_nan_in_one_query_either():
+    """The path for a single query would divide zero by zero in a row of padding."""
     q, k, v = inputs(queries=1, keys=5, dtype=torch.bfloat16)
     mask = torch.zeros(1, 1, 1, 5, dtype=torch.bool)
     assert one_query(q, k, v, mask).isfinite().all()

@@ -181,6 +181,8 @@ def count_parameters(config: LlavaConfig) -> int:
 
 
 def test_the_hubs_7b(read):
+    """A number of LLaVA-1.5 7B read wrongly from the hub's config.json would build another
+    network."""
     config = read(HUB_7B)
     assert config == LlavaConfig(
         vision=CLIP_LARGE,
@@ -200,6 +202,7 @@ def test_the_hubs_7b(read):
 
 
 def test_the_hubs_13b(read):
+    """A number that 7B and 13B do not share would be taken from the defaults, which are 7B's."""
     config = read(
         changed(HUB_7B, {f"text_config.{key}": value for key, value in HUB_13B_TEXT.items()})
     )
@@ -215,6 +218,8 @@ def test_the_hubs_13b(read):
 
 
 def test_the_originals_7b(read):
+    """The original release, whose fields have other names, would be read with the defaults in their
+    place."""
     config = read(ORIGINAL_7B)
     assert config.vision == CLIP_LARGE
     assert config.text == TextConfig(**{**vars(LLAMA_7B), "vocab_size": 32000})
@@ -231,6 +236,8 @@ def test_the_originals_7b(read):
 
 @pytest.mark.parametrize("dialect", [HUB, ORIGINAL])
 def test_an_almost_empty_config_means_the_defaults_of_llama(read, dialect):
+    """Config files leave out what is a default: another default here would change the model without
+    an error."""
     config = read(MINIMAL[dialect])
     assert config.text == TextConfig(
         vocab_size=32000,
@@ -257,6 +264,8 @@ def test_an_almost_empty_config_means_the_defaults_of_llama(read, dialect):
 
 @pytest.mark.parametrize("given", [{}, {"hidden_size": 1024, "num_hidden_layers": 24}])
 def test_a_partial_vision_config_means_the_defaults_of_clip_base(read, given):
+    """Fields left out of a vision_config would be filled from CLIP-L, while transformers fills them
+    from CLIP-B."""
     base = {
         "hidden_size": 768,
         "intermediate_size": 3072,
@@ -274,6 +283,7 @@ def test_a_partial_vision_config_means_the_defaults_of_clip_base(read, given):
 
 
 def test_null_means_absent(read):
+    """A field that is null would end in a traceback instead of meaning its default."""
     config = read(
         changed(
             HUB_7B,
@@ -288,6 +298,8 @@ def test_null_means_absent(read):
 
 
 def test_head_numbers_follow_from_each_other(read):
+    """A config without head_dim or key and value heads would get 7B's numbers, whatever its own
+    width."""
     text = read(changed(HUB_7B, {"text_config.num_attention_heads": 16})).text
     assert (text.num_attention_heads, text.num_key_value_heads, text.head_dim) == (16, 16, 256)
     grouped = read(
@@ -325,6 +337,8 @@ def test_head_numbers_follow_from_each_other(read):
 def test_rotary_embedding_in_the_words_of_transformers_4_and_5(
     read, dialect, fields, theta, factor
 ):
+    """With the rotary numbers read from the wrong place a model answers well in short prompts and
+    worse in long ones."""
     prefix = "text_config." if dialect == HUB else ""
     text = read(changed(FULL[dialect], {prefix + key: value for key, value in fields.items()})).text
     assert (text.rope_theta, text.rope_factor) == (theta, factor)
@@ -341,6 +355,7 @@ def test_rotary_embedding_in_the_words_of_transformers_4_and_5(
     ],
 )
 def test_the_head_is_tied_when_either_place_says_so(read, top, text, tied):
+    """A tied model would be refused for a head that it does not store."""
     config = read(
         changed(HUB_7B, {"tie_word_embeddings": top, "text_config.tie_word_embeddings": text})
     )
@@ -362,6 +377,7 @@ def test_the_head_is_tied_when_either_place_says_so(read, top, text, tied):
     ],
 )
 def test_end_tokens(read, changes, generation, ids):
+    """With the wrong end token an answer never stops, or stops in its middle."""
     assert read(changed(HUB_7B, changes), generation).eos_token_ids == ids
 
 
@@ -375,6 +391,7 @@ def test_end_tokens(read, changes, generation, ids):
     ],
 )
 def test_pad_token(read, changes, generation, pad):
+    """Padding with the wrong id, or with -1, would fail in the embedding table."""
     assert read(changed(HUB_7B, changes), generation).pad_token_id == pad
 
 
@@ -387,6 +404,8 @@ def test_pad_token(read, changes, generation, pad):
     ],
 )
 def test_the_hubs_image_token(read, changes, expected):
+    """A checkpoint of transformers 5, which renamed the field, would get the default in its
+    place."""
     assert read(changed(HUB_7B, changes)).image_token_id == expected
 
 
@@ -395,6 +414,7 @@ def test_the_hubs_image_token(read, changes, expected):
     [(ABSENT, 1), ("linear", 1), ("mlp1x_gelu", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)],
 )
 def test_the_originals_projectors(read, kind, layers):
+    """A projector would be built with a layer too many or too few."""
     assert read(changed(ORIGINAL_7B, {"mm_projector_type": kind})).projector_layers == layers
 
 
@@ -410,6 +430,7 @@ def test_the_originals_projectors(read, kind, layers):
     ],
 )
 def test_the_class_token_is_kept_on_request(read, dialect, changes, tokens):
+    """A model trained with the class token would lose it, or one trained without would get it."""
     config = read(changed(FULL[dialect], changes))
     assert (config.tokens_per_image, config.keep_class_token) == (tokens, tokens == 577)
 
@@ -422,20 +443,25 @@ def test_the_class_token_is_kept_on_request(read, dialect, changes, tokens):
     [(-1, 24), (-2, 23), (-24, 1), (-25, 0), (0, 0), (1, 1), (23, 23), (24, 24), (ABSENT, 23)],
 )
 def test_how_many_blocks_the_feature_layer_needs(read, dialect, key, layer, needed):
+    """Counting from the wrong end, or off by one, gives features of another layer, and answers stay
+    fluent."""
     assert read(changed(FULL[dialect], {key: layer})).vision_layers_needed == needed
 
 
 @pytest.mark.parametrize(("given", "ours"), [("pad", "pad"), ("square", "crop"), (ABSENT, "pad")])
 def test_the_originals_image_aspect_ratio(read, given, ours):
+    """The original's word for cropping would be unknown, or be taken for padding."""
     assert read(changed(ORIGINAL_7B, {"image_aspect_ratio": given})).image_aspect_ratio == ours
 
 
 def test_the_projector_can_go_without_bias(read):
+    """A projector without bias would be refused for lacking it."""
     assert read(changed(HUB_7B, {"multimodal_projector_bias": False})).projector_bias is False
 
 
 @pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
 def test_the_original_dialect_is_known_by_its_fields_not_by_its_model_type(read, model_type):
+    """Both dialects may say llava: an original would be read as the hub's."""
     assert read(changed(ORIGINAL_7B, {"model_type": model_type})).text.vocab_size == 32000
 
 
@@ -453,6 +479,8 @@ def test_the_original_dialect_is_known_by_its_fields_not_by_its_model_type(read,
 )
 @pytest.mark.parametrize("dialect", [HUB, ORIGINAL])
 def test_a_clip_folder_describes_the_tower(read, dialect, clip):
+    """The tower of a CLIP folder would be built with the numbers of CLIP-L, or of CLIP's text
+    half."""
     assert read(FULL[dialect], clip=clip).vision == VisionConfig(hidden_size=24)
 
 
@@ -529,6 +557,8 @@ def ways_to_show(value) -> set[str]:
 
 @pytest.mark.parametrize(("dialect", "field", "value"), REFUSED, ids=lambda part: str(part))
 def test_an_unsupported_or_ill_typed_field_is_named(read, tmp_path, dialect, field, value):
+    """A setting that we do not support would be ignored, or a wrong type end in a traceback that
+    names no field."""
     with pytest.raises(ValueError) as caught:
         read(changed(FULL[dialect], {field: value}))
     message = str(caught.value)
@@ -538,6 +568,7 @@ def test_an_unsupported_or_ill_typed_field_is_named(read, tmp_path, dialect, fie
 
 
 def test_every_number_of_the_dataclasses_is_in_the_table_above():
+    """A number added to the config would go without any test of its refusals."""
     assert {f.name for f in fields(TextConfig)} == {
         *TEXT_COUNTS, "rms_norm_eps", "rope_theta", "rope_factor", "tie_word_embeddings",
     }  # fmt: skip
@@ -595,6 +626,8 @@ def test_the_context_has_one_home():
 
 @pytest.mark.parametrize("factor", [1e-300, 1e300])
 def test_a_factor_that_no_training_has_is_refused(read, factor):
+    """A factor that no training has would give infinite or vanishing angles, and nonsense without
+    an error."""
     with pytest.raises(ValueError, match=r"rope_scaling\.factor is .*, expected"):
         read(changed(HUB_7B, {"text_config.rope_scaling": {"type": "linear", "factor": factor}}))
 
@@ -611,6 +644,7 @@ def test_a_factor_that_no_training_has_is_refused(read, factor):
     ],
 )
 def test_a_linear_rope_scaling_needs_a_factor_above_zero(read, tmp_path, scaling, shown):
+    """Linear scaling without a sensible factor would divide by zero, or not be scaled at all."""
     with pytest.raises(ValueError) as caught:
         read(changed(HUB_7B, {"text_config.rope_scaling": scaling}))
     message = str(caught.value)
@@ -647,6 +681,8 @@ def test_a_linear_rope_scaling_needs_a_factor_above_zero(read, tmp_path, scaling
 def test_fields_that_contradict_each_other_are_named_with_both_numbers(
     read, tmp_path, dialect, changes, numbers
 ):
+    """Numbers that cannot belong to one network would fail while it is built, with an error that
+    names neither field."""
     with pytest.raises(ValueError) as caught:
         read(changed(FULL[dialect], changes))
     message = str(caught.value)
@@ -655,6 +691,8 @@ def test_fields_that_contradict_each_other_are_named_with_both_numbers(
 
 
 def test_a_llama_without_eyes_is_not_taken_for_an_original_llava(read, tmp_path):
+    """A language model's folder would be read as LLaVA's, and all of its vision tower be reported
+    as missing."""
     blind = {key: value for key, value in ORIGINAL_7B.items() if not key.startswith("mm_")}
     with pytest.raises(
         ValueError, match=r"neither a `text_config`.* nor `mm_vision_tower`.*llava-1.5-7b-hf"
@@ -664,6 +702,8 @@ def test_a_llama_without_eyes_is_not_taken_for_an_original_llava(read, tmp_path)
 
 
 def test_a_wrong_field_of_a_clip_folder_is_found_in_its_own_file(read, tmp_path):
+    """The error would send the user to the config.json of the language model, where the field is
+    right."""
     with pytest.raises(ValueError) as caught:
         read(ORIGINAL_7B, clip={"vision_config": {"hidden_size": "24"}})
     assert str(caught.value).startswith(
@@ -676,6 +716,7 @@ def test_a_wrong_field_of_a_clip_folder_is_found_in_its_own_file(read, tmp_path)
 
 
 def test_a_wrong_field_of_generation_config_is_found_there(read, tmp_path):
+    """The error would send the user to config.json, where the field is right or absent."""
     with pytest.raises(ValueError) as caught:
         read(HUB_7B, generation={"eos_token_id": "2"})
     assert str(caught.value).startswith(
@@ -699,6 +740,7 @@ def test_a_wrong_field_of_generation_config_is_found_there(read, tmp_path):
 )
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_what_is_not_a_json_object_is_refused_by_name(read, tmp_path, name, content, found):
+    """A damaged file would end in a traceback of the JSON parser that does not name it."""
     (tmp_path / "config.json").write_text(json.dumps(HUB_7B), encoding="utf-8")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError) as caught:
@@ -710,6 +752,7 @@ def test_what_is_not_a_json_object_is_refused_by_name(read, tmp_path, name, cont
 
 
 def test_an_absent_file_is_named(tmp_path):
+    """A user would not learn which of a folder's files is missing."""
     with pytest.raises(FileNotFoundError, match="not found") as caught:
         read_config(tmp_path)
     assert str(caught.value).startswith(str(tmp_path / "config.json"))
@@ -758,6 +801,8 @@ def test_a_mistral_is_a_llama_whose_context_is_its_window(read):
     ("window", "context"), [("absent", 4096), (None, 32768), (2048, 2048), (40000, 32768)]
 )
 def test_an_absent_window_is_4096_and_null_is_none(read, window, context):
+    """Mistral's two ways of saying nothing mean different windows: a long conversation would be cut
+    off, or run past what the model can see."""
     text = {**BAKLLAVA["text_config"], "sliding_window": window}
     if window == "absent":
         del text["sliding_window"]
@@ -776,6 +821,7 @@ def test_a_mistral_that_leaves_everything_out_has_the_sizes_of_its_class(read):
 
 @pytest.mark.parity
 def test_our_defaults_of_mistral_are_those_of_transformers(read):
+    """A field that a Mistral config leaves out would get Llama's default."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.MistralConfig()
     text = {"model_type": "mistral", "sliding_window": None}

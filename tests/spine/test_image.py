@@ -44,11 +44,13 @@ def png(image, **options):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_any_mode_becomes_rgb(mode):
+    """A picture of a rarer kind, such as CMYK or one bit, would end in a traceback."""
     image = Image.new(mode, (20, 10))
     assert (to_rgb(image).mode, to_rgb(image).size) == ("RGB", (20, 10))
 
 
 def test_transparency_is_composited_on_white():
+    """A logo on a transparent ground would become black on black."""
     image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
     assert to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
     palette = Image.new("P", (4, 4), 3)
@@ -72,6 +74,7 @@ def test_a_large_picture_is_made_rgb_in_strips_to_the_same_bits(monkeypatch, mod
 
 
 def test_a_picture_that_is_rgb_is_not_copied(tmp_path):
+    """A large picture would be held in memory twice, or the caller's own object be changed."""
     image = picture()
     assert to_rgb(image) is image
     opened = open_image(image)
@@ -82,6 +85,7 @@ def test_a_picture_that_is_rgb_is_not_copied(tmp_path):
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
 def test_sixteen_bit_greys_are_scaled_not_clipped(mode):
+    """A 16-bit scan would come out almost all white."""
     values = np.array([[0, 257, 32896, 65535]])
     image = Image.fromarray(
         values.astype(np.int32 if mode == "I" else ">u2" if mode.endswith("B") else "<u2")
@@ -93,17 +97,21 @@ def test_sixteen_bit_greys_are_scaled_not_clipped(mode):
 
 
 def test_float_greys_are_taken_from_0_to_1_or_from_0_to_255():
+    """A picture of floats from 0 to 1 would come out black."""
     for top in (1.0, 255.0):
         image = Image.fromarray(np.array([[0.0, top / 2, top]], dtype=np.float32))
         assert [to_rgb(image).getpixel((x, 0))[0] for x in range(3)] == [0, 127, 255]
 
 
 def test_sixteen_bit_png_file():
+    """A 16-bit PNG read from a file would come out white, though the same picture in memory does
+    not."""
     image = Image.fromarray(np.full((8, 8), 32896, dtype=np.uint16))
     assert open_image(png(image)).getpixel((3, 3)) == (128, 128, 128)
 
 
 def test_exif_orientation_is_applied():
+    """A photo taken upright with a phone would be seen lying on its side."""
     image = picture()
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
@@ -113,6 +121,7 @@ def test_exif_orientation_is_applied():
 
 
 def test_every_kind_of_source(tmp_path):
+    """One picture would give different pixels as a path, as bytes and as a data URL."""
     image = picture()
     path = tmp_path / "x.png"
     image.save(path)
@@ -143,6 +152,7 @@ def test_pad_centres_on_the_mean_colour_and_rounds_to_the_top_left():
 
 
 def test_crop_keeps_the_middle():
+    """A crop would keep a corner, and what the picture shows be cut off."""
     image = Image.new("RGB", (300, 100), (0, 0, 255))
     image.paste((255, 0, 0), (100, 0, 200, 100))
     square = np.asarray(ImageProcessor(100, "crop").square(image))
@@ -150,11 +160,14 @@ def test_crop_keeps_the_middle():
 
 
 def test_unknown_aspect_is_refused():
+    """An aspect that we do not know would be treated as one of those that we do."""
     with pytest.raises(ValueError, match="'anyres', expected one of: pad, crop"):
         ImageProcessor(336, "anyres")
 
 
 def test_one_pixel_and_very_flat_pictures():
+    """A side rounded to zero would end in a traceback, and a picture three pixels wide be taken for
+    one with channels first."""
     process = ImageProcessor(56)
     assert process([Image.new("RGB", (1, 1), (122, 116, 104))]).shape == (1, 3, 56, 56)
     # HWC, never mistaken for channels first
@@ -189,6 +202,8 @@ def test_one_pixel_and_very_flat_pictures():
     ],
 )
 def test_what_is_not_a_picture_gets_one_line(content, message):
+    """A damaged file, a mistyped path or an array in the place of a picture would end in a
+    traceback."""
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         ImageProcessor(56)([content])
     assert "\n" not in str(caught.value)
@@ -196,6 +211,7 @@ def test_what_is_not_a_picture_gets_one_line(content, message):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes and links")
 def test_what_is_no_file_is_refused_and_a_pipe_not_waited_for(tmp_path):
+    """A named pipe in the place of a picture would hang the command for ever."""
     path = tmp_path / "x.png"
     os.mkfifo(path)
     with pytest.raises(ValueError, match=r"x\.png: cannot be read \(a folder, pipe or device\)"):
@@ -239,6 +255,7 @@ def test_a_damaged_exif_is_no_matter_for_a_warning():
 
 
 def test_decompression_bombs_are_refused(monkeypatch):
+    """A small file that unpacks to gigabytes would use up the memory of the machine."""
     monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
     with pytest.raises(ValueError, match="the picture is 40 x 30, more than 1000 pixels"):
         open_image(picture())
@@ -276,6 +293,7 @@ def test_padding_around_the_resize_gives_the_bits_of_the_whole_square(monkeypatc
 
 
 def test_a_very_tall_picture_is_a_very_wide_one_turned(monkeypatch):
+    """Tall and wide pictures take paths of their own: one of them would be resized otherwise."""
     monkeypatch.setattr(resize, "EXACT_SIDE", 50)
     image = picture(9, 60)
     turned = pad_and_resize(image.transpose(Image.Transpose.TRANSPOSE), 14, COLOUR)
@@ -329,6 +347,7 @@ def test_a_path_in_the_home_folder(tmp_path, monkeypatch):
 
 
 def test_a_data_url_as_people_and_programs_write_it():
+    """A data URL copied from a page, with line breaks, quotes or escapes, would be refused."""
     image = picture()
     content = png(image)
     good = base64.b64encode(content).decode()
@@ -356,6 +375,7 @@ def test_a_data_url_as_people_and_programs_write_it():
 
 
 def test_a_file_url(tmp_path):
+    """A file: URL, which browsers and file managers copy, would be refused or lose its spaces."""
     picture().save(tmp_path / "a b.png")
     url = (tmp_path / "a b.png").as_uri()
     for spelled in url, url.replace("file:", "FILE:"), url.replace("///", "//localhost/"):
@@ -519,6 +539,7 @@ def test_orientation_in_xmp():
 
 
 def test_metadata_that_pillow_refuses_hides_no_pixels():
+    """A picture whose pixels are sound would be refused for its metadata."""
     image = picture()
     bomb = zlib.compress(bytes(100 << 20))
     for name, chunk in {
@@ -554,6 +575,8 @@ def test_metadata_that_pillow_refuses_hides_no_pixels():
 
 
 def test_webp_and_avif_with_damaged_metadata():
+    """A WebP or AVIF picture would be refused, or lie on its side, because its metadata is
+    damaged."""
     file = io.BytesIO()
     picture().save(file, "WEBP", lossless=True, exif=directory(UPRIGHT), xmp=b"x" * 100)
     content = file.getvalue()

@@ -17,6 +17,7 @@ def kept(scores):
 
 
 def test_temperature_divides():
+    """A temperature that multiplies would sharpen where a user asks for variety."""
     assert torch.equal(sampling.temperature(LOGITS, 2.0), LOGITS / 2)
 
 
@@ -98,6 +99,7 @@ def test_a_filter_leaves_as_many_as_it_is_told_to(function, p):
     ],
 )
 def test_no_repeat_ngram_bars_what_would_repeat(history, size, expected):
+    """A repeat would slip through, or padding and pictures would bar tokens that repeat nothing."""
     assert kept(sampling.no_repeat_ngram(LOGITS, torch.tensor([history]), size)) == expected
 
 

@@ -79,6 +79,7 @@ def toy(reference):
 
 
 def test_the_fifty_ids_of_the_walk_through(real):
+    """The ids of a prompt that is documented step by step would differ from LLaVA's own."""
     prompt = render(
         TEMPLATES["llava_v1"], [(place_images("Please describe this image in detail.", 1), None)]
     )
@@ -87,6 +88,7 @@ def test_the_fifty_ids_of_the_walk_through(real):
 
 
 def test_the_answer_of_the_walk_through(real):
+    """An answer would lose its spaces or line breaks, or show the end token."""
     assert real.decode(WALKTHROUGH_ANSWER_IDS) == WALKTHROUGH_ANSWER
     # end and pad have no text
     assert real.decode([*WALKTHROUGH_ANSWER_IDS, 2, 0]) == WALKTHROUGH_ANSWER
@@ -94,6 +96,8 @@ def test_the_answer_of_the_walk_through(real):
 
 @pytest.mark.parametrize("text", GOLDEN_IDS)
 def test_golden_ids(real, text):
+    """An id that differs from those of Llama's own tokenizer makes answers worse, and nothing says
+    so."""
     assert real.encode(text) == GOLDEN_IDS[text]
 
 
@@ -101,6 +105,7 @@ def test_golden_ids(real, text):
     ("legacy", "after"), [(True, [2, 3148, 1001, 29901]), (False, [2, 11889, 29901])]
 )
 def test_legacy_decides_what_follows_an_end_token(llama_tokenizer, legacy, after):
+    """The second turn of a conversation would begin with another id than in training."""
     tokenizer = Tokenizer(llama_tokenizer, legacy=legacy)
     assert tokenizer.encode("B</s>USER:") == [1, 350, *after]
     # A chunk after a picture is a text of its own in both.
@@ -109,11 +114,14 @@ def test_legacy_decides_what_follows_an_end_token(llama_tokenizer, legacy, after
 
 @pytest.mark.parametrize(("text", "old", "new"), LEGACY_IDS)
 def test_legacy_and_modern_ids(llama_tokenizer, text, old, new):
+    """A space would be added or lost after a special token, as the other of the two behaviours has
+    it."""
     assert Tokenizer(llama_tokenizer, legacy=True).encode(text) == old
     assert Tokenizer(llama_tokenizer, legacy=False).encode(text) == new
 
 
 def test_legacy_is_read_from_the_folder(llama_tokenizer, tmp_path):
+    """The folder's own setting would be ignored, or a wrong value taken for true."""
     shutil.copy(llama_tokenizer, tmp_path)
     path = tmp_path / "tokenizer.model"
     assert Tokenizer(path).legacy is True
@@ -137,11 +145,15 @@ def test_legacy_in_the_toy(reference):
 
 
 def test_text_that_is_not_unicode_is_refused(toy):
+    """Half of a surrogate pair, which a terminal can pass on, would end in a traceback of
+    SentencePiece."""
     with pytest.raises(ValueError, match="not UTF-8 text at character 1"):
         toy.encode("a\udcff")
 
 
 def test_special_words_of_a_user_are_plain_text(real):
+    """A question with </s> in it would end the turn, and what follows would be read as another's
+    words."""
     prompt = render(TEMPLATES["llava_v1"], [("is <s> or </s> or <unk> special?", None)])
     ids = real.encode(prompt)
     assert ids.count(1) == 1
@@ -150,6 +162,8 @@ def test_special_words_of_a_user_are_plain_text(real):
 
 
 def test_a_forged_separator_reads_the_same_but_ends_no_turn(real):
+    """A question with the template's separator in it could put words into the assistant's mouth."""
+
     def hashes(question):
         ids = real.encode(render(TEMPLATES["llava_v0"], [(question, None)]))
         # "##" (then "#") and "▁###": how the template's own are encoded
@@ -161,6 +175,8 @@ def test_a_forged_separator_reads_the_same_but_ends_no_turn(real):
 
 
 def test_segments_encode_as_the_string_they_make(toy, real):
+    """Cutting a prompt at its segments would give other ids than its text as a whole, which
+    training saw."""
     for tokenizer in (toy, real):
         for template in TEMPLATES.values():
             prompt = render(
@@ -170,11 +186,13 @@ def test_segments_encode_as_the_string_they_make(toy, real):
 
 
 def test_toy_round_trip_and_unknown_characters(toy):
+    """A character outside the vocabulary would be lost, or double spaces become one."""
     for text in ("a dog", "  two  spaces ", "naïve 😀 日本", "line\nbreak\ttab", "▁"):
         assert toy.decode(toy.encode(text)) == text.replace("▁", " ")
 
 
 def test_streaming_never_shows_half_a_character(toy):
+    """A stream would show replacement characters while an emoji arrives byte by byte."""
     text = "né 😀 日"
     decoder, pieces = TextDecoder(toy), []
     for i in toy.encode(text):
@@ -184,6 +202,7 @@ def test_streaming_never_shows_half_a_character(toy):
 
 
 def test_bytes_that_never_become_a_character_are_shown_at_the_end(toy):
+    """Bytes that are still waiting when an answer ends would be lost."""
     half = toy.encode("😀")[:-1]
     decoder = TextDecoder(toy)
     assert "".join(decoder.feed(i) for i in half) == ""
@@ -192,17 +211,20 @@ def test_bytes_that_never_become_a_character_are_shown_at_the_end(toy):
 
 
 def test_decoding_agrees_with_sentencepiece(toy, reference):
+    """Our own decoding would put spaces elsewhere than the library does."""
     reference = SentencePieceProcessor(model_file=str(reference / "plain" / "tokenizer.model"))
     ids = toy.encode("A small red dog, 2 cats and naïve 日本 owls.")
     assert toy.decode(ids) == reference.decode(ids)
 
 
 def test_ids_outside_the_vocabulary_have_no_text(toy):
+    """The -200 of a picture, or a row that only pads the table, would end in an index error."""
     ids = toy.encode("a dog")
     assert toy.decode([-200, *ids, toy.vocab_size, toy.vocab_size + 7]) == "a dog"
 
 
 def test_missing_and_damaged_files(reference, tmp_path):
+    """A missing or damaged tokenizer.model would end in a traceback of SentencePiece."""
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.model: not found; copy"):
         Tokenizer(tmp_path / "tokenizer.model")
     whole = (reference / "plain" / "tokenizer.model").read_bytes()
@@ -402,6 +424,7 @@ def test_added_tokens_in_an_answer(boxes):
 
 
 def test_half_a_character_before_an_added_token(boxes):
+    """Bytes before and after an added token would be joined to one character, or be lost."""
     half = boxes.encode("😀")[-4:-1]
     assert boxes.decode([*half, 440]) == "�<box>"
     # one that is left out parts nothing
@@ -440,6 +463,7 @@ def test_an_added_control_token_is_one_only_where_the_template_writes_it(referen
 
 
 def test_an_added_separator_that_a_user_forges_stays_text(reference, tmp_path):
+    """A question with <|im_end|> in it would end the turn and begin one of the system."""
     tokens = {"<|im_start|>": {"special": True}, "<|im_end|>": {"special": True}}
     tokenizer = Tokenizer(write_added(tmp_path, reference / "plain" / "tokenizer.model", tokens))
     ids = tokenizer.encode(
@@ -458,16 +482,19 @@ def test_an_added_token_may_begin_in_the_template_and_end_in_the_question(boxes)
 
 
 def test_added_tokens_beside_a_picture(boxes):
+    """A token right beside a picture would be cut into letters."""
     ids = boxes.encode("<box><image></box>")
     assert ids == [1, 440, -200, 441]
 
 
 def test_pieces_as_people_are_shown_them(boxes):
+    """A list of tokens would show an empty word, or fail for an id that has no piece."""
     shown = [boxes.piece(i) for i in (boxes.encode("dog")[1], 2, 440, 444, 500, -200)]
     assert shown == ["▁d", "</s>", "<box>", "[SEG]", "<500>", "<image>"]
 
 
 def test_labels_of_an_answer_with_added_tokens(boxes):
+    """Added tokens of an answer would not be trained on, or those of the question would."""
     ids, labels = encode_answers(
         boxes, TEMPLATES["vicuna_v1"], [("Where is <box>?", "<box>a</box>[SEG]")]
     )
