@@ -44,7 +44,7 @@ def build_model(
     quantize: one of options.KINDS, for the language model's linear layers. tokens: rows its tables
     need at least. Raises ValueError listing every missing, unexpected and wrong-shaped tensor.
     """
-    _check_depth(config, weights)
+    check_depth(max(config.text.num_hidden_layers, config.vision.num_hidden_layers), weights)
     model = _without_memory(config, attend)
     compare(weights, shapes_of(model)).refuse(weights)
     if tokens > config.text.vocab_size:
@@ -112,9 +112,8 @@ def compare(weights: StoredWeights, expected: dict[str, Shape]) -> Differences:
     )
 
 
-def _check_depth(config: LlavaConfig, weights: StoredWeights) -> None:
+def check_depth(depth: int, weights: StoredWeights) -> None:
     """Raises ValueError before anybody builds a billion layers."""
-    depth = max(config.text.num_hidden_layers, config.vision.num_hidden_layers)
     if depth > len(weights.tensors) + len(weights.unused):
         found = (
             f"num_hidden_layers is {depth}, which is more than there are tensors "

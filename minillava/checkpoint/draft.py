@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from minillava.checkpoint.build import compare, fill, shapes_of
+from minillava.checkpoint.build import check_depth, compare, fill, shapes_of
 from minillava.checkpoint.config_json import read_text_config
 from minillava.checkpoint.stored import StoredWeights
+from minillava.checkpoint.towers import settle_text
 from minillava.config import TextConfig
 from minillava.files.tokenizer_files import find_tokenizer
 from minillava.llama import LanguageModel
@@ -28,12 +29,9 @@ def open_language_model(
     folder: Path, attend: Callable[..., Any], dtype: torch.dtype, device: torch.device
 ) -> Alone:
     """The Llama of a folder. Raises FileNotFoundError or ValueError as `build_model` does."""
-    config, weights = read_text_config(folder), StoredWeights(folder)
-    if config.num_hidden_layers > len(weights.tensors):
-        raise ValueError(
-            f"{folder}: num_hidden_layers is {config.num_hidden_layers}, which is more than there "
-            f"are tensors ({len(weights.tensors)}); check that config.json belongs to these weights"
-        )
+    weights = StoredWeights(folder)
+    config = settle_text(read_text_config(folder), weights)
+    check_depth(config.num_hidden_layers, weights)
     with torch.device("meta"):
         model = Alone(config, attend)
     compare(weights, shapes_of(model)).refuse(weights)

@@ -8,7 +8,7 @@ from pathlib import Path
 from minillava.checkpoint.config_json import check_config
 from minillava.checkpoint.names import OTHER_TOWERS, TABLES
 from minillava.checkpoint.stored import StoredWeights
-from minillava.config import LlavaConfig, VisionConfig
+from minillava.config import LlavaConfig, TextConfig, VisionConfig
 
 CLIP_DEPTHS = {768: 12, 1024: 24}  # width -> blocks of OpenAI's ViT-B and ViT-L
 
@@ -17,20 +17,25 @@ _OPENAI = re.compile(r"clip-vit-(base|large)", re.IGNORECASE)
 
 
 def settle(config: LlavaConfig, checkpoint: StoredWeights) -> LlavaConfig:
-    """The config as the tensors complete it. A stored head is the head, whatever
-    `tie_word_embeddings` says; tables that an adapter's run resized are the vocabulary; a tower
-    that no file describes is as large as its tensors. Raises ValueError for a tower whose other
-    properties cannot be known."""
-    text = config.text
-    if TABLES[1] in checkpoint.tensors:
-        text = replace(text, tie_word_embeddings=False)
-    if checkpoint.rows is not None:
-        text = replace(text, vocab_size=checkpoint.rows)
+    """The config as the tensors complete it: the language model's as `settle_text`; a tower that no
+    file describes is as large as its tensors. Raises ValueError for a tower whose other properties
+    cannot be known."""
+    text = settle_text(config.text, checkpoint)
     vision = config.vision if config.vision_stated else _measure_tower(config, checkpoint)
     pad = config.pad_token_id if config.pad_token_id < text.vocab_size else config.eos_token_ids[0]
     config = replace(config, text=text, vision=vision, pad_token_id=pad)
     check_config(config, checkpoint.folder / "config.json")
     return config
+
+
+def settle_text(text: TextConfig, checkpoint: StoredWeights) -> TextConfig:
+    """A stored head is the head, whatever `tie_word_embeddings` says; tables that an adapter's run
+    resized are the vocabulary."""
+    if TABLES[1] in checkpoint.tensors:
+        text = replace(text, tie_word_embeddings=False)
+    if checkpoint.rows is not None:
+        text = replace(text, vocab_size=checkpoint.rows)
+    return text
 
 
 def _measure_tower(config: LlavaConfig, checkpoint: StoredWeights) -> VisionConfig:

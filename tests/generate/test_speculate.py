@@ -616,6 +616,17 @@ def test_a_llama_guesses_by_the_words_alone(shapes, llama):
     assert drafts.report.accepted == drafts.report.drafted > 0
 
 
+def test_a_stored_head_is_the_head_of_a_drafter_too(shapes, llama, tmp_path):
+    """A config that ties the head to the table, beside a stored head, was refused as a drafter and
+    opened as a LLaVA."""
+    folder = copied(llama, tmp_path / "tied")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
+    drafts, asked = shapes.drafts(folder, 3), {"max_new_tokens": 16, "min_new_tokens": 16}
+    assert shapes.ask(None, "Hello", draft=drafts, **asked) == shapes.ask(None, "Hello", **asked)
+    assert drafts.report.accepted == drafts.report.drafted > 0
+
+
 def test_a_small_context_ends_the_guesses_and_not_the_answer(shapes, llama, tmp_path):
     folder = copied(llama, tmp_path / "short")
     settings = json.loads((folder / "config.json").read_text())
