@@ -450,7 +450,7 @@ def test_wrong_use_of_contrast(run, arguments, parts):
 
 
 def test_contrast_needs_a_picture(run):
-    """Without a picture there is nothing to contrast with, and the answer would be the plain one."""
+    """Without a picture, which is what it contrasts with, the answer would be the plain one."""
     status, _, err = run("-p", QUESTION, "--contrast", "m3id")
     assert (status, "--image" in err, err.count("\n")) == (2, True, 1)
 

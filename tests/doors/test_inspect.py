@@ -219,7 +219,7 @@ def test_every_dialect_is_whole_and_known(tmp_path, write_dialect, dialect):
 
 
 def test_a_release_without_tower_says_which_to_get(tmp_path, write_dialect, capsys):
-    """The tower's tensors would be listed as missing one by one, without saying what to download."""
+    """Each tensor of the tower would be listed as missing, but not what to download."""
     weights = write_dialect("original-bare", tmp_path)["weights"]
     change_json(weights / "config.json", lambda c: c.update(mm_vision_tower="some/clip-336"))
     status, out = run(capsys, weights)

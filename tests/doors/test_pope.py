@@ -456,7 +456,7 @@ def test_answers_whose_ids_begin_anew_without_a_category_are_refused(of_llava, c
     ],
 )
 def test_an_instruction_is_no_part_of_a_question(prompt, text, same):
-    """An added instruction would make all answers foreign, or a longer question pass as the same."""
+    """An added instruction would make all answers foreign, or another question pass as the same."""
     assert same_question(prompt, text) is same
 
 
