@@ -72,6 +72,8 @@ def test_a_captured_step_is_a_step(reference, name, pixels, rows):
 
 
 def test_a_full_cache_is_refused(toy):
+    """A captured step would write past the end of its cache, where on a GPU nothing checks the
+    place."""
     cache = KVCache(toy.model.config.text, 1, 0, dtype=torch.float32, device="cpu")
     with pytest.raises(
         ValueError, match="the cache holds 0 tokens: 0 are in it, 1 more do not fit"
@@ -105,6 +107,9 @@ def _compile(compile, backend, function, *, mode, fullgraph, dynamic):
 
 
 def test_what_cannot_be_compiled_is_one_line(toy, pixels, monkeypatch):
+    """Without a compiler, --compile would end in a long traceback that does not say to leave it
+    out."""
+
     def backend(graph, inputs):
         raise OSError("no compiler")
 
@@ -119,6 +124,8 @@ def test_what_cannot_be_compiled_is_one_line(toy, pixels, monkeypatch):
 @pytest.mark.numeric
 @pytest.mark.parametrize("captured", [False, True])
 def test_running_ahead_changes_no_answer(toy, pixels, captured, monkeypatch):
+    """The step that was begun before the last token was read would change an answer or how it
+    ends."""
     first, second = generate(toy.model, IDS, pixels, max_new_tokens=12).sequences.tolist()
     # the rows end at different times
     end = next(i for i in first if [*first, i].index(i) != [*second, i].index(i))
@@ -175,6 +182,8 @@ def test_what_is_recorded_of_the_prompt_is_not_kept_by_the_loop(toy, pixels, run
 
 
 def test_the_step_too_many_is_forgotten(toy, pixels, monkeypatch):
+    """The step that was begun after the end token would be shown, or stay in the cache for the next
+    turn."""
     spliced = toy.model.splice(IDS[:1], pixels[:1])
     length, found = spliced.embeds.shape[1], []
     end = int(generate(toy.model, IDS[:1], pixels[:1], max_new_tokens=6).sequences[0, 3])
@@ -283,6 +292,8 @@ def test_answers_of_other_shapes_take_the_same_memory_too(reference, pixels, mon
 
 
 def test_only_more_than_ever_takes_other_memory(toy):
+    """Each answer would allocate a cache of its own, which a GPU records anew, and keep them
+    all."""
     text, like, captured = toy.model.config.text, torch.zeros(()), Captured(step)
     numbers = 2 * text.num_key_value_heads * CAPACITY_STEP * text.head_dim
     for rows in (1, 2, 1):
@@ -375,11 +386,13 @@ def test_nobody_reads_from_the_device_what_the_step_says_here():
 
 
 def test_the_ids_of_a_step_are_its_tokens(toy, pixels):
+    """The ids that callers read as numbers would be those of another step than its `token_ids`."""
     for made in steps(toy.model, toy.model.splice(IDS, pixels), loop.Options(max_new_tokens=4)):
         assert made.ids == made.token_ids.tolist()
 
 
 def test_a_cache_from_inference_mode_serves_later_answers(toy, pixels):
+    """A cache made in inference mode would refuse to be written to by the answer after it."""
     toy.model.decoding = Captured(partial(step, toy.model.language_model))
     with torch.inference_mode():
         first = generate(toy.model, IDS, pixels, max_new_tokens=4).sequences

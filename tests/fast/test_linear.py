@@ -43,6 +43,8 @@ def kind(request, monkeypatch):
 
 
 def test_tables_name_ways_that_exist_for_every_number_of_rows():
+    """A way that is misspelt or missing in a table would fail only on the processor that the table
+    is for."""
     for kind, table in WAYS.items():
         plain = [stored for stored in table if not stored.endswith(", wide")]
         assert plain == ["float32", "bfloat16", "int8", "int4"], kind
@@ -104,6 +106,7 @@ def test_every_way_to_the_product_is_a_sum_of_its_terms(kind, dtype, rows, bias)
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shapes_are_those_of_the_plain_product(kind, shape, dtype):
+    """An input with other dimensions, none or no rows would come back in another shape, or fail."""
     x, weight = torch.randn(shape).to(dtype), torch.randn(WIDTH_AFTER, WIDTH).to(dtype)
     assert linear(x, weight).shape == F.linear(x, weight).shape
     assert linear(x.transpose(0, -1).contiguous().transpose(0, -1), weight).is_contiguous()
@@ -129,6 +132,8 @@ def test_the_way_of_the_table_is_taken(monkeypatch, kind, dtype):
 
 @pytest.mark.parametrize("larger", [False, True])
 def test_blocks_are_as_large_as_their_name_says(monkeypatch, larger):
+    """Weights upcast in larger blocks than asked for would leave the processor's cache and be
+    slow."""
     monkeypatch.setattr(home, "LARGER", 2)
     seen = []
     monkeypatch.setattr(home, "linear", lambda x, w: seen.append(len(w)) or linear(x, w))
@@ -138,6 +143,8 @@ def test_blocks_are_as_large_as_their_name_says(monkeypatch, larger):
 
 
 def test_memory_is_kept_from_block_to_block_and_between_threads_apart(monkeypatch):
+    """Threads that share the scratch buffer would overwrite each other's weights and give wrong
+    products."""
     pretend(monkeypatch, "avx2")
     x = torch.randn(5, WIDTH).bfloat16()
     weights = [torch.randn(WIDTH_AFTER, WIDTH).bfloat16() for _ in range(8)]
@@ -178,6 +185,7 @@ def test_gradients_are_those_of_the_product(kind):
 
 
 def test_pictures_are_cut_into_patches_in_float32(monkeypatch):
+    """On a processor without bfloat16 the patches would be rounded twice, or have no gradient."""
     torch.manual_seed(0)
     conv, x = (
         nn.Conv2d(3, 8, 4, stride=4, bias=False).bfloat16(),
@@ -212,6 +220,8 @@ def test_patches_as_rows_of_a_product_are_the_convolution(bias):
 
 
 def test_load_takes_it_and_eager_does_not(reference):
+    """Eager would lose its bit identity to transformers, or the fused model its fast products."""
+
     def kinds(attention):
         model = minillava.load(reference / "plain", attention=attention).model
         return {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
@@ -221,6 +231,7 @@ def test_load_takes_it_and_eager_does_not(reference):
 
 
 def test_names_and_weights_stay():
+    """A layer that is made fast would rename its weights or copy them, at twice the memory."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 5, bias=False)))
     before = dict(model.state_dict())
     use_fast_linear(model)
@@ -231,6 +242,8 @@ def test_names_and_weights_stay():
 
 
 def test_memory_kept_from_inference_mode_can_be_written_to_later(monkeypatch):
+    """A scratch buffer made in inference mode would be an error at the first product outside of
+    it."""
     pretend(monkeypatch, "avx2")
     x, weight = torch.randn(5, WIDTH).bfloat16(), torch.randn(WIDTH_AFTER, WIDTH).bfloat16()
     home._scratch.memory = None
@@ -286,6 +299,8 @@ def test_a_processor_is_what_its_libraries_may_use_of_it(uncapped, cap, kind):
     ],
 )
 def test_every_processor_is_of_one_kind(uncapped, machine, capability, bfloat16, kind):
+    """A processor would be taken for another, or for one that has no table, and fail at the first
+    product."""
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         uncapped.setattr(torch.cpu, name, lambda: False)
     uncapped.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)

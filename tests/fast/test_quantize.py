@@ -104,6 +104,8 @@ def expected(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_errors_are_at_most_half_a_step(kind):
+    """A weight that is rounded to the wrong neighbour, or cut off, would be off by more than half a
+    step."""
     weight = weights()
     stored = quantize_tensor(weight, kind)
     found, step = exact(stored)
@@ -124,6 +126,8 @@ def test_errors_are_at_most_half_a_step(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_are_as_small_as_the_range_allows(kind):
+    """A scale that is too large would waste the few levels there are, and the answers get worse
+    unseen."""
     weight = weights()
     step = exact(quantize_tensor(weight, kind))[1]
     if kind == "int8":
@@ -140,6 +144,7 @@ def test_steps_are_as_small_as_the_range_allows(kind):
 
 
 def test_the_stored_form_has_the_promised_shapes():
+    """The stored form would change under whoever reads it, or take more memory than promised."""
     stored = quantize_tensor(weights(), "int8")
     assert {name: (tuple(t.shape), t.dtype) for name, t in stored.items()} == {
         "weight_int8": ((N, K), torch.int8),
@@ -154,6 +159,7 @@ def test_the_stored_form_has_the_promised_shapes():
 
 @pytest.mark.parametrize("shape", [(TILE, GROUP - 2), (TILE - 16, GROUP), (TILE + 1, GROUP)])
 def test_shapes_that_int4_cannot_pack_become_int8(shape):
+    """A layer of sizes that int4 cannot pack would make --quantize int4 fail or answer wrongly."""
     assert isinstance(quantised_layer(quantize_tensor(torch.randn(shape), "int4")), Int8Linear)
     assert isinstance(
         quantised_layer(quantize_tensor(torch.randn(TILE, GROUP), "int4")), Int4Linear
@@ -163,6 +169,8 @@ def test_shapes_that_int4_cannot_pack_become_int8(shape):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_damaged_weights_stay_visible(kind, value):
+    """Quantising NaN or infinity would give finite numbers: a damaged file would answer nonsense,
+    unnoticed."""
     weight = torch.randn(TILE, GROUP)
     weight[3, 5] = value
     layer = quantised_layer(quantize_tensor(weight, kind))
@@ -179,6 +187,7 @@ def test_damaged_weights_stay_visible(kind, value):
     "shape", [(64, 64), (64, 192), (192, 64), (BLOCK, 128), (BLOCK + 64, 320), (64, 11008)]
 )
 def test_unpacking_is_the_inverse_of_packing(shape):
+    """Numbers that are read back in another order than they were packed are other weights."""
     q = torch.randint(0, 16, shape, dtype=torch.uint8)
     assert torch.equal(unpack(pack(q)), q)
 
@@ -213,12 +222,16 @@ def layout(request, monkeypatch):
 
 @pytest.mark.parametrize("layout", ["neighbours", "AVX2", "AVX512", "backwards"], indirect=True)
 def test_the_packing_of_any_processor_is_learnt(layout):
+    """torch packs int4 otherwise on each processor; the order of one would be wrong weights on the
+    next."""
     q = torch.randint(0, 16, (128, 192), dtype=torch.uint8)
     assert torch.equal(unpack(layout(q)), q)
 
 
 @pytest.mark.parametrize("layout", ["by rows"], indirect=True)
 def test_a_packing_that_is_not_understood_is_refused(layout):
+    """A packing that is none of the known kind would be unpacked to wrong weights instead of
+    refused."""
     with pytest.raises(NotImplementedError, match="use int8"):
         unpack(layout(torch.zeros(64, 64, dtype=torch.uint8)))
 
@@ -301,6 +314,8 @@ def _cut(weight):
 )
 @pytest.mark.parametrize("rows", [1, MANY_ROWS])
 def test_the_bound_rejects_mistakes(kind, mistake, rows):
+    """The bound of the tests beside it would be so wide that wrong scales or swapped weights
+    pass."""
     stored = quantize_tensor(torch.randn(N, K, generator=torch.Generator().manual_seed(1)), kind)
     wrong = {k: v.to(stored[k].dtype) for k, v in MISTAKES[mistake](stored.items()).items()}
     assert not all(torch.equal(wrong[k], stored[k]) for k in stored)
@@ -312,6 +327,8 @@ def test_the_bound_rejects_mistakes(kind, mistake, rows):
 @pytest.mark.parametrize("shape", [(K,), (1, K), (2, 3, K), (0, K), (2, 0, K), (3, 7, 2, K)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes_are_those_of_the_plain_product(kind, shape):
+    """An input with other dimensions, or not contiguous, would come back in another shape or
+    order."""
     stored, x = quantize_tensor(weights(), kind), torch.randn(shape)
     layer, kernel = quantised_layer(stored), takes_kernel(kind, x.numel() // K)
     for same in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
@@ -358,6 +375,7 @@ def test_compiled_for_a_gpu_a_row_is_a_sum(kind, packed, dtype, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_rows_take_the_kernel_and_many_do_not(kind, kernels):
+    """The kernel would never be reached, or be given a whole prompt, for which it is slow."""
     layer = quantised_layer(quantize_tensor(weights(), kind))
     most = processor.WAYS[processor.kind()][kind][0][0]
     for rows in (0, 1, most, most + 1):
@@ -376,6 +394,8 @@ def test_rows_that_the_kernel_would_read_beyond_go_without(shape, kernels):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_weights_that_are_meant(kind):
+    """Training an adapter on a quantised model would follow gradients of other weights, or of
+    none."""
     stored = quantize_tensor(weights(), kind)
     for rows in (1, 40):
         x, g = torch.randn(rows, K, requires_grad=True), torch.randn(rows, N)
@@ -394,6 +414,7 @@ def test_gradients_are_those_of_the_weights_that_are_meant(kind):
     ("kind", "dtype"), [("int8", "float32"), ("int8", "bfloat16"), ("int4", "float32")]
 )
 def test_the_bundled_model_still_describes_what_it_sees(kind, dtype, kernels):
+    """A quantised model would describe the bundled pictures wrongly, or not reach its kernel."""
     assistant = minillava.load(WEIGHTS, device="cpu", dtype=dtype, quantize=kind)
     for i, example in enumerate(shapes.EXAMPLES, start=1):
         assert assistant.ask(WEIGHTS / f"example-{i}.png") == shapes.describe(example)
@@ -403,6 +424,7 @@ def test_the_bundled_model_still_describes_what_it_sees(kind, dtype, kernels):
 @pytest.mark.parametrize("attention", ["eager", "fused"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_language_model_is_quantised_and_nothing_else(kind, attention):
+    """The vision tower would be quantised, too, or a layer of the language model left out."""
     plain, small = (
         minillava.load(
             WEIGHTS, device="cpu", dtype="float32", attention=attention, quantize=q
@@ -447,6 +469,8 @@ def test_weights_are_let_go_one_by_one(monkeypatch):
 
 
 def test_new_tokens_get_their_rows_before(reference):
+    """Rows for new tokens cannot be added to a head that is quantised already: they would be
+    missing."""
     folder = reference / "plain"
     config = read_config(folder)
     stored, _ = open_checkpoint(Folders(folder), config)
@@ -462,6 +486,7 @@ def test_new_tokens_get_their_rows_before(reference):
 
 
 def test_an_unknown_kind_names_the_known_ones(capsys):
+    """A misspelt --quantize would be a traceback, or be ignored and load the whole model."""
     with pytest.raises(ValueError, match="unknown quantize 'int3', expected one of: int8, int4"):
         minillava.load(WEIGHTS, quantize="int3")
     with pytest.raises(SystemExit) as stopped:
@@ -471,6 +496,7 @@ def test_an_unknown_kind_names_the_known_ones(capsys):
 
 
 def test_the_command_line_says_what_it_loaded(capsys):
+    """Whoever asks for int4 could not see with --verbose whether it was taken."""
     arguments = [
         "-m",
         str(WEIGHTS),

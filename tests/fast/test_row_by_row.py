@@ -67,6 +67,7 @@ def test_a_row_of_a_batch_has_the_bits_it_has_alone(exact, prompts):
 
 
 def test_rows_that_go_together_have_the_bits_of_rows_that_do_not(exact, prompts):
+    """With --same-bits, a last bit would depend on how many rows one product takes."""
     language = exact.model.language_model
     together = logits(exact, *prompts)
     own, language.together = language.together, 1
@@ -80,6 +81,7 @@ def test_rows_that_go_together_have_the_bits_of_rows_that_do_not(exact, prompts)
 
 
 def test_pictures_that_are_encoded_together_have_the_bits_they_have_alone(exact, prompts):
+    """With --same-bits, a picture's features would depend on the pictures encoded along with it."""
     pictures = [WEIGHTS / f"example-{i}.png" for i in (1, 2, 3)]
     pixels = torch.cat([exact.image_processor(open_image(path)) for path in pictures])
     pixels = pixels.to(exact.model.language_model.embed_tokens.weight.dtype)
@@ -182,6 +184,7 @@ def test_it_is_the_plain_model_computed_in_another_order(monkeypatch):
 
 
 def test_contrast_and_beams_answer_as_before(exact, prompts):
+    """A model that keeps the bits would fail on contrast's second rows or on beams."""
     ids, patches = [prompts[0][0]], [prompts[1][0]]
     other = torch.zeros_like(patches[0])
     spliced = exact.model.splice(ids * 2, [patches[0], other])
@@ -195,6 +198,7 @@ def test_contrast_and_beams_answer_as_before(exact, prompts):
 
 
 def test_padding_is_counted_on_the_left_only():
+    """A hole in the middle would be counted as padding, and real positions be cut off."""
     assert padding(None, 2) == [0, 0]
     real = torch.tensor([[True, True, True], [False, False, True]])
     assert padding(real, 2) == [0, 2]
@@ -216,6 +220,9 @@ def cache_of(model, capacity):
 
 
 def test_rows_go_together_where_the_table_says_so(monkeypatch):
+    """Rows would go together where nobody measured that their bits stay, or never, which is
+    slow."""
+
     def together(name="plain", attention="fused", dtype="bfloat16", quantize=None):
         settings = {"attention": attention, "dtype": dtype, "quantize": quantize, "device": "cpu"}
         return rows_together(minillava.load(REFERENCE / name, **settings).model.language_model)
@@ -232,6 +239,7 @@ def test_rows_go_together_where_the_table_says_so(monkeypatch):
 
 
 def test_whole_pieces_of_a_prompt_are_reused(monkeypatch):
+    """A prefix that ends inside a piece would be reused, and its next piece have other bits."""
     language = RowByRow.__new__(RowByRow)
     monkeypatch.setattr(row_by_row, "PIECE", 256)
     assert reusable(language, 700, 600) == 512
@@ -240,6 +248,8 @@ def test_whole_pieces_of_a_prompt_are_reused(monkeypatch):
 
 
 def test_the_flag_gives_the_same_answer_and_not_with_a_compiled_step(run_main):
+    """--same-bits would change the answer, take drafts for inexact, or be ignored beside
+    --compile."""
     main = lambda argv: enter("generate", argv)  # noqa: E731
     picture = ["-i", str(WEIGHTS / "example-1.png"), "--device", "cpu", "-q"]
     plain = run_main(main, *picture)

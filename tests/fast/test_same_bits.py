@@ -48,6 +48,8 @@ def test_one_query_has_the_bits_it_has_alone():
 
 
 def test_nothing_is_promised_that_no_table_has():
+    """Same bits would be promised for a processor without a table, or across a kernel and the
+    blocks."""
     assert set(SAME_ROWS) <= set(WAYS)
     for kind, claims in SAME_ROWS.items():
         assert set(claims) <= set(WAYS[kind])

@@ -62,18 +62,22 @@ HALF_A_DIGIT = 5e-7  # of numbers that are written with six decimals
     ],
 )
 def test_formulas(method, other, step, expected):
+    """A wrong factor or sign, or a cut by the wrong row, still answers fluently and is not the
+    method."""
     torch.testing.assert_close(
         method(FIRST, other, step), torch.tensor([expected], dtype=torch.float32)
     )
 
 
 def test_m3id_is_sure_from_the_very_probability():
+    """At exactly `unsure`, M3ID would contrast a token of which it is sure enough."""
     logits = torch.zeros(1, 4)  # each exactly 0.25
     assert torch.equal(M3ID(unsure=0.25).combine(logits, SECOND, 35), logits)
     assert not torch.equal(M3ID(unsure=0.26).combine(logits, SECOND, 35), logits)
 
 
 def test_vcd_as_probabilities():
+    """What VCD gives would sum up to other probabilities than those computed by hand."""
     found = VCD()(FIRST, SECOND, 0).softmax(-1)
     torch.testing.assert_close(
         found, torch.tensor([[0.8835, 0.0725, 0.0440, 0]]), atol=5e-5, rtol=0
@@ -82,6 +86,7 @@ def test_vcd_as_probabilities():
 
 @pytest.mark.parametrize("method", [VCD(), RITUAL(), M3ID(rate=0.1)])
 def test_a_row_that_says_the_same_only_cuts(method):
+    """Where both rows agree, contrast would still change the order of the tokens that are left."""
     logits = torch.randn(3, 50, generator=generator())
     found = method(logits, logits.clone(), 7)
     kept = logits.softmax(-1) >= method.beta * logits.softmax(-1).amax(-1, keepdim=True)
@@ -92,6 +97,7 @@ def test_a_row_that_says_the_same_only_cuts(method):
 
 
 def test_m3ids_factor_grows_with_the_answer():
+    """M3ID would count the steps from another number, or weigh late tokens like early ones."""
     other = FIRST - 1
     for step, factor in (
         (0, 0),
@@ -123,6 +129,8 @@ def test_m3ids_factor_grows_with_the_answer():
     ],
 )
 def test_values_out_of_range(make, message):
+    """A strength of NaN or a noise step past the last would answer nonsense instead of being
+    named."""
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -148,6 +156,7 @@ def test_noise_scales_are_those_of_vcds_code(step, picture, noise):
 
 
 def test_noise_is_added_to_normalised_pixels_by_a_seed():
+    """Noise would be of the wrong strength, the same for all pictures, or another at each run."""
     pixels = torch.randn(2, 3, 60, 60, generator=generator(1))
     noised = add_noise(pixels, 500, generator(2))
     assert torch.equal(noised, add_noise(pixels, 500, generator(2)))
@@ -162,6 +171,8 @@ def test_noise_is_added_to_normalised_pixels_by_a_seed():
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("size", [(90, 60), (20, 300)])
 def test_transforms_keep_mode_and_size_and_follow_the_seed(name, size):
+    """A transform would change the picture's size, do nothing, or differ between two runs of one
+    seed."""
     picture = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     )
@@ -175,6 +186,7 @@ def test_transforms_keep_mode_and_size_and_follow_the_seed(name, size):
 
 
 def test_flips_are_their_own_inverse(picture):
+    """A flip would turn the picture instead of mirroring it, or mirror the wrong axis."""
     for name in ("flip", "upside down"):
         flip = lambda p: RITUAL(transform=name).change(p, 56, generator())  # noqa: B023, E731
         assert flip(flip(picture)).tobytes() == picture.tobytes()
@@ -186,6 +198,8 @@ def test_flips_are_their_own_inverse(picture):
 
 
 def test_transforms_do_what_they_are_called():
+    """A transform would hardly change the picture, or as another would: RITUAL then contrasts
+    nothing."""
     spot = np.zeros((31, 31, 3), np.uint8)
     spot[15, 15] = 255
     blurred = np.asarray(RITUAL(transform="blur").change(Image.fromarray(spot), 56, generator()))[
@@ -260,6 +274,7 @@ def transformed(name: str, picture: Image.Image, seed: int = 0) -> Image.Image:
     ],
 )
 def test_jitter_draws_brightness_contrast_saturation_and_hue(uniform, factors, expected):
+    """One of jitter's four factors would be drawn from another range, or be applied as another."""
     coloured = Image.new("RGB", (9, 9), (200, 100, 50))
     coloured.paste((60, 90, 120), (0, 0, 4, 9))
     asked = uniform(*factors)
@@ -272,6 +287,7 @@ def test_jitter_draws_brightness_contrast_saturation_and_hue(uniform, factors, e
     ("turn", "colour"), [(-0.5, (0, 255, 255)), (1 / 3, (0, 255, 0)), (-1 / 3, (0, 0, 255))]
 )
 def test_jitter_turns_the_hue(uniform, turn, colour):
+    """Jitter would turn the hue the wrong way or by the wrong part of the circle."""
     uniform(1, 1, 1, turn)
     found = transformed("jitter", Image.new("RGB", (9, 9), (255, 0, 0))).getpixel((0, 0))
     # a little more than a 255th of the circle
@@ -279,6 +295,7 @@ def test_jitter_turns_the_hue(uniform, turn, colour):
 
 
 def test_jitter_is_in_random_order(monkeypatch):
+    """Jitter would always apply its four changes in one order, or leave one out."""
     done = []
     for i, kind in enumerate((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)):
         monkeypatch.setattr(kind, "enhance", lambda self, factor, i=i: done.append(i) or self.image)
@@ -291,6 +308,7 @@ def test_jitter_is_in_random_order(monkeypatch):
 
 
 def test_rotate_draws_any_angle(uniform):
+    """A picture would be rotated by a few degrees only, or the wrong way."""
     corner = Image.new("RGB", (9, 9))
     corner.putpixel((8, 0), (255, 255, 255))
     asked = uniform(90)
@@ -307,6 +325,7 @@ def test_a_long_picture_is_blurred_in_strips_to_the_same_bits(monkeypatch):
 
 
 def test_blur_reflects_the_edges(uniform):
+    """Blur would darken the edges, which shows a frame that the picture does not have."""
     pixels = np.random.default_rng(0).integers(0, 256, (14, 20, 3), np.uint8)
     asked = uniform(1.7)
     found = np.asarray(transformed("blur", Image.fromarray(pixels))).astype(float)
@@ -342,6 +361,7 @@ def test_crop_draws_area_and_shape(uniform):
     [((20, 300), (0, 136, 20, 163)), ((300, 20), (136, 0, 163, 20)), ((5, 90), (0, 41, 5, 48))],
 )
 def test_crop_takes_the_middle_of_a_strip(size, box):
+    """A picture too narrow for any shape that crop draws would be an error, or be distorted."""
     strip = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     )
@@ -350,6 +370,7 @@ def test_crop_takes_the_middle_of_a_strip(size, box):
 
 
 def test_every_transform_is_drawn(picture):
+    """RITUAL by chance would never draw one of its transforms, or leave the picture as it is."""
     seen = {RITUAL().change(picture, 56, generator(seed)).tobytes() for seed in range(40)}
     assert picture.tobytes() not in seen
     flips = {
@@ -360,12 +381,14 @@ def test_every_transform_is_drawn(picture):
 
 
 def test_a_photograph_is_needed(toy):
+    """Contrast without a picture would compare a prompt with itself and say nothing of it."""
     for method in METHODS.values():
         with pytest.raises(ValueError, match="there is none"):
             toy.ask(None, "What is it?", contrast=method())
 
 
 def test_m3ids_second_row_is_the_text_alone(toy, picture):
+    """M3ID's second row would still see the picture, so that there is nothing to contrast."""
     ids, _ = inputs(toy, picture)
     rows, images = M3ID().second(ids, [picture], toy.image_processor, generator())
     assert images is None
@@ -374,6 +397,8 @@ def test_m3ids_second_row_is_the_text_alone(toy, picture):
 
 
 def test_only_the_pixels_differ_for_the_others(toy, picture):
+    """The second row would have another text, or the very same pixels, and contrast would be of
+    that."""
     ids, pixels = inputs(toy, picture)
     for method in (VCD(), RITUAL()):
         rows, images = method.second(ids, [picture], toy.image_processor, generator())
@@ -416,6 +441,7 @@ def test_two_rows_equal_two_separate_runs_without_a_cache(toy, picture, method):
 
 @pytest.mark.numeric
 def test_a_batch_of_two_questions_equals_each_alone(toy, picture):
+    """In a batch, an answer would be contrasted with another question's second row."""
     flipped = picture.rotate(90, expand=True)
     questions = "What is it?", "What is there in this picture, and where?"
     ids = [toy.tokenizer.encode(toy.prompt(q)) for q in questions]
@@ -442,6 +468,7 @@ def test_a_batch_of_two_questions_equals_each_alone(toy, picture):
 
 
 def test_nothing_contrasted_is_plain_decoding(toy, picture):
+    """Contrast of strength 0 would change the answer or the random numbers that are drawn."""
     plain = toy.ask(picture, "What is it?", max_new_tokens=12, temperature=1.0, seed=3)
     assert (
         toy.ask(
@@ -457,6 +484,7 @@ def test_nothing_contrasted_is_plain_decoding(toy, picture):
 
 
 def test_contrast_changes_the_answer_greedily_too_and_the_seed_repeats_it(toy, picture):
+    """The contrast would be computed and not used, or its noise be drawn without the seed."""
     ask = lambda **options: toy.ask(picture, "What is it?", max_new_tokens=12, **options)  # noqa: E731
     assert ask(contrast=VCD(alpha=5, beta=0), seed=1) != ask()
     sampled = ask(contrast=RITUAL(), temperature=1.0, seed=4)
@@ -466,6 +494,8 @@ def test_contrast_changes_the_answer_greedily_too_and_the_seed_repeats_it(toy, p
 
 
 def test_the_cut_comes_before_the_temperature(toy, picture):
+    """A higher temperature would let more tokens past the cut, which judges the plain
+    probabilities."""
     ids, pixels = inputs(toy, picture)
     method = VCD(beta=0.9)
     survivors = []
@@ -481,6 +511,7 @@ def test_the_cut_comes_before_the_temperature(toy, picture):
 
 
 def test_filters_see_the_combination(toy, picture):
+    """top_p would be taken of the first row, and keep tokens that the contrast rules out."""
     ids, pixels = inputs(toy, picture)
     second = VCD().second(ids, [picture], toy.image_processor, generator())
     spliced = toy.model.splice([*ids, *second[0]], torch.cat([pixels, second[1]]))
@@ -496,6 +527,7 @@ def test_filters_see_the_combination(toy, picture):
 
 
 def test_the_log_names_each_stream_by_what_it_says(toy, picture):
+    """The log would show one stream's probabilities under the name of another."""
     ids, pixels = inputs(toy, picture)
     second = VCD().second(ids, [picture], toy.image_processor, generator())
     spliced = toy.model.splice([*ids, *second[0]], torch.cat([pixels, second[1]]))
@@ -523,6 +555,7 @@ def test_the_log_names_each_stream_by_what_it_says(toy, picture):
 
 
 def test_second_and_contrast_belong_together(toy, picture):
+    """A method without second rows would be ignored, or fail far from its cause."""
     ids, pixels = inputs(toy, picture)
     with pytest.raises(ValueError, match="belong together"):
         generate(toy.model, ids, pixels, contrast=VCD(), max_new_tokens=1)
@@ -544,6 +577,7 @@ def test_a_method_of_ones_own(toy, picture):
 
 
 def test_m3id_stays_a_number_in_long_answers():
+    """M3ID's factor grows exponentially: it would overflow to infinity late in a long answer."""
     assert M3ID(rate=10.0).combine(100 * FIRST, -100 * FIRST, 4000).isfinite().all()
     assert M3ID(rate=0.2).combine(FIRST, SECOND, 500).isfinite().all()
 
@@ -567,6 +601,8 @@ def test_cut_and_minimum_length_can_leave_nothing(toy, picture):
 
 
 def test_second_rows_must_match_the_first(toy, picture):
+    """Too few second rows would contrast a row with another's, and mixed pictures fail inside
+    torch."""
     ids, pixels = inputs(toy, picture)
     two = {"images": pixels.repeat(2, 1, 1, 1), "contrast": VCD(), "max_new_tokens": 1}
     with pytest.raises(ValueError, match=r"2 rows of input_ids but 1 second"):

@@ -97,6 +97,7 @@ def test_answers_among_others_are_those_asked_alone(start, assistant, settings):
 
 
 def test_several_answers_to_one_prompt_are_those_of_their_seeds(start, assistant):
+    """Answers to one prompt would share a generator, and each depend on the others."""
     options = [{"temperature": 1.0, "seed": seed} for seed in (5, 6, 7)]
     engine = start()
     other = Asked(engine, assistant, "Where is the ring?", 2)
@@ -107,6 +108,8 @@ def test_several_answers_to_one_prompt_are_those_of_their_seeds(start, assistant
 
 
 def test_what_a_prompt_begins_with_is_not_read_again(start, assistant):
+    """A second question would encode its picture again, or be answered from another picture's
+    cache."""
     engine = start(slots=2)
     first = Asked(engine, assistant, "How many shapes are there?", 1)
     first.all()
@@ -125,6 +128,7 @@ def test_what_a_prompt_begins_with_is_not_read_again(start, assistant):
 
 
 def test_log_probabilities_are_those_of_the_logits(start, assistant):
+    """The log-probabilities would be of another step, or of scores that a filter has changed."""
     engine = start()
     (events,) = Asked(engine, assistant, "Is it red?", 1, logprobs=3).all().values()
     ids = assistant.tokenize(assistant.prompt("Is it red?"))
@@ -162,6 +166,8 @@ def wait_until(true) -> None:
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_again(start, assistant):
+    """A busy server would queue requests without end, or refuse them without saying when to come
+    again."""
     engine = start(slots=1, waiting=2)
     asked, refused = [], []
     for _ in range(8):
@@ -177,6 +183,8 @@ def test_a_full_queue_refuses_with_a_time_to_come_again(start, assistant):
 
 
 def test_a_drained_engine_finishes_what_runs_and_refuses_the_rest(start, assistant):
+    """A server that goes down would cut off running answers, or leave waiting ones without a
+    word."""
     engine = start(slots=1)
     running = Asked(engine, assistant, "Describe this image.", 1)
     first = running.next()
@@ -192,6 +200,7 @@ def test_a_drained_engine_finishes_what_runs_and_refuses_the_rest(start, assista
 
 
 def test_after_its_grace_an_answer_ends_with_an_error(start, assistant):
+    """A server would wait for the longest answer when its time to go down is over."""
     engine = start()
     running = Asked(engine, assistant, "Describe this image.", 1, [LONG, LONG])
     running.next()
@@ -213,6 +222,7 @@ class Fails:
 
 
 def test_a_step_that_fails_costs_its_answers_and_no_later_one(start, assistant):
+    """One failed step would end the server, or leave its requests waiting for ever."""
     engine = start()
     layer = assistant.model.language_model.layers[0]
     hook = layer.register_forward_pre_hook(Fails(1))
@@ -228,6 +238,7 @@ def test_a_step_that_fails_costs_its_answers_and_no_later_one(start, assistant):
 
 
 def test_an_engine_that_keeps_failing_says_so(start, assistant, monkeypatch):
+    """An engine that fails at every step would take requests for ever and answer none."""
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     engine = start()
     hook = assistant.model.language_model.layers[0].register_forward_pre_hook(Fails(1000))
@@ -261,6 +272,7 @@ def test_logits_that_are_not_finite_cost_one_answer(start, assistant):
 
 
 def test_an_answer_ends_where_its_slot_is_full(assistant):
+    """An answer would write past its slot, or a request that fits in none would wait for ever."""
     engine = Engine(assistant.model, assistant.tokenizer, slots=1, capacity=60)
     engine.start()
     asked = Asked(engine, assistant, "What?", options=[{"min_new_tokens": 90}])

@@ -513,6 +513,8 @@ def only(*allowed):
 
 
 def test_process_sees_scores_after_penalties_and_before_temperature(toy, pixels):
+    """A `process` would see other scores or ids than promised, or change the loop's by working in
+    place."""
     seen = []
 
     def watch(scores, history):
@@ -542,6 +544,8 @@ def test_process_sees_scores_after_penalties_and_before_temperature(toy, pixels)
 
 
 def test_process_decides_with_filters_beams_and_contrast(toy, pixels):
+    """Beside filters, beams or contrast, a `process` would be left out and barred tokens be
+    said."""
     for options in (
         {},
         {"temperature": 1.0, "top_k": 1, "seed": 3},
@@ -572,6 +576,8 @@ def test_process_decides_with_filters_beams_and_contrast(toy, pixels):
     ],
 )
 def test_what_process_may_not_return(toy, pixels, process, message):
+    """A `process` that forgets to return, or returns NaN, would be a traceback or an answer of id
+    0."""
     for options in ({}, {"num_beams": 2}):
         with pytest.raises(
             ValueError, match=message.replace("[1,", "[[12],") if options else message
@@ -619,5 +625,6 @@ def test_a_prompt_too_long_is_refused_before_anything_is_computed(toy, pixels, m
     ],
 )
 def test_an_unknown_option_names_the_nearest(toy, name, message):
+    """A misspelt option would be ignored, or be refused without the name that was meant."""
     with pytest.raises(TypeError, match=re.escape(message)):
         generate(toy.model, [[1]], **{name: 1})

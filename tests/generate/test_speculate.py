@@ -124,6 +124,7 @@ def test_the_answer_is_the_plain_one(toy, pixels, ids, options):
 
 
 def test_who_knows_the_answer_needs_the_fewest_passes(toy, pixels):
+    """Right guesses would be read again one by one: drafts would cost time and save none."""
     spliced = toy.model.splice([IDS], pixels[:1].double())
     options = Options(max_new_tokens=22, no_repeat_ngram_size=1, min_new_tokens=22)
     for count in (1, 3, 6):
@@ -278,6 +279,7 @@ def test_small_weights_give_the_same_bits(dtype, kind):
 
 
 def test_what_drafts_are_not_for_is_one_line(toy, pixels):
+    """Drafts for a batch or for beams would answer wrongly instead of being refused."""
     spliced = toy.model.splice([IDS, IDS], pixels.double())
     drafts = Drafts(Lookup())
     with pytest.raises(ValueError, match="2 answers at once: drafts are for one"):
@@ -326,6 +328,8 @@ def test_as_many_guesses_as_pay(rate, cost, guess, expected):
 
 
 def test_the_pace_follows_what_was_right_of_late():
+    """The number of guesses would stay as it began, however often they are right, or override a
+    fixed one."""
     pace = Pace(None, flat, 0.1)
     assert pace.choose() == 3  # at 0.6
     for _ in range(32):
@@ -381,11 +385,13 @@ def test_where_no_pass_pays_guesses_are_still_watched(toy, pixels):
     ],
 )
 def test_a_lookup_by_hand(ids, ends, expected):
+    """A lookup would guess past an end token or a picture, or what came before the wrong match."""
     assert look_up(ids, 3, ends, longest=2) == expected
 
 
 @pytest.mark.parity
 def test_a_lookup_finds_what_transformers_finds():
+    """A lookup would miss repetitions that transformers finds, and guess less."""
     candidates = pytest.importorskip("transformers.generation.candidate_generator")
     random = torch.Generator().manual_seed(0)
     found = 0
@@ -428,6 +434,7 @@ PICTURE = REFERENCE.parents[1] / "weights/shapes/example-2.png"
 
 
 def test_an_answer_is_asked_for_with_a_word_or_a_drafter(shapes):
+    """One way to ask for drafts would change the answer, take no guess or miscount them."""
     expected = shapes.ask(PICTURE, "Please describe this image in detail.")
     drafts = shapes.drafts("lookup", 3)
     for draft in ("lookup", Lookup(), drafts):
@@ -479,6 +486,7 @@ def test_a_long_conversation_makes_room_while_a_block_is_shown(shapes, monkeypat
 
 
 def test_wrong_drafts_are_one_line(shapes):
+    """A wrong draft or number of guesses would be a traceback: a class for its object was one."""
     with pytest.raises(ValueError, match="draft is 5, expected a name or a drafter"):
         shapes.ask(PICTURE, draft=5)
     with pytest.raises(ValueError, match=r"draft is <class .*Lookup'>, expected .* as Lookup\(\)"):
@@ -496,6 +504,7 @@ def test_wrong_drafts_are_one_line(shapes):
 
 
 def test_a_compiled_step_takes_no_drafts(shapes, monkeypatch):
+    """A compiled step reads one token: a block of guesses would fail inside it."""
     monkeypatch.setattr(shapes.model, "decoding", Captured(lambda *given: None))
     with pytest.raises(ValueError, match="do not go with a compiled step"):
         shapes.ask(PICTURE, draft="lookup")
@@ -530,6 +539,7 @@ def test_whether_rows_keep_their_bits_is_found_out(shapes):
 
 
 def test_costs_between_the_rows_of_the_table():
+    """A pass over more rows than were measured would be an error, or cost nothing more."""
     assert interpolate((1.0, 2.0, 3.0, 5.0, 9.0, 17.0), 1) == 1
     assert interpolate((1.0, 2.0, 3.0, 5.0, 9.0, 17.0), 3) == 2.5
     assert interpolate((1.0, 2.0, 3.0, 5.0, 9.0, 17.0), 32) == 17
@@ -538,6 +548,8 @@ def test_costs_between_the_rows_of_the_table():
 
 @pytest.mark.parametrize(("where", "stored"), [(w, s) for w in COSTS for s in COSTS[w]])
 def test_a_right_guess_always_pays_where_rows_are_cheap_and_never_where_they_are_not(where, stored):
+    """A table of costs would have guesses made that are never right, or none that always are."""
+
     def cost(rows):
         return interpolate(COSTS[where][stored], rows)
 
@@ -548,6 +560,7 @@ def test_a_right_guess_always_pays_where_rows_are_cheap_and_never_where_they_are
 
 
 def test_the_cost_is_that_of_this_model(shapes):
+    """A quantised model would guess as if its rows cost what those of a plain model do."""
     assert pass_cost(shapes.model.language_model)(1) == 1
     small = load(REFERENCE.parents[1] / "weights/shapes", device="cpu", quantize="int4")
     assert pass_cost(small.model.language_model)(2) < 1.5
@@ -628,6 +641,8 @@ def test_a_stored_head_is_the_head_of_a_drafter_too(shapes, llama, tmp_path):
 
 
 def test_a_small_context_ends_the_guesses_and_not_the_answer(shapes, llama, tmp_path):
+    """A draft model with a shorter context would be asked past its end, and the answer fail or
+    stop."""
     folder = copied(llama, tmp_path / "short")
     settings = json.loads((folder / "config.json").read_text())
     for positions in (20, 60):
@@ -674,6 +689,7 @@ def test_a_model_of_other_words_is_refused(shapes, llama, tmp_path):
 
 
 def test_a_folder_that_is_no_model_is_one_line(shapes, llama, tmp_path):
+    """A draft folder that is missing, damaged or another network would be a traceback."""
     with pytest.raises(FileNotFoundError, match="no such folder"):
         shapes.drafts("look-up")
     broken = copied(llama, tmp_path / "broken")

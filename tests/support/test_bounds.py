@@ -31,6 +31,8 @@ def factors(request):
 
 
 def test_a_right_product_is_right(factors):
+    """A bound that is too tight would fail right kernels on processors that sum in another
+    order."""
     x, weight, bias = factors
     assert_within(F.linear(x, weight, bias), products(x, weight, bias))
     assert_within(F.linear(x, weight), products(x, weight))
@@ -72,6 +74,7 @@ PRODUCT_MISTAKES = {
 
 @pytest.mark.parametrize("mistake", PRODUCT_MISTAKES)
 def test_a_wrong_product_is_rejected(factors, mistake):
+    """A bound that is too wide would let a kernel pass that leaves out a term or swaps two rows."""
     assert rejected(PRODUCT_MISTAKES[mistake](*factors), products(*factors))
 
 
@@ -139,6 +142,7 @@ def attended(request):
 
 
 def test_right_attention_is_right(attended):
+    """A bound that is too tight would fail torch's own attention on some processor."""
     q, k, v, mask = attended
     assert_within(attend(*attended).to(q.dtype), attention(*attended))
     assert_within(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), attention(*attended))
@@ -146,6 +150,7 @@ def test_right_attention_is_right(attended):
 
 @pytest.mark.parametrize("mistake", ATTENTION_MISTAKES)
 def test_wrong_attention_is_rejected(attended, mistake):
+    """A bound that is too wide would let attention pass that sees one key too many."""
     assert rejected(
         ATTENTION_MISTAKES[mistake](*attended).to(attended[0].dtype), attention(*attended)
     )
@@ -169,6 +174,8 @@ class Small(nn.Module):
 
 @torch.no_grad()
 def test_a_network_may_be_as_wrong_as_its_layers_and_not_as_a_mistake():
+    """The bound of a whole network would hide a mistake in one layer, or bfloat16 in float32's
+    place."""
     x, exactly = torch.randn(6, 32), Small().double()
     allowed = network(exactly, lambda: {"y": exactly(x.double())})["y"]
     assert_within(Small()(x), allowed)
@@ -182,6 +189,7 @@ def test_a_network_may_be_as_wrong_as_its_layers_and_not_as_a_mistake():
 
 
 def test_float64_runs_agree_or_do_not():
+    """Two float64 runs would pass as equal with a term left out, float32 on the way, or NaN."""
     x = torch.randn(50, 70, dtype=torch.float64)
     assert_same_in_float64(x.sum(0), x.flip(0).sum(0).clone())
     for wrong in (
