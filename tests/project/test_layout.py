@@ -286,8 +286,8 @@ def test_our_own_files_import_a_renamed_file_by_its_own_name():
 
 @pytest.mark.parametrize("door", ["inspect", "trace", "look"])
 def test_a_door_opens_from_inside_the_package_folder(door):
-    """Who reads the source stands in that folder, where our file names would hide modules of the
-    standard library."""
+    """Who reads the source stands in that folder, where a name of ours that the standard library
+    has as well would hide its module."""
     done = python("-W", "error", "-m", f"minillava.{door}", "--version", cwd=PACKAGE)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("minillava ")
