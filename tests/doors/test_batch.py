@@ -102,7 +102,7 @@ def expected(assistant, question: dict, **options) -> str:
 
 
 def test_the_records_are_those_that_llavas_scripts_read_and_nothing_else_is_left(run, tmp_path):
-    """A field of another name would break LLaVA's scoring scripts, and a journal left would litter."""
+    """A field of another name would break LLaVA's scripts, and the journal would be left behind."""
     questions = [
         {"question_id": 7, "image": "grey.png", "text": "Was ist das für ein Bild?", "label": "no"}
     ]
@@ -139,7 +139,7 @@ def test_batches_answer_as_one_by_one_and_in_the_order_of_the_questions(
 
 
 def test_batches_are_of_similar_length_and_neighbours_stay_near(assistant):
-    """A short question beside a long one would be padded, and a far one would hold back the file."""
+    """A short question beside a long one would be padded, and a far one hold back the file."""
     questions = read_questions(b"\n".join(json.dumps(q).encode() for q in lines(200)), PICTURES)
     batches = plan(assistant, questions, None, LENGTH, 4)
     assert sorted(question.line for some in batches for question in some) == list(range(1, 201))

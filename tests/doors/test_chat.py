@@ -160,7 +160,7 @@ def test_a_second_picture_in_a_later_turn(assistant, watch):
 
 
 def test_another_picture_at_the_same_place_is_not_taken_for_the_first(assistant):
-    """The ids of two prompts agree while their pictures differ: the cache would keep the old one."""
+    """The ids of two prompts agree while the pictures differ: the old one would be kept."""
     conversation = Conversation(assistant)
     conversation.add_image(PICTURE, "it.png")
     pieces = conversation.stream("What is it?", max_new_tokens=5)
