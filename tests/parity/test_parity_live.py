@@ -179,6 +179,8 @@ def ours_of(model, rows, pixels) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("kind", "dtype", "prompt"), product(KINDS, DTYPES, ["one", "batch"]))
 def test_eager_forward_is_bit_identical(drawn, kind, dtype, prompt):
+    """Eager would compute in another order than transformers and differ in the last bit
+    somewhere."""
     rows, pixels = drawn(kind).prompts[prompt]
     theirs = hf.forward(hf.load(drawn(kind).folder, dtype), rows, pixels)
     ours = ours_of(load(drawn(kind).folder, dtype=dtype, attention="eager").model, rows, pixels)
@@ -267,7 +269,7 @@ SAMPLING = [
 @pytest.mark.parametrize("prompt", ["one", "batch"])
 @pytest.mark.parametrize("settings", SAMPLING, ids=lambda settings: " ".join(settings))
 def test_samples_are_the_same(drawn, settings, prompt):
-    """The same seed draws the same tokens from the same scores."""
+    """Filters in another order than in transformers would draw other tokens for the same seed."""
     choose = random.Random(f"{SEED} {settings}")
     kind, seed = choose.choice(KINDS), choose.randrange(2**32)
     rows, pixels = drawn(kind).prompts[prompt]
@@ -283,6 +285,7 @@ def test_samples_are_the_same(drawn, settings, prompt):
 @pytest.mark.parametrize("prompt", ["one", "batch"])
 @pytest.mark.parametrize("penalty", [1.4, 0.8])
 def test_repetition_penalty_gives_the_same_scores(drawn, penalty, prompt):
+    """A penalty that counts padding, or not the prompt, gives other answers than transformers."""
     rows, pixels = drawn("plain").prompts[prompt]
     options = {"repetition_penalty": penalty, "max_new_tokens": 12}
     theirs = hf.generate(hf.load(drawn("plain").folder), rows, pixels, **options)
@@ -339,6 +342,7 @@ def test_what_is_barred_is_the_same(drawn, settings, prompt):
 
 @pytest.mark.parametrize("prompt", ["one", "batch"])
 def test_several_samples_are_the_same(drawn, prompt):
+    """Several samples would be drawn in another order than in transformers, or all be alike."""
     choose = random.Random(f"{SEED} {prompt}")
     kind, seed = choose.choice(KINDS), choose.randrange(2**32)
     rows, pixels = drawn(kind).prompts[prompt]
@@ -374,6 +378,8 @@ def own_sampling(scores, history):
     ids=lambda settings: " ".join(settings) or "greedy",
 )
 def test_sampling_of_ones_own_stands_where_a_logits_processor_does(drawn, both, settings, prompt):
+    """A `process` would run at another place than in transformers, and the same code answer
+    otherwise."""
     skip_drawn_beams(settings)
     choose = random.Random(f"{SEED} {settings} {prompt}")
     kind, seed = choose.choice(KINDS), choose.randrange(2**32)
@@ -523,6 +529,8 @@ def test_scores_of_answers_are_their_loss(drawn):
 @pytest.mark.parametrize("aspect", ["crop", "pad"])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
 def test_pixels_are_bit_equal(mode, aspect):
+    """A picture with transparency, in grey or of an odd size would reach the model as other
+    pixels."""
     choose = random.Random(f"{SEED} {mode} {aspect}")
     for _ in range(4):
         width, height, size = (
@@ -595,6 +603,8 @@ def test_ids_are_the_same(llama_tokenizer, tmp_path, legacy):
 
 @pytest.mark.parametrize("dialect", ["modules", "original-bare"])
 def test_the_tool_writes_checkpoints_of_any_dialect(dialect, tmp_path, monkeypatch):
+    """The tool would write a folder that `load` cannot read, or with another size of picture than
+    asked."""
     arguments = [
         "--checkpoint",
         str(tmp_path),

@@ -102,6 +102,7 @@ def distance(x: torch.Tensor, y: torch.Tensor) -> float:
     ("name", "dtype", "attention"), product(TOYS, HALVES_AND_SINGLE, COUNTERPART)
 )
 def test_every_tensor_is_as_close_to_float64_as_transformers(name, dtype, attention):
+    """A layer would lose digits that transformers keeps, which shows in no short answer."""
     theirs = facts(name)["errors"][dtype][COUNTERPART[attention]]
     allowed = {key: 2 * error["max"] for key, error in theirs.items()}
     ours = tensors(assistant(name, dtype, attention).model, name, attention)
@@ -120,6 +121,7 @@ def test_every_tensor_is_as_close_to_float64_as_transformers(name, dtype, attent
 
 @pytest.mark.parametrize(("name", "attention"), product(TOYS, COUNTERPART))
 def test_greedy_ids(name, attention):
+    """A greedy answer, alone or in a batch, would differ from the one that transformers gave."""
     model = assistant(name, attention=attention).model
     assert generate(model, *one(name), max_new_tokens=NEW_TOKENS).sequences.tolist() == [
         facts(name)["greedy"]
@@ -148,6 +150,7 @@ def same_random_numbers(reference):
 @pytest.mark.parametrize(("name", "attention"), product(TOYS, COUNTERPART))
 @pytest.mark.usefixtures("same_random_numbers")
 def test_sampled_ids(name, attention):
+    """A seed would draw another answer than it drew in transformers."""
     model = assistant(name, attention=attention).model
     for sample in facts(name)["sampled"]:
         answer = generate(model, *one(name), max_new_tokens=NEW_TOKENS, **sample["settings"])
@@ -158,6 +161,7 @@ def test_sampled_ids(name, attention):
 
 
 def test_prompt_ids():
+    """The prompt would be split into other tokens than those transformers reads."""
     assert (
         assistant("plain").tokenizer.encode(facts("plain")["prompt"])
         == facts("plain")["input_ids"][0]
@@ -169,6 +173,7 @@ def test_prompt_ids():
     "name", sorted(path.stem for path in (REFERENCE / "pictures").glob("*.png"))
 )
 def test_pixels_are_bit_equal(name, aspect):
+    """A picture would be resized or normalised to other numbers than those stored."""
     processor = load(REFERENCE / "plain", image_aspect_ratio=aspect).image_processor
     (ours,) = processor([REFERENCE / "pictures" / f"{name}.png"])
     mean, std = (
@@ -188,6 +193,7 @@ def test_pixels_are_bit_equal(name, aspect):
 @pytest.mark.parametrize("written", [(1, "float32"), (3, "float32"), (1, "float16")], ids=str)
 @pytest.mark.parametrize("dialect", hf.DIALECTS)
 def test_every_dialect_is_the_same_model(dialect, written, write_dialect, tmp_path):
+    """A checkpoint in one of the layouts would load with weights missing, swapped or converted."""
     shards, dtype = written
     plain = assistant("plain").model
     if dtype != "float32":
@@ -262,6 +268,7 @@ def test_a_batch_is_its_rows_alone(name, attention):
 
 
 def test_two_generations_can_take_turns_on_one_model():
+    """Two answers generated at once would share a cache or a generator and change each other."""
     model = assistant("plain", attention="fused").model
     (ids, images), (batch_ids, batch_images) = one("plain"), batch("plain")
     asked = [

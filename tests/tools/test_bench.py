@@ -57,6 +57,7 @@ ASKED = Asked("toy", Path("toy"), Path("toy"), "cpu", 4, 1)
 
 
 def test_the_checkpoint_is_whole_and_makes_finite_numbers(checkpoints):
+    """The bench would time NaN, whose speed is another, or write gigabytes anew at every run."""
     folder = checkpoints / "toy-bfloat16"
     make_checkpoint(folder, "toy", torch.bfloat16)
     written = (folder / "config.json").stat().st_mtime_ns
@@ -77,6 +78,7 @@ def test_the_checkpoint_is_whole_and_makes_finite_numbers(checkpoints):
 
 
 def test_weights_and_cache_are_counted_as_they_are(checkpoints):
+    """Wrong counts of bytes would make every fraction of the bandwidth in the table wrong."""
     folder = checkpoints / "toy-bfloat16"
     make_checkpoint(folder, "toy", torch.bfloat16)
     checkpoint = StoredWeights(folder)
@@ -96,6 +98,7 @@ def test_weights_and_cache_are_counted_as_they_are(checkpoints):
 
 @pytest.mark.parametrize("size", ["toy", "shapes", "7b"])
 def test_a_prompt_has_the_positions_it_is_said_to_have(size):
+    """The table would name another length of prompt than was measured."""
     config = config_of(size)
     positions = work.positions(size, config)
     ids = work.prompt_ids(config, positions)
@@ -153,6 +156,7 @@ def cells(line: str) -> list[str]:
 
 @pytest.mark.parity
 def test_transformers_answers_the_same(checkpoints, capsys):
+    """The table would compare our speed with that of a peer that says something else."""
     pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
     arguments = ["compare", "--size", "toy", "--folder", str(checkpoints), "--rounds", "1"]
     arguments += ["--rows", "float32,transformers-float32", "--tokens", "5", "--json"]
@@ -223,6 +227,8 @@ def test_a_host_that_gives_more_meanwhile_makes_no_fraction_above_one(machine):
 
 
 def test_a_row_beside_a_busy_neighbour_is_measured_again_and_marked(machine):
+    """A row measured beside a busy neighbour would look slow, and nothing in the table would say
+    why."""
     made, _ = machine
     made["runs"] = [found(decode=value) for value in (0.9, 0.1, 0.8, 0.3, 0.7)]
     # the first row is alone at the second try; the second never, once because of the host
@@ -267,6 +273,7 @@ def test_a_peer_that_dies_is_a_row_that_says_so(machine, capsys):
     ],
 )
 def test_how_a_process_died_is_one_line(code, said):
+    """A row whose process was killed or failed would not say what became of it."""
     with pytest.raises(Died, match=said.replace("|", r"\|")):
         rows.finished([sys.executable, "-c", code], dict(os.environ))
 
@@ -306,6 +313,7 @@ def test_opening_from_a_disk_is_a_round_of_its_own(machine, monkeypatch):
 
 
 def test_nothing_is_begun_when_the_time_is_over(machine, capsys):
+    """A bench would go on beyond the time that it was given."""
     _, done = machine
     journal = Journal(None, SETTINGS)
     compare.compare([row_of("float32")], ASKED, 1, False, journal, -1)
@@ -314,6 +322,7 @@ def test_nothing_is_begun_when_the_time_is_over(machine, capsys):
 
 
 def test_one_of_ours_that_dies_is_an_error(machine, checkpoints, capsys):
+    """A bench in which one of our own rows died would end as if all were well."""
     made, _ = machine
     made |= {"runs": [Died("killed by SIGKILL")], "limits": [10e9]}
     arguments = ["compare", "--size", "toy", "--folder", str(checkpoints), "--rows", "int8"]
@@ -322,6 +331,8 @@ def test_one_of_ours_that_dies_is_an_error(machine, checkpoints, capsys):
 
 
 def test_a_journal_of_other_settings_is_not_gone_on_with(tmp_path):
+    """Rounds of other settings would be mixed into one table, or a file of somebody's be
+    overwritten."""
     path = tmp_path / "found.jsonl"
     Journal(path, SETTINGS).add({"row": "float32", "round": 0, "tries": 1, "found": found()})
     assert len(Journal(path, SETTINGS).records) == 1
@@ -404,6 +415,7 @@ def test_the_chart_has_the_rows_that_stand_beside_each_other():
 
 
 def test_growth_measures_every_length_and_batch(monkeypatch, capsys):
+    """A context, a batch or a dtype that was asked for would be missing from the table."""
     monkeypatch.setattr(growth, "CONTEXTS", (8, 16))
     monkeypatch.setattr(growth, "BATCHES", (1, 2))
     arguments = [
@@ -434,6 +446,7 @@ def test_growth_measures_every_length_and_batch(monkeypatch, capsys):
 
 @pytest.mark.parity
 def test_drafts_times_passes_and_answers(monkeypatch, capsys):
+    """The table of drafts would lack a row, or show a gain from guesses that are never right."""
     monkeypatch.setattr(drafts, "COUNTS", (1, 3))
     monkeypatch.setattr(drafts, "RATES", (0.0, 1.0))
     arguments = ["drafts", "--size", "toy", "--dtypes", "float32,int4", "--prompt", "5"]
@@ -449,6 +462,7 @@ def test_drafts_times_passes_and_answers(monkeypatch, capsys):
 
 
 def test_an_oracle_is_right_as_often_as_it_is_told():
+    """The gain shown for a rate of right guesses would be that of another rate."""
     answer = [7] * 2000
     for rate in (0.0, 0.5, 1.0):
         oracle = drafts.Oracle(answer, rate, 640).begin([], None, [])
@@ -461,6 +475,8 @@ def test_an_oracle_is_right_as_often_as_it_is_told():
 
 
 def test_costs_between_two_counts_lie_on_a_line():
+    """A count between two measured ones would get the cost of the wrong neighbour, or be an
+    error."""
     costs = {n: clock.Timing([n / 10]) for n in drafts.COUNTS}
     assert [drafts.cost_of(costs, n) for n in (1, 5, 7, 16, 20)] == pytest.approx([1, 5, 7, 16, 16])
 
@@ -486,6 +502,7 @@ def test_startup_names_each_checkout_and_says_which_fails(monkeypatch, tmp_path,
 
 @pytest.mark.parity
 def test_growth_is_drawn(tmp_path):
+    """--png would end in a traceback after all was measured, or write a file that is no picture."""
     pytest.importorskip("matplotlib", reason="needs pip install -e '.[bench]'")
     timings = {
         ("float32", kind, n): clock.Timing([n / 100, n / 90], [0.0])
@@ -498,6 +515,7 @@ def test_growth_is_drawn(tmp_path):
 
 
 def test_quality_is_the_distance_to_float64():
+    """The table of errors would be of something else than the rounding of each stored form."""
     found = bench.quality(shapes=((128, 256),))
     for row in found:
         # A sum of 256 products is off by at most 256 units of rounding of the sum of their sizes,
@@ -513,6 +531,8 @@ def test_quality_is_the_distance_to_float64():
 
 
 def test_contrast_makes_a_table(capsys):
+    """The table would lack one of the ways to contrast, and so what the others are compared
+    with."""
     assert (
         bench.main(
             ["contrast", "--size", "toy", "--dtype", "float32", "--tokens", "1", "--rounds", "2"]
@@ -549,6 +569,7 @@ def test_contrast_makes_a_table(capsys):
     ],
 )
 def test_wrong_usage(capsys, wrong, message):
+    """A wrong flag would be noticed after minutes of measuring, or in a traceback."""
     with pytest.raises(SystemExit, match="2"):
         bench.main([*wrong, "--size", "toy"])
     assert message in capsys.readouterr().err

@@ -23,6 +23,7 @@ def small(monkeypatch):
 
 
 def test_the_layers_are_those_of_7b_and_1b():
+    """The ways would be chosen by shapes that no model has."""
     assert LAYERS[:3] == [(4096, 4096), (11008, 4096), (4096, 11008)]
     assert LAYERS[3:6] == [(2048, 2048), (5632, 2048), (2048, 5632)]
     assert HEADS == LAYERS[6:] == [(32064, 4096), (32064, 2048)]
@@ -30,6 +31,7 @@ def test_the_layers_are_those_of_7b_and_1b():
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_every_way_is_tried(monkeypatch, fast):
+    """A new way to the product would never be measured, and so never be chosen."""
     monkeypatch.setattr(processor, "has_fast_bfloat16", lambda: fast)
     assert set(ways_of("bfloat16", 1)) == set(PRODUCTS)
     assert set(ways_of("bfloat16", 2)) == set(PRODUCTS) - OF_ONE_ROW
@@ -41,6 +43,8 @@ def test_every_way_is_tried(monkeypatch, fast):
 
 
 def test_json_has_every_round_and_can_be_read_again(tmp_path, capsys, monkeypatch):
+    """A measurement could not be judged again after the tables changed, or be mixed with another
+    machine's."""
     assert bench.main([*TOY, "--rows", "1,3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["kind"] == processor.kind()
@@ -74,12 +78,15 @@ def test_json_has_every_round_and_can_be_read_again(tmp_path, capsys, monkeypatc
 
 
 def test_a_head_is_not_asked_for_a_prompt(monkeypatch, capsys):
+    """The bench would spend its time on a product that no model computes: the head of a whole
+    prompt."""
     monkeypatch.setattr(bench_kernels, "HEADS", [(128, 64)])
     assert bench.main([*TOY, "--dtypes", "float32", "--rows", "2,640", "--json"]) == 0
     assert [cell["rows"] for cell in json.loads(capsys.readouterr().out)["cells"]] == [2]
 
 
 def test_bits_are_counted_of_products_and_of_attention(monkeypatch, capsys):
+    """This processor would keep the bits of fewer rows than its table promises."""
     monkeypatch.setattr(bench_kernels, "MODELS", ("toy",))
     assert bench.main(["kernels", "--bits", "--layers", "128x64", "--json"]) == 0
     product, attention = json.loads(capsys.readouterr().out)
@@ -92,6 +99,7 @@ def test_bits_are_counted_of_products_and_of_attention(monkeypatch, capsys):
 
 
 def test_the_judgement_is_that_of_medians():
+    """One slow round would call a way slow that is the fastest, or a way too slow would pass."""
     rounds = {"plain": [5.0, 1.0, 1.2], "turned": [1.0, 1.0, 1.0], "parts": [3.0]}
     slow = Cell("float32", 128, 64, 2, "plain", rounds)
     assert (slow.fastest, slow.ratio) == ("turned", 1.2)
@@ -121,6 +129,7 @@ def test_the_judgement_is_that_of_medians():
     ],
 )
 def test_wrong_usage(capsys, wrong, named):
+    """A wrong flag would be a traceback that does not name it."""
     with pytest.raises(SystemExit, match="2"):
         bench.main(["kernels", *wrong])
     assert named in capsys.readouterr().err

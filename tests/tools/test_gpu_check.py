@@ -36,6 +36,7 @@ def verdicts(rows: list) -> dict[str, str]:
 
 
 def test_the_command_makes_a_table_and_a_file(few, capsys, tmp_path):
+    """A section would be missing from the table or the file after a run that a GPU was lent for."""
     names = "parity,syncs,growth,growth-captured,plain,captured,int4,transformers-compiled"
     path = tmp_path / "found.json"
     arguments = ["--device", "cpu", "--size", "tiny", "--only", names, "--json", str(path)]
@@ -53,6 +54,8 @@ def test_the_command_makes_a_table_and_a_file(few, capsys, tmp_path):
 
 
 def test_every_way_to_answer_agrees(few, monkeypatch):
+    """A way to answer would not be among those that are compared, so that its faults stay
+    hidden."""
     rows = verdicts(rows_of(gpu_check.answers))
     assert set(rows.values()) == {OK}
     for way in (
@@ -88,6 +91,7 @@ def test_another_answer_is_found(monkeypatch):
 
 @pytest.mark.parity
 def test_a_network_that_computes_otherwise_is_found(few, monkeypatch):
+    """The parity check would pass a network with a wrong constant."""
     pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
     real = gpu_check.network
 
@@ -106,6 +110,8 @@ def test_a_network_that_computes_otherwise_is_found(few, monkeypatch):
 
 
 def test_without_transformers_parity_is_that_to_float64(few, monkeypatch):
+    """Where transformers is absent, the whole section would fail instead of what needs it being
+    skipped."""
     monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
     rows = rows_of(gpu_check.parity)
     assert {row.verdict for row in rows} == {MEASURED, SKIPPED}
@@ -113,6 +119,8 @@ def test_without_transformers_parity_is_that_to_float64(few, monkeypatch):
 
 
 def test_a_loop_that_waits_is_found(few, monkeypatch):
+    """A loop that waits for the GPU at every token would pass the check that is there to find
+    it."""
     real = Sampler.remember
 
     def remember(self, token_ids, rows=None):
@@ -126,6 +134,7 @@ def test_a_loop_that_waits_is_found(few, monkeypatch):
 
 
 def test_memory_that_an_answer_keeps_is_found(few, monkeypatch):
+    """An answer that keeps its cache would pass the check that is there to find it."""
     kept, real = [], loop.KVCache
 
     def cache(*arguments, **options):
@@ -162,6 +171,8 @@ def test_a_graph_that_is_recorded_again_is_found(few, monkeypatch):
 
 
 def test_the_first_token_is_taken_apart(few):
+    """A part of the time to the first token would be missing, or seem to begin after it has
+    ended."""
     rows = rows_of(gpu_check.first)
     parts = [row.check.removesuffix(": ms") for row in rows if row.check.startswith("minillava")]
     expected = ("encode_images", "splice", "prefill", "the first choice")
@@ -175,6 +186,8 @@ def test_the_first_token_is_taken_apart(few):
 
 
 def test_a_section_that_fails_is_a_row_and_the_next_one_runs(monkeypatch, capsys, tmp_path):
+    """One section that fails or hangs would take all that was measured with it."""
+
     def broken(run):
         run.report.measure("before", "", 1)
         raise RuntimeError("device-side\nassert")
@@ -257,6 +270,7 @@ def as_a_gpu(monkeypatch) -> None:
     ],
 )
 def test_wrong_usage(capsys, monkeypatch, wrong, message):
+    """A wrong flag would be noticed only after the sections have run, or in a traceback."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
         gpu_check.main(wrong)

@@ -59,6 +59,7 @@ def bundled():
 
 
 def test_scenes_are_what_they_promise():
+    """A scene would show the same thing twice or two in one place, so that no answer is true."""
     counts = set()
     for i in range(400):
         s = scene(i)
@@ -75,6 +76,7 @@ def test_scenes_are_what_they_promise():
 
 
 def test_held_out_pairs_leave_every_shape_and_colour_to_training():
+    """A shape or colour would be unknown to the model, or a held-out pair be shown in training."""
     assert len(shapes.HELD_OUT) == len(shapes.SHAPES)
     assert {shape for shape, _ in shapes.HELD_OUT} == set(shapes.SHAPES)
     assert len({colour for _, colour in shapes.HELD_OUT}) == len(shapes.HELD_OUT)
@@ -86,6 +88,8 @@ def test_held_out_pairs_leave_every_shape_and_colour_to_training():
 
 
 def test_training_never_names_a_held_out_pair():
+    """A question would name a held-out pair, and its score would no longer be that of something
+    new."""
     names = {f"{colour} {shape}" for shape, colour in shapes.HELD_OUT}
     for i in range(300):
         for dialogue in shapes.ask_any(scene(i), 5, random.Random(i)):
@@ -167,6 +171,7 @@ def is_true(s: shapes.Scene, question: str, answer: str) -> bool:
 
 @pytest.mark.parametrize("kind", shapes.KINDS)
 def test_answers_are_true(kind):
+    """The model would be trained on answers that its picture contradicts."""
     asked = 0
     for i in range(150):
         s = scene(i, pairs=shapes.PAIRS)
@@ -180,6 +185,7 @@ def test_answers_are_true(kind):
 
 
 def test_yes_and_no_are_equally_often_true_and_no_is_hard():
+    """A model that always says yes, or no where in doubt, would be right most of the time."""
     said = {"Yes.": 0, "No.": 0}
     hard = 0
     for i in range(600):
@@ -197,6 +203,8 @@ def test_yes_and_no_are_equally_often_true_and_no_is_hard():
 
 @pytest.mark.parity
 def test_tokenizer_has_llamas_conventions(tokenizer):
+    """The bundled tokenizer would have other special ids than LLaMA's, or lose spaces and rare
+    letters."""
     model = tokenizer.sentencepiece
     assert [model.id_to_piece(i) for i in range(4)] == ["<unk>", "<s>", "</s>", "<0x00>"]
     assert model.pad_id() == -1
@@ -209,6 +217,8 @@ def test_tokenizer_has_llamas_conventions(tokenizer):
 
 @pytest.mark.parity
 def test_labels_are_the_answers_that_inference_would_give(train_shapes, tokenizer):
+    """The model would be trained on the questions, too, or on prompts that inference never
+    makes."""
     for i in range(20):
         for dialogue in shapes.ask_any(scene(i), 5, random.Random(i)):
             ids, labels = train_shapes.encode_dialogue(tokenizer, dialogue)
@@ -226,6 +236,7 @@ def test_labels_are_the_answers_that_inference_would_give(train_shapes, tokenize
 
 @pytest.mark.parity
 def test_patch_names_are_those_of_their_ninth(train_shapes):
+    """The vision tower would be taught the thing in another place of the picture."""
     s = shapes.Scene(
         200,
         160,
@@ -249,6 +260,7 @@ def test_patch_names_are_those_of_their_ninth(train_shapes):
 
 @pytest.mark.parity
 def test_a_shared_picture_trains_as_if_each_conversation_had_its_own(train_shapes, tokenizer):
+    """Conversations that share a picture would see each other, and the loss be of another model."""
     trainer = train_shapes.Trainer(tokenizer, seed=1)
     model, scenes = trainer.model.double(), [scene(i) for i in range(2)]
     dialogues = [shapes.ask_any(s, 5, random.Random(i)) for i, s in enumerate(scenes)]
@@ -387,6 +399,7 @@ ENDED = """if 1:
     ],
 )
 def test_ctrl_c_while_a_tool_is_imported_leaves_no_traceback(name, module):
+    """Ctrl-C in the seconds that the imports take would print a traceback."""
     script = ENDED.format(name=name, module=module, tools=str(ROOT / "tools"))
     done = python("-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
@@ -468,6 +481,8 @@ needs_weights = pytest.mark.skipif(
 
 @needs_weights
 def test_folder_is_small_and_in_the_hubs_layout():
+    """The repository would grow by a training state, or the example pictures no longer show their
+    scenes."""
     assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 12e6
     index = json.loads((WEIGHTS / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert len(set(index["weight_map"].values())) == 2
@@ -482,6 +497,7 @@ def test_folder_is_small_and_in_the_hubs_layout():
 @needs_weights
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_examples_are_described_truly(dtype):
+    """The first answer that a user sees would describe another picture than the bundled one."""
     assistant = minillava.load(WEIGHTS, device="cpu", dtype=dtype)
     golden = [
         "I see a large red star at the top left, a small blue circle in the center "
