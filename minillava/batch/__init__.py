@@ -1,4 +1,4 @@
-"""A file of questions, answered in batches, that an interruption cannot break; `python -m
+"""A file of questions, answered in batches; an interrupted run goes on where it was. `python -m
 minillava.batch`."""
 
 from minillava.files.modules import on_first_use

@@ -1,4 +1,4 @@
-"""The answers so far, on disk: what a killed run has done is there when the next one starts."""
+"""The answers so far, on disk: the next run reads what a killed run has answered."""
 
 import hashlib
 import json
@@ -24,8 +24,8 @@ class Journal:
 
     @contextmanager
     def alone(self, waiting: Callable[[], None]) -> Iterator[None]:
-        """One run at a time: a second one calls `waiting`, and goes on from here when the first has
-        finished or was killed."""
+        """A block for one run at a time: a second run calls `waiting`, and enters when the first
+        has finished or was killed."""
         while True:
             with open(self.path, "ab") as file, locked(file, waiting):
                 try:
@@ -34,7 +34,7 @@ class Journal:
                 except FileNotFoundError:  # the first has finished
                     continue
                 if os.name == "nt":
-                    file.close()  # an open file could not be removed
+                    file.close()  # Windows removes no open file
                 try:
                     yield
                 finally:
@@ -43,7 +43,8 @@ class Journal:
                 return
 
     def begin_anew(self) -> None:
-        """Forget everything, the answers file as well, which stays until it can be replaced."""
+        """Forget every answer, also those of the answers file; that file stays until it can be
+        replaced."""
         self.path.write_bytes(self.header + self.ANEW)
         sync_folder(self.path.parent)
 
@@ -52,10 +53,10 @@ class Journal:
         return self.path.read_bytes().startswith(self.header + self.ANEW)
 
     def read(self) -> dict[int, dict]:
-        """Line number -> record. What a kill left half written at the end is cut off. Raises
-        ValueError where the journal belongs to another run."""
+        """Line number -> record. A last record that a killed run wrote in part is cut off. Raises
+        ValueError if the journal belongs to another run."""
         content = self.path.read_bytes()
-        if self.header.startswith(content):  # nothing yet, or killed before the first answer
+        if self.header.startswith(content):  # empty, or its run was killed before the first answer
             os.truncate(self.path, 0)
             return {}
         if not content.startswith(self.header):
@@ -78,7 +79,7 @@ class Journal:
         return records
 
     def add(self, records: dict[int, dict]) -> None:
-        """On disk when this returns."""
+        """Add records; they are on disk when this returns."""
         with open(self.path, "ab") as file:
             new = not file.tell()
             file.write(
@@ -106,9 +107,9 @@ class Journal:
 def read_journal(
     journal: Journal, questions: list[Question], record: Callable[..., dict]
 ) -> dict[int, dict]:
-    """Line number -> record of what the journal answers, as far as that is what this run would
-    write: a disk that lost its power may give back anything. Raises ValueError if the
-    journal is another run's (see Journal.read)."""
+    """Line number -> record of what the journal answers. A record that this run would not write is
+    left out: after a power failure a disk may give back anything. Raises ValueError if the journal
+    is another run's (see Journal.read)."""
     found, asked = journal.read(), {question.line: question for question in questions}
     return {
         line: one
@@ -118,7 +119,8 @@ def read_journal(
 
 
 def _fits(question: Question, found, record: Callable[..., dict]) -> bool:
-    """Whether a stored record says of the question what this run would say, but for the answer."""
+    """Whether a stored record differs from what this run would write for the question in the answer
+    only."""
     if not isinstance(found, dict):
         return False
     answer, error, metadata = map(found.get, ("text", "error", "metadata"))
@@ -133,9 +135,9 @@ def _fits(question: Question, found, record: Callable[..., dict]) -> bool:
 def read_answers(
     path: Path, questions: list[Question], record: Callable[..., dict]
 ) -> dict[int, dict]:
-    """Line number -> record of what a finished file answers, its errors left out. record: what this
-    run would write. Raises ValueError where that is another file's: other questions, model or
-    settings, or something else altogether."""
+    """Line number -> record of what a finished file answers, without its errors. record: makes what
+    this run would write. Raises ValueError if the file is not this run's: it has other questions,
+    another model or other settings, or is not a file of answers."""
     try:
         records = [json.loads(line) for line in path.read_bytes().splitlines()]
         pairs = list(zip(questions, records, strict=True))
@@ -156,7 +158,7 @@ def digest(value) -> str:
 
 
 def stamp(folder: Path) -> list:
-    """Name, size and time of the files that make a model: what changes when they do, without
-    reading gigabytes."""
+    """Name, size and time of a model's files, which change if the files do; comparing them reads no
+    gigabytes."""
     files = sorted(path for path in folder.glob("*") if path.suffix in MODEL_FILES)
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]

@@ -1,4 +1,5 @@
-"""Files of questions, in any of the forms that people write them, and what is wrong with a line."""
+"""Files of questions, in each of the forms in which people write them, and what is wrong with a
+line."""
 
 import argparse
 import json
@@ -15,12 +16,12 @@ NOT_ASKED |= {"draft", "draft_tokens"}
 """The flags that change no answer (beyond the last digits), so that a resumed run may change them;
 but for the kind of device, which `ask_file` adds."""
 
-OTHER_FOLDERS = ("model_base", "adapter", "vision_tower")  # besides --weights
+OTHER_FOLDERS = ("model_base", "adapter", "vision_tower")  # folders besides --weights
 
 
 @dataclass
 class Question:
-    """One line of the questions file, or one object of a JSON array, valid or not."""
+    """One line of the questions file, or one object of a JSON array; it may be invalid."""
 
     line: int  # from 1
     question_id: str | int | None = None
@@ -37,7 +38,7 @@ class Question:
         answer_id: str,
         model_id: str,
     ) -> dict:
-        """What stands in the answers file; LLaVA's own scripts read it."""
+        """The record for the answers file, in the format that LLaVA's own scripts read."""
         if error is not None:
             name = (
                 {self.place: self.line}
@@ -54,8 +55,9 @@ FORM = "one JSON object per line with question_id, text and, if it is about one,
 
 def read_questions(content: bytes, folder: str, name: str = "questions") -> list[Question]:
     """The questions of a file: its lines that are not blank; or, counted from 1, the objects of one
-    JSON array, or objects over several lines. Names of pictures are relative to `folder`, `name` is
-    the file's. One that is not a question has its `error`; ValueError for a file without any."""
+    JSON array, or objects over several lines. Names of pictures are relative to `folder`; `name` is
+    the file's. A line that is not a question has an `error`. Raises ValueError for a file without a
+    question."""
     text = decode(content, name, errors="surrogateescape")
     lines = [
         (i, line.removeprefix("\ufeff"))
@@ -81,7 +83,7 @@ def read_questions(content: bytes, folder: str, name: str = "questions") -> list
 
 
 def _parse(text: str):
-    """The value that a line is, None for what is not JSON."""
+    """The JSON value of a line, None if the line is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -89,8 +91,8 @@ def _parse(text: str):
 
 
 def _values(text: str) -> list | None:
-    """The objects of a text wherever its lines end: in one array, or one after another; else
-    None."""
+    """The objects of a text in one JSON array or one after another, wherever its lines end; None if
+    the text is neither."""
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
     found, end = [], space.match(text).end()
     try:
@@ -114,7 +116,7 @@ def _mistake(text: str) -> str:
 
 
 def _nature(first, line: str) -> str:
-    """What a file without questions seems to be."""
+    """A sentence about what a file without questions seems to be."""
     lists = (
         [key for key, value in first.items() if isinstance(value, list)]
         if isinstance(first, dict)
@@ -145,7 +147,8 @@ def _read_line(number: int, line: str, folder: str) -> Question:
 
 
 def _check(number: int, place: str, raw, folder: str) -> Question:
-    """A question of the file's objects; place: what is counted."""
+    """Check one object of the file; a question that cannot be asked gets its `error`. place: what
+    `number` counts, lines or questions."""
     question = Question(number, place=place)
     if not isinstance(raw, dict):
         found = type(raw).__name__

@@ -1,11 +1,11 @@
 """`python -m minillava.batch`: a file of questions to a file of answers, in LLaVA's evaluation
 format.
 
-While it runs, finished answers are in a journal beside the answers file, NAME.partial: a header of
-what was asked and how, then one [line number, record] each. Whenever the run is killed, the same
-command goes on from the journal; when all questions are answered, the answers appear under their
-name at once, in order. The same command then asks again what became an error, and nothing else. A
-second run at the same file waits for the first.
+While a run is going on, finished answers are in a journal beside the answers file, NAME.partial: a
+header that says what is asked and how, then one [line number, record] per answer. If the run is
+killed, the same command goes on from the journal. Once all questions are answered, the answers file
+appears at once, in the order of the questions. The same command then asks again only the questions
+that became errors. A second run at the same file waits for the first.
 """
 
 import argparse
@@ -53,11 +53,11 @@ SECONDS = 10
 def plan(
     assistant: Assistant, questions: list[Question], system: str | None, longest: int, size: int
 ) -> list[list]:
-    """Questions in batches of similar prompt length; one whose prompt is impossible or too long
-    gets its `error`.
+    """Questions in batches of similar prompt length. A question whose prompt is impossible or too
+    long gets its `error`.
 
-    The same batches every time, whatever is answered already: the last digits, and so now and then
-    a word, depend on who shares a batch.
+    The batches are the same in every run, whatever is answered already: the last digits of logits,
+    and so now and then a word, depend on which questions share a batch.
     """
     config = assistant.model.config
     lengths: dict[int, int] = {}
@@ -76,7 +76,7 @@ def plan(
         window = sorted(
             good[start : start + WINDOW * size], key=lambda question: -lengths[question.line]
         )
-        # A long neighbour must not shorten an answer where the context ends.
+        # The longest prompt of a batch must not shorten another answer where the context ends.
         for _, alike in groupby(
             window, key=lambda question: min(longest, config.text.context - lengths[question.line])
         ):
@@ -93,7 +93,7 @@ def ask(
     encode: Callable[[str], Tensor] | None = None,
 ) -> list[tuple]:
     """(answer, error, metadata) of each question. encode: as for `Assistant.ask_each`. If the batch
-    fails, each is asked alone, to find out which one is at fault."""
+    fails, each question is asked alone, to find the one at fault."""
     images, texts = [question.images for question in batch], [question.text for question in batch]
     seeds = [(seed + question.line) % 2**64 for question in batch]
     try:
@@ -112,8 +112,8 @@ def ask(
 
 
 def ask_file(args: argparse.Namespace, options: dict) -> int:
-    """Every question of the file that the journal does not answer; then the journal becomes the
-    answers file."""
+    """Ask every question of the file that the journal does not answer; the journal then becomes the
+    answers file. Returns the exit status."""
     messages = Messages(args.verbose, args.quiet)
     content = read_question_file(args)
     if not os.path.isdir(args.images):
@@ -128,7 +128,7 @@ def ask_file(args: argparse.Namespace, options: dict) -> int:
     settings = _settings(args, content, weights)
     with ExitStack() as stack:
         home = args.answers
-        if is_stream(home):  # which nobody can go on with
+        if is_stream(home):  # a stream, from which no later run can go on
             home = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "answers"
         journal = Journal(home.with_name(home.name + ".partial"), settings)
         busy = (
@@ -149,7 +149,7 @@ def _note_repeated(questions: list[Question], messages: Messages) -> None:
 
 
 def _check_answers(answers: Path, questions: list[Question]) -> None:
-    """Raises ValueError where the answers would be written over a picture."""
+    """Raises ValueError if the answers would be written over a picture."""
     if not answers.exists():
         return
     pictures = {path_of_url(image) for question in questions for image in question.images}
@@ -160,8 +160,8 @@ def _check_answers(answers: Path, questions: list[Question]) -> None:
 
 
 def _settings(args: argparse.Namespace, content: bytes, weights: str) -> dict:
-    """What the answers depend on: a journal that was begun with other settings is another run's.
-    content: the file of questions."""
+    """The settings on which the answers depend: a journal that was begun with others is another
+    run's. content: of the file of questions."""
     found = find_folders(weights, args.revision, args.vision_tower, args.model_base, args.adapter)
     folders = (found.weights, found.model_base, found.adapter, found.vision_tower)
     flags = {name: value for name, value in vars(args).items() if name not in NOT_ASKED}
@@ -178,8 +178,8 @@ def _model_id(weights: str) -> str:
 
 
 class Run:
-    """One run of the command: the questions, and the records of those that are answered (`done`, by
-    line)."""
+    """One run of the command: the questions, and `done`, line -> record of those that are
+    answered."""
 
     def __init__(
         self,
@@ -203,12 +203,13 @@ class Run:
         error: str | None,
         metadata: dict | None = None,
     ) -> dict:
-        """A line of the answers file."""
+        """The record of one question for the answers file."""
         answer_id = digest([self.asked, self.model_id, question.line])[:22]
         return question.record(answer, error, metadata, answer_id, self.model_id)
 
     def go(self, options: dict) -> int:
-        """Ask what is left, and write all; the exit status. options: of the answers, by name."""
+        """Ask the questions that are left, and write all answers; returns the exit status. options:
+        the fields of `Options` by name."""
         if self.is_finished():
             return 0
         assistant = open_assistant(self.args, self.weights, self.messages)
@@ -240,8 +241,9 @@ class Run:
         return self.tell()
 
     def is_finished(self) -> bool:
-        """Read what was answered before. Whether this run can go on with it is known before
-        gigabytes are opened: raises ValueError as `read_answers` and `read_journal`."""
+        """Read what was answered before; returns whether nothing is left. It runs before gigabytes
+        are opened. Raises ValueError if this run cannot go on with it (see `read_answers` and
+        `read_journal`)."""
         args, answers = self.args, self.args.answers
         if args.overwrite:
             return False
@@ -253,7 +255,8 @@ class Run:
                     f"{answers} is finished already: nothing to do (--overwrite starts anew)"
                 )
                 if self.journal.path.read_bytes().startswith(self.journal.header):
-                    self.journal.path.unlink()  # killed just after the answers got their name
+                    # left by a run that was killed just after it renamed the answers
+                    self.journal.path.unlink()
                 return True
         self.done |= read_journal(self.journal, self.questions, self.record)
         return False
@@ -261,7 +264,8 @@ class Run:
     def ask_batches(
         self, assistant: Assistant, batches: list[list[Question]], options: dict
     ) -> None:
-        """Every batch that is not answered, each noted in the journal before the next."""
+        """Ask every batch that is not answered; its answers are in the journal before the next one
+        is asked."""
         encode = lru_cache(self.args.image_cache)(assistant.encode)
         seed = options["seed"] or 0
         options = {name: value for name, value in options.items() if name != "seed"}
@@ -281,7 +285,8 @@ class Run:
         self.messages.progress("")
 
     def write(self) -> None:
-        """The answers file, in the order of the questions, with those that could not be asked."""
+        """Write the answers file, in the order of the questions, with those that could not be
+        asked."""
         for question in self.questions:
             if question.error:
                 self.done[question.line] = self.record(question, None, question.error)
@@ -289,7 +294,7 @@ class Run:
         write_whole(self.args.answers, "".join(lines))
 
     def tell(self) -> int:
-        """How many were answered, on stderr; the exit status."""
+        """Say on stderr how many were answered; returns the exit status."""
         records = [self.done[question.line] for question in self.questions]
         errors = [record["error"] for record in records if "error" in record]
         count, answers = len(records), self.args.answers
@@ -302,10 +307,10 @@ class Run:
 
 
 class Progress:
-    """How many are answered, how fast, and how long the rest will take; on stderr."""
+    """A line on stderr: how many are answered, how fast, and how long the rest will take."""
 
     def __init__(self, messages: Messages, before: int, asked: int):
-        """before: how many an earlier run answered. asked: all that can be."""
+        """before: how many an earlier run answered. asked: how many can be asked in all."""
         self.messages, self.before, self.asked = messages, before, asked
         self.started = self.told = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""A conversation whose cache is kept from question to question; `python -m minillava.chat`."""
+"""A conversation whose cache is kept from one question to the next; `python -m minillava.chat`."""
 
 from minillava.files.modules import on_first_use
 

@@ -25,7 +25,7 @@ GROWTH = 512
 are short."""
 
 
-# compared by identity: what is in the cache is this picture or it is another one
+# Compared by identity: the picture in the cache is this one or another one.
 @dataclass(eq=False)
 class Picture:
     name: str
@@ -34,26 +34,26 @@ class Picture:
 
 @dataclass
 class Turn:
-    question: str  # with an `<image>` for each picture
+    question: str  # with one `<image>` for each picture
     pictures: tuple[Picture, ...]
     options: Options  # with the seed that was used
     answer: str = ""
     finish_reason: str | None = None  # None while it goes on, "stop", "length", "interrupted"
-    reused: int = 0  # positions of its prompt that were in the cache already
-    prefilled: int = 0  # positions of its prompt that were not
+    reused: int = 0  # positions of its prompt that were cached already
+    prefilled: int = 0  # positions of its prompt that had to be computed
 
 
 class Conversation:
     """Questions and answers in turn, about any number of pictures, each encoded once.
 
-    The whole conversation is rendered to ids at every question. The cache is cut back to where
-    these ids first differ from those it was filled with (a finished answer may be written, or cut
-    into tokens, in another way than it was generated), and the rest is prefilled: the answer is
-    that of a fresh start with the same ids.
+    At every question the whole conversation is rendered to ids. The cache is cut back to the first
+    position at which these ids differ from the cached ones (a finished answer may be written, or
+    cut into tokens, in another way than it was generated), and the rest is prefilled. So the answer
+    is that of a fresh start with the same ids.
     """
 
     def __init__(self, assistant: Assistant, system: str | None = None):
-        """system: instead of the template's own; "" for none."""
+        """system: the system text, instead of the template's own; "" for none."""
         self.assistant, self.system = assistant, system
         self.clear()
 
@@ -62,14 +62,14 @@ class Conversation:
         self.turns: list[Turn] = []
         self.waiting: list[Picture] = []  # for the next question
         self.cache: KVCache | None = None
-        self.prompt_length = 0  # positions that were read as a prompt, not made as an answer
-        # What stands, or will stand, at each position: an id, or a Picture P times; the first
-        # cache.length are cached. A stream goes on only while this is its own list.
+        self.prompt_length = 0  # cached positions of a prompt, not of an answer being made
+        # What is, or will be, at each position: an id, or a Picture P times; the first cache.length
+        # are cached. A stream goes on only as long as this is its own list.
         self.positions: list[int | Picture] = []
 
     @property
     def room(self) -> int:
-        """How many more positions fit the model's context."""
+        """How many more positions fit into the model's context."""
         return self.assistant.model.config.text.context - len(self.positions)
 
     def add_image(self, source: ImageSource, name: str | None = None) -> Picture:
@@ -84,13 +84,13 @@ class Conversation:
         return "".join(self.stream(question, process=process, **options))
 
     def stream(self, question: str, *, process: Process | None = None, **options) -> Iterator[str]:
-        """The answer as it is made, one piece per token, some of them empty. Arguments as for
-        `ask`.
+        """The answer as it is made, one piece of text per token; some pieces are empty. Arguments
+        as for `ask`.
 
-        Where it is left early (closed, Ctrl-C, another question asked), what was said so far is the
-        answer; if that is nothing, the question was not asked. Raises ValueError, and leaves the
-        conversation as it was, when the context is full; and where it should go on though another
-        question was asked since, or all was cleared.
+        If the stream is left early (closed, Ctrl-C, another question asked), the text so far is the
+        answer; without any text, the question counts as not asked. Raises ValueError, and leaves
+        the conversation as it was, if the context is full. Raises ValueError as well if the stream
+        is continued after another question was asked or the conversation was cleared.
         """
         self._leave()
         assistant = self.assistant
@@ -117,7 +117,7 @@ class Conversation:
                 positions.append(step.ids[0])
                 turn.answer += step.text[0]
                 turn.finish_reason = step.finish_reason[0]
-                # a GPU reads the next one before we are back here
+                # a GPU computes the next token before this generator is resumed
                 self._make_room(len(positions) + 1)
                 yield step.text[0]
                 if self.positions is not positions and step.finish_reason[0] is None:
@@ -129,9 +129,9 @@ class Conversation:
                 self._leave()
 
     def _begin(self, turn: Turn) -> Spliced:
-        """Make `turn` the last one, with as much of its prompt as fits left in the cache; the rest
-        of the prompt, which is to be read. Raises ValueError, and changes nothing, if the context
-        is full."""
+        """Make `turn` the last one, and keep as much of its prompt in the cache as is there
+        already; returns the rest of the prompt, which is to be prefilled. Raises ValueError, and
+        changes nothing, if the context is full."""
         assistant, model = self.assistant, self.assistant.model
         said = [(before.question, before.answer) for before in self.turns]
         prompt = render(assistant.template, [*said, (turn.question, None)], self.system)
@@ -152,7 +152,7 @@ class Conversation:
         if self.cache is None:
             like = spliced.embeds
             self.cache = KVCache(model.config.text, 1, 0, dtype=like.dtype, device=like.device)
-        # The last position is read in any case: its logits choose the first token.
+        # The last position is computed in any case: its logits choose the first token.
         turn.reused = common_prefix(self.positions[: self.cache.length], positions[:-1])
         turn.reused = reusable(model.language_model, turn.reused, self.prompt_length)
         self.prompt_length = len(positions)
@@ -166,8 +166,8 @@ class Conversation:
         return replace(spliced, embeds=spliced.embeds[:, turn.reused :])
 
     def _leave(self) -> None:
-        """Where the last answer is not finished, what was said so far is the answer; no stream goes
-        on with it."""
+        """End the last turn: if its answer is not finished, the text so far is the answer, and no
+        stream goes on with it."""
         if not self.turns or self.turns[-1].finish_reason is not None:
             return
         turn = self.turns[-1]
@@ -179,8 +179,8 @@ class Conversation:
             self.waiting = [*turn.pictures, *self.waiting]
 
     def record(self) -> dict:
-        """The conversation as JSON's kinds of values; options only where they are not the
-        default."""
+        """The conversation as values that JSON can write; of the options, only those that are not
+        the default."""
         defaults = vars(Options())
         turns = [
             {

@@ -41,7 +41,7 @@ class Session:
         self.saved: set[Path] = set()
 
     def handle(self, line: str) -> bool:
-        """Do what a line says; False when it was the last. Raises ValueError or OSError if that
+        """Do what a line says; returns False after the last one. Raises ValueError or OSError if it
         cannot be done."""
         line = as_meant(line)
         refuse_nul(line, "the line")
@@ -62,20 +62,21 @@ class Session:
             self.add(terminal.read_paths(rest))
         else:
             path, *more = terminal.read_paths(rest)
-            if path == "-":  # stdout for other programs, and here it has the answers
+            if path == "-":  # other programs take it for stdout, which has the answers
                 raise ValueError("/save -: give a name; ./- is a file that is named so")
             self.save(Path(rest.strip() if more else path))
         return True
 
     def take(self, line: str) -> bool:
-        """A question, dropped files, or both. Raises ValueError for an unknown command."""
+        """Take a line that is a question, dropped files, or both. Raises ValueError for an unknown
+        command."""
         paths, question = terminal.dropped_first(line)
         if paths:
             self.add(paths)
             if question:
                 self.answer(question)
         elif terminal.means_a_path(line):
-            self.add(terminal.read_paths(line))  # which says what is wrong with it
+            self.add(terminal.read_paths(line))  # the error then says what is wrong with the path
         elif line.lstrip().startswith("/"):
             raise ValueError(f"{name_of(line.split()[0])}: no such command; /help lists them")
         elif line.strip():
@@ -86,7 +87,7 @@ class Session:
         self.messages.note(text, again=True)
 
     def add(self, paths: Sequence[str]) -> None:
-        """Pictures for the next question: all of them, or none where one cannot be opened."""
+        """Add pictures for the next question: all of them, or none if one cannot be opened."""
         for image, path in [(open_image(path), path) for path in paths]:
             self.look(image, path)
         waiting = self.conversation.waiting
@@ -103,7 +104,7 @@ class Session:
         self.messages.stage("encode", started, f"{name_of(name)}: {len(picture.patches)} positions")
 
     def answer(self, question: str) -> None:
-        """The answer on stdout; if it is interrupted, its line is ended."""
+        """Print the answer on stdout; if it is interrupted, its line is ended."""
         note_several(len(self.conversation.waiting), self.messages)
         started, count = time.perf_counter(), 0
         with closing(self.conversation.stream(question, **self.options)) as pieces:
@@ -131,8 +132,8 @@ class Session:
             self.note(f"the model's context of {context} positions is full; /clear starts anew")
 
     def save(self, path: Path) -> None:
-        """As JSON. What stands there is replaced only by a complete file, and only if this session
-        wrote it."""
+        """Write the conversation as JSON. An existing file is replaced only by a complete one, and
+        only if this session wrote it."""
         path = path.absolute()
         if path.exists() and path not in self.saved and not is_stream(path):
             raise ValueError(f"{path}: exists already; choose another name")
@@ -147,7 +148,7 @@ class Session:
 def run(args: argparse.Namespace, options: dict) -> int:
     messages = Messages(args.verbose, args.quiet)
     weights = find_weights(args.weights, messages)
-    # what is wrong with one is found before gigabytes are opened
+    # a faulty picture is reported before gigabytes are opened
     images = [open_image(image) for image in args.image]
     assistant = open_assistant(args, weights, messages)
     about = {
@@ -161,14 +162,14 @@ def run(args: argparse.Namespace, options: dict) -> int:
         session.look(image, name)
     if sys.stdin is not None and sys.stdin.isatty():
         _talk(session, args.verbose)
-        return 0  # who types has seen what failed; a script sees the exit status
+        return 0  # a person has seen what failed; a script sees the exit status
     failed = False
     for line in _lines():
         try:
             if not session.handle(line):
                 break
         except BrokenPipeError:
-            raise  # nobody listens any more
+            raise  # nobody reads the answers any more
         except Exception as error:
             if is_of_stdout(error):
                 raise  # no later answer would arrive, either
@@ -178,10 +179,10 @@ def run(args: argparse.Namespace, options: dict) -> int:
 
 
 def _talk(session: Session, verbose: bool) -> None:
-    """A conversation at a terminal. Ctrl-C stops an answer, and clears the line that is typed; it
-    leaves where it comes twice at an empty line. Raises KeyboardInterrupt then."""
+    """A conversation at a terminal. Ctrl-C stops an answer, and clears the line that is typed.
+    Raises KeyboardInterrupt, to leave, if it comes twice at an empty line."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # what is not UTF-8 spoils its own question only
+        # bytes that are not UTF-8 spoil only their own question
         sys.stdin.reconfigure(errors="surrogateescape")
     if not session.conversation.waiting:
         session.note("no picture yet: /image PATH adds one")
@@ -217,13 +218,13 @@ def _talk(session: Session, verbose: bool) -> None:
 
 
 def _report(error: Exception, verbose: bool) -> None:
-    """What is wrong with what was typed, without a traceback. Of anything else (memory that runs
-    out, say) with one; what was said before can still be saved."""
+    """Say what is wrong with what was typed, without a traceback. Any other error (for example,
+    memory that runs out) gets one; the conversation before it can still be saved."""
     report(error, verbose and not isinstance(error, (ValueError, OSError)))
 
 
 def _lines() -> Iterator[str]:
-    """The lines of stdin, which is not a terminal, without their ends."""
+    """The lines of a stdin that is not a terminal, without their ends."""
     if hasattr(sys.stdin, "buffer"):
         yield from read_lines(sys.stdin.buffer, "stdin")
     else:

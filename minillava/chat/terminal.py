@@ -1,4 +1,4 @@
-"""What somebody types at a terminal: lines that can be edited, and paths as a terminal pastes
+"""What a person types at a terminal: lines that can be edited, and paths as a terminal pastes
 them."""
 
 import os
@@ -21,34 +21,35 @@ LONGEST_PATH = 4096
 
 STRAIGHT = str.maketrans("“”„‘’‚", "\"\"\"'''")
 
-ESCAPES = os.name != "nt"  # there a backslash stands between folders
+ESCAPES = os.name != "nt"  # on Windows a backslash separates folders
 
-PART = re.compile(  # of a word: $'coded', 'single', "double", \escaped, plain
+PART = re.compile(  # one part of a word: $'coded', 'single', "double", \escaped, plain
     r"""\$'((?:[^'\\]|\\.)*)'|'([^']*)'|"((?:[^"\\]|\\.)*)"|\\(.)|([^\s'"\\])"""
     if ESCAPES
     else r"""\$'((?:[^'\\]|\\.)*)'|'([^']*)'|"([^"]*)"|(?!)()|([^\s'"])""",
-    re.DOTALL | re.ASCII,  # blanks of other alphabets are letters: macOS names screenshots so
+    # Unicode's other blanks count as letters: macOS puts one into the names of screenshots
+    re.DOTALL | re.ASCII,
 )
 
 
 class Terminal:
-    """Lines of stdin where that is a terminal; edited, remembered and completed where Python has
+    """Lines of stdin if that is a terminal; they are edited, remembered and completed if Python has
     readline."""
 
     def __init__(self, commands: list[str]):
         """commands: the words that Tab completes, apart from paths."""
         self.commands, self.readline = commands, None
-        if sys.stdout is not None and sys.stdout.isatty():  # else input() would not edit
+        if sys.stdout is not None and sys.stdout.isatty():  # otherwise input() would not edit
             with suppress(ImportError):
                 import readline
 
                 self.readline = readline
-                # what is completed is the whole line: paths have spaces
+                # Tab completes the whole line, since paths have spaces.
                 readline.set_completer_delims("")
                 readline.set_completer(lambda text, i: (*self.completions(text), None)[i])
                 libedit = "libedit" in (readline.__doc__ or "")
                 readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
-                if not libedit:  # a pasted paragraph is then one line with line ends in it
+                if not libedit:  # a pasted paragraph is then one line that contains line ends
                     readline.parse_and_bind("set enable-bracketed-paste on")
 
     def read(self) -> str | None:
@@ -64,11 +65,11 @@ class Terminal:
         return line.removesuffix("\n") if line else None
 
     def typed(self) -> str:
-        """What stood in the line that Ctrl-C has cleared, as far as we can know."""
+        """The text of the line that Ctrl-C has cleared, as far as we can know."""
         return "" if self.readline is None else self.readline.get_line_buffer()
 
     def completions(self, line: str) -> list[str]:
-        """All that a line can become: a command, or one with a path after it."""
+        """All completions of a line: a command, or a command with a path after it."""
         command, space, begun = line.partition(" ")
         if not space:
             names = [name + " " * (name in PATH_COMMANDS) for name in self.commands]
@@ -84,7 +85,7 @@ class Terminal:
 
 
 def _paths_from(begun: str) -> list[str]:
-    """The paths that begin so, folders with a slash; `~` stays as it was typed."""
+    """The paths that begin with `begun`, folders with a slash; `~` stays as it was typed."""
     folder, name = os.path.split(begun)
     try:
         entries = list(os.scandir(os.path.expanduser(folder) or "."))
@@ -100,9 +101,10 @@ def _paths_from(begun: str) -> list[str]:
 
 
 def read_paths(text: str) -> list[str]:
-    """The paths after a command. As it stands if there is such a file, blanks, quotes and all;
-    else as terminals paste what is dropped into them: in quotes, with backslashes, as file:// URLs,
-    several at once. A path that leads nowhere comes back, too: who opens it says so."""
+    """The paths after a command. If a file has exactly this name, with its blanks and quotes, it is
+    that file. Otherwise the text is read as terminals paste files that are dropped into them: in
+    quotes, with backslashes, as file:// URLs, several at once. A path that does not exist is
+    returned as well; opening it raises the error."""
     for whole in (text, text.strip(), text.strip(AROUND)):
         if _exists(whole):
             return [os.path.expanduser(whole)]
@@ -110,7 +112,7 @@ def read_paths(text: str) -> list[str]:
     if is_data_url(text):
         return [text]
     words = _words(text)
-    if not any(map(_exists, words)):  # a word processor's quotes, unless they are of the name
+    if not any(map(_exists, words)):  # a word processor's quotes, unless they are part of the name
         straight = _words(text.translate(STRAIGHT))
         words = straight if straight and all(map(_exists, straight)) else words
     if len(words) == 1 or any(map(_exists, words)):
@@ -119,8 +121,8 @@ def read_paths(text: str) -> list[str]:
 
 
 def _words(text: str) -> list[str]:
-    """A line as a shell reads it, bash or PowerShell (which calls a path in quotes by &); none
-    where a quote does not end, since it is then one of a name."""
+    """The words of a line as a shell reads it, bash or PowerShell (which calls a path in quotes by
+    &). No words if a quote does not end, since it is then part of a name."""
     if called := re.fullmatch(r"&\s*'((?:[^']|'')*)'", text, re.DOTALL):
         return [called[1].replace("''", "'")]
     text = re.sub(r"^&\s*(?=['\"])", "", text)
@@ -145,7 +147,7 @@ def _words(text: str) -> list[str]:
 
 
 def _decoded(text: str) -> str:
-    r"""What bash means by $'text': \t, \', \303\251, \xc3\xa9, \u00e9."""
+    r"""The text that bash means by $'text': \t, \', \303\251, \xc3\xa9, \u00e9."""
     letters = {"a": 7, "b": 8, "e": 27, "E": 27, "f": 12, "n": 10, "r": 13, "t": 9, "v": 11}
     content = b""
     form = r"\\(?:([0-7]{1,3})|x(H{1,2})|u(H{1,4})|U(H{1,8})|(.))|([^\\]+)".replace(
@@ -164,7 +166,8 @@ def _decoded(text: str) -> str:
 
 
 def dropped(line: str) -> list[str]:
-    """The paths of a line that consists of nothing but whole paths of files; else none."""
+    """The paths of a line that consists of nothing but whole paths of files; for any other line
+    none."""
     line = line.strip(AROUND)
     if not re.match(r"""(&\s*)?\$?['"“‘]?([/\\~]|file:/|[a-z]:[/\\])""", line, re.IGNORECASE):
         return []
@@ -173,8 +176,8 @@ def dropped(line: str) -> list[str]:
 
 
 def dropped_first(line: str) -> tuple[list[str], str]:
-    """The paths of files that a line begins with, as many as there are, and the question after
-    them; no path where it begins with none."""
+    """The paths of files with which a line begins, as many as there are, and the question after
+    them."""
     line = line.strip(AROUND)
     blanks = [blank.start() for blank in re.finditer(r"\s+", line[:LONGEST_PATH])]
     for end in (len(line), *reversed(blanks)):
@@ -184,8 +187,9 @@ def dropped_first(line: str) -> tuple[list[str], str]:
 
 
 def means_a_path(line: str) -> bool:
-    """Whether a line can only be a path, there or not: alone in it, or, unlike a command, with a
-    further slash or dot. Other questions about paths are questions."""
+    """Whether a line can only be a path, whether it exists or not: the path is alone in the line,
+    or it has a further slash or dot, unlike a command. Any other line with a path in it is a
+    question."""
     line = line.strip(AROUND)
     if line.startswith("/"):
         return re.match(r"/\w*(\s|$)", line) is None

@@ -1,1 +1,1 @@
-"""What the doors share: flags, messages, and how each begins."""
+"""The parts that all doors share: flags, messages, and how a door begins."""

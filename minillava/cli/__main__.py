@@ -1,4 +1,5 @@
-"""`python -m minillava.cli`: who looks for the command line finds the list of commands."""
+"""`python -m minillava.cli`: prints the list of commands, for those who look for it under this
+name."""
 
 from minillava.cli.doors import main
 

@@ -1,4 +1,4 @@
-"""Reading a command line: what is wrong with it ends in one line and exit status 2."""
+"""Reading a command line; a mistake in it ends the process with one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ MODEL_FILES = (".json", ".model", ".safetensors", ".bin", ".pth")
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line; `--max_new_tokens` is `--max-new-tokens`."""
+    """A parser whose errors are one line, and for which `--max_new_tokens` is
+    `--max-new-tokens`."""
 
     def error(self, message: str):
-        # it quotes what was typed
+        # the message quotes what was typed
         message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
@@ -32,12 +33,12 @@ class Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: TextIO | None = None) -> None:
         if file is not sys.stdout:
             super()._print_message(message, file)
-        elif status := show(message):  # --help and --version can meet a full disk, too
+        elif status := show(message):  # printing --help or --version can fail on a full disk, too
             sys.exit(status)
 
     @property
     def flags(self) -> Collection[str]:
-        """All spellings of them."""
+        """All spellings of all flags."""
         return self._option_string_actions
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None):
@@ -57,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def _about_unknown(self, unknown: list[str]) -> str:
-        """What is wrong with arguments that no flag takes, with the nearest flag."""
+        """A sentence about arguments that no flag takes, with the nearest flag."""
         name, *_ = unknown[0].partition("=")
         if not name.startswith("-"):
             places = {
@@ -81,21 +82,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def not_empty(text: str) -> str:
-    """A flag's name or folder. Without this, `-m "$WEIGHTS"` would be no -m where WEIGHTS is not
-    set."""
+    """A flag's name or folder, which must not be empty: if WEIGHTS is not set, `-m "$WEIGHTS"`
+    would otherwise count as no -m at all."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; is a variable of the shell not set?")
     return text
 
 
 def file_name(text: str) -> str:
-    """A flag's file or folder. `~` is the home folder, which the shell leaves alone in --flag=~/x;
-    a file that is really named so goes first."""
+    """A flag's file or folder. `~` is the home folder, since the shell does not replace it in
+    --flag=~/x; a file of exactly this name goes first."""
     return text if os.path.lexists(text) else os.path.expanduser(text)
 
 
 def output_name(text: str) -> str:
-    """A flag's file to write. `-`, stdout for other programs, would be a file of that name."""
+    """A flag's file to write. `-` is refused: other programs take it for stdout, but we would write
+    a file of that name."""
     if text == "-":
         raise argparse.ArgumentTypeError(
             "- is no name here: /dev/stdout is stdout, and ./- a file that is named so"
@@ -118,7 +120,7 @@ def number_list(text: str) -> list[int] | None:
 
 
 def check_stdin(parser: Parser, args: argparse.Namespace) -> None:
-    """`-` twice among --image and --prompt is wrong usage."""
+    """Check that --image and --prompt have `-` at most once in all; twice is wrong usage."""
     if args.image.count("-") + (args.prompt == "-") > 1:
         parser.error("only one of --image and --prompt can read stdin")
 
@@ -128,9 +130,9 @@ def check_outputs(
 ) -> None:
     """Check the files to write before the work begins.
 
-    Wrong usage: an empty name, a folder, a file in a folder that does not exist, the same file
-    twice, a file that is read (a picture of --image, a file of the model, one of `inputs`), by
-    whatever spelling, or a new one that would be taken for a file of the model. A file that the
+    Wrong usage is: an empty name; a folder; a file in a folder that does not exist; the same file
+    twice; a file that is read (a picture of --image, a file of the model, one of `inputs`), by
+    whatever spelling; or a new file that would be taken for one of the model's. A file that the
     system does not let us write is an error."""
     paths = [os.fspath(path) for path in paths if path is not None]
     real = {path: os.path.realpath(path) for path in paths}
@@ -149,7 +151,7 @@ def check_outputs(
             if not is_stream(path):
                 parser.error(f"{path}: no such folder; make it first")
         except OSError:
-            pass  # check_writable meets it as well
+            pass  # check_writable raises it as well
         for other in paths[:i]:
             if same_file(path, other):
                 parser.error(f"{path} is given twice; each file needs a name of its own")
@@ -169,7 +171,7 @@ def check_outputs(
 
 
 def _inputs(args: argparse.Namespace, folders: Sequence[Path]) -> Iterator[str | Path]:
-    """What a command reads: pictures, stdin, and the files of the model's folders."""
+    """The files that a command reads: pictures, stdin, and the files of the model's folders."""
     for image in vars(args).get("image") or ():
         yield from ("/dev/stdin",) if image == "-" else (image, os.path.expanduser(image))
     if vars(args).get("prompt") == "-":
@@ -179,11 +181,11 @@ def _inputs(args: argparse.Namespace, folders: Sequence[Path]) -> Iterator[str |
 
 
 def _model_folders(args: argparse.Namespace) -> Iterator[Path]:
-    """The folders of --weights and of what is beside them."""
+    """The folders of --weights and of the flags that name a model's other folders."""
     from minillava.checkpoint.folders import default_weights, find_folder
 
     for name in ("weights", "vision_tower", "model_base", "adapter"):
-        with suppress(ValueError, OSError):  # what is wrong with it is told when it is opened
+        with suppress(ValueError, OSError):  # opening it raises the error later
             given = vars(args).get(name) or (default_weights() if name == "weights" else None)
             if given:
                 yield find_folder(given, vars(args).get("revision") if name == "weights" else None)

@@ -1,15 +1,17 @@
-"""The doors, which are minillava's commands, and how each begins; `python -m minillava` lists them.
+"""The doors, which are minillava's commands, and how a door begins; `python -m minillava` lists
+them.
 
-Flags are read before torch is imported, which takes a second and more: --help and a wrong flag
-answer at once, and Ctrl-C leaves no traceback of somebody else's import. So this file imports next
-to nothing.
+Flags are read before torch is imported, which takes a second or more. So --help and a wrong flag
+answer at once, and Ctrl-C prints no traceback from the import of another package. For this reason
+this file imports next to nothing.
 """
 
-import _signal as signal  # which `signal` wraps in enumerations; they take a moment to import
+import _signal as signal  # `signal` wraps it in enumerations, which take time to import
 import os
 import sys
 
-# in the order in which people need them: what it is for, and the function it calls, with its file
+# In the order in which people need them: what the door is for, and the function that it calls, with
+# its file.
 DOORS = {
     "generate": ("answer a question about a picture", "generate.answer", "answer"),
     "chat": ("talk about pictures, question after question", "chat.session", "run"),
@@ -40,12 +42,12 @@ DOORS = {
     "pope": ("score answers to POPE in the three ways that papers do", "pope.run", "run"),
 }
 
-# whose answer goes to stdout, so that it must be open
+# the doors whose answer goes to stdout, which must be open
 PRINTING = {"generate", "chat", "look", "probe", "trace", "inspect", "serve", "pope"}
 
 
 def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Run a door with these flags (those of the process by default); the exit status."""
+    """Run a door with these flags (by default the process's own); returns the exit status."""
     from minillava.cli.messages import run
 
     given = sys.argv[1:] if argv is None else list(argv)
@@ -54,7 +56,7 @@ def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
 
         parser = vars(parsers)[f"{name}_parser"](*[prog] if prog else [])
         asked = vars(parsers)[f"read_{name}"](parser, given)
-    except Exception as error:  # what the system says of a file that a flag names
+    except Exception as error:  # what the system says about a file that a flag names
         failed = error  # Python forgets `error` at the end of this block
 
         def fail() -> int:
@@ -76,8 +78,8 @@ def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
         try:
             return vars(module)[function](*asked)
         except Exception:
-            # torch has made an error of its own of it, as it does of what happens while it reads a
-            # shape
+            # torch has turned the interrupt into an error of its own, as it does with one that
+            # comes while it reads a shape
             if came:
                 raise KeyboardInterrupt from None
             raise
@@ -86,18 +88,18 @@ def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
 
 
 def begin(name: str, argv: list[str] | None = None, prog: str | None = None) -> None:
-    """A door as a process, which ends here."""
+    """Run a door as the whole process; this function ends the process and does not return."""
     leave_on_ctrl_c()
     ours = signal.getsignal(signal.SIGINT) is _leave
     try:
         status = enter(name, argv, prog)
         if ours:
-            # all is done; Python takes a moment to end
+            # the work is done, and Python takes a moment to end
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except KeyboardInterrupt:  # between the lines above
+    except KeyboardInterrupt:  # the interrupt came between the lines above
         status = 130
     if status == 130:
-        # Where the interrupt came inside exec() (torch and dataclasses write code), Python
+        # If the interrupt came inside exec() (torch and dataclasses generate code), Python
         # remembers it, though it was caught, and would end the process by the signal instead of
         # with our status.
         from contextlib import suppress
@@ -111,14 +113,14 @@ def begin(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
 
 def leave_on_ctrl_c() -> None:
     """From now on Ctrl-C ends the process, which has not begun anything, with status 130; unless
-    who started it wants Ctrl-C ignored."""
+    the process was started with Ctrl-C ignored."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 
 
 def _leave(*_) -> None:
-    """Ctrl-C where nothing has begun: at once, since an exception in an import can end up
-    anywhere."""
+    """Handle Ctrl-C before anything has begun: end at once, since an exception in an import can end
+    up anywhere."""
     os._exit(130)
 
 
@@ -141,8 +143,8 @@ def listing(prog: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`python -m minillava` and the command `minillava`: a door by its name, or the list of
-    them."""
+    """`python -m minillava` and the command `minillava`: run a door by its name, or print the list
+    of doors."""
     given = sys.argv[1:] if argv is None else list(argv)
     prog = (
         "minillava"

@@ -1,4 +1,4 @@
-"""The flags that several doors have, as data, and what they mean together."""
+"""The flags that several doors share, as data, and the checks of flags that belong together."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def flag(*names: str, **settings: Any) -> Flag:
 
 
 def folder(*names: str, help: str, metavar: str = "DIR") -> Flag:
-    """A flag that takes a name of a folder or a model."""
+    """A flag that takes the name of a folder or of a model."""
     return flag(*names, type=not_empty, metavar=metavar, help=help)
 
 
 def option(*names: str, type: Any, metavar: str, help: str) -> Flag:
-    """A flag that is a field of `Options`, whose default it has."""
+    """A flag that is a field of `Options` and has its default."""
     default = vars(Options)[names[-1].strip("-").replace("-", "_")]
     return flag(
         *names, type=type, default=default, metavar=metavar, help=help.format(default=default)
@@ -46,7 +46,8 @@ def option(*names: str, type: Any, metavar: str, help: str) -> Flag:
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]) -> Any:
-    """A group of flags, under its title in --help; returns it, for a door to add its own."""
+    """Add a group of flags, with its title in --help; returns the group, to which a door may add
+    its own flags."""
     group = parser.add_argument_group(title)
     for names, settings in flags:
         group.add_argument(*names, **settings)
@@ -57,8 +58,8 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]
 
 
 def add_question_arguments(parser: argparse.ArgumentParser, one_picture: bool = False) -> None:
-    """--image and --prompt, as `opening.read_question` takes them. one_picture: of a door that
-    needs one picture and no more."""
+    """Add --image and --prompt, as `opening.read_question` takes them. one_picture: for a door that
+    needs exactly one picture."""
     several, placed = ("; repeat for several", "; <image> in it places a picture")
     if one_picture:
         several = placed = ""
@@ -140,8 +141,8 @@ SAME_BITS = flag(
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, answers: bool = False) -> None:
-    """Flags of every door that opens a model, as `opening.open_assistant` takes them. answers: of
-    one that watches no layer at work."""
+    """Add the flags of every door that opens a model, as `opening.open_assistant` takes them.
+    answers: for a door that watches no layer at work."""
     add_flags(parser, "model", (*MODEL_FLAGS, *[SAME_BITS] * answers))
 
 
@@ -193,7 +194,8 @@ GENERATION_FLAGS = (
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of every door that makes text: fields of `Options`, as `read_options` takes them."""
+    """Add the flags of every door that makes text: fields of `Options`, as `read_options` takes
+    them."""
     add_flags(parser, "generation", GENERATION_FLAGS)
 
 
@@ -219,14 +221,14 @@ SEARCH_FLAGS = (
 
 
 def add_search_arguments(parser: argparse.ArgumentParser) -> Any:
-    """Flags of beams: further fields of `Options`, for a door that takes whole answers; returns
-    their group."""
+    """Add the flags of beams, further fields of `Options`, for a door that takes whole answers;
+    returns their group."""
     return add_flags(parser, "search", SEARCH_FLAGS)
 
 
 def read_options(parser: Parser, args: argparse.Namespace) -> dict:
-    """What the flags of generation and search say, as fields of `Options`; one out of range is
-    wrong usage."""
+    """The values of the flags of generation and search, as fields of `Options`; a value out of
+    range is wrong usage."""
     options = {
         name: vars(args)[name] for name in Options.__dataclass_fields__ if name in vars(args)
     }
@@ -238,7 +240,7 @@ def read_options(parser: Parser, args: argparse.Namespace) -> dict:
 
 
 class ContrastFlag(NamedTuple):
-    """A flag that is a field of some methods of contrast. default: told in --help instead of the
+    """A flag that is a field of some methods of contrast. default: shown in --help instead of the
     field's."""
 
     name: str
@@ -251,7 +253,8 @@ class ContrastFlag(NamedTuple):
 
 
 def _spaced(name: str) -> str:
-    """A name of two words, as one can type it without quotes."""
+    """The real name of a method of two words, which is typed with a hyphen, so that it needs no
+    quotes."""
     return name.replace("-", " ")
 
 
@@ -285,7 +288,7 @@ CONTRAST_FLAGS = (
 
 
 def add_contrast_arguments(parser: argparse.ArgumentParser) -> Any:
-    """Flags of contrastive decoding, as `read_contrast` takes them; returns their group."""
+    """Add the flags of contrastive decoding, as `read_contrast` takes them; returns their group."""
     group = parser.add_argument_group("contrastive decoding")
     group.add_argument(
         "--contrast",
@@ -302,8 +305,8 @@ def add_contrast_arguments(parser: argparse.ArgumentParser) -> Any:
 
 
 def read_contrast(parser: Parser, args: argparse.Namespace) -> Contrast | None:
-    """The method that the flags of `add_contrast_arguments` ask for; a flag of another method is
-    wrong usage, and so are beams."""
+    """The method for which the flags of `add_contrast_arguments` ask, None for none; a flag of
+    another method is wrong usage, and so are beams."""
     if args.contrast and args.num_beams > 1:
         parser.error("--contrast and --num-beams do not go together: leave one of them out")
     given = {}
@@ -319,7 +322,7 @@ def read_contrast(parser: Parser, args: argparse.Namespace) -> Contrast | None:
         given[one.field] = value
     try:
         return METHODS[args.contrast](**given) if args.contrast else None
-    except ValueError as error:  # which names the field
+    except ValueError as error:  # the error names the field
         names = {one.field: one.name for one in CONTRAST_FLAGS if args.contrast in one.methods}
         name = names.get(str(error).partition(" is ")[0])
         parser.error(f"{name}: {error}" if name else str(error))
@@ -350,13 +353,14 @@ DRAFT_FLAGS = (
 
 
 def add_draft_arguments(parser: argparse.ArgumentParser) -> Any:
-    """Flags of drafts, which `check_drafts` checks and `Assistant.drafts` takes; returns their
-    group."""
+    """Add the flags of drafts, which `check_drafts` checks and `Assistant.drafts` takes; returns
+    their group."""
     return add_flags(parser, "drafts", DRAFT_FLAGS)
 
 
 def check_drafts(parser: Parser, args: argparse.Namespace) -> None:
-    """Drafts for what they are not for are wrong usage."""
+    """Check the flags of drafts; together with flags that drafts do not support they are wrong
+    usage."""
     if args.draft is None:
         if args.draft_tokens is not None:
             parser.error(f"--draft-tokens {args.draft_tokens} needs --draft")
@@ -374,7 +378,7 @@ def check_drafts(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> Any:
-    """Flags about messages; returns their group, for a door to add its own."""
+    """Add the flags about messages; returns their group, to which a door may add its own flags."""
     group = parser.add_argument_group("output")
     either = group.add_mutually_exclusive_group()
     either.add_argument(

@@ -1,7 +1,8 @@
-"""What the parts of a model read and return, watched or replaced for a while and in one thread.
+"""Hooks that watch or replace what the parts of a model read and return, for a while and in one
+thread.
 
-The model knows nothing of this: PyTorch calls a hook before or after a module runs. Hooks can be
-taken away in any order, and other threads that use the model meanwhile notice nothing of them.
+The model does not know about them: PyTorch calls a hook before or after a module runs. Hooks can be
+removed in any order, and other threads that use the model meanwhile are not affected.
 """
 
 import copy
@@ -37,18 +38,18 @@ class Hooks:
         self._handles = []
 
     def before(self, module: nn.Module, act: Callable[..., Any]) -> None:
-        """Call act(module, arguments) before the module runs; a tuple that it returns replaces the
-        arguments."""
+        """Call act(module, arguments) before the module runs. If it returns a tuple, that replaces
+        the arguments."""
         self._handles.append(module.register_forward_pre_hook(self._here(act)))
 
     def after(self, module: nn.Module, act: Callable[..., Any]) -> None:
-        """Call act(module, arguments, output) after the module ran; what it returns, unless None,
-        replaces the output."""
+        """Call act(module, arguments, output) after the module ran. If it does not return None,
+        that replaces the output."""
         self._handles.append(module.register_forward_hook(self._here(act)))
 
     def attention(self, module: nn.Module, change: Callable[[Context], Context | None]) -> None:
-        """Give a decoder layer's attention change(context), with another `attend` or `mask`, in the
-        place of its context; None leaves it as it is."""
+        """Replace the context of a decoder layer's attention by change(context), which may have
+        another `attend` or `mask`; None leaves the context as it is."""
 
         def act(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             x, context = arguments
@@ -66,8 +67,8 @@ class Hooks:
 
 @contextmanager
 def attending(model: nn.Module, attend: Callable[..., Any]) -> Iterator[None]:
-    """Inside, every attention of the model, also the vision tower's, is computed by `attend`, and
-    for every thread: this is another model for a while, not one that is watched."""
+    """Inside this block `attend` computes every attention of the model, also the vision tower's,
+    and for every thread: the model is another one for a while, not one that is watched."""
     before = {module: module.attend for module in model.modules() if "attend" in vars(module)}
     try:
         for module in before:
@@ -79,8 +80,8 @@ def attending(model: nn.Module, attend: Callable[..., Any]) -> Iterator[None]:
 
 
 def uncompiled(model: Llava) -> Llava:
-    """The model, with all its parts, for a loop whose layers are watched: a step that was compiled
-    (fast/compiled.py) calls no hooks."""
+    """The same model without its compiled step, for a loop whose layers are watched: a compiled
+    step (fast/compiled.py) calls no hooks."""
     if not isinstance(model.decoding, Captured):
         return model
     plain = copy.copy(model)

@@ -1,4 +1,5 @@
-"""What a command says, and where: answers on stdout, everything else on stderr, errors in one line.
+"""The messages of a command: answers go to stdout, everything else to stderr, and an error is one
+line.
 
 Exit status: 0 an answer, 1 an error of input or model in one line, 2 wrong usage, 130 Ctrl-C (what
 was printed stays), 0 when the reader of a pipe went away.
@@ -29,35 +30,35 @@ class Messages:
         self._noted: set[str] = set()
 
     def note(self, text: str, again: bool = False) -> None:
-        """What a person should know, in one line, said once; again: as often as it happens."""
+        """Say what a person should know, in one line and once. again: say it each time."""
         if not self.quiet and (again or text not in self._noted):
             print(f"note: {text}", file=sys.stderr)
         self._noted.add(text)
 
     def progress(self, text: str) -> None:
-        """A line that the next one overwrites; only where a person watches."""
+        """Show a line that the next one overwrites; only if stderr is a terminal."""
         if sys.stderr.isatty() and not self.quiet and not self.verbose:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
     def stage(self, name: str, started: float, detail: str) -> None:
-        """A finished stage; started: time.perf_counter() at its beginning."""
+        """Report a finished stage. started: time.perf_counter() at its beginning."""
         self.timings[name] = time.perf_counter() - started
         if self.verbose:
             print(f"{name:<8} {self.timings[name]:8.3f} s  {detail}", file=sys.stderr)
 
     def detail(self, text: str) -> None:
-        """What belongs to the stage before it."""
+        """Add a line to the stage before it."""
         if self.verbose:
             print(text, file=sys.stderr)
 
     def decoded(self, started: float, more: int, ended: str) -> None:
-        """The stage after the first token: `more` tokens, and what ended them."""
+        """Report the stage after the first token: `more` tokens, and what ended them."""
         speed = f", {more / (time.perf_counter() - started):.1f} per second" if more else ""
         self.stage("decode", started, f"{more} more token(s){speed}; ended by {ended}")
 
 
 class _Forgiving:
-    """stderr without errors of its own: a full disk under a log must not cost the answer."""
+    """A stderr that raises no errors: a full disk under a log must not cost the answer."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -71,14 +72,14 @@ class _Forgiving:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Do nothing, since nothing is buffered."""
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
 
 
 def _discard(stream: TextIO) -> None:
-    """What waits to be written, and all that follows, goes nowhere. Python would complain when it
+    """Discard what is buffered and all that follows; otherwise Python would report an error when it
     flushes at exit."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
@@ -87,11 +88,11 @@ def _discard(stream: TextIO) -> None:
 
 
 def open_streams() -> None:
-    """A stdin, stdout or stderr that is closed, as some launchers start programs, becomes the null
-    device; stdout one that cannot be written, so that an answer printed there is an error.
+    """Open a stdin, stdout or stderr that is closed, as some launchers leave it, as the null
+    device. It is opened such that stdout cannot be written, so that printing an answer is an error.
 
-    Otherwise the next file that is opened gets the free number, and what is meant for stderr ends
-    in that file. And print(file=None) writes to stdout."""
+    Otherwise the next file that is opened would get the free number, and what is meant for stderr
+    would end up in that file; and print(file=None) would write to stdout."""
     flags = {"stdin": os.O_RDONLY, "stdout": os.O_RDONLY, "stderr": os.O_WRONLY}
     for number, flag in enumerate(flags.values()):
         try:
@@ -101,7 +102,7 @@ def open_streams() -> None:
             if null != number:
                 os.dup2(null, number)
                 os.close(null)
-    # in numbers of their own: another file may have had the free one
+    # under their own numbers: another file may have taken the free one
     for name, flag in flags.items():
         if getattr(sys, name) is None:
             null = io.FileIO(os.open(os.devnull, flag), "r" if name == "stdin" else "w")
@@ -114,14 +115,15 @@ LOST = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
 
 def is_of_stdout(error: Exception) -> bool:
-    """Whether it says that stdout could not be written: every other file that we write says its
-    name."""
+    """Whether an error says that stdout could not be written: the error of every other file that we
+    write names the file."""
     return isinstance(error, OSError) and error.filename is None and error.errno in LOST
 
 
 def run(body: Callable[[], int], verbose: bool, prints: bool = False) -> int:
     """Run a command; every error becomes one line on stderr and an exit status (module docstring).
-    prints: its answer goes to stdout, so that a closed one is an error before the work."""
+    prints: whether its answer goes to stdout, so that a closed stdout is an error before the work
+    begins."""
     closed = sys.stdout is None
     open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -141,7 +143,7 @@ def run(body: Callable[[], int], verbose: bool, prints: bool = False) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
-        _discard(sys.stdout)  # whose reader has what it wanted
+        _discard(sys.stdout)  # the reader of the pipe has what it wanted
         return 0
     except Exception as error:
         if is_of_stdout(error):
@@ -154,16 +156,16 @@ def run(body: Callable[[], int], verbose: bool, prints: bool = False) -> int:
 
 
 def show(text: str) -> int:
-    """Print what is known without any work; the exit status."""
+    """Print a text that needs no work; returns the exit status."""
     return run(lambda: print(text, end="") or 0, verbose=False, prints=True)
 
 
 def report(error: Exception, verbose: bool) -> None:
-    """An error as one line on stderr."""
+    """Report an error as one line on stderr."""
     if verbose:
         traceback.print_exception(error)
     if isinstance(error, ModuleNotFoundError) and not f"{error.name}.".startswith("minillava."):
-        error = ValueError(  # another Python was meant
+        error = ValueError(  # the user meant another Python
             f"{error} for {sys.executable}; in the project's folder: source .venv/bin/activate, or "
             "pip install -e ."
         )
@@ -177,8 +179,8 @@ def report(error: Exception, verbose: bool) -> None:
 
 
 def print_json(value) -> None:
-    """One line of JSON that reads back whole: as letters if stdout's encoding has them all, else
-    escaped."""
+    """Print one line of JSON that can be read back exactly: as letters if stdout's encoding has
+    them all, else escaped."""
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -188,8 +190,8 @@ def print_json(value) -> None:
 
 
 def write_outputs(files: dict[str, str | bytes]) -> int:
-    """Write each name's content by `write_whole`. A file that cannot be written is reported, and
-    the others are written nevertheless; returns the exit status."""
+    """Write each file by `write_whole`; returns the exit status. A file that cannot be written is
+    reported, and the others are written nevertheless."""
     status = 0
     for path, content in files.items():
         try:
@@ -203,5 +205,6 @@ def write_outputs(files: dict[str, str | bytes]) -> int:
 
 
 def significant(x: float) -> float:
-    """Four digits of a number: rounding at a decimal place makes 0.0 of a small probability."""
+    """A number with four significant digits: rounding to decimal places would turn a small
+    probability into 0.0."""
     return float(f"{x:.4g}")

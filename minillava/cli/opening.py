@@ -1,4 +1,4 @@
-"""The question, the pictures and the model that the flags ask for, opened and reported."""
+"""Opening and reporting the question, the pictures and the model for which the flags ask."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from minillava.files.text import decode
 from minillava.options import WEIGHTS_VARIABLE, dtype_name
 from minillava.prompt import DEFAULT_PROMPT, place_images
 
-if TYPE_CHECKING:  # flags are read before these, which import torch, are
+if TYPE_CHECKING:  # these import torch, and flags are read before that
     from PIL import Image
 
     from minillava.assistant import Assistant
 
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user says how many
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # with which a user sets their number
 
-SMALL = 50_000_000  # parameters: a model below gains less by a second thread than it can lose
+SMALL = 50_000_000  # parameters: a smaller model gains less from a second thread than it can lose
 
 
 def read_question(args: argparse.Namespace) -> tuple[str, list[Image.Image]]:
-    """--prompt and --image, `-` from stdin. What can be wrong with them is found here, before
-    gigabytes are opened. Raises ValueError for an empty question, and ValueError or OSError for a
-    picture that cannot be opened (see `open_image`)."""
+    """Read --prompt and --image; `-` is stdin. Mistakes in them are found before gigabytes are
+    opened. Raises ValueError for an empty question, and ValueError or OSError for a picture that
+    cannot be opened (see `open_image`)."""
     from minillava.files.pictures import open_image
 
     if args.prompt == "-":
@@ -44,7 +44,8 @@ def read_question(args: argparse.Namespace) -> tuple[str, list[Image.Image]]:
 
 
 def note_several(count: int, messages: Messages) -> None:
-    """Many models since take several pictures, and who comes from them expects it."""
+    """Note that LLaVA-1.5 was trained on one picture: many later models take several, and their
+    users expect it."""
     if count > 1:
         messages.note(
             "several pictures in one prompt: LLaVA-1.5 was trained on one, and may mix them up"
@@ -52,14 +53,14 @@ def note_several(count: int, messages: Messages) -> None:
 
 
 def say_what_is_awaited(args: argparse.Namespace, what: str) -> None:
-    """At a terminal it would wait without a word."""
+    """Say at a terminal that input is awaited; otherwise the command would wait without a word."""
     if sys.stdin is not None and sys.stdin.isatty():
         end = "Ctrl-Z and Enter end" if os.name == "nt" else "Ctrl-D at the start of a line ends"
         Messages(args.verbose, args.quiet).note(f"- reads {what} from here; {end} it")
 
 
 def read_stdin() -> bytes:
-    """All of stdin. Raises OSError with its name."""
+    """All of stdin. Raises OSError that names it."""
     try:
         return (
             sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
@@ -69,14 +70,14 @@ def read_stdin() -> bytes:
 
 
 def _read_stdin() -> io.BytesIO:
-    """A picture from stdin, as a file with a name for messages."""
+    """A picture from stdin, as a file that has a name for messages."""
     file = io.BytesIO(read_stdin())
     file.name = "stdin"
     return file
 
 
 def find_weights(given: str | None, messages: Messages) -> str:
-    """--weights, else the default ones; if those are the bundled model, a note says so. Raises
+    """--weights, or the default weights; if those are the bundled model, a note says so. Raises
     ValueError if there are none (see default_weights)."""
     from minillava.checkpoint.folders import HOW_TO_GET_WEIGHTS, default_weights
 
@@ -90,7 +91,7 @@ def find_weights(given: str | None, messages: Messages) -> str:
 
 
 def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -> Assistant:
-    """What the flags of `add_model_arguments` ask for, opened and reported."""
+    """Open and report the model for which the flags of `add_model_arguments` ask."""
     from minillava.assistant import load
     from minillava.fast.quantize import count_parameters, quantised_kinds
     from minillava.fast.row_by_row import keep_bits
@@ -133,11 +134,12 @@ def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -
 
 
 def choose_threads(parameters: int) -> int:
-    """One thread for a small model, unless the user has set how many; returns how many there are.
+    """Use one thread for a small model, unless the user has set how many; returns the number of
+    threads.
 
-    A product of a small layer takes less time than two threads take to meet, and beside another
-    busy program a thread waits for the other's turn: milliseconds, at each of hundreds of products
-    (`tools/bench.py threads`).
+    A product of a small layer takes less time than two threads need to synchronise. If another
+    program is busy, a thread waits until the other thread gets its turn: milliseconds at each of
+    hundreds of products (`tools/bench.py threads`).
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What the pages of look and trace share: their style, and a picture inside of them."""
+"""The parts that the pages of look and trace share: their style, and pictures inside the page."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ browser leaves background colours out when it prints, unless a page says that th
 
 
 def data_url(picture: Image.Image, kind: str = "JPEG") -> str:
-    """A picture, made smaller if need be, as the text that an <img> takes. kind: JPEG, or PNG to
+    """A picture as the URL that an <img> takes, made smaller if it is large. kind: JPEG, or PNG to
     keep every pixel."""
     picture, file = picture.copy(), io.BytesIO()
     picture.thumbnail((MAX_SIDE, MAX_SIDE))

@@ -1,8 +1,8 @@
-"""The flags of each door, and which of them go together: read before torch is imported.
+"""The flags of each door, and which of them go together; they are read before torch is imported.
 
-For each door NAME of doors.py: `NAME_parser()`, and `read_NAME(parser, argv)`, which returns what
-the door is called with. Wrong usage ends the process with status 2. Flags that several doors have
-are in flags.py.
+For each door NAME of doors.py there are `NAME_parser()` and `read_NAME(parser, argv)`, which
+returns the arguments of the door's function. Wrong usage ends the process with status 2. Flags that
+several doors share are in flags.py.
 """
 
 import argparse
@@ -216,7 +216,7 @@ exit status: 0 all answered, 1 some could not be, or an error in one line, 2 wro
 
 
 def _questions(text: str) -> Path | str:
-    """A file of questions; "-" stays a text, so that ./- is a file of that name."""
+    """A file of questions; "-" stays a text, so that ./- can be a file of that name."""
     return text if text == "-" else Path(file_name(text))
 
 
@@ -269,7 +269,7 @@ def batch_parser(prog: str = "python -m minillava.batch") -> Parser:
 
 
 def read_batch(parser: Parser, argv: Sequence[str]) -> tuple:
-    """Flags, and what each question is asked with."""
+    """Flags, and the options with which each question is asked."""
     args = parser.parse_args(argv)
     options = read_options(parser, args) | {
         "contrast": read_contrast(parser, args),
@@ -394,7 +394,7 @@ examples:
 exit status: 0 measured, 1 an error in one line, 2 wrong usage, 130 Ctrl-C"""
 
 MEASURES = ("occlusion", "knockout", "ablation")
-HIDINGS = ("mean", "zero", "grey", "blur")  # two in the embeddings, two in the pixels
+HIDINGS = ("mean", "zero", "grey", "blur")  # two act on the embeddings, two on the pixels
 ABLATIONS = ("mean", "zero")  # of heads and feed-forward layers
 
 PROBE_FILES = (
@@ -513,9 +513,9 @@ exit status: 0 traced or compared, 1 an error in one line, 2 wrong usage, 130 Ct
 
 
 def _tolerance(text: str) -> float:
-    """A number that is not negative."""
+    """A number that is at least 0."""
     number = float(text)
-    if not number >= 0:  # nan neither
+    if not number >= 0:  # also true for NaN
         raise argparse.ArgumentTypeError(f"expected a number from 0, found {text!r}")
     return number
 
@@ -578,11 +578,11 @@ def trace_parser(prog: str = "python -m minillava.trace") -> Parser:
 
 
 def read_trace(parser: Parser, argv: Sequence[str]) -> tuple:
-    """Flags, options and, to compare, the two sides: each a file, or the flags of its run."""
+    """Flags, options and, for --compare, the two sides; each is a file, or the flags of its run."""
     args = parser.parse_args(argv)
     options = read_options(parser, args)
     if options["seed"] is None:
-        options["seed"] = Options().seed  # one for both runs of a comparison
+        options["seed"] = Options().seed  # the same for both runs of a comparison
     check_stdin(parser, args)
     check_outputs(parser, args, [args.html, args.save])
     if args.compare is None:
@@ -609,7 +609,7 @@ def _read_side(parser: Parser, given: Sequence[str], side: str) -> Path | argpar
     if "=" not in side or os.path.isfile(file_name(side)):
         return Path(file_name(side))
     flags = []
-    for setting in re.split(r",(?=\s*[\w-]+\s*=)", side):  # a path may have commas
+    for setting in re.split(r",(?=\s*[\w-]+\s*=)", side):  # a path may contain commas
         name, _, value = setting.partition("=")
         name = name.strip().replace("-", "_")
         if name not in SETTINGS:
@@ -692,7 +692,7 @@ LAYOUTS = ("hf", "original", "safetensors")
 
 
 def read_size(text: str) -> float:
-    """Bytes of a size such as 4GB."""
+    """The bytes of a size such as 4GB."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?)B?", text.strip(), re.IGNORECASE)
     if not found or not float(found[1]):
         raise argparse.ArgumentTypeError(f"is {text!r}, expected a size such as 4GB")
@@ -904,7 +904,7 @@ def read_serve(parser: Parser, argv: Sequence[str]) -> tuple:
         parser.error(f"--port is {args.port}, expected 0 to 65535")
     if not 0 <= args.temperature <= 2:
         parser.error(f"--temperature is {args.temperature}, expected 0 to 2")
-    if args.compile:  # its step writes at one position, and the rows stand at their own
+    if args.compile:  # a compiled step writes all rows at one position, but each row is at its own
         parser.error("--compile is for one answer at a time: leave it out")
     return (args,)
 

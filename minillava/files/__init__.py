@@ -1,1 +1,2 @@
-"""What comes from a disk, and what can be wrong with it. Nothing here knows a model."""
+"""Reading and writing files, and what can be wrong with them. No module of this folder knows a
+model."""

@@ -8,23 +8,24 @@ from minillava.files.tokenizer_files import AddedToken
 
 
 class TokenFinder:
-    """Cuts text at `tokens` (by their text), as transformers does: from left to right, and what
-    then reads like a token is taken for one."""
+    """Cuts text at `tokens` (by their text), as transformers does: from left to right, and every
+    text that reads like a token is taken for one."""
 
     def __init__(self, tokens: dict[str, AddedToken]):
         self.tokens = tokens
-        lengths: dict[str, set[int]] = {}  # first character -> how long its tokens are
+        lengths: dict[str, set[int]] = {}  # first character -> the lengths of its tokens
         for text in tokens:
             lengths.setdefault(text[0], set()).add(len(text))
         self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
         self._first = re.compile("[" + re.escape("".join(lengths)) + "]")
 
     def cut(self, stretches: Sequence[tuple[str, bool]]) -> list[str | AddedToken]:
-        """The tokens in neighbouring stretches (a text, and whether the template wrote it), and the
-        text around them, which is one text: words may cross from one stretch to the next. "a ",
-        "sta" and "r" is "a star", whose ids are not those of its parts."""
+        """Returns the tokens of neighbouring stretches (each a text, and whether the template wrote
+        it) and the text between the tokens. That text is joined, since a word may cross from one
+        stretch to the next: "a ", "sta" and "r" is "a star", whose ids are not those of its
+        parts."""
         texts: list[str] = []
-        ours: list[int] = []  # where the text begins to be the template's, ceases to be, begins ...
+        ours: list[int] = []  # where the template's text begins, ends, begins ...
         length = 0
         for text, is_ours in stretches:
             if is_ours != len(ours) % 2:
@@ -63,8 +64,8 @@ class TokenFinder:
         return [token_at(i) or t for i, t in enumerate(texts) if t]
 
     def _find(self, text: str, ours: list[int]) -> Iterator[tuple[int, AddedToken]]:
-        """The tokens in a text and where they begin: the first, at one place the longest. Control
-        tokens are found only within what the template wrote."""
+        """Yields the tokens in a text and where they begin, from left to right; of several at one
+        place, the longest. Control tokens are found only within what the template wrote."""
         at = 0
         while found := self._first.search(text, at):
             start = found.start()

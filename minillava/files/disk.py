@@ -1,5 +1,4 @@
-"""Files written whole or not at all, and text read whatever program wrote it. Knows nothing of
-models."""
+"""Files that are written whole or not at all, and the system's errors in one line each."""
 
 import errno
 import json
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO, TextIO
 
 try:
     import fcntl
-except ImportError:  # Windows, where a file that is open can be neither removed nor replaced
+except ImportError:  # Windows, where an open file can be neither removed nor replaced
     fcntl = None  # type: ignore[assignment]  # a module by its type
 
 # --- what a system's error means to its reader ----------------------------------------------------
@@ -53,8 +52,9 @@ LONGEST_PATH = 1 << 15
 
 
 def explain(error: OSError, name: str | os.PathLike[str] | None = None) -> str:
-    """An error of the system as file, what happened and the next step. name: if the error has none.
-    An error that we worded ourselves (it has no errno) stays as it is."""
+    """An error of the system in one line: the file, what happened and the next step. name: the
+    file's, if the error does not say it. An error that we worded ourselves (it has no errno) stays
+    as it is."""
     if error.errno is None:
         return str(error)
     name = error.filename if error.filename is not None else name
@@ -67,13 +67,13 @@ def explain(error: OSError, name: str | os.PathLike[str] | None = None) -> str:
 
 
 def refused(path: str | os.PathLike[str], error: OSError, writing: bool = False) -> OSError:
-    """What to raise where the system refuses to read (or write) a file or folder. Missing rights
-    are not mended by downloading again: it names the file or folder that lacks them, and the
-    command."""
+    """The error to raise if the system refuses to read (or write) a file or folder. Downloading
+    again does not mend missing rights, so the message names the file or folder that lacks them, and
+    the command that gives them."""
     if error.errno not in (errno.EACCES, errno.EPERM):
         return OSError(explain(OSError(error.errno, error.strerror, os.fspath(path))))
     real = Path(os.path.realpath(path))
-    # A folder that may not be searched hides what is in it, whatever that allows.
+    # A folder that may not be searched hides its files, whatever their own rights are.
     closed = [folder for folder in real.parents if not os.access(folder, os.X_OK)]
     if closed:
         denied, rights = closed[-1], "x"
@@ -88,8 +88,8 @@ def refused(path: str | os.PathLike[str], error: OSError, writing: bool = False)
 
 
 def nearest_folder(path: str | os.PathLike[str]) -> Path | None:
-    """The folder that a mistyped path may have meant: each part that is not there is taken for the
-    one most like it. None if nothing is."""
+    """The folder that a mistyped path may have meant: each part that does not exist is replaced by
+    the most similar name. None if no name is similar."""
     found, given = Path(), Path(path).expanduser()
     for part in given.parts:
         if not (found / part).is_dir():
@@ -110,10 +110,10 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Write a file whole or not at all: under another name first, which is then renamed. It is on
     disk when this returns.
 
-    A link keeps leading to its target, which is written; an existing file keeps its mode and, if
-    the system allows, its owner. What is not a regular file (a pipe, a device, /dev/stdout) is
-    written to and never replaced. Surrogates (of a name that is not UTF-8) are written as \\udc..,
-    which JSON reads back. Raises OSError with the name."""
+    If the path is a link, its target is written and the link stays. An existing file keeps its mode
+    and, if the system allows, its owner. What is not a regular file (a pipe, a device, /dev/stdout)
+    is written to and never replaced. Surrogates (of a name that is not UTF-8) are written as
+    \\udc.., which JSON reads back. Raises OSError with the name."""
     content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     try:
         if is_stream(path):
@@ -132,7 +132,7 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
             if old is not None and old.st_nlink > 1:
-                _overwrite(target, content)  # a rename would part it from its other names
+                _overwrite(target, content)  # a rename would separate it from its other hard links
                 _remove(file, temporary)
             else:
                 _rename(file, temporary, target, content)
@@ -142,7 +142,7 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises the OSError that `write_whole` would meet now. Leaves nothing behind."""
+    """Raises the OSError that `write_whole` would raise now. Leaves no file."""
     try:
         if is_stream(path):
             if _descriptor(path) is None and not os.access(path, os.W_OK):
@@ -158,8 +158,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:
-    """Whether this is written to rather than replaced: a pipe, a device, or the number of an open
-    file such as /dev/stdout. False where the system does not say; who writes there hears why."""
+    """Whether `path` is written to rather than replaced: a pipe, a device, or the number of an open
+    file such as /dev/stdout. False if the system does not say; writing then raises the reason."""
     try:
         return _descriptor(path) is not None or not stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
@@ -167,7 +167,7 @@ def is_stream(path: str | os.PathLike[str]) -> bool:
 
 
 def is_stdout(path: str | os.PathLike[str]) -> bool:
-    """Whether what is written there comes out where `print` does."""
+    """Whether what is written to `path` comes out on stdout, as what `print` writes."""
     if _descriptor(path) == 1:
         return True
     try:
@@ -179,8 +179,8 @@ def is_stdout(path: str | os.PathLike[str]) -> bool:
 
 
 def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
-    """Whether writing one would change the other: by links, hard links or another spelling. A
-    device is nobody's."""
+    """Whether writing one path would change the other: through links, hard links or another
+    spelling. A device never counts as the same file."""
     if max(len(os.fspath(a)), len(os.fspath(b))) > LONGEST_PATH:
         return False
     try:
@@ -197,8 +197,8 @@ def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
 
 
 def sync_folder(path: Path) -> None:
-    """A new or changed name is on disk when its folder is. Where folders cannot be synced, the
-    system decides when."""
+    """Put the names in a folder on disk: a new or changed name is on disk once its folder is. If
+    folders cannot be synced, the system decides when."""
     with suppress(OSError):
         folder = os.open(path, os.O_RDONLY)
         try:
@@ -208,9 +208,9 @@ def sync_folder(path: Path) -> None:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove what a killed `write_whole` of this file left. Whoever writes holds a lock on it,
-    which ends with the process, also on another host; its number may be another process's by
-    now."""
+    """Remove the files that a killed `write_whole` of this file left. A file that is being written
+    is locked, and the lock ends with its process, also on another host. A process number would not
+    do: another process may have it by now."""
     with suppress(OSError):
         for name in os.listdir(target.parent):
             if re.fullmatch(re.escape(_stem(target)) + r"\.\d+\.new", name):
@@ -220,14 +220,14 @@ def remove_leftovers(target: Path) -> None:
                     continue
                 with suppress(OSError), path.open("rb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    # else renamed since
+                    # otherwise it was renamed since
                     if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                         path.unlink()
 
 
 def lock(file: BinaryIO | TextIO) -> bool:
-    """Whether the file is ours alone from now on, until it is closed or our process ends. False if
-    another one has it, or where the system has no such locks."""
+    """Lock a file until it is closed or our process ends; returns whether that worked. False if
+    another process has the lock, or if the system has no such locks."""
     if fcntl is not None:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -237,8 +237,8 @@ def lock(file: BinaryIO | TextIO) -> bool:
 
 @contextmanager
 def locked(file: BinaryIO, waiting: Callable[[], None]) -> Iterator[None]:
-    """The file is ours alone, among those who ask; `waiting` is called once if somebody else has
-    it. Where the system has no such locks, nobody waits."""
+    """A block that holds the file's lock, which all our processes ask for; `waiting` is called once
+    if another process has it. If the system has no such locks, nobody waits."""
     if fcntl is not None:
         with suppress(OSError):
             try:
@@ -250,7 +250,8 @@ def locked(file: BinaryIO, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 def _existing(target: Path) -> os.stat_result | None:
-    """Of the file that is there; PermissionError if it is marked as not to be written."""
+    """The stat of an existing file, None if there is none. Raises PermissionError if the file is
+    marked as not to be written."""
     try:
         found = os.stat(target)
     except FileNotFoundError:
@@ -263,20 +264,20 @@ def _existing(target: Path) -> os.stat_result | None:
 
 
 def _stem(target: Path) -> str:
-    return os.fsdecode(os.fsencode(target.name)[:200])  # a name holds 255 bytes
+    return os.fsdecode(os.fsencode(target.name)[:200])  # a name has at most 255 bytes
 
 
 @contextmanager
 def _beside(target: Path, mode: int) -> Iterator[tuple[BinaryIO, Path]]:
-    """A new file in the same folder, locked while it is ours. The body removes or renames it; an
-    error does as well."""
+    """A new, locked file in the same folder. The body renames or removes it; after an error it is
+    removed."""
     # without O_BINARY, which only Windows has, it would write "\r\n" for each "\n"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     for attempt in count():
         temporary = target.with_name(f"{_stem(target)}.{os.getpid()}{attempt or ''}.new")
         try:
             number = os.open(temporary, flags, mode)
-        except FileExistsError:  # of another thread, or left where there are no locks
+        except FileExistsError:  # another thread's, or one that was left on a system without locks
             continue
         if fcntl is None:
             break
@@ -285,7 +286,7 @@ def _beside(target: Path, mode: int) -> Iterator[tuple[BinaryIO, Path]]:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(temporary), os.fstat(number)):
                 break
-        os.close(number)  # another run took it for a leftover between its birth and its lock
+        os.close(number)  # another run removed it as a leftover before it was locked
     with open(number, "wb") as file:
         try:
             yield file, temporary
@@ -296,7 +297,7 @@ def _beside(target: Path, mode: int) -> Iterator[tuple[BinaryIO, Path]]:
 
 def _keep_owner(number: int, old: os.stat_result) -> None:
     if hasattr(os, "fchown"):
-        with suppress(OSError):  # only root gives files away
+        with suppress(OSError):  # only root may change the owner
             os.fchown(number, old.st_uid, old.st_gid)
         os.fchmod(number, stat.S_IMODE(old.st_mode))
 
@@ -315,12 +316,12 @@ def _rename(file: BinaryIO, temporary: Path, target: Path, content: bytes) -> No
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
-        _overwrite(target, content)  # mounted as a single file, as containers do
+        _overwrite(target, content)  # a file that is mounted on its own, as containers do
         _remove(file, temporary)
 
 
 def _overwrite(target: Path, content: bytes) -> None:
-    """In place, once all of it is on the disk under another name."""
+    """Write a file in place, once all its content is on the disk under another name."""
     with open(target, "r+b") as file:
         file.write(content)
         file.truncate()
@@ -331,7 +332,7 @@ def _overwrite(target: Path, content: bytes) -> None:
 def _write_through(path: str | os.PathLike[str], content: bytes) -> None:
     number = _descriptor(path)
     if number is not None:
-        for stream in (sys.stdout, sys.stderr):  # what was printed before comes before
+        for stream in (sys.stdout, sys.stderr):  # what was printed earlier must come first
             if stream is not None:
                 stream.flush()
         number = os.dup(number)
@@ -342,16 +343,16 @@ def _write_through(path: str | os.PathLike[str], content: bytes) -> None:
                 rest = rest[file.write(rest) or 0 :]
     except BrokenPipeError:
         if is_stdout(path):
-            raise  # whose reader has what it wanted, as after any print
+            raise  # the reader has what it wanted and closed the pipe
 
-        # So has the reader of this pipe; there may be more to write elsewhere.
+        # The reader of this pipe has what it wanted, too; other files may still have to be written.
 
 
 def _descriptor(path: str | os.PathLike[str]) -> int | None:
-    """The number of our own open file, if /dev/stdout, /dev/fd/N, /proc/self/fd/N or a link to one
-    of them names it."""
+    """The descriptor of our own open file that /dev/stdout, /dev/fd/N, /proc/self/fd/N or a link to
+    one of them names; None for any other path."""
     path = os.path.abspath(path)
-    for _ in range(40):  # links to links; the system follows as many
+    for _ in range(40):  # links to links; the system follows 40, too
         folder, name = os.path.split(path)
         folder = os.path.realpath(folder)
         own = rf"/dev/fd|/proc/{os.getpid()}(/task/\d+)?/fd"
@@ -366,13 +367,13 @@ def _descriptor(path: str | os.PathLike[str]) -> int | None:
 
 
 def one_line(error: Exception) -> str:
-    """An error's message without line breaks or anything else that a terminal would obey."""
+    """An error's message on one line, without any character that controls a terminal."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object from a file. Raises FileNotFoundError, OSError for what the system refuses,
-    or ValueError when it is not an object."""
+    """One JSON object from a file. Raises FileNotFoundError, OSError if the system refuses to read
+    it, or ValueError if it is not a JSON object."""
     # opening a pipe would wait for somebody to write to it
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: is a folder, pipe or device, expected a file; download it again")

@@ -19,7 +19,7 @@ SIZES = {
 }
 """What the weights of a release weigh, for the message that recommends to download them."""
 
-_ORGANISATIONS = {"llava-hf", "liuhaotian", "lmsys"}  # LLaVA and its language models
+_ORGANISATIONS = {"llava-hf", "liuhaotian", "lmsys"}  # of LLaVA and of its language models
 
 # as huggingface_hub's validate_repo_id
 _REPO = re.compile(r"\b[A-Za-z0-9._-]{1,96}\b/\b[A-Za-z0-9._-]{1,96}\b")
@@ -32,8 +32,8 @@ _ABBREVIATED = re.compile(r"[0-9a-f]{4,40}")
 
 
 def is_repo_id(text: str) -> bool:
-    """Whether a text can only be meant as ORG/NAME on the hub: spelled like one, and neither a path
-    that exists nor one in a folder that does."""
+    """Whether a text can only mean ORG/NAME on the hub: it is spelled like one, no such path
+    exists, and the folder ORG does not exist either."""
     return (
         _is_name(str(text))
         and not os.path.lexists(text)
@@ -45,8 +45,8 @@ def find_snapshot(repo: str, revision: str | None = None) -> Path:
     """The folder of a model ("ORG/NAME") that `hf download` has put into the cache.
 
     revision: a branch, a tag, or a commit, which may be abbreviated; None is "main", as for `hf
-    download`. Raises FileNotFoundError, with the command that downloads it if the name is one that
-    we know, or ValueError for names that lead elsewhere.
+    download`. Raises FileNotFoundError, with the download command if we know the name, or
+    ValueError if `repo` is not ORG/NAME or git does not allow the revision as a name.
     """
     if not _is_name(repo):
         raise ValueError(
@@ -65,7 +65,7 @@ def find_snapshot(repo: str, revision: str | None = None) -> Path:
     commit = _commit(home, revision)
     certain = repo == CLIP_RELEASE or repo.partition("/")[0] in _ORGANISATIONS
     if commit is None and not (home.is_dir() or option or certain):
-        # More likely a folder's name, which anybody may have registered on the hub.
+        # The name is more likely a folder's, and anybody may have registered it on the hub.
         raise FileNotFoundError(
             f"{repo}: no such folder here, and no such model in the hub cache {cache}; check the "
             "name"
@@ -85,8 +85,8 @@ def find_snapshot(repo: str, revision: str | None = None) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where huggingface_hub keeps its cache, by the same environment variables; empty ones count as
-    absent."""
+    """The folder in which huggingface_hub keeps its cache, from the same environment variables; an
+    empty one counts as not set."""
     variables = {
         "HF_HUB_CACHE": "",
         "HUGGINGFACE_HUB_CACHE": "",
@@ -107,8 +107,8 @@ def _is_name(text: str) -> bool:
 
 
 def _commit(home: Path, revision: str) -> str | None:
-    """The commit that a revision means: itself, what refs/ says, or the one snapshot whose name
-    begins with it."""
+    """The commit that a revision means: the revision itself, what refs/ says, or the only snapshot
+    whose name begins with it."""
     if _COMMIT.fullmatch(revision):
         return revision if (home / "snapshots" / revision).is_dir() else None
     reference = home / "refs" / revision

@@ -1,5 +1,5 @@
-"""The pieces of a tokenizer.json of Llama's kind, which is all that transformers 5 saves, cut as
-SentencePiece cuts with the tokenizer.model that it was made of."""
+"""The pieces of a Llama tokenizer.json, the only file that transformers 5 saves. They cut text as
+SentencePiece does with the tokenizer.model that the file was made from."""
 
 import heapq
 import re
@@ -12,7 +12,8 @@ _SPACE = "▁"
 
 
 def is_llama(raw: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json has pieces for bytes, as every tokenizer of the Llama 2 family."""
+    """Whether a tokenizer.json has pieces for bytes, as every tokenizer of the Llama 2 family
+    has."""
     model = raw.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         return False
@@ -20,8 +21,9 @@ def is_llama(raw: dict[str, Any]) -> bool:
 
 
 class LlamaPieces:
-    """What Tokenizer asks of a SentencePieceProcessor, from the JSON object `raw` of a file. Raises
-    ValueError if the file prepares text in another way than Llama, or contradicts itself."""
+    """The methods of a SentencePieceProcessor that Tokenizer calls, for the JSON object `raw` of a
+    file. Raises ValueError if the file prepares text in another way than Llama, or contradicts
+    itself."""
 
     def __init__(self, path: Path, raw: dict[str, Any]):
         self._path, model = path, raw["model"]
@@ -41,13 +43,14 @@ class LlamaPieces:
             raise ValueError(
                 f"{path}: lacks pieces of bytes, <s>, </s> or <unk>; download it again"
             )
-        # Words can be cut on their own, since no piece goes on after a ▁ in its middle.
+        # Words can be cut one by one if no piece has a ▁ in its middle.
         whole = any(_SPACE in piece.lstrip(_SPACE) for piece in self._pieces)
         self._word = re.compile(".+" if whole else f"{_SPACE}+[^{_SPACE}]*|[^{_SPACE}]+", re.DOTALL)
         self._cut = lru_cache(1 << 14)(self._cut_word)
 
     def _read_merges(self, merges: Sequence[Any]) -> dict[tuple[str, str], int]:
-        """Pairs and their order, written as two texts or as one with a space between."""
+        """The pairs and their order. A file writes a pair as two texts, or as one text with a space
+        between them."""
         try:
             pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
             known = all(len(p) == 2 and p[0] + p[1] in self._ids for p in pairs)
@@ -64,7 +67,7 @@ class LlamaPieces:
         return [i for word in self._word.findall(text) for i in self._cut(word)]
 
     def _cut_word(self, word: str) -> tuple[int, ...]:
-        """Merge the pair of the lowest rank, the leftmost of several, as long as there is one."""
+        """Merge the pair of the lowest rank, the leftmost of several, until no pair is left."""
         parts, count = list(word), len(word)
         before, after = list(range(-1, count - 1)), [*range(1, count), -1]
 
@@ -79,7 +82,7 @@ class LlamaPieces:
         while heap:
             _, left, right, *pair = heapq.heappop(heap)
             if after[left] != right or [parts[left], parts[right]] != pair:
-                continue  # one of them was merged with another neighbour
+                continue  # one of the two was merged with another neighbour
             parts[left], parts[right] = parts[left] + parts[right], ""
             after[left] = after[right]
             if after[left] >= 0:
@@ -128,8 +131,9 @@ class LlamaPieces:
 
 
 def _prepares_as_llama(raw: dict[str, Any]) -> bool:
-    """The two forms: a normaliser that writes ▁ before a text and for its spaces (`legacy`), or a
-    pre-tokenizer that does so for the first text alone."""
+    """Whether a file prepares text in one of Llama's two forms: a normaliser that writes ▁ before
+    every text and for its spaces (`legacy`), or a pre-tokenizer that writes the first ▁ for the
+    first text alone."""
     normaliser, before = raw.get("normalizer"), raw.get("pre_tokenizer")
     prepend = {"type": "Prepend", "prepend": _SPACE}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}

@@ -1,8 +1,7 @@
-"""What a picture file says besides its pixels: which way is up, which is needed, and the rest,
-which is not.
+"""The metadata of a picture file: the orientation, which is needed, and the rest, which is not.
 
-Cameras, editors and messengers write metadata that breaks its own rules. Every viewer shows such a
-picture.
+Cameras, editors and messengers write metadata that breaks the format's rules. Every viewer shows
+such a picture, and so must we.
 """
 
 import re
@@ -35,17 +34,17 @@ name is damaged is still one of them."""
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """A loaded picture as its EXIF, else its XMP, says it should be seen.
+    """A loaded picture, turned as its EXIF, else its XMP, says.
 
-    Not Pillow's `exif_transpose`, which refuses the picture for one malformed tag: it stops reading
-    there, and writes all tags back, out of range or not.
+    Pillow's `exif_transpose` is not used. It refuses a picture for one malformed tag: it stops
+    reading at that tag, and it writes all tags back, also those out of range.
     """
     turn = TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """None if there is none that can be read."""
+    """The orientation, 1 to 8; None if none can be read."""
     info = image.info
     exif, xmp = (
         info.get("exif"),
@@ -54,15 +53,15 @@ def _orientation(image: Image.Image) -> int | None:
     found = None
     with suppress(Exception):  # Pillow's readers raise anything on damaged data
         if hasattr(image, "tag_v2"):
-            # TIFF, which Pillow has turned already: it says so by None
+            # Pillow has turned a TIFF already, and returns None
             return image.getexif().get(ORIENTATION)
-        # ImageMagick's way: three lines, then hexadecimal
+        # ImageMagick writes three lines, then hexadecimal
         if exif is None and "Raw profile type exif" in info:
             exif = bytes.fromhex("".join(info["Raw profile type exif"].split("\n")[3:]))
         if exif is not None:
             found = _read_orientation(exif)
         elif not xmp:
-            found = image.getexif().get(ORIENTATION)  # what somebody wrote there since
+            found = image.getexif().get(ORIENTATION)  # what a caller wrote since
     if found is None:
         xmp = xmp.encode(errors="replace") if isinstance(xmp, str) else xmp
         match = re.search(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([0-9])(?![0-9])""", xmp)
@@ -71,8 +70,8 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _jpeg_xmp(image: Image.Image) -> bytes:
-    """What newer Pillows put in `info["xmp"]`, from the segments of a JPEG; b"" where there is
-    none."""
+    """The XMP of a JPEG, from its segments, as newer Pillows put it in `info["xmp"]`; b"" if there
+    is none."""
     begin = b"http://ns.adobe.com/xap/1.0/\0"
     # only Pillow's JPEG class has this list of segments
     segments = (data for _, data in getattr(image, "applist", ()) if data.startswith(begin))
@@ -81,7 +80,7 @@ def _jpeg_xmp(image: Image.Image) -> bytes:
 
 def _read_orientation(exif: bytes) -> int | None:
     """The orientation in the first directory of EXIF data, None if there is none. Raises
-    struct.error where the directory lies outside the data."""
+    struct.error if the directory lies outside the data."""
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
@@ -92,20 +91,20 @@ def _read_orientation(exif: bytes) -> int | None:
     for at in range(start + 2, min(start + 2 + 12 * entries, len(exif) - 11), 12):
         tag, kind, count = struct.unpack_from(f"{order}HHI", exif, at)
         letter = {3: "H", 4: "I", 8: "h", 9: "i"}.get(kind)  # whole numbers of 16 and 32 bits
-        # which stand in the entry
+        # the value is in the entry itself
         if tag == ORIENTATION and letter and 0 < count * struct.calcsize(letter) <= 4:
             return struct.unpack_from(f"{order}{letter}", exif, at + 8)[0]
     return None
 
 
 def has_removable_metadata(head: bytes) -> bool:
-    """Whether `without_metadata` knows the format of a file that begins so."""
+    """Whether `without_metadata` knows the format of a file that begins with `head`."""
     return head.startswith((JPEG, PNG)) or _is_webp(head) or _is_avif(head)
 
 
 def without_metadata(content: bytes) -> bytes:
-    """The same JPEG, PNG, WebP or AVIF without what bears on neither pixels nor orientation; any
-    other as it is."""
+    """The same JPEG, PNG, WebP or AVIF without what changes neither pixels nor orientation; any
+    other file unchanged."""
     if content.startswith(JPEG):
         return _jpeg_without_metadata(content)
     if content.startswith(PNG):
@@ -127,13 +126,13 @@ def _is_avif(content: bytes) -> bool:
 
 
 def _jpeg_without_metadata(content: bytes) -> bytes:
-    """Without comments and APP segments, save APP1, which holds EXIF and XMP, and those that say
-    what colours mean."""
+    """A JPEG without comments and APP segments. APP1, which has EXIF and XMP, stays, and so do the
+    segments that say what colours mean."""
     kept, at = [content[:2]], 2
     # until the pixels begin
     while content[at : at + 1] == b"\xff" and content[at + 1 : at + 2] != b"\xda":
         kind = content[at + 1]
-        if kind == 0xFF:  # a filling byte
+        if kind == 0xFF:  # a fill byte
             at += 1
             continue
         end = at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
@@ -146,8 +145,8 @@ def _jpeg_without_metadata(content: bytes) -> bytes:
 
 
 def _png_chunks(content: bytes) -> Iterator[bytes]:
-    """The chunks that change pixels, those that no decoder may skip (a name says so by its first
-    letter), and of the others those with the orientation, if they are sound."""
+    """The chunks that change pixels: those that no decoder may skip (the first letter of the name
+    says so). Of the others, those with the orientation, if they are sound."""
     at = len(PNG)
     while at < len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")
@@ -163,8 +162,8 @@ def _png_chunks(content: bytes) -> Iterator[bytes]:
 
 
 def _webp_chunks(content: bytes) -> Iterator[bytes]:
-    """The chunks with pixels, and EXIF as far as it is there; the header says that there is no
-    other metadata."""
+    """The chunks with pixels, and EXIF as far as the file has it; the header then says that there
+    is no other metadata."""
     at = 12
     while at + 8 <= len(content):
         kind, size = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")

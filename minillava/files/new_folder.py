@@ -46,9 +46,9 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _claim(folder: Path) -> TextIO:
-    """Make the folder, with a file in it that stays locked while this process lives. So the next
-    run can tell what a killed one left, which it removes, from what another one is writing, which
-    is a ValueError."""
+    """Make the folder, with a file in it that stays locked while this process lives. The next run
+    removes a folder whose lock is gone, since its run was killed. Raises ValueError if the lock is
+    held, since another run is writing the folder."""
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
@@ -66,7 +66,7 @@ def _claim(folder: Path) -> TextIO:
     locked = lock(owner)
     owner.write(str(os.getpid()))
     owner.flush()
-    if not locked:  # Windows, which renames nothing that is open
+    if not locked:  # Windows renames no open file
         owner.close()
-    (folder / f"{OWNER}.new").rename(folder / OWNER)  # which nobody sees unlocked
+    (folder / f"{OWNER}.new").rename(folder / OWNER)  # under this name it is locked from the start
     return owner

@@ -1,4 +1,5 @@
-"""A picture from wherever it comes, as upright RGB; or one line that says what is wrong with it."""
+"""A picture from any source, as upright RGB; or an error of one line that says what is wrong with
+it."""
 
 import base64
 import binascii
@@ -47,7 +48,7 @@ Images = ImageSource | Sequence[ImageSource] | None
 
 
 def are_several(images: object) -> TypeGuard[Sequence[Any]]:
-    """Whether it is a list, or what behaves like one, and not one picture's path or bytes."""
+    """Whether `images` is a list, or behaves like one, and is not one picture's path or bytes."""
     return isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray))
 
 
@@ -63,9 +64,10 @@ def open_image(source: ImageSource) -> Image.Image:
     """A picture from a path, a `data:` URL, bytes, a file or Pillow; upright (EXIF orientation
     applied) and RGB.
 
-    The original LLaVA ignores EXIF, so phone photos lie on their side there. Metadata that cannot
-    be read is no reason to refuse pixels that can. Raises FileNotFoundError, PermissionError, or
-    ValueError for what is not a picture, is damaged, or is larger than MAX_PIXELS or MAX_SIDE.
+    The original LLaVA ignores EXIF, so it sees phone photos on their side. A picture whose pixels
+    can be read is not refused for metadata that cannot. Raises FileNotFoundError, PermissionError,
+    or ValueError if the source is not a picture, is damaged, or is larger than MAX_PIXELS or
+    MAX_SIDE.
     """
     name = name_of(source)
     try:
@@ -101,19 +103,19 @@ def open_image(source: ImageSource) -> Image.Image:
         ) from error
     if image is source:
         if not image.info and vars(image).get("filename"):
-            return image  # it has been here before
+            return image  # this function opened it before
         image = image.copy()
-    image.info = {}  # what is upright now must not be turned again
-    vars(image)["filename"] = name  # a later complaint about it can say which picture it is
+    image.info = {}  # the picture is upright now and must not be turned again
+    vars(image)["filename"] = name  # so that a later error can name the picture
     return image
 
 
 def _decode(file: Image.Image | Path | BinaryIO) -> Image.Image:
-    """Pixels, upright and RGB. Raises Refused for a picture that is too large, and whatever Pillow
-    does."""
+    """Decode a picture to upright RGB. Raises Refused if it is too large, and whatever Pillow
+    raises."""
     with warnings.catch_warnings():
-        # Pillow warns of what it can do without (damaged EXIF), and of large pictures: MAX_PIXELS
-        # is the limit.
+        # Pillow warns of what it does not need (damaged EXIF), and of large pictures, for which
+        # MAX_PIXELS is our limit.
         warnings.simplefilter("ignore")
         with nullcontext(file) if isinstance(file, Image.Image) else Image.open(file) as image:
             check_size(image.size)
@@ -122,8 +124,9 @@ def _decode(file: Image.Image | Path | BinaryIO) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB: transparency on white (as transformers 5), deep greys scaled rather
-    than clipped. RGB is returned as it is; of the rest memory holds one copy, and strips."""
+    """Convert any Pillow mode to RGB: transparency becomes white (as in transformers 5), and greys
+    of more than 8 bits are scaled rather than clipped. RGB is returned as it is; any other mode is
+    converted in strips, so that memory has one copy only."""
     if image.mode == "RGB" and image.info.get("transparency") is None:
         return image
     # floats are either 0 to 255, as Pillow takes them, or 0 to 1
@@ -140,7 +143,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, unit: bool) -> Image.Image:
-    """unit: its floats are 0 to 1."""
+    """Convert one strip to RGB. unit: whether its floats are 0 to 1."""
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
         # "I" is what older Pillow makes of a 16-bit PNG. 65535 / 255 is exactly 257.
         grey = (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255)
@@ -150,7 +153,7 @@ def _to_rgb(image: Image.Image, unit: bool) -> Image.Image:
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         to_srgb = ImageCms.buildTransform(lab, srgb, "LAB", "RGB")
-        # None is for a transform in place
+        # it returns None only for a transform in place
         return ImageCms.applyTransform(image, to_srgb)  # type: ignore[return-value]
     if image.mode == "La":  # grey with premultiplied alpha
         image = image.convert("LA")
@@ -162,8 +165,8 @@ def _to_rgb(image: Image.Image, unit: bool) -> Image.Image:
 
 
 class Refused(ValueError):
-    """A source that Pillow need not be asked about; the message lacks its name, which the caller
-    knows."""
+    """A source that is refused before Pillow sees it. The message does not name the source; the
+    caller adds the name."""
 
 
 def check_size(size: tuple[int, int]) -> None:
@@ -177,12 +180,12 @@ def check_size(size: tuple[int, int]) -> None:
 
 
 def name_of(source: ImageSource) -> str:
-    """What messages call a picture."""
+    """The name of a picture in messages."""
     if isinstance(source, Image.Image):
         # Pillow notes the file, open_image any source
         return str(vars(source).get("filename") or "picture")
     if not isinstance(source, (str, Path)):
-        name = source.name if hasattr(source, "name") else None  # a file knows its name
+        name = source.name if hasattr(source, "name") else None  # an open file has its name
         return name if isinstance(name, str) else "picture"
     if is_data_url(source):
         return "data: URL"
@@ -210,7 +213,8 @@ def path_of_url(text: str) -> str:
 
 
 def _check_file(path: str | Path) -> None:
-    """Refuse folders, devices, and pipes: opening one would wait for somebody to write to it."""
+    """Raises Refused for folders, devices, and pipes: opening a pipe would wait until somebody
+    writes to it."""
     try:
         found = None if stat.S_ISREG(os.stat(path).st_mode) else "a folder, pipe or device"
     except (FileNotFoundError, PermissionError):
@@ -218,7 +222,7 @@ def _check_file(path: str | Path) -> None:
     except OSError as error:  # links in a circle, a name too long
         advice = ADVICE.get(error.errno or 0, "give the path of a picture file")
         raise Refused(f"cannot be read ({error.strerror}); {advice}") from None
-    except ValueError as error:  # a name with a zero in it
+    except ValueError as error:  # a name with NUL in it
         found = str(error)
     if found:
         raise Refused(f"cannot be read ({found}); give the path of a picture file")
@@ -238,7 +242,7 @@ def _file(source: str | Path | bytes | BinaryIO, name: str) -> Path | BinaryIO:
         raise Refused("minillava does not download; save the picture and give its path")
     if is_data_url(source):
         return io.BytesIO(_read_data_url(str(source)))
-    if not os.path.lexists(source):  # a file that is really called so goes first
+    if not os.path.lexists(source):  # a file of exactly this name goes first
         if isinstance(source, str) and is_file_url(source):
             source = path_of_url(source)
         source = os.path.expanduser(source)  # `~` is the home folder
@@ -252,8 +256,8 @@ def _file(source: str | Path | bytes | BinaryIO, name: str) -> Path | BinaryIO:
 
 
 def _looks_like_base64(text: str) -> bool:
-    """Whether a path that leads nowhere is the content of a picture: the letters of base64 alone,
-    and too many for a name, or as PNG, JPEG, GIF and WebP begin."""
+    """Whether a path that does not exist is the content of a picture: only the letters of base64,
+    and either too many for a name or beginning as PNG, JPEG, GIF and WebP do."""
     begins = text.lstrip().startswith(("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR"))
     return (begins or len(text) > LONGEST_NAME) and (
         re.fullmatch(r"[\w+/\-\s]+=*\s*", text, re.ASCII) is not None
@@ -261,9 +265,9 @@ def _looks_like_base64(text: str) -> bool:
 
 
 def _read_data_url(url: str) -> bytes:
-    """What a `data:` URL holds, as browsers read it: percent escapes, white space and missing
-    padding are no mistake, nor is the alphabet of URLs (-_); what follows # is no content. Nor are
-    quotes around it, and marks without a width. Raises Refused."""
+    """The bytes of a `data:` URL, read as browsers read it. Percent escapes, white space, missing
+    padding and the alphabet of URLs (-_) are accepted; what follows # is ignored, and so are quotes
+    around the URL and characters without a width. Raises Refused."""
     url = url.strip().strip(INVISIBLE).strip()
     if url[0] in "\"'":
         url = url.strip(url[0]).strip()
@@ -294,11 +298,12 @@ def _read_data_url(url: str) -> bytes:
 
 
 def _without_metadata(file: Path | BinaryIO) -> BinaryIO:
-    """A file that Pillow could not open, once more without its metadata. Raises ValueError if
-    that is no help, and whatever a file raises that cannot be read again."""
+    """The content, without metadata, of a file that Pillow could not open. Raises ValueError for a
+    format whose metadata cannot be removed, and whatever a file raises that cannot be read
+    again."""
     with open(file, "rb") if isinstance(file, Path) else nullcontext(file) as again:
         again.seek(0)
         head = again.read(16)
-        if not has_removable_metadata(head):  # so that gigabytes of something else are not read
+        if not has_removable_metadata(head):  # otherwise gigabytes of another format would be read
             raise ValueError("not a format whose metadata can be left out")
         return io.BytesIO(without_metadata(head + again.read()))

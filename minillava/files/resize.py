@@ -1,4 +1,5 @@
-"""Pictures whose square, or whose enlargement, would fill the memory: resized to the same bits."""
+"""Resizing pictures whose padded square, or whose enlargement, would fill the memory; the result
+has the same bits."""
 
 from PIL import Image
 
@@ -19,10 +20,10 @@ def pad_and_resize(image: Image.Image, size: int, colour: tuple[int, ...]) -> Im
     """`image.pad_to_square`, then a bicubic resize to `size` x `size`, without the memory of the
     square.
 
-    Pillow resizes in two passes, each rounded to 8 bits: across, where each row is on its own, then
-    down. Rows of one colour stay that colour in the first, so only the picture's need it: the same
-    bits as with the whole square. (Above EXACT_SIDE a tall picture goes down first, and may differ
-    from them by rounding.)
+    Pillow resizes in two passes, each rounded to 8 bits: first across, row by row, then down. A row
+    of one colour keeps that colour in the first pass, so only the picture's own rows need it, and
+    the bits are those of the whole square. (Above EXACT_SIDE a tall picture is first resized down,
+    and may differ by rounding.)
     """
     width, height = image.size
     side = max(width, height)
@@ -42,17 +43,17 @@ def pad_and_resize(image: Image.Image, size: int, colour: tuple[int, ...]) -> Im
 
 
 def _pad_and_resize_down(rows: Image.Image, side: int, colour: tuple[int, ...]) -> Image.Image:
-    """size x height -> size x size: rows of the colour above and below until they are `side`, then
-    the pass down."""
+    """The second pass, size x height -> size x size: add rows of the colour above and below up to
+    `side` rows, then resize down."""
     column = Image.new("RGB", (rows.width, side), colour)
     column.paste(rows, (0, (side - rows.height) // 2))
     return column.resize((rows.width, rows.width), BICUBIC)
 
 
 def cut_very_long(image: Image.Image, size: int) -> Image.Image:
-    """Of a picture so long and thin that it would be longer than MAX_SIDE once its short side is
-    `size`, the square in the middle, which is all that a crop leaves; any other picture as it
-    is."""
+    """The square in the middle of a very long picture, which is all that a crop leaves; any other
+    picture unchanged. A picture is very long if its long side would exceed MAX_SIDE once its short
+    side is `size`."""
     (width, height), short = image.size, min(image.size)
     if int(size * max(image.size) / short) <= MAX_SIDE:
         return image

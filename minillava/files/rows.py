@@ -1,5 +1,5 @@
-"""Rows of ids, pictures and scores as callers give them to a model, checked before use; rows of a
-table, one per token.
+"""Rows of ids, pictures and scores, which callers give to a model and which are checked before use;
+and the rows of a table, one per token.
 
 B rows of t tokens each, n pictures of P patches, C width, V vocabulary.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def as_rows(name: str, ids: Tensor | Sequence[Any], device: Any) -> list[Tensor]:
-    """A batch as a list of 1-D tensors; one flat row is taken as a batch of one. Raises ValueError
-    for other shapes."""
+    """A batch as a list of 1-D tensors; one flat row is a batch of one. Raises ValueError for other
+    shapes."""
     rows = [torch.as_tensor(r, dtype=torch.long, device=device) for r in ids]
     if rows and all(r.dim() == 0 for r in rows):
         rows = [torch.stack(rows)]
@@ -26,8 +26,8 @@ def as_rows(name: str, ids: Tensor | Sequence[Any], device: Any) -> list[Tensor]
 
 
 def check_lengths(rows: list[Tensor], others: dict[str, list[Tensor]]) -> None:
-    """Raises ValueError if there is no row or an empty one, or if `others`, by name, are not as
-    long."""
+    """Raises ValueError if there is no row, if a row is empty, or if one of `others` (name -> rows)
+    has other lengths."""
     if not rows or not all(len(r) for r in rows):
         raise ValueError("input_ids has no row or an empty row: every row needs at least one token")
     lengths = [len(r) for r in rows]
@@ -37,7 +37,7 @@ def check_lengths(rows: list[Tensor], others: dict[str, list[Tensor]]) -> None:
 
 
 def check_ids(name: str, rows: list[Tensor], vocabulary: int, besides: Sequence[int]) -> None:
-    """Raises ValueError for an id outside the vocabulary, but for those of `besides`."""
+    """Raises ValueError for an id outside the vocabulary that is not one of `besides`."""
     for row in rows:
         known = (row >= 0) & (row < vocabulary)
         for i in besides:
@@ -49,8 +49,8 @@ def check_ids(name: str, rows: list[Tensor], vocabulary: int, besides: Sequence[
 
 
 def check_images(images: Any, width: int, placed: int, marker: int) -> None:
-    """Raises ValueError unless `images` are pixels, or vectors of the language model's width, of as
-    many pictures as input_ids place with the id `marker`."""
+    """Raises ValueError unless `images` are pixels, or vectors of the language model's width, and
+    there are as many pictures as ids `marker` in input_ids."""
     several = isinstance(images, (list, tuple)) and all(isinstance(i, Tensor) for i in images)
     if isinstance(images, Tensor):
         fits, found = images.dim() == 4, str(list(images.shape))
@@ -72,14 +72,14 @@ def check_images(images: Any, width: int, placed: int, marker: int) -> None:
 
 
 def check_scores(found: Tensor, given: Tensor) -> Tensor:
-    """What `process` made of the given scores [B, V]. Raises ValueError for what cannot be chosen
-    from."""
+    """The scores [B, V] that `process` returned for the given ones. Raises ValueError if no token
+    can be chosen from them."""
     expected = _described(given)
     if not isinstance(found, Tensor):
         raise ValueError(f"process returned {type(found).__name__}, expected a tensor {expected}")
     if _described(found) != expected:
         raise ValueError(f"process returned a tensor {_described(found)}, expected {expected}")
-    if not (found < math.inf).all():  # nor is NaN
+    if not (found < math.inf).all():  # also true for NaN
         raise ValueError(
             "process returned NaN or +inf, expected finite scores, and -inf for a token to remove"
         )
@@ -91,16 +91,17 @@ def _described(x: Tensor) -> str:
 
 
 def grow_rows(table: Tensor, rows: int) -> Tensor:
-    """A table of one row per token, with rows for new tokens: the mean of the old ones, as LLaVA
-    starts them, so that a new token is no stranger than an average word. [V, C] -> [rows, C].
-    Raises ValueError when it would shrink."""
+    """A table with rows added for new tokens, [V, C] -> [rows, C]. Each new row is the mean of the
+    old ones, as LLaVA initialises it, so that a new token begins as an average word. Raises
+    ValueError if the table would shrink."""
     if rows < len(table):
         raise ValueError(
             f"the table has {len(table)} rows, asked for {rows}: a model cannot forget tokens"
         )
     if rows == len(table):
         return table
-    # LLaVA takes the mean in the table's own dtype; in float32 the order of the sum does not show.
+    # LLaVA takes the mean in the table's own dtype. In float32 the order of the sum does not change
+    # the rounded result.
     wide = table.to(torch.promote_types(table.dtype, torch.float32))
     mean = wide.mean(0, keepdim=True).to(table.dtype)  # [1, C]
     return torch.cat([table, mean.expand(rows - len(table), -1)])

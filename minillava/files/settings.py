@@ -1,4 +1,5 @@
-"""What the settings of an answer may be, each and together. Imports nothing large."""
+"""The checks of an answer's settings, each alone and together. This module imports nothing
+large."""
 
 import math
 from dataclasses import Field
@@ -21,7 +22,8 @@ def check_range(setting: Field[Any], value: Any) -> None:
 
 
 def check_sampling(options: Any) -> None:
-    """Raises ValueError for what samples need, without a temperature, and the like."""
+    """Raises ValueError for settings of sampling without a temperature, and for other settings that
+    do not go together."""
     for name in ("top_p", "typical_p"):
         if vars(options)[name] == 0:
             raise ValueError(f"{name} is 0, expected a number above 0: no token would be left")
@@ -39,7 +41,8 @@ def check_sampling(options: Any) -> None:
 
 
 def check_beams(options: Any) -> None:
-    """Raises ValueError for what beams need, without any, and the like."""
+    """Raises ValueError for settings of beams without beams, and for settings that do not go with
+    beams."""
     if not isinstance(options.early_stopping, bool) and options.early_stopping != "never":
         raise ValueError(
             f'early_stopping is {options.early_stopping!r}, expected False, True or "never"'

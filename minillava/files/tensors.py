@@ -1,7 +1,7 @@
 """Files of named tensors: safetensors, and the pickled .bin in which the first releases came.
 
-Both are memory-mapped: opening one reads names and shapes, and a tensor's bytes when a layer first
-uses them.
+Both are memory-mapped: opening a file reads names and shapes, and a tensor's bytes are read when a
+layer first uses them.
 """
 
 import os
@@ -27,36 +27,37 @@ BIN_INDEX_NAME, BIN_NAME = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
 DOWNLOAD_AGAIN = "download it again"
 
-# what a clone without Git LFS holds in the place of a large file
+# what a clone without Git LFS has in place of a large file
 _POINTER = b"version https://git-lfs"
 
-# What torch.load says of a pickle that names anything but tensors.
+# How torch.load describes a pickle that names anything but tensors.
 _FORBIDDEN = re.compile(r"(?:GLOBAL|unrecognized function|unrecognized class) ([\w.]+)")
 
-# The sets of weights that a folder may have; of several the first is read, as in transformers.
+# The sets of weights that a folder may have; if it has several, the first is read, as in
+# transformers.
 _SETS = (SINGLE_NAME, INDEX_NAME, BIN_NAME, BIN_INDEX_NAME)
 
 _SHARDS = ("model*.safetensors", "pytorch_model*.bin")
 
 _NUMBERED = re.compile(r"\d+-of-\d+")
 
-# What else weights come in, which is not read under its own name; and what a training leaves beside
-# them.
+# Other forms of weights, which are not read under their own names; and what a training run leaves
+# beside weights.
 _OWN_LAYOUT = re.compile(r"consolidated\.")
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _NO_MODEL = re.compile("training_args|optimizer|scheduler|rng_state|scaler")
 
-# How a safetensors header spells the dtypes that weights have when they are not quantised.
+# The names in a safetensors header of the dtypes of weights that are not quantised.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-# What training programs put a state dict into, beside their optimizer's.
+# The keys under which training programs store a state dict, beside their optimizer's.
 _NESTS = ("state_dict", "model_state_dict", "model", "module")
 
 
 class OtherObjects(ValueError):
-    """A file of `torch.save` that holds more than tensors by name, as some quantised ones do."""
+    """A file of `torch.save` that contains more than tensors by name, as some quantised ones do."""
 
 
 class SafetensorsFile:
@@ -80,12 +81,14 @@ class SafetensorsFile:
         return tuple(self._file.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """By the header, where that can say it: reading would load a first page of the tensor."""
+        """The dtype, from the header if it is one of DTYPES: reading the tensor would load its
+        first page."""
         return DTYPES.get(self._file.get_slice(name).get_dtype()) or self.read(name).dtype
 
     def read(self, name: str, transient: bool = False) -> Tensor:
-        """transient: for a tensor that is soon let go. What was read of the file then leaves memory
-        with it; the file's own mapping stays until the last of its tensors goes."""
+        """The tensor, memory-mapped. transient: for a tensor that is freed soon. The pages that it
+        read then leave memory with it, while the file's own mapping stays until the last of its
+        tensors is freed."""
         file = SafetensorsFile(self.path)._file if transient else self._file
         return file.get_tensor(name)
 
@@ -94,7 +97,7 @@ class TorchFile:
     """One file of `torch.save`: a dict of tensors and nothing else. Raises FileNotFoundError or
     ValueError.
 
-    notes: sentences about what in it is not read. A pickle is a program that runs when it is
+    notes: sentences about the content that is not read. A pickle is a program that runs when it is
     opened. `weights_only` runs the few instructions that make tensors and refuses all others, so
     that a file from a stranger can be opened.
     """
@@ -122,8 +125,8 @@ class TorchFile:
         self.names = list(content)
 
     def _unnest(self, path: Path, content: Any) -> Any:
-        """The state dict, where a training program put it beside its optimizer's; other dicts of
-        tensors beside it are noted."""
+        """The state dict, also if a training program stored it beside its optimizer's. Other dicts
+        of tensors beside it are noted."""
         nests = [
             nest
             for nest in _NESTS
@@ -151,12 +154,12 @@ class TorchFile:
         return self._tensors[name].dtype
 
     def read(self, name: str, transient: bool = False) -> Tensor:
-        """transient: makes no difference here; the file is mapped until the last of its tensors
-        goes."""
+        """The tensor, memory-mapped. transient makes no difference for a pickle: the file stays
+        mapped until the last of its tensors is freed."""
         return self._tensors[name].detach()
 
 
-# What torch.load begins each of its refusals with: advice that nobody should follow.
+# The beginning of each refusal by torch.load: advice that nobody should follow.
 _PREAMBLE = (
     "Weights only load failed. In PyTorch 2.6, we changed the default value of the `weights_only` "
     "argument in "
@@ -168,7 +171,7 @@ _PREAMBLE = (
 
 
 def _open_pickle(path: Path) -> Any:
-    """What is in the file. Raises FileNotFoundError or ValueError."""
+    """The content of a pickle. Raises FileNotFoundError or ValueError."""
     try:
         return _unpickle(path)
     except FileNotFoundError:
@@ -185,10 +188,10 @@ def _open_pickle(path: Path) -> Any:
 
 def _unpickle(path: Path) -> Any:
     with path.open("rb") as file:
-        # torch.save since 1.6; what was saved before cannot be memory-mapped
+        # torch.save writes a zip since 1.6; older files cannot be memory-mapped
         zipped = file.read(4) == b"PK\3\4"
     stored = 0
-    # torch maps as many bytes as the pickle says, whatever the zip's directory says lies there
+    # torch maps as many bytes as the pickle says, even if the zip's directory says otherwise
     if zipped:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -196,7 +199,7 @@ def _unpickle(path: Path) -> Any:
             raise ValueError("a compressed zip")
         stored = sum(entry.file_size for entry in entries if "/data/" in entry.filename)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of names that torch looks up in a damaged file
+        warnings.simplefilter("ignore")  # about names that torch looks up in a damaged file
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     tensors = list(_tensors_in(content)) if zipped else []
     if tensors and all(_is_plain(value) for value in tensors):
@@ -228,9 +231,9 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies."""
+    """A tensor in a file: where it is, and what its header says."""
 
-    name: str  # as the file calls it
+    name: str  # its name in the file
     path: Path
     file: SafetensorsFile | TorchFile
 
@@ -243,8 +246,8 @@ class Stored(NamedTuple):
         return self.file.dtype(self.name)
 
     def read(self, transient: bool = False) -> Tensor:
-        """The tensor, memory-mapped; transient: as for its file. Raises ValueError for whole
-        numbers, which is how other programs store quantised ones."""
+        """The tensor, memory-mapped. transient: as for its file. Raises ValueError for integers, in
+        which other programs store quantised weights."""
         tensor = self.file.read(self.name, transient)
         if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
             found = f"{self.name} is {tensor.dtype}, expected float32, float16, bfloat16 or float64"
@@ -253,8 +256,8 @@ class Stored(NamedTuple):
 
 
 def open_file(path: Path) -> list[Stored]:
-    """Every tensor of one file, .safetensors or else .bin. Raises FileNotFoundError, OSError or
-    ValueError."""
+    """Every tensor of one file, which is .safetensors or otherwise a pickle. Raises
+    FileNotFoundError, OSError or ValueError."""
     # opening a pipe would wait for somebody to write to it
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: is a folder, pipe or device, expected a file; {DOWNLOAD_AGAIN}")
@@ -279,7 +282,7 @@ def open_file(path: Path) -> list[Stored]:
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether the folder has a language model's files: safetensors or .bin, one or indexed
+    """Whether the folder has a language model's weights: safetensors or .bin, one file or indexed
     shards."""
     return any((folder / name).exists() for name in _SETS)
 
@@ -318,8 +321,8 @@ def open_folder(folder: Path) -> list[Stored]:
 
 
 def weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files of weights that `open_folder` reads, and those that it leaves alone: other sets,
-    and shards that the index does not name. Raises ValueError for an index that cannot be read."""
+    """The files of weights that `open_folder` reads, and those that it does not: other sets, and
+    shards that the index does not name. Raises ValueError if an index cannot be read."""
     sets = [name for name in _SETS if (folder / name).exists()]
     shards = sorted(
         {path.name for pattern in _SHARDS for path in folder.glob(pattern)}.difference(sets)
@@ -328,7 +331,7 @@ def weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
     if read and read[0].endswith(".json"):
         read += sorted(set(_read_index(folder / read[0]).values()))
     others = [name for name in (*sets, *shards) if name not in read]
-    with suppress(ValueError, OSError):  # an index of what is read is no other set
+    with suppress(ValueError, OSError):  # the index of the set that is read is not another set
         if INDEX_NAME in others and set(_read_index(folder / INDEX_NAME).values()) <= set(read):
             others.remove(INDEX_NAME)
     return [folder / name for name in read], [folder / name for name in others]

@@ -1,11 +1,11 @@
-"""Text that others wrote: its encoding, its ends of line, and what can be no text."""
+"""Text that other programs wrote: its encoding, its ends of line, and bytes that are not text."""
 
 import codecs
 from collections.abc import Iterator
 from typing import BinaryIO
 
 # --- reading text ---------------------------------------------------------------------------------
-_MARKS = (  # of four bytes before those of two, which they begin with
+_MARKS = (  # marks of four bytes before those of two, with which they begin
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -15,9 +15,9 @@ _MARKS = (  # of four bytes before those of two, which they begin with
 
 
 def decode(content: bytes, name: str, other: str | None = None, errors: str = "strict") -> str:
-    """Text of any program: by its byte order mark (as PowerShell writes), else UTF-8, else in the
-    encoding `other`; lines end with "\\n". name: of the file, for messages. Raises ValueError for
-    what is not text; errors: of UTF-8, as `bytes.decode` takes them."""
+    """Decode the text of any program: by its byte order mark (PowerShell writes one), else as
+    UTF-8, else in the encoding `other`; lines end with "\\n". name: the file's, for messages.
+    errors: for UTF-8, as in `bytes.decode`. Raises ValueError if the content is not text."""
     encoding = next((encoding for mark, encoding in _MARKS if content.startswith(mark)), "utf-8")
     others = [other] if other is not None and encoding == "utf-8" else []
     for candidate in (encoding, *others):
@@ -33,8 +33,8 @@ def decode(content: bytes, name: str, other: str | None = None, errors: str = "s
 
 
 def refuse_nul(text: str, name: str) -> None:
-    """Raises ValueError for text with NUL, which nobody types: another encoding, or no text at
-    all."""
+    """Raises ValueError if the text has a NUL, which nobody types: it is in another encoding, or is
+    not text."""
     if "\0" in text:
         raise ValueError(
             f"{name}: has NUL bytes, so it is not text, or UTF-16 without a byte order mark; save "
@@ -43,23 +43,23 @@ def refuse_nul(text: str, name: str) -> None:
 
 
 def unify_line_ends(text: str) -> str:
-    """Windows ends a line with "\\r\\n", old systems with "\\r"; here it is "\\n"."""
+    """The text with "\\n" at its ends of line; Windows writes "\\r\\n", old systems "\\r"."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def as_meant(text: str) -> str:
-    """A text without what a program for Windows puts around it, and nobody typed: `$(cat a.txt)`
-    leaves the byte order mark, and the "\\r" before the last end of line."""
+    """A text without the characters that Windows programs add and nobody typed: `$(cat a.txt)`
+    keeps the byte order mark, and the "\\r" before the last end of line."""
     return unify_line_ends(text.removeprefix("\ufeff").removesuffix("\r"))
 
 
 def read_lines(stream: BinaryIO, name: str) -> Iterator[str]:
     """The lines of a stream as they arrive, without their ends, in any of the encodings of
-    `decode`. What is not UTF-8 becomes surrogates, which spoil their own line only; so does NUL,
-    which is for the reader of the line to refuse."""
+    `decode`. Bytes that are not UTF-8 become surrogates, which spoil only their own line. NUL
+    spoils only its own line as well; the reader of the line refuses it."""
     raw = stream.readline()
     encoding = next((encoding for mark, encoding in _MARKS if raw.startswith(mark)), "utf-8")
-    if encoding not in ("utf-8", "utf-8-sig"):  # a byte "\n" does not end a line there
+    if encoding not in ("utf-8", "utf-8-sig"):  # in these encodings a byte "\n" does not end a line
         yield from decode(raw + stream.read(), name).removesuffix("\n").split("\n")
         return
     raw = raw.removeprefix(codecs.BOM_UTF8)

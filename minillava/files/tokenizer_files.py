@@ -1,9 +1,9 @@
-"""What the files beside a tokenizer.model say: tokens that a fine-tune added, `legacy`, which kind
-of tokenizer it is.
+"""The files beside a tokenizer.model: the tokens that a fine-tune added, `legacy`, and the kind of
+tokenizer.
 
-transformers writes an added token into up to four files, and its versions differ in which. They are
-read together and must agree; a token that is only named, without an id, comes after all others, as
-transformers adds it.
+transformers writes an added token into up to four files; which ones depends on its version. The
+files are read together and must agree. A token that is only named, without an id, comes after all
+others, as transformers adds it.
 """
 
 import os
@@ -37,8 +37,8 @@ PADDING = 256
 """An embedding table has fewer rows than this without a token: it is padded to a multiple of 64, at
 most of 256."""
 
-# What names the language model's own control tokens, and what lists tokens that are left out of
-# answers.
+# The keys that name the language model's own control tokens, and those that list tokens that are
+# left out of answers.
 _CONTROL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 _NAMED = (
@@ -51,25 +51,25 @@ _NAMED = (
     "mask_token",
 )
 
-_LISTED = ("additional_special_tokens", "extra_special_tokens")  # the second from transformers 5
+_LISTED = ("additional_special_tokens", "extra_special_tokens")  # the second since transformers 5
 
 _FLAGS = ("special", "lstrip", "rstrip", "single_word")
 
-# its 32,000 pieces, added tokens and padding: what a known tokenizer.model is for
+# 32,000 pieces, added tokens and padding; for more rows no known tokenizer.model would do
 _LARGEST_LLAMA_2 = 32_256
 
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
-# how tokenizer_class begins
+# how tokenizer_class begins for other families
 _OTHER_CLASSES = re.compile(
     "Qwen|GPT|Bloom|CodeGen|Bert|DistilBert|Roberta|XLM|XLNet|Albert|DebertaV2|BigBird|Bart|MBart|"
     "Marian|Pegasus|Nllb|T5|MT5|OPT|Gemma|Cohere|Whisper|ChatGLM"
 )
 
-# what it is where tokenizer.json alone says which family it is
+# tokenizer_class if only tokenizer.json says which family it is
 _ANY_CLASS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
-# what their vocabularies lie in
+# the files of their vocabularies
 _OTHER_FILES = (
     "*.tiktoken",
     "tekken.json",
@@ -103,15 +103,15 @@ class AddedToken(NamedTuple):
     id: int
     special: bool = False  # left out of answers
     listed: bool = False  # among the special tokens that the files name, by role or in a list
-    control: bool = False  # the language model's own: where a user types it, it stays plain text
+    control: bool = False  # the language model's own: if a user types it, it stays plain text
     lstrip: bool = False  # takes the whitespace before it
     rstrip: bool = False
     single_word: bool = False  # a token only between spaces
 
 
 class TokenizerFiles:
-    """The four files of a folder, where they are there. Raises ValueError naming the file that
-    cannot be read."""
+    """Those of the four files that a folder has. Raises ValueError naming the file that cannot be
+    read."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -121,8 +121,8 @@ class TokenizerFiles:
         )
 
     def legacy(self) -> bool:
-        """What tokenizer_config.json says; where it says nothing, as transformers 5 leaves it, what
-        tokenizer.json does; else True. Raises ValueError."""
+        """`legacy` as tokenizer_config.json says. If it says nothing, as with transformers 5, what
+        tokenizer.json does; else True. Raises ValueError if it is not true or false."""
         legacy = self.config.get("legacy")
         if legacy is not None and not isinstance(legacy, bool):
             raise ValueError(
@@ -134,21 +134,20 @@ class TokenizerFiles:
         return legacy
 
     def tokens(self, model: Pieces, wanted: Sequence[str] = ()) -> dict[str, AddedToken]:
-        """Every token that a file names, by its text, the control tokens of `model`, and the
-        `wanted` ones. Raises ValueError where files contradict themselves, one another or
-        `model`."""
+        """Text -> token for every token that a file names, the control tokens of `model`, and the
+        `wanted` ones. Raises ValueError if files contradict themselves, one another or `model`."""
         own = [model.id_to_piece(i) for i in (model.unk_id(), model.bos_id(), model.eos_id())]
         named: dict[str, Flags] = {}
         keys: dict[str, str] = {}
         for text, key, flags in self._named():
             named.setdefault(text, flags)
-            # the first, which for a control token is the one that says so
+            # of several keys the first, which says whether it is a control token
             keys.setdefault(text, key)
         control = {*own, *wanted, PAD_MARKER, *(text for text in named if keys[text] in _CONTROL)}
         listed = {*control, *named, IMAGE_NAME}
         found: dict[str, AddedToken] = {}
-        texts: dict[int, str] = {}  # of the ids so far
-        files: dict[str, str] = {}  # of the texts so far
+        texts: dict[int, str] = {}  # id -> text, so far
+        files: dict[str, str] = {}  # text -> file, so far
         for file, text, i, flags in self._entries():
             self._check(file, text, i, flags, model)
             known = found.get(text)
@@ -173,8 +172,8 @@ class TokenizerFiles:
         return found
 
     def _check_ends(self, found: dict[str, AddedToken], model: Pieces) -> None:
-        """A prompt begins with the begin token of `model` and has no end token. Raises ValueError
-        where a file says otherwise."""
+        """Check that a prompt begins with the begin token of `model` and has no end token. Raises
+        ValueError if a file says otherwise."""
         for key, ours in (("add_bos_token", True), ("add_eos_token", False)):
             if self.config.get(key, ours) not in (ours, None):
                 said = f"{key} is {self.config[key]!r:.80}, supported: {ours}"
@@ -193,7 +192,7 @@ class TokenizerFiles:
                 )
 
     def _entries(self) -> Iterator[tuple[str, str, int, Flags]]:
-        """(file, text, id, flags) as written."""
+        """Yields (file, text, id, flags) as the files have them."""
         decoder, listed = (
             self.config.get("added_tokens_decoder") or {},
             self.fast.get("added_tokens") or [],
@@ -228,8 +227,8 @@ class TokenizerFiles:
                 f"{path}: {text!r:.80} is {i!r:.80}, expected a token id; download it again"
             )
         _check_flags(path, text, flags)
-        # A control piece, which no text is cut into, may have been given a name; a word may not,
-        # nor another id.
+        # A control piece, into which no text is cut, may have been renamed. A word may not be
+        # renamed, and no piece may have another id.
         piece = model.id_to_piece(i) if i < model.vocab_size() and is_word(model, i) else text
         other = model.piece_to_id(text)
         if piece != text or (other != i and is_word(model, other)):
@@ -241,8 +240,8 @@ class TokenizerFiles:
             raise ValueError(f"{path}: {text!r:.80} is {i}, {said}; keep the files of one run")
 
     def _named(self) -> Iterator[tuple[str, str, Flags]]:
-        """(text, key, flags) of the tokens named without an id, in the order in which transformers
-        numbers them."""
+        """Yields (text, key, flags) of the tokens named without an id, in the order in which
+        transformers numbers them."""
         for key in (*_NAMED, *_LISTED):
             for name, raw in ((CONFIG_NAME, self.config), (MAP_NAME, self.map)):
                 value = raw.get(key) or []
@@ -260,7 +259,7 @@ class TokenizerFiles:
                     yield text, key, flags
 
     def vocabulary(self) -> dict[str, int]:
-        """The pieces of tokenizer.json, by text; empty where it has none."""
+        """Text -> id of the pieces of tokenizer.json; empty if it has none."""
         model = self.fast.get("model")
         pieces = model.get("vocab") if isinstance(model, dict) else None
         if isinstance(pieces, list):  # Unigram: pairs of a piece and its score
@@ -272,7 +271,7 @@ class TokenizerFiles:
         return pieces if isinstance(pieces, dict) else {}
 
     def of_another_kind(self) -> str | None:
-        """The file that shows that this is no tokenizer of the Llama 2 family; None where nothing
+        """The file that shows that this is not a tokenizer of the Llama 2 family; None if no file
         does."""
         pieces = self.vocabulary()
         if pieces and "<0x0A>" not in pieces:  # a newline is a byte to all of the family
@@ -288,7 +287,8 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _is_text(text: object) -> TypeGuard[str]:
-    """Whether it is a text, not empty, without halves of characters (which JSON can write)."""
+    """Whether it is a text that is not empty and has no halves of surrogate pairs (which JSON can
+    write)."""
     return isinstance(text, str) and bool(text) and text == text.encode(errors="replace").decode()
 
 
@@ -307,8 +307,8 @@ def _token(text: str, i: int, flags: Flags, *, listed: bool, control: bool) -> A
 
 
 def find_tokenizer(folders: Sequence[Path]) -> tuple[Path, Path]:
-    """The tokenizer.model and the folder of the files beside it: each of the first folder that
-    brings one, as an adapter whose run added tokens does. Where there is none: of the last."""
+    """The tokenizer.model and the folder of the files beside it. Each is from the first folder that
+    has one, as an adapter has whose run added tokens; if no folder has one, from the last."""
     model = next(
         (folder for folder in folders if os.path.lexists(folder / MODEL_NAME)), folders[-1]
     )
@@ -318,8 +318,8 @@ def find_tokenizer(folders: Sequence[Path]) -> tuple[Path, Path]:
 
 
 def _check_model_is_there(path: Path, files: TokenizerFiles, vocabulary: int | None) -> None:
-    """Raises FileNotFoundError where there is no tokenizer.model, ValueError where none can help.
-    vocabulary: rows of the embedding table, where they are known."""
+    """Raises FileNotFoundError if there is no tokenizer.model, and ValueError if no tokenizer.model
+    would help. vocabulary: the rows of the embedding table, if they are known."""
     if path.is_file():
         return
     _check_kind(path, files)
@@ -338,15 +338,15 @@ def _check_model_is_there(path: Path, files: TokenizerFiles, vocabulary: int | N
 
 
 def is_word(model: Pieces, i: int) -> bool:
-    """Whether text is cut into this piece: not for control pieces, the unknown one, and unused
-    ones."""
+    """Whether text can be cut into this piece: not if it is a control piece, the unknown piece or
+    an unused one."""
     return not (model.is_control(i) or model.is_unknown(i) or model.is_unused(i))
 
 
 def open_model(path: Path, files: TokenizerFiles, vocabulary: int | None = None) -> Pieces:
-    """A tokenizer.model of the Llama 2 family, which `files` belong to; if it is not there, the
-    tokenizer.json of `files`. vocabulary: rows of the embedding table, if they are known. Raises
-    FileNotFoundError or ValueError, or OSError if the system refuses."""
+    """Open a tokenizer.model of the Llama 2 family, to which `files` belong; if it does not exist,
+    the tokenizer.json of `files`. vocabulary: the rows of the embedding table, if they are known.
+    Raises FileNotFoundError or ValueError, or OSError if the system refuses."""
     if not os.path.lexists(path) and is_llama(files.fast):
         return LlamaPieces(files.folder / FAST_NAME, files.fast)
     _check_model_is_there(path, files, vocabulary)
@@ -369,7 +369,7 @@ def _read_model(path: Path) -> SentencePieceProcessor:
         raise ValueError(
             f"{path}: not a SentencePiece model ({one_line(error)}); download it again"
         ) from None
-    if model.decode(model.encode("a  b")) != "a  b":  # its end, the normaliser, is lost
+    if model.decode(model.encode("a  b")) != "a  b":  # the end of the file, its normaliser, is lost
         raise ValueError(
             f"{path}: cut short, or of another family (it merges spaces, which no Llama tokenizer "
             "does); download it again, or the one of this language model"
@@ -384,8 +384,8 @@ def _read_model(path: Path) -> SentencePieceProcessor:
 
 
 def _check_kind(path: Path, files: TokenizerFiles) -> None:
-    """Raises ValueError where the files beside `path` are another family's, or where the one is
-    missing that would say whose they are."""
+    """Raises ValueError if the files beside `path` are another family's, or if the file is missing
+    that would say which family's they are."""
     if other := files.of_another_kind():
         copied = f"; {path} is not its own" if path.is_file() else ""
         raise ValueError(f"{files.folder / other}: {_OTHER_KIND}{copied}")
@@ -413,14 +413,14 @@ def _check_pieces(path: Path, model: Pieces, files: TokenizerFiles) -> None:
 def check_vocabulary(
     path: Path, pieces: int, tokens: dict[str, AddedToken], rows: int, files: TokenizerFiles
 ) -> None:
-    """Pieces and added tokens against the rows of the embedding table. Raises ValueError with both
-    numbers."""
+    """Check pieces and added tokens against the rows of the embedding table. Raises ValueError with
+    both numbers."""
     if pieces > rows:
         raise ValueError(
             f"{path.parent}: {path.name} has {pieces} pieces, config.json a vocabulary of {rows}; "
             f"copy the {MODEL_NAME} that belongs to these weights"
         )
-    # A pad token without a row is common, and harmless: nobody looks it up.
+    # A pad token without a row is common and harmless, since no prompt contains it.
     for file, text, i, _ in files._entries():
         if i >= rows and not tokens[text].control and text != IMAGE_NAME:
             raise ValueError(
