@@ -26,8 +26,8 @@ from minillava.tokenizer import Tokenizer
 
 @dataclass
 class Answer:
-    """One answer, for the eye and for --json. ids: the new ones. score: of a beam. tokens: where
-    --logprobs asks, each id with the likeliest in its place."""
+    """One answer, to print or for --json. ids: of the new tokens. score: of a beam. tokens: with
+    --logprobs, each id with the most likely ones in its place."""
 
     text: str = ""
     ids: list[int] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Answer:
     tokens: list[dict] | None = None
 
     def add(self, step: Step, row: int, logprobs: int | None, tokenizer: Tokenizer) -> None:
-        """What row `row` of a step says; nothing after the answer's end."""
+        """Add what row `row` of a step says; nothing after the answer's end."""
         if self.finish_reason is not None:
             return
         self.ids.append(step.ids[row])
@@ -47,7 +47,7 @@ class Answer:
             self.tokens.append(_logprobs(self.ids[-1], step.logits[row], logprobs, tokenizer))
 
     def record(self) -> dict[str, Any]:
-        """What is known of it, for --json."""
+        """The answer's fields, for --json."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
@@ -79,8 +79,8 @@ def _follow(
     follow: Callable[..., Iterator[Step]],
     messages: Messages,
 ) -> tuple[list[Answer], str]:
-    """Token after token; a single answer is printed as it is made, unless --json. Returns the
-    answers, and what --contrast-log asks for."""
+    """Generate token after token; a single answer is printed as it is made, unless --json is given.
+    Returns the answers, and the records of --contrast-log."""
     answers = [Answer() for _ in range(chosen.num_return_sequences)]
     streamed = not args.json and len(answers) == 1
     length, started = spliced.embeds.shape[1], time.perf_counter()
@@ -108,7 +108,7 @@ def _follow(
 
 
 def print_answers(answers: Sequence[Answer]) -> None:
-    """As text, with an empty line between two."""
+    """Print answers as text, with an empty line between two."""
     print("\n\n".join(answer.text for answer in answers), flush=True)
 
 
@@ -119,7 +119,7 @@ def _search(
     chosen: Options,
     messages: Messages,
 ) -> list[Answer]:
-    """Beam search; printed as text unless --json."""
+    """Answer by beam search, and print the answers as text unless --json is given."""
     started, tokenizer = time.perf_counter(), assistant.tokenizer
     record = () if args.logprobs is None else ("logits",)
     found = beam.search(assistant.model, spliced, chosen, tokenizer=tokenizer, record=record)
@@ -140,7 +140,7 @@ def _search(
 
 
 def answer(args: argparse.Namespace, options: dict, contrast: Contrast | None) -> int:
-    """What `generate` does with its flags; the exit status."""
+    """Run `generate` with its flags; returns the exit status."""
     messages = Messages(args.verbose, args.quiet)
     weights = find_weights(args.weights, messages)
     question, images = read_question(args)

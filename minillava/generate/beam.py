@@ -1,8 +1,8 @@
-"""Beam search: several answers to a prompt grow side by side, and the most likely whole ones are
+"""Beam search: several answers to a prompt grow side by side, and the most likely complete ones are
 kept.
 
-Token for token that of transformers 5.23 (`_beam_search`), in its order of float operations. B
-prompts, n beams each, K candidates per step, V vocabulary, T prompt positions, m new tokens, R
+The tokens are those of transformers 5.23 (`_beam_search`), whose order of float operations is kept.
+B prompts, n beams each, K candidates per step, V vocabulary, T prompt positions, m new tokens, R
 answers: B times num_return_sequences.
 """
 
@@ -45,12 +45,12 @@ class Beams:
     """k sequences for each prompt, all with as many tokens."""
 
     token_ids: Tensor  # [B, k, m], m the most there can be
-    path: Tensor  # [B, k, m] in which of the B·n rows each token was chosen, -1 after the end
+    path: Tensor  # [B, k, m] the row of B·n in which each token was chosen, -1 after the end
     score: Tensor  # [B, k]
     ended: Tensor  # bool [B, k]
 
     def take(self, index: Tensor) -> "Beams":
-        """For each prompt the sequences [B, j] by their number, in that order."""
+        """The sequences with the numbers `index` [B, j] of each prompt, in that order."""
         rows = torch.arange(len(index), device=index.device)[:, None]  # [B, 1]
         return Beams(*(tensor[rows, index] for tensor in vars(self).values()))
 
@@ -72,9 +72,10 @@ def search(
     """The num_return_sequences best answers to each prompt; with a temperature, transformers' beam
     sampling.
 
-    The prompt is read once and its cache repeated for the beams. Stop texts do not steer the
-    search: they are cut from finished answers, whose ids and scores stay whole. process: as for
-    `generate`, given the log-probabilities of every beam [B·n, V]. Raises ValueError as `generate`.
+    The prompt is prefilled once and its cache repeated for the beams. Stop texts do not change the
+    search: they are cut from the text of finished answers, whose ids and scores stay as they are.
+    process: as for `generate`, but it gets the log-probabilities of every beam [B·n, V]. Raises
+    ValueError as `generate` does.
     """
     run = Run(model, spliced, options, tokenizer, record, process=process)
     search = Search(model, spliced, run, options)
@@ -110,10 +111,10 @@ class Search:
         self.end_ids = torch.tensor(
             model.config.eos_token_ids, dtype=torch.long, device=self.device
         )
-        # even if every beam ends in every way there is, n remain to go on
+        # even if every beam proposes every end token, n candidates remain to go on
         self.count = max(2, 1 + len(self.end_ids)) * self.n
         size = (self.prompts, self.n, self.most)
-        # at first all are alike: follow one
+        # at first all beams are equal, so only one is followed
         first = upcast(spliced.embeds[:0]).new_tensor([0.0] + [RULED_OUT] * (self.n - 1))
         self.running = Beams(
             token_ids=torch.full(size, model.config.pad_token_id, device=self.device),
@@ -125,7 +126,7 @@ class Search:
         self.improvable = torch.ones((self.prompts, 1), dtype=torch.bool, device=self.device)
 
     def repeat(self, output: LanguageOutput, cache: KVCache) -> LanguageOutput:
-        """What was read of B prompts, for the n beams of each."""
+        """Repeat the output and the cache of B prompts for the n beams of each."""
         rows = torch.arange(self.prompts, device=self.device).repeat_interleave(self.n)  # [B·n]
         cache.select_rows(rows)
         self.run.sampler.history = self.run.sampler.history[rows]
@@ -136,7 +137,7 @@ class Search:
         return LanguageOutput(output.logits[rows], states, weights)
 
     def propose(self, scores: Tensor) -> Beams:
-        """The K best ways to go on by one token, or K that are drawn; scores [B·n, V]."""
+        """The K best continuations by one token, or K drawn ones; scores [B·n, V]."""
         total = scores.view(self.prompts, self.n, -1) + self.running.score[:, :, None]
         total = total.flatten(1)  # [B, n·V]
         if (total.amax(1) == REMOVED).any():
@@ -155,14 +156,15 @@ class Search:
         return found
 
     def keep_running(self, candidates: Beams) -> None:
-        """The n best that have not ended."""
+        """Keep the n best candidates that have not ended."""
         going_on = candidates.score + candidates.ended * RULED_OUT
         going_on, index = going_on.topk(self.n)
         self.running = replace(candidates.take(index), score=going_on)
 
     def keep_finished(self, candidates: Beams) -> None:
-        """The n best of the finished and of those that have ended now. An end counts only among
-        the n best candidates, and while the prompt's answers are neither full nor final."""
+        """Keep the n best of the finished answers and of the candidates that end now. An end counts
+        only among the n best candidates, and only as long as the prompt's answers are neither full
+        nor final."""
         early = self.options.early_stopping is True
         full = self.finished.ended.all(1, keepdim=True) & early  # [B, 1]
         ended = candidates.ended.clone()
@@ -173,18 +175,18 @@ class Search:
         self.finished = finished.take(finished.score.topk(self.n).indices)
 
     def last_tokens(self) -> tuple[Tensor, Tensor]:
-        """Of each running beam its newest token, and in which row that was chosen: [B·n] both."""
+        """The newest token of each running beam, and the row in which it was chosen; both [B·n]."""
         at = self.run.sampler.chosen
         return self.running.token_ids[:, :, at].flatten(), self.running.path[:, :, at].flatten()
 
     def can_improve(self) -> bool:
-        """Could the best running beam, at this length or ("never") at the length that flatters it
-        most, still get in?
+        """Whether the best running beam could still enter the finished answers, at its present
+        length or ("never") at the length that gives it the best score.
 
-        Scores are negative, so a longer answer divides its sum by more and looks better: with a
-        penalty of 1, a sum of -6 after 3 tokens is hoped to be worth -6 / 3 = -2; flattered, with
-        12 tokens to come to, -6 / 12 = -0.5. Against a worst finished answer of -1.5 the first has
-        lost, the second goes on.
+        Scores are negative, so a longer answer, whose sum is divided by more, looks better. With a
+        penalty of 1, a sum of -6 after 3 tokens scores -6 / 3 = -2 at its present length, and -6 /
+        12 = -0.5 at a maximal length of 12. If the worst finished answer has -1.5, the first score
+        means that the beam has lost, the second that it goes on.
         """
         early, penalty, step = (
             self.options.early_stopping,
@@ -207,8 +209,8 @@ def _collect(
     tokenizer: Tokenizer | None,
     recorded: dict[str, list],
 ) -> BeamResult:
-    """The best of the finished as rows, with their texts, and of what was recorded in the B·n rows
-    their own part."""
+    """The best finished answers as rows, with their texts, and their part of what was recorded in
+    the B·n rows."""
     token_ids, path, scores = (
         tensor[:, : options.num_return_sequences].flatten(0, 1)
         for tensor in (finished.token_ids, finished.path, finished.score)
@@ -220,7 +222,7 @@ def _collect(
         "".join(row.feed(token, last=made == length) for made, token in enumerate(ids[:length], 1))
         for row, ids, length in zip(answers, token_ids.tolist(), lengths, strict=True)
     ]
-    # m times [R]: after its end a row shows what means nothing
+    # m times [R]; after the end of its answer a row's entries have no meaning
     followed = path[:, :longest].clamp(min=0).T
     return BeamResult(
         sequences=token_ids[:, :longest],

@@ -1,5 +1,5 @@
-"""Contrastive decoding: a second row of the same batch sees something else, and two rows of logits
-make one.
+"""Contrastive decoding: a second row of the same batch sees another input, and the two rows of
+logits are combined into one.
 
 VCD (Leng et al. 2023, arXiv 2311.16922), RITUAL (Woo et al. 2024, arXiv 2405.17821) and M3ID
 (Favero et al. 2024, arXiv 2403.14003, as the code of RITUAL has it). A method of your own is a
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.options import NOISE_STEPS, TRANSFORMS
 
-if TYPE_CHECKING:  # the flags of a method are read here, before torch is imported
+if TYPE_CHECKING:  # flags are checked with these classes before torch is imported
     from PIL import Image
     from torch import Generator, Tensor
 
@@ -34,8 +34,9 @@ LARGEST = 1e6
 
 @dataclass(frozen=True)
 class Contrast:
-    """beta: tokens that the first row finds less than beta times as likely as its best one are cut,
-    whatever the second says; 0 cuts none. Raises ValueError for a value out of range."""
+    """A method of contrast. beta: tokens that in the first row are less than beta times as likely
+    as its best one are cut, whatever the second row says; 0 cuts none. Raises ValueError for a
+    value out of range."""
 
     beta: float = 0.1
 
@@ -49,13 +50,13 @@ class Contrast:
         processor: ImageProcessor,
         generator: Generator,
     ) -> tuple[Rows, Tensor | None]:
-        """What the second rows see: their ids, and the pictures [n,3,R,R] that stand at their
-        -200."""
+        """The input of the second rows: their ids, and the pictures [n,3,R,R] for each -200 in
+        them."""
         raise NotImplementedError
 
     def combine(self, logits: Tensor, other: Tensor, step: int) -> Tensor:
-        """Logits of the first and the second rows, float32 [B,V], after `step` new tokens ->
-        [B,V]"""
+        """Combine the logits of the first and the second rows, float32 [B,V], after `step` new
+        tokens -> [B,V]"""
         raise NotImplementedError
 
     def __call__(self, logits: Tensor, other: Tensor, step: int) -> Tensor:
@@ -63,16 +64,16 @@ class Contrast:
         return self.combine(logits, other, step).masked_fill(self.cut(logits), -math.inf)
 
     def cut(self, logits: Tensor) -> Tensor:
-        """Which tokens are out of the question, bool [B,V]. By the first row's raw logits: a
-        combination that makes an unlikely token look good is just what this guards against."""
-        least = math.log(self.beta) if self.beta else -math.inf  # nothing is less
+        """The tokens that are cut, bool [B,V]. The first row's raw logits decide, since a
+        combination may make an unlikely token look good, and this is the guard against it."""
+        least = math.log(self.beta) if self.beta else -math.inf  # no log-probability is less
         return logits < least + logits.amax(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
 class VCD(Contrast):
-    """Away from what a noised picture suggests: (1 + alpha) · l - alpha · l'.
-    noise_step: 0 to 999, how far the picture has diffused into noise."""
+    """Moves away from what a noised picture suggests: (1 + alpha) · l - alpha · l'. noise_step: 0
+    to 999, how far the picture has diffused into noise."""
 
     alpha: float = 1.0
     noise_step: int = 500
@@ -94,8 +95,8 @@ class VCD(Contrast):
 
 @dataclass(frozen=True)
 class RITUAL(Contrast):
-    """Together with what a transformed picture suggests: l + alpha · l'. The weights add up to 1 +
-    alpha, so this sharpens as well. transform: one of TRANSFORMS; None draws one for each
+    """Adds what a transformed picture suggests: l + alpha · l'. The weights add up to 1 + alpha, so
+    the distribution gets sharper as well. transform: one of TRANSFORMS; None draws one for each
     picture."""
 
     alpha: float = 3.0
@@ -127,9 +128,9 @@ class RITUAL(Contrast):
 
 @dataclass(frozen=True)
 class M3ID(Contrast):
-    """Away from what the text alone suggests, the more the longer the answer: l + (1 - g) / g · (l
-    - l'), with g = exp(-rate · step). unsure: as in the paper (RITUAL's code leaves it out), only
-    while no token's probability reaches this; None: always."""
+    """Moves away from what the text alone suggests, the more the longer the answer is: l + (1 - g)
+    / g · (l - l'), with g = exp(-rate · step). unsure: contrast only while no token's probability
+    reaches this, as in the paper (RITUAL's code leaves it out); None: always."""
 
     rate: float = 0.02
     unsure: float | None = None
@@ -145,8 +146,8 @@ class M3ID(Contrast):
         return without_pictures(input_ids), None
 
     def combine(self, logits, other, step):
-        # (1 - g) / g = 1 / g - 1; the exponent is capped where float32 would overflow, long after l
-        # stopped to matter
+        # (1 - g) / g = 1 / g - 1; The exponent is capped below float32's overflow, far above where
+        # l still matters.
         difference = math.expm1(min(self.rate * step, 50)) * (logits - other)
         if self.unsure is not None:
             sure = logits.softmax(-1).amax(-1, keepdim=True) >= self.unsure  # [B, 1]
@@ -158,7 +159,8 @@ METHODS = {"vcd": VCD, "ritual": RITUAL, "m3id": M3ID}
 
 
 def find_method(contrast: Contrast | str | None) -> Contrast | None:
-    """A method, or one by its name with its defaults. Raises ValueError for what is neither."""
+    """The method itself, or the method of this name with its defaults. Raises ValueError for
+    anything else."""
     if contrast is None or (hasattr(contrast, "second") and not isinstance(contrast, type)):
         return contrast
     if not isinstance(contrast, str) or contrast not in METHODS:
@@ -173,9 +175,9 @@ def find_method(contrast: Contrast | str | None) -> Contrast | None:
 def describe(
     contrast: Contrast, step: Step, number: int, tokenizer: Tokenizer, best: int = 5
 ) -> dict:
-    """What a contrasted step of one row did, for a log: the token that was chosen, the `best`
-    tokens of the first row, of the second and of their combination (before penalties, temperature
-    and filters), with probabilities; and how many tokens were cut."""
+    """What a step with contrast did in one row, for a log: the chosen token; the `best` tokens of
+    the first row, of the second and of their combination (before penalties, temperature and
+    filters), with probabilities; and how many tokens were cut."""
     streams = {"first": step.logits, "second": step.other_logits}
     streams["combined"] = contrast(step.logits, step.other_logits, number)
     top = {}
@@ -194,7 +196,7 @@ def describe(
 
 
 def without_pictures(input_ids: Rows) -> list[list[int]]:
-    """The same ids without any -200: what the text alone says."""
+    """The same ids without any -200, so that only the text is left."""
     return [[int(i) for i in row if i != IMAGE_TOKEN_INDEX] for row in input_ids]
 
 

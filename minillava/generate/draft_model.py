@@ -1,8 +1,8 @@
-"""A small model that guesses what a large one will say (Leviathan et al. 2023, Chen et al. 2023):
-a Llama, which reads the words alone, or a smaller LLaVA, which sees the pictures too.
+"""A small model that guesses what a large one will say (Leviathan et al. 2023, Chen et al. 2023): a
+Llama, which reads only the text, or a smaller LLaVA, which sees the pictures too.
 
-It chooses with a fork of the answer's sampler: the same penalties and filters, and for samples the
-same random numbers, by which two models that agree on what is likely draw the same token.
+It chooses with a fork of the answer's sampler: with the same penalties and filters, and in sampling
+with the same random numbers, so that two models with similar probabilities draw the same token.
 
 V vocabulary of the large model, C width of the small one.
 """
@@ -33,13 +33,13 @@ class DraftModel:
         large: LanguageModel,
         see: Callable[[list[int], Sequence[Any]], Tensor] | None = None,
     ):
-        """see: of a LLaVA, the vectors [1, T, C] of ids with -200 and their pictures."""
+        """see: for a LLaVA, makes the vectors [1, T, C] of ids with -200 and their pictures."""
         self.language, self.see = language, see
         self.vocabulary, self.dtype = (
             large.config.vocab_size,
             upcast(large.embed_tokens.weight[:0]).dtype,
         )
-        # a step reads all weights once
+        # A step reads all weights once, so its cost is their size.
         self.cost = size(language) / size(large)
 
     def begin(self, prompt: list[int], sampler: Sampler, pictures: Sequence[Any]) -> "ModelDraft":
@@ -51,14 +51,14 @@ class DraftModel:
 
 
 def size(model: LanguageModel) -> int:
-    """Bytes."""
+    """The bytes of a model's weights."""
     tensors = (*model.parameters(), *model.buffers())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class ModelDraft:
-    """The guesses for one answer. The cache holds the prompt, then `read`: tokens of the answer, or
-    guesses that may turn out to be none."""
+    """The guesses for one answer. The cache has the prompt, then `read`: tokens of the answer, or
+    guesses that may turn out to be wrong."""
 
     def __init__(self, drafter: DraftModel, sampler: Sampler, prompt: Tensor):
         """prompt: ids [1, T], or vectors [1, T, C]."""
@@ -66,7 +66,7 @@ class ModelDraft:
         self.answer: list[int] = []
         self.read: list[int] = []
         weight = drafter.language.embed_tokens.weight
-        # of what the prompt leaves, as much as the answer can need
+        # as much of the remaining context as the answer can need
         longest = prompt.shape[1] + sampler.options.max_new_tokens
         self.capacity = min(drafter.language.config.context, longest)
         self.cache = KVCache(
@@ -90,7 +90,7 @@ class ModelDraft:
         self.answer += ids
 
     def _catch_up(self) -> Tensor:
-        """Read what of the answer is not read yet, at least its last token."""
+        """Read the tokens of the answer that are not in the cache yet, at least the last one."""
         if not self.cache.length:
             self.drafter.language(self.prompt, None, self.cache, last_only=True)
         kept = common_prefix(self.read, self.answer)
@@ -105,7 +105,7 @@ class ModelDraft:
         return upcast(self.drafter.language(new, None, self.cache, last_only=True).logits[:, -1])
 
     def _as_large(self, logits: Tensor) -> Tensor:
-        """[1, V'] -> [1, V]: a token that only one of the two knows is no guess."""
+        """[1, V'] -> [1, V]: a token that only one of the two models has is never guessed."""
         logits = logits.masked_fill(~logits.isfinite(), -torch.inf)[:, : self.drafter.vocabulary]
         missing = self.drafter.vocabulary - logits.shape[1]
         return F.pad(logits, (0, missing), value=-torch.inf).to(self.drafter.dtype)

@@ -1,4 +1,4 @@
-"""Which drafter a word means (see speculate.py). A new one gets its line here."""
+"""The drafter that a name means (see speculate.py). A new drafter gets a line in this file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +18,8 @@ def find_drafts(
     pass_cost: Callable[[int], float],
     open_drafter: Callable[[str], Drafter],
 ) -> Drafts | None:
-    """What `Assistant.drafts` returns. pass_cost: of so many rows, in steps of one. open_drafter:
-    the small model of a folder."""
+    """The Drafts that `Assistant.drafts` returns. pass_cost: number of rows -> cost of a pass, in
+    steps of one row. open_drafter: opens the small model of a folder."""
     if draft is None or isinstance(draft, Drafts):
         return draft
     if getattr(model.decoding, "is_captured", False):

@@ -1,9 +1,9 @@
 """Many requests at once on one model: each answer has a cache of one row, and all of them take
 their next token in one step.
 
-What rows share is the reading of the weights, which is nearly all that a step costs; attention is
-a row's own matter anyway. So a row joins and leaves when it likes, without padding, and what
-stands in a cache is there for the next request that begins alike.
+The rows share the reading of the weights, which is nearly the whole cost of a step; attention is
+computed per row anyway. So a row can join and leave at any step, without padding, and the next
+request that begins alike reuses what is cached.
 
 B rows, P patches of a picture, C width, T positions of a prompt, V vocabulary, L layers.
 """
@@ -35,8 +35,8 @@ FAILURES = 3
 
 
 class Token(NamedTuple):
-    """One new token of an answer. text: what can now be shown. logprobs: of the token, and of the
-    likeliest in its place, as (id, log-probability)."""
+    """One new token of an answer. text: the text that can now be shown. logprobs: (id,
+    log-probability) of the token and of the most likely ones in its place."""
 
     id: int
     text: str
@@ -45,14 +45,15 @@ class Token(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """An answer that ends without a finish."""
+    """An answer that an error ended."""
 
     code: str
     message: str
 
 
 class Refused(Exception):
-    """A request that is not taken. seconds: when to try again, if that can help."""
+    """The error for a request that is not accepted. seconds: after which trying again may help, if
+    it can."""
 
     def __init__(self, code: str, message: str, seconds: int | None = None):
         super().__init__(message)
@@ -61,11 +62,11 @@ class Refused(Exception):
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and how it is answered, once for each of `options`.
+    """A prompt and how it is to be answered, once for each of `options`.
 
-    ids: with -200 for each picture. pictures: digest and pixels [3,R,R]. put: is given the number
-    of an answer and what happens to it, in the engine's thread. logprobs: how many of the
-    likeliest tokens are told with each.
+    ids: with -200 for each picture. pictures: digest and pixels [3,R,R]. put: is called in the
+    engine's thread with the number of an answer and its next Token or Failed. logprobs: how many of
+    the most likely tokens are reported with each token.
     """
 
     ids: Sequence[int]
@@ -74,12 +75,12 @@ class Request:
     put: Callable[[int, Token | Failed], None]
     logprobs: int | None = None
     cancelled: bool = False
-    cached: int = 0  # positions of the prompt that were not read again
+    cached: int = 0  # positions of the prompt that were cached already
     times: dict[str, float] = field(default_factory=dict)  # when it was taken, begun, read, ended
 
 
 class Slot:
-    """A cache of one row, and what stands in it."""
+    """A cache of one row, and the ids and pictures whose positions it has."""
 
     def __init__(self, model: Llava, capacity: int):
         weight = model.language_model.embed_tokens.weight
@@ -87,14 +88,14 @@ class Slot:
             model.config.text, 1, capacity, dtype=weight.dtype, device=weight.device
         )
         for tensor in (*self.cache.keys, *self.cache.values):
-            tensor.zero_()  # memory is ours only once it was written
+            tensor.zero_()  # the system gives memory only when it is written to
         self.held: list[Held] = []
         self.busy = False
         self.used = 0.0  # when
 
     def begin(self, positions: Sequence[Held]) -> int:
-        """Keep what a prompt begins with, and how much that is. The last position is read in any
-        case: its logits choose the first token."""
+        """Keep the cached positions with which a prompt begins; returns how many. The last position
+        is computed in any case: its logits choose the first token."""
         kept = common_prefix(self.held, positions[:-1])
         self.keep(kept)
         return kept
@@ -104,7 +105,7 @@ class Slot:
         self.held = self.held[:length]
 
     def take_over(self, other: "Slot") -> None:
-        """Go on from what another slot has read."""
+        """Copy what another slot has cached."""
         length = other.cache.length
         for ours, theirs in (
             (self.cache.keys, other.cache.keys),
@@ -117,8 +118,8 @@ class Slot:
 
 @dataclass(eq=False)
 class Answer:
-    """One answer while it is made. rest: embeddings of the prompt that are still to be read
-    [1,T,C]; siblings: answers to the same prompt, which take over what this one has read."""
+    """One answer while it is made. rest: embeddings [1,T,C] of the prompt that are still to be
+    prefilled; siblings: answers to the same prompt, which copy what this one has cached."""
 
     request: Request
     number: int
@@ -129,15 +130,15 @@ class Answer:
     rest: Tensor | None = None
     positions: Sequence[Held] = ()
     siblings: Sequence["Answer"] = ()
-    token: Tensor | None = None  # [1], the last one, which is not read yet
+    token: Tensor | None = None  # [1], the last one, not cached yet
 
 
 class Engine(threading.Thread):
     """The one thread that computes. Others `submit` requests, `cancel` them, and `drain` it.
 
-    slots: how many answers at once. capacity: positions of each, prompt and answer. waiting: how
-    many requests may wait. piece: how many positions of a prompt are read between two steps of
-    those that answer. pictures: how many encoded ones are kept.
+    slots: how many answers are made at once. capacity: positions of each, prompt and answer.
+    waiting: how many requests may wait. piece: how many positions of a prompt are prefilled between
+    two steps of the running answers. pictures: how many encoded pictures are kept.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class Engine(threading.Thread):
         self.most_waiting, self.piece, self.reuse = waiting, piece, reuse
         self.most_pictures = pictures
         self.features: OrderedDict[bytes, Tensor] = OrderedDict()  # [P, C], oldest first
-        # A signal's handler may drain in the middle of what holds the lock: an RLock lets it.
+        # A signal handler may call drain while its own thread has the lock; an RLock allows that.
         self.changed = threading.Condition()
         self.waiting: deque[Request] = deque()
         self.beginning = 0  # slots of a request that is neither waiting nor answered yet
@@ -174,8 +175,8 @@ class Engine(threading.Thread):
     # --- of other threads -------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        """Take a request into the queue. Raises Refused if it is full, if nothing is taken, or if
-        the prompt leaves no room for an answer."""
+        """Put a request into the queue. Raises Refused if the queue is full, if the engine accepts
+        no more, or if the prompt leaves no room for an answer."""
         patches = self.model.config.tokens_per_image
         length = len(request.ids) + len(request.pictures) * (patches - 1)
         if length >= self.capacity or len(request.options) > len(self.slots):
@@ -208,17 +209,19 @@ class Engine(threading.Thread):
 
     @property
     def running(self) -> int:
-        """Slots that are taken."""
+        """The number of slots in use."""
         return sum(slot.busy for slot in self.slots) + self.beginning
 
     def cancel(self, request: Request) -> None:
-        """Nobody waits for it any more; its slots are free before the next step."""
+        """Give up a request for which nobody waits any more; its slots are free before the next
+        step."""
         with self.changed:
             request.cancelled = True
             self.changed.notify()
 
     def drain(self, grace: float) -> None:
-        """Take nothing more, and give up what waits; what runs has `grace` seconds."""
+        """Accept nothing more, and give up the waiting requests; running answers have `grace`
+        seconds."""
         with self.changed:
             if self.state == "ok":
                 self.state = "draining"
@@ -245,7 +248,8 @@ class Engine(threading.Thread):
             raise
 
     def _wait(self) -> bool:
-        """Forget the cancelled, and sleep while there is nothing to do; False at the end."""
+        """Remove cancelled requests, and sleep while there is nothing to do; returns False at the
+        end."""
         with self.changed:
             while True:
                 self.waiting = deque(r for r in self.waiting if not r.cancelled)
@@ -270,7 +274,7 @@ class Engine(threading.Thread):
         requests: Sequence[Request],
         answers: Sequence[Answer] | None = None,
     ) -> None:
-        """Requests that wait, and answers that run (by default all), end with an error."""
+        """End waiting requests and running answers (by default all) with an error."""
         for request in requests:
             for number in range(len(request.options)):
                 request.put(number, Failed(code, message))
@@ -281,8 +285,8 @@ class Engine(threading.Thread):
                     each.request.put(each.number, Failed(code, message))
 
     def _guard(self, work: Callable[[list[Answer]], None], answers: list[Answer]) -> None:
-        """Work that may fail, for want of memory say: then the answers concerned end with an error.
-        Raises what it raised when that happens time after time."""
+        """Do work that may fail, for example for lack of memory; the answers concerned then end
+        with an error. Raises the work's own error if it fails time after time."""
         if not answers:
             return
         try:
@@ -298,7 +302,8 @@ class Engine(threading.Thread):
                 raise
 
     def _admit(self) -> None:
-        """First come, first served, while there are slots; nobody overtakes one who needs more."""
+        """Start waiting requests, first come, first served, while there are slots. No request
+        overtakes one that needs more slots."""
         while self.waiting:
             with self.changed:
                 request = self.waiting[0]
@@ -319,7 +324,7 @@ class Engine(threading.Thread):
                 self.beginning = 0
 
     def _encode(self, key: bytes, pixels: Tensor) -> None:
-        """A picture's patches, if they are not kept; those that answer take a step before."""
+        """Encode a picture if its patches are not kept; running answers take a step first."""
         if key not in self.features:
             self._guard(self._decode, [a for a in self.answers if a.token is not None])
             device = self.model.language_model.embed_tokens.weight.device
@@ -327,7 +332,7 @@ class Engine(threading.Thread):
         self.features.move_to_end(key)
 
     def _begin(self, request: Request, free: list[Slot]) -> None:
-        """Slots for a request: the first where most of its prompt stands already."""
+        """Give a request its slots; the first is the one that has most of its prompt cached."""
         patches = [self.features[key] for key, _ in request.pictures]
         while len(self.features) > self.most_pictures:
             self.features.popitem(last=False)
@@ -357,7 +362,7 @@ class Engine(threading.Thread):
         self.answers += answers
 
     def _read(self, answers: list[Answer]) -> None:
-        """A piece of one prompt; after the last, the first token."""
+        """Prefill a piece of one prompt; after the last piece, choose the first token."""
         (answer,) = answers
         slot, piece = answer.slot, answer.rest[:, : self.piece]
         output = self.model.language_model(piece, None, slot.cache, last_only=True)
@@ -373,7 +378,7 @@ class Engine(threading.Thread):
             self._choose(each, logits)
 
     def _decode(self, answers: list[Answer]) -> None:
-        """One token for each of these answers."""
+        """Decode one token for each of these answers."""
         token_ids = torch.cat([answer.token for answer in answers])  # [B]
         caches = [answer.slot.cache for answer in answers]
         logits = upcast(decode_rows(self.model, token_ids, caches)[:, -1])  # [B, V]
@@ -382,7 +387,7 @@ class Engine(threading.Thread):
             self._choose(answer, row[None])
 
     def _choose(self, answer: Answer, logits: Tensor) -> None:
-        """The next token of one answer, by its logits [1, V]."""
+        """Choose the next token of one answer by its logits [1, V]."""
         token, _, empty = answer.sampler(logits.where(logits.isfinite().all(), 0))
         if not logits.isfinite().all() or empty.any():
             answer.slot.keep(0)
@@ -399,7 +404,7 @@ class Engine(threading.Thread):
         answer.request.put(answer.number, Token(int(token), text, reason, likely))
 
     def _leave(self, answer: Answer) -> None:
-        """An answer is over; what stands in its slot stays there."""
+        """Free the slot of an answer that is over; what is cached in it stays."""
         self.answers.remove(answer)
         answer.slot.busy, answer.slot.used = False, time.monotonic()
         if not any(other.request is answer.request for other in self.answers):
@@ -409,13 +414,13 @@ class Engine(threading.Thread):
 
 
 class Rows:
-    """Several caches of one row, where the layers expect one of several rows."""
+    """Several caches of one row, used where the layers expect one cache of several rows."""
 
     def __init__(self, caches: Sequence[KVCache]):
         self.caches = caches
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """k, v [B,K,1,D] -> per row, all so far [1,K,S,D]; S differs."""
+        """k, v [B,K,1,D] -> for each row all keys and values so far [1,K,S,D]; S differs by row."""
         both = [
             cache.update(layer, k[i : i + 1], v[i : i + 1]) for i, cache in enumerate(self.caches)
         ]
@@ -449,8 +454,8 @@ def decode_rows(model: Llava, token_ids: Tensor, caches: Sequence[KVCache]) -> T
 
 
 def likeliest(logits: Tensor, token_id: int, count: int) -> list[tuple[int, float]]:
-    """The token and the `count` likeliest in its place, with their log-probabilities by the logits
-    [V]."""
+    """The token and the `count` most likely ones in its place, with their log-probabilities from
+    the logits [V]."""
     log_p = logits.log_softmax(-1)
     ids = [token_id, *log_p.topk(min(count, len(log_p))).indices.tolist()]
     return [(i, float(log_p[i])) for i in ids]

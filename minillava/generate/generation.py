@@ -1,4 +1,4 @@
-"""`generate`: a batch of prompts answered in one call, whichever way tokens are chosen; `python -m
+"""`generate`: a batch of prompts answered in one call, in any way of choosing tokens; `python -m
 minillava.generate`.
 
 B rows: prompts times num_return_sequences. m new tokens, n pictures, R their side in pixels, P
@@ -25,7 +25,7 @@ from minillava.tokenizer import Tokenizer
 
 @dataclass
 class Generation:
-    """What `generate` returns. What was not asked for with `record` is None."""
+    """What `generate` returns. A field that `record` did not name is None."""
 
     sequences: Tensor  # [B, m] new ids only, rows padded after their end token
     # per row, without special tokens and stop text; None without a tokenizer
@@ -33,8 +33,8 @@ class Generation:
     finish_reason: list[str]  # per row: "stop" or "length"
     # per row, (start, end) of each picture in the spliced prompt
     image_spans: list[list[tuple[int, int]]]
-    seed: int | Sequence[int] | None  # what reproduces this sample
-    sequences_scores: Tensor | None = None  # [B] with beams: what they were ranked by
+    seed: int | Sequence[int] | None  # reproduces this sample
+    sequences_scores: Tensor | None = None  # [B] with beams, which are ranked by it
     scores: tuple[Tensor, ...] | None = None  # m times [B, V]
     logits: tuple[Tensor, ...] | None = None  # m times [B, V]
     hidden_states: tuple[tuple[Tensor, ...], ...] | None = None  # m times those of Step
@@ -57,14 +57,15 @@ def generate(
     """Answer a batch of prompts: ragged rows of ids with -200 for each picture of `images`
     [n,3,R,R] (or [n,P,C], encoded already).
 
-    second, contrast: (input_ids, images) that see something else, and what makes one row of logits
-    of two (`steps`; contrast.py has both). record: any of RECORDABLE (shapes as Hugging Face's
-    generate). options: the fields of `Options` by name; any other name is a TypeError. process:
-    f(scores [B,V], history [B,S]) -> scores [B,V], after contrast and penalties, before temperature
-    and filters; history: the ids of prompt and answer, padding on the left as -1.
-    num_beams above 1 is beam search (beam.py), without contrast; stop texts are then cut from the
-    finished answers. follow: in place of `loop.steps`, say Drafts.steps (speculate.py). Raises
-    ValueError for options out of range or a prompt that does not fit the model's context.
+    second, contrast: (input_ids, images) of the rows that see another input, and the function that
+    combines two rows of logits into one (`steps`; contrast.py has both). record: any of RECORDABLE
+    (shapes as Hugging Face's generate). options: the fields of `Options` by name; any other name is
+    a TypeError. process: f(scores [B,V], history [B,S]) -> scores [B,V], after contrast and
+    penalties, before temperature and filters; history: the ids of prompt and answer, padding on the
+    left as -1. num_beams above 1 is beam search (beam.py), without contrast; stop texts are then
+    cut from the finished answers. follow: replaces `loop.steps`, for example Drafts.steps
+    (speculate.py). Raises ValueError for options out of range or a prompt that does not fit the
+    model's context.
     """
     chosen = read_options(options)
     record = (record,) if isinstance(record, str) else record
@@ -94,8 +95,8 @@ def _add_second(
     second: tuple[Tensor | Sequence[Sequence[int]], Tensor | None] | None,
     contrast: Callable[[Tensor, Tensor, int], Tensor] | None,
 ) -> tuple[list[Sequence[int]], Tensor | None]:
-    """Ids and pictures of the rows that answer, then of those that read along. Raises ValueError if
-    they do not fit together."""
+    """The ids and pictures of the rows that answer, followed by those of the second rows. Raises
+    ValueError if they do not fit together."""
     if isinstance(contrast, str | type):
         raise ValueError(
             f"contrast is {contrast!r}, expected a method such as VCD() with the rows of "
@@ -121,8 +122,9 @@ def _add_second(
 
 
 def check_room(model: Llava, input_ids: Tensor | Sequence[Sequence[int]]) -> None:
-    """Raises ValueError as `remaining_context`, before a word is looked up or a picture encoded:
-    for a prompt of megabytes that takes gigabytes. input_ids: rows, with -200 for each picture."""
+    """Raises ValueError as `remaining_context` does, before any embedding is looked up or picture
+    encoded, since that would take gigabytes for a prompt of megabytes. input_ids: rows, with -200
+    for each picture."""
     for ids in as_rows("input_ids", input_ids, "cpu"):
         pictures = int((ids == IMAGE_TOKEN_INDEX).sum())
         length = model.config.positions(len(ids), pictures)
@@ -136,7 +138,7 @@ def _collect(
     record: Sequence[str],
     with_text: bool,
 ) -> Generation:
-    """What a loop made, put together."""
+    """Put the steps of a loop together into one Generation."""
     token_ids: list[Tensor] = []
     pieces: list[list[str]] = []
     kept: dict[str, list] = {name: [] for name in record}

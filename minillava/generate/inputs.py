@@ -1,4 +1,4 @@
-"""Questions and pictures as what the model reads, with what contrast shows it besides.
+"""Questions and pictures as the model's input, and the second input of contrast.
 
 n pictures, R their side in pixels, P patches each, C width.
 """
@@ -23,8 +23,8 @@ Seed = int | Sequence[int] | None
 
 
 def check_length(text: str, tokenizer: Tokenizer, context: int) -> None:
-    """Raises ValueError for a text that cannot fit the context, whatever its tokens are: to cut
-    tens of megabytes into tokens, only to count them, would take gigabytes."""
+    """Raises ValueError for a text that cannot fit into the context, whatever its tokens are: to
+    cut tens of megabytes into tokens only to count them would take gigabytes."""
     fewest = tokenizer.fewest_tokens(text)
     if fewest > context:
         raise ValueError(
@@ -34,7 +34,7 @@ def check_length(text: str, tokenizer: Tokenizer, context: int) -> None:
 
 
 def pictures_of_each(image: Images | Sequence[Images], questions: int) -> list[list[ImageSource]]:
-    """The pictures of each question: the same for all, or a list with what each has. Raises
+    """The pictures of each question: the same for all, or a list with those of each. Raises
     ValueError if there are not as many as questions."""
     given = list(image) if are_several(image) else [image] * questions
     if len(given) != questions:
@@ -47,7 +47,7 @@ def pictures_of_each(image: Images | Sequence[Images], questions: int) -> list[l
 def encode_each(
     pictures: Sequence[Sequence[ImageSource]], encode: Callable[[ImageSource], Tensor]
 ) -> Tensor | None:
-    """The pictures of all questions in order, [n, P, C]; one that stands there twice is encoded
+    """The pictures of all questions in order, [n, P, C]; a picture that occurs twice is encoded
     once. None if there are none."""
     flat = [picture for own in pictures for picture in own]
     names = [str(p) if isinstance(p, (str, Path)) else id(p) for p in flat]
@@ -72,8 +72,8 @@ def splice_one(
     contrast: Contrast | None,
     seed: Seed,
 ) -> Spliced:
-    """One prompt and its pictures as the vectors that the language model reads: a row, and a second
-    one for `contrast`."""
+    """One prompt and its pictures as the vectors that the language model reads: one row, and a
+    second row if there is a `contrast`."""
     if contrast is None:
         return model.splice([ids], processor(pictures))
     opened = [open_image(picture) for picture in pictures]
@@ -90,7 +90,7 @@ def second_rows(
     contrast: Contrast,
     seed: Seed,
 ) -> tuple[Rows, Tensor | None]:
-    """What `contrast` shows of each prompt: ids, and encoded pictures [n, P, C]."""
+    """The second input of `contrast` for each prompt: ids, and encoded pictures [n, P, C]."""
     others: Rows = []
     changed: list[Tensor] = []
     for row, own, generator in zip(ids, pictures, _generators(seed, len(ids)), strict=True):
@@ -102,15 +102,15 @@ def second_rows(
 
 
 def _generators(seed: Seed, rows: int) -> list[torch.Generator]:
-    """For each row the random numbers of what contrast shows it: its own for a seed each, the same
-    ones, one row after the other, for a seed of them all."""
+    """For each row the generator of random numbers for its second input. If each row has a seed,
+    each has its own generator; with one seed for all, the rows share one generator."""
     if seed is None or isinstance(seed, int):
         return [torch.Generator().manual_seed(seed or 0)] * rows
     return [torch.Generator().manual_seed(each) for each in seed]
 
 
 def repeat_rows(spliced: Spliced, times: int) -> Spliced:
-    """Every row `times` times, in adjacent rows."""
+    """Repeat every row `times` times, in adjacent rows."""
     if times == 1:
         return spliced
 

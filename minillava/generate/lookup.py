@@ -1,5 +1,5 @@
-"""Prompt lookup (Saxena 2023): what followed the last words when they were said before, in the
-prompt or in the answer. It costs nothing, and is right where an answer repeats."""
+"""Prompt lookup (Saxena 2023): the guess is what followed the last tokens at an earlier place in
+the prompt or the answer. It costs nothing, and is right if an answer repeats itself."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -35,8 +35,8 @@ class LookupDraft:
 def look_up(
     ids: list[int], count: int, ends: Sequence[int] = (), longest: int = LONGEST
 ) -> list[int]:
-    """At most `count` ids from behind the first place where the last n are found, n from `longest`
-    down to 1, as transformers looks for them. Up to a picture (-200) or an end token."""
+    """At most `count` ids that follow the first place where the last n ids are found, for n from
+    `longest` down to 1, as in transformers. They end before a picture (-200) or an end token."""
     for n in range(min(longest, len(ids) - 1), 0, -1):
         tail = ids[-n:]
         for start in range(n, len(ids)):

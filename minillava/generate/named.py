@@ -1,4 +1,5 @@
-"""Options by name, as in `ask(..., temperature=1)`; and what a wrong name may have meant."""
+"""Options by name, as in `ask(..., temperature=1)`; a wrong name gets a hint at what it may have
+meant."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -45,7 +46,8 @@ LOAD_HINTS = {
 
 
 def check_names(given: Mapping[str, Any], known: Collection[str], other: Mapping[str, str]) -> None:
-    """Raises TypeError for a name that is not known, with what `other` says, or the nearest."""
+    """Raises TypeError for a name that is not known, with the hint in `other` or the nearest known
+    name."""
     for name in given:
         if name not in known:
             near = get_close_matches(name, known, 1, 0.5)
@@ -56,6 +58,7 @@ def check_names(given: Mapping[str, Any], known: Collection[str], other: Mapping
 
 
 def read_options(given: Mapping[str, Any], others: Options | None = None) -> Options:
-    """Options by name, the rest as in `others`. Raises as `check_names` and Options do."""
+    """Options by name, the rest as in `others`. Raises TypeError for a name that is not known and
+    ValueError for values out of range."""
     check_names(given, Options.__dataclass_fields__, OPTION_HINTS)
     return Options(**given) if others is None else replace(others, **given)

@@ -1,4 +1,4 @@
-"""How likely a model finds given answers to one question. The question is read once.
+"""The log-likelihood of given answers to one question. The question is prefilled once.
 
 n answers, m the tokens of the longest one, V vocabulary.
 """
@@ -52,9 +52,10 @@ def score_answers(
 
 
 def _split(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], Tensor, Tensor]:
-    """What all rows begin with, up to the first label, and the rest of each: ids and labels [n, m].
+    """The ids with which all rows begin, up to the first label, and the rest of each row: ids and
+    labels [n, m].
 
-    They are padded on the right, where causal attention never looks back from."""
+    The rest is padded on the right: causal attention never attends to later positions."""
     shared = min(common_prefix(rows[0][0], ids) for ids, _ in rows)
     begins = [next(i for i, x in enumerate(labels) if x != IGNORE_INDEX) for _, labels in rows]
     shared = min(shared, *begins)

@@ -1,12 +1,12 @@
-"""Speculative decoding: a drafter guesses what comes next, and one pass checks all its guesses.
+"""Speculative decoding: a drafter guesses the next tokens, and one pass checks all its guesses.
 
-A pass over the last token and g guesses gives the logits of g + 1 steps, and reads the weights
-once (Leviathan et al. 2023). Each row of it then goes through the very objects of a plain step, one
-after the other: it is chosen from, it may end the answer, its text is shown. The first row that
-chooses something else than the guess is the last one that counts. So a draft decides nothing and
-only saves passes, and the answer is the plain one: the most likely tokens, or, since each token is
-drawn by the same random numbers, the same sample for the same seed (Daliri et al. 2024). Accepting
-with probability min(1, p/q), as in the first paper, keeps some guesses more, but not the sample.
+A pass over the last token and g guesses gives the logits of g + 1 steps, and reads the weights once
+(Leviathan et al. 2023). Each row of the pass then goes through the same objects as a plain step,
+one after the other: a token is chosen, it may end the answer, its text is shown. The first row
+whose token differs from the guess is the last one that counts. So a draft decides nothing and only
+saves passes, and the answer is the plain one: the most likely tokens, or, since each token is drawn
+with the same random numbers, the same sample for the same seed (Daliri et al. 2024). Accepting with
+probability min(1, p/q), as in the first paper, would keep a few more guesses, but not the sample.
 
 B rows (2 with contrast, else 1), g guesses, S positions in the cache, V vocabulary.
 """
@@ -43,16 +43,17 @@ class Draft(Protocol):
     """The guesses for one answer."""
 
     def propose(self, count: int) -> list[int]:
-        """At most `count` tokens that may come next; none is an ordinary step."""
+        """At most `count` tokens that may come next; without any, the step is an ordinary one."""
 
     def accept(self, ids: list[int], hidden: Tensor) -> None:
-        """What came instead. hidden [C]: the last hidden state, normalised, that chose the last of
-        `ids`."""
+        """Learn the tokens that really came. hidden [C]: the last hidden state, normalised, from
+        which the last of `ids` was chosen."""
 
 
 def fork(sampler: Sampler) -> Sampler:
-    """The same, to guess with: it draws what the other will draw, and leaves it as it is. Without
-    somebody's own `process`, which would be called for guesses."""
+    """A copy of a sampler, to guess with: it draws what the original will draw, and does not change
+    the original. It has no `process`, since the caller's function must not be called for
+    guesses."""
     other = copy(sampler)
     other.process, other.generators = None, []
     for generator in sampler.generators:
@@ -62,19 +63,20 @@ def fork(sampler: Sampler) -> Sampler:
 
 
 class Drafter(Protocol):
-    """A way to guess. One file with these names is a new one."""
+    """A way to guess. A file that defines these names adds a new one."""
 
-    kind: str  # what it is called
+    kind: str  # its name
     cost: float  # of one guess, in steps of the model
 
     def begin(self, prompt: list[int], sampler: Sampler, pictures: Sequence[Any]) -> Draft:
-        """For one answer. prompt: ids with -200 for each picture. sampler: of the answer; `fork` it
-        to choose as it will. pictures: as they were given; none if only their patches are known."""
+        """Start the guesses for one answer. prompt: ids with -200 for each picture. sampler: of the
+        answer; a `fork` of it chooses as it will. pictures: as they were given; none if only their
+        patches are known."""
 
 
 @dataclass
 class Report:
-    """How much one answer owes to its drafts."""
+    """How much one answer gained from its drafts."""
 
     kind: str
     exact: bool | None = None  # whether rows of a pass have the bits of single steps; None: unknown
@@ -91,12 +93,12 @@ class Report:
         self.lengths[accepted] += 1
 
     def record(self) -> dict[str, Any]:
-        """For --json."""
+        """The report's fields, for --json."""
         names = ("kind", "passes", "drafted", "accepted", "lengths", "exact")
         return {name: vars(self)[name] for name in names}
 
     def told(self) -> str:
-        """In words."""
+        """The report in words."""
         made = self.tokens - 1
         speed = f" ({made / self.passes:.1f} a pass)" if self.passes else ""
         lengths = " ".join(f"{n}:{count}" for n, count in enumerate(self.lengths) if count)
@@ -111,11 +113,12 @@ class Report:
 
 
 class Pace:
-    """How many tokens to guess: `fixed`, or as many as pay by what a pass costs and how often
-    guesses were right of late."""
+    """How many tokens to guess: `fixed`, or as many as pay off, given the cost of a pass and how
+    often recent guesses were right."""
 
     def __init__(self, fixed: int | None, pass_cost: Callable[[int], float], guess_cost: float):
-        """pass_cost: of a pass over so many tokens, in steps; guess_cost: of a guess."""
+        """pass_cost: number of tokens -> cost of a pass, in steps. guess_cost: of one guess, in
+        steps."""
         self.fixed, self.pass_cost, self.guess_cost = fixed, pass_cost, guess_cost
         self.right: deque[bool] = deque([True, True, True, False, False], maxlen=32)
 
@@ -126,13 +129,13 @@ class Pace:
         return best_length(rate, self.pass_cost, self.guess_cost)
 
     def note(self, drafted: int, accepted: int) -> None:
-        """A guess behind a wrong one says nothing."""
+        """Note how many guesses were right. A guess after a wrong one does not count."""
         self.right += [True] * accepted + [False] * (accepted < drafted)
 
 
 def best_length(rate: float, pass_cost: Callable[[int], float], guess_cost: float) -> int:
-    """The number of guesses with the most tokens for the time, if each is right at this rate. 0 is
-    an ordinary step."""
+    """The number of guesses that gives the most tokens per time, if each guess is right at this
+    rate. 0 is an ordinary step."""
 
     def gain(g: int) -> float:
         expected = sum(rate**i for i in range(g + 1))  # tokens
@@ -143,8 +146,8 @@ def best_length(rate: float, pass_cost: Callable[[int], float], guess_cost: floa
 
 @dataclass
 class Drafts:
-    """A drafter and how it is used: `steps` in place of loop.steps. tokens: guesses in a pass;
-    None: by their cost."""
+    """A drafter and how it is used: `steps` replaces loop.steps. tokens: guesses in a pass; None:
+    as many as pay off."""
 
     drafter: Drafter
     tokens: int | None = None
@@ -186,7 +189,7 @@ class Drafts:
 def following(
     drafts: Drafts | None, options: Options, pictures: Sequence[Any]
 ) -> Callable[..., Iterator[Step]]:
-    """The loop, plain or with drafts. Raises ValueError for options that they do not go with."""
+    """The loop, plain or with drafts. Raises ValueError for options that drafts do not support."""
     if drafts is None:
         return steps
     check_one(1, options)
@@ -216,18 +219,19 @@ def _steps(
         drafts.drafter.cost,
     )
     with decode_in_turn(model, spliced.embeds, run.capacity, cache, run.wanted) as decoder:
-        # Somebody else's cache may grow at the last yield of a block, keeping what is in it.
+        # A cache that the caller owns may grow at the last yield of a block, and keeps what is in
+        # it.
         cache, spare = decoder.cache, int(cache is not None)
-        # guessed: without a pass that checks it, to know how often it is right
+        # guessed: guesses that no pass checks, made to know how often they are right
         guesses, guessed = [], []
         rows = [prefill(model, spliced, cache, **run.wanted)]
         draft = drafts.drafter.begin(prompt_ids(spliced), run.sampler, pictures)
         while True:
-            start = cache.length - len(guesses)  # as far as it is known
+            start = cache.length - len(guesses)  # the length without the guesses
             block = take_rows(run, rows, guesses)
             accepted = sum(s.ids == [guess] for s, guess in zip(block, guesses, strict=False))
             report.tokens = run.sampler.chosen
-            if report.tokens > len(block):  # not the prompt's
+            if report.tokens > len(block):  # not the pass over the prompt
                 report.add(len(guesses), accepted)
                 pace.note(len(guesses), accepted)
                 pace.note(len(guessed), int(guessed == block[0].ids))
@@ -236,7 +240,7 @@ def _steps(
                 return
             ids = [step.ids[0] for step in block]
             draft.accept(ids, rows[len(block) - 1].hidden[0, -1])
-            # one more than are left could not count
+            # More guesses than tokens are left could not count.
             most = min(run.most - run.sampler.chosen, cache.capacity - cache.length - spare) - 1
             count = min(pace.choose(), most)
             guesses = text_only(draft.propose(count), model) if count > 0 else []
@@ -245,7 +249,8 @@ def _steps(
 
 
 def take_rows(run: Run, rows: list[LanguageOutput], guesses: list[int]) -> list[Step]:
-    """The steps that a pass is worth: up to the first that is no guess, or ends the answer."""
+    """The steps that a pass yields: up to the first whose token differs from its guess, or that
+    ends the answer."""
     block = []
     for output, guess in zip(rows, [*guesses, None], strict=True):
         step, told = run.choose(output)
@@ -257,8 +262,8 @@ def take_rows(run: Run, rows: list[LanguageOutput], guesses: list[int]) -> list[
 
 
 def show(block: list[Step], cache: KVCache, start: int) -> Iterator[Step]:
-    """Step by step, with the cache as the plain loop would leave it behind each: whoever stops
-    listening may go on from there."""
+    """Yield step by step, with the cache after each as the plain loop would leave it, so that a
+    caller that stops early can go on from it."""
     cache.truncate(start)
     for step in block:
         yield step
@@ -267,8 +272,8 @@ def show(block: list[Step], cache: KVCache, start: int) -> Iterator[Step]:
 
 
 def check(model: Llava, token_ids: list[int], cache: KVCache, run: Run) -> list[LanguageOutput]:
-    """One pass over tokens whose order is known, as what single steps would give, one for each.
-    Both streams of contrast read the same tokens."""
+    """One pass over known tokens; returns what a single step would give for each of them. Both
+    streams of contrast read the same tokens."""
     language, past = model.language_model, cache.length
     rows = [token_ids] * run.rows_per_answer
     ids = torch.tensor(rows, device=run.sampler.history.device)  # [B, g + 1]
@@ -293,9 +298,9 @@ def one_row(output: LanguageOutput, i: int, length: int) -> LanguageOutput:
 
 
 def query_by_query(attend: Callable[..., Any], padded: bool) -> Callable[..., Any]:
-    """Attention of several new positions as if each were a step: the very call of a step, one query
-    over the keys that it would see. A call for all of them adds up in another order, and in int8,
-    int4 and bfloat16 it is the only thing that does."""
+    """Attention of several new positions as if each were a step: the same call as in a step, with
+    one query over the keys that it would see. One call for all of them would add up in another
+    order, and in int8, int4 and bfloat16 that is the only difference from single steps."""
 
     def attend_rows(
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
@@ -316,9 +321,10 @@ def query_by_query(attend: Callable[..., Any], padded: bool) -> Callable[..., An
 
 @torch.no_grad()
 def keeps_bits(language: LanguageModel, most: int, streams: int = 1) -> bool:
-    """Whether the rows of a pass over up to `most` tokens have the bits of single steps here: by
-    the first block and the head, which have layers of all shapes. What differs is how a product of
-    several rows adds up. streams: 2 with contrast."""
+    """Whether the rows of a pass over up to `most` tokens have the bits of single steps on this
+    machine. It tries the first block and the head, which have layers of all shapes. A difference
+    would come from the order in which a product of several rows adds up. streams: 2 with
+    contrast."""
     if language.one_by_one:
         return True
     weight = language.embed_tokens.weight
@@ -355,7 +361,7 @@ def prompt_ids(spliced: Spliced) -> list[int]:
 
 
 def text_only(guesses: list[int], model: Llava) -> list[int]:
-    """The guesses up to the first that the model cannot say: no picture, no padding, nothing
+    """The guesses before the first one that the model cannot generate: a picture, padding, or an id
     outside its vocabulary."""
     config = model.config
     for i, guess in enumerate(guesses):
@@ -368,7 +374,7 @@ def text_only(guesses: list[int], model: Llava) -> list[int]:
 
 
 def check_one(batch: int, options: Options) -> None:
-    """Raises ValueError for what drafts are not for."""
+    """Raises ValueError for options that drafts do not support."""
     if options.num_beams > 1:
         raise ValueError(f"num_beams is {options.num_beams}: drafts are for single answers")
     if batch > 1:

@@ -1,4 +1,4 @@
-"""What the second row sees in contrastive decoding (contrast.py): VCD's noised picture, and
+"""The pictures of the second row in contrastive decoding (contrast.py): VCD's noised picture, and
 RITUAL's transforms.
 
 n pictures, R their side in pixels.
@@ -108,7 +108,7 @@ def crop(picture, side, generator):
             left = int(torch.randint(width - w + 1, (), generator=generator))
             top = int(torch.randint(height - h + 1, (), generator=generator))
             break
-    else:  # a long strip: the middle of it, as wide as the shapes above allow
+    else:  # of a long strip the middle, as wide as the shapes above allow
         w, h = min(width, round(height * 4 / 3)), min(height, round(width / (3 / 4)))
         left, top = (width - w) // 2, (height - h) // 2
     return picture.resize(
@@ -122,8 +122,8 @@ FUNCTIONS = dict(zip(TRANSFORMS, (flip, turn_upside_down, rotate, jitter, blur, 
 def transform(
     name: str | None, picture: Image.Image, side: int, generator: Generator
 ) -> Image.Image:
-    """The picture (RGB) by one of TRANSFORMS; None draws one. side: what `crop` scales to, in
-    pixels. Raises ValueError if the picture is too small to blur."""
+    """The picture (RGB) changed by one of TRANSFORMS; None draws one. side: what `crop` scales to,
+    in pixels. Raises ValueError if the picture is too small to blur."""
     if name is None:
         name = TRANSFORMS[int(torch.randint(len(TRANSFORMS), (), generator=generator))]
     return FUNCTIONS[name](picture, side, generator)
