@@ -61,7 +61,7 @@ WRAPPED, REPLACED = re.compile(r"\.(modules_to_save\.[^.]+|base_layer)\."), ".or
 
 
 class Delta(NamedTuple):
-    """What one weight gains."""
+    """What a LoRA adds to one weight."""
 
     a: Stored  # [r, C]
     b: Stored  # [N, r]
@@ -70,8 +70,8 @@ class Delta(NamedTuple):
     def add_to(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """weight + scale · B·A, the product and the sum in float32, then rounded once to `dtype`.
 
-        `fan_in_fan_out` is not looked at: it is about layers that store their weight transposed,
-        which no layer of LLaVA does, and PEFT itself switches it off for nn.Linear."""
+        `fan_in_fan_out` is ignored: it concerns layers that store their weight transposed, which no
+        layer of LLaVA does, and PEFT itself switches it off for nn.Linear."""
         delta = (self.b.read().float() @ self.a.read().float()) * self.scale
         return (weight.float() + delta).to(dtype)
 
@@ -122,7 +122,7 @@ class Adapter:
         self.deltas = {name: self._delta(name, pair, config, path) for name, pair in halves.items()}
         if not self.deltas:
             raise ValueError(f"{file}: holds no pair of lora_A and lora_B; download it again")
-        # What PEFT chooses by the end of a module's name it finds in every layer.
+        # PEFT chooses modules by the end of their names, and so in every layer.
         narrowed = any(config.get(key) for key in ("layers_to_transform", "exclude_modules"))
         targets = config.get("target_modules")
         self.everywhere = (
@@ -173,8 +173,8 @@ class Adapter:
 
 
 def _check_formula(path: Path, config: dict[str, Any]) -> None:
-    """Raises ValueError naming a setting that makes W' something else than the module's docstring
-    says, or that this file does not know and which may do so."""
+    """Raises ValueError naming a setting that makes W' differ from the formula in the module's
+    docstring, or an unknown setting that may do so."""
     for key, value in config.items():
         variant = key in _VARIANTS or (
             (key.startswith("use_") or key.endswith("_config")) and key not in _KNOWN

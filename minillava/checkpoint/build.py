@@ -100,7 +100,7 @@ class Differences(NamedTuple):
 
 
 def compare(weights: StoredWeights, expected: dict[str, Shape]) -> Differences:
-    """Stored tensors against the names and shapes of a network."""
+    """Compare stored tensors with the names and shapes of a network."""
     return Differences(
         [name for name in expected if name not in weights.tensors],
         [name for name in weights.tensors if name not in expected],
@@ -113,7 +113,8 @@ def compare(weights: StoredWeights, expected: dict[str, Shape]) -> Differences:
 
 
 def check_depth(depth: int, weights: StoredWeights) -> None:
-    """Raises ValueError before anybody builds a billion layers."""
+    """Raises ValueError if the config has more layers than there are tensors, before a billion
+    layers are built."""
     if depth > len(weights.tensors) + len(weights.unused):
         found = (
             f"num_hidden_layers is {depth}, which is more than there are tensors "
@@ -163,7 +164,7 @@ def fill(
 def _read(
     weights: StoredWeights, name: str, rows: int, dtype: torch.dtype | None, transient: bool
 ) -> Tensor:
-    """A tensor, with as many rows as the network's if it is a table."""
+    """A tensor; a table has as many rows as the network's."""
     whole = weights.read(name, dtype, transient)
     return grow_rows(whole, rows) if name in TABLES else whole
 
@@ -177,7 +178,7 @@ def _read_quantised(
         raise ValueError(
             f"{weights.folder}: {name} is quantised with shape {found}, expected {wanted}"
         )
-    parts = {  # int4 is packed anew, so what was read of it may go
+    parts = {  # int4 is packed anew, so the tensor that was read can be freed
         suffix: stored.file.read(stored.name, transient=suffix == "weight_int4")
         for suffix, stored in weights.quantised[name].items()
     }
@@ -187,7 +188,8 @@ def _read_quantised(
 def _unpacked(
     weights: StoredWeights, name: str, parts: dict[str, Tensor], device: torch.device
 ) -> dict[str, Tensor]:
-    """int4 in the order of some processor: as it is if that is this one, else as it is for all."""
+    """int4 that was packed for some processor: unchanged if that is this one, else in the order
+    stored for every processor."""
     stored = weights.quantised[name][PACKED]
     try:
         order = read_order(stored.file.metadata.get(ORDER))

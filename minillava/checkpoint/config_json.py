@@ -2,7 +2,7 @@
 
 The hub dialect (llava-hf) nests `text_config` and `vision_config`; the original dialect
 (liuhaotian) is one flat Llama config with `mm_*` fields. Both leave most numbers out and rely on
-the defaults of the classes that wrote them, which stand in config.py.
+the defaults of the classes that wrote them, which are in config.py.
 """
 
 import math
@@ -120,8 +120,8 @@ def _hub(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
 
 
 def _original(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
-    # LLaVA takes an absent mm_use_im_patch_token for true. The token it then adds is in no prompt:
-    # it matters only where others come after it.
+    # LLaVA takes an absent mm_use_im_patch_token as true. The token that it then adds is in no
+    # prompt, so it matters only if others come after it.
     around = raw.value("mm_use_im_start_end", bool, False)
     patch = raw.value("mm_use_im_patch_token", bool, around)
     aspect = raw.expect("image_aspect_ratio", ("pad", "square"))  # `anyres` is LLaVA-1.6
@@ -138,13 +138,14 @@ def _original(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
 
 
 def is_language_model(folder: Path) -> bool:
-    """Whether a folder is a Llama or Mistral alone, and no LLaVA."""
+    """Whether a folder is a Llama or Mistral alone, and not a LLaVA."""
     raw = read_json(Path(folder) / "config.json")
     return raw.get("model_type") in ("llama", "mistral") and "mm_vision_tower" not in raw
 
 
 def read_text_config(folder: Path) -> TextConfig:
-    """The configuration of a Llama alone. Raises as `read_config`."""
+    """The configuration of a Llama alone. Raises FileNotFoundError or ValueError as `read_config`
+    does."""
     path = Path(folder) / "config.json"
     raw = _Reader(path, read_json(path))
     config = _text(raw, bool(raw.value("tie_word_embeddings", bool, False)))
@@ -221,7 +222,8 @@ def _projector_layers(raw: "_Reader") -> int:
 
 
 def check_config(config: LlavaConfig, path: Path) -> None:
-    """What the fields must say together. Raises ValueError with the numbers that disagree."""
+    """Check that the fields agree with one another. Raises ValueError with the numbers that
+    disagree."""
     text, vision = config.text, config.vision
     problems = [
         (text.num_attention_heads % text.num_key_value_heads, "num_attention_heads", text.num_attention_heads,
@@ -252,8 +254,8 @@ class _Reader:
         return self.raw.get(key) is not None
 
     def value(self, key: str, kind: type[T], default: D) -> T | D:
-        """The value under `key`, or `default` when it is absent or null; ValueError when of another
-        type."""
+        """The value under `key`, or `default` when it is absent or null; Raises ValueError if it
+        has another type."""
         found = self.raw.get(key)
         if found is None:
             return default
@@ -310,7 +312,7 @@ class _Reader:
         return cls(**known)
 
 
-_LLAMA_END = _Reader(Path(), {"eos_token_id": 2})  # what a config means that names no end token
+_LLAMA_END = _Reader(Path(), {"eos_token_id": 2})  # the end token of a config that names none
 
 _EXPECTED = {
     int: "a whole number",

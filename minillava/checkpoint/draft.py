@@ -50,7 +50,7 @@ def check_same_words(folder: Path, config: TextConfig, tokenizer: Tokenizer) -> 
         )
     found, beside = find_tokenizer([folder])
     if not found.is_file():
-        return  # nothing says that they are others
+        return  # no file says that the ids differ
     ours, theirs = tokenizer.sentencepiece, Tokenizer(found, beside=beside).sentencepiece
     if theirs.vocab_size() != known or any(
         ours.id_to_piece(i) != theirs.id_to_piece(i) for i in range(known)

@@ -1,4 +1,4 @@
-"""Which folders hold a model: what a user typed, the hub's cache, a base, a tower, an adapter."""
+"""The folders of a model: from what a user typed, the hub's cache, a base, a tower, an adapter."""
 
 import errno
 import os
@@ -35,13 +35,13 @@ class Folders:
 
     @property
     def of_tokenizer(self) -> list[Path]:
-        """Where a tokenizer's files may lie, the most particular folder first."""
+        """The folders that may have a tokenizer's files, the most specific one first."""
         folders = (self.adapter, self.weights, self.model_base)
         return [folder for folder in folders if folder is not None]
 
     @property
     def of_pictures(self) -> Path:
-        """Where a file may lie that says how pictures are prepared."""
+        """The folder that may have a file that says how pictures are prepared."""
         return self.vision_tower or self.find("preprocessor_config.json")
 
 
@@ -52,8 +52,8 @@ def find_folders(
     model_base: Name = None,
     adapter: Name = None,
 ) -> Folders:
-    """The folders that names mean (see find_folder). LLaVA's own weights would be neither tower,
-    base nor adapter, so no message recommends them there."""
+    """The folders that names mean (see find_folder). LLaVA's own weights cannot be a tower, base or
+    adapter, so no message recommends them for these."""
     folder = find_folder(weights, revision)
     tower = None if vision_tower is None else find_folder(vision_tower, command=CLIP_DOWNLOAD)
     base, lora = (
@@ -64,8 +64,8 @@ def find_folders(
 
 
 def default_weights() -> str:
-    """What is opened where no weights are named: those of $MINILLAVA_WEIGHTS, else the bundled demo
-    model. Raises ValueError if there is neither."""
+    """The weights that are opened if none are named: those of $MINILLAVA_WEIGHTS, else the bundled
+    demo model. Raises ValueError if there is neither."""
     named = os.environ.get(WEIGHTS_VARIABLE)
     if named:
         if not os.path.isdir(os.path.expanduser(named)) and not is_repo_id(named):
@@ -88,7 +88,7 @@ HOW_TO_GET_WEIGHTS = (
 
 
 def bundled_weights() -> Path | None:
-    """The folder of the demo model that comes with minillava; None if somebody left it out."""
+    """The folder of the demo model that comes with minillava; None if it was left out."""
     package = Path(__file__).parents[1]
     # as installed from a wheel; in a checkout
     folders = package / "shapes", package.parent / "weights" / "shapes"
@@ -111,7 +111,7 @@ def find_folder(
         try:
             return find_snapshot(str(weights), revision)
         except FileNotFoundError as error:
-            own = "hf download" in str(error)  # this model's command, and not another's
+            own = "hf download" in str(error)  # the command for this model, not for another
             raise FileNotFoundError(f"{error}{_next_step(folder, '' if own else get)}") from None
     if revision is not None:
         raise ValueError(
@@ -135,7 +135,7 @@ def find_folder(
 
 
 def _next_step(folder: Path, get: str) -> str:
-    """What to do where a folder is not there: take the one that it is most like, or the bundled
+    """The advice if a folder does not exist: the folder with the most similar name, or the bundled
     model; else `get`."""
     near, bundled = nearest_folder(folder), bundled_weights()
     if near is None and bundled is not None and get_close_matches(folder.name, [bundled.name]):

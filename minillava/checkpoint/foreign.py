@@ -1,8 +1,8 @@
-"""Weights that another program quantised: how to tell them, and by whose hand they are. They are
-refused.
+"""Weights that another program quantised are refused: how to recognise them, and which program it
+was.
 
-By their tensors, not by config.json alone: a fine-tune of a quantised base may keep
-`quantization_config` although its own weights are plain.
+They are recognised by their tensors, not by config.json alone: a fine-tune of a quantised base may
+keep `quantization_config` although its own weights are plain.
 """
 
 import re
@@ -74,7 +74,7 @@ def refuse_quantised(
 
 
 def quantised(folder: Path, method: str, found: str) -> ValueError:
-    """What to raise for a folder that is quantised. found: what shows it."""
+    """The error to raise for a folder that is quantised. found: what shows it."""
     by = f" by {method}" if method else ""
     return ValueError(
         f"{folder}: is quantised{by} ({found}); use a release that is not quantised, such as "
@@ -83,8 +83,8 @@ def quantised(folder: Path, method: str, found: str) -> ValueError:
 
 
 def stated_method(folder: Path) -> str:
-    """Who quantised a folder, by what it says itself: config.json, or a file beside it. "" when
-    nothing does."""
+    """The method that quantised a folder, as config.json or a file beside it says; "" if none
+    does."""
     raw = {}
     with suppress(ValueError, OSError):
         raw = read_json(folder / "config.json")

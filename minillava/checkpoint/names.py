@@ -99,7 +99,7 @@ TWO_MODELS = (
     "model.language_model.lm_head.",
 )
 
-# What comes beside a language model: a projector trained alone, and what a LoRA run trained besides
+# The files beside a language model: a projector trained alone, and what a LoRA run trained besides
 # its adapter.
 PROJECTOR_NAME, REST_NAME = "mm_projector.bin", "non_lora_trainables.bin"
 
@@ -107,8 +107,8 @@ TABLES = ("language_model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
 def part_of_model(folder: Path) -> str | None:
-    """What a folder without a language model holds of a LLaVA, in words; None for a whole model or
-    for nothing."""
+    """The part of a LLaVA in a folder without a language model, in words; None for a whole model or
+    for no part."""
     if holds_weights(folder):
         return None
     parts = {
@@ -134,8 +134,8 @@ def unwrap(names: Sequence[str], path: Path) -> list[str]:
     """Names without what training programs put around a model: `module.` and the like wherever they
     stand, and before all names one component that no dialect begins with.
 
-    Raises ValueError naming the file where only some names begin with a wrapper: they may be of two
-    trainings.
+    Raises ValueError naming the file if only some names begin with a wrapper: they may come from
+    two training runs.
     """
     names, before = [WRAPPED.sub(".", name) for name in names], None
     while names != before:

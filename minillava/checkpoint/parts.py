@@ -1,4 +1,4 @@
-"""The parts of one model, from the folders that hold them."""
+"""The parts of one model, from the folders that have them."""
 
 import re
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from minillava.tokenizer import Tokenizer
 
 
 class Parts(NamedTuple):
-    """What an assistant is made of, before any weight is read."""
+    """The parts of an assistant, before any weight is read."""
 
     config: LlavaConfig
     weights: StoredWeights
@@ -107,8 +107,8 @@ def collect_parts(folders: Folders, vocabulary: int | None = None) -> StoredWeig
 
 
 def check_base(folders: Folders) -> None:
-    """A part needs a base, and a whole model none. Raises FileNotFoundError naming the base, or
-    ValueError."""
+    """Check that a part has a base and a whole model has none. Raises FileNotFoundError naming the
+    base, or ValueError."""
     folder, model_base = folders.weights, folders.model_base
     part = part_of_model(folder)
     if holds_weights(folder) and (folder / ADAPTER_CONFIG_NAME).exists():

@@ -5,8 +5,8 @@ import torch
 from minillava.fast.processor import has_fast_bfloat16
 from minillava.options import DEVICES, DTYPES, expect_one_of
 
-# Parameters from which `auto` is bfloat16 also on a CPU that emulates it: it decodes as fast there
-# as float32, takes half the memory, and needs no copy that is made first.
+# Parameters from which `auto` is bfloat16 also on a CPU that emulates it: with this size it decodes
+# as fast as float32, takes half the memory, and needs no copy first.
 LARGE = 10**9
 
 
@@ -27,7 +27,8 @@ def choose_device(name: str) -> str:
         found = f"device {name!r} is not available to this PyTorch ({torch.__version__})"
         raise ValueError(f"{found}; use device cpu (a command: --device cpu)")
     count = torch.cuda.device_count() if kind == "cuda" else 1
-    if kind != "cpu" and int(index or 0) >= count:  # every cpu:n is the one there is
+    # there is only one CPU device, whatever its index
+    if kind != "cpu" and int(index or 0) >= count:
         there = kind if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
         raise ValueError(f"device {name!r} is not in this machine, expected {there}")
     return name

@@ -1,4 +1,4 @@
-"""What the JSON files beside config.json say about pictures."""
+"""The JSON files beside config.json that say how pictures are prepared."""
 
 import os
 from pathlib import Path

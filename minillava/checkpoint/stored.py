@@ -31,7 +31,8 @@ from minillava.files.tensors import (
     weight_files,
 )
 
-# What torch.nn.utils puts in the place of a weight: parametrize, prune, weight_norm, spectral_norm.
+# The names that torch.nn.utils puts in place of a weight: parametrize, prune, weight_norm,
+# spectral_norm.
 _PARAMETRISED = re.compile(r"\.parametrizations\.|\.weight_(orig|mask|g|v)$")
 
 
@@ -39,8 +40,8 @@ class StoredWeights:
     """The tensors of one model, in the files of one folder or of several; opened but not read.
 
     tensors: our name -> where it is stored. unused: stored names that this network does not need.
-    deltas: our name -> what a LoRA adds. notes: sentences about what lies there and is not read.
-    Raises FileNotFoundError or ValueError naming the file, what was found and what to do.
+    deltas: our name -> what a LoRA adds. notes: sentences about files and tensors that are not
+    read. Raises FileNotFoundError or ValueError naming the file, what was found and what to do.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class StoredWeights:
         dropped: tuple[str, ...] = (),
         vocabulary: int | None = None,
     ):
-        self.folder = Path(folder)  # the one that messages name
+        self.folder = Path(folder)  # the folder that messages name
         self.rows: int | None = None  # of the two tables, where an adapter's run changed them
         # rows that the two tables grow to, when they have fewer; None: they stay
         self.vocabulary = vocabulary
@@ -235,8 +236,8 @@ class StoredWeights:
         return problems
 
     def _check_delta(self, path: Path, name: str, delta: Delta) -> list[str]:
-        """Why a LoRA cannot change our weight of this name, in at most one sentence. Raises
-        ValueError for one of a resized vocabulary."""
+        """The reason why a LoRA cannot change our weight of this name, in at most one sentence.
+        Raises ValueError for one of a resized vocabulary."""
         found = [delta.b.shape[0], delta.a.shape[1]]
         if name not in self.tensors:
             return [f"{delta.a.name} is for {name}, which this model does not have"]
@@ -276,7 +277,7 @@ class StoredWeights:
 
     def read(self, name: str, dtype: torch.dtype | None = None, transient: bool = False) -> Tensor:
         """The tensor at `dtype` (None: as stored), memory-mapped if it is stored so. transient: it
-        is soon let go. Raises ValueError when it is quantised."""
+        is freed soon. Raises ValueError if it is quantised."""
         tensor = self.tensors[name].read(transient or dtype not in (None, self.stored_dtype(name)))
         dtype = tensor.dtype if dtype is None else dtype
         if self.shape(name) != tensor.shape:
@@ -292,8 +293,8 @@ class StoredWeights:
         return self.tensors[name].read().dtype
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the largest tensor that is not quantised, which is what people mean by the
-        checkpoint's."""
+        """The dtype of the largest tensor that is not quantised, which people call the checkpoint's
+        dtype."""
         plain = [name for name in self.tensors if name not in self.quantised]
         return self.stored_dtype(max(plain, key=lambda name: math.prod(self.shape(name))))
 
@@ -308,6 +309,6 @@ class StoredWeights:
 
 
 def _resized(before: int, rows: int) -> str:
-    """What a run did to the two tables, in words."""
+    """The change of the two tables by a run, in words."""
     did = "enlarged" if rows > before else "cut"
     return f"its run {did} the vocabulary from {before} to {rows}"

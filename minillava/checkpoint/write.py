@@ -36,7 +36,7 @@ Progress = Callable[[Sequence[Any], str, str], Iterable[Any]]
 
 
 def silent(items: Sequence[Any], doing: str, unit: str) -> Iterable[Any]:
-    """Progress that nobody sees."""
+    """A progress that prints nothing."""
     return items
 
 
@@ -76,7 +76,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         metadata[ORDER] = " ".join(map(str, packed_order().tolist()))
     try:
         save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:  # which says in words what the system said in numbers
+    except SafetensorError as error:  # its message has the system's error as words
         found = f"cannot be written ({one_line(error)}); make room there, then repeat the command"
         raise ValueError(f"{path}: {found}") from None
     with path.open("rb") as file:
@@ -111,7 +111,8 @@ def check_written(tensors: dict[str, Planned], folder: Path, progress: Progress 
 
 
 def cast(read: Callable[[torch.dtype], Tensor], name: str, dtype: torch.dtype) -> Tensor:
-    """What `read` gives at a dtype. Raises ValueError for numbers that overflow float16."""
+    """The tensor that `read` returns for a dtype. Raises ValueError for numbers that overflow
+    float16."""
     tensor = read(dtype)
     if dtype == torch.float16 and tensor.isinf().any() and not read(torch.float32).isinf().any():
         raise ValueError(f"{name} has numbers too large for float16; use bfloat16")
@@ -123,5 +124,5 @@ def as_json(content: dict[str, Any]) -> bytes:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """A tensor as bytes: -0 is then not 0, and a NaN is itself."""
+    """A tensor as bytes, in which -0 differs from 0 and a NaN equals itself."""
     return tensor.contiguous().flatten().view(torch.uint8)

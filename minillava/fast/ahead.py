@@ -1,5 +1,5 @@
-"""A GPU begins its next step before the last one's token is known; here is how its numbers
-arrive."""
+"""A GPU begins its next step before the last step's token is known; this file reads its numbers
+when they arrive."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +14,8 @@ from minillava.loop import Decoder, decode_in_turn
 
 
 def overlaps_reading(device: torch.device) -> bool:
-    """Whether a step is begun before it is known that the answer goes on: free where the processor
-    that knows is not the one that computes, and a whole step too many where it is."""
+    """Whether a step begins before it is known that the answer goes on. On a GPU this is free; on a
+    CPU, which both decides and computes, it would cost a whole step too many."""
     return device.type == "cuda"
 
 
@@ -23,7 +23,7 @@ def overlaps_reading(device: torch.device) -> bool:
 def decode_ahead(
     model: Llava, like: Tensor, capacity: int, cache: KVCache | None, wanted: dict[str, bool]
 ) -> Iterator[Decoder]:
-    """`decode_in_turn`, a step ahead where that is free."""
+    """`decode_in_turn`, but a step ahead if that is free."""
     with decode_in_turn(model, like, capacity, cache, wanted) as decoder:
         yield choose_decoder(decoder.step, decoder.cache, like.device)
 
@@ -42,7 +42,8 @@ class Ahead(Decoder):
     def begin(self, token_ids: Tensor, told: Tensor, last: bool) -> None:
         self.token_ids, self.arriving, self.begun = token_ids, AsyncRead(told), None
         self.tokens += 1
-        # Not with the first: it would come only when the second step's many kernels are begun.
+        # Not with the first token: it would be shown only after the second step's many kernels are
+        # launched.
         if self.tokens > 1 and not last:
             self.begun = self.step(token_ids)
 
@@ -58,8 +59,8 @@ class Ahead(Decoder):
 
 
 class AsyncRead:
-    """Numbers on their way from the device. To wait for them is not to wait for what the device was
-    given to do since, so that it never stands still."""
+    """Numbers on their way from the device. Waiting for them does not wait for later work of the
+    device, so that the device is never idle."""
 
     def __init__(self, numbers: Tensor):
         self.copied = None
@@ -67,7 +68,7 @@ class AsyncRead:
             self.numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             self.numbers.copy_(numbers, non_blocking=True)
             self.copied = torch.cuda.Event()
-            # By itself it would note the work of the current GPU, which need not be the model's.
+            # Without a stream it would record on the current GPU, which may not be the model's.
             self.copied.record(torch.cuda.current_stream(numbers.device))
         else:
             self.numbers = numbers

@@ -15,15 +15,16 @@ CACHED = 1 << 21  # numbers of float32 that stay in a processor's cache: 8 MB
 def fused(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
 ) -> tuple[Tensor, None]:
-    """`attention.fused`, which one query in emulated bfloat16 leaves for `one_query`."""
+    """`attention.fused`, except that one query in emulated bfloat16 is computed by `one_query`."""
     if q.shape[2] == 1 and is_emulated(q) and not torch.is_grad_enabled():
         return one_query(q, k, v, mask), None
     return attention.fused(q, k, v, mask, causal)
 
 
 def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`fused` for T = 1 and bfloat16 on a CPU without instructions for it: as many heads as its
-    cache holds are made float32 at a time, which takes 0.4 of the one kernel's time."""
+    """`fused` for T = 1 and bfloat16 on a CPU without instructions for it: as many heads as fit
+    into the processor's cache are upcast to float32 at a time, which takes 0.4 of the single
+    kernel's time."""
     (rows, heads, _, width), (groups, length) = q.shape, k.shape[1:3]
     q = q.float().view(rows, groups, -1, width) * width**-0.5  # [B, K, H/K, D]
     count = max(1, CACHED // (length * width))

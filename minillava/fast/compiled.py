@@ -1,10 +1,10 @@
 """The decoding step with shapes that never change, so that it can be compiled once and then
 replayed: `--compile`. A reader may skip this file.
 
-The step in llama.py reads a cache that is one position longer each time. Here it reads all of the
-cache, and a mask hides what is not filled yet; where the new token stands is a number on the
-device. On a GPU torch.compile then records its few hundred kernels as one CUDA graph, which starts
-at once instead of kernel by kernel.
+The step in llama.py reads a cache that is one position longer each time. The step in this file
+reads the whole cache, and a mask hides the positions that are not filled yet; the position of the
+new token is a number on the device. On a GPU torch.compile then records its few hundred kernels as
+one CUDA graph, which starts at once instead of kernel by kernel.
 
 B batch, S capacity of the cache, C width, K key/value heads, D head width, V vocabulary.
 """
@@ -47,8 +47,8 @@ def compile_decode(model: Llava) -> None:
 
 
 class Captured:
-    """`decode_ahead` by a step that was compiled, and the memory of the caches that it was recorded
-    with."""
+    """`decode_ahead` with a compiled step, and the memory of the caches with which it was
+    recorded."""
 
     is_captured = True
 
@@ -81,7 +81,7 @@ class Captured:
     def spare_cache(
         self, text: TextConfig, rows: int, capacity: int, like: Tensor
     ) -> Iterator[KVCache]:
-        """An empty cache of at least this capacity, in memory that is given back at the end.
+        """An empty cache of at least this capacity, in memory that is kept for the next cache.
 
         Caches of all shapes begin at the same addresses: for another address the graph would be
         recorded anew, and torch forgets no recording. As much memory is kept as the largest of them
@@ -93,7 +93,7 @@ class Captured:
         fits = memory and (memory[0].dtype, memory[0].device) == (like.dtype, like.device)
         if not fits or len(memory[0]) < size:
             memory.clear()  # before there is more
-            # memory that began in that mode could not be written to outside of it
+            # memory allocated in inference mode could not be written to outside of it
             with torch.inference_mode(False):
                 memory = [torch.empty(size, **kind) for _ in (*cache.keys, *cache.values)]
         tensors = [beginning(each, cache.keys[0].shape) for each in memory]
@@ -102,20 +102,20 @@ class Captured:
         try:
             yield cache
         finally:
-            # Also if somebody stopped listening: what the GPU still does with it comes before what
-            # is asked next.
+            # Also if a caller stopped early: the GPU finishes its work on this memory before the
+            # work of the next answer.
             self.memory = self.memory or memory  # of two at once, the first to end
 
 
 def beginning(memory: Tensor, shape: torch.Size) -> Tensor:
-    """The first numbers of `memory` as a tensor that is no view, of which a compiler would see the
+    """The first numbers of `memory` as a tensor that is not a view: a compiler would see a view's
     base."""
     with torch.inference_mode(False):
         return memory.new_empty(0).set_(memory.untyped_storage(), 0, shape)
 
 
 class CapturedDecode:
-    """`decode`, one new position per row behind what a cache holds; the same tokens, added up in
+    """`decode`, one new position per row after the cached positions; the sums are added up in
     another order."""
 
     def __init__(self, decode_step: Callable, cache: KVCache):
@@ -123,8 +123,8 @@ class CapturedDecode:
         self.decode_step, self.cache, self.cleared = decode_step, cache, None
 
     def __call__(self, token_ids: Tensor) -> LanguageOutput:
-        """token ids [B] -> logits [B, 1, V]. Raises ValueError where nothing can compile, or the
-        cache is full."""
+        """token ids [B] -> logits [B, 1, V]. Raises ValueError if nothing can be compiled on this
+        machine, or if the cache is full."""
         cache = self.cache
         cache.reserve(len(token_ids), 1, None)
         if self.cleared is not cache.keys[0]:  # new, or grown meanwhile
@@ -146,17 +146,17 @@ class CapturedDecode:
         return LanguageOutput(logits.clone())
 
     def _clear(self) -> None:
-        # A mask makes the weight of an unfilled position zero, but zero times what lay in that
-        # memory may be NaN.
+        # The mask makes the weight of an unfilled position zero, but zero times the old content of
+        # that memory may be NaN.
         for tensor in (*self.cache.keys, *self.cache.values):
             tensor[:, :, self.cache.length :] = 0
             if tensor.is_cuda:
-                # Or the graph would copy the cache at every step. Without the guard, another cache
-                # of this shape is another recording, not compiled anew, and its memory is not held
-                # by what was compiled.
+                # Otherwise the graph would copy the cache at every step. Without the guard, another
+                # cache of this shape is recorded again but not compiled again, and the compiled
+                # code does not keep its memory alive.
                 torch._dynamo.mark_static_address(tensor, guard=False)
         self.cleared = self.cache.keys[0]
-        # filled there, since a number that is copied from here makes the processor wait
+        # filled on the device, since copying a number to it would make the processor wait
         self.position = torch.full((1,), self.cache.length, device=self.cleared.device)
 
 
@@ -170,8 +170,8 @@ def step(
 ) -> Tensor:
     """`LanguageModel.forward` for one new token per row and a cache that is written in place.
 
-    token_ids [B, 1]; position [1], where they stand; real bool [B, S], False for padding, or None;
-    keys and values per layer [B, K, S, D] -> logits [B, 1, V].
+    token_ids [B, 1]; position [1], that of the new tokens; real bool [B, S], False for padding, or
+    None; keys and values per layer [B, K, S, D] -> logits [B, 1, V].
     """
     x = model.embed_tokens(token_ids)  # [B, 1, C]
     mask = torch.arange(keys[0].shape[2], device=x.device) <= position  # [S]
@@ -188,7 +188,7 @@ def step(
 
 
 class InPlace:
-    """What a layer sees of the cache."""
+    """The cache as a layer sees it: the new position is written in place."""
 
     def __init__(self, position: Tensor, keys: list[Tensor], values: list[Tensor]):
         self.position, self.keys, self.values = position, keys, values

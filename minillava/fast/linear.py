@@ -1,9 +1,9 @@
 """The matrix product of every layer, by the way that this processor does fastest. A reader may skip
 this file.
 
-The model says `nn.Linear`, and that is what `attention="eager"` runs, bit for bit as transformers.
-The default gives the same layers this `forward`: the same product, added up in another order. r
-rows, C width before, N width after.
+The model has `nn.Linear`, which `attention="eager"` runs, bit for bit as transformers does. By
+default the same layers get the `forward` of this file: the same product, added up in another order.
+r rows, C width before, N width after.
 """
 
 import threading
@@ -18,7 +18,7 @@ from minillava.fast import processor
 # rows of a weight that are converted at a time: 8 MB of float32 at C = 4096, about a cache
 BLOCK = 512
 
-# with many rows of x the product takes longer than the memory, and likes larger blocks
+# with many rows of x the product, not the memory, takes the time, and larger blocks are faster
 LARGER = 4
 
 _scratch = threading.local()
@@ -33,8 +33,8 @@ class FastLinear(nn.Linear):
 
 
 class FastConv2d(nn.Conv2d):
-    """nn.Conv2d, in float32 where bfloat16 is emulated, which takes a fiftieth of the time; and on
-    a GPU float32 as it says, where cuDNN's default is TF32, factors of 10 bits."""
+    """nn.Conv2d, computed in float32 if bfloat16 is emulated, which takes a fiftieth of the time.
+    On a GPU float32 is true float32, while cuDNN's default is TF32, whose factors have 10 bits."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda and x.dtype == torch.float32:
@@ -45,8 +45,8 @@ class FastConv2d(nn.Conv2d):
         return self._conv_forward(x.float(), self.weight.float(), bias).to(x.dtype)
 
     def as_product(self, x: Tensor) -> Tensor:
-        """Where the steps are as large as the kernel, each patch is a row of one product; torch's
-        default for products is not TF32. [n, C, H, W] -> [n, N, H', W']"""
+        """The convolution as one product with a row per patch, possible if the stride is the
+        kernel's size. torch's default for products is not TF32. [n, C, H, W] -> [n, N, H', W']"""
         assert self.stride == self.kernel_size, "patches that overlap"
         assert self.padding == (0, 0), "patches beyond the picture"
         rows, columns = (side // step for side, step in zip(x.shape[2:], self.stride, strict=True))
@@ -94,14 +94,14 @@ def twice(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def turned(x: Tensor, weight: Tensor) -> Tensor:
-    """The weight as the left factor: a library shares out the rows of the left one among its
-    threads, and here those are many."""
+    """The weight as the left factor: a library divides the rows of the left factor among its
+    threads, and the weight has many rows."""
     return (weight @ x.T).T.contiguous()
 
 
 def parts(x: Tensor, weight: Tensor, each: int = 4) -> Tensor:
     """A batch of products with a part of the weight each: every thread reads its parts from end to
-    end, where one product may be shared out so finely that it waits for memory. each: parts for
+    end, while a single product may be divided so finely that it waits for memory. each: parts for
     each thread."""
     count = parts_of(weight, each)
     # [parts, r, n]
@@ -121,8 +121,8 @@ def cut(weight: Tensor, count: int) -> Tensor:
 
 
 def parts_of(weight: Tensor, each: int) -> int:
-    """How many: a power of two, `each` for each thread at least; one if the weight cannot be shared
-    out evenly."""
+    """The number of parts: a power of two, at least `each` per thread; 1 if the weight cannot be
+    divided evenly."""
     count = 1 << (each * torch.get_num_threads() - 1).bit_length()
     return count if weight.is_contiguous() and len(weight) % count == 0 else 1
 
@@ -153,9 +153,9 @@ OF_ONE_ROW = {"mv", "twice"}
 def blockwise(
     x: Tensor, n: int, make: Callable[[slice, Tensor | None], Tensor], step: int
 ) -> Tensor:
-    """x [r, C] times a weight that is made block by block, [r, n], n > 0. make: from which rows,
-    and memory for them [m, C] (None: new memory, as gradients want), to these rows in the dtype of
-    x. step: how many rows a block has."""
+    """x [r, C] times a weight that is made block by block, [r, n], n > 0. make(rows, memory)
+    returns these rows in the dtype of x; memory [m, C] is a buffer for them, or None for a fresh
+    allocation, which gradients need. step: the rows of a block."""
     memory = None if torch.is_grad_enabled() else scratch(step * x.shape[1], x.dtype).view(step, -1)
     return torch.cat(
         [linear(x, make(slice(i, min(i + step, n)), memory)) for i in range(0, n, step)], dim=1

@@ -1,7 +1,7 @@
-"""What a pass over several tokens costs, in passes over one, and so whether guesses pay
+"""The cost of a pass over several tokens, in passes over one token; by it guesses pay off or not
 (generate/speculate.py).
 
-A table and no stopwatch: as many tokens are guessed on every run, and what is recorded of an
+It is a table, not a measurement: every run guesses the same number of tokens, and the record of an
 answer is the same however busy the machine was.
 """
 
@@ -38,8 +38,8 @@ core; 32 rows extrapolated); cpu: without (4096 x 11008 on AVX2, tools/MEASUREME
 
 
 def pass_cost(model: LanguageModel) -> Callable[[int], float]:
-    """A function of the number of rows. A model whose guesses are steps of their own gains nothing
-    by them."""
+    """The cost of a pass as a function of the number of rows. A model that runs each guess as a
+    step of its own gains nothing from guesses."""
     if model.one_by_one:
         return float
     weight = model.embed_tokens.weight
@@ -54,7 +54,8 @@ def pass_cost(model: LanguageModel) -> Callable[[int], float]:
 
 
 def interpolate(costs: tuple[float, ...], rows: int) -> float:
-    """Between the two nearest of ROWS; beyond the last, as from the last but one to it."""
+    """The cost for a number of rows, interpolated between the two nearest of ROWS; beyond the last,
+    extrapolated from the last two."""
     at = next((i for i, each in enumerate(ROWS) if rows <= each), len(ROWS) - 1)
     low, high = max(at - 1, 0), max(at, 1)
     share = (rows - ROWS[low]) / (ROWS[high] - ROWS[low])

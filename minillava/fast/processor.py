@@ -1,8 +1,8 @@
-"""What kind of processor this is, and the way to a product that it does fastest. A reader may skip
-this file.
+"""The kind of this processor, and the way to compute a product that is fastest on it. A reader may
+skip this file.
 
-WAYS is what `python tools/bench.py kernels` found on a machine of each kind. No stopwatch runs
-while the program does: the ways add up in different orders, and an answer must not depend on how
+WAYS is what `python tools/bench.py kernels` found on a machine of each kind. Nothing is measured
+while the program runs: the ways add up in different orders, and an answer must not depend on how
 busy the machine was.
 """
 
@@ -82,7 +82,8 @@ one row and of several add up in the same order. From `bench.py kernels --bits`.
 GUESSED = {"arm", "arm-bf16", "unknown"}
 """Kinds of which no machine was at hand. Of amx one was, but before the tool was written."""
 
-# What oneDNN, which computes the products of bfloat16, may have been told not to go beyond.
+# The limits that a user may set for oneDNN, which computes the products of bfloat16, such that it
+# uses no bfloat16 instructions.
 WITHOUT_BFLOAT16 = {
     "SSE41",
     "AVX",
@@ -106,8 +107,8 @@ def way(stored: str, rows: int, wide: bool = False, without: str = "", on: str =
 
 @cache
 def kind() -> str:
-    """One of the keys of WAYS. Libraries read the variables that cap them once, and so does
-    this."""
+    """The kind of this processor, a key of WAYS. Libraries read the variables that limit them once,
+    and so does this function."""
     if platform.machine().lower() in ARM:
         return "arm-bf16" if has_fast_bfloat16() else "arm"
     capability = torch.backends.cpu.get_cpu_capability()

@@ -1,8 +1,8 @@
 """The language model's linear layers in 8 or 4 bits a weight, for `--quantize`. A reader may skip
 this file.
 
-Decoding reads every weight once a token, so that fewer bytes are less time. Embeddings, norms,
-vision tower and projector stay; activations keep the model's dtype.
+Decoding reads every weight once per token, so fewer bytes take less time. Embeddings, norms, vision
+tower and projector are not quantised; activations keep the model's dtype.
 
 r rows, K width before, N width after, G = GROUP.
 """
@@ -21,7 +21,7 @@ order it is stands in the file's metadata, as ORDER."""
 
 ORDER = "int4_order"
 
-# names of what is stored of a weight
+# the names of the stored parts of a weight
 PARTS = {"weight_int8": "scale", "weight_int4": "scale_zero", PACKED: "scale_zero"}
 
 GROUP = 64  # weights of a row that share a scale and a zero in int4: 4.5 bits a weight
@@ -54,9 +54,10 @@ many rows at a time. The one other way is `kernel`."""
 
 
 class QuantisedLinear(nn.Module):
-    """x·weightᵀ: with few rows by a kernel that reads the small weights; else, and where a gradient
-    is wanted, by weights made wide again: on a CPU in blocks that stay in its cache, on a GPU whole
-    (or, compiled, nowhere). On a GPU it is therefore slower than bfloat16 unless it is compiled."""
+    """x·weightᵀ. With few rows a kernel reads the quantised weights. Otherwise, and if a gradient
+    is needed, the weights are dequantised: on a CPU in blocks that stay in its cache, on a GPU as a
+    whole (compiled code dequantises inside the sum). On a GPU it is therefore slower than bfloat16
+    unless it is compiled."""
 
     kind: str  # one of KINDS
 
@@ -80,21 +81,22 @@ class QuantisedLinear(nn.Module):
         )
 
     def by(self, way: str, x: Tensor) -> Tensor:
-        """One of BLOCKS, or `kernel`: [r, K] -> [r, N]"""
+        """The product by one of BLOCKS, or by `kernel`: [r, K] -> [r, N]"""
         if way == "kernel":
             # Contiguous rows of ALIGNED numbers begin where the kernels' aligned loads may read.
             return self.few_rows(x.to(NARROW).contiguous()).to(x.dtype)
         dtype, step = BLOCKS[way]
-        # What is wider than the way stays so; float16 has no instructions of its own.
+        # A dtype wider than the way's is kept; float16 is upcast, since it has no instructions of
+        # its own.
         wide = x.to(torch.float32 if x.dtype == torch.float16 else x.dtype)
         wide = wide.to(torch.promote_types(wide.dtype, dtype))
         make = lambda some, memory: self.dequantise(some, wide.dtype, memory)  # noqa: E731
         return blockwise(wide, self.out_features, make, step).to(x.dtype)
 
     def as_sum(self, x: Tensor) -> Tensor:
-        """The product written as a sum. A compiler makes the weights wide inside a sum, number by
-        number as it adds; in front of a product it would write all of them to memory, and read
-        twice the bytes of bfloat16's."""
+        """The product written as a sum. A compiler dequantises the weights inside a sum, one by one
+        as it adds them. Before a product it would write all of them to memory, and read twice the
+        bytes of bfloat16."""
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = self.dequantise(slice(None), wide)  # [N, K]
         return (x[..., None, :].to(wide) * weight).sum(-1).to(x.dtype)  # [..., N]
@@ -158,8 +160,8 @@ class Int4Linear(QuantisedLinear):
     def as_sum(self, x: Tensor) -> Tensor:
         if self.has_kernel:
             return super().as_sum(x)
-        # Both columns of a byte at once: taken apart into one number a byte, the weights would go
-        # through memory.
+        # Both columns of a byte are used at once: split into one number a byte, the weights would
+        # go through memory.
         wide = torch.promote_types(x.dtype, torch.float32)
         # each [N, K/G, 1]
         scale, zero = self.scale_zero.transpose(0, 1)[..., None].to(wide).unbind(2)
@@ -187,7 +189,7 @@ def quantize_tensor(weight: Tensor, kind: str) -> dict[str, Tensor]:
 def stored_shapes(
     shape: tuple[int, int], kind: str
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """What `quantize_tensor` makes of a weight of this shape: shape and dtype by suffix."""
+    """The shape and dtype, by suffix, of what `quantize_tensor` makes of a weight of this shape."""
     made = quantize_tensor(torch.empty(shape, device="meta"), kind)
     return {suffix: (tuple(tensor.shape), tensor.dtype) for suffix, tensor in made.items()}
 
@@ -213,7 +215,8 @@ def to_int8(weight: Tensor) -> dict[str, Tensor]:
 def to_int4(weight: Tensor) -> dict[str, Tensor]:
     """float32 [n, K], from a group's smallest number to its largest."""
     groups = weight.unflatten(1, (-1, GROUP))  # [n, K/G, G]
-    # With 0 in the range the zero is at most 8 scales, and its rounding a small part of one.
+    # With 0 in the range, the zero point is at most 8 scales, so its rounding error is a small part
+    # of a scale.
     low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)  # [n, K/G]
     scale = ((high - low) / 15).clamp(min=SMALLEST).to(NARROW)
     zero = (low + 8 * scale).to(NARROW)
@@ -237,23 +240,24 @@ def split(nibbles: Tensor) -> Tensor:
 
 
 def aligned(weight: Tensor) -> Tensor:
-    """Some processors' kernels load from whole lines, and in a file it may begin in the middle."""
+    """A weight that begins at a cache line: some processors' kernels load whole lines, and in a
+    file it may begin in the middle of one."""
     return weight.clone() if weight.data_ptr() % LINE else weight
 
 
 def pack_whole(nibbles: Tensor) -> Tensor:
-    """As stored for every processor [N, K/2] -> as this one's kernel wants it."""
+    """The order stored for every processor [N, K/2] -> the order of this processor's kernel."""
     return torch.cat([pack(split(part)) for part in nibbles.split(BLOCK)])
 
 
 def unpack_whole(packed: Tensor, order: Tensor) -> Tensor:
-    """The inverse, of a processor whose `packed_order` this is."""
+    """The inverse of pack_whole, for the processor that has this `packed_order`."""
     q = torch.cat([unpack(part, order) for part in packed.split(BLOCK)])
     return q[:, ::2] | q[:, 1::2] << 4
 
 
 def pack_here(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What `quantize_tensor` made, int4 as this processor's kernel wants it."""
+    """The result of `quantize_tensor`, with int4 in the order of this processor's kernel."""
     return {
         PACKED if suffix == "weight_int4" else suffix: (
             pack_whole(part) if suffix == "weight_int4" else part
@@ -263,7 +267,7 @@ def pack_here(stored: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_order(text: str | None) -> Tensor:
-    """A `packed_order` from a file's metadata. Raises ValueError if it is none."""
+    """A `packed_order` from a file's metadata. Raises ValueError if the text is not one."""
     words = (text or "").split()
     rows = len(words)
     if sorted(words) != sorted(map(str, range(rows))) or rows % 2 or not rows or TILE % rows:
@@ -289,9 +293,9 @@ def packed_order() -> Tensor:
     """Where each of a tile's R rows lies in a packed column, low halves of its bytes before high
     ones: [R].
 
-    The layout is nowhere promised and differs between processors. So numbers that say where they
-    came from are packed, one bit at a time. Raises NotImplementedError where it is not tile after
-    tile, and in a tile column after column."""
+    The layout is not documented and differs between processors. So numbers that tell their own
+    position are packed, one bit at a time. Raises NotImplementedError if the layout is not tile
+    after tile, and column after column within a tile."""
     index = torch.arange(TILE * TILE).view(TILE, TILE)  # row · TILE + column
     bits = range((TILE * TILE - 1).bit_length())
     origin = sum(split(pack((index >> bit & 1).byte())).flatten().long() << bit for bit in bits)
@@ -308,14 +312,14 @@ def packed_order() -> Tensor:
 
 
 def quantised_layer(stored: dict[str, Tensor]) -> QuantisedLinear:
-    """The layer of what `quantize_tensor` made."""
+    """The layer for a result of `quantize_tensor`."""
     if PACKED in stored:
         return Int4Linear(stored[PACKED], stored["scale_zero"], packed=True)
     return (Int4Linear if "weight_int4" in stored else Int8Linear)(**stored)
 
 
 def quantised_kinds(model: nn.Module) -> list[str]:
-    """Which of KINDS its layers are."""
+    """The KINDS of a model's quantised layers."""
     return sorted({m.kind for m in model.modules() if isinstance(m, QuantisedLinear)})
 
 

@@ -1,10 +1,11 @@
-"""An answer with the same bits alone, in a batch, later in a conversation, and with drafts, for
-`--same-bits`.
+"""For `--same-bits`: an answer has the same bits alone, in a batch, later in a conversation, and
+with drafts.
 
-A sum's last bits depend on its order, and libraries choose the order by the shapes they are given.
-So here shapes depend on the row alone. Prompts are read one row after the other, without padding,
-in pieces that lie on one grid of positions. Decoded tokens go together as far as a row's product
-has the bits that it has alone (processor.SAME_ROWS), each with its own attention; else one by one.
+A sum's last bits depend on its order, and libraries choose the order by the shapes. So in this file
+the shapes depend on the row alone. Prompts are prefilled one row after the other, without padding,
+in pieces that lie on one grid of positions. Decoded tokens share a pass as far as a row's product
+has the bits that it has alone (processor.SAME_ROWS), each with its own attention; otherwise they
+are computed one by one.
 
 B rows, T new positions, S with those cached, C width, H attention heads, V vocabulary.
 """
@@ -31,8 +32,8 @@ PIECE = 256
 
 
 def keep_bits(model: Llava) -> None:
-    """Let a model compute so. It costs time: little where its products allow several rows. Raises
-    ValueError for a model whose decoding step is compiled for its shapes."""
+    """Let a model compute row by row. This costs time, but little if its products allow several
+    rows. Raises ValueError for a model whose decoding step is compiled."""
     if model.decoding not in (None, decode_ahead):
         raise ValueError(
             "same bits are not for a compiled step: leave out --compile or --same-bits"
@@ -44,8 +45,8 @@ def keep_bits(model: Llava) -> None:
 
 
 def reusable(language: nn.Module, alike: int, prompt_length: int) -> int:
-    """How many of the first `alike` positions in a cache may stay for another prompt: here whole
-    pieces of the last prompt, since an answer was not read in pieces."""
+    """How many of the first `alike` positions in a cache may stay for another prompt: only whole
+    pieces of the last prompt, since an answer was not computed in pieces."""
     if not isinstance(language, RowByRow):
         return alike
     return min(alike, prompt_length) // PIECE * PIECE
@@ -124,8 +125,8 @@ class RowByRow(LanguageModel):
 
 
 class View(KVCache):
-    """Some rows of a cache from position `first` on, in the same memory: what is written here is
-    there. masked: with the cache's padding."""
+    """Some rows of a cache from position `first` on, in the same memory: what is written to the
+    view is in the cache. masked: with the cache's padding."""
 
     def __init__(self, cache: KVCache, rows: slice, first: int = 0, masked: bool = False):
         self.capacity = cache.capacity - first
@@ -171,8 +172,9 @@ def alone(attend: Callable[..., Any], pads: list[int]) -> Callable[..., Any]:
 
 
 def rows_together(language: LanguageModel) -> int:
-    """How many rows of its products have the bits that each has alone. The plain layers of `eager`
-    are torch's own, of which nothing is known, and so is a head that is the table of words."""
+    """How many rows of the model's products keep the bits that each has alone. For the plain layers
+    of `eager`, which are torch's own, nothing is known, nor for a head that is the embedding
+    table."""
     layers = [m for m in language.modules() if isinstance(m, nn.Linear | QuantisedLinear)]
     on_cpu = language.embed_tokens.weight.device.type == "cpu"
     tied = language.config.tie_word_embeddings
@@ -190,8 +192,8 @@ def rows_together(language: LanguageModel) -> int:
 
 
 def joined(outputs: list[LanguageOutput], last_only: bool = False) -> LanguageOutput:
-    """Of consecutive pieces of the same rows. Attention weights, [B, H, T, S] with an S of their
-    own, are filled up with zeros for what they did not see."""
+    """Join the outputs of consecutive pieces of the same rows. Attention weights [B, H, T, S],
+    whose S differs by piece, get zeros for keys that they did not see."""
     seen = outputs[-1].attentions[0].shape[-1] if outputs[-1].attentions else 0
     kept = outputs[-1:] if last_only else outputs
     return LanguageOutput(
@@ -207,7 +209,7 @@ def joined(outputs: list[LanguageOutput], last_only: bool = False) -> LanguageOu
 
 
 def padded(output: LanguageOutput, new: int, keys: int, last_only: bool) -> LanguageOutput:
-    """With zeros on the left: for so many of the new positions, and for so many keys."""
+    """Pad an output with zeros on the left, by `new` positions and `keys` keys."""
     states = (0, 0, new, 0)
     logits, hidden = (
         each if last_only else F.pad(each, states) for each in (output.logits, output.hidden)
@@ -221,7 +223,7 @@ def padded(output: LanguageOutput, new: int, keys: int, last_only: bool) -> Lang
 
 
 def stacked(outputs: list[LanguageOutput]) -> LanguageOutput:
-    """Of different rows."""
+    """Stack the outputs of different rows."""
     return LanguageOutput(
         torch.cat([output.logits for output in outputs]),
         layer_by_layer(outputs, "hidden_states", torch.cat),
@@ -233,7 +235,7 @@ def stacked(outputs: list[LanguageOutput]) -> LanguageOutput:
 def layer_by_layer(
     outputs: list[LanguageOutput], name: str, put: Callable[[Any], Tensor]
 ) -> tuple[Tensor, ...] | None:
-    """What was recorded of each layer, put together; None if nothing was."""
+    """Combine what was recorded of each layer; None if nothing was recorded."""
     recorded = [getattr(output, name) for output in outputs]
     if recorded[0] is None:
         return None

@@ -1,7 +1,8 @@
-"""Does a row's answer depend on who shares its pass? Counted on the processor at hand, bit by bit.
+"""Whether a row's result depends on the rows that share its pass; tested on this processor, bit by
+bit.
 
 A sum of floating-point numbers depends on its order, and a library chooses the order by the number
-of rows, too. Where it does not, a prompt is answered alike to the last bit alone and in a batch.
+of rows, too. If it does not, a prompt gets the same answer to the last bit alone and in a batch.
 
 r rows, C width, B batch, H heads, K key/value heads, S keys, D head width.
 """
@@ -15,9 +16,9 @@ ROWS = (2, 3, 4, 8, 16, 32)
 
 
 def rows_alike(product: Callable[[Tensor], Tensor], x: Tensor, counts: Sequence[int] = ROWS) -> int:
-    """x [r, C], of which each row goes through the product alone, and among so many of the first
-    rows. Up to which of these counts all rows keep the bits they have alone; 1 if not even two
-    do."""
+    """The largest of these counts up to which all rows keep the bits that they have alone; 1 if not
+    even two rows do. x [r, C]: each row goes through the product alone, and together with the first
+    rows."""
     counts = [count for count in counts if count <= len(x)]
     alone = torch.cat([product(row[None]) for row in x])
     return _longest(lambda count: torch.equal(product(x[:count]), alone[:count]), counts)
@@ -30,7 +31,7 @@ def queries_alike(
     v: Tensor,
     counts: Sequence[int] = ROWS,
 ) -> int:
-    """The same of attention with one query per row: q [B, H, 1, D], k and v [B, K, S, D]."""
+    """The same for attention with one query per row: q [B, H, 1, D], k and v [B, K, S, D]."""
     counts = [count for count in counts if count <= len(q)]
     alone = torch.cat([attend(q[i, None], k[i, None], v[i, None])[0] for i in range(len(q))])
     return _longest(
