@@ -1,4 +1,4 @@
-"""Which parameters learn, in which groups of the optimiser."""
+"""The parameters that learn, and their groups in the optimiser."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def prepare(model: Llava, recipe: Recipe) -> dict[str, nn.Parameter]:
     vision tower never learns. Raises ValueError for a language model that shares its table with its
     head, of which only the pair could learn."""
     model.requires_grad_(False)
-    model.eval()  # of its own layers none has dropout
+    model.eval()  # none of the model's own layers has dropout
     if recipe.learn == "lora":
         add_lora(model, recipe.rank, recipe.alpha, recipe.dropout, recipe.seed)
         for name, parameter in model.named_parameters():
@@ -28,8 +28,8 @@ def prepare(model: Llava, recipe: Recipe) -> dict[str, nn.Parameter]:
 
 
 def parameter_groups(learning: dict[str, nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
-    """Four groups, of which each has parameters: of the projector or not, with decay or (biases and
-    norms) without. `base_rate` is the rate that the schedule multiplies."""
+    """Up to four groups, each with parameters: of the projector or not, with weight decay or
+    (biases and norms) without. `base_rate` is the rate that the schedule multiplies."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in learning.items():
         decays = not name.endswith("bias") and "norm" not in name
@@ -46,7 +46,7 @@ def parameter_groups(learning: dict[str, nn.Parameter], recipe: Recipe) -> list[
 
 
 def make_optimiser(learning: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
-    """torch's AdamW. On a CPU the fused one rounds otherwise than the two others."""
+    """torch's AdamW. On a CPU the fused variant rounds differently from the two others."""
     cuda = next(iter(learning.values())).device.type == "cuda"
     groups = parameter_groups(learning, recipe)
     return torch.optim.AdamW(groups, lr=0.0, fused=cuda, foreach=not cuda)

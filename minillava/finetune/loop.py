@@ -65,9 +65,9 @@ def train(
     start: int = 0,
     loss_of: Callable[[Llava, Batch], Tensor] = summed_loss,
 ) -> Iterator[Record]:
-    """Updates from `start` to the recipe's last; a caller does what it likes between two. What an
-    update does follows from the recipe, the examples and its number alone. Raises ValueError for a
-    loss or a gradient that is not finite; the model is then as after the update before."""
+    """Yields after each update from `start` to the recipe's last. An update depends on the recipe,
+    the examples and its number alone. Raises ValueError for a loss or a gradient that is not
+    finite; the model is then as after the previous update."""
     learning = [p for group in optimiser.param_groups for p in group["params"]]
     updates, per_epoch = recipe.updates_for(len(examples)), recipe.updates_per_epoch(len(examples))
     for update in range(start, updates):
@@ -132,7 +132,7 @@ def _backward(
             torch.manual_seed((recipe.seed * 1_000_003 + update) * 1_009 + part)
             whole = tokens if recipe.loss_mean == "tokens" else batch.tokens * len(batches)
             share = loss_of(model, batch) / whole
-            if share.requires_grad:  # text alone teaches a projector nothing
+            if share.requires_grad:  # rows without pictures give a projector no gradient
                 share.backward()
         loss += share.item()
     return loss

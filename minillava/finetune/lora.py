@@ -14,8 +14,8 @@ from minillava.llava import Llava
 
 
 class LoraLinear(nn.Module):
-    """A linear layer and what it gains. A and B are float32, whatever W is; A begins as PEFT's
-    does, B as zeros, so that nothing changes before the first update."""
+    """A linear layer with a LoRA. A and B are float32, whatever the dtype of W; A is initialised as
+    in PEFT, B with zeros, so that the output is unchanged before the first update."""
 
     def __init__(self, base: nn.Linear | QuantisedLinear, rank: int, alpha: float, dropout: float):
         super().__init__()
@@ -29,7 +29,7 @@ class LoraLinear(nn.Module):
         """[..., C] -> [..., N]"""
         y = self.base(x)
         narrow = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
-        # In this order PEFT computes it: the scale last.
+        # PEFT computes in this order: the scale last.
         gain = F.linear(F.linear(narrow, self.lora_A), self.lora_B) * self.scale
         return (y + gain).to(y.dtype)
 

@@ -1,4 +1,4 @@
-"""In which order rows are learnt: a pure function of a seed and an epoch.
+"""The order in which rows are learnt: a pure function of a seed and an epoch.
 
 LLaVA groups rows by kind and length, so that an update has rows of one kind and the rows of a
 micro-batch are of like length (llava_trainer.py). An update takes a block: `parts` micro-batches of
@@ -60,8 +60,8 @@ def _by_length(lengths: Sequence[int], batch: int, parts: int, generator: Genera
 
 
 def _deal(rows: list[int], lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Each row to the part with the least length so far that is not full; a block that does not
-    divide is dealt in turn."""
+    """Give each row to the part that is not full and has the least length so far; the rows of a
+    block that does not divide evenly are dealt in turn."""
     if len(rows) % parts:
         return [rows[i::parts] for i in range(parts)]
     dealt: list[list[int]] = [[] for _ in range(parts)]

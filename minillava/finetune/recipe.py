@@ -1,4 +1,5 @@
-"""What is learnt, how fast and for how long: published recipes, and any field of theirs changed."""
+"""What is learnt, how fast and for how long: published recipes, of which any field can be
+changed."""
 
 import math
 from dataclasses import dataclass, fields
@@ -111,8 +112,8 @@ def read_recipe(name: str, changed: dict[str, Any]) -> Recipe:
 
 
 def rate_factor(update: int, updates: int, warmup: float) -> float:
-    """What the rates are multiplied by: up in a line from 0, then down to 0 as a half cosine. A
-    function of the update alone, so that a run that goes on needs no state for it."""
+    """The factor of the learning rates: it rises linearly from 0, then falls to 0 as a half cosine.
+    A function of the update alone, so that a run that goes on needs no state for it."""
     rising = math.ceil(warmup * updates)
     if update < rising:
         return update / max(1, rising)

@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 @dataclass
 class Found:
-    """What a file holds. problems: what is wrong -> the rows that have it, named."""
+    """The rows of a file. problems: what is wrong -> the names of the rows that have it."""
 
     rows: list[Row] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=dict)
@@ -242,7 +242,7 @@ class Example(NamedTuple):
 
     @property
     def learnt(self) -> int:
-        """How many labels there are. The first id is never one: nothing predicts it."""
+        """The number of labels. The first id is never one, since nothing predicts it."""
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 

@@ -174,7 +174,7 @@ def _learn(
 
 
 def _check_whole(args: argparse.Namespace, recipe: Recipe, folders: Folders) -> None:
-    """Raises ValueError where a whole model is wanted that could not be written."""
+    """Raises ValueError if a whole model is asked for that could not be written."""
     if args.merged and recipe.quantize:
         raise ValueError(
             "--merged adds a LoRA to the weights it was learnt on, and those in "
@@ -196,8 +196,7 @@ def _measure(
 
 
 def _open_out(out: Path, goes_on: bool) -> Path:
-    """The folder of the run. Raises ValueError for one that holds something, unless a run goes on
-    there."""
+    """The folder of the run. Raises ValueError if it is not empty, unless a run goes on in it."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; name a folder")
     if out.exists() and any(out.iterdir()) and not goes_on:
@@ -211,7 +210,7 @@ def _open_out(out: Path, goes_on: bool) -> Path:
 
 
 def _open_model(args: argparse.Namespace, recipe: Recipe) -> Assistant:
-    """The model as it is built: layers that are fast at inference do not learn."""
+    """The model with its plain layers, since the layers that are fast at inference do not learn."""
     assistant = load(
         args.model,
         device=args.device,
@@ -259,7 +258,7 @@ def _tell(record: Record, updates: int, messages: Messages) -> None:
 def _last_line(
     args: argparse.Namespace, recipe: Recipe, out: Path, layout: str, folders: Folders
 ) -> str:
-    """How to ask what was learnt."""
+    """A line that says how to ask the model that was learnt."""
     if recipe.learn == "language" or args.merged:
         return f"learnt; ask it with: python -m minillava.generate --weights {out / 'model'}"
     if recipe.learn == "lora" and layout == "hf":

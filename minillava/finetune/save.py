@@ -126,8 +126,8 @@ def check_one_folder(folders: Folders) -> None:
 
 
 def save_whole(model: Llava, folders: Folders, target: Path) -> None:
-    """The base's folder once more, with what was learnt in the place of what was there. Raises
-    ValueError as check_one_folder."""
+    """A copy of the base's folder, with the learnt weights in place of the base's. Raises
+    ValueError as check_one_folder does."""
     stored, learnt = StoredWeights(folders.weights), whole_weights(model)
     tensors = {}
     for name, found in stored.tensors.items():
@@ -148,7 +148,7 @@ def _cast(make: Callable[[], Tensor], name: str, dtype: torch.dtype) -> Callable
 
 
 def count(model: Llava, learning: dict[str, Tensor]) -> dict[str, int]:
-    """How many numbers learn, by part."""
+    """The number of parameters that learn, by part."""
     parts: dict[str, int] = {}
     for name, parameter in learning.items():
         part = "projector" if name.startswith("projector.") else "language model"

@@ -39,7 +39,7 @@ def save_state(
     about: dict[str, Any],
     log: list[str],
 ) -> None:
-    """Written whole or not at all. log: its lines. Raises OSError."""
+    """Save the state of a run, whole or not at all. log: its lines. Raises OSError."""
     file = io.BytesIO()
     learnt = {name: tensor.detach() for name, tensor in learning.items()}
     content = {
@@ -59,9 +59,9 @@ def resume(
     optimiser: torch.optim.Optimizer,
     about: dict[str, Any],
 ) -> tuple[int, list[str]]:
-    """Put the state back where it came from; the number of updates that are done, 0 if there is no
-    state, and their lines of the log. Raises ValueError naming a setting that differs, with both
-    values."""
+    """Load the state of a run into the model and the optimiser; returns the number of updates that
+    are done, 0 if there is no state, and their lines of the log. Raises ValueError naming a setting
+    that differs, with both values."""
     path = out / STATE_NAME
     if not path.exists():
         return 0, []

@@ -1,7 +1,7 @@
 """The HTTP side: routes, who may ask, and answers as they are made.
 
-Everything that can be wrong with a request is found before its status goes out; what fails later
-ends a stream with an error event, and the body properly, since a cut connection would be retried.
+Every mistake in a request is found before its status is sent. A later failure ends a stream with an
+error event and a complete body, since clients would retry a cut connection.
 """
 
 import asyncio
@@ -62,8 +62,8 @@ def build(
     max_body: int = 32 << 20,
     body_timeout: float = 60.0,
 ) -> Starlette:
-    """The application. keys: of which a client names one, if there are any. hosts: by which names
-    it may be reached."""
+    """The application. keys: a client must send one of them, if there are any. hosts: the names
+    under which it may be reached."""
     metrics = Metrics(service.engine)
     api = Api(service, metrics, max_body, body_timeout)
     routes = [
@@ -91,7 +91,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     headers = {"cache-control": "no-store", **error.headers}
     if error.status in (408, 413):
-        headers["connection"] = "close"  # what comes is not read
+        headers["connection"] = "close"  # the rest of the request is not read
     return Response(error.body(), error.status, headers, "application/json")
 
 
@@ -108,8 +108,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 class Guard:
-    """Before all else: a name for the request, who may ask, and a line in the log. Plain ASGI,
-    since Starlette's base class hides that a client went away."""
+    """The outermost layer: gives the request an id, checks who may ask, and writes a line of the
+    log. It is plain ASGI, since Starlette's base class hides that a client went away."""
 
     def __init__(self, app: Any, keys: Sequence[bytes], metrics: Metrics):
         self.app, self.keys, self.metrics = app, keys, metrics
@@ -152,7 +152,7 @@ class Guard:
             LOG.info("%s %s %s %d %.0f ms", name, method, route, status, 1e3 * seconds)
 
     def _refused(self, path: str, headers: dict, given: Sequence) -> ApiError | None:
-        """Why a request may not pass, if it may not."""
+        """The error of a request that may not pass; None if it may."""
         if sum(len(name) + len(value) for name, value in given) > HEADERS:
             told = f"the headers have more than {HEADERS} bytes"
             return ApiError(431, "headers_too_large", told)
@@ -173,7 +173,7 @@ class Guard:
 
 
 def route_of(path: str) -> str:
-    """The name of a route, for the log: one of ours, whatever was asked."""
+    """The name of a route, for the log; always one of ours, whatever path was asked for."""
     if path.startswith("/v1/models"):
         return "/v1/models"
     known = ("/v1/chat/completions", "/tokenize", "/health", "/livez", "/metrics")
@@ -185,7 +185,7 @@ def _json(value: Any, status: int = 200) -> Response:
 
 
 class Api:
-    """What each route does."""
+    """The function of each route."""
 
     def __init__(self, service: Service, metrics: Metrics, max_body: int, body_timeout: float):
         self.service, self.counted = service, metrics

@@ -1,4 +1,4 @@
-"""What is counted, for Prometheus. Labels come from our own routes, never from a request."""
+"""The counters for Prometheus. Labels come from our own routes, never from a request."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -40,7 +40,7 @@ class Metrics:
             Gauge(name, text, registry=registry).set_function(value)
 
     def note(self, chat: Chat) -> None:
-        """A request that has ended."""
+        """Count a request that has ended."""
         cached = chat.request.cached
         self.prompt.labels("true").inc(cached)
         self.prompt.labels("false").inc(chat.positions - cached)

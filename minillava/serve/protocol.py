@@ -1,7 +1,7 @@
-"""What stands on the wire: requests in OpenAI's format, strictly read, and answers and errors.
+"""The wire format: requests in OpenAI's format, read strictly, and answers and errors.
 
-The rule for what OpenAI knows and we do not serve: refuse what would change the answer, ignore what
-would not. What nobody knows is refused, since a typo would otherwise pass in silence.
+The rule for fields of OpenAI that we do not serve: a field that would change the answer is refused,
+any other is ignored. An unknown field is refused, since a typo would otherwise go unnoticed.
 """
 
 import re
@@ -183,7 +183,7 @@ def read_request(body: bytes, kind: type) -> Any:
 
 
 def _invalid(found: str) -> ApiError:
-    """An error by what msgspec says, which ends in the path: "... - at `$.temperature`"."""
+    """An error from the message of msgspec, which ends in the path: "... - at `$.temperature`"."""
     told, _, path = found.partition(" - at `")
     param = path.rstrip("`").removeprefix("$").removeprefix(".") or None
     code = "invalid_value"
@@ -202,7 +202,7 @@ def _invalid(found: str) -> ApiError:
 
 
 def _check(request: ChatRequest) -> None:
-    """What goes together, and what is not served. Raises ApiError."""
+    """Check which fields go together, and which are not served. Raises ApiError."""
     for name, nothing in NOTHING.items():
         value = getattr(request, name)
         if value is not None and not any(

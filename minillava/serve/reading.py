@@ -31,7 +31,8 @@ Part = str | bytes
 def read_messages(
     messages: Sequence[Message], template: Template, system: str | None = None
 ) -> tuple[Prompt, list[bytes]]:
-    """The prompt, and its pictures in order. system: where no message says one. Raises ApiError."""
+    """The prompt, and its pictures in order. system: the system text if no message has one. Raises
+    ApiError."""
     above, said = [], []  # system texts; (role, parts)
     for i, message in enumerate(messages):
         parts = _parts(message, f"messages[{i}]")
@@ -65,7 +66,7 @@ def read_messages(
         prompt = render(template, turns, "\n".join(above) if above else system)
     except ValueError as error:
         raise ApiError(400, "invalid_value", str(error), "messages") from None
-    # what a user typed is text, also where it reads <image>
+    # what a user typed is text, even if it is <image>
     return Prompt(
         [Segment(s.text.replace(marker, IMAGE_MARKER), s.kind) for s in prompt.segments]
     ), pictures
@@ -119,7 +120,7 @@ def _parts(message: Message, where: str) -> list[Part]:
 
 
 def read_data_url(url: str, where: str) -> bytes:
-    """The bytes of a `data:` URL in base64; its type is not believed. Raises ApiError."""
+    """The bytes of a `data:` URL in base64; its stated type is ignored. Raises ApiError."""
     head = DATA_URL.match(url[:1000])
     if head is None:
         told = "a picture is a data: URL in base64; nothing is fetched, and no file is read"
@@ -132,8 +133,8 @@ def read_data_url(url: str, where: str) -> bytes:
 
 
 def open_picture(content: bytes, most_pixels: int) -> Image.Image:
-    """A picture, upright and RGB. Its header is believed before its pixels are decoded. Raises
-    ApiError."""
+    """A picture, upright and RGB. Its size is checked by the header before its pixels are decoded.
+    Raises ApiError."""
     try:
         picture = Image.open(io.BytesIO(content), formats=FORMATS)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError):

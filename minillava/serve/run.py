@@ -16,7 +16,7 @@ KEY_VARIABLE = "MINILLAVA_API_KEY"
 
 
 def run(args: argparse.Namespace) -> int:
-    """What `serve` does with its flags; the exit status."""
+    """Run `serve` with its flags; returns the exit status."""
     try:
         from minillava.serve import server
     except ModuleNotFoundError as error:
@@ -62,10 +62,11 @@ def read_keys(args: argparse.Namespace) -> list[bytes]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A port that nobody else has; it is opened once the model is. Raises OSError."""
+    """A socket bound to a port that no other program has; it listens once the model is open. Raises
+    OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
-    if os.name == "posix":  # elsewhere it lets two programs have one port
+    if os.name == "posix":  # on Windows it lets two programs have one port
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

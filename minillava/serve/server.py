@@ -1,4 +1,4 @@
-"""uvicorn, with limits on slow peers, and an end that cuts no answer."""
+"""uvicorn, with limits on slow clients, and a shutdown that cuts no answer."""
 
 import argparse
 import asyncio
@@ -28,8 +28,8 @@ SEND = 30.0
 
 
 class PatientProtocol(H11Protocol):
-    """Patient with the model, not with a peer: one that is silent before its request is complete,
-    or stops reading, would hold its connection for ever."""
+    """A protocol that waits for the model but not for a client: one that is silent before its
+    request is complete, or that stops reading, would otherwise keep its connection for ever."""
 
     arriving: asyncio.TimerHandle | None = None
     stuck: asyncio.TimerHandle | None = None
@@ -64,7 +64,7 @@ class PatientProtocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Says where it listens, and ends as a server of answers must: what runs may finish."""
+    """A server that says where it listens, and that lets running answers finish when it ends."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, grace: float, address: str):
         super().__init__(config)
@@ -90,7 +90,7 @@ def serve(
     keys: list[bytes],
     messages: Messages,
 ) -> int:
-    """Serve a model until a signal comes; the exit status."""
+    """Serve a model until a signal comes; returns the exit status."""
     level = logging.INFO if args.verbose else logging.ERROR
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=level)
     engine = start_engine(args, assistant)
@@ -151,7 +151,7 @@ def configure(app: Any, grace: int) -> uvicorn.Config:
 
 
 def _run(server: Server, engine: Engine, listener: socket.socket) -> int:
-    """Until a signal comes, or the engine ends by itself."""
+    """Run until a signal comes, or until the engine ends by itself; returns the exit status."""
 
     def watch() -> None:
         engine.join()
@@ -172,7 +172,7 @@ def _run(server: Server, engine: Engine, listener: socket.socket) -> int:
 
 
 def memory_line(engine: Engine) -> str:
-    """What the slots take."""
+    """A line about the memory of the slots."""
     cache = engine.slots[0].cache
     each = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
     total = each * len(engine.slots) / 2**30

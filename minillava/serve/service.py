@@ -26,7 +26,7 @@ STATUS = {"queue_full": 429, "context_length_exceeded": 400}
 
 @dataclass
 class Settings:
-    """What the door's flags say."""
+    """The values of the door's flags."""
 
     names: Sequence[str]  # of the model; the first is its own
     max_tokens: int = 512
@@ -38,7 +38,7 @@ class Settings:
 
 @dataclass
 class Chat:
-    """A request to the engine, and what its answers are told with."""
+    """A request to the engine, and what is needed to write its answers."""
 
     asked: ChatRequest
     request: Request
@@ -53,7 +53,7 @@ class Chat:
     first: float | None = None  # when its first token came
 
     def head(self, kind: str) -> dict[str, Any]:
-        """What every answer and every chunk begins with."""
+        """The first fields of every answer and every chunk."""
         return {
             "id": self.id,
             "object": kind,
@@ -84,7 +84,7 @@ class Chat:
         }
 
     def timings(self) -> dict[str, Any]:
-        """Our own part of an answer: seeds, and what took how long."""
+        """The fields of an answer that are our own: the seeds, and how long each stage took."""
         times, now = self.request.times, time.monotonic()
         begun, read = times.get("begun", now), times.get("read", now)
         more = self.generated - len(self.request.options)
@@ -125,7 +125,7 @@ class Service:
         return name or self.settings.names[0]
 
     def health(self) -> tuple[int, dict[str, Any]]:
-        """The status, and what to say."""
+        """The HTTP status, and the body."""
         engine = self.engine
         if engine.state == "draining":
             return 503, {"status": "draining"}
@@ -198,7 +198,7 @@ class Service:
         )
 
     def submit(self, chat: Chat) -> None:
-        """Into the engine's queue. Raises ApiError."""
+        """Put a request into the engine's queue. Raises ApiError."""
         try:
             self.engine.submit(chat.request)
         except Refused as error:
@@ -219,7 +219,7 @@ class Service:
             raise ApiError(400, "context_length_exceeded", str(error), "messages") from None
 
     def _options(self, asked: ChatRequest, count: int) -> list[Options]:
-        """How each answer is chosen: seeds that follow one another. Raises ApiError."""
+        """The options of each answer; their seeds follow one another. Raises ApiError."""
         temperature = self.settings.temperature if asked.temperature is None else asked.temperature
         if asked.top_p == 0:
             temperature = 0.0
@@ -234,7 +234,8 @@ class Service:
             "no_repeat_ngram_size": asked.no_repeat_ngram_size,
             "stop": asked.stop or (),
         }
-        if temperature > 0:  # at 0 they cannot remove the best token, and clients send them always
+        # at 0 filters cannot remove the best token, and clients always send them
+        if temperature > 0:
             given |= {"top_p": asked.top_p, "top_k": asked.top_k, "min_p": asked.min_p}
         first = secrets.randbelow(2**32) if asked.seed is None else asked.seed
         seeds = [first + i if asked.seed is not None or temperature else None for i in range(count)]
