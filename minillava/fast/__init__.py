@@ -1,8 +1,11 @@
 """The same numbers sooner. The files of the reading order do not need this folder to be
 understood."""
 
+import torch
+
+from minillava.fast import processor
 from minillava.fast.attention import fused
-from minillava.fast.linear import use_fast_linear
+from minillava.fast.linear import FastLinear, use_fast_linear
 from minillava.llava import Llava
 
 
@@ -14,3 +17,9 @@ def speed_up(model: Llava) -> None:
     transformers to the last bit, and so its model is left as it was built."""
     use_fast_linear(model)
     model.language_model.attend = fused
+    language = model.language_model
+    on_cpu = language.embed_tokens.weight.device.type == "cpu"
+    claims = processor.SAME_ROWS.get(processor.kind()) if on_cpu else None
+    layers = (each for each in language.modules() if isinstance(each, FastLinear))
+    if claims is not None and any(each.weight.dtype == torch.bfloat16 for each in layers):
+        language.alike = claims.get("bfloat16", 1)

@@ -72,7 +72,7 @@ that makes a difference."""
 
 SAME_ROWS: dict[str, dict[str, int]] = {
     "avx2": {"bfloat16": 4, "int8": 32, "int4": 32},
-    "avx512": {"bfloat16": 3, "int8": 32, "int4": 32},
+    "avx512": {"int8": 32, "int4": 32},
     "avx512-bf16": {"bfloat16": 32, "int8": 16, "int4": 32},
     "amx": {"bfloat16": 32, "int8": 16, "int4": 16},
 }
