@@ -794,6 +794,7 @@ def measure(tmp_path_factory):
 @pytest.mark.parametrize(
     "settings", [{"quantize": "int4", "dtype": "bfloat16"}, {"dtype": "float32"}], ids=str
 )
+@pytest.mark.slow
 def test_what_is_converted_is_let_go(measure, settings):
     """Resident memory of any kind, the mapped file included, holds the new weights and a few
     tensors at a time, not the 300 MB they were made of."""
@@ -802,6 +803,7 @@ def test_what_is_converted_is_let_go(measure, settings):
     assert found["loaded"]["peak"] < found["weights"] + 200e6
 
 
+@pytest.mark.slow
 def test_loading_copies_nothing_and_reads_nothing(measure):
     """The yardstick is the largest tensor: had a single one of its size been copied or read, let
     alone all, one of these numbers would be above it."""

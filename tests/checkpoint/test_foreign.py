@@ -160,6 +160,7 @@ def method(name: str, **more) -> dict:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("file", [SINGLE_NAME, BIN_NAME])
+@pytest.mark.slow
 def test_what_others_quantised_is_refused_as_that(folder, parts, config, by, file):
     """They were called a wrong config.json, which nobody could mend."""
     pack(folder, parts, file)

@@ -662,6 +662,7 @@ def kill_and_go_on(folder: Path, kills: int, seed: int) -> list[int]:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_file(tmp_path, monkeypatch):
     """A kill at an unlucky moment would lose an answer or write one twice."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

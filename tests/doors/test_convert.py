@@ -898,6 +898,7 @@ def hub_name(ours: str) -> str:
     return ours.replace("vision_tower.", TOWER).replace("projector.", "multi_modal_projector.")
 
 
+@pytest.mark.slow
 def test_memory_holds_a_shard_and_not_the_checkpoint(tmp_path):
     """Converted to another dtype, so that every tensor is made in memory rather than mapped from
     its file."""
@@ -972,6 +973,7 @@ def test_int8_weights_lie_where_the_kernel_can_read_them(tmp_path):
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("to", ["hf", "original"])
+@pytest.mark.slow
 def test_a_quantised_folder_is_what_loading_would_make(tmp_path, kind, to, capsys):
     """A stored int8 model would answer otherwise than one quantised at its start."""
     status, errors = command(
@@ -1052,6 +1054,7 @@ def test_int4_of_another_processor_is_packed_anew_and_says_so(packed):
 
 
 @pytest.mark.parametrize("order", [None, "", "0 1 1 2", "0 1 2", "one two", "0 1 2 3 4 5", "-1 0"])
+@pytest.mark.slow
 def test_an_order_that_is_none_is_refused(packed, order):
     """Packed weights in an unknown order would be read as other numbers."""
     with_order(packed, order)

@@ -191,6 +191,7 @@ def test_the_shared_file_of_the_command_lines_lists_the_doors_too():
     assert "  generate  " in done.stdout
 
 
+@pytest.mark.slow
 def test_python_shows_what_the_package_has():
     """The Tab key and help() found nothing, since `load` is fetched on first use."""
     assert {"Assistant", "load", "__version__"} <= set(dir(minillava))
@@ -227,6 +228,7 @@ runpy.run_module("minillava.{door}", run_name="__main__", alter_sys=True)
         ("pope", "minillava.pope.files"),
     ],
 )
+@pytest.mark.slow
 def test_ctrl_c_while_something_is_imported_leaves_no_traceback(door, module):
     """Python's signal handler raises KeyboardInterrupt in the middle of whatever runs: for 1.7 s
     that was torch."""

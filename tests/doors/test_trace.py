@@ -133,6 +133,7 @@ def shapes(records, step=0) -> dict[str, list[int]]:
 # --- the walk-through -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_shapes_at_true_widths_are_those_of_the_walk_through(llama_tokenizer):
     """LLaVA-1.5-7B's widths with random numbers; of its layers only as many as a test has time for,
     and a narrow feed-forward layer, which the walk-through does not look into."""

@@ -278,6 +278,7 @@ def test_nothing_of_the_users_is_overwritten(run_main, data, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_update_that_is_being_made(data, tmp_path):
     """A signal in the middle of AdamW's step would leave half of it."""
     script = (

@@ -289,6 +289,7 @@ def answers(tmp_path_factory) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.title)
+@pytest.mark.slow
 def test_the_bundled_model_answers_as_the_page_says(exercise, answers):
     """A student would see another answer than the one that the page explains."""
     assert answers[exercise.title] == [printed for _, printed in exercise.runs]

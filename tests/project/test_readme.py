@@ -211,6 +211,7 @@ def test_there_is_something_to_type():
 @pytest.mark.parametrize(
     ("page", "i"), TITLES, ids=[f"{name}-{i}-{TYPED[name][i].text[:40]}" for name, i in TITLES]
 )
+@pytest.mark.slow
 def test_typed_after_all_before_it(page, i, done):
     """Blocks that each ran in a folder of its own hid that one needed another's name for its
     answers, and that nothing had made `python` known to the shell."""

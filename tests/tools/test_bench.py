@@ -107,6 +107,7 @@ def test_a_prompt_has_the_positions_it_is_said_to_have(size):
     assert max(ids) < config.text.vocab_size
 
 
+@pytest.mark.slow
 def test_compare_measures_processes_side_by_side(checkpoints, capsys, tmp_path):
     """One process per row and round, kept as it comes; the same command then has nothing to do."""
     journal = tmp_path / "found.jsonl"

@@ -406,6 +406,7 @@ def test_ctrl_c_while_a_tool_is_imported_leaves_no_traceback(name, module):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the workers in /proc")
+@pytest.mark.slow
 def test_ctrl_c_ends_an_evaluation_and_its_workers():
     """It waited for all questions that were handed out, and the workers printed tracebacks."""
     process = subprocess.Popen(
