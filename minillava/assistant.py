@@ -18,7 +18,7 @@ from minillava.checkpoint.parts import open_parts
 from minillava.checkpoint.place import choose_device, choose_dtype
 from minillava.fast import speed_up
 from minillava.fast.ahead import decode_ahead
-from minillava.fast.compiled import compile_decode
+from minillava.fast.compiled import Captured, compile_decode
 from minillava.fast.passes import pass_cost
 from minillava.files.pictures import Images, ImageSource, as_list
 from minillava.generate import beam, inputs
@@ -169,8 +169,10 @@ class Assistant:
         a folder of a small model, a drafter, or what this returned, whose `report` tells of the
         last answer. tokens: how many are guessed at a time; None or "auto": as many as pay. Raises
         ValueError or FileNotFoundError if there is no such drafter, or the model is compiled."""
+        if draft is not None and isinstance(self.model.decoding, Captured):
+            raise ValueError("drafts do not go with a compiled step: leave compile or draft out")
         cost = pass_cost(self.model.language_model)
-        return find_drafts(draft, tokens, self.model, cost, self._open_drafter)
+        return find_drafts(draft, tokens, cost, self._open_drafter)
 
     def _open_drafter(self, name: str) -> DraftModel:
         """A small model that guesses, from its folder: a Llama, or a LLaVA of the same words."""

@@ -143,6 +143,7 @@ SAME_BITS = flag(
 def add_model_arguments(parser: argparse.ArgumentParser, answers: bool = False) -> None:
     """Add the flags of every door that opens a model, as `opening.open_assistant` takes them.
     answers: for a door that watches no layer at work."""
+    parser.set_defaults(same_bits=False)  # also for a door without the flag
     add_flags(parser, "model", (*MODEL_FLAGS, *[SAME_BITS] * answers))
 
 
@@ -365,7 +366,7 @@ def check_drafts(parser: Parser, args: argparse.Namespace) -> None:
         if args.draft_tokens is not None:
             parser.error(f"--draft-tokens {args.draft_tokens} needs --draft")
         return
-    for name, used in (
+    for name, used in (  # chat and batch have no beams
         ("--compile", args.compile),
         ("--num-beams", getattr(args, "num_beams", 1) > 1),
         ("--num-return-sequences", getattr(args, "num_return_sequences", 1) > 1),

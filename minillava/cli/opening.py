@@ -115,7 +115,7 @@ def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -
                 template=args.template,
                 image_aspect_ratio=args.image_aspect_ratio,
             )
-        if getattr(args, "same_bits", False):
+        if args.same_bits:
             keep_bits(assistant.model)
     finally:
         messages.progress("")

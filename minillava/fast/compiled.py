@@ -50,8 +50,6 @@ class Captured:
     """`decode_ahead` with a compiled step, and the memory of the caches with which it was
     recorded."""
 
-    is_captured = True
-
     def __init__(self, decode_step: Callable):
         """decode_step: `step`, compiled or not, for one model."""
         self.decode_step, self.memory = decode_step, []

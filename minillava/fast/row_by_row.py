@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from minillava.attention import eager
 from minillava.cache import KVCache
 from minillava.fast import processor
-from minillava.fast.ahead import decode_ahead
+from minillava.fast.compiled import Captured
 from minillava.fast.linear import NAMES
 from minillava.fast.quantize import QuantisedLinear
 from minillava.llama import LanguageModel, LanguageOutput
@@ -34,7 +34,7 @@ PIECE = 256
 def keep_bits(model: Llava) -> None:
     """Let a model compute row by row. This costs time, but little if its products allow several
     rows. Raises ValueError for a model whose decoding step is compiled."""
-    if model.decoding not in (None, decode_ahead):
+    if isinstance(model.decoding, Captured):
         raise ValueError(
             "same bits are not for a compiled step: leave out --compile or --same-bits"
         )

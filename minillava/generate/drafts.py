@@ -6,7 +6,6 @@ from typing import Any
 
 from minillava.generate.lookup import Lookup
 from minillava.generate.speculate import Drafter, Drafts
-from minillava.llava import Llava
 
 Draftable = Drafts | Drafter | str | Path | None
 
@@ -14,7 +13,6 @@ Draftable = Drafts | Drafter | str | Path | None
 def find_drafts(
     draft: Draftable,
     tokens: int | str | None,
-    model: Llava,
     pass_cost: Callable[[int], float],
     open_drafter: Callable[[str], Drafter],
 ) -> Drafts | None:
@@ -22,8 +20,6 @@ def find_drafts(
     steps of one row. open_drafter: opens the small model of a folder."""
     if draft is None or isinstance(draft, Drafts):
         return draft
-    if getattr(model.decoding, "is_captured", False):
-        raise ValueError("drafts do not go with a compiled step: leave compile or draft out")
     drafter: Any = draft
     if draft == "lookup":
         drafter = Lookup()

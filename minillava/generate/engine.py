@@ -344,7 +344,8 @@ class Engine(threading.Thread):
         best = max(free, key=lambda slot: common_prefix(slot.held, positions) * self.reuse)
         free.remove(best)
         answers, config = [], self.model.config
-        for number, (slot, options) in enumerate(zip([best, *free], request.options, strict=False)):
+        slots = [best, *free][: len(request.options)]
+        for number, (slot, options) in enumerate(zip(slots, request.options, strict=True)):
             most = min(options.max_new_tokens, self.capacity - len(positions))
             sampler = Sampler(config, spliced.token_ids, options)
             row = Row(config.eos_token_ids, self.tokenizer, options.stop)

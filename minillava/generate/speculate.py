@@ -229,6 +229,7 @@ def _steps(
         while True:
             start = cache.length - len(guesses)  # the length without the guesses
             block = take_rows(run, rows, guesses)
+            # the block ends at the first wrong guess, or with one token more than was guessed
             accepted = sum(s.ids == [guess] for s, guess in zip(block, guesses, strict=False))
             report.tokens = run.sampler.chosen
             if report.tokens > len(block):  # not the pass over the prompt

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minillava.probe.intervene import Keep, States, intervene, put
 from minillava.probe.measure import Answered, logits
+from minillava.tokenizer import common_prefix
 
 VISIBLE = 8 / 255
 """By how much a value of a pixel must differ to count: less is what a JPEG's compression does."""
@@ -37,8 +38,8 @@ def patch(a: Answered, b: Answered) -> Patching:
     the same."""
     if a.first != b.first or a.question != b.question:
         raise ValueError("patching compares two answers to one question")
-    common = next((i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=False)) if x != y), None)
-    if common is None:
+    common = common_prefix(a.ids, b.ids)
+    if common == min(len(a.ids), len(b.ids)):
         raise ValueError(f"both pictures lead to {a.text!r}; ask for what differs between them")
     end = a.first + 1 + common
     rows = a.embeds[:, :end], b.embeds[:, :end]  # [1, T, C]

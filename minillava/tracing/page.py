@@ -150,7 +150,7 @@ def _row(record: Record) -> str:
     values = [number_text(x) for x in (record.min, record.mean, record.max)]
     first = " ".join(number_text(x) for x in record.first or ())
     cells = f'<td class="s">{_breakable(record.short_name)}</td><td class="w">{shape}</td><td>{record.dtype or ""}</td>'
-    for label, cell in zip(COLUMNS[3:], (*values, first), strict=False):
+    for label, cell in zip(COLUMNS[3:-1], (*values, first), strict=True):
         cells += f'<td class="n" data-label="{label}">{escape(cell)}</td>'
     row = f'<tr>{cells}<td class="o">{_breakable(record.source)}</td></tr>'
     if record.value is None or record.name == "input_ids":  # which is above, in colour
