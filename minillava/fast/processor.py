@@ -1,9 +1,10 @@
 """The kind of this processor, and the way to compute a product that is fastest on it. A reader may
 skip this file.
 
-WAYS is what `python tools/bench.py kernels` found on a machine of each kind. Nothing is measured
-while the program runs: the ways add up in different orders, and an answer must not depend on how
-busy the machine was.
+WAYS is what `python tools/bench.py kernels` found for avx2, avx512 and avx512-bf16 (the first two
+on a newer processor that was held to their instructions). That of amx was measured before the tool
+was written, and the kinds in GUESSED were not measured. Nothing is measured while the program runs:
+the ways add up in different orders, and an answer must not depend on how busy the machine was.
 """
 
 import math
@@ -80,7 +81,7 @@ SAME_ROWS: dict[str, dict[str, int]] = {
 one row and of several add up in the same order. From `bench.py kernels --bits`."""
 
 GUESSED = {"arm", "arm-bf16", "unknown"}
-"""Kinds of which no machine was at hand. Of amx one was, but before the tool was written."""
+"""Kinds of which no machine was at hand."""
 
 # The limits that a user may set for oneDNN, which computes the products of bfloat16, such that it
 # uses no bfloat16 instructions.

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from minillava.assistant import load
 from minillava.cache import KVCache
 from minillava.chat.conversation import Conversation
+from minillava.fast import processor
 from minillava.fast.compiled import Captured
 from minillava.fast.passes import COSTS, interpolate, pass_cost
 from minillava.generate.contrast import M3ID, VCD
@@ -276,6 +277,17 @@ def test_small_weights_give_the_same_bits(dtype, kind):
         assert len(found) == len(plain)
         for mine, other in zip(found, plain, strict=True):
             assert torch.equal(mine.scores, other.scores), count
+
+
+def test_what_the_table_does_not_claim_is_not_exact(monkeypatch):
+    """Drafts were called exact after one trial whose rows had the bits of single steps by luck."""
+    monkeypatch.setattr(processor, "SAME_ROWS", {processor.kind(): {"bfloat16": 4, "int8": 16}})
+    folder = REFERENCE.parents[1] / "weights/shapes"
+    assert load(folder, dtype="bfloat16", device="cpu").model.language_model.alike == 4
+    monkeypatch.setattr(processor, "SAME_ROWS", {})
+    language = load(folder, dtype="bfloat16", device="cpu").model.language_model
+    assert language.alike == 1
+    assert not keeps_bits(language, 2)
 
 
 def test_what_drafts_are_not_for_is_one_line(toy, pixels):
