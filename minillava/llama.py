@@ -80,8 +80,7 @@ class LanguageModel(nn.Module):
         whole prompt it would cost as much as two thirds of a layer, and T rows of V logits).
         attentions: recorded by `eager`, which alone has them. positions [B|1,T] and mask bool
         [B|1,1,T,S], always together: for guessed tokens (generate/speculate.py), which are not one
-        sequence; None: made from the cache. attend: instead of the model's own. Raises ValueError
-        if only one of the two is given.
+        sequence; ValueError if only one is given. attend: instead of the model's own.
         """
         if (positions is None) != (mask is None):
             raise ValueError("positions and mask go together: give both, or neither")

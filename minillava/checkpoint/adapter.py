@@ -122,12 +122,7 @@ class Adapter:
         self.deltas = {name: self._delta(name, pair, config, path) for name, pair in halves.items()}
         if not self.deltas:
             raise ValueError(f"{file}: holds no pair of lora_A and lora_B; download it again")
-        # PEFT chooses modules by the end of their names, and so in every layer.
-        narrowed = any(config.get(key) for key in ("layers_to_transform", "exclude_modules"))
-        targets = config.get("target_modules")
-        self.everywhere = (
-            isinstance(targets, list) and not narrowed and not any("." in str(t) for t in targets)
-        )
+        self.everywhere = _is_in_every_layer(config)
 
     def _delta(
         self, name: str, pair: dict[str, Stored], config: dict[str, Any], path: Path
@@ -170,6 +165,14 @@ class Adapter:
             raise ValueError(f"{path}: use_rslora is {rslora!r:.80}, expected true or false")
         rank = a.shape[0]
         return Delta(a, b, alpha / (math.sqrt(rank) if rslora else rank))
+
+
+def _is_in_every_layer(config: dict[str, Any]) -> bool:
+    """Whether PEFT adapts its modules wherever they are: it chooses them by the end of their
+    names."""
+    narrowed = any(config.get(key) for key in ("layers_to_transform", "exclude_modules"))
+    targets = config.get("target_modules")
+    return isinstance(targets, list) and not narrowed and not any("." in str(t) for t in targets)
 
 
 def _check_formula(path: Path, config: dict[str, Any]) -> None:

@@ -41,6 +41,13 @@ def read_image_processor(
                 f"{path}: {key} is {size!r:.80}, config.json has image_size "
                 f"{config.vision.image_size}"
             )
+    numbers = _read_numbers(path, raw)
+    return ImageProcessor(config.vision.image_size, aspect or config.image_aspect_ratio, **numbers)
+
+
+def _read_numbers(path: Path, raw: dict[str, Any]) -> dict[str, list[float]]:
+    """The mean and standard deviation of each channel, if a file gives them. Raises ValueError for
+    what is not three numbers."""
     numbers = {}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if theirs in raw:
@@ -54,4 +61,4 @@ def read_image_processor(
                     "image_std"
                 )
             numbers[ours] = found
-    return ImageProcessor(config.vision.image_size, aspect or config.image_aspect_ratio, **numbers)
+    return numbers

@@ -72,19 +72,7 @@ def open_image(source: ImageSource) -> Image.Image:
     name = name_of(source)
     try:
         file = source if isinstance(source, Image.Image) else _file(source, name)
-        try:
-            image = _decode(file)
-        except (Refused, Image.DecompressionBombError):
-            raise
-        except Exception as error:
-            # Pillow gives up on some metadata that others skip. The first error is the one to
-            # report.
-            if isinstance(file, Image.Image):
-                raise
-            try:
-                image = _decode(_without_metadata(file))
-            except Exception:
-                raise error from None
+        image = _decode_with_or_without_metadata(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such picture; check the path") from None
     except PermissionError as error:
@@ -108,6 +96,21 @@ def open_image(source: ImageSource) -> Image.Image:
     image.info = {}  # the picture is upright now and must not be turned again
     vars(image)["filename"] = name  # so that a later error can name the picture
     return image
+
+
+def _decode_with_or_without_metadata(file: Image.Image | Path | BinaryIO) -> Image.Image:
+    """Pillow gives up on some metadata that others skip. The first error is the one to report."""
+    try:
+        return _decode(file)
+    except (Refused, Image.DecompressionBombError):
+        raise
+    except Exception as error:
+        if isinstance(file, Image.Image):
+            raise
+        try:
+            return _decode(_without_metadata(file))
+        except Exception:
+            raise error from None
 
 
 def _decode(file: Image.Image | Path | BinaryIO) -> Image.Image:

@@ -63,9 +63,8 @@ def generate(
     a TypeError. process: f(scores [B,V], history [B,S]) -> scores [B,V], after contrast and
     penalties, before temperature and filters; history: the ids of prompt and answer, padding on the
     left as -1. num_beams above 1 is beam search (beam.py), without contrast; stop texts are then
-    cut from the finished answers. follow: replaces `loop.steps`, for example Drafts.steps
-    (speculate.py). Raises ValueError for options out of range or a prompt that does not fit the
-    model's context.
+    cut from the finished answers. follow: instead of `loop.steps`, say Drafts.steps. Raises
+    ValueError for options out of range or a prompt that does not fit the model's context.
     """
     chosen = read_options(options)
     record = (record,) if isinstance(record, str) else record

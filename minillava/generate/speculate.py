@@ -30,7 +30,6 @@ from minillava.loop import decode_in_turn, prefill, steps
 from minillava.options import DRAFT_TOKENS, Options
 from minillava.sampling import Sampler
 from minillava.streaming import Run, Step
-from minillava.tokenizer import Tokenizer
 
 NOTICED = 64
 """After so many guesses without a right one, something may be wrong."""
@@ -204,14 +203,10 @@ def _steps(
     spliced: Spliced,
     options: Options,
     pictures: Sequence[Any],
-    *,
-    tokenizer: Tokenizer | None = None,
-    record: Sequence[str] = (),
-    contrast: Callable[[Tensor, Tensor, int], Tensor] | None = None,
-    process: Callable[[Tensor, Tensor], Tensor] | None = None,
     cache: KVCache | None = None,
+    **asked: Any,
 ) -> Iterator[Step]:
-    run = Run(model, spliced, options, tokenizer, record, contrast, process, cache)
+    run = Run(model, spliced, options, cache=cache, **asked)
     check_one(run.batch, options)
     pace = Pace(
         drafts.tokens,
@@ -219,8 +214,7 @@ def _steps(
         drafts.drafter.cost,
     )
     with decode_in_turn(model, spliced.embeds, run.capacity, cache, run.wanted) as decoder:
-        # A cache that the caller owns may grow at the last yield of a block, and keeps what is in
-        # it.
+        # A cache that the caller owns may grow at the last yield of a block.
         cache, spare = decoder.cache, int(cache is not None)
         # guessed: guesses that no pass checks, made to know how often they are right
         guesses, guessed = [], []
