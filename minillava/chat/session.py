@@ -14,9 +14,9 @@ from pathlib import Path
 from minillava import __version__
 from minillava.chat import terminal
 from minillava.chat.conversation import Conversation
+from minillava.chat.flags import COMMANDS_HELP
 from minillava.cli.messages import Messages, is_of_stdout, report
 from minillava.cli.opening import find_weights, note_several, open_assistant
-from minillava.cli.parsers import CHAT_COMMANDS
 from minillava.files.disk import is_stream, write_whole
 from minillava.files.pictures import ImageSource, name_of, open_image
 from minillava.files.text import as_meant, read_lines, refuse_nul
@@ -52,7 +52,7 @@ class Session:
         if command in ("/quit", "/exit"):
             return False
         if command == "/help":
-            print(CHAT_COMMANDS, file=sys.stderr)
+            print(COMMANDS_HELP, file=sys.stderr)
         elif command == "/clear":
             self.conversation.clear()
             self.note("conversation and pictures are forgotten; /image PATH adds a picture")

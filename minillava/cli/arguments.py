@@ -18,6 +18,10 @@ MODEL_FILES = (".json", ".model", ".safetensors", ".bin", ".pth")
 """How the names of the files end that make a model."""
 
 
+PICTURE_NAMES = (".png", ".jpg", ".jpeg", ".webp")
+"""How the names of pictures end that are written."""
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, and for which `--max_new_tokens` is
     `--max-new-tokens`."""
@@ -79,6 +83,22 @@ class Parser(argparse.ArgumentParser):
         return f"unrecognized arguments: {' '.join(unknown)}" + (
             f"; did you mean {' or '.join(near)}?" if near else ""
         )
+
+
+def new_parser(prog: str, description: str, epilog: str) -> Parser:
+    """A door's parser: texts as they are written, and no abbreviated flags."""
+    return Parser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def path_name(text: str) -> Path:
+    """The name of a file or folder, which is not empty."""
+    return Path(file_name(not_empty(text)))
 
 
 def not_empty(text: str) -> str:

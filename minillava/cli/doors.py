@@ -9,6 +9,7 @@ this file imports next to nothing.
 import _signal as signal  # `signal` wraps it in enumerations, which take time to import
 import os
 import sys
+from types import ModuleType
 
 # In the order in which people need them: what the door is for, and the function that it calls, with
 # its file.
@@ -46,16 +47,23 @@ DOORS = {
 PRINTING = {"generate", "chat", "look", "probe", "trace", "inspect", "serve", "pope"}
 
 
+def flags_of(name: str) -> ModuleType:
+    """The file in a door's folder with `make_parser(prog)` and `read_flags(parser, argv)`, which
+    returns the arguments of the door's function. Wrong usage ends the process with status 2."""
+    folder = DOORS[name][1].partition(".")[0]
+    return __import__(f"minillava.{folder}.flags", fromlist=["flags"])
+
+
 def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run a door with these flags (by default the process's own); returns the exit status."""
     from minillava.cli.messages import run
 
     given = sys.argv[1:] if argv is None else list(argv)
+    _, file, function = DOORS[name]
     try:
-        from minillava.cli import parsers
-
-        parser = vars(parsers)[f"{name}_parser"](*[prog] if prog else [])
-        asked = vars(parsers)[f"read_{name}"](parser, given)
+        flags = flags_of(name)
+        parser = flags.make_parser(*[prog] if prog else [])
+        asked = flags.read_flags(parser, given)
     except Exception as error:  # what the system says about a file that a flag names
         failed = error  # Python forgets `error` at the end of this block
 
@@ -63,7 +71,6 @@ def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
             raise failed
 
         return run(fail, not {"-v", "--verbose"}.isdisjoint(given))
-    _, file, function = DOORS[name]
 
     def body() -> int:
         module = __import__(f"minillava.{file}", fromlist=[function])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillava.cli.parsers import ABLATIONS
+from minillava.probe.flags import ABLATIONS
 from minillava.probe.intervene import (
     At,
     Attention,

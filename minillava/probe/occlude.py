@@ -15,7 +15,7 @@ import torch
 from PIL import ImageFilter
 from torch import Tensor
 
-from minillava.cli.parsers import HIDINGS
+from minillava.probe.flags import HIDINGS
 from minillava.probe.measure import ROWS, Answered
 
 

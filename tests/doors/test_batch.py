@@ -20,10 +20,10 @@ from paths import REFERENCE
 
 import minillava
 from minillava.batch import run as batch
+from minillava.batch.flags import make_parser
 from minillava.batch.journal import Journal
 from minillava.batch.questions import Question, read_questions
 from minillava.batch.run import WINDOW, _duration, ask, plan
-from minillava.cli import parsers
 from minillava.cli.doors import enter
 from minillava.cli.messages import Messages
 from minillava.files import disk
@@ -365,7 +365,7 @@ def test_the_questions_are_never_overwritten_by_the_answers(run, tmp_path):
 
 def test_help_describes_every_flag_and_offers_none_that_cannot_be_used():
     """--help would offer --num-return-sequences, which a file of one answer a line cannot hold."""
-    parser = parsers.batch_parser()
+    parser = make_parser()
     assert all(action.help for action in parser._actions)
     assert "--num-beams" in parser.format_help()
     assert "--num-return-sequences" not in parser.format_help()

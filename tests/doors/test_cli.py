@@ -28,13 +28,14 @@ from paths import REFERENCE, ROOT
 from safetensors.torch import load_file, save_file
 
 import minillava
-from minillava.cli import messages, parsers
+from minillava.cli import messages
 from minillava.cli.arguments import Parser, check_outputs, file_name, number_list
-from minillava.cli.doors import enter
+from minillava.cli.doors import enter, flags_of
 from minillava.cli.flags import GENERATION_FLAGS, SEARCH_FLAGS
 from minillava.cli.messages import print_json, write_outputs
 from minillava.cli.opening import THREAD_VARIABLES, choose_threads
 from minillava.generate.contrast import METHODS
+from minillava.generate.flags import make_parser
 from minillava.loop import Options
 from minillava.options import WEIGHTS_VARIABLE
 from minillava.prompt import DEFAULT_PROMPT
@@ -702,13 +703,13 @@ def test_help_names_every_flag(run):
 
 def test_every_flag_has_a_help_text():
     """A flag would stand in --help without a word about what it does."""
-    for action in parsers.generate_parser()._actions:
+    for action in make_parser()._actions:
         assert action.help, action.option_strings
 
 
 def test_the_defaults_are_those_of_options_and_help_shows_them(run):
     """The command's default would drift from the library's, or from the one --help names."""
-    arguments = vars(parsers.generate_parser().parse_args([]))
+    arguments = vars(make_parser().parse_args([]))
     defaults = Options()
     for name in Options.__dataclass_fields__:
         assert arguments[name] == vars(Options)[name] or (name == "stop" and not arguments[name]), (
@@ -736,7 +737,7 @@ def test_the_examples_of_help_are_valid_commands(run):
     assert len(lines) >= 3
     for line in lines:
         words = shlex.split(line.split("python -m minillava.generate")[1])
-        arguments = parsers.generate_parser().parse_args(words)
+        arguments = make_parser().parse_args(words)
         Options(**{name: getattr(arguments, name) for name in Options.__dataclass_fields__})
 
 
@@ -1393,7 +1394,7 @@ def test_a_minus_is_stdout_or_refused_and_a_tilde_is_home(monkeypatch, tmp_path,
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    parser = vars(parsers)[f"{door}_parser"]()
+    parser = flags_of(door).make_parser()
     needed = {
         "look": ["-i", "x.png"],
         "probe": ["-i", "x.png"],

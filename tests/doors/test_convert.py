@@ -24,9 +24,9 @@ import minillava
 from minillava.checkpoint import write
 from minillava.checkpoint.config_json import read_config
 from minillava.checkpoint.write import save_tensors
-from minillava.cli import parsers
 from minillava.cli.doors import enter
 from minillava.convert import plan, run
+from minillava.convert.flags import read_size
 from minillava.convert.run import convert
 from minillava.fast import quantize
 from minillava.fast.quantize import LINE, Int8Linear
@@ -935,7 +935,7 @@ def test_memory_holds_a_shard_and_not_the_checkpoint(tmp_path):
 def test_sizes_and_layouts_are_checked_before_anything_happens(tmp_path, capsys):
     """A mistyped size would be noticed after the model was read, or make endless shards."""
     sizes = {"4GB": 4e9, "512MB": 512e6, "1.5 g": 1.5e9, "200KB": 2e5, "7": 7.0}
-    assert {text: parsers.read_size(text) for text in sizes} == sizes
+    assert {text: read_size(text) for text in sizes} == sizes
     for wrong in (
         ["--to", "hf", "--shard-size", "big"],
         ["--to", "hf", "--shard-size", "0GB"],

@@ -13,7 +13,7 @@ from commands import python
 from paths import ROOT
 
 import minillava
-from minillava.cli import doors, parsers
+from minillava.cli import doors
 
 WEIGHTS = ROOT / "weights" / "shapes"
 
@@ -131,7 +131,7 @@ def test_an_error_while_flags_are_read_has_a_traceback_only_with_verbose(
     def closed(*_):
         raise PermissionError(13, "Permission denied", "noread/sub/z")
 
-    monkeypatch.setattr(parsers, "check_outputs", closed)
+    monkeypatch.setattr(doors.flags_of("generate"), "check_outputs", closed)
     status, out, err = front("generate", "-p", "x", *verbose)
     assert (status, out) == (1, "")
     assert err.splitlines()[-1].startswith("error: noread/sub/z: Permission denied; ")
@@ -144,7 +144,7 @@ def test_a_package_that_is_not_there_means_another_python(front, monkeypatch):
     def absent(*_):
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
-    monkeypatch.setattr(parsers, "read_generate", absent)
+    monkeypatch.setattr(doors.flags_of("generate"), "read_flags", absent)
     status, out, err = front("generate", "-p", "x")
     assert (status, out) == (1, "")
     assert err == (
@@ -267,8 +267,8 @@ def test_importing_minillava_leaves_ctrl_c_as_it_is(tmp_path):
 def test_ctrl_c_inside_exec_is_the_same_status():
     """Python ended the process by the signal: what was seen as -2 by who started it."""
     script = """if 1:
-        from minillava.cli import doors, parsers
-        from minillava.generate import answer
+        from minillava.cli import doors
+        from minillava.generate import answer, flags
 
         def interrupted(*_):
             print("so far", end="")
@@ -284,8 +284,8 @@ def test_ctrl_c_that_became_another_error_is_still_ctrl_c():
     """ "could not determine the shape of object type 'torch.storage.UntypedStorage'", with status 1."""
     script = """if 1:
         import os, signal
-        from minillava.cli import doors, parsers
-        from minillava.generate import answer
+        from minillava.cli import doors
+        from minillava.generate import answer, flags
 
         def interrupted(*_):
             try:
@@ -304,8 +304,8 @@ def test_ctrl_c_after_the_answer_changes_nothing():
     killed process."""
     script = """if 1:
         import os, signal
-        from minillava.cli import doors, parsers
-        from minillava.generate import answer
+        from minillava.cli import doors
+        from minillava.generate import answer, flags
 
         class Last:
             def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGINT):

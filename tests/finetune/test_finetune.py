@@ -13,9 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import minillava
-from minillava.cli import parsers
 from minillava.cli.doors import enter
-from minillava.finetune import recipe, save
+from minillava.finetune import flags, recipe, save
 from minillava.finetune.run import finetune
 
 main = partial(enter, "finetune")
@@ -339,12 +338,12 @@ def test_flags_without_a_place_for_what_is_learnt_are_refused(run_main, data):
 
 def test_the_words_that_flags_offer_are_those_that_the_recipes_take():
     """The flags are read before torch is imported, and so do not read the recipes."""
-    offered = {names[0]: settings for names, settings in parsers.RECIPE_FLAGS}
+    offered = {names[0]: settings for names, settings in flags.RECIPE_FLAGS}
     assert offered["--learn"]["choices"] == recipe.LEARN
     assert offered["--order"]["choices"] == recipe.ORDERS
     assert offered["--loss-mean"]["choices"] == recipe.MEANS
-    assert tuple(recipe.RECIPES) == parsers.RECIPE_NAMES
-    run = {names[0]: settings for names, settings in parsers.FINETUNE_FLAGS}
+    assert tuple(recipe.RECIPES) == flags.RECIPE_NAMES
+    run = {names[0]: settings for names, settings in flags.FLAGS}
     assert run["--layout"]["choices"] == save.LAYOUTS
 
 

@@ -16,7 +16,7 @@ from paths import ROOT
 
 from minillava import options
 from minillava.attention import ATTENTION
-from minillava.cli import doors, parsers
+from minillava.cli import doors
 from minillava.serve.run import EXTRA
 from minillava.tracing.recorder import DEPTHS
 
@@ -61,7 +61,7 @@ DOORS = {
 }
 DOOR_TO_DOOR = {("probe", "look"), *zip(sorted(DOORS), sorted(DOORS), strict=True)}
 # generate/ holds strategies, and a door
-OF_A_DOOR = {"generate.answer", "generate.__main__", "cli.__main__", "__main__"}
+OF_A_DOOR = {"generate.answer", "generate.flags", "generate.__main__", "cli.__main__", "__main__"}
 # of the spine, those that read something from a disk, or have what callers give them checked
 READ_FILES = {"options", "image", "tokenizer", "llava", "sampling", "assistant"}
 LIMIT = 2460  # lines of the spine; the last thirty are for a sampler or a template
@@ -138,7 +138,7 @@ def test_imports_are_found_wherever_they_are():
         ("a", None, "minillava"),
     ]
     assert ("llava", None, "vision") in inner_imports("llava")
-    assert ("cli.doors", "enter", "cli.parsers") in inner_imports("cli.doors")
+    assert ("cli.doors", "enter", "cli.messages") in inner_imports("cli.doors")
     assert len(FILES) > 80 and len(SPINE) == 17
 
 
@@ -311,7 +311,7 @@ def test_the_doors_are_those_that_the_folders_open():
             begun[door] = name
     assert set(begun) == set(doors.DOORS)
     for name, (line, module, function) in doors.DOORS.items():
-        assert f"{name}_parser" in vars(parsers) and f"read_{name}" in vars(parsers)
+        assert {"make_parser", "read_flags"} <= set(vars(doors.flags_of(name)))
         assert function in vars(importlib.import_module(f"minillava.{module}"))
         folder = module.split(".")[0]
         assert begun[name] == f"{folder}.__main__" and folder in FILES  # or no wheel has it

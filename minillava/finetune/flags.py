@@ -1,0 +1,114 @@
+"""The flags of `python -m minillava.finetune`, and which of them go together; they are read before
+torch is imported."""
+
+from collections.abc import Sequence
+
+from minillava.cli.arguments import (
+    Parser,
+    new_parser,
+    path_name,
+)
+from minillava.cli.flags import (
+    add_flags,
+    add_output_arguments,
+    flag,
+)
+from minillava.options import ASPECTS, DEVICES, KINDS
+from minillava.templates import TEMPLATES
+
+HELP = """\
+examples:
+  python -m minillava.finetune MODEL rows.json --images photos --check 3
+  python -m minillava.finetune MODEL rows.json --images photos --out cats --rank 16 --accumulate 1
+  python -m minillava.generate --weights MODEL --adapter cats --image photos/1.jpg
+
+DATA is a list, or lines, of LLaVA's rows:
+  {"id": 1, "image": "1.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                                                {"from": "gpt", "value": "A cat."}]}
+All rows are checked before the model is opened. Learnt are the answers and what ends them, and
+nothing else. The recipes have the numbers that LLaVA-1.5 was trained with, on 8 GPUs; any flag
+changes one. OUT gets what was learnt, log.jsonl with a line per update, and the state from which
+--resume goes on as if nothing had happened.
+
+A LoRA in --layout hf is opened by PEFT on a llava-hf model, in --layout llava by LLaVA. A whole
+model (--learn language, or --merged) is written like the one it began from, to OUT/model.
+
+exit status: 0 learnt, 1 an error in one line, 2 wrong usage, 130 Ctrl-C (what is done is saved)"""
+
+RECIPE_NAMES = ("stage1", "stage2", "lora", "task", "task-lora")
+
+FLAGS = (
+    flag("--images", type=path_name, metavar="DIR", help="what pictures are named from (default: "
+         "the folder of DATA)"),
+    flag("--out", type=path_name, metavar="OUT", help="folder of what is learnt"),
+    flag("--check", type=int, metavar="N", help="check the rows, print N of them with what is "
+         "learnt in [[ ]], and stop"),
+    flag("--plan", action="store_true", help="say what would be learnt, and stop"),
+    flag("--skip-bad", action="store_true", help="leave rows out that cannot be learnt"),
+    flag("--resume", action="store_true", help="go on with the run in OUT"),
+    flag("--save-every", type=int, default=100, metavar="N", help="updates (default: %(default)s)"),
+    flag("--layout", choices=("hf", "llava"), help="of a LoRA (default: as MODEL)"),
+    flag("--merged", action="store_true", help="also write the whole model with the LoRA in it"),
+)  # fmt: skip
+
+RECIPE_FLAGS = (
+    flag("--recipe", choices=RECIPE_NAMES, default="lora", help="(default: %(default)s)"),
+    flag("--learn", choices=("projector", "lora", "language"), help="what learns"),
+    flag("--template", choices=TEMPLATES, help="the words around questions and answers"),
+    flag("--image-aspect-ratio", dest="aspect", choices=ASPECTS, help="how a picture becomes a "
+         "square"),
+    flag("--rate", type=float, metavar="X", help="of LoRA or language model"),
+    flag("--projector-rate", type=float, metavar="X", help="of the projector"),
+    flag("--rank", type=int, metavar="N", help="of the LoRA"),
+    flag("--alpha", type=float, metavar="X", help="the LoRA counts alpha / rank (default: twice "
+         "the rank)"),
+    flag("--dropout", type=float, metavar="X", help="of what the LoRA reads"),
+    flag("--batch", type=int, metavar="N", help="rows that are computed at once"),
+    flag("--accumulate", type=int, metavar="N", help="batches of an update"),
+    flag("--epochs", type=int, metavar="N", help="how often each row is learnt"),
+    flag("--updates", type=int, metavar="N", help="instead of epochs"),
+    flag("--max-length", type=int, metavar="N", help="positions of a row; its end is cut"),
+    flag("--warmup", type=float, metavar="X", help="share of the updates until the full rate"),
+    flag("--decay", type=float, metavar="X", help="weight decay"),
+    flag("--clip", type=float, metavar="X", help="largest norm of a gradient; 0: none"),
+    flag("--order", choices=("length", "shuffle", "file"), help="of the rows"),
+    flag("--loss-mean", choices=("tokens", "microbatch"), help="over an update's tokens, or "
+         "over each batch's alone, as LLaVA was trained"),
+    flag("--seed", type=int, metavar="N", help="of order, start and dropout"),
+    flag("--hold-out", type=float, metavar="X", help="share of the rows that are not learnt; their "
+         "loss is told before the first update and at each save"),
+    flag("--quantize", choices=KINDS, help="the language model, which a LoRA or the projector then "
+         "learns on, in 8 or 4 bits a weight"),
+)  # fmt: skip
+
+
+def make_parser(prog: str = "python -m minillava.finetune") -> Parser:
+    parser = new_parser(
+        prog,
+        "Learn from rows of pictures and conversations: a LoRA, the projector, or the language\n"
+        "model.",
+        HELP,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder of LLaVA-1.5 weights, or hub id")
+    parser.add_argument("data", type=path_name, metavar="DATA", help="rows, JSON or JSON lines")
+    add_flags(parser, "the run", FLAGS)
+    add_flags(parser, "the recipe; where nothing is given, its own numbers stand", RECIPE_FLAGS)
+    group = parser.add_argument_group("model")
+    group.add_argument("--vision-tower", metavar="DIR", help="folder of a CLIP, if MODEL has none")
+    group.add_argument("--model-base", metavar="DIR", help="language model, if MODEL has none")
+    group.add_argument(
+        "--device", default="auto", metavar="NAME", help=f"one of {', '.join(DEVICES)}"
+    )
+    add_output_arguments(parser)
+    return parser
+
+
+def read_flags(parser: Parser, argv: Sequence[str]) -> tuple:
+    """Flags."""
+    args = parser.parse_args(argv)
+    if args.out is None and args.check is None and not args.plan:
+        parser.error("--out says where what is learnt goes; or --check N, or --plan")
+    for name in ("check", "save_every"):
+        if vars(args)[name] is not None and vars(args)[name] < 1:
+            parser.error(f"--{name.replace('_', '-')} is {vars(args)[name]}, expected 1 or more")
+    return (args,)
