@@ -3,6 +3,7 @@ checkpoint folders."""
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import hf
@@ -20,6 +21,11 @@ from minillava.options import WEIGHTS_VARIABLE
 # another take ten times as long as one that does not. Whoever asks for more gets them, also more
 # than there are processors.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1").partition(",")[0]))
+
+# A shell script starts what it puts into the background with Ctrl-C ignored, and so would every
+# process that a test starts, and no test of Ctrl-C could pass.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
