@@ -11,9 +11,9 @@ from torch import Tensor
 
 from minillava.attention import ATTENTION
 from minillava.checkpoint.build import build_model
-from minillava.checkpoint.config_json import is_language_model
-from minillava.checkpoint.draft import check_same_words, open_language_model
+from minillava.checkpoint.draft import open_small
 from minillava.checkpoint.folders import find_folder, find_folders
+from minillava.checkpoint.medusa import open_heads
 from minillava.checkpoint.parts import open_parts
 from minillava.checkpoint.place import choose_device, choose_dtype
 from minillava.fast import speed_up
@@ -26,9 +26,10 @@ from minillava.generate.contrast import Contrast, find_method
 from minillava.generate.draft_model import DraftModel
 from minillava.generate.drafts import Draftable, find_drafts
 from minillava.generate.generation import Generation, check_room, generate
+from minillava.generate.medusa import Medusa
 from minillava.generate.named import LOAD_HINTS, check_names, read_options
 from minillava.generate.score import score_answers
-from minillava.generate.speculate import Drafts, following
+from minillava.generate.speculate import Drafter, Drafts, following
 from minillava.image import ImageProcessor
 from minillava.labels import encode_answers
 from minillava.llava import Llava, Spliced
@@ -57,11 +58,13 @@ class Assistant:
         image_processor: ImageProcessor,
         template: Template,
         unused: Sequence[str] = (),
+        folder: Path | None = None,
     ):
-        """unused: the names of stored tensors that this network does not need."""
+        """unused: the names of stored tensors that this network does not need. folder: of the
+        weights."""
         self.model, self.tokenizer = model, tokenizer
         self.image_processor, self.template = image_processor, template
-        self.unused = tuple(unused)
+        self.unused, self.folder = tuple(unused), folder
 
     @overload
     def ask(self, image: Images, question: str = ..., **options: Any) -> str: ...
@@ -166,31 +169,24 @@ class Assistant:
 
     def drafts(self, draft: Draftable, tokens: int | str | None = None) -> Drafts | None:
         """Guesses, which save passes and change no answer (generate/speculate.py). draft: "lookup",
-        a folder of a small model, a drafter, or what this returned, whose `report` tells of the
-        last answer. tokens: how many are guessed at a time; None or "auto": as many as pay. Raises
-        ValueError or FileNotFoundError if there is no such drafter, or the model is compiled."""
+        "medusa" (heads beside the weights) or "medusa:DIR", a folder of a small model, a drafter,
+        or what this returned, whose `report` tells of the last answer. tokens: how many are guessed
+        at a time; None or "auto": as many as pay. Raises ValueError or FileNotFoundError if there
+        is no such drafter, or the model is compiled."""
         if draft is not None and isinstance(self.model.decoding, Captured):
             raise ValueError("drafts do not go with a compiled step: leave compile or draft out")
         cost = pass_cost(self.model.language_model)
         return find_drafts(draft, tokens, cost, self._open_drafter)
 
-    def _open_drafter(self, name: str) -> DraftModel:
-        """A small model that guesses, from its folder: a Llama, or a LLaVA of the same words."""
-        large, folder = self.model.language_model, find_folder(name)
-        weight = large.embed_tokens.weight
-        exact = large.attend is ATTENTION["eager"]
-        small: Any
-        see = None
-        if is_language_model(folder):
-            small = open_language_model(folder, large.attend, weight.dtype, weight.device)
-            if not exact:
-                speed_up(small)
-        else:
-            attention = "eager" if exact else "fused"
-            other = load(folder, device=weight.device, dtype=weight.dtype, attention=attention)
-            small, see = other.model, other.embed
-        check_same_words(folder, small.language_model.config, self.tokenizer)
-        return DraftModel(small.language_model, large, see)
+    def _open_drafter(self, name: str, medusa: bool) -> Drafter:
+        """A small model that guesses, a Llama or a LLaVA of the same words; or Medusa's heads."""
+        large, folder = self.model.language_model, find_folder(name or self.folder, command=None)
+        if medusa:
+            words = self.tokenizer.sentencepiece.vocab_size()
+            return Medusa(*open_heads(folder, large.config, words), large)
+        fast = None if large.attend is ATTENTION["eager"] else speed_up
+        small, see = open_small(folder, large, self.tokenizer, load, fast)
+        return DraftModel(small, large, see)
 
     def embed(self, ids: list[int], image: Images) -> Tensor:
         """Ids with -200 and their pictures as vectors [1, T, C]."""
@@ -311,10 +307,10 @@ def load(
     expect_one_of("quantize", quantize, (None, *KINDS))
     parts = open_parts(folders, image_aspect_ratio)
     style = find_template(template_of(parts.tokenizer.added) if template is None else template)
-    stored, place = parts.weights, choose_device(str(device))
-    kind = choose_dtype(dtype_name(dtype), place, stored.dtype(), stored.parameters())
+    disk, place = parts.weights, choose_device(str(device))
+    kind = choose_dtype(dtype_name(dtype), place, disk.dtype(), disk.parameters())
     model = build_model(
-        parts.config, stored, ATTENTION[attention], dtype=kind, device=place, quantize=quantize,
+        parts.config, disk, ATTENTION[attention], dtype=kind, device=place, quantize=quantize,
         tokens=parts.rows_needed(),
     )  # fmt: skip
     if attention != "eager":
@@ -322,6 +318,6 @@ def load(
     model.decoding = decode_ahead
     if compile:
         compile_decode(model)
-    for note in stored.notes:
+    for note in disk.notes:
         warnings.warn(note, stacklevel=2)
-    return Assistant(model, parts.tokenizer, parts.image_processor, style, stored.unused)
+    return Assistant(model, parts.tokenizer, parts.image_processor, style, disk.unused, disk.folder)

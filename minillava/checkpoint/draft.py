@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minillava.checkpoint.build import check_depth, compare, fill, shapes_of
-from minillava.checkpoint.config_json import read_text_config
+from minillava.checkpoint.config_json import is_language_model, read_text_config
 from minillava.checkpoint.stored import StoredWeights
 from minillava.checkpoint.towers import settle_text
 from minillava.config import TextConfig
@@ -37,6 +37,30 @@ def open_language_model(
     compare(weights, shapes_of(model)).refuse(weights)
     fill(model, weights, dtype, device, None)
     return model.eval()
+
+
+def open_small(
+    folder: Path,
+    large: LanguageModel,
+    tokenizer: Tokenizer,
+    load: Callable[..., Any],
+    speed_up: Callable[[Any], None] | None,
+) -> tuple[LanguageModel, Callable[..., Tensor] | None]:
+    """The small model of a folder and, for a LLaVA, what makes its vectors of ids and pictures.
+    load: opens a LLaVA. speed_up: makes a model fast; None: it adds up as transformers does. Raises
+    as `open_language_model`, or ValueError if it knows other words."""
+    weight, see = large.embed_tokens.weight, None
+    small: Any
+    if is_language_model(folder):
+        small = open_language_model(folder, large.attend, weight.dtype, weight.device)
+        if speed_up is not None:
+            speed_up(small)
+    else:
+        attention = "eager" if speed_up is None else "fused"
+        other = load(folder, device=weight.device, dtype=weight.dtype, attention=attention)
+        small, see = other.model, other.embed
+    check_same_words(folder, small.language_model.config, tokenizer)
+    return small.language_model, see
 
 
 def check_same_words(folder: Path, config: TextConfig, tokenizer: Tokenizer) -> None:

@@ -340,10 +340,10 @@ def _draft_tokens(text: str) -> int | str:
 
 DRAFT_FLAGS = (
     folder(
-        "--draft", metavar="lookup|DIR",
+        "--draft", metavar="lookup|medusa[:DIR]|DIR",
         help="guess several tokens and check them in one pass, which saves passes and changes no "
-        "answer: lookup guesses what followed the same words before, DIR is a small Llama or LLaVA "
-        "with the same tokenizer",
+        "answer: lookup guesses what followed the same words before, medusa asks heads that lie "
+        "beside the weights or in DIR, DIR is a small Llama or LLaVA with the same tokenizer",
     ),
     flag(
         "--draft-tokens", type=_draft_tokens, metavar="N|auto",

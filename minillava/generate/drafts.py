@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minillava.generate.lookup import Lookup
+from minillava.generate.medusa import Medusa
 from minillava.generate.speculate import Drafter, Drafts
 
 Draftable = Drafts | Drafter | str | Path | None
@@ -14,15 +15,18 @@ def find_drafts(
     draft: Draftable,
     tokens: int | str | None,
     pass_cost: Callable[[int], float],
-    open_drafter: Callable[[str], Drafter],
+    open_drafter: Callable[[str, bool], Drafter],
 ) -> Drafts | None:
     """The Drafts that `Assistant.drafts` returns. pass_cost: number of rows -> cost of a pass, in
-    steps of one row. open_drafter: opens the small model of a folder."""
+    steps of one row. open_drafter: opens the small model of a folder, or, if it is told so, the
+    heads of Medusa in a folder, "" being that of the weights."""
     if draft is None or isinstance(draft, Drafts):
         return draft
     drafter: Any = draft
     if draft == "lookup":
         drafter = Lookup()
+    elif isinstance(draft, str) and draft.partition(":")[0] == Medusa.kind:
+        drafter = open_drafter(draft.partition(":")[2], True)
     elif isinstance(draft, (str, Path)):
-        drafter = open_drafter(str(draft))
+        drafter = open_drafter(str(draft), False)
     return Drafts(drafter, None if tokens == "auto" else tokens, pass_cost)
