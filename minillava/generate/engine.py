@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from minillava.cache import KVCache
+from minillava.generate.watch import Watch, patch_span
 from minillava.llama import Context, LanguageModel, rotary_tables, upcast
-from minillava.llava import Llava
-from minillava.loop import decode
+from minillava.llava import Llava, Spliced
 from minillava.options import Options
 from minillava.sampling import NOT_FINITE, NOTHING_LEFT, Sampler
 from minillava.streaming import Row
@@ -36,12 +36,14 @@ FAILURES = 3
 
 class Token(NamedTuple):
     """One new token of an answer. text: the text that can now be shown. logprobs: (id,
-    log-probability) of the token and of the most likely ones in its place."""
+    log-probability) of the token and of the most likely ones in its place. heat: [P], what its
+    choice looked at, if that was asked."""
 
     id: int
     text: str
     finish_reason: str | None
     logprobs: list[tuple[int, float]] | None
+    heat: Tensor | None = None
 
 
 class Failed(NamedTuple):
@@ -66,7 +68,10 @@ class Request:
 
     ids: with -200 for each picture. pictures: digest and pixels [3,R,R]. put: is called in the
     engine's thread with the number of an answer and its next Token or Failed. logprobs: how many of
-    the most likely tokens are reported with each token.
+    the most likely tokens are reported with each token. prefix: the last of `ids`, with which the
+    answer begins: chosen already, and counted as such. look: layers and heads whose attention on
+    the one picture is reported with each token. contrast: f(logits, other, step) -> [1, V], with
+    the ids and pictures that the second row of each answer reads; such an answer takes two slots.
     """
 
     ids: Sequence[int]
@@ -74,9 +79,18 @@ class Request:
     options: Sequence[Options]
     put: Callable[[int, Token | Failed], None]
     logprobs: int | None = None
+    prefix: Sequence[int] = ()
+    look: tuple[Sequence[int], Sequence[int]] | None = None
+    contrast: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    seconds: Sequence[tuple[Sequence[int], Sequence[tuple[bytes, Tensor]]]] = ()
     cancelled: bool = False
     cached: int = 0  # positions of the prompt that were cached already
     times: dict[str, float] = field(default_factory=dict)  # when it was taken, begun, read, ended
+
+    @property
+    def rows(self) -> int:
+        """How many slots it takes."""
+        return len(self.options) + len(self.seconds)
 
 
 class Slot:
@@ -117,20 +131,45 @@ class Slot:
 
 
 @dataclass(eq=False)
+class Side:
+    """One row of an answer. rest: embeddings [1,T,C] of its prompt that are still to be prefilled;
+    span: where the patches of its picture stand, if they are watched."""
+
+    slot: Slot
+    positions: Sequence[Held]
+    rest: Tensor | None = None
+    span: tuple[int, int] | None = None
+    logits: Tensor | None = None  # [1, V], of the prompt's last position
+    watch: Watch | None = None  # of the last pass
+
+    def watched(self) -> Watch | None:
+        self.watch = None if self.span is None else Watch(*self.span)
+        return self.watch
+
+
+@dataclass(eq=False)
 class Answer:
-    """One answer while it is made. rest: embeddings [1,T,C] of the prompt that are still to be
-    prefilled; siblings: answers to the same prompt, which copy what this one has cached."""
+    """One answer while it is made. sides: its row, and with contrast a second one. siblings:
+    answers to the same prompt, which copy what this one has cached."""
 
     request: Request
     number: int
-    slot: Slot
+    sides: Sequence[Side]
     sampler: Sampler
     row: Row
     most: int
-    rest: Tensor | None = None
-    positions: Sequence[Held] = ()
     siblings: Sequence["Answer"] = ()
     token: Tensor | None = None  # [1], the last one, not cached yet
+
+    @property
+    def reading(self) -> bool:
+        """Whether a prompt of its own is still to be prefilled."""
+        return any(side.rest is not None for side in self.sides)
+
+    def empty(self) -> None:
+        """Forget what its slots have cached."""
+        for side in self.sides:
+            side.slot.keep(0)
 
 
 class Engine(threading.Thread):
@@ -179,13 +218,13 @@ class Engine(threading.Thread):
         no more, or if the prompt leaves no room for an answer."""
         patches = self.model.config.tokens_per_image
         length = len(request.ids) + len(request.pictures) * (patches - 1)
-        if length >= self.capacity or len(request.options) > len(self.slots):
+        if length >= self.capacity or request.rows > len(self.slots):
             raise Refused(
                 "context_length_exceeded",
                 f"the prompt takes {length} positions ({len(request.pictures)} picture(s) of "
                 f"{patches} each), a slot holds {self.capacity} with the answer; shorten it"
                 if length >= self.capacity
-                else f"{len(request.options)} answers at once, there are {len(self.slots)} slots",
+                else f"{request.rows} answers at once, there are {len(self.slots)} slots",
             )
         with self.changed:
             if self.state == "failed":
@@ -236,7 +275,7 @@ class Engine(threading.Thread):
                 while self._wait():
                     self._admit()
                     self._guard(self._decode, [a for a in self.answers if a.token is not None])
-                    reading = [a for a in self.answers if a.rest is not None][:1]
+                    reading = [a for a in self.answers if a.reading][:1]
                     self._guard(self._read, reading)
                     self.last_step = time.monotonic()
             self.state = "ended"
@@ -280,7 +319,7 @@ class Engine(threading.Thread):
                 request.put(number, Failed(code, message))
         for answer in list(self.answers if answers is None else answers):
             for each in (answer, *answer.siblings):
-                if each in self.answers and (each is answer or answer.rest is not None):
+                if each in self.answers and (each is answer or answer.reading):
                     self._leave(each)
                     each.request.put(each.number, Failed(code, message))
 
@@ -295,7 +334,7 @@ class Engine(threading.Thread):
         except Exception as error:
             self.failures += 1
             for answer in answers:
-                answer.slot.keep(0)
+                answer.empty()
             told = f"the model failed ({type(error).__name__}); the request may be sent again"
             self._give_up("engine_failed", told, (), answers)
             if self.failures >= FAILURES:
@@ -308,14 +347,15 @@ class Engine(threading.Thread):
             with self.changed:
                 request = self.waiting[0]
                 free = [slot for slot in self.slots if not slot.busy]
-                if len(free) < len(request.options):
+                if len(free) < request.rows:
                     return
                 self.waiting.popleft()
-                self.beginning = len(request.options)
+                self.beginning = request.rows
             request.times["begun"] = time.monotonic()
             try:
-                for key, pixels in request.pictures:
-                    self._encode(key, pixels)
+                for _, pictures in (((), request.pictures), *request.seconds):
+                    for key, pixels in pictures:
+                        self._encode(key, pixels)
                 self._begin(request, free)
             except Exception as error:
                 told = f"the prompt could not be read ({type(error).__name__})"
@@ -332,82 +372,138 @@ class Engine(threading.Thread):
         self.features.move_to_end(key)
 
     def _begin(self, request: Request, free: list[Slot]) -> None:
-        """Give a request its slots; the first is the one that has most of its prompt cached."""
-        patches = [self.features[key] for key, _ in request.pictures]
+        """Give a request its slots. With contrast each answer prefills its own rows; without, the
+        first prefills for all."""
+        free = sorted(free, key=lambda slot: slot.used)
+        first, spliced = self._side(request.ids, request.pictures, free)
+        request.cached = first.slot.cache.length
+        if request.look is not None:
+            first.span = patch_span(self.model, spliced)
+        answers = []
+        for number, options in enumerate(request.options):
+            sides = [first]
+            if number and request.seconds:
+                sides = [self._side(request.ids, request.pictures, free)[0]]
+            elif number:
+                sides = [Side(free.pop(0), first.positions)]
+            sides[0].span = first.span
+            if request.seconds:
+                sides.append(self._side(*request.seconds[number], free)[0])
+            answers.append(self._answer(request, number, options, sides, spliced.token_ids))
+        if not request.seconds:
+            answers[0].siblings = answers[1:]
         while len(self.features) > self.most_pictures:
             self.features.popitem(last=False)
-        spliced = self.model.splice([list(request.ids)], torch.stack(patches) if patches else None)
-        positions: list[Held] = spliced.token_ids[0].tolist()
-        for (key, _), (start, end) in zip(request.pictures, spliced.image_spans[0], strict=True):
-            positions[start:end] = [key] * (end - start)
-        free = sorted(free, key=lambda slot: slot.used)
-        best = max(free, key=lambda slot: common_prefix(slot.held, positions) * self.reuse)
-        free.remove(best)
-        answers, config = [], self.model.config
-        slots = [best, *free][: len(request.options)]
-        for number, (slot, options) in enumerate(zip(slots, request.options, strict=True)):
-            most = min(options.max_new_tokens, self.capacity - len(positions))
-            sampler = Sampler(config, spliced.token_ids, options)
-            row = Row(config.eos_token_ids, self.tokenizer, options.stop)
-            answers.append(Answer(request, number, slot, sampler, row, most))
-        first, *others = answers
         with self.changed:
             self.beginning = 0
             for answer in answers:
-                answer.slot.busy = True
-        if not self.reuse:
-            first.slot.keep(0)
-        request.cached = first.slot.begin(positions)
-        first.rest, first.positions = spliced.embeds[:, request.cached :], positions
-        first.siblings = others
+                for side in answer.sides:
+                    side.slot.busy = True
         self.answers += answers
+
+    def _side(
+        self,
+        ids: Sequence[int],
+        pictures: Sequence[tuple[bytes, Tensor]],
+        free: list[Slot],
+    ) -> tuple[Side, Spliced]:
+        """A row for a prompt, in the free slot that has most of it cached, which is taken out of
+        `free`."""
+        patches = [self.features[key] for key, _ in pictures]
+        spliced = self.model.splice([list(ids)], torch.stack(patches) if patches else None)
+        positions: list[Held] = spliced.token_ids[0].tolist()
+        for (key, _), (start, end) in zip(pictures, spliced.image_spans[0], strict=True):
+            positions[start:end] = [key] * (end - start)
+        slot = max(free, key=lambda slot: common_prefix(slot.held, positions) * self.reuse)
+        free.remove(slot)
+        if not self.reuse:
+            slot.keep(0)
+        cached = slot.begin(positions)
+        return Side(slot, positions, spliced.embeds[:, cached:]), spliced
+
+    def _answer(
+        self,
+        request: Request,
+        number: int,
+        options: Options,
+        sides: Sequence[Side],
+        token_ids: Tensor,
+    ) -> Answer:
+        """An answer that begins with the request's prefix. token_ids [1, T]: of the prompt, and of
+        the prefix at its end."""
+        config, begun = self.model.config, len(request.prefix)
+        length = max(len(side.positions) for side in sides) - begun
+        most = min(options.max_new_tokens, self.capacity - length)
+        sampler = Sampler(config, token_ids[:, : token_ids.shape[1] - begun], options)
+        sampler.history = token_ids
+        row = Row(config.eos_token_ids, self.tokenizer, options.stop)
+        for token_id in request.prefix:
+            row.decoder.feed(token_id)  # type: ignore[union-attr]
+        return Answer(request, number, sides, sampler, row, most)
 
     def _read(self, answers: list[Answer]) -> None:
         """Prefill a piece of one prompt; after the last piece, choose the first token."""
         (answer,) = answers
-        slot, piece = answer.slot, answer.rest[:, : self.piece]
-        output = self.model.language_model(piece, None, slot.cache, last_only=True)
-        slot.held = list(answer.positions[: slot.cache.length])
-        answer.rest = answer.rest[:, piece.shape[1] :]
-        if answer.rest.shape[1]:
+        side = next(side for side in answer.sides if side.rest is not None)
+        piece, rest = side.rest[:, : self.piece], side.rest[:, self.piece :]  # type: ignore[index]
+        language, slot, attend = self.model.language_model, side.slot, None
+        if not rest.shape[1] and (watch := side.watched()):
+            attend = watch.over(language.attend)
+        output = language(piece, None, slot.cache, last_only=True, attend=attend)
+        slot.held = list(side.positions[: slot.cache.length])
+        side.rest = rest
+        if rest.shape[1]:
             return
-        answer.rest, logits = None, upcast(output.logits[:, -1])
-        answer.request.times["read"] = time.monotonic()
+        side.rest, side.logits = None, upcast(output.logits[:, -1])
+        if answer.reading:  # the other side
+            return
+        answer.request.times.setdefault("read", time.monotonic())
         for each in (answer, *answer.siblings):
             if each is not answer:
-                each.slot.take_over(slot)
-            self._choose(each, logits)
+                each.sides[0].slot.take_over(slot)
+            self._choose(each, answer.sides)
 
     def _decode(self, answers: list[Answer]) -> None:
         """Decode one token for each of these answers."""
-        token_ids = torch.cat([answer.token for answer in answers])  # [B]
-        caches = [answer.slot.cache for answer in answers]
-        logits = upcast(decode_rows(self.model, token_ids, caches)[:, -1])  # [B, V]
-        for answer, token_id, row in zip(answers, token_ids.tolist(), logits, strict=True):
-            answer.slot.held.append(token_id)
-            self._choose(answer, row[None])
+        rows = [(answer, side) for answer in answers for side in answer.sides]
+        token_ids = torch.cat([answer.token for answer, _ in rows])  # [B]
+        caches = [side.slot.cache for _, side in rows]
+        watches = [side.watched() for _, side in rows]
+        logits = upcast(decode_rows(self.model, token_ids, caches, watches)[:, -1])  # [B, V]
+        for (_, side), token_id, row in zip(rows, token_ids.tolist(), logits, strict=True):
+            side.slot.held.append(token_id)
+            side.logits = row[None]
+        for answer in answers:
+            self._choose(answer, answer.sides)
 
-    def _choose(self, answer: Answer, logits: Tensor) -> None:
-        """Choose the next token of one answer by its logits [1, V]."""
-        token, _, empty = answer.sampler(logits.where(logits.isfinite().all(), 0))
-        if not logits.isfinite().all() or empty.any():
-            answer.slot.keep(0)
-            told = NOTHING_LEFT if logits.isfinite().all() else NOT_FINITE
-            self._give_up("engine_failed", told, (), [answer])
+    def _choose(self, answer: Answer, sides: Sequence[Side]) -> None:
+        """Choose the next token of one answer by the logits of its sides, or of those it copies."""
+        request, rows = answer.request, torch.cat([side.logits for side in sides])  # [1 or 2, V]
+        finite, logits = rows.isfinite().all(), rows
+        if request.contrast is not None:
+            logits = request.contrast(*rows.split(1), answer.sampler.chosen)
+        token, _, empty = answer.sampler(logits.where(finite, 0))
+        if not finite or empty.any():
+            answer.empty()
+            self._give_up("engine_failed", NOTHING_LEFT if finite else NOT_FINITE, (), [answer])
             return
         answer.sampler.remember(token)
         answer.token = token
         text = answer.row.feed(int(token), answer.sampler.chosen == answer.most)
-        reason, count = answer.row.finish_reason, answer.request.logprobs
+        reason, count = answer.row.finish_reason, request.logprobs
         likely = None if count is None else likeliest(logits[0], int(token), count)
+        heat = None
+        if request.look is not None and sides[0].watch is not None:
+            heat = sides[0].watch.mean(*request.look)
         if reason is not None:
             self._leave(answer)
-        answer.request.put(answer.number, Token(int(token), text, reason, likely))
+        request.put(answer.number, Token(int(token), text, reason, likely, heat))
 
     def _leave(self, answer: Answer) -> None:
         """Free the slot of an answer that is over; what is cached in it stays."""
         self.answers.remove(answer)
-        answer.slot.busy, answer.slot.used = False, time.monotonic()
+        for side in answer.sides:
+            side.slot.busy, side.slot.used = False, time.monotonic()
         if not any(other.request is answer.request for other in self.answers):
             times = answer.request.times
             times["ended"] = time.monotonic()
@@ -428,18 +524,27 @@ class Rows:
         return [k for k, _ in both], [v for _, v in both]
 
 
-def decode_rows(model: Llava, token_ids: Tensor, caches: Sequence[KVCache]) -> Tensor:
-    """One new token per row, each at its own position: token_ids [B] -> logits [B,1,V]"""
+def decode_rows(
+    model: Llava,
+    token_ids: Tensor,
+    caches: Sequence[KVCache],
+    watches: Sequence[Watch | None] | None = None,
+) -> Tensor:
+    """One new token per row, each at its own position: token_ids [B] -> logits [B,1,V]. watches: of
+    the rows whose attention is noted."""
     language: LanguageModel = model.language_model
+    attends = [
+        language.attend if watch is None else watch.over(language.attend)
+        for watch in watches or [None] * len(caches)
+    ]
     if len(caches) == 1:
-        return decode(model, token_ids, caches[0]).logits
+        return language(token_ids[:, None], None, caches[0], attend=attends[0]).logits
 
     def attend(
         q: Tensor, k: list[Tensor], v: list[Tensor], mask: None, causal: bool
     ) -> tuple[Tensor, None]:
-        rows = zip(k, v, strict=True)
-        outs = [language.attend(q[i : i + 1], *kv, None, False)[0] for i, kv in enumerate(rows)]
-        return torch.cat(outs), None
+        rows = zip(attends, q.split(1), k, v, strict=True)
+        return torch.cat([one(*qkv, None, False)[0] for one, *qkv in rows]), None
 
     for cache in caches:
         cache.reserve(1, 1, None)

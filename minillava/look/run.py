@@ -28,14 +28,14 @@ from PIL import Image
 from torch import Tensor
 
 from minillava.assistant import Assistant
-from minillava.attention import eager
 from minillava.cli.hooks import Hooks, uncompiled
 from minillava.cli.messages import Messages, print_json, significant, write_outputs
 from minillava.cli.opening import find_weights, open_assistant, read_question
 from minillava.files.disk import is_stdout
 from minillava.files.pictures import Images, as_list, open_image
+from minillava.generate.watch import Watch, patch_span
 from minillava.image import ImageProcessor
-from minillava.llama import Context, LanguageModel
+from minillava.llama import LanguageModel
 from minillava.llava import Llava, Spliced
 from minillava.look import draw as look_draw
 from minillava.look import page as look_html
@@ -88,29 +88,14 @@ class Look:
 
 # ---------------------------------------------------------------------------------------- attention
 @contextmanager
-def _last_rows(language_model: LanguageModel, start: int, end: int) -> Iterator[list[Tensor]]:
-    """Inside, every layer appends [H, end - start]: the attention of the last position to
-    start..end. What the layers return is untouched. Only that row is kept: at 7B, the prefill's
-    weights are 1.6 GB in float32."""
-    rows = []
-
-    def note_rows(context: Context) -> Context:
-        def attend(q, k, v, mask=None, causal=False):
-            out, weights = context.attend(q, k, v, mask, causal)
-            row = weights
-            # `fused` has none. The last position sees all keys, so that it needs no triangle.
-            if row is None:
-                last = None if mask is None else mask[:, :, -1:]
-                _, row = eager(q[:, :, -1:], k, v, last)  # [1, H, 1, S]
-            rows.append(row[0, :, -1, start:end].float().clone())
-            return out, weights
-
-        return context._replace(attend=attend)
-
+def _watching(language_model: LanguageModel, watch: Watch) -> Iterator[None]:
+    """Inside, every layer's attention is watched, in this thread alone."""
     with Hooks() as hooks:
         for layer in language_model.layers:
-            hooks.attention(layer.self_attn, note_rows)
-        yield rows
+            hooks.attention(
+                layer.self_attn, lambda context: context._replace(attend=watch.over(context.attend))
+            )
+        yield
 
 
 def watch(
@@ -131,24 +116,24 @@ def watch(
     running = steps(model, spliced, options, tokenizer=tokenizer, record=record)
     while True:
         # For one forward pass at a time, so that other loops can use the model in between.
-        with _last_rows(model.language_model, *span) as rows:
+        seen = Watch(*span)
+        with _watching(model.language_model, seen):
             step = next(running, None)
         if step is None:
             return
-        yield step, torch.stack(rows)
-
-
-def patch_span(model: Llava, spliced: Spliced) -> tuple[int, int]:
-    """Where the patches of the first row's first picture are. A class token, where a model keeps
-    it, stands before."""
-    end = spliced.image_spans[0][0][1]
-    return end - model.config.vision.num_patches, end
+        yield step, torch.stack(seen.rows)
 
 
 def default_layers(count: int) -> list[int]:
     """`DEPTH` of `count` layers, at least one."""
     first, end = (round(fraction * count) for fraction in DEPTH)
     return list(range(first, max(end, first + 1)))
+
+
+def begins_word(before: str, piece: str) -> bool:
+    """Whether a piece, not empty, begins a word. before: the last piece that was not empty."""
+    is_wide = unicodedata.east_asian_width(piece[0]) in "WF"  # Chinese, Japanese
+    return not before or piece[0].isspace() or before[-1].isspace() or is_wide
 
 
 def join_words(pieces: Sequence[str]) -> list[tuple[str, list[int]]]:
@@ -161,8 +146,7 @@ def join_words(pieces: Sequence[str]) -> list[tuple[str, list[int]]]:
         waiting.append(i)
         if not piece:
             continue
-        is_wide = unicodedata.east_asian_width(piece[0]) in "WF"  # Chinese, Japanese
-        if not words or piece[0].isspace() or words[-1][-1][0][-1].isspace() or is_wide:
+        if begins_word(words[-1][-1][0] if words else "", piece):
             words.append([])
         words[-1].append((piece, waiting))
         waiting = []

@@ -10,6 +10,8 @@ import torch
 from paths import ROOT
 
 import minillava
+from minillava.files.pictures import open_image
+from minillava.generate.contrast import M3ID, RITUAL, VCD
 from minillava.generate.engine import Engine, Failed, Refused, Request, Token
 
 SHAPES = ROOT / "weights" / "shapes"
@@ -30,7 +32,7 @@ class Asked:
         path = None if image is None else SHAPES / f"example-{image}.png"
         pictures = [] if image is None else [(bytes([image]), assistant.image_processor(path)[0])]
         self.request = Request(
-            assistant.tokenize(prompt),
+            [*assistant.tokenize(prompt), *more.get("prefix", ())],
             pictures,
             [assistant.options(**each) for each in options],
             lambda number, event: self.events.put((number, event)),
@@ -105,6 +107,89 @@ def test_several_answers_to_one_prompt_are_those_of_their_seeds(start, assistant
     picture = SHAPES / "example-1.png"
     assert found == [assistant.ask(picture, "Describe this image.", **each) for each in options]
     assert other.texts() == [assistant.ask(SHAPES / "example-2.png", "Where is the ring?")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "look"),
+    [({}, ([1, 3], [0, 2])), ({"slots": 3, "piece": 7}, ([0, 1, 2, 3], [0, 1]))],
+)
+def test_what_a_token_looked_at_is_the_row_that_chose_it(start, assistant, look, settings):
+    """The map would be the next token's, of another row, or of a piece of the prompt alone. The
+    reference is the whole attention of one pass over prompt and answer."""
+    engine = start(**settings)
+    beside = [Asked(engine, assistant, "Describe this image.", 2) for _ in range(2)]
+    asked = Asked(engine, assistant, "What is at the bottom right?", 1, look=look)
+    (events,) = asked.all().values()
+    ids = assistant.tokenize(assistant.prompt("What is at the bottom right?"))
+    pixels = assistant.image_processor(SHAPES / "example-1.png")
+    with torch.no_grad():
+        spliced = assistant.model.splice([[*ids, *(event.id for event in events[:-1])]], pixels)
+        output = assistant.model.language_model(spliced.embeds, attentions=True)
+    ((begin, end),) = spliced.image_spans[0]
+    rows = torch.stack(output.attentions)[look[0]][:, 0, look[1], -len(events) :, begin:end]
+    expected = rows.mean((0, 1))  # [answer, P]
+    torch.testing.assert_close(
+        torch.stack([event.heat for event in events]), expected, rtol=1e-4, atol=1e-6
+    )
+    assert all(event.heat is None for one in beside for event in one.all()[0])
+
+
+@pytest.mark.parametrize("method", [VCD(), RITUAL(transform="flip"), M3ID(rate=0.1)])
+def test_contrast_among_others_is_contrast_alone(start, assistant, method):
+    """The second row would read another picture, or the answer of somebody else."""
+    engine, path = start(piece=50), SHAPES / "example-1.png"
+    question = "Please describe this image in detail."
+    beside = Asked(engine, assistant, question, 2)
+    asked = contrasted(engine, assistant, question, method, [{"seed": 0}])
+    assert asked.texts() == [assistant.ask(path, question, contrast=method)]
+    assert beside.texts() == [assistant.ask(SHAPES / "example-2.png", question)]
+
+
+def contrasted(engine, assistant, question, method, options, prefix=()) -> Asked:
+    ids = [*assistant.tokenize(assistant.prompt(question)), *prefix]
+    seconds = []
+    for each in options:
+        generator = torch.Generator().manual_seed(each["seed"])
+        picture = open_image(SHAPES / "example-1.png")
+        (row,), pixels = method.second([ids], [picture], assistant.image_processor, generator)
+        own = [] if pixels is None else [(b"other%d" % each["seed"], pixels[0])]
+        seconds.append((row, own))
+    more = {"contrast": method, "seconds": seconds, "prefix": prefix}
+    return Asked(engine, assistant, question, 1, options, **more)
+
+
+def test_several_answers_with_contrast_are_those_of_their_seeds(start, assistant):
+    """Each has noise of its own, and two slots; more than there are would wait for ever."""
+    engine, path = start(), SHAPES / "example-1.png"
+    options = [{"temperature": 1.0, "seed": seed} for seed in (2, 3)]
+    found = contrasted(engine, assistant, "Is it red?", VCD(), options).texts()
+    assert found == [assistant.ask(path, "Is it red?", contrast=VCD(), **each) for each in options]
+    with pytest.raises(Refused, match="6 answers at once, there are 4 slots"):
+        contrasted(engine, assistant, "Is it red?", VCD(), [{"seed": seed} for seed in (1, 2, 3)])
+
+
+@pytest.mark.parametrize("method", [None, M3ID(rate=0.1)])
+def test_an_answer_goes_on_from_its_prefix(start, assistant, method):
+    """Going on from half of an answer would give another end: the penalties would not know the
+    half, half a character would be lost, or contrast would count its steps from the prefix."""
+    engine, options = start(), {"repetition_penalty": 1.2, "seed": 0}
+    question = "Please describe this image in detail."
+    asked = [partial_answer(engine, assistant, question, method, options, ())]
+    (whole,) = asked[0].all().values()
+    ids, text = [event.id for event in whole], "".join(event.text for event in whole)
+    for count in (1, 4, len(ids) - 1):
+        (rest,) = (
+            partial_answer(engine, assistant, question, method, options, ids[:count]).all().values()
+        )
+        assert [event.id for event in rest] == ids[count:]
+        begun = "".join(event.text for event in whole[:count])
+        assert begun + "".join(event.text for event in rest) == text
+
+
+def partial_answer(engine, assistant, question, method, options, prefix) -> Asked:
+    if method is not None:
+        return contrasted(engine, assistant, question, method, [options], prefix)
+    return Asked(engine, assistant, question, 1, [options], prefix=prefix)
 
 
 def test_what_a_prompt_begins_with_is_not_read_again(start, assistant):
