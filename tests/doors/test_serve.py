@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import http.client
 import json
 import queue
 import re
@@ -11,103 +10,39 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 from commands import environment
 from paths import ROOT
+from served import (
+    LONG,
+    SHAPES,
+    Running,
+    Streaming,
+    application,
+    picture,
+    raw_request,
+    said,
+    serving,
+    text,
+    wait_until,
+)
 
 import minillava
 from minillava.cli.doors import enter
-from minillava.generate.engine import Engine
+from minillava.serve import reading
 from minillava.serve.run import EXTRA, listen
 
 pytestmark = pytest.mark.parity  # the mark of what needs an extra
 
-serving, application, reading, services = (
-    pytest.importorskip(f"minillava.serve.{name}", reason="the extra [serve] is not installed")
-    for name in ("server", "app", "reading", "service")
-)
-
 main = partial(enter, "serve")
-
-SHAPES = ROOT / "weights" / "shapes"
-LONG = {"min_tokens": 900, "max_tokens": 900}
 
 
 @pytest.fixture(scope="module")
 def assistant():
     return minillava.load(SHAPES, device="cpu", dtype="float32")
-
-
-class Running:
-    """A server in a thread of this process."""
-
-    def __init__(self, assistant, engine=(), **settings):
-        self.engine = Engine(assistant.model, assistant.tokenizer, **{"slots": 4, **dict(engine)})
-        self.engine.start()
-        service = services.Service(
-            assistant, self.engine, services.Settings(names=["shapes", "small"])
-        )
-        self.listener = listen("127.0.0.1", 0)
-        self.port = self.listener.getsockname()[1]
-        config = serving.configure(application.build(service, **settings), 5)
-        self.server = serving.Server(config, self.engine, 5, "somewhere")
-        self.thread = threading.Thread(
-            target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True
-        )
-        self.thread.start()
-        wait_until(lambda: self.server.started)
-
-    def close(self) -> None:
-        self.engine.drain(0)
-        self.server.should_exit = True
-        self.thread.join(60)
-        self.engine.join(60)
-        self.listener.close()
-        assert not self.thread.is_alive() and not self.engine.is_alive()
-
-    def send(self, method: str, path: str, body=None, **headers) -> tuple[int, dict, bytes]:
-        """Status, headers and body."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        with contextlib.closing(connection):
-            headers = {name.replace("_", "-"): value for name, value in headers.items()}
-            if body is not None and not isinstance(body, bytes):
-                body = json.dumps(body).encode()
-            if body is not None:
-                headers = {"content-type": "application/json", **headers}
-            connection.request(method, path, body, headers)
-            answer = connection.getresponse()
-            return answer.status, dict(answer.getheaders()), answer.read()
-
-    def chat(self, messages, **options) -> tuple[int, dict]:
-        status, _, body = self.send(
-            "POST", "/v1/chat/completions", {"messages": messages, **options}
-        )
-        return status, json.loads(body)
-
-    def ask(self, content, **options) -> dict:
-        status, answer = self.chat([{"role": "user", "content": content}], **options)
-        assert status == 200, answer
-        return answer
-
-    def events(self, content, **options) -> list:
-        body = {"messages": [{"role": "user", "content": content}], "stream": True, **options}
-        status, headers, raw = self.send("POST", "/v1/chat/completions", body)
-        assert (status, headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
-        assert raw.endswith(b"\n\n") and b"\r" not in raw
-        lines = raw.decode().removesuffix("\n\n").split("\n\n")
-        assert all(line.startswith("data: ") and "\n" not in line for line in lines)
-        return [line.removeprefix("data: ") for line in lines]
-
-
-def wait_until(true) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -128,19 +63,6 @@ def start(assistant):
     yield begin
     for running in started:
         running.close()
-
-
-def picture(number: int) -> dict:
-    content = base64.b64encode((SHAPES / f"example-{number}.png").read_bytes()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{content}"}}
-
-
-def text(said: str) -> dict:
-    return {"type": "text", "text": said}
-
-
-def said(answer: dict, i: int = 0) -> str:
-    return answer["choices"][i]["message"]["content"]
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -339,32 +261,6 @@ def test_a_silent_stream_is_kept_awake(start, monkeypatch):
     one.close()
     assert two.read_until(b"data: [DONE]\n\n")
     two.close()
-
-
-class Streaming:
-    """A request whose answer is read as one likes."""
-
-    def __init__(self, running, options, stream=True):
-        self.socket = socket.create_connection(("127.0.0.1", running.port), timeout=60)
-        body = {"messages": [{"role": "user", "content": "What is a ring?"}], "stream": stream}
-        self.socket.sendall(raw_request(json.dumps({**body, **options}).encode()))
-        self.got = b""
-
-    def read_until(self, ending: bytes) -> bool:
-        while ending not in self.got:
-            more = self.socket.recv(65536)
-            if not more:
-                return False
-            self.got += more
-        return True
-
-    def close(self) -> None:
-        self.socket.close()
-
-
-def raw_request(body: bytes) -> bytes:
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
 
 
 @pytest.mark.parametrize("stream", [True, False])
