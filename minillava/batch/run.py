@@ -37,7 +37,7 @@ from minillava.batch.questions import (
 )
 from minillava.checkpoint.folders import find_folders
 from minillava.checkpoint.place import choose_device
-from minillava.cli.messages import Messages
+from minillava.cli.messages import Messages, duration
 from minillava.cli.opening import find_weights, open_assistant
 from minillava.files.disk import explain, is_stream, same_file, write_whole
 from minillava.files.pictures import path_of_url
@@ -318,12 +318,8 @@ class Progress:
         now, left = time.monotonic(), self.asked - done
         rate = (done - self.before) / (now - self.started)
         text = f"{done} answered, {left} to go, {rate:.2f} per second"
-        text += f", {_duration(left / rate)} left" if left else ""
+        text += f", {duration(left / rate)} left" if left else ""
         self.messages.progress(text)
         if self.messages.verbose and (now - self.told >= SECONDS or not left):
             self.told = now
             print(text, file=sys.stderr)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

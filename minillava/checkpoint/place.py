@@ -1,4 +1,7 @@
-"""Where a model is computed and with how many bits: the device and the dtype of `auto`."""
+"""Where a model is computed and with how many bits: the device and the dtype of `auto`, and
+how much memory there is."""
+
+from pathlib import Path
 
 import torch
 
@@ -43,3 +46,14 @@ def choose_dtype(name: str, device: str, stored: torch.dtype, parameters: int) -
         return torch.bfloat16 if has_fast_bfloat16() or parameters >= LARGE else torch.float32
     expect_one_of("dtype", name, ("auto", *DTYPES))
     return getattr(torch, name)  # a name of DTYPES
+
+
+def available_memory(device: str) -> int | None:
+    """Bytes of memory that are available on a device; None if the system does not say."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())
+    return next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), None)

@@ -208,3 +208,10 @@ def significant(x: float) -> float:
     """A number with four significant digits: rounding to decimal places would turn a small
     probability into 0.0."""
     return float(f"{x:.4g}")
+
+
+def duration(seconds: float) -> str:
+    """How long something takes, for a person."""
+    if seconds >= 6000:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

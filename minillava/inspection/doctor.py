@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minillava.assistant import Assistant
 from minillava.attention import ATTENTION
 from minillava.cache import KVCache
-from minillava.checkpoint.place import choose_device, choose_dtype
+from minillava.checkpoint.place import available_memory, choose_device, choose_dtype
 from minillava.cli.hooks import attending
 from minillava.fast import processor
 from minillava.fast.processor import has_fast_bfloat16
@@ -28,7 +28,7 @@ from minillava.fast.quantize import QuantisedLinear, quantised_kinds
 from minillava.fast.same_bits import ROWS, queries_alike, rows_alike
 from minillava.files.disk import one_line
 from minillava.generate.speculate import MOST, keeps_bits
-from minillava.inspection.memory import available_memory, gigabytes
+from minillava.inspection.memory import gigabytes
 from minillava.llava import Spliced
 from minillava.options import dtype_name, remaining_context
 from minillava.sampling import check_finite, last_logits

@@ -1,9 +1,6 @@
-"""What a model takes in memory, counted from shapes, and how much there is."""
+"""What a model takes in memory, counted from shapes."""
 
 import math
-from pathlib import Path
-
-import torch
 
 from minillava.config import LlavaConfig
 from minillava.fast.quantize import stored_shapes
@@ -56,17 +53,6 @@ def memory_table(config: LlavaConfig, shapes: dict[str, tuple[int, ...]]) -> dic
             "full_context": full,
         }
     return table
-
-
-def available_memory(device: str) -> int | None:
-    """Bytes of memory that are available on a device; None if the system does not say."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(torch.device(device))[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())
-    return next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), None)
 
 
 def gigabytes(count: int) -> str:

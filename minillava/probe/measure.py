@@ -9,14 +9,16 @@ C width, V vocabulary, B rows.
 """
 
 import math
+import time
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minillava.assistant import Assistant
-from minillava.cli.hooks import Hooks, uncompiled
+from minillava.cli.hooks import uncompiled
 from minillava.files.pictures import Images, as_list, open_image
+from minillava.llama import upcast
 from minillava.look.run import (
     default_layers,
     follow,
@@ -26,18 +28,19 @@ from minillava.look.run import (
     words_of,
 )
 from minillava.options import Options
+from minillava.probe.again import Pass
 from minillava.prompt import DEFAULT_PROMPT
 
-ROWS = 8
-"""Changed copies of the sequence that are read at once."""
+TIMED = 0.3
+"""Seconds from which a measured time is one to reckon with."""
 
 
 class Answered:
     """An answer that was given, ready to be measured.
 
-    embeds [1, S, C]: what the language model read. patches: where the picture's patches are in it.
-    picture_end: where the text after the picture begins. first: the position that chose the
-    answer's first token. words: text and tokens (by number) of each word.
+    embeds [1, S, C]: what the language model read; kept: the pass over it. patches: where the
+    picture's patches are in it. picture_end: where the text after the picture begins. first: the
+    position that chose the answer's first token. words: text and tokens (by number) of each word.
     """
 
     @torch.no_grad()
@@ -79,44 +82,51 @@ class Answered:
         ids = torch.tensor([self.ids[:-1]], dtype=torch.long, device=spliced.embeds.device)
         self.embeds = torch.cat([spliced.embeds, language.embed_tokens(ids)], dim=1)
         self.first = spliced.embeds.shape[1] - 1
-        self.clean = self.log_probs(self.embeds)[0]  # [m]
+        self.kept = Pass(language, self.embeds)
+        self.clean = self.log_probs(self.kept.states[-1])[0]  # [m]
 
     @property
     def grid(self) -> int:
         """Patches a side."""
         return math.isqrt(self.patches[1] - self.patches[0])
 
-    def logits(self, embeds: Tensor) -> Tensor:
-        """Of each token of the answer, by the position before it: [B, S, C] -> [B, m, V] in float32
-        or better."""
-        return logits(self.model.language_model, embeds, self.first)
+    @torch.no_grad()
+    def log_probs(self, last: Tensor, start: int = 0) -> Tensor:
+        """Of the answer's tokens, in nats, in float32 or better: last states of the positions from
+        `start` [B, T, C] -> [B, m]."""
+        language, ids = self.model.language_model, torch.tensor(self.ids, device=last.device)
+        logits = upcast(language.head(language.norm(last[:, self.first - start :])))  # [B, m, V]
+        return logits.log_softmax(-1)[:, torch.arange(len(ids)), ids]
 
     @torch.no_grad()
-    def log_probs(self, embeds: Tensor) -> Tensor:
-        """Of the answer's tokens, in nats, when this is read: [B, S, C] -> [B, m]."""
-        ids = torch.tensor(self.ids, device=embeds.device)
-        likely = self.logits(embeds).log_softmax(-1)  # [B, m, V]
-        return likely[:, torch.arange(len(ids)), ids]
-
-    @torch.no_grad()
-    def drops(self, embeds: Tensor) -> np.ndarray:
-        """How much less likely each token became, in nats: [B, S, C] -> float64 [B, m]. Read a few
-        rows at a time."""
-        lost = [self.clean - self.log_probs(rows) for rows in embeds.split(ROWS)]
+    def drops(self, states: Tensor, start: int = 0, layer: int = 0) -> np.ndarray:
+        """How much less likely each token became, in nats, if these states [B, T, C] go into a
+        layer at the positions from `start`: float64 [B, m]."""
+        lost = [
+            self.clean - self.log_probs(self.kept.again(rows, start, layer), start)
+            for rows in states.split(self.at_once(start))
+        ]
         return torch.cat(lost).cpu().double().numpy()
+
+    def at_once(self, start: int = 0) -> int:
+        """How many rows are computed at once, if the first changed position is `start`."""
+        return self.kept.rows_at_once(self.embeds.shape[1] - start, len(self.ids))
+
+    def pace(self) -> float:
+        """Seconds that one position takes in one layer, timed here."""
+        rows, took = 1, self.kept.seconds
+        while took < TIMED and rows < self.at_once():
+            rows *= 2
+            started = time.perf_counter()
+            self.drops(self.embeds.repeat(rows, 1, 1))
+            took = time.perf_counter() - started
+        return took / (rows * self.whole())
+
+    def whole(self) -> int:
+        """What one row is, all of it, in positions times layers."""
+        return self.embeds.shape[1] * len(self.model.language_model.layers)
 
     def by_word(self, tokens: np.ndarray) -> np.ndarray:
         """Numbers of tokens [..., m], summed to those of words [..., words]: a word is as likely as
         its tokens one after the other."""
         return np.stack([tokens[..., parts].sum(-1) for _, parts in self.words], axis=-1)
-
-
-def logits(language, embeds: Tensor, first: int) -> Tensor:  # type: ignore[no-untyped-def]
-    """Those of position `first` and all after it, [B, m, V] in float32 or better; the head is not
-    run on the others."""
-    kept = []
-    with Hooks() as hooks:
-        hooks.after(language.norm, lambda module, given, output: kept.append(output[:, first:]))
-        language(embeds, last_only=True)
-    found = language.head(kept[0])
-    return found.to(torch.promote_types(found.dtype, torch.float32))

@@ -16,7 +16,7 @@ from PIL import ImageFilter
 from torch import Tensor
 
 from minillava.probe.flags import HIDINGS
-from minillava.probe.measure import ROWS, Answered
+from minillava.probe.measure import Answered
 
 
 @dataclass
@@ -52,55 +52,74 @@ def occlude(answered: Answered, hiding: str = "mean", block: int = 1) -> Occlusi
     that does not fit."""
     if hiding not in HIDINGS:
         raise ValueError(f"unknown hiding {hiding!r}, expected one of: {', '.join(HIDINGS)}")
-    grid = answered.grid
-    every = blocks(grid, block)
-    hide = hidden_embeddings if hiding in ("mean", "zero") else hidden_pixels
-    lost = np.concatenate([answered.drops(rows) for rows in hide(answered, hiding, every)])
+    grid, hide = answered.grid, hidden_embeddings if in_embeddings(hiding) else hidden_pixels
     drops = np.zeros((len(answered.ids), grid, grid))
-    for patches, losses in zip(every, lost, strict=True):  # losses [m]
-        for row, column in patches:
-            drops[:, row, column] = losses
+    for some, start in batches(answered, hiding, block):
+        lost = answered.drops(hide(answered, hiding, some)[:, start:], start)
+        for patches, losses in zip(some, lost, strict=True):  # losses [m]
+            for row, column in patches:
+                drops[:, row, column] = losses
     return Occlusion(hiding, block, drops)
 
 
+def in_embeddings(hiding: str) -> bool:
+    """Whether the tower sees the whole picture, and only the language model something else."""
+    return hiding in ("mean", "zero")
+
+
+def batches(
+    answered: Answered, hiding: str, block: int
+) -> Iterator[tuple[list[list[tuple[int, int]]], int]]:
+    """The blocks that are hidden in the rows of each batch, and the first position that they
+    change. In the embeddings those of one height are together, since what stands before them is
+    not computed again; in the pixels each block changes all patches."""
+    every, start = blocks(answered.grid, block), answered.picture_start
+    groups = [every]
+    if in_embeddings(hiding):
+        tops = sorted({patches[0][0] for patches in every})
+        groups = [[patches for patches in every if patches[0][0] == top] for top in tops]
+    for group in groups:
+        if in_embeddings(hiding):
+            start = answered.patches[0] + group[0][0][0] * answered.grid + group[0][0][1]
+        size = answered.at_once(start)
+        for first in range(0, len(group), size):
+            yield group[first : first + size], start
+
+
+def occlude_work(answered: Answered, hiding: str, block: int) -> tuple[int, int]:
+    """What `occlude` will compute: rows, and positions times layers."""
+    layers, length = len(answered.model.language_model.layers), answered.embeds.shape[1]
+    every = [(len(some), length - start) for some, start in batches(answered, hiding, block)]
+    return sum(rows for rows, _ in every), layers * sum(rows * read for rows, read in every)
+
+
 @torch.no_grad()
-def hidden_embeddings(
-    answered: Answered, hiding: str, every: list[list[tuple[int, int]]]
-) -> Iterator[Tensor]:
-    """The sequence with each block hidden, up to ROWS at a time: [B, S, C]."""
+def hidden_embeddings(answered: Answered, hiding: str, some: list[list[tuple[int, int]]]) -> Tensor:
+    """The sequence with each of these blocks hidden: [B, S, C]."""
     start, end = answered.patches
     patches = answered.embeds[0, start:end]
     instead = patches.mean(0) if hiding == "mean" else torch.zeros_like(patches[0])  # [C]
-    for first in range(0, len(every), ROWS):
-        some = every[first : first + ROWS]
-        rows = answered.embeds.repeat(len(some), 1, 1)
-        for row, hidden in zip(rows, some, strict=True):
-            row[[start + r * answered.grid + c for r, c in hidden]] = instead
-        yield rows
+    rows = answered.embeds.repeat(len(some), 1, 1)
+    for row, hidden in zip(rows, some, strict=True):
+        row[[start + r * answered.grid + c for r, c in hidden]] = instead
+    return rows
 
 
 @torch.no_grad()
-def hidden_pixels(
-    answered: Answered, hiding: str, every: list[list[tuple[int, int]]]
-) -> Iterator[Tensor]:
+def hidden_pixels(answered: Answered, hiding: str, some: list[list[tuple[int, int]]]) -> Tensor:
     """The same, for pictures with each block hidden, which are encoded anew."""
     processor, model = answered.assistant.image_processor, answered.model
     square, side = processor.square(answered.picture), model.config.vision.patch_size
     pixels = processor.normalise(square)  # [3, R, R]
     blurred = square.filter(ImageFilter.GaussianBlur(side))
     instead = processor.normalise(blurred) if hiding == "blur" else torch.zeros_like(pixels)
-    for first in range(0, len(every), ROWS):
-        some = every[first : first + ROWS]
-        pictures = pixels.repeat(len(some), 1, 1, 1)
-        for picture, hidden in zip(pictures, some, strict=True):
-            for row, column in hidden:
-                place = (
-                    ...,
-                    slice(row * side, row * side + side),
-                    slice(column * side, column * side + side),
-                )
-                picture[place] = instead[place]
-        rows = answered.embeds.repeat(len(some), 1, 1)
-        span = slice(answered.picture_start, answered.picture_end)
-        rows[:, span] = model.encode_images(pictures.to(rows.device)).to(rows)
-        yield rows
+    pictures = pixels.repeat(len(some), 1, 1, 1)
+    for picture, hidden in zip(pictures, some, strict=True):
+        for row, column in hidden:
+            height = slice(row * side, row * side + side)
+            width = slice(column * side, column * side + side)
+            picture[:, height, width] = instead[:, height, width]
+    rows = answered.embeds.repeat(len(some), 1, 1)
+    span = slice(answered.picture_start, answered.picture_end)
+    rows[:, span] = model.encode_images(pictures.to(rows.device)).to(rows)
+    return rows

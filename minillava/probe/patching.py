@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillava.probe.intervene import Keep, States, intervene, put
-from minillava.probe.measure import Answered, logits
+from minillava.probe.measure import Answered
 from minillava.tokenizer import common_prefix
 
 VISIBLE = 8 / 255
@@ -36,33 +35,47 @@ class Patching:
 def patch(a: Answered, b: Answered) -> Patching:
     """The same question about two pictures. Raises ValueError if their answers or their patches are
     the same."""
-    if a.first != b.first or a.question != b.question:
-        raise ValueError("patching compares two answers to one question")
-    common = common_prefix(a.ids, b.ids)
-    if common == min(len(a.ids), len(b.ids)):
-        raise ValueError(f"both pictures lead to {a.text!r}; ask for what differs between them")
+    common = same_beginning(a, b)
     end = a.first + 1 + common
-    rows = a.embeds[:, :end], b.embeds[:, :end]  # [1, T, C]
-    pair, language = (a.ids[common], b.ids[common]), a.model.language_model
+    pair, layers = (a.ids[common], b.ids[common]), len(a.model.language_model.layers)
     sets = position_sets(a, b, end)
-    kept = Keep()
-    layers = range(len(language.layers) + 1)
-    with intervene(a.model, States(layers), kept):
-        goal = ahead(language, rows[1], pair)
-    start = ahead(language, rows[0], pair)
-    moved = np.zeros((len(layers), len(sets)))
-    for layer in layers:
+    start, goal = (ahead(x, x.kept.states[-1][:, :end], pair) for x in (a, b))
+    moved = np.zeros((layers + 1, len(sets)))
+    for layer in range(layers + 1):
         for i, positions in enumerate(sets.values()):
-            with intervene(a.model, States([layer], positions), put(kept)):
-                moved[layer, i] = (ahead(language, rows[0], pair) - start) / (goal - start)
+            first = positions[0]
+            states = a.kept.states[layer][:, first:end].clone()
+            states[:, [at - first for at in positions]] = b.kept.states[layer][:, positions]
+            last = a.kept.again(states, first, layer)
+            moved[layer, i] = (ahead(a, last, pair) - start) / (goal - start)
     pieces = [a.assistant.tokenizer.piece(i) for i in pair]
     before = a.assistant.tokenizer.decode(a.ids[:common])
     return Patching((pieces[0], pieces[1]), before, sets, (start, goal), moved)
 
 
-def ahead(language, embeds: Tensor, pair: tuple[int, int]) -> float:  # type: ignore[no-untyped-def]
-    """The logit of B's token minus that of A's, at the last position."""
-    found = logits(language, embeds, embeds.shape[1] - 1)[0, 0].cpu().double()  # [V]
+def same_beginning(a: Answered, b: Answered) -> int:
+    """How many tokens both answers begin with. Raises ValueError as `patch`."""
+    if a.first != b.first or a.question != b.question:
+        raise ValueError("patching compares two answers to one question")
+    common = common_prefix(a.ids, b.ids)
+    if common == min(len(a.ids), len(b.ids)):
+        raise ValueError(f"both pictures lead to {a.text!r}; ask for what differs between them")
+    return common
+
+
+def patch_work(a: Answered, b: Answered) -> tuple[int, int]:
+    """What `patch` will compute: rows, and positions times layers."""
+    layers, end = len(a.model.language_model.layers), a.first + 1 + same_beginning(a, b)
+    sets = position_sets(a, b, end).values()
+    upwards = sum(range(layers + 1))
+    return (layers + 1) * len(sets), upwards * sum(end - positions[0] for positions in sets)
+
+
+def ahead(answered: Answered, last: Tensor, pair: tuple[int, int]) -> float:
+    """The logit of B's token minus that of A's, at the last of these positions: last states
+    [1, T, C]."""
+    language = answered.model.language_model
+    found = language.head(language.norm(last[:, -1:]))[0, 0].cpu().double()  # [V]
     return float(found[pair[1]] - found[pair[0]])
 
 

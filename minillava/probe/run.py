@@ -4,23 +4,40 @@ import argparse
 import io
 import json
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from minillava.cli.messages import Messages, print_json, write_outputs
+from minillava.cli.messages import Messages, duration, print_json, write_outputs
 from minillava.cli.opening import find_weights, open_assistant, read_question
 from minillava.files.disk import is_stdout
 from minillava.files.pictures import open_image
 from minillava.look.run import find_words, picture_bytes
-from minillava.probe.knockout import ablate, knock_out
-from minillava.probe.measure import ROWS, Answered
-from minillava.probe.occlude import blocks, occlude
+from minillava.probe.knockout import ablate, ablate_work, knock_out, knock_out_work
+from minillava.probe.measure import Answered
+from minillava.probe.occlude import in_embeddings, occlude, occlude_work
 from minillava.probe.page import page, sheet
-from minillava.probe.patching import patch
+from minillava.probe.patching import patch, patch_work
 from minillava.probe.report import Findings, as_json, as_text
 
 BLOCK = 3
 """Patches a side that are hidden together: one alone rarely holds all that a word was said of."""
+
+LONG = 60
+"""Seconds from which a person is told before the work how long it will take."""
+
+
+class Task(NamedTuple):
+    """A measure: the rows that it reads, what of them is computed (positions times layers), and the
+    function that does it. field: of Findings."""
+
+    name: str
+    field: str
+    rows: int
+    work: int
+    measure: Callable[[], Any]
 
 
 def run(args: argparse.Namespace, options: dict) -> int:
@@ -35,16 +52,13 @@ def run(args: argparse.Namespace, options: dict) -> int:
     messages.stage("answer", started, f"{len(answered.words)} words")
     words = find_words([text for text, _ in answered.words], args.word)
     args.block = min(BLOCK, answered.grid) if args.block is None else args.block
-    blocks(answered.grid, args.block)  # before the work: whether it fits
+    second = None if other is None else Answered(assistant, other, question, **asked)
+    tasks = all_tasks(args, answered, second)  # before the work: whether it can be done
     if args.plan:
-        print(plan(args, answered))
+        print(plan(args, answered, tasks))
         return 0
     found = Findings(answered, words)
-    if other is not None:
-        started = time.perf_counter()
-        found.patching = patch(answered, Answered(assistant, other, question, **asked))
-        messages.stage("patching", started, f"{found.patching.moved.size} places")
-    measure(args, found, messages)
+    measure(found, tasks, messages)
     files = contents(args, found)
     try:
         if args.json == "-":
@@ -56,24 +70,54 @@ def run(args: argparse.Namespace, options: dict) -> int:
     return status
 
 
-def measure(args: argparse.Namespace, found: Findings, messages: Messages) -> None:
-    """The measures that the flags ask for, one after the other."""
-    answered, started = found.answered, time.perf_counter()
+def all_tasks(args: argparse.Namespace, a: Answered, b: Answered | None) -> list[Task]:
+    """What the flags ask for. Raises ValueError for a setting that cannot be."""
+    tasks = []
+    if b is not None:
+        tasks.append(Task("patching", "patching", *patch_work(a, b), partial(patch, a, b)))
     if "occlusion" in args.measure:
-        messages.progress("hiding parts of the picture ...")
-        found.occlusion = occlude(answered, args.hide, args.block)
-        messages.stage("occlude", started, f"{args.hide}, {args.block} x {args.block} patches")
+        how = args.hide, args.block
+        work = occlude_work(a, *how)
+        tasks.append(Task("occlusion", "occlusion", *work, partial(occlude, a, *how)))
     if "knockout" in args.measure:
-        started = time.perf_counter()
-        messages.progress("cutting off the picture, layer by layer ...")
-        found.knock_out = knock_out(answered, args.window)
-        messages.stage("knockout", started, f"{found.knock_out.window} layer(s) at a time")
+        work = knock_out_work(a, args.window)
+        tasks.append(Task("knockout", "knock_out", *work, partial(knock_out, a, args.window)))
     if "ablation" in args.measure:
+        work = ablate_work(a, args.ablate)
+        tasks.append(Task("ablation", "ablation", *work, partial(ablate, a, args.ablate)))
+    return tasks
+
+
+def measure(found: Findings, tasks: Sequence[Task], messages: Messages) -> None:
+    """The measures one after the other, and how far they are."""
+    kept = found.answered.kept
+    expected = kept.seconds * sum(task.work for task in tasks) / found.answered.whole()
+    if expected > LONG:
+        messages.note(
+            f"this takes about {duration(expected)} here; --plan tells the parts, --measure "
+            "chooses among them"
+        )
+    for task in tasks:
         started = time.perf_counter()
-        messages.progress("taking out heads and feed-forward layers ...")
-        found.ablation = ablate(answered, args.ablate)
-        messages.stage("ablate", started, args.ablate)
+        kept.done = Progress(messages, task)
+        setattr(found, task.field, task.measure())
+        messages.stage(task.name, started, f"{task.rows} rows")
     messages.progress("")
+
+
+class Progress:
+    """The line that says how far a measure is: told after each batch what was computed."""
+
+    def __init__(self, messages: Messages, task: Task):
+        self.messages, self.task = messages, task
+        self.computed, self.started = 0, time.perf_counter()
+        messages.progress(f"{task.name} ...")
+
+    def __call__(self, work: int) -> None:
+        self.computed += work
+        share = self.computed / self.task.work
+        left = (time.perf_counter() - self.started) * (1 - share) / share
+        self.messages.progress(f"{self.task.name}: {share:.0%}, about {duration(left)} left")
 
 
 def contents(args: argparse.Namespace, found: Findings) -> dict[str, str | bytes]:
@@ -92,21 +136,32 @@ def contents(args: argparse.Namespace, found: Findings) -> dict[str, str | bytes
     return files
 
 
-def plan(args: argparse.Namespace, answered: Answered) -> str:
-    """What the measures will take: rows to read, and seconds by one that is timed here."""
-    text, positions = answered.model.config.text, answered.embeds.shape[1]
-    layers, heads = text.num_hidden_layers, text.num_attention_heads
-    rows = {
-        "occlusion": len(blocks(answered.grid, args.block)),
-        "knockout": 2 * (layers + 1),
-        "ablation": layers * (heads + 1),
-    }
-    rows = {name: count for name, count in rows.items() if name in args.measure}
-    if args.other is not None:
-        rows["patching"] = 4 * (layers + 1)
+def plan(args: argparse.Namespace, answered: Answered, tasks: Sequence[Task]) -> str:
+    """What the measures will take: rows, what of them is computed, and how long by a pass that was
+    timed here."""
+    pace, whole = answered.pace(), answered.whole()
+    encode = 0.0 if in_embeddings(args.hide) else picture_seconds(answered)
+
+    def takes(task: Task) -> float:
+        return task.work * pace + (task.rows * encode if task.name == "occlusion" else 0)
+
+    def told(task: Task) -> str:
+        share = task.work / (task.rows * whole)
+        return f"{task.rows:,} rows, {share:.0%} of them computed, about {duration(takes(task))}"
+
+    layers = len(answered.model.language_model.layers)
+    each = f"{answered.embeds.shape[1]} positions in {layers} layers, {whole * pace:.2g} s here"
+    lines = [f"one row is {each}; {answered.at_once()} at once"]
+    lines += [f"{task.name}: {told(task)}" for task in tasks]
+    lines.append(f"together about {duration(sum(map(takes, tasks)))}")
+    if "occlusion" in args.measure and args.block < min(BLOCK, answered.grid):
+        other = occlude_work(answered, args.hide, BLOCK)
+        lines.append(f"--block {BLOCK}: {told(Task('occlusion', 'occlusion', *other, plan))}")
+    return "\n".join(lines)
+
+
+def picture_seconds(answered: Answered) -> float:
+    """What it takes to encode a picture, timed here."""
     started = time.perf_counter()
-    answered.drops(answered.embeds.repeat(ROWS, 1, 1))
-    each = (time.perf_counter() - started) / ROWS
-    lines = [f"one row is {positions} positions, {each:.3g} s here"]
-    lines += [f"{name}: {count:,} rows, about {count * each:.3g} s" for name, count in rows.items()]
-    return "\n".join([*lines, f"together about {sum(rows.values()) * each:.3g} s"])
+    answered.assistant.encode(answered.picture).cpu()
+    return time.perf_counter() - started

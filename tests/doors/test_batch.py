@@ -23,9 +23,9 @@ from minillava.batch import run as batch
 from minillava.batch.flags import make_parser
 from minillava.batch.journal import Journal
 from minillava.batch.questions import Question, read_questions
-from minillava.batch.run import WINDOW, _duration, ask, plan
+from minillava.batch.run import WINDOW, ask, plan
 from minillava.cli.doors import enter
-from minillava.cli.messages import Messages
+from minillava.cli.messages import Messages, duration
 from minillava.files import disk
 from minillava.generate.contrast import METHODS
 
@@ -941,10 +941,11 @@ def test_a_second_run_waits_and_goes_on_with_what_the_first_leaves(
 
 def test_the_time_left_is_never_0_minutes():
     """Half a minute before its end the run would say that 0 minutes are left."""
-    assert [_duration(seconds) for seconds in (0, 29.6, 89, 90, 600)] == [
+    assert [duration(seconds) for seconds in (0, 29.6, 89, 90, 600, 30000)] == [
         "0 s",
         "30 s",
         "89 s",
         "2 min",
         "10 min",
+        "8.3 h",
     ]

@@ -1,5 +1,6 @@
 """What a word loses: each measure in float64 against a run that was made by other means."""
 
+import argparse
 import copy
 import json
 import re
@@ -16,13 +17,22 @@ from PIL import Image, ImageDraw
 import minillava
 from minillava.attention import ATTENTION
 from minillava.cli.doors import enter
+from minillava.cli.messages import Messages
 from minillava.fast.compiled import Captured
 from minillava.look import draw as look_draw
 from minillava.look.run import look
-from minillava.probe import patching
+from minillava.probe import again, patching
 from minillava.probe import run as probing
-from minillava.probe.intervene import Heads
-from minillava.probe.knockout import ablate, default_window, knock_out, means, window_around
+from minillava.probe.again import MOST_ROWS, UNKNOWN_ROWS
+from minillava.probe.intervene import Attention, Heads, Keep, States, intervene, zero
+from minillava.probe.knockout import (
+    ablate,
+    blind,
+    default_window,
+    knock_out,
+    means,
+    window_around,
+)
 from minillava.probe.measure import Answered
 from minillava.probe.occlude import blocks, hidden_embeddings, hidden_pixels, occlude
 from minillava.probe.page import page, scale_end, sheet
@@ -96,6 +106,62 @@ def test_one_picture_is_needed(toy, picture, count):
         Answered(toy, [picture] * count, QUESTION, **SHORT)
 
 
+# --- what is computed again -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("start", [0, 7, -1])
+def test_what_a_change_can_reach_is_computed_as_in_a_whole_pass(toy, answered, start, layer):
+    """A change would reach less than it does, or stand at another position or layer."""
+    length, language = answered.embeds.shape[1], toy.model.language_model
+    start %= length
+    keep = Keep()
+    with (
+        intervene(toy.model, States([layer], [start]), lambda x, at: x * 0.5),
+        intervene(toy.model, States([2]), keep),
+    ):
+        language(answered.embeds)
+    expected = language.norm(keep[2])
+    states = answered.kept.states[layer][:, start:].clone()
+    states[:, 0] *= 0.5
+    found = language.norm(answered.kept.again(states.repeat(3, 1, 1), start, layer))
+    assert_same_in_float64(found, expected[:, start:].expand(3, -1, -1))
+    assert (expected - language.norm(answered.kept.states[-1])).abs().max() > 1e-6
+
+
+def test_a_window_in_its_row_is_the_window_alone(answered):
+    """In one batch, the window of one row would be cut off in another row too."""
+    curves = knock_out(answered, 1).curves
+    picture = range(answered.picture_start, answered.picture_end)
+    for who, queries in blind(answered).items():
+        for layer, lost in enumerate(curves[who]):
+            with intervene(answered.model, Attention([layer], queries, picture), zero):
+                alone = answered.drops(answered.embeds)[0]
+            np.testing.assert_allclose(lost, alone, rtol=0, atol=1e-12)
+    # the question's states after the last layer are read by nobody
+    assert np.abs(curves["answer"]).max(1).min() > 1e-9 < np.abs(curves["question"][0]).max()
+
+
+@pytest.mark.parametrize(("free", "most"), [(None, UNKNOWN_ROWS), (1, 1), (10**12, MOST_ROWS)])
+def test_batches_are_as_large_as_memory_allows(answered, monkeypatch, free, most):
+    """A laptop would run out of memory, or a batch of another size measure something else."""
+    expected = occlude(answered, "mean").drops, ablate(answered).heads
+    monkeypatch.setattr(again, "available_memory", lambda device: free)
+    assert answered.at_once() == most
+    found = occlude(answered, "mean").drops, ablate(answered).heads
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
+
+
+def test_fewer_rows_fit_where_more_is_computed(answered, monkeypatch):
+    """The estimate of a row's memory would leave out what grows with its length."""
+    monkeypatch.setattr(again, "available_memory", lambda device: 10**8)
+    assert 1 < answered.kept.rows_at_once(20, 5) < MOST_ROWS
+    assert answered.kept.rows_at_once(10, 5) > answered.kept.rows_at_once(20, 5)
+    assert answered.kept.rows_at_once(20, 1) > answered.kept.rows_at_once(20, 500)
+
+
 # --- occlusion ------------------------------------------------------------------------------------
 
 
@@ -119,7 +185,7 @@ def test_pixels_are_hidden_where_the_patch_is(toy, answered, picture, hiding):
     grid, side = answered.grid, toy.model.config.vision.patch_size
     square = toy.image_processor.square(picture)
     pixels = toy.image_processor.normalise(square)
-    (rows,) = hidden_pixels(answered, hiding, [[(1, 2)], [(0, 0), (0, 1)]])
+    rows = hidden_pixels(answered, hiding, [[(1, 2)], [(0, 0), (0, 1)]])
     if hiding == "grey":
         pixels[:, side : 2 * side, 2 * side : 3 * side] = 0
         spliced = toy.model.splice([toy.tokenizer.encode(toy.prompt(QUESTION))], pixels[None])
@@ -134,7 +200,7 @@ def test_pixels_are_hidden_where_the_patch_is(toy, answered, picture, hiding):
 def test_one_block_is_replaced_in_the_embeddings(answered):
     """A hidden block would lie at the mirrored place, or cover its neighbours."""
     start, _ = answered.patches
-    (rows,) = hidden_embeddings(answered, "zero", [[(0, 1), (1, 0)], []])
+    rows = hidden_embeddings(answered, "zero", [[(0, 1), (1, 0)], []])
     changed = (rows[0] != answered.embeds[0]).any(-1).nonzero().flatten().tolist()
     assert changed == [start + 1, start + answered.grid]
     assert torch.equal(rows[1], answered.embeds[0])
@@ -375,9 +441,44 @@ def test_a_plan_measures_nothing(run, monkeypatch):
     monkeypatch.setattr(probing, "measure", None)
     status, out, _ = run("--plan", "--block", "2")
     assert status == 0
-    assert re.search(r"^occlusion: \d+ rows, about", out, re.MULTILINE)
+    assert re.search(r"^one row is \d+ positions in 2 layers, .* s here", out)
+    assert re.search(r"^occlusion: 4 rows, \d+% of them computed, about", out, re.MULTILINE)
+    assert re.search(r"^--block 3: 4 rows", out, re.MULTILINE)
     assert re.search(r"^knockout: 6 rows", out, re.MULTILINE)
-    assert re.search(r"^ablation: 10 rows", out, re.MULTILINE)
+    assert re.search(r"^ablation: 12 rows", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("hiding", ["mean", "grey"])
+def test_the_plan_is_what_is_done(pair, hiding):
+    """--plan and the progress would count other work than what is done, and be minutes off."""
+    args = argparse.Namespace(
+        measure=["occlusion", "knockout", "ablation"],
+        hide=hiding, block=3, window=2, ablate="mean",
+    )  # fmt: skip
+    for task in probing.all_tasks(args, *pair):
+        computed = []
+        pair[0].kept.done = computed.append
+        task.measure()
+        assert sum(computed) == task.work, task.name
+        assert task.work < task.rows * pair[0].whole()
+    del pair[0].kept.done
+
+
+def test_progress_and_what_takes_long_are_told(pair, capsys, monkeypatch):
+    """Hours would pass without a word."""
+    said = []
+    monkeypatch.setattr(probing, "LONG", 0)
+    monkeypatch.setattr(Messages, "progress", lambda self, text: said.append(text))
+    found = Findings(pair[0], [3])
+    args = argparse.Namespace(measure=["occlusion"], hide="mean", block=3)
+    probing.measure(found, probing.all_tasks(args, pair[0], None), Messages(False, False))
+    assert found.occlusion.drops.shape == (len(pair[0].ids), 9, 9)
+    assert said[0] == "occlusion ..." and said[-2:] == ["occlusion: 100%, about 0 s left", ""]
+    assert len(said) == 2 + 3, "a batch for each of three heights"
+    assert re.match(
+        "note: this takes about .* here; --plan tells the parts", capsys.readouterr().err
+    )
+    del pair[0].kept.done
 
 
 @pytest.mark.parametrize(
