@@ -53,7 +53,8 @@ FLAGS = (
 
 RECIPE_FLAGS = (
     flag("--recipe", choices=RECIPE_NAMES, default="lora", help="(default: %(default)s)"),
-    flag("--learn", choices=("projector", "lora", "language"), help="what learns"),
+    flag("--learn", choices=("projector", "lora", "language", "medusa"), help="what "
+         "learns; medusa: heads that guess, for --draft medusa:OUT"),
     flag("--template", choices=TEMPLATES, help="the words around questions and answers"),
     flag("--image-aspect-ratio", dest="aspect", choices=ASPECTS, help="how a picture becomes a "
          "square"),
@@ -62,6 +63,7 @@ RECIPE_FLAGS = (
     flag("--rank", type=int, metavar="N", help="of the LoRA"),
     flag("--alpha", type=float, metavar="X", help="the LoRA counts alpha / rank (default: twice "
          "the rank)"),
+    flag("--heads", type=int, metavar="N", help="of Medusa (default: 5)"),
     flag("--dropout", type=float, metavar="X", help="of what the LoRA reads"),
     flag("--batch", type=int, metavar="N", help="rows that are computed at once"),
     flag("--accumulate", type=int, metavar="N", help="batches of an update"),
@@ -85,8 +87,8 @@ RECIPE_FLAGS = (
 def make_parser(prog: str = "python -m minillava.finetune") -> Parser:
     parser = new_parser(
         prog,
-        "Learn from rows of pictures and conversations: a LoRA, the projector, or the language\n"
-        "model.",
+        "Learn from rows of pictures and conversations: a LoRA, the projector, the language\n"
+        "model, or Medusa's heads.",
         HELP,
     )
     parser.add_argument("model", metavar="MODEL", help="folder of LLaVA-1.5 weights, or hub id")

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from minillava.finetune.lora import add_lora
+from minillava.finetune.medusa import add_heads
 from minillava.finetune.recipe import Recipe
 from minillava.llava import Llava
 
@@ -16,6 +17,8 @@ def prepare(model: Llava, recipe: Recipe) -> dict[str, nn.Parameter]:
     head, of which only the pair could learn."""
     model.requires_grad_(False)
     model.eval()  # none of the model's own layers has dropout
+    if recipe.learn == "medusa":
+        return add_heads(model, recipe.heads)
     if recipe.learn == "lora":
         add_lora(model, recipe.rank, recipe.alpha, recipe.dropout, recipe.seed)
         for name, parameter in model.named_parameters():

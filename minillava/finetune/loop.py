@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minillava.finetune.medusa import NAME, heads_loss
 from minillava.finetune.order import blocks, micro_batches, rows_in_order
 from minillava.finetune.recipe import Recipe, rate_factor
 from minillava.finetune.rows import Example
@@ -49,7 +50,10 @@ def collate(examples: Sequence[Example], processor: ImageProcessor) -> Batch:
 
 
 def summed_loss(model: Llava, batch: Batch) -> Tensor:
-    """The cross-entropy of every learnt token of a micro-batch, summed."""
+    """The cross-entropy of every learnt token of a micro-batch, summed; that of the heads, if the
+    model has some that learn."""
+    if hasattr(model, NAME):
+        return heads_loss(model, batch.ids, batch.labels, batch.pixels)
     spliced = model.splice(batch.ids, batch.pixels, labels=batch.labels)
     logits = model.language_model(spliced.embeds, spliced.padding_mask).logits  # [B, T, V]
     assert spliced.labels is not None  # since labels were given

@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from minillava.options import ASPECTS, KINDS, expect_one_of
-from minillava.templates import TEMPLATES
+from minillava.templates import DEFAULT_TEMPLATE, TEMPLATES
 
-LEARN = ("projector", "lora", "language")
+LEARN = ("projector", "lora", "language", "medusa")
 MEANS = ("tokens", "microbatch")
 ORDERS = ("length", "shuffle", "file")
 
@@ -17,14 +17,14 @@ ORDERS = ("length", "shuffle", "file")
 class Recipe:
     """The settings of a run. The defaults are those of LLaVA-1.5's LoRA.
 
-    learn: the projector alone; LoRA on the language model's linear layers, and the projector; or
-    the whole language model, and the projector. accumulate: micro-batches of `batch` rows that make
-    an update. updates: instead of epochs. max_length: positions of a row, with those of pictures.
-    warmup: the share of updates until the full rate. clip: the largest norm of an update's
-    gradient; 0 for none. loss_mean: over the tokens of an update, or of each micro-batch alone as
-    LLaVA was trained. quantize: the frozen language model in 8 or 4 bits a weight.
-    hold_out: the share of rows that are not learnt, but measured. Raises ValueError for values out
-    of range.
+    learn: the projector alone; LoRA on the language model's linear layers, and the projector; the
+    whole language model, and the projector; or so many `heads` of Medusa. accumulate: micro-batches
+    of `batch` rows that make an update. updates: instead of epochs. max_length: positions of a row,
+    with those of pictures. warmup: the share of updates until the full rate. clip: the largest norm
+    of an update's gradient; 0 for none. loss_mean: over the tokens of an update, or of each
+    micro-batch alone as LLaVA was trained. quantize: the frozen language model in 8 or 4 bits a
+    weight. hold_out: the share of rows that are not learnt, but measured. Raises ValueError for
+    values out of range.
     """
 
     learn: str = "lora"
@@ -48,6 +48,7 @@ class Recipe:
     seed: int = 42
     quantize: str | None = None
     hold_out: float = 0.0
+    heads: int = 5
 
     def __post_init__(self) -> None:
         choices = {"learn": LEARN, "order": ORDERS, "loss_mean": MEANS, "aspect": ASPECTS}
@@ -72,6 +73,7 @@ class Recipe:
             ("clip", 0, 1e9),
             ("seed", 0, 2**32),
             ("hold_out", 0, 0.9),
+            ("heads", 1, 64),
         ):
             value = vars(self)[name]
             if value is not None and not low <= value <= high:
@@ -98,6 +100,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "task-lora": {},
 }  # fmt: skip
 
+# For heads: the rate of Medusa's training, and the prompts that are asked without a choice.
+HEADS: dict[str, Any] = {"rate": 1e-3, "template": DEFAULT_TEMPLATE}
+
 
 def read_recipe(name: str, changed: dict[str, Any]) -> Recipe:
     """A recipe by its name, with the fields that are not None changed. Raises ValueError."""
@@ -108,7 +113,8 @@ def read_recipe(name: str, changed: dict[str, Any]) -> Recipe:
         given.setdefault("projector_rate", given["rate"])
     if "rank" in given:  # the published 256 over 128, whatever the rank
         given.setdefault("alpha", 2.0 * given["rank"])
-    return Recipe(**{**RECIPES[name], **given})
+    of_heads = HEADS if given.get("learn") == "medusa" else {}
+    return Recipe(**{**RECIPES[name], **of_heads, **given})
 
 
 def rate_factor(update: int, updates: int, warmup: float) -> float:

@@ -19,6 +19,7 @@ from minillava.cli.messages import Messages, show
 from minillava.files.disk import write_whole
 from minillava.finetune.learning import make_optimiser, prepare
 from minillava.finetune.loop import Record, held_out_loss, train
+from minillava.finetune.medusa import accuracy, told
 from minillava.finetune.recipe import Recipe, read_recipe
 from minillava.finetune.rows import (
     Example,
@@ -175,6 +176,8 @@ def _learn(
 
 def _check_whole(args: argparse.Namespace, recipe: Recipe, folders: Folders) -> None:
     """Raises ValueError if a whole model is asked for that could not be written."""
+    if args.merged and recipe.learn == "medusa":
+        raise ValueError("--merged is for a LoRA: heads are a file of their own; leave it out")
     if args.merged and recipe.quantize:
         raise ValueError(
             "--merged adds a LoRA to the weights it was learnt on, and those in "
@@ -190,6 +193,10 @@ def _measure(
     """The line of the log about the rows that are not learnt, if there are any."""
     if not held:
         return []
+    if recipe.learn == "medusa":
+        found = accuracy(assistant.model, held, assistant.image_processor, recipe.batch)
+        messages.note(f"after update {update}, on {len(held)} held-out row(s): {told(found)}")
+        return [json.dumps({"update": update, "held_out_top_1_and_5": found}) + "\n"]
     loss = held_out_loss(assistant.model, held, assistant.image_processor, recipe.batch)
     messages.note(f"after update {update}: loss {loss:.4f} on {len(held)} held-out row(s)")
     return [json.dumps({"update": update, "held_out_loss": loss}) + "\n"]
@@ -261,6 +268,11 @@ def _last_line(
     """A line that says how to ask the model that was learnt."""
     if recipe.learn == "language" or args.merged:
         return f"learnt; ask it with: python -m minillava.generate --weights {out / 'model'}"
+    if recipe.learn == "medusa":
+        return (
+            "learnt; ask with them: python -m minillava.generate --weights "
+            f"{folders.weights} --draft medusa:{out}"
+        )
     if recipe.learn == "lora" and layout == "hf":
         return (
             "learnt; ask it with: python -m minillava.generate --weights "

@@ -18,6 +18,7 @@ from minillava.checkpoint.write_json import original_config
 from minillava.files.disk import write_whole
 from minillava.files.new_folder import new_folder
 from minillava.finetune.lora import lora_layers
+from minillava.finetune.medusa import save_heads
 from minillava.finetune.recipe import Recipe
 from minillava.llava import Llava
 
@@ -30,9 +31,12 @@ IN_HF = rf"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(PRODU
 
 
 def save_learnt(model: Llava, recipe: Recipe, layout: str, base: str, out: Path) -> None:
-    """The files of what a LoRA or a projector run learnt. layout: hf, the names of transformers'
+    """The files of what a LoRA, a projector or heads learnt. layout: hf, the names of transformers'
     LLaVA, or llava, those of the original. base: the model that it was learnt on. Raises
     OSError."""
+    if recipe.learn == "medusa":
+        save_heads(model, out)
+        return
     if recipe.learn == "projector" or layout == "llava":
         config = original_config(model.config, torch.float32)
         config["mm_vision_tower"] = config["mm_vision_tower"] or "openai/clip-vit-large-patch14-336"
@@ -152,6 +156,7 @@ def count(model: Llava, learning: dict[str, Tensor]) -> dict[str, int]:
     parts: dict[str, int] = {}
     for name, parameter in learning.items():
         part = "projector" if name.startswith("projector.") else "language model"
+        part = "heads" if name.startswith("medusa.") else part
         part = "LoRA" if ".lora_" in name else part
         parts[part] = parts.get(part, 0) + math.prod(parameter.shape)
     return parts
