@@ -80,6 +80,10 @@ SAME_ROWS: dict[str, dict[str, int]] = {
 """Up to how many rows of a pass each has the bits that it has alone, if more than one: the ways of
 one row and of several add up in the same order. From `bench.py kernels --bits`."""
 
+UPCAST_QUERIES = {"avx512-bf16"}
+"""Kinds with instructions for bfloat16 on which attention of one query is faster in float32. (All
+kinds without do it so.)"""
+
 GUESSED = {"arm", "arm-bf16", "unknown"}
 """Kinds of which no machine was at hand."""
 

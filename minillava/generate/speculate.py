@@ -300,11 +300,16 @@ def query_by_query(attend: Callable[..., Any], padded: bool) -> Callable[..., An
     def attend_rows(
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
     ) -> tuple[Tensor, Tensor | None]:
+        mask = mask if padded else None
+        # all at once, where there is a way (fast/attention.py)
+        together = getattr(attend, "each_alone", lambda *_: None)(q, k, v, mask)
+        if together is not None:
+            return together, None
         count, keys = q.shape[2], k.shape[2]
         outs, weights = [], []
         for i in range(count):
             row, seen = slice(i, i + 1), slice(0, keys - count + i + 1)
-            hidden = mask[:, :, row, seen] if padded and mask is not None else None
+            hidden = None if mask is None else mask[:, :, row, seen]
             out, w = attend(q[:, :, row], k[:, :, seen], v[:, :, seen], hidden, False)
             outs.append(out)
             if w is not None:

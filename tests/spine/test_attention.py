@@ -9,7 +9,7 @@ from minillava.assistant import load
 from minillava.attention import eager, fused
 from minillava.fast import attention as fast_attention
 from minillava.fast import linear, processor
-from minillava.fast.attention import one_query
+from minillava.fast.attention import in_float32
 
 pytestmark = pytest.mark.numeric
 
@@ -94,10 +94,11 @@ def test_half_precision_stays_finite_with_large_scores(attend, dtype):
 def test_one_query_is_attention(monkeypatch, heads, cached):
     """On processors that emulate bfloat16 and on the others, for any number of heads that their
     cache holds."""
+    monkeypatch.setattr(processor, "UPCAST_QUERIES", set())
     monkeypatch.setattr(fast_attention, "CACHED", cached)
     taken = []
     monkeypatch.setattr(
-        fast_attention, "one_query", lambda *a, real=one_query: taken.append(1) or real(*a)
+        fast_attention, "in_float32", lambda *a, real=in_float32: taken.append(1) or real(*a)
     )
     q, k, v = inputs(heads=heads[0], kv_heads=heads[1], queries=1, keys=30, dtype=torch.bfloat16)
     for mask in (None, ragged_mask(queries=1, keys=30), ragged_mask(queries=1, keys=30)[1:]):
@@ -128,11 +129,32 @@ def test_one_query_keeps_float32_until_the_end():
     """Weights in bfloat16, as the one kernel has them, would be farther off than this."""
     q, k, v = inputs(queries=1, keys=30, dtype=torch.bfloat16)
     exact, bound = exactly(q.float(), k.float(), v.float())
-    assert_within(one_query(q, k, v, None), (exact, rounded(exact, bound, torch.bfloat16)))
+    assert_within(in_float32(q, k, v, None), (exact, rounded(exact, bound, torch.bfloat16)))
 
 
 def test_a_query_that_sees_nothing_makes_no_nan_in_one_query_either():
     """The path for a single query would divide zero by zero in a row of padding."""
     q, k, v = inputs(queries=1, keys=5, dtype=torch.bfloat16)
     mask = torch.zeros(1, 1, 1, 5, dtype=torch.bool)
-    assert one_query(q, k, v, mask).isfinite().all()
+    assert in_float32(q, k, v, mask).isfinite().all()
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+@pytest.mark.parametrize("keys", [9, 63, 66, 150])
+@torch.no_grad()
+def test_each_of_several_queries_is_a_step_of_its_own(heads, keys):
+    """Guesses are checked six at a time, and must get the very numbers of single steps: products of
+    another shape add up in another order, and a query might see those after it."""
+    q, k, v = inputs(
+        heads=heads[0], kv_heads=heads[1], queries=6, keys=keys, width=64, dtype=torch.bfloat16
+    )
+    k[:, :, -1] *= 100  # what only the last query may see
+    for mask in (None, ragged_mask(queries=6, keys=keys)):
+        found = in_float32(q, k, v, mask)
+        triangle = torch.ones(1, 1, 6, keys, dtype=torch.bool).tril(keys - 6)
+        assert_within(found, exactly(q, k, v, triangle if mask is None else mask))
+        for i in range(6):
+            seen = keys - 5 + i
+            own = None if mask is None else mask[:, :, i : i + 1, :seen]
+            alone = in_float32(q[:, :, i : i + 1], k[:, :, :seen], v[:, :, :seen], own)
+            assert torch.equal(found[:, :, i : i + 1], alone), i
