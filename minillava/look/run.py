@@ -279,11 +279,15 @@ def follow(
         answer += step.text[0]
         if lens is not None:
             lens.read(step.hidden_states)
-    left = len(answer)
-    for token in tokens:
-        token.piece = token.piece[:left]  # without what a stop text has cut off
-        left -= len(token.piece)
+    cut_pieces(tokens, len(answer))
     return answer, tokens
+
+
+def cut_pieces(tokens: Sequence[Token], left: int) -> None:
+    """Leave of the pieces the first `left` characters, without what a stop text has cut off."""
+    for token in tokens:
+        token.piece = token.piece[:left]
+        left -= len(token.piece)
 
 
 def words_of(tokens: Sequence[Token]) -> list[Word]:

@@ -306,6 +306,7 @@ async def whole(chat: Chat, events: asyncio.Queue) -> dict[str, Any]:
     count = len(chat.request.options)
     texts, reasons = [""] * count, [""] * count
     entries: list[list[dict]] = [[] for _ in range(count)]
+    ids: list[list[int]] = [[] for _ in range(count)]
     while not all(reasons):
         number, event = await events.get()
         if isinstance(event, Failed):
@@ -313,6 +314,8 @@ async def whole(chat: Chat, events: asyncio.Queue) -> dict[str, Any]:
         chat.note(event)
         texts[number] += event.text
         entries[number] += chat.logprobs(number, event)
+        ids[number].append(event.id)
+        chat.extra(number, event)
         reasons[number] = event.finish_reason or ""
     asked = chat.asked.logprobs
     return {
@@ -323,6 +326,7 @@ async def whole(chat: Chat, events: asyncio.Queue) -> dict[str, Any]:
                 "message": {"role": "assistant", "content": texts[i], "refusal": None},
                 "logprobs": {"content": entries[i], "refusal": None} if asked else None,
                 "finish_reason": reasons[i],
+                **chat.extras(i, texts[i], ids[i]),
             }
             for i in range(count)
         ],
@@ -366,11 +370,12 @@ async def stream(chat: Chat, events: asyncio.Queue) -> AsyncIterator[bytes]:
         chat.note(event)
         if number not in begun:
             begun.add(number)
-            yield line([_choice(number, {"role": "assistant", "content": ""})])
-        entries = chat.logprobs(number, event)
-        if event.text or entries:
+            first = {} if chat.look is None else {"minillava": chat.look}
+            yield line([_choice(number, {"role": "assistant", "content": ""})], **first)
+        entries, more = chat.logprobs(number, event), chat.extra(number, event)
+        if event.text or entries or any(more.values()):
             told = {"content": entries, "refusal": None} if entries else None
-            yield line([_choice(number, {"content": event.text}, told)])
+            yield line([{**_choice(number, {"content": event.text}, told), **more}])
         if event.finish_reason is not None:
             left -= 1
             yield line([_choice(number, {}, reason=event.finish_reason)], minillava=chat.timings())

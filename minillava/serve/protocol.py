@@ -87,6 +87,25 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_obfuscation: Any = None
 
 
+class LookField(Struct, forbid_unknown_fields=True):
+    """The layers and heads over which a map is averaged; None for the usual ones."""
+
+    layers: list[Annotated[int, Meta(ge=0)]] | None = None
+    heads: list[Annotated[int, Meta(ge=0)]] | None = None
+
+
+class ContrastField(Struct, forbid_unknown_fields=True):
+    """A method of generate/contrast.py, and its fields."""
+
+    method: Literal["vcd", "ritual", "m3id"]
+    beta: float | None = None
+    alpha: float | None = None
+    noise_step: int | None = None
+    transform: str | None = None
+    rate: float | None = None
+    unsure: float | None = None
+
+
 Positive = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -115,6 +134,11 @@ class ChatRequest(Struct, forbid_unknown_fields=True):
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     min_tokens: Count | None = None
     no_repeat_ngram_size: Count | None = None
+    # what no other server has (extensions.py)
+    look: bool | LookField | None = None
+    contrast: ContrastField | None = None
+    prefix_ids: list[Count] | None = None
+    token_ids: bool | None = None
     # refused, unless they ask for nothing
     tools: Any = None
     functions: Any = None
@@ -228,8 +252,11 @@ def _check(request: ChatRequest) -> None:
 class Entries:
     """Log-probabilities of one answer's tokens, as OpenAI writes them."""
 
-    def __init__(self, tokenizer: Any, ends: Sequence[int]):
-        self.tokenizer, self.ends, self.started = tokenizer, ends, False
+    def __init__(self, tokenizer: Any, ends: Sequence[int], started: bool, with_ids: bool):
+        """started: whether a prefix stands before. with_ids: each with the token's id, which OpenAI
+        does not have."""
+        self.tokenizer, self.ends, self.started = tokenizer, ends, started
+        self.with_ids = with_ids
 
     def entry(self, token_id: int, logprobs: Sequence[tuple[int, float]]) -> list[dict]:
         """One entry, or none for the end token. logprobs: of the token, then of the likeliest."""
@@ -248,7 +275,8 @@ class Entries:
         # JSON has no infinity; this is OpenAI's own number for it
         logprob = max(round(logprob, 6), -9999.0)
         text = raw.decode("utf-8", errors="replace")
-        return {"token": text, "logprob": logprob, "bytes": list(raw)}
+        own = {"id": token_id} if self.with_ids else {}
+        return {"token": text, "logprob": logprob, "bytes": list(raw), **own}
 
     def _bytes(self, token_id: int) -> bytes:
         model = self.tokenizer.sentencepiece

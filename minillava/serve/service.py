@@ -15,8 +15,10 @@ from torch import Tensor
 from minillava import __version__
 from minillava.assistant import Assistant
 from minillava.config import IMAGE_TOKEN_INDEX
+from minillava.generate.contrast import Contrast
 from minillava.generate.engine import Engine, Failed, Refused, Request, Token
 from minillava.options import Options, dtype_name
+from minillava.serve import extensions
 from minillava.serve.protocol import ApiError, ChatRequest, Entries, TokenizeRequest
 from minillava.serve.reading import open_picture, read_messages
 
@@ -49,6 +51,8 @@ class Chat:
     positions: int
     image_positions: int
     entries: list[Entries]
+    look: dict[str, Any] | None = None  # how the maps are to be read
+    seen: list[extensions.Seen] = field(default_factory=list)  # of each answer, with `look`
     generated: int = 0
     first: float | None = None  # when its first token came
 
@@ -70,6 +74,20 @@ class Chat:
         return (
             [] if event.logprobs is None else self.entries[number].entry(event.id, event.logprobs)
         )
+
+    def extra(self, number: int, event: Token) -> dict[str, Any]:
+        """Of one token, the fields of a chunk's choice that are our own."""
+        ids = {"token_ids": [event.id]} if self.asked.token_ids else {}
+        if self.look is None:
+            return ids
+        return {**ids, "look": self.seen[number].entry(event)}
+
+    def extras(self, number: int, text: str, ids: list[int]) -> dict[str, Any]:
+        """Of a whole answer, the fields of its choice that are our own."""
+        own: dict[str, Any] = {"token_ids": ids} if self.asked.token_ids else {}
+        if self.look is None:
+            return own
+        return {**own, "look": {**self.look, "words": self.seen[number].words(text)}}
 
     def usage(self) -> dict[str, Any]:
         return {
@@ -107,7 +125,8 @@ class Service:
     engine: Engine
     settings: Settings
     created: int = field(default_factory=lambda: int(time.time()))
-    _pixels: OrderedDict[bytes, Tensor] = field(default_factory=OrderedDict)  # [3, R, R]
+    # [3, R, R], and the picture's own width and height
+    _pixels: OrderedDict[bytes, tuple[Tensor, tuple[int, int]]] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def models(self) -> list[dict[str, Any]]:
@@ -160,31 +179,24 @@ class Service:
 
     def prepare(self, asked: ChatRequest, put: Callable[[int, Token | Failed], None]) -> Chat:
         """A request for the engine. Raises ApiError for whatever is wrong with it."""
-        model, settings, config = (
-            self.model(asked.model),
-            self.settings,
-            self.assistant.model.config,
-        )
-        count, slots = asked.n or 1, len(self.engine.slots)
-        if count > slots:
-            told = f"n is {count}, this server makes {slots} answers at once (--slots)"
-            raise ApiError(400, "invalid_value", told, "n")
-        prompt, contents = read_messages(asked.messages, self.assistant.template, settings.system)
-        patches = config.tokens_per_image
-        if len(contents) * patches >= self.engine.capacity:
-            told = (
-                f"{len(contents)} pictures take {patches} positions each, a conversation has "
-                f"{self.engine.capacity}; give fewer"
-            )
-            raise ApiError(400, "too_many_images", told, "messages")
+        model, assistant = self.model(asked.model), self.assistant
+        config, tokenizer = assistant.model.config, assistant.tokenizer
+        contrast, count = extensions.read_contrast(asked), asked.n or 1
+        self._check_slots(count, 1 if contrast is None else 2)
+        prompt, contents = read_messages(asked.messages, assistant.template, self.settings.system)
+        self._check_pictures(len(contents))
         self._check_text(prompt)
-        ids = self.assistant.tokenizer.encode(prompt)
-        options = self._options(asked, count)
-        pictures = [self._picture(content) for content in contents]
-        request = Request(
-            ids, pictures, options, put, (asked.top_logprobs or 0) if asked.logprobs else None
-        )
-        ends = config.eos_token_ids
+        look = extensions.read_look(asked, config, len(contents))
+        prefix = extensions.read_prefix(asked, config)
+        ids = [*tokenizer.encode(prompt), *prefix]
+        options = [extensions.count_from(prefix, each) for each in self._options(asked, count)]
+        opened = [self._picture(content) for content in contents]
+        pictures = [(key, pixels) for key, pixels, _ in opened]
+        top = (asked.top_logprobs or 0) if asked.logprobs else None
+        request = Request(ids, pictures, options, put, top, prefix, look, contrast)
+        if contrast is not None:
+            request.seconds = self._seconds(contrast, ids, contents, options)
+        shown, ends = bool(prefix), config.eos_token_ids
         return Chat(
             asked,
             request,
@@ -192,10 +204,46 @@ class Service:
             int(time.time()),
             model,
             f"minillava-{__version__}-{self._dtype()}",
-            len(ids) + len(pictures) * (patches - 1),
-            len(pictures) * patches,
-            [Entries(self.assistant.tokenizer, ends) for _ in range(count)],
+            len(ids) + len(pictures) * (config.tokens_per_image - 1),
+            len(pictures) * config.tokens_per_image,
+            [Entries(tokenizer, ends, shown, bool(asked.token_ids)) for _ in range(count)],
+            look and extensions.look_head(assistant, opened[0][2], look),
+            [extensions.Seen(tokenizer, prefix) for _ in range(count) if look],
         )
+
+    def _check_slots(self, count: int, each: int) -> None:
+        slots = len(self.engine.slots)
+        if each > slots:
+            told = f"contrast takes two slots for each answer, this server has {slots} (--slots)"
+            raise ApiError(400, "invalid_value", told, "contrast")
+        if count * each > slots:
+            told = f"n is {count}, this server makes {slots // each} answers at once (--slots)"
+            raise ApiError(400, "invalid_value", told, "n")
+
+    def _check_pictures(self, count: int) -> None:
+        patches = self.assistant.model.config.tokens_per_image
+        if count * patches >= self.engine.capacity:
+            told = (
+                f"{count} pictures take {patches} positions each, a conversation has "
+                f"{self.engine.capacity}; give fewer"
+            )
+            raise ApiError(400, "too_many_images", told, "messages")
+
+    def _seconds(
+        self,
+        contrast: Contrast,
+        ids: Sequence[int],
+        contents: Sequence[bytes],
+        options: Sequence[Options],
+    ) -> list[tuple[Sequence[int], list[tuple[bytes, Tensor]]]]:
+        """What the second row of each answer reads."""
+        pictures = [open_picture(content, self.settings.max_pixels) for content in contents]
+        processor = self.assistant.image_processor
+        with torch.no_grad():
+            return [
+                extensions.second_prompt(contrast, ids, pictures, processor, each)
+                for each in options
+            ]
 
     def submit(self, chat: Chat) -> None:
         """Put a request into the engine's queue. Raises ApiError."""
@@ -247,19 +295,19 @@ class Service:
             known = param if param in ChatRequest.__struct_fields__ else None
             raise ApiError(400, "invalid_value", str(error), known) from None
 
-    def _picture(self, content: bytes) -> tuple[bytes, Tensor]:
-        """A picture's digest and pixels [3,R,R], which are kept: a client sends every picture again
-        with every question."""
+    def _picture(self, content: bytes) -> tuple[bytes, Tensor, tuple[int, int]]:
+        """A picture's digest, pixels [3,R,R], and width and height, which are kept: a client sends
+        every picture again with every question."""
         key = hashlib.sha256(content).digest()
         with self._lock:
             if key in self._pixels:
                 self._pixels.move_to_end(key)
-                return key, self._pixels[key]
+                return key, *self._pixels[key]
         picture = open_picture(content, self.settings.max_pixels)
         with torch.no_grad():
             pixels = self.assistant.image_processor(picture)[0]
         with self._lock:
-            self._pixels[key] = pixels
+            self._pixels[key] = pixels, picture.size
             while len(self._pixels) > self.engine.most_pictures:
                 self._pixels.popitem(last=False)
-        return key, pixels
+        return key, pixels, picture.size

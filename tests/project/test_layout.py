@@ -46,7 +46,8 @@ SHELVES = ["files", "spine", "fast", "generate", "checkpoint", "assistant", "cli
 # read or written, and which precision is best depends on what is fast here.
 SIDE_BY_SIDE = {"fast", "generate", "checkpoint"}
 SIDEWAYS = {("checkpoint", "fast.quantize"), ("checkpoint", "fast.processor")}
-# folders of the last shelf; none knows another, but that probe measures what look shows
+# folders of the last shelf; none knows another, but that probe measures what look shows, and serve
+# sends it
 DOORS = {
     "chat",
     "batch",
@@ -59,7 +60,11 @@ DOORS = {
     "pope",
     "finetune",
 }
-DOOR_TO_DOOR = {("probe", "look"), *zip(sorted(DOORS), sorted(DOORS), strict=True)}
+DOOR_TO_DOOR = {
+    ("probe", "look"),
+    ("serve", "look"),
+    *zip(sorted(DOORS), sorted(DOORS), strict=True),
+}
 # generate/ holds strategies, and a door
 OF_A_DOOR = {"generate.answer", "generate.flags", "generate.__main__", "cli.__main__", "__main__"}
 # of the spine, those that read something from a disk, or have what callers give them checked
