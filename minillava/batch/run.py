@@ -16,8 +16,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -35,6 +35,7 @@ from minillava.batch.questions import (
     read_questions,
     shown_line,
 )
+from minillava.batch.together import FULL, Together
 from minillava.checkpoint.folders import find_folders
 from minillava.checkpoint.place import choose_device
 from minillava.cli.messages import Messages, duration
@@ -50,39 +51,62 @@ SECONDS = 10
 """Between two lines of progress with --verbose."""
 
 
+def read_prompts(
+    assistant: Assistant, questions: list[Question], system: str | None
+) -> dict[int, list[int]]:
+    """Line -> ids of the prompt. A question whose prompt is impossible or too long gets its
+    `error`."""
+    prompts = {}
+    for question in questions:
+        if question.error is None:
+            try:
+                prompts[question.line] = assistant.tokenize(
+                    assistant.prompt(question.text, images=len(question.images), system=system)
+                )
+            except ValueError as error:
+                question.error = shown_line(error)
+    return prompts
+
+
 def plan(
-    assistant: Assistant, questions: list[Question], system: str | None, longest: int, size: int
+    assistant: Assistant,
+    questions: list[Question],
+    prompts: dict[int, list[int]],
+    longest: int,
+    size: int,
 ) -> list[list]:
-    """Questions in batches of similar prompt length. A question whose prompt is impossible or too
-    long gets its `error`.
+    """Questions in batches of similar prompt length, for what the engine does not do: beams,
+    drafts, and a compiled step.
 
     The batches are the same in every run, whatever is answered already: the last digits of logits,
     and so now and then a word, depend on which questions share a batch.
     """
-    config = assistant.model.config
-    lengths: dict[int, int] = {}
-    for question in questions:
-        if question.error is None:
-            pictures = len(question.images)
-            try:
-                ids = assistant.tokenize(
-                    assistant.prompt(question.text, images=pictures, system=system)
-                )
-                lengths[question.line] = config.positions(len(ids), pictures)
-            except ValueError as error:
-                question.error = shown_line(error)
+    lengths = lengths_of(assistant, questions, prompts)
     good, batches = [question for question in questions if question.error is None], []
     for start in range(0, len(good), WINDOW * size):
         window = sorted(
             good[start : start + WINDOW * size], key=lambda question: -lengths[question.line]
         )
         # The longest prompt of a batch must not shorten another answer where the context ends.
+        context = assistant.model.config.text.context
         for _, alike in groupby(
-            window, key=lambda question: min(longest, config.text.context - lengths[question.line])
+            window, key=lambda question: min(longest, context - lengths[question.line])
         ):
             alike = list(alike)
             batches += [alike[i : i + size] for i in range(0, len(alike), size)]
     return batches
+
+
+def lengths_of(
+    assistant: Assistant, questions: list[Question], prompts: dict[int, list[int]]
+) -> dict[int, int]:
+    """Line -> positions of the prompt."""
+    positions = assistant.model.config.positions
+    return {
+        question.line: positions(len(prompts[question.line]), len(question.images))
+        for question in questions
+        if question.line in prompts
+    }
 
 
 def ask(
@@ -101,9 +125,7 @@ def ask(
         ends = [{"finish_reason": reason} for reason in found.finish_reason]
         return [(answer, None, end) for answer, end in zip(found.text, ends, strict=True)]
     except torch.OutOfMemoryError as error:
-        raise ValueError(
-            "the GPU's memory is full; the same command with a smaller --batch-size goes on"
-        ) from error
+        raise ValueError(FULL) from error
     except (ValueError, OSError) as error:
         if len(batch) == 1:
             return [(None, shown_line(error), None)]
@@ -215,17 +237,12 @@ class Run:
         assistant = open_assistant(self.args, self.weights, self.messages)
         if self.args.overwrite:
             self.journal.begin_anew()
-        longest, system, size = options["max_new_tokens"], self.args.system, self.args.batch_size
-        if self.args.draft is not None:
-            drafts = assistant.drafts(self.args.draft, self.args.draft_tokens)
-            options, size = {**options, "draft": drafts}, 1
-            self.messages.note("drafts are for one question at a time: --batch-size is 1")
-        batches = plan(assistant, self.questions, system, longest, size)
+        prompts = read_prompts(assistant, self.questions, self.args.system)
         if self.done:
             count = f"{len(self.done)} of {len(self.questions)}"
             self.messages.note(f"{count} answered before; going on")
         try:
-            self.ask_batches(assistant, batches, options)
+            self.ask_all(assistant, prompts, options)
             self.write()
         except BrokenPipeError:
             raise
@@ -261,28 +278,46 @@ class Run:
         self.done |= read_journal(self.journal, self.questions, self.record)
         return False
 
-    def ask_batches(
-        self, assistant: Assistant, batches: list[list[Question]], options: dict
-    ) -> None:
-        """Ask every batch that is not answered; its answers are in the journal before the next one
-        is asked."""
-        encode = lru_cache(self.args.image_cache)(assistant.encode)
-        seed = options["seed"] or 0
-        options = {name: value for name, value in options.items() if name != "seed"}
-        progress = Progress(self.messages, len(self.done), sum(map(len, batches)))
-        for batch in batches:
-            if all(question.line in self.done for question in batch):
-                continue
-            answers = zip(batch, ask(assistant, batch, seed, options, encode), strict=True)
-            new = {
-                question.line: self.record(question, *answer)
-                for question, answer in answers
-                if question.line not in self.done
-            }
-            self.journal.add(new)
-            self.done |= new
-            progress.tell(len(self.done))
+    def ask_all(self, assistant: Assistant, prompts: dict[int, list[int]], options: dict) -> None:
+        """Ask every question that is not answered; an answer is in the journal as soon as it is
+        made."""
+        left = [q for q in self.questions if q.line in prompts and q.line not in self.done]
+        if not left:
+            return
+        progress = Progress(self.messages, len(self.done), len(self.done) + len(left))
+        args = self.args
+        if args.num_beams > 1 or args.draft is not None or args.compile:
+            made = self.in_batches(assistant, prompts, options)
+        else:
+            lengths = lengths_of(assistant, self.questions, prompts)
+            made = Together(
+                assistant, prompts, max(lengths.values()), options,
+                size=args.batch_size, pictures=args.image_cache,
+            ).answers(left)  # fmt: skip
+        with closing(made):
+            for some in made:
+                new = {question.line: self.record(question, *found) for question, found in some}
+                self.journal.add(new)
+                self.done |= new
+                progress.tell(len(self.done))
         self.messages.progress("")
+
+    def in_batches(
+        self, assistant: Assistant, prompts: dict[int, list[int]], options: dict
+    ) -> Generator[list[tuple[Question, tuple]], None, None]:
+        """The answers of batches that begin and end together."""
+        size = self.args.batch_size
+        if self.args.draft is not None:
+            drafts = assistant.drafts(self.args.draft, self.args.draft_tokens)
+            options, size = {**options, "draft": drafts}, 1
+            self.messages.note("drafts are for one question at a time: --batch-size is 1")
+        encode = lru_cache(self.args.image_cache)(assistant.encode)
+        seed, longest = options["seed"] or 0, options["max_new_tokens"]
+        options = {name: value for name, value in options.items() if name != "seed"}
+        for batch in plan(assistant, self.questions, prompts, longest, size):
+            if any(question.line not in self.done for question in batch):
+                answers = zip(batch, ask(assistant, batch, seed, options, encode), strict=True)
+                yield [(q, found) for q, found in answers if q.line not in self.done]
 
     def write(self) -> None:
         """Write the answers file, in the order of the questions, with those that could not be

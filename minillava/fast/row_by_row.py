@@ -68,6 +68,11 @@ class RowByRow(LanguageModel):
     together: int
     one_by_one = True
 
+    @property
+    def grid(self) -> int:
+        """Where the pieces of a prompt end: at its multiples, and at the prompt's end."""
+        return PIECE
+
     def forward(  # type: ignore[override]
         self,
         inputs: Tensor,

@@ -13,9 +13,10 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minillava.cache import KVCache
@@ -47,10 +48,11 @@ class Token(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """An answer that an error ended."""
+    """An answer that an error ended. cause: what was raised, if it was not about the request."""
 
     code: str
     message: str
+    cause: BaseException | None = None
 
 
 class Refused(Exception):
@@ -94,50 +96,47 @@ class Request:
 
 
 class Slot:
-    """A cache of one row, and the ids and pictures whose positions it has."""
+    """A cache of one row, and the ids and pictures whose positions it has. cuts: where in it the
+    pieces ended in which every prompt is read that begins so."""
 
     def __init__(self, model: Llava, capacity: int):
         weight = model.language_model.embed_tokens.weight
         self.cache = KVCache(
             model.config.text, 1, capacity, dtype=weight.dtype, device=weight.device
         )
-        for tensor in (*self.cache.keys, *self.cache.values):
-            tensor.zero_()  # the system gives memory only when it is written to
         self.held: list[Held] = []
+        self.cuts: list[int] = []
         self.busy = False
         self.used = 0.0  # when
-
-    def begin(self, positions: Sequence[Held]) -> int:
-        """Keep the cached positions with which a prompt begins; returns how many. The last position
-        is computed in any case: its logits choose the first token."""
-        kept = common_prefix(self.held, positions[:-1])
-        self.keep(kept)
-        return kept
 
     def keep(self, length: int) -> None:
         self.cache.truncate(length)
         self.held = self.held[:length]
+        self.cuts = [cut for cut in self.cuts if cut <= length]
 
-    def take_over(self, other: "Slot") -> None:
-        """Copy what another slot has cached."""
-        length = other.cache.length
+    def take_over(self, other: "Slot", length: int) -> None:
+        """Copy the first `length` positions that another slot has cached."""
         for ours, theirs in (
             (self.cache.keys, other.cache.keys),
             (self.cache.values, other.cache.values),
         ):
             for mine, its in zip(ours, theirs, strict=True):
                 mine[:, :, :length] = its[:, :, :length]
-        self.cache.length, self.held = length, list(other.held)
+        self.cache.length, self.held = length, other.held[:length]
+        self.cuts = [cut for cut in other.cuts if cut <= length]
 
 
 @dataclass(eq=False)
 class Side:
-    """One row of an answer. rest: embeddings [1,T,C] of its prompt that are still to be prefilled;
+    """One row of an answer. rest: embeddings [1,T,C] of its prompt that are still to be prefilled,
+    of the whole prompt until it is `begun`. cuts: where pieces end, if bits are to be the same.
     span: where the patches of its picture stand, if they are watched."""
 
     slot: Slot
     positions: Sequence[Held]
     rest: Tensor | None = None
+    cuts: Sequence[int] = ()
+    begun: bool = False
     span: tuple[int, int] | None = None
     logits: Tensor | None = None  # [1, V], of the prompt's last position
     watch: Watch | None = None  # of the last pass
@@ -177,7 +176,10 @@ class Engine(threading.Thread):
 
     slots: how many answers are made at once. capacity: positions of each, prompt and answer.
     waiting: how many requests may wait. piece: how many positions of a prompt are prefilled between
-    two steps of the running answers. pictures: how many encoded pictures are kept.
+    two steps of the running answers. pictures: how many encoded pictures are kept. reuse: whether
+    what is cached of a prompt is not read again. exact: an answer has the same bits whoever is
+    there: a prompt that begins like a cached one is read in the same pieces, and a step has as many
+    rows as there are slots. A model that keeps bits by itself (fast/row_by_row.py) does so anyway.
     """
 
     def __init__(
@@ -191,6 +193,7 @@ class Engine(threading.Thread):
         piece: int = 64,
         pictures: int = 32,
         reuse: bool = True,
+        exact: bool = False,
     ):
         super().__init__(name="minillava-engine", daemon=True)
         context = model.config.text.context
@@ -198,6 +201,15 @@ class Engine(threading.Thread):
         self.capacity = context if capacity is None else min(capacity, context)
         self.slots = [Slot(model, self.capacity) for _ in range(slots)]
         self.most_waiting, self.piece, self.reuse = waiting, piece, reuse
+        language: Any = model.language_model
+        self.exact, self.together, self.rows = exact, slots, slots * exact
+        if language.one_by_one:
+            self.exact, self.piece, self.together, self.rows = (
+                True,
+                language.grid,
+                language.together,
+                0,
+            )
         self.most_pictures = pictures
         self.features: OrderedDict[bytes, Tensor] = OrderedDict()  # [P, C], oldest first
         # A signal handler may call drain while its own thread has the lock; an RLock allows that.
@@ -283,7 +295,7 @@ class Engine(threading.Thread):
             self.state = "failed"
             message = f"the model's thread has ended: {type(error).__name__}"
             with self.changed:
-                self._give_up("engine_failed", message, [*self.waiting])
+                self._give_up("engine_failed", message, [*self.waiting], cause=error)
             raise
 
     def _wait(self) -> bool:
@@ -312,16 +324,18 @@ class Engine(threading.Thread):
         message: str,
         requests: Sequence[Request],
         answers: Sequence[Answer] | None = None,
+        cause: BaseException | None = None,
     ) -> None:
         """End waiting requests and running answers (by default all) with an error."""
+        failed = Failed(code, message, cause)
         for request in requests:
             for number in range(len(request.options)):
-                request.put(number, Failed(code, message))
+                request.put(number, failed)
         for answer in list(self.answers if answers is None else answers):
             for each in (answer, *answer.siblings):
                 if each in self.answers and (each is answer or answer.reading):
                     self._leave(each)
-                    each.request.put(each.number, Failed(code, message))
+                    each.request.put(each.number, failed)
 
     def _guard(self, work: Callable[[list[Answer]], None], answers: list[Answer]) -> None:
         """Do work that may fail, for example for lack of memory; the answers concerned then end
@@ -336,7 +350,7 @@ class Engine(threading.Thread):
             for answer in answers:
                 answer.empty()
             told = f"the model failed ({type(error).__name__}); the request may be sent again"
-            self._give_up("engine_failed", told, (), answers)
+            self._give_up("engine_failed", told, (), answers, error)
             if self.failures >= FAILURES:
                 raise
 
@@ -359,7 +373,7 @@ class Engine(threading.Thread):
                 self._begin(request, free)
             except Exception as error:
                 told = f"the prompt could not be read ({type(error).__name__})"
-                self._give_up("engine_failed", told, [request], ())
+                self._give_up("engine_failed", told, [request], (), error)
             finally:
                 self.beginning = 0
 
@@ -376,7 +390,6 @@ class Engine(threading.Thread):
         first prefills for all."""
         free = sorted(free, key=lambda slot: slot.used)
         first, spliced = self._side(request.ids, request.pictures, free)
-        request.cached = first.slot.cache.length
         if request.look is not None:
             first.span = patch_span(self.model, spliced)
         answers = []
@@ -414,12 +427,31 @@ class Engine(threading.Thread):
         positions: list[Held] = spliced.token_ids[0].tolist()
         for (key, _), (start, end) in zip(pictures, spliced.image_spans[0], strict=True):
             positions[start:end] = [key] * (end - start)
-        slot = max(free, key=lambda slot: common_prefix(slot.held, positions) * self.reuse)
+        slot = max(free, key=lambda slot: self._alike(slot, positions))
         free.remove(slot)
+        ends = [] if self.model.language_model.one_by_one else spliced.image_spans[0]
+        cuts = {*range(self.piece, len(positions), self.piece), *(end for _, end in ends)}
+        return Side(slot, positions, spliced.embeds, sorted(cuts)), spliced
+
+    def _alike(self, slot: Slot, positions: Sequence[Held]) -> int:
+        """How many positions of a prompt a slot has. The last one does not count: it is computed in
+        any case, since its logits choose the first token."""
         if not self.reuse:
-            slot.keep(0)
-        cached = slot.begin(positions)
-        return Side(slot, positions, spliced.embeds[:, cached:]), spliced
+            return 0
+        alike = common_prefix(slot.held, positions[:-1])
+        return max((cut for cut in slot.cuts if cut <= alike), default=0) if self.exact else alike
+
+    def _start(self, side: Side) -> int:
+        """Keep the cached positions with which a prompt begins, or copy them from the slot that has
+        most of them, be it in use or not; returns how many."""
+        slot, positions = side.slot, side.positions
+        best = max([slot, *self.slots], key=lambda each: self._alike(each, positions))
+        kept = self._alike(best, positions)
+        if best is not slot:
+            slot.take_over(best, kept)
+        slot.keep(kept)
+        side.begun, side.rest = True, side.rest[:, kept:]  # type: ignore[index]
+        return kept
 
     def _answer(
         self,
@@ -445,12 +477,20 @@ class Engine(threading.Thread):
         """Prefill a piece of one prompt; after the last piece, choose the first token."""
         (answer,) = answers
         side = next(side for side in answer.sides if side.rest is not None)
-        piece, rest = side.rest[:, : self.piece], side.rest[:, self.piece :]  # type: ignore[index]
         language, slot, attend = self.model.language_model, side.slot, None
+        if not side.begun:
+            kept = self._start(side)
+            if side is answer.sides[0] and answer.number == 0:
+                answer.request.cached = kept
+        start = slot.cache.length
+        ends = (cut for cut in side.cuts if cut > start)
+        length = next(ends, len(side.positions)) - start if self.exact else self.piece
+        piece, rest = side.rest[:, :length], side.rest[:, length:]  # type: ignore[index]
         if not rest.shape[1] and (watch := side.watched()):
             attend = watch.over(language.attend)
         output = language(piece, None, slot.cache, last_only=True, attend=attend)
         slot.held = list(side.positions[: slot.cache.length])
+        slot.cuts += [slot.cache.length] * (slot.cache.length in side.cuts)
         side.rest = rest
         if rest.shape[1]:
             return
@@ -460,19 +500,22 @@ class Engine(threading.Thread):
         answer.request.times.setdefault("read", time.monotonic())
         for each in (answer, *answer.siblings):
             if each is not answer:
-                each.sides[0].slot.take_over(slot)
+                each.sides[0].slot.take_over(slot, slot.cache.length)
             self._choose(each, answer.sides)
 
     def _decode(self, answers: list[Answer]) -> None:
         """Decode one token for each of these answers."""
         rows = [(answer, side) for answer in answers for side in answer.sides]
-        token_ids = torch.cat([answer.token for answer, _ in rows])  # [B]
-        caches = [side.slot.cache for _, side in rows]
-        watches = [side.watched() for _, side in rows]
-        logits = upcast(decode_rows(self.model, token_ids, caches, watches)[:, -1])  # [B, V]
-        for (_, side), token_id, row in zip(rows, token_ids.tolist(), logits, strict=True):
-            side.slot.held.append(token_id)
-            side.logits = row[None]
+        for first in range(0, len(rows), self.together):
+            some = rows[first : first + self.together]
+            token_ids = torch.cat([answer.token for answer, _ in some])  # [B]
+            caches = [side.slot.cache for _, side in some]
+            watches = [side.watched() for _, side in some]
+            logits = decode_rows(self.model, token_ids, caches, watches, self.rows)
+            numbers = zip(some, token_ids.tolist(), upcast(logits[:, -1]), strict=True)
+            for (_, side), token_id, row in numbers:
+                side.slot.held.append(token_id)
+                side.logits = row[None]
         for answer in answers:
             self._choose(answer, answer.sides)
 
@@ -529,34 +572,39 @@ def decode_rows(
     token_ids: Tensor,
     caches: Sequence[KVCache],
     watches: Sequence[Watch | None] | None = None,
+    most: int = 0,
 ) -> Tensor:
     """One new token per row, each at its own position: token_ids [B] -> logits [B,1,V]. watches: of
-    the rows whose attention is noted."""
+    the rows whose attention is noted. most: how many rows the products have at least; the library
+    that adds up chooses the order by their number."""
     language: LanguageModel = model.language_model
     attends = [
         language.attend if watch is None else watch.over(language.attend)
         for watch in watches or [None] * len(caches)
     ]
-    if len(caches) == 1:
+    if len(caches) == 1 and most <= 1:
         return language(token_ids[:, None], None, caches[0], attend=attends[0]).logits
 
     def attend(
         q: Tensor, k: list[Tensor], v: list[Tensor], mask: None, causal: bool
     ) -> tuple[Tensor, None]:
-        rows = zip(attends, q.split(1), k, v, strict=True)
-        return torch.cat([one(*qkv, None, False)[0] for one, *qkv in rows]), None
+        rows = zip(attends, q[:count].split(1), k, v, strict=True)
+        outs = [one(*qkv, None, False)[0] for one, *qkv in rows]
+        return torch.cat([*outs, torch.zeros_like(q[count:])]), None
 
+    count, padding = len(caches), max(0, most - len(caches))
     for cache in caches:
         cache.reserve(1, 1, None)
-    x = language.embed_tokens(token_ids[:, None])  # [B, 1, C]
-    positions = torch.tensor([[cache.length] for cache in caches], device=x.device)  # [B, 1]
+    x = language.embed_tokens(F.pad(token_ids, (0, padding))[:, None])  # [B or most, 1, C]
+    lengths = [*(cache.length for cache in caches), *[0] * padding]
+    positions = torch.tensor(lengths, device=x.device)[:, None]
     tables = rotary_tables(positions, language.config, x.dtype)
     context = Context(*tables, None, False, attend, Rows(caches))  # type: ignore[arg-type]
     for layer in language.layers:
         x, _ = layer(x, context)
     for cache in caches:
         cache.advance(1)
-    return language.head(language.norm(x))
+    return language.head(language.norm(x))[:count]
 
 
 def likeliest(logits: Tensor, token_id: int, count: int) -> list[tuple[int, float]]:

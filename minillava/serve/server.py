@@ -129,6 +129,9 @@ def start_engine(args: argparse.Namespace, assistant: Assistant) -> Engine:
         piece=args.prefill_chunk or piece,
         reuse=not args.no_reuse,
     )
+    for slot in engine.slots:
+        for tensor in (*slot.cache.keys, *slot.cache.values):
+            tensor.zero_()  # the system gives memory only when it is written to: now, or an error
     engine.start()
     return engine
 

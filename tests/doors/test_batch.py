@@ -18,16 +18,17 @@ import pytest
 import torch
 from paths import REFERENCE
 
-import minillava
 from minillava.batch import run as batch
 from minillava.batch.flags import make_parser
 from minillava.batch.journal import Journal
 from minillava.batch.questions import Question, read_questions
-from minillava.batch.run import WINDOW, ask, plan
+from minillava.batch.run import WINDOW, plan, read_prompts
+from minillava.batch.together import Together
 from minillava.cli.doors import enter
 from minillava.cli.messages import Messages, duration
 from minillava.files import disk
 from minillava.generate.contrast import METHODS
+from minillava.llava import Llava
 
 main = partial(enter, "batch")
 
@@ -141,7 +142,8 @@ def test_batches_answer_as_one_by_one_and_in_the_order_of_the_questions(
 def test_batches_are_of_similar_length_and_neighbours_stay_near(assistant):
     """A short question beside a long one would be padded, and a far one hold back the file."""
     questions = read_questions(b"\n".join(json.dumps(q).encode() for q in lines(200)), PICTURES)
-    batches = plan(assistant, questions, None, LENGTH, 4)
+    prompts = read_prompts(assistant, questions, None)
+    batches = plan(assistant, questions, prompts, LENGTH, 4)
     assert sorted(question.line for some in batches for question in some) == list(range(1, 201))
     spread = [max(len(q.text) for q in some) - min(len(q.text) for q in some) for some in batches]
     with_pictures = [
@@ -160,7 +162,8 @@ def test_questions_with_different_room_do_not_share_a_batch(assistant):
     ]
     context = assistant.model.config.text.max_position_embeddings
     longest = context - lengths[1]  # the third and the fourth have less room than that
-    batches = plan(assistant, questions, None, longest, 8)
+    prompts = read_prompts(assistant, questions, None)
+    batches = plan(assistant, questions, prompts, longest, 8)
     assert [[question.line for question in some] for some in batches] == [[4], [3], [2, 1]]
 
 
@@ -236,10 +239,8 @@ def test_template_system_beams_and_contrast_reach_the_answers(run, assistant):
 def test_a_picture_of_many_questions_is_encoded_once(run, monkeypatch, size, encoded):
     """A picture with many questions would be encoded anew for each of them."""
     made = []
-    original = minillava.assistant.Assistant.encode
-    monkeypatch.setattr(
-        "minillava.assistant.Assistant.encode", lambda *a: made.append(a) or original(*a)
-    )
+    original = Llava.encode_images
+    monkeypatch.setattr(Llava, "encode_images", lambda *a: made.append(a) or original(*a))
     questions = [{"question_id": i, "image": NAMES[i % 4], "text": "What?"} for i in range(12)]
     assert run(questions, "--image-cache", size, "--batch-size", "2")[0] == 0
     assert len(made) == encoded
@@ -378,7 +379,7 @@ def test_a_full_gpu_says_what_to_do(run, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("minillava.assistant.Assistant.ask_each", full)
+    monkeypatch.setattr(Llava, "encode_images", full)
     status, records, err = run(lines(1))
     assert (status, records) == (1, None)
     assert "smaller --batch-size" in err
@@ -387,23 +388,28 @@ def test_a_full_gpu_says_what_to_do(run, monkeypatch):
 # --- going on -------------------------------------------------------------------------------------
 
 
+def interrupt(patch, after: int) -> None:
+    """Ctrl-C once `after` new answers are in the journal."""
+    add, left = Journal.add, [after]
+
+    def interrupted(journal, records):
+        some = dict([*records.items()][: left[0]])
+        add(journal, some)
+        left[0] -= len(some)
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    patch.setattr(Journal, "add", interrupted)
+
+
 @pytest.fixture
 def stopped(run, monkeypatch, tmp_path):
-    """`stopped(after)`: a run of 20 questions, four at a time, that gets Ctrl-C in batch number
-    `after`."""
+    """`stopped(after)`: a run of 20 questions, four at a time, that gets Ctrl-C once four times
+    `after` new answers are in the journal."""
 
     def until(after: int) -> bytes:
-        asked = ask
-        calls = []
-
-        def interrupted(*arguments):
-            calls.append(arguments)
-            if len(calls) > after:
-                raise KeyboardInterrupt
-            return asked(*arguments)
-
         with monkeypatch.context() as patch:
-            patch.setattr(batch, "ask", interrupted)
+            interrupt(patch, 4 * after)
             assert run(lines(20), "--batch-size", "4")[0] == 130
         return (tmp_path / "a.jsonl.partial").read_bytes()
 
@@ -422,13 +428,13 @@ def whole(tmp_path_factory):
 
 def count_asked(monkeypatch) -> list[int]:
     """The lines asked from now on."""
-    asked, found = ask, []
+    asked, found = Together.request, []
 
-    def counted(assistant, questions, *rest):
-        found.extend(question.line for question in questions)
-        return asked(assistant, questions, *rest)
+    def counted(together, question):
+        found.append(question.line)
+        return asked(together, question)
 
-    monkeypatch.setattr(batch, "ask", counted)
+    monkeypatch.setattr(Together, "request", counted)
     return found
 
 
@@ -459,10 +465,10 @@ def test_a_torn_end_is_dropped_and_asked_again(run, stopped, whole, tmp_path, cu
 def test_what_is_asked_after_a_torn_end_is_kept(run, stopped, whole, tmp_path, monkeypatch, cut):
     """Tear, go on, stop, go on: the torn line must not spoil those written behind it."""
     (tmp_path / "a.jsonl.partial").write_bytes(stopped(2)[:-cut])
-    stopped(2)  # the batch of the torn line, and one more
+    stopped(2)
     asked = count_asked(monkeypatch)
     assert run(None, "--batch-size", "4")[0] == 0
-    assert (len(asked), (tmp_path / "a.jsonl").read_bytes()) == (8, whole)
+    assert (len(asked), (tmp_path / "a.jsonl").read_bytes()) == (20 - 7 - 8, whole)
 
 
 def test_a_journal_of_another_kind_of_device_is_refused(run, stopped, monkeypatch):
@@ -596,25 +602,15 @@ def test_errors_are_asked_again_and_nothing_else(run, tmp_path, monkeypatch, who
     (tmp_path / "empty").mkdir()
     status, records, err = run(lines(20), "--batch-size", "4", "--images", tmp_path / "empty")
     assert (status, sum("error" in record for record in records)) == (1, 18)
-    first, asked = ask, []
-
-    def once(assistant, questions, *rest):
-        if asked and len(questions) > 1:
-            raise KeyboardInterrupt
-        asked.extend(question.line for question in questions)
-        return first(assistant, questions, *rest)
-
     with monkeypatch.context() as patch:
-        patch.setattr(batch, "ask", once)
+        interrupt(patch, 4)
         assert run(None, "--batch-size", "4")[0] == 130
-    assert len(asked) == 4
     found = count_asked(monkeypatch)
     status, _, err = run(None, "--batch-size", "4")
     assert (status, (tmp_path / "a.jsonl").read_bytes()) == (0, whole)
-    assert err.splitlines(keepends=True)[0] in {
-        f"note: {n} of 20 answered before; going on\n" for n in (5, 6)
-    }
-    assert not set(asked) & set(found)
+    assert err.splitlines(keepends=True)[0] == "note: 6 of 20 answered before; going on\n"
+    without = [i for i, question in enumerate(lines(20), 1) if question["image"] is None]
+    assert len(set(found)) == len(found) == 14 and not set(without) & set(found)
     assert run(None, "--batch-size", "4")[2].endswith("nothing to do (--overwrite starts anew)\n")
     assert not (tmp_path / "a.jsonl.partial").exists()
 
@@ -863,16 +859,8 @@ def test_overwriting_keeps_the_old_answers_until_the_new_are_whole(
 ):
     """Killed in the middle, the same command without --overwrite goes on with the new ones."""
     (tmp_path / "a.jsonl").write_text('"old"\n')
-    asked, calls = ask, []
-
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) > 2:
-            raise KeyboardInterrupt
-        return asked(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(batch, "ask", interrupted)
+        interrupt(patch, 8)
         assert (
             run(
                 [*lines(20)], "--batch-size", "4", "--overwrite", "--answers", tmp_path / "a.jsonl"

@@ -15,6 +15,7 @@ from paths import REFERENCE
 
 from minillava.batch import run
 from minillava.batch.questions import Question
+from minillava.batch.together import Together
 from minillava.chat.conversation import Conversation
 from minillava.fast import ahead
 from minillava.fast.compiled import Captured, step
@@ -160,9 +161,10 @@ def test_drafts(name, attention, most):
 @both
 @toys
 def test_a_file_of_questions(name, attention):
-    """The door batch puts questions of unequal length together, with pictures and without, and an
-    answer must not depend on its neighbours."""
+    """The door batch asks questions of unequal length together, with pictures and without, padded
+    or each in a slot of the engine, and an answer must not depend on its neighbours."""
     one, files = assistant(name, attention), [REFERENCE / "pictures" / f"{p}.png" for p in PICTURES]
+    files = [str(file) for file in files]
     asked = [("hello", [files[0]]), ("what is it, and where is it", [files[1]]), ("a", [])]
     expected = []
     for text, shown in asked:
@@ -173,6 +175,11 @@ def test_a_file_of_questions(name, attention):
     questions = [Question(i, text=text, images=shown) for i, (text, shown) in enumerate(asked, 1)]
     found = run.ask(one, questions, 0, {"max_new_tokens": MOST})
     assert [answer for answer, _, _ in found] == expected
+    prompts = run.read_prompts(one, questions, None)
+    most = max(run.lengths_of(one, questions, prompts).values())
+    together = Together(one, prompts, most, {"max_new_tokens": MOST}, size=2, pictures=1)
+    told = {q.line: answer for some in together.answers(questions) for q, (answer, *_) in some}
+    assert [told[line] for line in (1, 2, 3)] == expected
 
 
 @both
