@@ -56,7 +56,7 @@ def make_parser(prog: str = "python -m minillava.chat") -> Parser:
     )
     add_model_arguments(parser, answers=True)
     add_generation_arguments(parser)
-    add_draft_arguments(parser)
+    add_draft_arguments(parser, shown=True)
     add_output_arguments(parser)
     return parser
 

@@ -15,11 +15,12 @@ from minillava import __version__
 from minillava.chat import terminal
 from minillava.chat.conversation import Conversation
 from minillava.chat.flags import COMMANDS_HELP
-from minillava.cli.messages import Messages, is_of_stdout, report
+from minillava.cli.messages import Messages, coloured, has_colours, is_of_stdout, report
 from minillava.cli.opening import find_weights, note_several, open_assistant
 from minillava.files.disk import is_stream, write_whole
 from minillava.files.pictures import ImageSource, name_of, open_image
 from minillava.files.text import as_meant, read_lines, refuse_nul
+from minillava.generate.speculate import Drafts
 from minillava.templates import template_name
 
 # --- the door -------------------------------------------------------------------------------------
@@ -29,16 +30,23 @@ COMMANDS = ("/image", "/clear", "/save", "/help", "/quit", "/exit")
 class Session:
     """A conversation with somebody who types: each line is a question or a command."""
 
-    def __init__(self, conversation: Conversation, options: dict, about: dict, messages: Messages):
+    def __init__(
+        self,
+        conversation: Conversation,
+        options: dict,
+        about: dict,
+        messages: Messages,
+        shown: Drafts | None = None,
+    ):
         """options: the fields of `Options` by name. about: what `/save` writes before the
-        conversation."""
+        conversation. shown: drafts whose right guesses are coloured."""
         self.conversation, self.options, self.about, self.messages = (
             conversation,
             options,
             about,
             messages,
         )
-        self.saved: set[Path] = set()
+        self.shown, self.saved = shown, set[Path]()
 
     def handle(self, line: str) -> bool:
         """Do what a line says; returns False after the last one. Raises ValueError or OSError if it
@@ -118,8 +126,9 @@ class Session:
                         )
                         self.messages.stage("prefill", started, detail)
                         started = time.perf_counter()
+                    right = self.shown is not None and self.shown.right(count)
                     count += 1
-                    print(piece, end="", flush=True)
+                    print(coloured(piece) if right else piece, end="", flush=True)
             finally:
                 if count:
                     print(flush=True)
@@ -156,8 +165,10 @@ def run(args: argparse.Namespace, options: dict) -> int:
         "weights": weights,
         "template": template_name(assistant.template),
     }
-    options = {**options, "draft": assistant.drafts(args.draft, args.draft_tokens)}
-    session = Session(Conversation(assistant, args.system), options, about, messages)
+    drafts = assistant.drafts(args.draft, args.draft_tokens)
+    options = {**options, "draft": drafts}
+    shown = drafts if args.show_drafts and has_colours(sys.stdout) else None
+    session = Session(Conversation(assistant, args.system), options, about, messages, shown)
     for image, name in zip(images, args.image, strict=True):
         session.look(image, name)
     if sys.stdin is not None and sys.stdin.isatty():

@@ -353,10 +353,16 @@ DRAFT_FLAGS = (
 )  # fmt: skip
 
 
-def add_draft_arguments(parser: argparse.ArgumentParser) -> Any:
+SHOW_DRAFTS = flag(
+    "--show-drafts", action="store_true",
+    help="in a terminal, what was guessed right in green (NO_COLOR: not)",
+)  # fmt: skip
+
+
+def add_draft_arguments(parser: argparse.ArgumentParser, shown: bool = False) -> Any:
     """Add the flags of drafts, which `check_drafts` checks and `Assistant.drafts` takes; returns
-    their group."""
-    return add_flags(parser, "drafts", DRAFT_FLAGS)
+    their group. shown: with --show-drafts."""
+    return add_flags(parser, "drafts", (*DRAFT_FLAGS, SHOW_DRAFTS) if shown else DRAFT_FLAGS)
 
 
 def check_drafts(parser: Parser, args: argparse.Namespace) -> None:
@@ -365,6 +371,8 @@ def check_drafts(parser: Parser, args: argparse.Namespace) -> None:
     if args.draft is None:
         if args.draft_tokens is not None:
             parser.error(f"--draft-tokens {args.draft_tokens} needs --draft")
+        if getattr(args, "show_drafts", False):
+            parser.error("--show-drafts needs --draft")
         return
     for name, used in (  # chat and batch have no beams
         ("--compile", args.compile),

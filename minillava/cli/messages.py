@@ -57,6 +57,16 @@ class Messages:
         self.stage("decode", started, f"{more} more token(s){speed}; ended by {ended}")
 
 
+def has_colours(stream: TextIO) -> bool:
+    """Whether text may be coloured: on a terminal, unless NO_COLOR is set (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def coloured(text: str) -> str:
+    """A text in green, for a terminal."""
+    return f"\033[32m{text}\033[0m" if text else ""
+
+
 class _Forgiving:
     """A stderr that raises no errors: a full disk under a log must not cost the answer."""
 

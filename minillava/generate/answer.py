@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from minillava.assistant import Assistant
-from minillava.cli.messages import Messages, print_json, write_outputs
+from minillava.cli.messages import Messages, coloured, has_colours, print_json, write_outputs
 from minillava.cli.opening import find_weights, note_several, open_assistant, read_question
 from minillava.generate import beam
 from minillava.generate.contrast import Contrast, describe
 from minillava.generate.inputs import repeat_rows
-from minillava.generate.speculate import following
+from minillava.generate.speculate import Drafts, following
 from minillava.llava import Spliced
 from minillava.loop import Step
 from minillava.options import Options
@@ -77,10 +77,12 @@ def _follow(
     chosen: Options,
     contrast: Contrast | None,
     follow: Callable[..., Iterator[Step]],
+    shown: Drafts | None,
     messages: Messages,
 ) -> tuple[list[Answer], str]:
     """Generate token after token; a single answer is printed as it is made, unless --json is given.
-    Returns the answers, and the records of --contrast-log."""
+    shown: drafts whose right guesses are coloured. Returns the answers, and the records of
+    --contrast-log."""
     answers = [Answer() for _ in range(chosen.num_return_sequences)]
     streamed = not args.json and len(answers) == 1
     length, started = spliced.embeds.shape[1], time.perf_counter()
@@ -97,7 +99,8 @@ def _follow(
         for row, answer in enumerate(answers):
             answer.add(step, row, args.logprobs, tokenizer)
         if streamed:
-            print(step.text[0], end="", flush=True)
+            right = shown is not None and shown.right(made - 1)
+            print(coloured(step.text[0]) if right else step.text[0], end="", flush=True)
     if streamed:
         print(flush=True)
     elif not args.json:
@@ -163,7 +166,8 @@ def answer(args: argparse.Namespace, options: dict, contrast: Contrast | None) -
     if chosen.num_beams > 1:
         answers, log = _search(args, assistant, spliced, chosen, messages), ""
     else:
-        answers, log = _follow(args, assistant, spliced, chosen, contrast, follow, messages)
+        shown = drafts if args.show_drafts and has_colours(sys.stdout) else None
+        answers, log = _follow(args, assistant, spliced, chosen, contrast, follow, shown, messages)
     if drafts is not None:
         messages.detail(f"drafts   {drafts.report.told()}")
     if args.json:

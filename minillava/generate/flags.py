@@ -65,7 +65,7 @@ def make_parser(prog: str = "python -m minillava.generate") -> Parser:
         metavar="FILE",
         help="write what each token was chosen from, one JSON object a line",
     )
-    add_draft_arguments(parser)
+    add_draft_arguments(parser, shown=True)
     group = add_output_arguments(parser)
     group.add_argument(
         "--json", action="store_true", help="one JSON object: text, ids, finish reason, timings"
@@ -88,6 +88,8 @@ def read_flags(parser: Parser, argv: Sequence[str]) -> tuple:
     args = parser.parse_args(argv)
     options, contrast = read_options(parser, args), read_contrast(parser, args)
     check_drafts(parser, args)
+    if args.show_drafts and args.json:
+        parser.error("--show-drafts colours a text: leave --json out")
     if args.contrast_log and contrast is None:
         parser.error("--contrast-log needs --contrast")
     if args.contrast_log and args.num_return_sequences > 1:

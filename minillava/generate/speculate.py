@@ -84,6 +84,8 @@ class Report:
     drafted: int = 0
     accepted: int = 0
     lengths: list[int] = field(default_factory=list)  # in how many passes n guesses were right
+    guessed: list[bool] = field(default_factory=list)  # of each token, whether it was guessed
+    guesses: list[int] = field(default_factory=list)  # that the last pass checked
 
     def add(self, drafted: int, accepted: int) -> None:
         self.passes, self.drafted = self.passes + 1, self.drafted + drafted
@@ -178,11 +180,20 @@ class Drafts:
     ) -> Iterator[Step]:
         """`loop.steps` for one prompt, the same Steps in fewer passes. Raises ValueError for
         several."""
-        streams, most = 1 if rest.get("contrast") is None else 2, 1 + (self.tokens or MOST)
-        if streams not in self.exact:
-            self.exact[streams] = keeps_bits(model.language_model, most, streams)
-        self.report = Report(self.drafter.kind, self.exact[streams])
+        exact = self.is_exact(model, 1 if rest.get("contrast") is None else 2)
+        self.report = Report(self.drafter.kind, exact)
         return _steps(self, self.report, model, spliced, options, pictures, **rest)
+
+    def is_exact(self, model: Llava, streams: int = 1) -> bool:
+        """Whether a pass has the bits of single steps; tried once. streams: 2 with contrast."""
+        if streams not in self.exact:
+            most = 1 + (self.tokens or MOST)
+            self.exact[streams] = keeps_bits(model.language_model, most, streams)
+        return self.exact[streams]
+
+    def right(self, number: int) -> bool:
+        """Whether token `number` of the answer that began last, from 0, was guessed."""
+        return self.report is not None and self.report.guessed[number]
 
 
 def following(
@@ -225,7 +236,8 @@ def _steps(
             block = take_rows(run, rows, guesses)
             # the block ends at the first wrong guess, or with one token more than was guessed
             accepted = sum(s.ids == [guess] for s, guess in zip(block, guesses, strict=False))
-            report.tokens = run.sampler.chosen
+            report.tokens, report.guesses = run.sampler.chosen, guesses
+            report.guessed += [True] * accepted + [False] * (len(block) - accepted)
             if report.tokens > len(block):  # not the pass over the prompt
                 report.add(len(guesses), accepted)
                 pace.note(len(guesses), accepted)

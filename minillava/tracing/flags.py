@@ -17,11 +17,13 @@ from minillava.cli.arguments import (
     output_name,
 )
 from minillava.cli.flags import (
+    add_draft_arguments,
     add_flags,
     add_generation_arguments,
     add_model_arguments,
     add_output_arguments,
     add_question_arguments,
+    check_drafts,
     flag,
     read_options,
 )
@@ -35,7 +37,8 @@ SETTINGS = (
 
 HELP = f"""\
 step 0 is the picture and the prompt (prefill), step 1 the first cached token. A * marks a shape
-that changed since the step traced before.
+that changed since the step traced before. With --draft a step is a pass over the last token and
+what was guessed to follow it; "draft" says which guesses were right.
 
 --compare takes settings, or a file that --save wrote (or anybody else: safetensors, named as --save
 names them):
@@ -111,6 +114,7 @@ def make_parser(prog: str = "python -m minillava.trace") -> Parser:
     add_flags(parser, "trace", FLAGS)
     add_model_arguments(parser)
     add_generation_arguments(parser)
+    add_draft_arguments(parser)
     add_output_arguments(parser).add_argument(
         "--json", action="store_true", help="one JSON object a line"
     )
@@ -124,6 +128,7 @@ def read_flags(parser: Parser, argv: Sequence[str]) -> tuple:
     if options["seed"] is None:
         options["seed"] = Options().seed  # the same for both runs of a comparison
     check_stdin(parser, args)
+    check_drafts(parser, args)
     check_outputs(parser, args, [args.html, args.save])
     if args.compare is None:
         if args.tolerance is not None:
@@ -135,6 +140,8 @@ def read_flags(parser: Parser, argv: Sequence[str]) -> tuple:
         return args, options, ()
     if args.html or args.save:
         parser.error("--html and --save are about one run: leave --compare out")
+    if args.draft is not None:
+        parser.error("--draft is about one run: leave --compare out")
     sides = [_read_side(parser, argv, side) for side in args.compare]
     if all(isinstance(side, Path) for side in sides):
         parser.error(

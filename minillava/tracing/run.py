@@ -7,7 +7,7 @@ vocabulary.
 
 import argparse
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from minillava.cli.opening import find_weights, open_assistant, read_question
 from minillava.config import LlavaConfig
 from minillava.files.disk import is_stdout
 from minillava.files.pictures import Images, as_list, open_image
+from minillava.generate.drafts import Draftable
+from minillava.generate.speculate import Drafts, check, following
 from minillava.image import ImageProcessor
 from minillava.llava import Llava, Spliced
 from minillava.loop import Step
@@ -53,19 +55,24 @@ def trace(
     system: str | None = None,
     template: str = DEFAULT_TEMPLATE,
     whole: bool = True,
+    draft: Draftable = None,
     **settings,
 ) -> int:
     """Ask one question; each record goes to `consume` (by default: it is printed) as it is made.
 
     depth, layers, steps: as for Recorder; traced: an older name of steps. options: an `Options`, or
     its fields by name. template: its name. whole: go on to the end of the answer, and record that.
+    draft: as for `Assistant.drafts`; a step is then a pass, which may choose several tokens.
     Returns the number of tokens made. Raises ValueError for a layer that does not exist, and where
     `Assistant.ask` does."""
     images = [open_image(image) for image in as_list(images)]
-    chosen = assistant.options(options, **settings)
+    chosen, drafts = assistant.options(options, **settings), assistant.drafts(draft)
+    follow = following(drafts, chosen, images)
     traced = traced if steps is None else steps
     model = uncompiled(assistant.model)
     _check_layers(model.config, layers)
+    if drafts is not None:
+        drafts.is_exact(model)  # now, so that its trial is not traced
     consume = consume or Printer()
     say = partial(_say, consume)
     _say_configuration(say, model.config)
@@ -75,7 +82,8 @@ def trace(
     with Recorder(model, consume, depth, layers, traced) as recorder:
         spliced = model.splice([ids], pixels)
         _record_splice(recorder, spliced)
-        answer = _record_answer(recorder, spliced, chosen, assistant.tokenizer, whole)
+        made = follow(recorder.model, spliced, chosen, tokenizer=assistant.tokenizer)
+        answer = _record_answer(recorder, spliced, made, drafts, assistant.tokenizer, whole)
     if answer["finish_reason"] is not None:
         if chosen.temperature:
             answer["seed"] = chosen.seed
@@ -161,18 +169,30 @@ def _record_splice(recorder: Recorder, spliced: Spliced) -> None:
 
 
 def _record_answer(
-    recorder: Recorder, spliced: Spliced, options: Options, tokenizer: Tokenizer, whole: bool
+    recorder: Recorder,
+    spliced: Spliced,
+    made: Iterator[Step],
+    drafts: Drafts | None,
+    tokenizer: Tokenizer,
+    whole: bool,
 ) -> dict:
     """The loop, and how each token was chosen; to the last recorded step, or to the end where the
     whole answer is wanted. Returns what is to be said of the answer."""
-    last = max(recorder.steps)
+    last, before, row = max(recorder.steps), -1, 0
     answer = {"text": "", "ids": [], "finish_reason": None}
     answer["prompt_positions"] = spliced.embeds.shape[1]
-    for step in loop.steps(recorder.model, spliced, options, tokenizer=tokenizer):
-        _record_choice(recorder, step, tokenizer)
+    for step in made:
+        row = row + 1 if recorder.step == before else 0  # of the pass
+        before = recorder.step
+        if drafts is not None and row == 0:
+            if before > last and not whole:
+                return answer
+            _record_draft(recorder, drafts, len(answer["ids"]), tokenizer)
+        _record_choice(recorder, step, tokenizer, f".{row}" if row else "")
         answer["ids"] += step.ids
         answer["text"] += step.text[0]
-        if len(answer["ids"]) > last:
+        # with drafts the pass may choose more
+        if drafts is None and len(answer["ids"]) > last:
             recorder.close()
             if not whole:
                 return answer
@@ -180,19 +200,32 @@ def _record_answer(
     return answer
 
 
-def _record_choice(recorder: Recorder, step: Step, tokenizer: Tokenizer) -> None:
-    """Scores [1, V], where penalties or filters changed the logits; the five likeliest; the
-    token."""
+def _record_draft(recorder: Recorder, drafts: Drafts, made: int, tokenizer: Tokenizer) -> None:
+    """What a pass read after the last token, and which of these guesses were right. made: tokens of
+    the answer before the pass."""
+    report = drafts.report
+    if report is None or not report.guesses:
+        return
+    right = sum(report.guessed[made:])
+    told = [
+        [i, tokenizer.piece(i), "accepted" if at < right else "rejected"]
+        for at, i in enumerate(report.guesses)
+    ]
+    recorder.add("choice", "draft", torch.tensor([report.guesses]), check, told)
+
+
+def _record_choice(recorder: Recorder, step: Step, tokenizer: Tokenizer, row: str = "") -> None:
+    """Scores [1, V], where penalties or filters changed the logits; the five likeliest; the token.
+    row: what follows their names, for further tokens of one pass."""
     if not torch.equal(step.scores, step.logits):
-        recorder.add("choice", "scores", step.scores, Sampler.scores_of)
+        recorder.add("choice", f"scores{row}", step.scores, Sampler.scores_of)
     best = step.scores[0].softmax(-1).topk(min(5, step.scores.shape[1]))
     likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     top = [[i, tokenizer.piece(i), significant(p)] for i, p in likely]
-    recorder.add("choice", "top", None, Sampler.scores_of, top)
+    recorder.add("choice", f"top{row}", None, Sampler.scores_of, top)
     (chosen,) = step.ids
-    recorder.add(
-        "choice", "token", step.token_ids, Sampler.__call__, [[chosen, tokenizer.piece(chosen)]]
-    )
+    told = [[chosen, tokenizer.piece(chosen)]]
+    recorder.add("choice", f"token{row}", step.token_ids, Sampler.__call__, told)
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -237,6 +270,7 @@ def _run(
     question, images = asked
     traced = range(options["max_new_tokens"]) if args.steps is None else args.steps
     assistant = open_assistant(args, find_weights(args.weights, messages), messages)
+    drafts = assistant.drafts(args.draft, args.draft_tokens)
     made = trace(
         assistant,
         images,
@@ -249,9 +283,14 @@ def _run(
         system=args.system,
         template=template_name(assistant.template),
         whole=whole,
+        draft=drafts,
     )
+    if drafts is not None and drafts.report is not None:
+        made = 1 + drafts.report.passes
+        messages.detail(f"drafts   {drafts.report.told()}")
     if args.steps and made <= max(args.steps):
-        messages.note(f"the answer ended after {made} token(s): there is no step {max(args.steps)}")
+        count = f"{made} {'token(s)' if drafts is None else 'pass(es)'}"
+        messages.note(f"the answer ended after {count}: there is no step {max(args.steps)}")
     return assistant
 
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import sys
 
 import pytest
 from commands import status_of
@@ -111,3 +113,69 @@ def test_batch_asks_one_after_the_other_and_says_so(capsys, tmp_path):
         assert status == 0
     assert "drafts are for one question at a time: --batch-size is 1" in err
     assert drafted.read_text() == plain.read_text()
+
+
+def terminal(monkeypatch, colours=True):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "" if colours else "1")
+
+
+def test_a_terminal_shows_in_green_what_was_guessed(capsys, monkeypatch):
+    """The colours were those of the tokens before or after, or the text under them another."""
+    shown = [*ASKED, "--draft", WEIGHTS, "--draft-tokens", 3, "--show-drafts"]
+    _, plain, _ = run(capsys, "generate", *ASKED)
+    assert run(capsys, "generate", *shown)[1] == plain  # no terminal, no colours
+    terminal(monkeypatch)
+    _, found, _ = run(capsys, "generate", *shown)
+    assert re.sub(r"\033\[\d+m", "", found) == plain
+    # one token from the prompt, then three guesses and the token after them
+    words = re.findall(r" ?[\w]+|\.", plain)
+    own = re.split(r"(?:\033\[32m.*?\033\[0m)+", found)
+    assert [each for each in own if each.strip()] == words[::4]
+    terminal(monkeypatch, colours=False)
+    assert run(capsys, "generate", *shown)[1] == plain
+    status, _, err = run(capsys, "generate", *shown, "--json")
+    assert status == 2 and "--show-drafts colours a text" in err
+    status, _, err = run(capsys, "generate", *ASKED, "--show-drafts")
+    assert status == 2 and "--show-drafts needs --draft" in err
+
+
+def test_a_chat_shows_its_guesses_in_each_answer(capsys, monkeypatch):
+    """The second answer was coloured as the first one."""
+    asked = ["-m", WEIGHTS, "-i", PICTURE, "--draft", WEIGHTS, "--draft-tokens", 2, "--show-drafts"]
+    found = []
+    for colours in (False, True):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Describe this image.\nWhat is red?\n"))
+        terminal(monkeypatch, colours)
+        found.append(run(capsys, "chat", *asked)[1])
+    assert re.sub(r"\033\[\d+m", "", found[1]) == found[0]
+    for line in found[1].splitlines():
+        assert not line.startswith("\033[32m")  # the first token is never guessed
+        assert "\033[32m" in line
+
+
+def test_a_trace_marks_what_was_guessed(capsys):
+    """Each token counted as a step of its own, and nothing told which positions were guessed."""
+    asked = ["trace", *ASKED, "--draft", WEIGHTS, "--draft-tokens", 3, "--depth", "outline"]
+    _, out, err = run(capsys, *asked, "--steps", "all", "--json", "-v")
+    rows = [json.loads(line) for line in out.splitlines()]
+    answer = next(row["value"] for row in rows if row["name"] == "answer")
+    drafts = {row["step"]: row["value"] for row in rows if row["name"] == "draft"}
+    assert list(drafts) == [1, 2, 3, 4, 5]
+    assert [i for step in drafts.values() for i, _, _ in step] == [
+        i for at, i in enumerate(answer["ids"]) if at % 4
+    ]
+    assert {mark for step in drafts.values() for _, _, mark in step} == {"accepted"}
+    tokens = [row["value"][0][0] for row in rows if re.fullmatch(r"token(\.\d)?", row["name"])]
+    assert tokens == answer["ids"]
+    # a pass reads the last token and three guesses; the trial whether it is exact is not traced
+    lengths = [row["shape"] for row in rows if row["name"] == "positions"]
+    assert lengths[1:] == [[1, 4]] * 5
+    assert "drafts   model: 20 tokens" in err
+    _, out, _ = run(capsys, *asked, "--steps", "2", "--json")
+    assert {json.loads(row).get("step") for row in out.splitlines()} == {None, 2}
+    _, _, err = run(capsys, *asked, "--steps", "9")
+    assert "the answer ended after 6 pass(es): there is no step 9" in err
+    status, _, err = run(capsys, *asked, "--compare", "dtype=float32", "dtype=bfloat16")
+    assert status == 2 and "--draft is about one run" in err
