@@ -87,11 +87,18 @@ class Report:
     guessed: list[bool] = field(default_factory=list)  # of each token, whether it was guessed
     guesses: list[int] = field(default_factory=list)  # that the last pass checked
 
-    def add(self, drafted: int, accepted: int) -> None:
-        self.passes, self.drafted = self.passes + 1, self.drafted + drafted
-        self.accepted += accepted
-        self.lengths += [0] * (accepted + 1 - len(self.lengths))
-        self.lengths[accepted] += 1
+    def add(self, guesses: list[int], accepted: int, made: int) -> bool:
+        """Add a pass that made so many tokens; returns whether it is counted: that over the prompt
+        is not."""
+        counted = self.tokens > 0
+        self.tokens, self.guesses = self.tokens + made, guesses
+        self.guessed += [True] * accepted + [False] * (made - accepted)
+        if counted:
+            self.passes, self.drafted = self.passes + 1, self.drafted + len(guesses)
+            self.accepted += accepted
+            self.lengths += [0] * (accepted + 1 - len(self.lengths))
+            self.lengths[accepted] += 1
+        return counted
 
     def record(self) -> dict[str, Any]:
         """The report's fields, for --json."""
@@ -236,10 +243,7 @@ def _steps(
             block = take_rows(run, rows, guesses)
             # the block ends at the first wrong guess, or with one token more than was guessed
             accepted = sum(s.ids == [guess] for s, guess in zip(block, guesses, strict=False))
-            report.tokens, report.guesses = run.sampler.chosen, guesses
-            report.guessed += [True] * accepted + [False] * (len(block) - accepted)
-            if report.tokens > len(block):  # not the pass over the prompt
-                report.add(len(guesses), accepted)
+            if report.add(guesses, accepted, len(block)):
                 pace.note(len(guesses), accepted)
                 pace.note(len(guessed), int(guessed == block[0].ids))
             yield from show(block, cache, start)

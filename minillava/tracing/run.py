@@ -84,10 +84,7 @@ def trace(
         _record_splice(recorder, spliced)
         made = follow(recorder.model, spliced, chosen, tokenizer=assistant.tokenizer)
         answer = _record_answer(recorder, spliced, made, drafts, assistant.tokenizer, whole)
-    if answer["finish_reason"] is not None:
-        if chosen.temperature:
-            answer["seed"] = chosen.seed
-        say("answer", "answer", loop.steps, answer)
+    _say_answer(say, answer, chosen)
     return len(answer["ids"])
 
 
@@ -157,6 +154,13 @@ def _say_pictures(say: Say, processor: ImageProcessor, images: list[Image.Image]
     pixels = processor(images)  # [n, 3, R, R]
     say("picture", "pixel_values", ImageProcessor.normalise, tensor=pixels)
     return pixels
+
+
+def _say_answer(say: Say, answer: dict, options: Options) -> None:
+    """The answer, if the loop went to its end."""
+    if answer["finish_reason"] is not None:
+        seed = {"seed": options.seed} if options.temperature else {}
+        say("answer", "answer", loop.steps, answer | seed)
 
 
 def _record_splice(recorder: Recorder, spliced: Spliced) -> None:
