@@ -80,7 +80,7 @@ class Pass:
         keys = 2 * self.length * text.num_attention_heads * text.head_dim
         weights = text.num_attention_heads * positions * self.length
         head = chosen * text.vocab_size
-        each = size * (wide + keys) + (2 * size + 4) * weights + 12 * head
+        each = size * (wide + keys) + (2 * size + 4) * weights + 20 * head
         return max(1, min(MOST_ROWS, int(free * SHARE / each)))
 
 

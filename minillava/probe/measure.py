@@ -18,7 +18,6 @@ from torch import Tensor
 from minillava.assistant import Assistant
 from minillava.cli.hooks import uncompiled
 from minillava.files.pictures import Images, as_list, open_image
-from minillava.llama import upcast
 from minillava.look.run import (
     default_layers,
     follow,
@@ -92,11 +91,14 @@ class Answered:
 
     @torch.no_grad()
     def log_probs(self, last: Tensor, start: int = 0) -> Tensor:
-        """Of the answer's tokens, in nats, in float32 or better: last states of the positions from
-        `start` [B, T, C] -> [B, m]."""
-        language, ids = self.model.language_model, torch.tensor(self.ids, device=last.device)
-        logits = upcast(language.head(language.norm(last[:, self.first - start :])))  # [B, m, V]
-        return logits.log_softmax(-1)[:, torch.arange(len(ids)), ids]
+        """Of the answer's tokens, in nats: last states of the positions from `start` [B, T, C] ->
+        float64 [B, m]. In float32 a word that is nearly sure would be quite sure, and what it loses
+        would be rounding."""
+        language, ids = self.model.language_model, self.ids
+        logits = language.head(language.norm(last[:, self.first - start :]))  # [B, m, V]
+        if logits.device.type == "mps":  # has no float64
+            logits = logits.cpu()
+        return logits.double().log_softmax(-1)[:, torch.arange(len(ids)), ids]
 
     @torch.no_grad()
     def drops(self, states: Tensor, start: int = 0, layer: int = 0) -> np.ndarray:
@@ -106,7 +108,7 @@ class Answered:
             self.clean - self.log_probs(self.kept.again(rows, start, layer), start)
             for rows in states.split(self.at_once(start))
         ]
-        return torch.cat(lost).cpu().double().numpy()
+        return torch.cat(lost).cpu().numpy()
 
     def at_once(self, start: int = 0) -> int:
         """How many rows are computed at once, if the first changed position is `start`."""

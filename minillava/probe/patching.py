@@ -4,6 +4,7 @@ run about picture B, which differs in one fact. Where the answer then turns to B
 T positions of prompt and what both answers begin with, L layers, C width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,18 +81,32 @@ def ahead(answered: Answered, last: Tensor, pair: tuple[int, int]) -> float:
 
 
 def position_sets(a: Answered, b: Answered, end: int) -> dict[str, list[int]]:
-    """What is patched together, those that are not empty: the patches in which the pictures differ,
-    the others, the text after the picture, and the last position, which chooses."""
+    """What is patched together, those that are not empty: the patches in which the pictures differ;
+    the same with the patches around them, into which the vision tower has mixed some of it; the
+    others; the text after the picture; and the last position, which chooses."""
     differ, start = differing(a, b), a.patches[0]
     if not differ:
         raise ValueError("the two pictures are alike in every patch; there is nothing to patch")
+    wide = with_neighbours(differ, a.grid)
     sets = {
         "object's patches": [start + i for i in differ],
-        "other patches": [i for i in range(*a.patches) if i - start not in set(differ)],
+        "with neighbours": [start + i for i in wide],
+        "other patches": [i for i in range(*a.patches) if i - start not in set(wide)],
         "text between": list(range(a.picture_end, end - 1)),
         "last position": [end - 1],
     }
     return {name: positions for name, positions in sets.items() if positions}
+
+
+def with_neighbours(patches: Sequence[int], grid: int) -> list[int]:
+    """These patches and those that touch them, also at a corner."""
+    near = {
+        (row + down, column + right)
+        for row, column in (divmod(i, grid) for i in patches)
+        for down in (-1, 0, 1)
+        for right in (-1, 0, 1)
+    }
+    return sorted(r * grid + c for r, c in near if 0 <= r < grid and 0 <= c < grid)
 
 
 def differing(a: Answered, b: Answered) -> list[int]:

@@ -36,7 +36,7 @@ from minillava.probe.knockout import (
 from minillava.probe.measure import Answered
 from minillava.probe.occlude import blocks, hidden_embeddings, hidden_pixels, occlude
 from minillava.probe.page import page, scale_end, sheet
-from minillava.probe.patching import differing, patch
+from minillava.probe.patching import differing, patch, with_neighbours
 from minillava.probe.report import Findings, as_json, as_text, number
 
 QUESTION = "What is it?"
@@ -343,7 +343,8 @@ def test_the_fact_moves_from_its_patches_to_the_last_position(pair):
     assert found.moved[0, patches] > 0.5 > found.moved[0, last]
     assert found.moved[-1].tolist() == pytest.approx([0] * (len(names) - 1) + [1], abs=1e-6)
     a, end = pair[0], found.sets["last position"][0]
-    together = sorted(i for positions in found.sets.values() for i in positions)
+    assert set(found.sets["object's patches"]) < set(found.sets["with neighbours"])
+    together = sorted(i for name in names[1:] for i in found.sets[name])
     assert together == list(range(a.patches[0], end + 1))
 
 
@@ -361,6 +362,11 @@ def test_the_patches_that_differ_are_found(pair):
     differ = {divmod(i, grid) for i in differing(*pair)}
     assert differ == {(row, column) for row in (3, 4, 5) for column in (3, 4, 5)}
     assert differing(pair[0], pair[0]) == []
+    around = {divmod(i, grid) for i in with_neighbours(differing(*pair), grid)}
+    assert around == {(row, column) for row in range(2, 7) for column in range(2, 7)}
+    assert with_neighbours([0, 15], 4) == [0, 1, 4, 5, 10, 11, 14, 15], (
+        "no neighbour in another row"
+    )
 
 
 def test_nothing_to_patch_is_said(pair, demo):
