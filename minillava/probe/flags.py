@@ -40,7 +40,7 @@ ABLATIONS = ("mean", "zero")  # of heads and feed-forward layers
 FILES = (
     flag(
         "--out", type=output_name, metavar="FILE.png",
-        help="for each word its attention, and what hiding parts of the picture does to it",
+        help="a picture: for each word its attention, and what was measured of it",
     ),
     flag("--html", type=output_name, metavar="FILE", help="a page with everything measured"),
     flag(
@@ -117,9 +117,8 @@ def read_flags(parser: Parser, argv: Sequence[str]) -> tuple:
         parser.error("--plan measures nothing: leave it out, or the files")
     inputs = [] if args.other is None else [args.other]
     check_outputs(parser, args, [path for path in paths if path != "-"], inputs)
-    for name in ("out", "npy"):
-        if vars(args)[name] is not None and "occlusion" not in args.measure:
-            parser.error(f"--{name} is about occlusion: add --measure occlusion")
+    if args.npy is not None and "occlusion" not in args.measure:
+        parser.error("--npy is about occlusion: add --measure occlusion")
     if args.out is not None and not args.out.lower().endswith(PICTURE_NAMES):
         parser.error(f"--out {args.out}: the name must end in .png, .jpg or .webp")
     return args, options

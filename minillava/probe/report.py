@@ -20,6 +20,14 @@ WHO = {
 }
 
 
+TOLD = {
+    "mean": "the language model reads the mean patch in its place",
+    "zero": "the language model reads zeros in its place",
+    "grey": "the pixels are grey",
+    "blur": "the pixels are blurred",
+}
+
+
 @dataclass
 class Findings:
     """words: the numbers of those that were asked about. A measure that was not made is None."""
@@ -43,6 +51,19 @@ class Findings:
         """Occlusion's, float64 [words, G, G]."""
         assert self.occlusion is not None
         return self.of_words(np.moveaxis(self.occlusion.drops, 0, -1))
+
+    def heads_and_mlps(self) -> np.ndarray:
+        """What each word loses without a head, or without the feed-forward layer, which is the last
+        column: [words, L, H + 1]."""
+        assert self.ablation is not None
+        heads, mlps = self.of_words(self.ablation.heads), self.of_words(self.ablation.mlps)
+        return np.concatenate([heads, mlps[..., None]], axis=-1)
+
+
+def scale_end(found: Findings) -> float:
+    """How far the scale of the hidden maps goes to both sides: all words have one, or the rounding
+    of a word that nothing changes would look like a finding."""
+    return max(0.01, float(np.abs(found.maps()).max()))
 
 
 def as_json(found: Findings) -> dict:

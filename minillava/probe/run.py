@@ -18,9 +18,10 @@ from minillava.look.run import find_words, picture_bytes
 from minillava.probe.knockout import ablate, ablate_work, knock_out, knock_out_work
 from minillava.probe.measure import Answered
 from minillava.probe.occlude import in_embeddings, occlude, occlude_work
-from minillava.probe.page import page, sheet
+from minillava.probe.page import page
 from minillava.probe.patching import patch, patch_work
 from minillava.probe.report import Findings, as_json, as_text
+from minillava.probe.sheet import sheet
 
 BLOCK = 3
 """Patches a side that are hidden together: one alone rarely holds all that a word was said of."""

@@ -35,9 +35,10 @@ from minillava.probe.knockout import (
 )
 from minillava.probe.measure import Answered
 from minillava.probe.occlude import blocks, hidden_embeddings, hidden_pixels, occlude
-from minillava.probe.page import page, scale_end, sheet
+from minillava.probe.page import page
 from minillava.probe.patching import differing, patch, with_neighbours
-from minillava.probe.report import Findings, as_json, as_text, number
+from minillava.probe.report import Findings, as_json, as_text, number, scale_end
+from minillava.probe.sheet import sheet
 
 QUESTION = "What is it?"
 SHORT = {"max_new_tokens": 6}
