@@ -47,6 +47,8 @@ setup(
             "msgspec>=0.20",
             "prometheus-client>=0.21",
         ],
+        # the tests of pages that --html writes; they also need Chromium
+        "browser": ["playwright>=1.40"],
         # tools/train_shapes.py: the progress bar
         "tools": ["tqdm>=4.60"],
         # tools/bench.py: whom it compares with, and what draws its pictures; llama.cpp, where it

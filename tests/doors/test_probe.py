@@ -23,6 +23,7 @@ from minillava.look import draw as look_draw
 from minillava.look.run import look
 from minillava.probe import again, patching
 from minillava.probe import run as probing
+from minillava.probe import sheet as sheets
 from minillava.probe.again import MOST_ROWS, UNKNOWN_ROWS
 from minillava.probe.intervene import Attention, Heads, Keep, States, intervene, zero
 from minillava.probe.knockout import (
@@ -38,7 +39,7 @@ from minillava.probe.occlude import blocks, hidden_embeddings, hidden_pixels, oc
 from minillava.probe.page import page
 from minillava.probe.patching import differing, patch, with_neighbours
 from minillava.probe.report import Findings, as_json, as_text, number, scale_end
-from minillava.probe.sheet import sheet
+from minillava.probe.sheet import BELOW, LEFT, LINES, curves, matrix, sheet
 
 QUESTION = "What is it?"
 SHORT = {"max_new_tokens": 6}
@@ -562,6 +563,50 @@ def test_words_share_the_scale_of_what_is_hidden(pair):
     assert np.abs(dull).max() < 0.01 < scale_end(found) == np.abs(strong).max()
     assert f"-{number(scale_end(found))} nats: likelier" in page(found)
     assert sheet(found).width == look_draw.WIDTH
+
+
+def test_the_picture_shows_all_that_was_measured(pair, monkeypatch):
+    """--out had the maps of occlusion alone."""
+    a, b = pair
+    laid = []
+    real = sheets.lay_out
+    monkeypatch.setattr(
+        sheets, "lay_out", lambda *given: (laid.append([p.text for p in given[2]]), real(*given))[1]
+    )
+    every = Findings(a, [2, 3], occlude(a, "mean", 3), knock_out(a), ablate(a), patch(a, b))
+    assert sheet(every).width == look_draw.WIDTH
+    of_each = "attention", "hidden", "cut off", "heads"
+    expected = ["the picture", *(f"blue. ({part})" for part in of_each), "from blue to red"]
+    assert laid[0][5:] == expected
+    sheet(Findings(a, [3], knock_out=every.knock_out))
+    assert laid[1] == ["the picture", "blue. (attention)", "blue. (cut off)"]
+
+
+def test_a_matrix_has_its_numbers_where_they_belong():
+    """Rows and columns of a table of heads would be swapped or mirrored."""
+    values = np.zeros((4, 7))
+    values[1, 5], values[3, 0] = 2, -2
+    drawn = np.asarray(matrix(values, (330, 218), 2, [*"012345", "MLP"]))
+    inside = drawn[: 218 - BELOW, LEFT:]
+    high, wide = inside.shape[0] / 4, inside.shape[1] / 7
+    middles = inside[[int((i + 0.5) * high) for i in range(4)]][
+        :, [int((i + 0.5) * wide) for i in range(7)]
+    ]
+    least, _, middle, _, most = look_draw.SIGNED
+    expected = np.tile(np.array(middle), (4, 7, 1))
+    expected[1, 5], expected[3, 0] = most, least
+    assert (middles == expected).all()
+
+
+def test_a_curve_rises_where_a_word_loses():
+    """A curve would be upside down, or run from the last layer to the first."""
+    lines = {"answer": np.array([0.0, 0.0, 3.0, 0.0]), "question": np.zeros(4)}
+    drawn = np.asarray(curves(lines, (330, 218))).astype(int)
+    orange = (np.abs(drawn - LINES["answer"]).sum(-1) < 30).nonzero()
+    top = orange[0].argmin()
+    assert orange[0][top] < 20
+    third = LEFT + (330 - LEFT) * 2 / 3
+    assert abs(orange[1][top] - third) < 10
 
 
 def test_numbers_have_no_minus_before_nothing():
