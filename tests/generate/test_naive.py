@@ -5,6 +5,7 @@ In float64, where no two tokens are so near that the order of a sum decides betw
 
 import functools
 from functools import partial
+from itertools import product
 
 import hf
 import naive
@@ -65,7 +66,15 @@ def padded(name: str, model) -> list[list[int]]:
     return [[*a, *[model.config.pad_token_id] * (longest - len(a))] for a in answers(name)]
 
 
-both = pytest.mark.parametrize("attention", ["eager", "fused"])
+# Each toy and each attention is in one of these pairs; .ci/run has the others, too.
+PAIRS = {("plain", "fused"), ("grouped", "eager"), ("tied", "fused")}
+toys_and_attention = pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        pytest.param(*pair, marks=[] if pair in PAIRS else pytest.mark.slow)
+        for pair in product(TOYS, ("eager", "fused"))
+    ],
+)
 toys = pytest.mark.parametrize("name", TOYS)
 
 
@@ -76,8 +85,7 @@ def test_the_naive_answers_can_tell_one_token_from_another(name):
     assert len({tuple(row) for row in answers(name)}) == len(rows(name)) >= 3
 
 
-@both
-@toys
+@toys_and_attention
 def test_a_row_alone(name, attention):
     """A cache whose positions are off by one still gives fluent answers."""
     model = assistant(name, attention).model
@@ -87,8 +95,7 @@ def test_a_row_alone(name, attention):
             assert found.sequences.tolist() == [expected]
 
 
-@both
-@toys
+@toys_and_attention
 def test_a_batch(name, attention):
     """Padding on the left that is attended, or counted as positions, changes the shorter rows."""
     model = assistant(name, attention).model
@@ -96,8 +103,7 @@ def test_a_batch(name, attention):
     assert found.sequences.tolist() == padded(name, model)
 
 
-@both
-@toys
+@toys_and_attention
 def test_a_batch_with_second_rows_that_have_no_say(name, attention):
     """The rows of contrastive decoding that read along must not reach those that answer."""
     model = assistant(name, attention).model
@@ -131,8 +137,7 @@ def test_a_step_ahead(name, captured, monkeypatch):
             assert found.sequences.tolist() == [expected]
 
 
-@both
-@toys
+@toys_and_attention
 @pytest.mark.parametrize(
     "method", [VCD(alpha=0, beta=0), RITUAL(alpha=0, beta=0), M3ID(rate=0, beta=0)], ids=repr
 )
@@ -146,8 +151,7 @@ def test_a_contrast_that_adds_nothing(name, attention, method):
         assert found.sequences.tolist() == [expected]
 
 
-@both
-@toys
+@toys_and_attention
 @pytest.mark.parametrize("most", [1, 3])
 def test_drafts(name, attention, most):
     """A guess that is wrong leaves no position in the cache, one that is right is not read twice."""
@@ -158,8 +162,7 @@ def test_drafts(name, attention, most):
         assert [each.ids[0] for each in made] == expected
 
 
-@both
-@toys
+@toys_and_attention
 def test_a_file_of_questions(name, attention):
     """The door batch asks questions of unequal length together, with pictures and without, padded
     or each in a slot of the engine, and an answer must not depend on its neighbours."""
@@ -182,8 +185,7 @@ def test_a_file_of_questions(name, attention):
     assert [told[line] for line in (1, 2, 3)] == expected
 
 
-@both
-@toys
+@toys_and_attention
 def test_a_conversation(name, attention):
     """The cache is kept between questions and cut back where the ids differ: a position too many
     or too few of an earlier answer changes the next one."""

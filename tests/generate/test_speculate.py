@@ -67,7 +67,12 @@ def drafters(answer, end):
     }
 
 
-@pytest.fixture(scope="module", params=["plain", "grouped", "tied"])
+# Shared heads and a shared table are other shapes of the same loop: the test of all options meets
+# them in the default suite, the other tests in .ci/run.
+@pytest.fixture(
+    scope="module",
+    params=["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grouped", "tied"))],
+)
 def toy(request):
     return load(REFERENCE / request.param, device="cpu", dtype="float64")
 
@@ -113,15 +118,34 @@ OPTIONS = [
 ]
 
 
+def check_plain(toy, pixels, ids, options, counts):
+    pictures = pixels[: ids.count(-200)].double() if -200 in ids else None
+    spliced = toy.model.splice([ids], pictures)
+    chosen = Options(**{"max_new_tokens": 20, **options})
+    for count in counts:
+        compare(toy, spliced, chosen, count)
+
+
 @pytest.mark.parametrize(("ids", "options"), zip(cycle(PROMPTS), OPTIONS, strict=False))
 def test_the_answer_is_the_plain_one(toy, pixels, ids, options):
     """A draft decided what was said: a penalty that did not count the guesses, a sample that drew
     another number, an end that was passed."""
-    pictures = pixels[: ids.count(-200)].double() if -200 in ids else None
-    spliced = toy.model.splice([ids], pictures)
-    chosen = Options(**{"max_new_tokens": 20, **options})
-    for count in (1, 4):
-        compare(toy, spliced, chosen, count)
+    check_plain(toy, pixels, ids, options, (4,))
+
+
+@pytest.mark.parametrize("name", ["grouped", "tied"])
+def test_other_shapes_of_a_model_answer_as_the_plain_loop_does(name, pixels):
+    """A draft would read the cache of shared heads, or the head of a shared table, otherwise."""
+    toy = load(REFERENCE / name, device="cpu", dtype="float64")
+    for ids, options in ((PROMPTS[2], OPTIONS[1]), (PROMPTS[0], OPTIONS[8])):
+        check_plain(toy, pixels, ids, options, (1,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ids", "options"), zip(cycle(PROMPTS), OPTIONS, strict=False))
+def test_the_answer_is_the_plain_one_also_with_one_guess(toy, pixels, ids, options):
+    """A block of two is the shortest: an index would be right only for longer ones."""
+    check_plain(toy, pixels, ids, options, (1,))
 
 
 def test_who_knows_the_answer_needs_the_fewest_passes(toy, pixels):

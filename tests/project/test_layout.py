@@ -1,6 +1,7 @@
 """The house: who may import whom, what importing costs, and that README's map of it is right."""
 
 import ast
+import functools
 import importlib
 import re
 import shlex
@@ -114,14 +115,15 @@ def imports_of(name: str, source: str) -> list[Import]:
     return found
 
 
+@functools.cache
+def imports_in(name: str) -> list[Import]:
+    return imports_of(name, FILES[name].read_text(encoding="utf-8"))
+
+
 def inner_imports(name: str) -> list[Import]:
     """Of our own files, by their stems; a file that imports itself (to run as a module) is not
     counted."""
-    own = [
-        i
-        for i in imports_of(name, FILES[name].read_text(encoding="utf-8"))
-        if i.module.split(".")[0] == "minillava"
-    ]
+    own = [i for i in imports_in(name) if i.module.split(".")[0] == "minillava"]
     stems = [i._replace(module=i.module.partition(".")[2] or "__init__") for i in own]
     return [i for i in stems if i.module != name]
 
@@ -153,11 +155,10 @@ def test_every_file_stands_on_a_shelf():
     assert {shelf(name) for name in FILES if name != "__init__"} == set(SHELVES)
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name != "__init__"])
-def test_a_shelf_knows_only_those_before_it(name):
+def test_a_shelf_knows_only_those_before_it():
     """Also inside functions: what is imported late is a dependency all the same."""
-    for found in inner_imports(name):
-        if found.module == "__init__":
+    for name, found in ((name, found) for name in FILES for found in inner_imports(name)):
+        if "__init__" in (name, found.module):
             continue
         ours, theirs, told = shelf(name), shelf(found.module), f"{name} imports {found.module}"
         assert not found.module.endswith("__main__"), told
@@ -179,10 +180,9 @@ def test_nothing_imports_in_a_circle():
     assert len(list(TopologicalSorter(graph).static_order())) == len(FILES)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_only_the_declared_packages_are_imported(name):
+def test_only_the_declared_packages_are_imported():
     """An installation of the declared packages would end in a ModuleNotFoundError."""
-    for found in imports_of(name, FILES[name].read_text(encoding="utf-8")):
+    for name, found in ((name, found) for name in FILES for found in imports_in(name)):
         package = found.module.split(".")[0]
         allowed = ALLOWED | EXTRAS.get(name.split(".")[0], set())
         assert package == "minillava" or package in allowed or package in sys.stdlib_module_names, (
@@ -226,10 +226,10 @@ def functions_of(name: str) -> dict[tuple[str, int], int]:
     }
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_functions_fit_a_screen(name):
+def test_functions_fit_a_screen():
     """One of 112 lines held everything that trace says; nobody could tell what came when."""
-    assert {name: lines for name, lines in functions_of(name).items() if lines > 45} == {}
+    long = {name: {k: n for k, n in functions_of(name).items() if n > 45} for name in FILES}
+    assert {name: functions for name, functions in long.items() if functions} == {}
 
 
 def names_taken() -> set[str]:
@@ -247,18 +247,16 @@ def test_no_file_or_folder_hides_a_module_of_the_standard_library():
     assert "inspect" in names_taken() and "torch" in names_taken()
 
 
-@pytest.mark.parametrize(
-    ("name", "file", "kept", "inside"),
-    [
-        ("minillava.inspect", "minillava.inspection", "inspect_folder", ".report"),
-        ("minillava.trace", "minillava.tracing", "trace", ".page"),
-        ("minillava.contrast", "minillava.generate.contrast", "VCD", ""),
-    ],
-)
-def test_the_two_names_of_what_was_renamed_are_one_module(name, file, kept, inside):
-    """Two copies would be two classes of one name: isinstance and pickle would fail between
-    them."""
-    script = f"""if 1:
+RENAMED = [
+    ("minillava.inspect", "minillava.inspection", "inspect_folder", ".report"),
+    ("minillava.trace", "minillava.tracing", "trace", ".page"),
+    ("minillava.contrast", "minillava.generate.contrast", "VCD", ""),
+]
+
+
+def same_module(name: str, file: str, kept: str, inside: str) -> str:
+    """A script that fails if the two names are two modules."""
+    return f"""if 1:
         import importlib, pickle, sys
         import {name}
         from minillava import {name.split(".")[1]} as short
@@ -270,18 +268,21 @@ def test_the_two_names_of_what_was_renamed_are_one_module(name, file, kept, insi
         inside, its = importlib.import_module({name!r} + {inside!r}), importlib.import_module({file!r} + {inside!r})
         assert inside is its
         assert importlib.reload({name}) is other
-        from {name} import {kept}"""
+        from {name} import {kept}
+"""
+
+
+def test_the_two_names_of_what_was_renamed_are_one_module():
+    """Two copies would be two classes of one name: isinstance and pickle would fail between
+    them."""
+    script = "".join(same_module(*renamed) for renamed in RENAMED)
     done = python("-W", "error", "-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_our_own_files_import_a_renamed_file_by_its_own_name():
     """The map of imports above knows files by their stems."""
-    used = {
-        i.module
-        for name in FILES
-        for i in imports_of(name, FILES[name].read_text(encoding="utf-8"))
-    }
+    used = {i.module for name in FILES for i in imports_in(name)}
     assert [
         name for name in used if name.startswith(("minillava.inspect.", "minillava.trace."))
     ] == []
@@ -339,17 +340,23 @@ def test_the_words_that_flags_offer_are_those_that_the_code_takes():
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in options.DTYPES)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["--no-such-flag"]])
 @pytest.mark.parametrize("door", doors.DOORS)
-def test_flags_are_read_before_torch_is_imported(door, arguments):
+def test_flags_are_read_before_torch_is_imported(door):
     """It took 1.7 s to say that a flag is wrong."""
-    script = (
-        f"import sys\nsys.argv[1:] = {arguments}\nfrom minillava.cli import doors\n"
-        f"try:\n    doors.enter({door!r})\n"
-        "finally:\n    assert not {'torch', 'numpy', 'PIL', 'sentencepiece'} & set(sys.modules)"
-    )
+    script = f"""if 1:
+        import sys
+        from minillava.cli import doors
+        for flag, status in (("--help", 0), ("--version", 0), ("--no-such-flag", 2)):
+            sys.argv[1:] = [flag]
+            try:
+                doors.enter({door!r})
+            except SystemExit as left:
+                assert left.code == status, (flag, left.code)
+            else:
+                raise AssertionError(flag)
+            assert not {{"torch", "numpy", "PIL", "sentencepiece"}} & set(sys.modules), flag"""
     done = python("-c", script)
-    assert done.returncode == (2 if arguments == ["--no-such-flag"] else 0), done.stderr
+    assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
 
 
