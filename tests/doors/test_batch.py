@@ -10,7 +10,7 @@ import os
 import random
 import threading
 import time
-from functools import partial
+from functools import cache, partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -95,8 +95,13 @@ def run(tmp_path, run_main):
 
 
 def expected(assistant, question: dict, **options) -> str:
-    picture = question.get("image") and os.path.join(PICTURES, question["image"])
-    return assistant.ask(picture, question["text"], max_new_tokens=LENGTH, **options)
+    return asked(assistant, question.get("image"), question["text"], **options)
+
+
+@cache  # many tests ask the same questions
+def asked(assistant, image: str | None, text: str, **options) -> str:
+    picture = image and os.path.join(PICTURES, image)
+    return assistant.ask(picture, text, max_new_tokens=LENGTH, **options)
 
 
 # --- answers --------------------------------------------------------------------------------------

@@ -757,6 +757,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session_and_leaves_at_the_second(
     assert turn["answer"].startswith(printed[:-1])
 
 
+@pytest.mark.slow
 def test_the_end_of_the_input_leaves_with_0(terminal):
     """Ctrl-D at the prompt would be reported as a failure, or print on stdout."""
     process, typing = terminal

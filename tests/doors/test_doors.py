@@ -268,14 +268,14 @@ def test_ctrl_c_inside_exec_is_the_same_status():
     """Python ended the process by the signal: what was seen as -2 by who started it."""
     script = """if 1:
         from minillava.cli import doors
-        from minillava.generate import answer, flags
+        from minillava.pope import flags, run
 
         def interrupted(*_):
             print("so far", end="")
             exec("raise KeyboardInterrupt")
 
-        answer.answer = interrupted
-        doors.begin("generate", ["-i", "x.png"])"""
+        run.run = interrupted
+        doors.begin("pope", ["--questions", "q", "--answers", "a"])"""
     done = python("-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (130, "so far", "\n")
 
@@ -285,7 +285,7 @@ def test_ctrl_c_that_became_another_error_is_still_ctrl_c():
     script = """if 1:
         import os, signal
         from minillava.cli import doors
-        from minillava.generate import answer, flags
+        from minillava.pope import flags, run
 
         def interrupted(*_):
             try:
@@ -293,8 +293,8 @@ def test_ctrl_c_that_became_another_error_is_still_ctrl_c():
             except KeyboardInterrupt:
                 raise ValueError("could not determine the shape") from None
 
-        answer.answer = interrupted
-        doors.begin("generate", ["-i", "x.png"])"""
+        run.run = interrupted
+        doors.begin("pope", ["--questions", "q", "--answers", "a"])"""
     done = python("-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\n")
 
@@ -305,15 +305,15 @@ def test_ctrl_c_after_the_answer_changes_nothing():
     script = """if 1:
         import os, signal
         from minillava.cli import doors
-        from minillava.generate import answer, flags
+        from minillava.pope import flags, run
 
         class Last:
             def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGINT):
                 kill(process, number)
 
         signal.last = Last()
-        answer.answer = lambda *_: print("all") or 0
-        doors.begin("generate", ["-i", "x.png"])"""
+        run.run = lambda *_: print("all") or 0
+        doors.begin("pope", ["--questions", "q", "--answers", "a"])"""
     done = python("-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "all\n", "")
 

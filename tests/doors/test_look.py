@@ -836,6 +836,7 @@ def test_pointing_counts_the_hottest_patches():
     assert "| shape word | 50.0 |" in table
 
 
+@pytest.mark.slow
 def test_the_bundled_model_points_at_what_it_names():
     """The maps would no longer point at what the model names."""
     if not (WEIGHTS / "config.json").exists():

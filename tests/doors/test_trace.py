@@ -198,6 +198,7 @@ def test_shapes_at_true_widths_are_those_of_the_walk_through(llama_tokenizer):
     assert named["picture.0"].value == "500 x 334 RGB"
 
 
+@pytest.mark.slow
 def test_all_32_layers_of_7b_without_its_weights():
     """The real depth on the meta device, which computes shapes only."""
     config = LlavaConfig(CLIP_LARGE_336, TextConfig(vocab_size=32064, max_position_embeddings=4096))

@@ -244,6 +244,7 @@ def test_the_next_answer_takes_the_same_memory(toy, pixels):
     assert addresses(toy.model) == before
 
 
+@pytest.mark.slow
 def test_answers_of_other_shapes_take_the_same_memory_too(reference, pixels, monkeypatch):
     """They did not: one row after two, and two after one, each was recorded anew on a GPU, and
     every recording stays. Padding, rows and capacities take turns here, and each shape is compiled

@@ -87,16 +87,25 @@ MIXED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def alone(assistant) -> list[str]:
+    """The answers to MIXED, each asked by itself."""
+    paths = [image and SHAPES / f"example-{image}.png" for image, _, _ in MIXED]
+    return [
+        assistant.ask(path, question, **options)
+        for path, (_, question, options) in zip(paths, MIXED, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("settings", [{}, {"slots": 2, "piece": 7}, {"slots": 1, "reuse": False}])
-def test_answers_among_others_are_those_asked_alone(start, assistant, settings):
+def test_answers_among_others_are_those_asked_alone(start, assistant, alone, settings):
     """More than there are slots, so that rows join and leave; prompts are read in pieces."""
     engine = start(**settings)
     asked = [
         Asked(engine, assistant, question, image, [options]) for image, question, options in MIXED
     ]
-    for one, (image, question, options) in zip(asked, MIXED, strict=True):
-        path = None if image is None else SHAPES / f"example-{image}.png"
-        assert one.texts() == [assistant.ask(path, question, **options)], question
+    for one, expected, (_, question, _) in zip(asked, alone, MIXED, strict=True):
+        assert one.texts() == [expected], question
 
 
 PRECISIONS = [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("float32", "int4")]

@@ -157,7 +157,7 @@ def test_every_file_stands_on_a_shelf():
 
 def test_a_shelf_knows_only_those_before_it():
     """Also inside functions: what is imported late is a dependency all the same."""
-    for name, found in ((name, found) for name in FILES for found in inner_imports(name)):
+    for name, found in ((file, found) for file in FILES for found in inner_imports(file)):
         if "__init__" in (name, found.module):
             continue
         ours, theirs, told = shelf(name), shelf(found.module), f"{name} imports {found.module}"
@@ -182,7 +182,7 @@ def test_nothing_imports_in_a_circle():
 
 def test_only_the_declared_packages_are_imported():
     """An installation of the declared packages would end in a ModuleNotFoundError."""
-    for name, found in ((name, found) for name in FILES for found in imports_in(name)):
+    for name, found in ((file, found) for file in FILES for found in imports_in(file)):
         package = found.module.split(".")[0]
         allowed = ALLOWED | EXTRAS.get(name.split(".")[0], set())
         assert package == "minillava" or package in allowed or package in sys.stdlib_module_names, (

@@ -513,6 +513,7 @@ def test_examples_are_described_truly(dtype):
         assert assistant.ask(WEIGHTS / f"example-{i}.png") == text
 
 
+@pytest.mark.slow
 @needs_weights
 def test_the_model_looks_at_the_picture(bundled):
     """More than nine in ten answers about fresh scenes are true, and few once the pictures are
