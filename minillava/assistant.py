@@ -311,10 +311,10 @@ def load(
     kind = choose_dtype(dtype_name(dtype), place, disk.dtype(), disk.parameters())
     model = build_model(
         parts.config, disk, ATTENTION[attention], dtype=kind, device=place, quantize=quantize,
-        tokens=parts.rows_needed(),
+        min_rows=parts.rows_needed(),
     )  # fmt: skip
     if attention != "eager":
-        speed_up(model)
+        speed_up(model, model.language_model)
     model.decoding = decode_ahead
     if compile:
         compile_decode(model)

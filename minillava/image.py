@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minillava.files.pictures import Images, ImageSource, as_list, open_image
 from minillava.files.resize import BICUBIC, WHOLE_SQUARE, cut_very_long, pad_and_resize
-from minillava.options import ASPECTS
+from minillava.options import ASPECTS, expect_one_of
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -33,9 +33,7 @@ class ImageProcessor:
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
     ):
-        if aspect not in ASPECTS:
-            known = ", ".join(ASPECTS)
-            raise ValueError(f"unknown image aspect ratio {aspect!r}, expected one of: {known}")
+        expect_one_of("image aspect ratio", aspect, ASPECTS)
         self.image_size, self.aspect = image_size, aspect
         self.mean, self.std = tuple(mean), tuple(std)
 

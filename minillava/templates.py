@@ -7,6 +7,8 @@ Source: LLaVA, conversation.py; for `hf`, the chat template of the llava-hf chec
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from minillava.options import expect_one_of
+
 
 @dataclass(frozen=True)
 class Template:
@@ -121,6 +123,5 @@ def template_name(template: Template) -> str:
 
 def find_template(name: str) -> Template:
     """The template of that name; ValueError with the known names otherwise."""
-    if name not in list(TEMPLATES):  # a list, which also looks for what has no hash
-        raise ValueError(f"unknown template {name!r}, expected one of: {', '.join(TEMPLATES)}")
+    expect_one_of("template", name, TEMPLATES)
     return TEMPLATES[name]

@@ -202,7 +202,7 @@ def network(
                 name, quantised_layer(quantize_tensor(layer.weight.detach(), quantize))
             )
     if attention != "eager":
-        speed_up(model)
+        speed_up(model, model.language_model)
     model.decoding = decode_ahead
     return model.eval().requires_grad_(False)
 

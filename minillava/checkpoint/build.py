@@ -35,20 +35,20 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device | str,
     quantize: str | None = None,
-    tokens: int = 0,
+    min_rows: int = 0,
 ) -> Llava:
     """The network, built without memory of its own (meta device) and filled with the stored
     tensors.
 
     At their own dtype on the CPU these stay memory-mapped; otherwise they are converted one by one.
-    quantize: one of options.KINDS, for the language model's linear layers. tokens: rows its tables
-    need at least. Raises ValueError listing every missing, unexpected and wrong-shaped tensor.
+    quantize: one of options.KINDS, for the language model's linear layers. min_rows: of its
+    tables. Raises ValueError listing every missing, unexpected and wrong-shaped tensor.
     """
     check_depth(max(config.text.num_hidden_layers, config.vision.num_hidden_layers), weights)
     model = _without_memory(config, attend)
     compare(weights, shapes_of(model)).refuse(weights)
-    if tokens > config.text.vocab_size:
-        text = replace(config.text, vocab_size=tokens)
+    if min_rows > config.text.vocab_size:
+        text = replace(config.text, vocab_size=min_rows)
         model = _without_memory(replace(config, text=text), attend)
     if quantize and weights.quantised:
         raise ValueError(f"{weights.folder}: is quantised already; leave --quantize out")

@@ -44,7 +44,7 @@ def open_small(
     large: LanguageModel,
     tokenizer: Tokenizer,
     load: Callable[..., Any],
-    speed_up: Callable[[Any], None] | None,
+    speed_up: Callable[[nn.Module, LanguageModel], None] | None,
 ) -> tuple[LanguageModel, Callable[..., Tensor] | None]:
     """The small model of a folder and, for a LLaVA, what makes its vectors of ids and pictures.
     load: opens a LLaVA. speed_up: makes a model fast; None: it adds up as transformers does. Raises
@@ -54,7 +54,7 @@ def open_small(
     if is_language_model(folder):
         small = open_language_model(folder, large.attend, weight.dtype, weight.device)
         if speed_up is not None:
-            speed_up(small)
+            speed_up(small, small.language_model)
     else:
         attention = "eager" if speed_up is None else "fused"
         other = load(folder, device=weight.device, dtype=weight.dtype, attention=attention)

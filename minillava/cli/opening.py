@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from minillava.cli.messages import Messages
 from minillava.files.text import decode
-from minillava.options import WEIGHTS_VARIABLE, dtype_name
+from minillava.options import dtype_name
 from minillava.prompt import DEFAULT_PROMPT, place_images
 
 if TYPE_CHECKING:  # these import torch, and flags are read before that
@@ -79,10 +79,10 @@ def _read_stdin() -> io.BytesIO:
 def find_weights(given: str | None, messages: Messages) -> str:
     """--weights, or the default weights; if those are the bundled model, a note says so. Raises
     ValueError if there are none (see default_weights)."""
-    from minillava.checkpoint.folders import HOW_TO_GET_WEIGHTS, default_weights
+    from minillava.checkpoint.folders import HOW_TO_GET_WEIGHTS, bundled_weights, default_weights
 
     weights = default_weights() if given is None else given
-    if given is None and not os.environ.get(WEIGHTS_VARIABLE):
+    if given is None and weights == str(bundled_weights()):
         messages.note(
             "this is the bundled demo model, which knows only coloured shapes; "
             f"{HOW_TO_GET_WEIGHTS}"

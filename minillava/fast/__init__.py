@@ -2,22 +2,22 @@
 understood."""
 
 import torch
+from torch import nn
 
 from minillava.fast import processor
 from minillava.fast.attention import fused
 from minillava.fast.linear import FastLinear, use_fast_linear
-from minillava.llava import Llava
+from minillava.llama import LanguageModel
 
 
-def speed_up(model: Llava) -> None:
-    """Let a model compute its matrix products and its attention by the ways that this processor
-    does fastest; weights and names stay.
+def speed_up(model: nn.Module, language: LanguageModel) -> None:
+    """Let a model, with `language` in it, compute its matrix products and its attention by the ways
+    that this processor does fastest; weights and names stay.
 
     They add up in another order, so the last digits differ. `attention="eager"` promises those of
     transformers to the last bit, and so its model is left as it was built."""
     use_fast_linear(model)
-    model.language_model.attend = fused
-    language = model.language_model
+    language.attend = fused
     # In bfloat16 a few rows may have the bits of one by luck; what is not claimed is not so.
     weights = [each.weight for each in language.modules() if isinstance(each, FastLinear)]
     if any(w.device.type == "cpu" and w.dtype == torch.bfloat16 for w in weights):

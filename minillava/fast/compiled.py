@@ -33,7 +33,8 @@ def compile_decode(model: Llava) -> None:
     """Let the loop decode by `CapturedDecode`. Compiling happens at an answer's second token, the
     first that is decoded, and takes from seconds to a minute."""
     on_gpu = model.language_model.embed_tokens.weight.is_cuda
-    # torch's name before 2.7, which later ones still know, for what is now called recompile_limit
+    # The limit is that of the whole process: whoever else compiles gets it, too, so it is only ever
+    # raised. The name is torch's before 2.7, which later versions still know, for recompile_limit.
     torch._dynamo.config.cache_size_limit = max(
         RECOMPILE_LIMIT, torch._dynamo.config.cache_size_limit
     )

@@ -14,11 +14,16 @@ def check_range(setting: Field[Any], value: Any) -> None:
     whole = "float" not in setting.type
     several = isinstance(value, tuple) and "Sequence" in setting.type
     for number in value if several else (value,):
-        fits = isinstance(number, int if whole else (int, float))
-        if not fits or isinstance(number, bool) or not low <= number <= high:
-            kind = "a whole number" if whole else "a number"
-            limit = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
-            raise ValueError(f"{setting.name} is {number!r}, expected {kind} {limit}")
+        check_number(setting.name, number, low, high, whole)
+
+
+def check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:
+    """Raises ValueError, with the setting's name, for what is not a number from `low` to `high`."""
+    fits = isinstance(value, int if whole else (int, float))
+    if not fits or isinstance(value, bool) or not low <= value <= high:
+        kind = "a whole number" if whole else "a number"
+        limit = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
+        raise ValueError(f"{name} is {value!r}, expected {kind} {limit}")
 
 
 def check_sampling(options: Any) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minillava.config import IMAGE_TOKEN_INDEX
+from minillava.files.settings import check_number
 from minillava.options import NOISE_STEPS, TRANSFORMS
 
 if TYPE_CHECKING:  # flags are checked with these classes before torch is imported
@@ -41,7 +42,7 @@ class Contrast:
     beta: float = 0.1
 
     def __post_init__(self):
-        _check("beta", self.beta, 0, 1)
+        check_number("beta", self.beta, 0, 1)
 
     def second(
         self,
@@ -80,8 +81,8 @@ class VCD(Contrast):
 
     def __post_init__(self):
         super().__post_init__()
-        _check("alpha", self.alpha, 0, LARGEST)
-        _check("noise_step", self.noise_step, 0, NOISE_STEPS - 1, whole=True)
+        check_number("alpha", self.alpha, 0, LARGEST)
+        check_number("noise_step", self.noise_step, 0, NOISE_STEPS - 1, whole=True)
 
     def second(self, input_ids, pictures, processor, generator):
         _need_pictures("vcd", pictures)
@@ -104,7 +105,7 @@ class RITUAL(Contrast):
 
     def __post_init__(self):
         super().__post_init__()
-        _check("alpha", self.alpha, 0, LARGEST)
+        check_number("alpha", self.alpha, 0, LARGEST)
         if self.transform not in (None, *TRANSFORMS):
             raise ValueError(
                 f"transform is {self.transform!r}, expected one of: {', '.join(TRANSFORMS)}"
@@ -137,9 +138,9 @@ class M3ID(Contrast):
 
     def __post_init__(self):
         super().__post_init__()
-        _check("rate", self.rate, 0, LARGEST)
+        check_number("rate", self.rate, 0, LARGEST)
         if self.unsure is not None:
-            _check("unsure", self.unsure, 0, 1)
+            check_number("unsure", self.unsure, 0, 1)
 
     def second(self, input_ids, pictures, processor, generator):
         _need_pictures("m3id", pictures)
@@ -206,12 +207,3 @@ def _need_pictures(method: str, pictures: Sequence) -> None:
             f"{method} contrasts two views of a picture, and there is none; give one with the "
             "question"
         )
-
-
-def _check(
-    name: str, value: float, low: float, high: float = math.inf, whole: bool = False
-) -> None:
-    kind = int if whole else (int, float)
-    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
-        expected = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
-        raise ValueError(f"{name} is {value!r}, expected a {'whole ' * whole}number {expected}")

@@ -229,7 +229,7 @@ class Engine(threading.Thread):
         """Put a request into the queue. Raises Refused if the queue is full, if the engine accepts
         no more, or if the prompt leaves no room for an answer."""
         patches = self.model.config.tokens_per_image
-        length = len(request.ids) + len(request.pictures) * (patches - 1)
+        length = self.model.config.positions(len(request.ids), len(request.pictures))
         if length >= self.capacity or request.rows > len(self.slots):
             raise Refused(
                 "context_length_exceeded",

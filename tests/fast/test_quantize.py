@@ -475,7 +475,7 @@ def test_new_tokens_get_their_rows_before(reference):
     config = read_config(folder)
     stored, _ = open_checkpoint(Folders(folder), config)
     tokens = config.text.vocab_size + 3
-    settings = {"dtype": torch.float32, "device": "cpu", "quantize": "int8", "tokens": tokens}
+    settings = {"dtype": torch.float32, "device": "cpu", "quantize": "int8", "min_rows": tokens}
     model = build_model(config, stored, fused, **settings)
     assert (model.config.text.vocab_size, len(model.language_model.embed_tokens.weight)) == (
         tokens,

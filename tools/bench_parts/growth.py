@@ -28,7 +28,7 @@ def random_model(size: str, dtype: torch.dtype, quantize: str | None = None) -> 
         model = Llava(config_of(size))
     model.vision_tower = model.projector = None
     model = model.to(dtype).to_empty(device="cpu")
-    speed_up(model)
+    speed_up(model, model.language_model)
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.requires_grad_(False)
