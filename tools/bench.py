@@ -152,7 +152,7 @@ def flags_of_others(group: argparse._ArgumentGroup) -> None:
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """What cannot be right, before minutes of measuring."""
+    """Refuse what cannot be right, before minutes of measuring."""
     if options.what == "kernels":
         parser.error("kernels has flags of its own and comes before them: kernels --help")
     if options.rounds < 1 or options.tokens < 1 or options.questions < 1:
@@ -180,7 +180,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 
 def compare_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    """Whatever ends it, what is finished is shown. 1 if one of our own rows has failed."""
+    """Show what is finished, whatever ends the run. Returns 1 if one of our own rows has failed."""
     try:
         names = options.rows.split(",") if options.rows else []
         rows = list(map(row_of, names)) or default_rows(options.device, options.size)
@@ -200,7 +200,7 @@ def compare_command(parser: argparse.ArgumentParser, options: argparse.Namespace
 
 
 def settings_of(options: argparse.Namespace) -> dict:
-    """What all rows of a table have in common."""
+    """The settings that all rows of a table have in common."""
     names = ("size", "device", "tokens", "questions")
     return {name: getattr(options, name) for name in names} | {"machine": machine(options.device)}
 
@@ -213,7 +213,7 @@ def asked_of(options: argparse.Namespace, home: Path) -> Asked:
 
 
 def make_files(rows: Sequence[Row], asked: Asked, journal: Journal) -> None:
-    """A peer that cannot read or make its own is a row that says so."""
+    """A peer that cannot read or make its own weights becomes a row that says so."""
     if asked.size != SHAPES:
         say(f"making {asked.folder}")
         make_checkpoint(asked.folder, asked.size, torch.bfloat16)
@@ -324,7 +324,7 @@ def listed(timings: dict) -> list[dict]:
     return [{"name": name, **vars(timing)} for name, timing in timings.items()]
 
 
-# Each gives what --json prints, and the table.
+# Each returns what --json prints, and the table.
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser, argparse.Namespace], tuple]] = {
     "growth": growth_command,
     "drafts": drafts_command,

@@ -66,9 +66,9 @@ def config_of(size: str) -> LlavaConfig:
 
 
 def random_tensors(config: LlavaConfig) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint by its name on the hub, float32, one after the other: products
-    keep the size of what goes in, so that logits stay finite and no number is too small for the
-    processor to be quick with."""
+    """Every tensor of a checkpoint by its name on the hub, float32, one after the other. A product
+    has outputs of about the size of its inputs, so that logits stay finite and no number is
+    denormal, with which a processor is slow."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Llava(config).state_dict().items()}
     # transformers builds CLIP to its end; minillava leaves out the last block.
@@ -104,7 +104,8 @@ PREFIXES = {
 
 
 def make_checkpoint(folder: Path, size: str, dtype: torch.dtype) -> None:
-    """Write it, unless it is there: to a temporary name first, so that what is there is whole."""
+    """Write the checkpoint unless it exists. It is written under a temporary name first, so that
+    one that exists is whole."""
     if folder.exists():
         return
     partial = folder.with_name(folder.name + ".partial")
@@ -133,9 +134,9 @@ def make_checkpoint(folder: Path, size: str, dtype: torch.dtype) -> None:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """Of Llama's size, as LLaVA's: opening it takes as long. The bundled model's pieces, and behind
-    them what nobody writes; a SentencePiece file may be continued by appending to it. Rows of the
-    table after the last token are padding."""
+    """A tokenizer of the size of Llama's, so that opening it takes as long. It has the bundled
+    model's pieces, and after them pieces that no text contains: a SentencePiece file may be
+    continued by appending to it. Rows of the table after the last token are padding."""
     count = SentencePieceProcessor(model_file=str(TOKENIZER)).vocab_size()
     more = b"".join(piece(f"<{i}>".encode(), -float(i)) for i in range(count, PIECES))
     (folder / TOKENIZER.name).write_bytes(TOKENIZER.read_bytes() + more)

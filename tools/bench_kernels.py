@@ -58,7 +58,7 @@ from minillava.llama import LanguageModel
 ROWS = (1, 2, 4, 8, 16, 32, 640)  # the last one is a prompt
 STORED = ("float32", "bfloat16", "int8", "int4")
 MODELS = ("7b", "1b")
-PROMPT = 625  # positions of a picture question, behind which attention is asked
+PROMPT = 625  # positions of a picture question, after which attention is measured
 ENOUGH = 1 << 28  # bytes of weights that take turns: more than any cache of one processor holds
 LEAST = 5e-3  # seconds that a round of one way takes at least, in as many calls as that needs
 SLOW = 2.0
@@ -90,7 +90,7 @@ class Cell:
 
     @property
     def ratio(self) -> float:
-        """The time of the way taken, to the fastest's."""
+        """The time of the way taken, as a multiple of the fastest way's."""
         return self.medians[self.taken] / self.medians[self.fastest]
 
 
@@ -214,7 +214,7 @@ def verdict(cells: Sequence[Cell]) -> str:
 
 @torch.no_grad()
 def bits(stored: str, n: int, c: int) -> int:
-    """Up to how many rows each has the bits of the product that it has alone, by ours."""
+    """Up to how many rows our product gives each row the bits that it has alone."""
     draw = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(rows, c, generator=draw) for rows in (n, max(same_bits.ROWS)))
     if stored in ("int8", "int4"):
@@ -262,8 +262,8 @@ PIECES = (128, 256, 512)
 
 @torch.no_grad()
 def pieces(size: str, stored: str, rounds: int) -> dict[str, Timing]:
-    """Seconds that reading a prompt of PROMPT positions takes: whole, and by `--same-bits` in
-    pieces of so many."""
+    """Seconds that prefilling PROMPT positions takes: at once, and with `--same-bits` in pieces of
+    so many positions."""
     quantised = stored if stored in ("int8", "int4") else None
     model = random_model(size, dtype_of(stored), quantised).language_model
     text = model.config
@@ -298,7 +298,8 @@ def pieces_table(size: str, found: dict[str, dict[str, Timing]]) -> str:
 
 
 def dtype_of(stored: str) -> torch.dtype:
-    """Of activations: what `auto` chooses for quantised layers where bfloat16 is fast."""
+    """The dtype of activations: the one that `auto` chooses for quantised layers where bfloat16 is
+    fast."""
     if stored == "bfloat16" or (stored != "float32" and processor.has_fast_bfloat16()):
         return torch.bfloat16
     return torch.float32
@@ -383,8 +384,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read(paths: Sequence[Path]) -> tuple[str, str, list[Cell]]:
-    """What runs with --json found, and what WAYS would take now. Raises ValueError if they are of
-    processors of different kinds."""
+    """The kind, the heading and the cells that runs with --json found, with the way that WAYS would
+    take now. Raises ValueError if the runs are of processors of different kinds."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     kinds = sorted({part["kind"] for part in found})
     if len(kinds) > 1:

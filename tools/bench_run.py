@@ -58,8 +58,8 @@ class Minillava:
 
 
 class Transformers:
-    """Its defaults, with its fastest attention; `compile`: generate's static cache and
-    torch.compile."""
+    """transformers with its defaults and its fastest attention. compile: with generate's static
+    cache and torch.compile."""
 
     def __init__(self, job: dict):
         import torch
@@ -95,7 +95,7 @@ class Transformers:
         }
 
     def inputs(self, picture: str, ids: list[int]) -> tuple[dict, list[int]]:
-        """The pixels, and ids in which the picture stands as often as it has positions."""
+        """The pixels, and the ids, in which the picture's id is repeated for each of its positions."""
         from PIL import Image
 
         config = self.model.config
@@ -120,7 +120,7 @@ class Transformers:
 
     @contextmanager
     def watched(self) -> Iterator[list[float]]:
-        """Inside, when a picture was begun and when it had become positions."""
+        """Note inside when encoding a picture began, and when it had become positions."""
         marks, model = [], self.model.model
         hooks = [
             model.vision_tower.register_forward_pre_hook(lambda *_: marks.append(clock())),
@@ -136,7 +136,7 @@ class Transformers:
 
 
 class Clock:
-    """What transformers' generate tells a streamer: the prompt, then each token."""
+    """A streamer: transformers' generate calls it with the prompt, then with each token."""
 
     def __init__(self):
         self.times = []
@@ -149,7 +149,8 @@ class Clock:
 
 
 class LlamaCpp:
-    """llama.cpp by its Python binding: a language model at the dtype, and the eye in float16."""
+    """llama.cpp by its Python binding: a language model at the dtype, and the vision tower in
+    float16."""
 
     def __init__(self, job: dict):
         import llama_cpp
@@ -189,7 +190,7 @@ class LlamaCpp:
             self.model.eval(made[-1:])
 
     def read(self, picture: str) -> float:
-        """Read a picture after what was read before; -> the seconds that the eye took."""
+        """Prefill a picture after the cached positions; returns the seconds that encoding it took."""
         from ctypes import byref, c_int32
 
         from llama_cpp import mtmd_cpp as mtmd
@@ -241,7 +242,7 @@ PEERS = {"minillava": Minillava, "transformers": Transformers, "llama.cpp": Llam
 
 
 def after(tensor) -> float:
-    """The time when a GPU has made it."""
+    """The time at which a GPU has finished it."""
     if tensor.is_cuda:
         import torch
 
@@ -250,8 +251,8 @@ def after(tensor) -> float:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes, at most, that this process had in memory, mapped files included; of a GPU, what torch
-    had there."""
+    """The largest number of bytes that this process had in memory, mapped files included; for a GPU,
+    what torch had allocated there."""
     if device != "cpu":
         import torch
 

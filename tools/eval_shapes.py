@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Asks the bundled model about scenes it has never seen and prints how often its answers are
-exactly true, as markdown.
+"""Ask the bundled model about scenes it has never seen, and print how often its answers are
+exactly true, as Markdown.
 
     python tools/eval_shapes.py --weights weights/shapes
     python tools/eval_shapes.py --contrast    # what sampling and contrastive decoding make of it
@@ -121,8 +121,8 @@ def answer(
 def answer_all(
     answer_batch: Callable, items: Sequence[Item], batch: int = 64, map=map
 ) -> list[str]:
-    """All answers, in the order of the items. map: how the batches are handed out, one after the
-    other or not."""
+    """All answers, in the order of the items. map: runs the batches, one after the other or in
+    several processes."""
     # alike together
     order = sorted(
         range(len(items)), key=lambda i: (items[i][0].kind, len(items[i][0].turns[-1][1]))
@@ -138,7 +138,7 @@ def answer_all(
 
 
 class Worker:
-    """One process of the evaluation: the model it has opened."""
+    """One process of the evaluation, with a model of its own."""
 
     assistant = None
 
@@ -153,7 +153,7 @@ class Worker:
 
 
 def score(items, answers) -> dict[str, tuple[int, int]]:
-    """Per kind: how many answers are exactly the true one, of how many."""
+    """For each kind, how many answers are exactly the true one, and of how many."""
     counts = defaultdict(lambda: [0, 0])
     for (dialogue, _), answer in zip(items, answers, strict=True):
         counts[dialogue.kind][0] += answer == dialogue.turns[-1][1]
@@ -197,7 +197,7 @@ def conditions(scenes: int) -> dict[str, list]:
 
 
 def report(ask: Callable, scenes: int) -> str:
-    """The tables. ask: from items to answers."""
+    """The tables, in Markdown. ask: maps items to answers."""
     results, chosen, yes_no = {}, conditions(scenes), {}
     for name, items in chosen.items():
         started = time.perf_counter()

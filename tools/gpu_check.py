@@ -7,8 +7,8 @@
 
 Parity: the network against itself in float64 and against transformers. Answers: every way to make
 one gives the CPU's. Syncs: how often a token makes the processor wait. Growth: memory after many
-answers. The others time random weights of a true size, which lie nowhere on disk; `first` takes the
-time to the first token apart. Exit status: 1 if a check failed; a measured time is no check.
+answers. The other sections time random weights of a true size, which are never on the disk; `first`
+times the parts of the first token. Exit status: 1 if a check failed; a measured time is not a check.
 """
 
 import argparse
@@ -104,7 +104,8 @@ class Row:
 
 
 class Report:
-    """The rows so far, shown as they come, and kept in a file: a run that is killed keeps them."""
+    """The rows so far. They are shown as they come and written to a file, so that a run that is
+    killed loses none."""
 
     def __init__(self, about: dict, path: Path | None):
         self.about, self.path, self.rows, self.section = about, path, [], ""
@@ -128,7 +129,7 @@ class Report:
         self.save()
 
     def save(self) -> None:
-        """To a temporary name first, so that what is there is whole."""
+        """Write under a temporary name first, so that a file that exists is whole."""
         if self.path is None:
             return
         rows = [asdict(row) for row in self.rows]
@@ -143,7 +144,7 @@ class Report:
         return sum(row.verdict == FAILED for row in self.rows)
 
     def table(self) -> str:
-        """Markdown."""
+        """The table, in Markdown."""
         cells = [("check", "dtype", "found", "expected", "verdict")]
         cells += [
             (f"{r.section}: {r.check}", r.dtype, r.found, r.expected, r.verdict) for r in self.rows
@@ -155,7 +156,7 @@ class Report:
 
 @dataclass
 class Run:
-    """What every section is given."""
+    """The arguments of every section."""
 
     device: str
     size: str
@@ -174,7 +175,7 @@ class Run:
 
 
 def random_state(config: LlavaConfig, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Weights of our names, made where they will stay."""
+    """Random weights by our names, created on the device where they stay."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Llava(config).state_dict().items()}
     generator = torch.Generator(device=device).manual_seed(0)
@@ -187,7 +188,7 @@ def network(
     attention: str = "fused",
     quantize: str | None = None,
 ) -> Llava:
-    """The network around these tensors, without a copy of them; what is quantised is a copy."""
+    """The network with these tensors. None of them is copied, except those that are quantised."""
     with torch.device("meta"):
         model = Llava(config, ATTENTION[attention])
     model.load_state_dict(state, strict=True, assign=True)
@@ -208,7 +209,7 @@ def network(
 
 
 def transformers_of(config: LlavaConfig, state: dict[str, Tensor]):
-    """transformers' model of the same tensors, without a copy of them."""
+    """transformers' model with the same tensors, which are not copied."""
     from transformers import LlavaForConditionalGeneration
 
     hf.quiet()
@@ -318,7 +319,7 @@ def compare_networks(
 
 
 def compare_attention(both: Compared, attention: str, peer: str) -> None:
-    """Ours with one kind of attention, against theirs with its own."""
+    """Compare ours with one kind of attention to theirs with its own."""
     model = network(both.config, both.state, attention)
     ours = tensors_of(model, both.ids, both.pixels)
     if both.run.on_gpu and both.dtype == "float32" and attention == "fused":
@@ -344,7 +345,7 @@ def check_tf32(both: Compared, model: Llava, logits: Tensor) -> None:
 
 
 def check_distance(both: Compared, attention: str, peer: str, ours: Tensor, others: Tensor) -> None:
-    """What README promises of fused; eager must hold it all the more."""
+    """Check what README promises of fused; eager must be at least as close."""
     kind, factor = ("max", 2.0) if both.dtype == "float32" else ("norm", 1.1)
     error, bound = (distance(logits, both.exact)[kind] for logits in (ours, others))
     expected = f"at most {factor} × transformers {peer}'s {bound:.3e}"
@@ -353,7 +354,7 @@ def check_distance(both: Compared, attention: str, peer: str, ours: Tensor, othe
 
 
 def check_bits(both: Compared, ours: dict[str, Tensor], others: dict[str, Tensor]) -> None:
-    """Both pad on the left; what stands at a padded position nobody reads."""
+    """Compare real positions only. Both pad on the left, and nobody reads a padded position."""
     equal = [key for key in ours if torch.equal(ours[key], others[key])]
     worst = distance(ours["logits"], others["logits"])["max"]
     found = f"{len(equal)} of {len(ours)} tensors bit-identical, logits differ by {worst:.1e}"
@@ -364,7 +365,7 @@ def check_bits(both: Compared, ours: dict[str, Tensor], others: dict[str, Tensor
 
 
 def check_ids(both: Compared, attention: str, peer: str, model: Llava, tokens: int = 12) -> None:
-    """Greedy answers; of random weights any token may be the end."""
+    """Compare greedy answers. With random weights any token may be the end token."""
     model.config = replace(both.config, eos_token_ids=())
     answer = generate(model, both.ids, both.pixels, max_new_tokens=tokens).sequences.tolist()
     their_answer = their_ids(both.theirs, both.ids, both.pixels, tokens)
@@ -378,7 +379,7 @@ def check_ids(both: Compared, attention: str, peer: str, model: Llava, tokens: i
 
 @torch.no_grad()
 def tensors_of(model: Llava, ids: list, pixels: Tensor) -> dict[str, Tensor]:
-    """What is compared, from one pass without a cache; of padded positions nothing."""
+    """What is compared: the tensors of one pass without a cache, without padded positions."""
     prompt = model.splice(ids, pixels)
     eager = model.language_model.attend is ATTENTION["eager"]
     out = model.language_model(
@@ -409,7 +410,8 @@ def real_only(out, mask: Tensor) -> dict[str, Tensor]:
 
 
 def distance(x: Tensor, exact: Tensor) -> dict[str, float]:
-    """max: of any number. norm: of all, as a fraction of what is exact."""
+    """Two distances to the exact tensor. max: the largest difference. norm: of the whole tensor, as a
+    fraction of the exact one."""
     difference = x.double() - exact.double()
     return {
         "max": float(difference.abs().max()),
@@ -639,8 +641,8 @@ class CountWaits(TorchDispatchMode):
 
 @contextmanager
 def waits(device: str) -> Iterator[Callable[[], int]]:
-    """Inside, the number so far of operations for which the processor waits until the device has
-    done its work."""
+    """Count inside the operations for which the processor waits until the device has done its
+    work."""
     if device == "cpu":
         with CountWaits() as mode:
             yield lambda: mode.count
@@ -655,7 +657,7 @@ def waits(device: str) -> Iterator[Callable[[], int]]:
 
 
 def syncs(run: Run) -> None:
-    """Of tokens after the second, since what is made once for an answer may wait."""
+    """The waits of tokens after the second: what happens once per answer may wait."""
     check_that_waits_are_seen(run)
     assistant = load(BUNDLED, device=run.device, dtype="bfloat16" if run.on_gpu else "float32")
     ids = [assistant.tokenizer.encode(assistant.prompt(question)) for question in QUESTIONS]
@@ -682,7 +684,7 @@ def check_that_waits_are_seen(run: Run) -> None:
 
 
 def ways_to_wait(run: Run, assistant: Assistant) -> dict[str, tuple]:
-    """By name: who answers, how many rows, options, and contrast."""
+    """The cases by name: the model, the number of rows, the options and the contrast method."""
     penalties = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3}
     ways = {
         "greedy": (assistant, 1, {}, None),
@@ -699,7 +701,7 @@ def ways_to_wait(run: Run, assistant: Assistant) -> dict[str, tuple]:
 
 
 def waits_of_beams(assistant: Assistant, ids: list, pixels: Tensor, device: str) -> float:
-    """Per token: of a longer answer, less those of a shorter one."""
+    """Waits per token: those of a longer answer minus those of a shorter one."""
     found = []
     for tokens in (4, 4 + SYNC_TOKENS):
         with waits(device) as count:
@@ -753,7 +755,7 @@ def abandon(assistant: Assistant, number: int) -> None:
 
 
 def growth(run: Run) -> None:
-    """Answers of differing shapes, some left in the midst."""
+    """Make answers of different shapes, some of which are stopped early."""
     assistant = load(BUNDLED, device=run.device, dtype="bfloat16" if run.on_gpu else "float32")
 
     def one(number: int) -> None:
@@ -816,12 +818,12 @@ def check_growth(run: Run, what: str, work: Callable[[int], None], count: int) -
 
 
 def recorded_inputs() -> int:
-    """What every recording of a graph adds to."""
+    """What grows with every recording of a graph."""
     return torch._dynamo.utils.counters["inductor"]["cudagraph_recorded_non_static_inputs"]
 
 
 def of_the_card(device: str) -> tuple[int, int]:
-    """Bytes that torch has reserved, and bytes taken besides, by whomever."""
+    """The bytes that torch has reserved, and the bytes that anybody has taken besides."""
     if device == "cpu":
         return 0, 0
     free, total = torch.cuda.mem_get_info()
@@ -838,7 +840,7 @@ def wait_for(device: str) -> None:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes per second, read and written, of a copy."""
+    """The bytes per second, read and written, of a copy."""
     source = torch.ones(
         COPIED["cpu" if device == "cpu" else "cuda"], dtype=torch.uint8, device=device
     )
@@ -934,7 +936,7 @@ def show_times(run: Run, what: str, dtype: str, clocked: Clocked, bandwidth: flo
 def timed(
     run: Run, quantize: str | None, compiled: bool, state: dict[str, Tensor] | None = None
 ) -> None:
-    """Time our own. state: weights that are there already."""
+    """Time our own model. state: weights that exist already."""
     if compiled and not run.on_gpu:
         run.report.skip("captured", "a CUDA graph needs a GPU")
         return
@@ -1009,7 +1011,7 @@ def first(run: Run) -> None:
 
 
 def our_parts(run: Run, model: Llava, ids: list, pixels: Tensor) -> dict[str, Callable]:
-    """What the first token is made of, in this order, and the whole of it."""
+    """Functions for the parts of the first token, in their order, and for the whole."""
     options, picture = Options(max_new_tokens=8, min_new_tokens=8), Image.open(PICTURES[0])
     processor = ImageProcessor(run.config.vision.image_size)
     nothing = {"hidden_states": False, "attentions": False}
@@ -1129,7 +1131,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def check_all(run: Run, names: Sequence[str], seconds: float) -> None:
-    """Every section by itself: what one raises is its last row, and the next begins."""
+    """Run each section by itself. An error becomes its last row, and the next section begins."""
     report = run.report
     for name in names:
         report.section = name
@@ -1156,7 +1158,7 @@ def check_all(run: Run, names: Sequence[str], seconds: float) -> None:
 
 
 def let_go(device: str) -> None:
-    """Of what was compiled, recorded and allocated."""
+    """Let go of what was compiled, recorded and allocated."""
     torch._dynamo.reset()
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     try:
@@ -1170,7 +1172,7 @@ def let_go(device: str) -> None:
 
 
 def about(device: str) -> dict[str, object]:
-    """What the numbers are of."""
+    """What the numbers were measured on."""
     found: dict[str, object] = {"torch": torch.__version__, "python": platform.python_version()}
     if find_spec("transformers"):
         found["transformers"] = version("transformers")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Makes what the parity tests compare with, by running Hugging Face transformers. Nothing else
+"""Make what the parity tests compare with, by running Hugging Face transformers. Nothing else
 outside the tests imports it.
 
 Without --checkpoint it rewrites tests/reference/: a toy tokenizer, three toy checkpoints, what
 transformers computes with them, pictures with their pixels, and how every kind of checkpoint names
 its tensors. The tests then need neither transformers nor a download. What is stored is the result
-of the same network in float64 (the exact answer, as far as anyone is concerned), and how far
-transformers in float32, bfloat16 and float16 is from it: the tests allow minillava twice that. As
+of the same network in float64, which counts as the exact answer, and how far transformers in
+float32, bfloat16 and float16 is from it: the tests allow minillava twice that. As
 every processor rounds in its own way, that distance is taken with each of several instruction sets,
 and the largest is stored. Running it twice writes the same files.
 
@@ -205,7 +205,7 @@ def make_checkpoint(options: argparse.Namespace) -> None:
 
 
 def make_reference() -> None:
-    """Everything is made in a folder beside tests/reference/ and then takes its place."""
+    """Make everything in a folder beside tests/reference/, which then takes its place."""
     partial = REFERENCE.with_name("reference.partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "pictures").mkdir(parents=True)
@@ -280,8 +280,8 @@ def train_tokenizer() -> bytes:
 
 
 class Tokenizer:
-    """Prompts to ids as the original LLaVA does it: each chunk between pictures is a text of its
-    own."""
+    """The ids of prompts as the original LLaVA makes them: each chunk between pictures is tokenized
+    by itself."""
 
     def __init__(self, path: Path):
         self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))

@@ -164,7 +164,7 @@ def _background(rng: random.Random, width: int, height: int) -> Image.Image:
 def _draw_shape(
     pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, colour: tuple[int, ...]
 ) -> None:
-    """A shape centred on (x, y) that reaches r to each side."""
+    """Draw a shape centred on (x, y) that reaches r to each side."""
 
     def polygon(points):
         pen.polygon([(x + r * dx, y + r * dy) for dx, dy in points], fill=colour)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains the bundled model from nothing: the recipe of LLaVA in miniature, in an hour and a half on
+"""Train the bundled model from nothing: the recipe of LLaVA in miniature, in an hour and a half on
 two CPU cores.
 
     python tools/train_shapes.py --out my-shapes
@@ -158,8 +158,8 @@ def train_tokenizer(path: Path, seed: int, scenes: int) -> None:
 
 
 def model_config(pieces: int) -> LlavaConfig:
-    """As on the hub: `<image>` and `<pad>` follow the pieces, and the table is padded to a multiple
-    of 64."""
+    """The ids as on the hub: `<image>` and `<pad>` follow the pieces, and the table is padded to a
+    multiple of 64."""
     text = TextConfig(**{**asdict(TEXT), "vocab_size": math.ceil((pieces + 2) / 64) * 64})
     return LlavaConfig(vision=VISION, text=text, image_token_id=pieces, pad_token_id=pieces + 1)
 
@@ -211,8 +211,8 @@ NAMES = {
 
 
 class Namer(nn.Module):
-    """The heads of stage 1, thrown away after it: from a patch's features to scores for every
-    name."""
+    """The heads of stage 1, which map a patch's features to scores for every name. They are thrown
+    away after it."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -249,8 +249,8 @@ def patch_names(scene: shapes.Scene, grid: int) -> np.ndarray:
 def seeing_batch(
     rng: random.Random, count: int, processor: ImageProcessor
 ) -> tuple[Tensor, Tensor]:
-    """Crowded pictures, up to nine things: more to learn from each. Pixels [B, 3, S, S] and names
-    [B, P, 4]."""
+    """Pixels [B, 3, S, S] and names [B, P, 4] of crowded pictures. With up to nine things there is
+    more to learn from each."""
     scenes = [
         shapes.sample_scene(rng, count=rng.randint(0, len(shapes.PLACES))) for _ in range(count)
     ]

@@ -13,7 +13,8 @@ BUSY = 0.1  # cores taken from us, above which a process is measured again, and 
 
 @dataclass
 class Timing:
-    """seconds: per round. others: cores that other processes kept busy, per round."""
+    """The rounds of one variant. seconds: per round. others: cores that other processes kept busy,
+    per round."""
 
     seconds: list[float] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
@@ -31,7 +32,8 @@ class Timing:
 
 class Neighbours:
     """How many cores others have taken since this was made: `others` by processes of this system,
-    `stolen` by the host, which a guest only sees as steal time. 0 where the system does not say."""
+    `stolen` by the host, which a guest only sees as steal time. Both are 0 where the system does
+    not say."""
 
     def __init__(self):
         self.started, self.before = time.perf_counter(), _taken()
@@ -56,8 +58,8 @@ def _taken() -> tuple[float, float]:
 
 
 def take_turns(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
-    """Each variant does its work and returns the seconds that count; one round to warm up goes
-    before."""
+    """Run the variants in turn, round after round, after one round to warm up. Each variant does its
+    work and returns the seconds that count."""
     timings = {name: Timing() for name in variants}
     for number in range(rounds + 1):
         for name, work in variants.items():

@@ -1,4 +1,4 @@
-"""compare: every row answers the same question in a process of its own, turn by turn."""
+"""compare: every row of the table answers the same question in processes of its own, in turn."""
 
 import os
 import time
@@ -23,7 +23,7 @@ PICTURE = Path(__file__).resolve().parents[2] / "weights" / "shapes" / "example-
 
 @dataclass
 class Asked:
-    """One question, of one checkpoint."""
+    """One question to one checkpoint."""
 
     size: str
     folder: Path
@@ -58,7 +58,7 @@ class Asked:
 
 @dataclass
 class Measured:
-    """What the journal has of one row."""
+    """What the journal holds of one row."""
 
     row: Row
     rounds: dict[int, dict] = field(default_factory=dict)  # by number, what bench_run.py reported
@@ -76,8 +76,8 @@ class Measured:
 
 
 def default_rows(device: str, size: str) -> list[Row]:
-    """Ours at every precision, and every peer that is installed; with one thread what is read
-    most."""
+    """Ours at every precision, and every peer that is installed; those that are looked at most also
+    with one thread."""
     there = {
         "minillava",
         *(peer for peer, packages in PACKAGES.items() if all(map(find_spec, packages))),
@@ -120,8 +120,8 @@ def compare(
 
 
 def measure(row: Row, asked: Asked, number: int, until: float) -> dict:
-    """The least disturbed of up to TRIES processes, as a record of the journal. Round -1 is opening
-    from a disk, of which nothing is in memory."""
+    """The least disturbed of up to TRIES processes, as a record of the journal. Round -1 opens the
+    checkpoint from the disk, with none of it in memory."""
     job, tries = asked.job(row), []
     variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(row.count))
     while not tries or (
@@ -147,7 +147,7 @@ def measure(row: Row, asked: Asked, number: int, until: float) -> dict:
 
 
 def disturbance(found: dict) -> float:
-    """Cores that were taken from it, by other processes or by the host."""
+    """The number of cores that other processes or the host took from it."""
     return found["others"] + found["stolen"]
 
 
@@ -174,7 +174,7 @@ def told(record: dict) -> str:
 
 
 def measured(rows: Sequence[Row], journal: Journal) -> list[Measured]:
-    """By row what the journal has; a row of which it has nothing is left out."""
+    """What the journal holds, by row; a row of which it holds nothing is left out."""
     found = {row.name: Measured(row) for row in rows}
     for record in journal.records:
         if (each := found.get(record["row"])) is None:

@@ -1,4 +1,4 @@
-"""contrast: what the second row of logits costs that contrastive decoding asks for."""
+"""contrast: what the second row of logits costs, which contrastive decoding needs."""
 
 import statistics
 import time
@@ -28,13 +28,13 @@ def contrast(model: Llava, tokens: int, rounds: int, prompt: int) -> dict[str, T
 
 
 def spliced(embeds: torch.Tensor) -> Spliced:
-    """[B, T, C] as a prompt of tokens without a picture."""
+    """Embeddings [B, T, C] as a spliced prompt without a picture."""
     token_ids = torch.zeros(embeds.shape[:2], dtype=torch.long)
     return Spliced(embeds, token_ids, None, None, [[] for _ in embeds])
 
 
 def one_pass(model: Llava, embeds: torch.Tensor, tokens: int) -> float:
-    """The loop as it is, which puts both rows into one pass."""
+    """The time per token of our loop, which puts both rows into one pass."""
     options = Options(max_new_tokens=tokens + 1, min_new_tokens=tokens + 1)
     method = VCD() if len(embeds) == 2 else None
     made = steps(model, spliced(embeds), options, contrast=method)
@@ -47,7 +47,8 @@ def one_pass(model: Llava, embeds: torch.Tensor, tokens: int) -> float:
 
 @torch.no_grad()
 def two_passes(model: Llava, embeds: torch.Tensor, tokens: int) -> float:
-    """As the method's authors wrote it: every row has a cache and a pass of its own."""
+    """The time per token as the methods' authors wrote it: each row has a cache and a pass of its
+    own."""
     wanted = {"hidden_states": False, "attentions": False}
     caches, outputs, method = [], [], VCD()
     for row in embeds.split(1):

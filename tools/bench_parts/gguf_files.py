@@ -2,8 +2,8 @@
 
     python tools/bench_parts/gguf_files.py FOLDER KIND TARGET
 
-writes TARGET/KIND.gguf, the language model, and TARGET/mmproj.gguf, eye and projector in float16,
-unless they are there. KIND: bf16, or q8_0 or q4_0, which llama.cpp makes of it.
+writes TARGET/KIND.gguf, the language model, and TARGET/mmproj.gguf, vision tower and projector in
+float16, unless they exist. KIND: bf16, or q8_0 or q4_0, which llama.cpp makes of it.
 """
 
 import re
@@ -56,7 +56,7 @@ EYE_NAMES = {
 
 
 def make(folder: Path, kind: str, target: Path) -> None:
-    """Raises RuntimeError if llama.cpp cannot."""
+    """Make the files that do not exist. Raises RuntimeError if llama.cpp cannot quantise one."""
     target.mkdir(parents=True, exist_ok=True)
     unless_there(target / f"{EYE}.gguf", lambda path: write_eye(folder, path))
     source = target / "bf16.gguf"
@@ -66,7 +66,7 @@ def make(folder: Path, kind: str, target: Path) -> None:
 
 
 def unless_there(path: Path, write: Callable[[Path], None]) -> None:
-    """To a temporary name first, so that what is there is whole."""
+    """Write under a temporary name first, so that a file that exists is whole."""
     if path.exists():
         return
     partial = path.with_suffix(".partial")
@@ -127,7 +127,8 @@ def describe_language_model(writer, text: TextConfig) -> None:
 
 
 def pairs_side_by_side(weight: Tensor, head_dim: int) -> Tensor:
-    """Meta's order of a head's rows: the two numbers that turn together follow each other."""
+    """The rows of a head in Meta's order: the two numbers that are rotated together are
+    neighbours."""
     heads = weight.view(-1, 2, head_dim // 2, weight.shape[1])
     return heads.transpose(1, 2).reshape(weight.shape)
 
@@ -159,7 +160,7 @@ def write_eye(folder: Path, path: Path) -> None:
 
 
 def describe_eye(writer, config: LlavaConfig, processor: ImageProcessor) -> int:
-    """-> how many layers LLaVA reads."""
+    """Write the settings of the vision tower; returns the number of layers that LLaVA reads."""
     vision = config.vision
     layers = config.vision_layers_needed
     writer.add_bool("clip.has_vision_encoder", True)
@@ -184,7 +185,7 @@ def describe_eye(writer, config: LlavaConfig, processor: ImageProcessor) -> int:
 
 
 def add(writer, name: str, tensor: Tensor, kind: str) -> None:
-    """As float32 what has one dimension."""
+    """Add a tensor to the file; one of one dimension becomes float32."""
     import gguf
 
     if tensor.dim() == 1 or kind == "F32":

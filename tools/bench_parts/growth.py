@@ -1,4 +1,4 @@
-"""growth: time per token by context and by batch, of a language model alone, in this process."""
+"""growth: the time per token of a language model alone, by context and by batch, in this process."""
 
 import io
 import statistics
@@ -22,8 +22,8 @@ from minillava.options import DTYPES
 
 
 def random_model(size: str, dtype: torch.dtype, quantize: str | None = None) -> Llava:
-    """A language model of that size with random weights; a CLIP is not needed to decode, so it has
-    none."""
+    """A language model of that size with random weights. It has no vision tower, which decoding does
+    not need."""
     with torch.device("meta"):
         model = Llava(config_of(size))
     model.vision_tower = model.projector = None
@@ -50,7 +50,7 @@ BATCHES = (1, 2, 4, 8, 16)
 
 
 def step_time(model: Llava, rows: int, context: int, tokens: int) -> float:
-    """Seconds per step of so many rows, each after so many cached positions."""
+    """Seconds per step of a batch of so many rows, each after so many cached positions."""
     dtype = model.language_model.embed_tokens.weight.dtype
     cache = KVCache(model.config.text, rows, context + tokens, dtype=dtype, device="cpu")
     for tensor in (*cache.keys, *cache.values):
@@ -107,8 +107,8 @@ def growth_table(found: dict[tuple[str, str, int], Timing]) -> str:
 
 
 def growth_plot(found: dict[tuple[str, str, int], Timing], title: str, path: Path) -> None:
-    """Two panels, a line per dtype; bars from the fastest round to the slowest. Raises ImportError
-    naming the extra."""
+    """Draw two panels with a line per dtype, and bars from the fastest round to the slowest. Raises
+    ImportError naming the extra."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,4 +1,4 @@
-"""What was measured, kept as it comes: whatever ends a run, finished rows are not lost."""
+"""What was measured is written as it comes, so that no finished row is lost, whatever ends a run."""
 
 import hashlib
 import json
@@ -54,8 +54,8 @@ class Journal:
 
 
 def _read(path: Path, lines: list[str]) -> list[dict]:
-    """Every line; one that was cut short, since the machine or the disk gave up, is no line and is
-    taken off the file."""
+    """Every line. One that was cut short, because the machine or the disk failed, is removed from the
+    file."""
     found = []
     for number, line in enumerate(lines):
         try:
@@ -70,7 +70,7 @@ def _read(path: Path, lines: list[str]) -> list[dict]:
 
 
 def code() -> str:
-    """Which minillava was measured: rows of two do not belong into one table."""
+    """Which minillava was measured: rows of two versions do not belong in one table."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.read_bytes())

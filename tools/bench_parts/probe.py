@@ -34,7 +34,8 @@ class Limits:
     rates: dict[str, float]  # floating-point operations per second of a matrix product, by dtype
 
     def rate(self, dtype: str) -> float:
-        """That of float32 for float32; smaller weights may be computed in whatever is fastest."""
+        """The rate of float32 for float32; smaller weights may be computed in whichever dtype is
+        fastest."""
         return self.rates["float32"] if dtype == "float32" else max(self.rates.values())
 
 
@@ -45,7 +46,7 @@ def limits(device: str, threads: int) -> Limits:
 
 
 def bandwidth(device: str, threads: int) -> float:
-    """Bytes read per second."""
+    """The bytes read per second."""
     with threads_of_torch(threads):
         return _bandwidth(device)
 
@@ -79,7 +80,7 @@ def _rate(dtype: torch.dtype, device: str) -> float:
 
 
 def _best(work: Callable[[], object], device: str) -> float:
-    """Seconds."""
+    """The seconds that a call takes."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     seconds = []
     for _ in range(TRIES):

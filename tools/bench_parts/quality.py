@@ -13,8 +13,8 @@ from minillava.options import KINDS
 def quality(
     shapes: Sequence[tuple[int, int]] = ((4096, 4096), (11008, 4096), (4096, 11008)),
 ) -> list[dict]:
-    """Layers [N, C] of random weights at each precision: the distance to float64 as a fraction of
-    what they make, for one row and for many."""
+    """The distance of layers [N, C] of random weights to float64, at each precision, as a fraction of
+    their outputs, for one row and for many."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for n, c in shapes:

@@ -71,7 +71,7 @@ def row_of(name: str) -> Row:
 
 
 class Died(RuntimeError):
-    """A process that measured nothing; the message says in one line what became of it."""
+    """The error for a process that measured nothing; its message says in one line why."""
 
 
 def run(job: dict, environment: dict[str, str | None] | None = None) -> dict:
@@ -86,12 +86,12 @@ def run(job: dict, environment: dict[str, str | None] | None = None) -> dict:
 
 
 def make_gguf(folder: Path, kind: str, target: Path) -> None:
-    """In a process of its own: what makes it is the peer, which may die of it. Raises Died."""
+    """Make a peer's file in a process of its own, since the peer's code may crash. Raises Died."""
     finished([sys.executable, str(GGUF), str(folder), kind, str(target)], dict(os.environ))
 
 
 def finished(command: list[str], environment: dict[str, str], folder: Path | None = None) -> str:
-    """What it prints. Raises Died."""
+    """What a process prints. Raises Died."""
     done = subprocess.run(
         command, capture_output=True, text=True, errors="replace", env=environment, cwd=folder
     )

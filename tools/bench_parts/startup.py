@@ -1,4 +1,4 @@
-"""startup: from the start of a command to its answer, of this checkout beside other ones."""
+"""startup: the time from the start of a command to its answer, in this checkout and in others."""
 
 import os
 import statistics
@@ -17,8 +17,8 @@ HERE, NOTHING = "this checkout", "`import torch` alone"
 
 
 def startup(trees: Sequence[Path], rounds: int) -> dict[str, Timing]:
-    """Seconds that the README's first command takes, by checkout; and importing torch, which every
-    one of them waits for. Raises Died if one fails."""
+    """Seconds that the README's first command takes in each checkout, and seconds of importing torch,
+    which every one of them waits for. Raises Died if one fails."""
     ask = ("-m", "minillava.generate", "--image", str(PICTURE))
     variants = {NOTHING: partial(one_process, ROOT, ("-c", "import torch"))}
     variants |= {named(tree): partial(one_process, tree, ask) for tree in trees}
@@ -27,7 +27,7 @@ def startup(trees: Sequence[Path], rounds: int) -> dict[str, Timing]:
 
 
 def named(tree: Path) -> str:
-    """By its commit, where it is one."""
+    """The name of a checkout: its commit if it has one."""
     command = ["git", "-C", str(tree), "log", "-1", "--format=commit %h of %ad", "--date=short"]
     try:
         return finished(command, dict(os.environ)).strip()
@@ -36,8 +36,8 @@ def named(tree: Path) -> str:
 
 
 def one_process(folder: Path, arguments: Sequence[str]) -> float:
-    """As a person starts it, so without what this shell says of threads; the checkout that it
-    stands in comes before an installed one."""
+    """Seconds of a process as a person starts it: without this shell's variables of threads, and
+    with the checkout before an installed minillava on Python's path."""
     kept = {k: v for k, v in os.environ.items() if k not in THREAD_VARIABLES}
     started = time.perf_counter()
     finished([sys.executable, *arguments], kept | {"PYTHONPATH": str(folder)}, folder)
@@ -45,7 +45,8 @@ def one_process(folder: Path, arguments: Sequence[str]) -> float:
 
 
 def startup_table(timings: dict[str, Timing]) -> str:
-    """The last column is what is not importing torch, to that of this checkout."""
+    """The table. Its last column is the time without importing torch, as a multiple of this
+    checkout's."""
     floor, ours = timings[NOTHING].median, timings[HERE].median
     lines = [
         "| start to answer | s | spread | to this checkout's | without torch's import, to this checkout's | others |",

@@ -62,7 +62,7 @@ def cells_of(each: Measured, asked: Asked) -> list[str]:
 
 
 def seconds(value: float) -> str:
-    """Three digits."""
+    """A number with three digits."""
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
@@ -71,7 +71,7 @@ def prompt_of(found: dict) -> float:
 
 
 def fractions_of(each: Measured, found: dict, asked: Asked) -> tuple[float, float]:
-    """Of the rate and of the bandwidth that were probed before this process."""
+    """The fractions of the rate and of the bandwidth that were probed before this process."""
     most, dtype = found["limits"], each.row.dtype
     rate = most["rates"]["float32"] if dtype == "float32" else max(most["rates"].values())
     read = bytes_read(
@@ -82,8 +82,8 @@ def fractions_of(each: Measured, found: dict, asked: Asked) -> tuple[float, floa
 
 
 def ratios(rows: Sequence[Measured]) -> str:
-    """Of two rows, medians of the rounds, in each of which they followed each other: the machine
-    may be another in the next round."""
+    """The ratios of two rows: medians over the rounds. In a round the two follow each other, because
+    the machine may be faster or slower in the next round."""
     heads = ("time from start to first token", "time of picture and prompt", "tokens/s")
     lines = [f"| ratio | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for ours, peer in pairs(rows):
@@ -99,8 +99,8 @@ def ratios(rows: Sequence[Measured]) -> str:
 
 
 def pairs(rows: Sequence[Measured]) -> list[tuple[Measured, Measured]]:
-    """Each of ours with every peer of its precision, and what is smaller with our bfloat16, with
-    as many threads."""
+    """The pairs that are compared, with as many threads: each row of ours with every peer of its
+    precision, and smaller weights with our bfloat16."""
     found = []
     for ours in rows:
         for other in rows:
@@ -121,7 +121,7 @@ def ratio(ours: Measured, peer: Measured, value) -> str:
 
 
 def memory(rows: Sequence[Measured], asked: Asked) -> str:
-    """Ours, against what it has to hold."""
+    """Our memory, as a multiple of the weights and the cache that it has to hold."""
     lines = ["| peak memory, to 1.05 × weights + cache + 300 MB | |", "|---|---:|"]
     for each in rows:
         if each.row.peer == "minillava" and each.rounds:

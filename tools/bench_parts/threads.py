@@ -23,7 +23,7 @@ POLICIES = {  # by the name in the table: variables that libgomp and torch read 
 
 @contextmanager
 def busy_loops(count: int) -> Iterator[None]:
-    """So many processes beside ours that never wait, as on a shared machine."""
+    """Keep so many other processes busy inside, as on a shared machine."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -56,7 +56,7 @@ def threads(
 def one_process(
     folder: Path, tokens: int, variables: dict[str, str], timings: dict[str, Timing]
 ) -> None:
-    """Ask one process a short question, and add what it took."""
+    """Ask a short question in one process, and add the times that it took."""
     job = {
         "peer": "minillava",
         "dtype": "auto",

@@ -12,19 +12,21 @@ HEAD_BITS = {"q4_0": 6.5625}  # q6_K, in which llama.cpp leaves the head
 
 
 def positions(size: str, config: LlavaConfig) -> int:
-    """Of the question that is asked; the bundled model's are as short as those it was made for."""
+    """The number of ids of the question; the bundled model's question is as short as those that it
+    was trained on."""
     return config.tokens_per_image + TEXT if size == SHAPES else PROMPT
 
 
 def prompt_ids(config: LlavaConfig, positions: int = PROMPT) -> list[int]:
-    """So many positions with one picture in their midst, of ids that every vocabulary has."""
+    """Ids of a prompt of so many positions with one picture in the middle; every vocabulary has
+    them."""
     text = [1, *range(5, positions - config.tokens_per_image + 4)]
     return [*text[: len(text) // 2], IMAGE_TOKEN_INDEX, *text[len(text) // 2 :]]
 
 
 def weights_read(text: TextConfig) -> int:
-    """Weights that decoding a token reads: all of the language model but the table, of which it
-    reads one row."""
+    """The number of weights that decoding a token reads: all of the language model except the
+    embedding table, of which it reads one row."""
     width, heads = (
         text.hidden_size,
         text.head_dim * (text.num_attention_heads + text.num_key_value_heads),
@@ -34,14 +36,14 @@ def weights_read(text: TextConfig) -> int:
 
 
 def cache_size(config: LlavaConfig, positions: int) -> int:
-    """How many numbers the cache of so many positions holds."""
+    """The number of numbers in a cache of so many positions."""
     text = config.text
     return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * positions
 
 
 def bytes_read(config: LlavaConfig, dtype: str, width: int, positions: int) -> float:
-    """By one token after so many cached positions: every weight once, and the cache, a number of which
-    takes `width` bytes."""
+    """The bytes that one token reads after so many cached positions: every weight once, and the
+    cache, in which a number takes `width` bytes."""
     head = config.text.hidden_size * config.text.vocab_size
     bits = (weights_read(config.text) - head) * BITS[dtype] + head * HEAD_BITS.get(
         dtype, BITS[dtype]
@@ -50,8 +52,8 @@ def bytes_read(config: LlavaConfig, dtype: str, width: int, positions: int) -> f
 
 
 def operations(config: LlavaConfig, positions: int) -> int:
-    """Floating-point operations that reading a prompt takes; of attention half is masked, and the
-    head reads one row."""
+    """The floating-point operations of prefilling a prompt. Half of attention is masked, and the
+    head computes one row."""
     text = config.text
     head = text.hidden_size * text.vocab_size
     attention = 2 * text.num_hidden_layers * positions**2 * text.num_attention_heads * text.head_dim
