@@ -4,6 +4,8 @@
     python tools/bench.py compare --size 1b              # a table: ours, transformers, and llama.cpp where installed
     python tools/bench.py growth --size 1b --png x.png   # time per token by context and by batch
     python tools/bench.py drafts --size 1b               # checking guesses: its cost, and what it gains
+    python tools/bench.py assisted --size 0.5b           # a small model that guesses, beside transformers
+    python tools/bench.py exact                          # whether answers with drafts are the same here
     python tools/bench.py kernels                        # one product of a layer, by every way (see kernels --help)
     python tools/bench.py quality                        # how far int8 and int4 are from float64, layer by layer
     python tools/bench.py contrast --size 0.5b           # what a second row of logits costs
@@ -39,10 +41,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench_kernels
 from bench_checkpoint import SHAPES, SIZES, make_checkpoint
+from bench_parts.assisted import assisted, assisted_table
 from bench_parts.clock import say
 from bench_parts.compare import PICTURE, Asked, compare, default_rows, measured
 from bench_parts.contrast import contrast, contrast_table
 from bench_parts.drafts import drafts, drafts_table
+from bench_parts.exact import exact, exact_table
 from bench_parts.growth import CONTEXTS, growth, growth_plot, growth_table, random_model
 from bench_parts.journal import Journal
 from bench_parts.probe import machine
@@ -131,15 +135,15 @@ def flags_of_others(group: argparse._ArgumentGroup) -> None:
         help="threads: these, `shapes` being the bundled model",
     )
     group.add_argument(
-        "--dtypes", default="float32,bfloat16,int8,int4", help="growth, drafts: which lines"
+        "--dtypes", default="float32,bfloat16,int8,int4", help="growth, drafts, exact: which lines"
     )
     group.add_argument("--png", type=Path, help="growth: draw it here")
-    group.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="contrast")
+    group.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="contrast, assisted")
     group.add_argument(
         "--prompt",
         type=int,
         default=PROMPT,
-        help=f"contrast, drafts: positions before (default {PROMPT})",
+        help=f"contrast, drafts, assisted: positions before (default {PROMPT})",
     )
     group.add_argument(
         "--beside",
@@ -166,7 +170,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             f"--tokens is {options.tokens}, expected less than the shortest context, "
             f"{min(CONTEXTS)}"
         )
-    if options.size == SHAPES and options.what in ("growth", "contrast", "drafts"):
+    if options.size == SHAPES and options.what in ("growth", "contrast", "drafts", "assisted"):
         parser.error(f"--size {SHAPES} is for compare: {options.what} measures random weights")
     for flag, path in (("--png", options.png), ("--journal", options.journal)):
         if path is None:
@@ -270,6 +274,17 @@ def drafts_command(parser: argparse.ArgumentParser, options: argparse.Namespace)
     return rows, drafts_table(found)
 
 
+def assisted_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
+    dtype = getattr(torch, options.dtype)
+    timings, ids = assisted(options.size, dtype, options.prompt, options.tokens, options.rounds)
+    return listed(timings), assisted_table(timings, ids)
+
+
+def exact_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
+    found = exact(dtypes_of(parser, options))
+    return [vars(cell) for cell in found], exact_table(found)
+
+
 def growth_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
     dtypes = dtypes_of(parser, options)
     found = growth(options.size, dtypes, options.tokens, options.rounds)
@@ -328,6 +343,8 @@ def listed(timings: dict) -> list[dict]:
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser, argparse.Namespace], tuple]] = {
     "growth": growth_command,
     "drafts": drafts_command,
+    "assisted": assisted_command,
+    "exact": exact_command,
     "quality": quality_command,
     "contrast": contrast_command,
     "threads": threads_command,

@@ -665,6 +665,40 @@ def test_a_llama_guesses_by_the_words_alone(shapes, llama):
     assert drafts.report.accepted == drafts.report.drafted > 0
 
 
+@pytest.mark.parity
+@torch.no_grad()
+def test_answers_are_those_of_transformers_assisted_generation(shapes, llama, tmp_path):
+    """With a small LLaVA that sees the picture, and a Llama that does not: the same ids as
+    transformers makes with the same small model."""
+    transformers = pytest.importorskip("transformers")
+    folder = REFERENCE.parents[1] / "weights/shapes"
+    large = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    seeing = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    blind = transformers.LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    count = large.config.vision_config.image_size // large.config.vision_config.patch_size
+    for picture, small, given in ((PICTURE, seeing, folder), (None, blind, llama)):
+        drafts = shapes.drafts(given, 4)
+        prompt = shapes.prompt("What is in the picture?", images=picture is not None)
+        ids, pictures = [], {}
+        for i in shapes.tokenizer.encode(prompt):
+            ids += [large.config.image_token_id] * count**2 if i == -200 else [i]
+        if picture is not None:
+            pictures = {"pixel_values": shapes.image_processor([picture])}
+        small.generation_config.num_assistant_tokens = 4
+        small.generation_config.num_assistant_tokens_schedule = "constant"
+        ids = torch.tensor([ids])
+        theirs = large.generate(
+            ids, attention_mask=torch.ones_like(ids), assistant_model=small, do_sample=False,
+            max_new_tokens=20, pad_token_id=0, eos_token_id=2, **pictures,
+        )  # fmt: skip
+        options = shapes.options(max_new_tokens=20)
+        spliced = shapes.prepare([] if picture is None else picture, prompt)
+        given = [] if picture is None else [picture]
+        found = list(drafts.steps(shapes.model, spliced, options, pictures=given))
+        assert [step.ids[0] for step in found] == theirs[0, ids.shape[1] :].tolist()
+        assert drafts.report.accepted == drafts.report.drafted > 0
+
+
 def test_a_stored_head_is_the_head_of_a_drafter_too(shapes, llama, tmp_path):
     """A config that ties the head to the table, beside a stored head, was refused as a drafter and
     opened as a LLaVA."""

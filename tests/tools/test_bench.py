@@ -13,7 +13,7 @@ import bench_chart
 import pytest
 import torch
 from bench_checkpoint import config_of, make_checkpoint
-from bench_parts import clock, compare, drafts, growth, probe, rows, startup, threads, work
+from bench_parts import clock, compare, drafts, exact, growth, probe, rows, startup, threads, work
 from bench_parts.compare import Asked, Measured
 from bench_parts.gguf_files import pairs_side_by_side
 from bench_parts.journal import Journal
@@ -23,6 +23,7 @@ from bench_parts.tables import COLUMNS, cells_of, memory, ratios, table
 
 from minillava.assistant import load
 from minillava.checkpoint.stored import StoredWeights
+from minillava.loop import Step
 
 SETTINGS = {"size": "toy", "machine": "one"}
 
@@ -473,6 +474,50 @@ def test_an_oracle_is_right_as_often_as_it_is_told():
         # four standard deviations of a coin that is thrown as often
         assert abs(right - rate * 1998) <= 4 * (rate * (1 - rate) * 1998) ** 0.5
         assert all(5 <= guess < 640 for guess in guesses)
+
+
+def test_the_table_of_exactness_finds_what_differs(monkeypatch, capsys):
+    """A cell that cannot say no: other tokens, or scores that are a rounding apart, would pass."""
+    monkeypatch.setattr(exact, "LENGTH", 8)
+    monkeypatch.setattr(exact, "QUESTIONS", exact.QUESTIONS[:1])
+    monkeypatch.setattr(exact, "DRAFTERS", ("lookup", "oracle"))
+    assert bench.main(["exact", "--dtypes", "float32,int8"]) == 0
+    rows = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    heads = [f"{drafter}, {way}" for drafter in ("lookup", "oracle") for way in exact.WAYS]
+    assert rows[0] == ["weights", "claimed", *heads]
+    assert [row[0] for row in rows[1:]] == ["float32", "int8"]
+    for row in rows[1:]:
+        assert all(told.startswith("same ") for told in row[2:])
+        assert row[1] != "exact" or set(row[2:]) == {"same bits"}
+
+    def step(token, score):
+        return Step(
+            None, [token], [], [None], None, None, torch.tensor([score, -torch.inf]), *2 * [None]
+        )
+
+    plain = [step(5, 1.0), step(6, 1.0), step(7, 1.0)]
+    for other, told in (
+        ([step(5, 1.0), step(6, 1.5), step(7, 1.0)], "same tokens, scores 5e-01"),
+        ([step(5, 1.0), step(9, 1.0), step(7, 3.0)], "1 of 1 answers differ"),
+        (plain, "same bits"),
+    ):
+        cell = exact.Cell("float32", "oracle", "greedy", answers=1)
+        exact.hold(cell, plain, iter(other))
+        assert cell.told() == told
+    assert exact.Cell("float32", "medusa", "greedy").told() == "none here"
+
+
+@pytest.mark.parity
+def test_a_small_model_guesses_beside_transformers(capsys):
+    """The two would be given other weights, or one of them no draft: the ids differ then, and the
+    oracle of first layers is not right."""
+    pytest.importorskip("transformers")
+    arguments = ["assisted", "--size", "toy", "--dtype", "float32", "--prompt", "9"]
+    assert bench.main([*arguments, "--rounds", "1", "--tokens", "11"]) == 0
+    out = capsys.readouterr().out
+    names = ["minillava", "minillava, draft", "transformers", "transformers, assisted"]
+    assert [cells(line)[0] for line in out.splitlines()[4:8]] == names
+    assert "All ids are the same." in out
 
 
 def test_costs_between_two_counts_lie_on_a_line():

@@ -18,7 +18,7 @@ from minillava.loop import steps
 from minillava.options import DTYPES, Options
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens of a pass
-RATES = (0.5, 0.7, 0.9)
+RATES = (0.0, 0.5, 0.7, 0.9)
 
 
 @dataclass
