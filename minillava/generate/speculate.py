@@ -128,7 +128,9 @@ class Pace:
         """pass_cost: number of tokens -> cost of a pass, in steps. guess_cost: of one guess, in
         steps."""
         self.fixed, self.pass_cost, self.guess_cost = fixed, pass_cost, guess_cost
-        self.right: deque[bool] = deque([True, True, True, False, False], maxlen=32)
+        # Half are taken to be right at first, and so few that a drafter that is always wrong is
+        # found out after a few passes.
+        self.right: deque[bool] = deque([True, False], maxlen=32)
 
     def choose(self) -> int:
         if self.fixed is not None:
