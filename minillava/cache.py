@@ -74,6 +74,18 @@ class KVCache:
             raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
         self.length = length
 
+    def keep(self, positions: list[int]) -> None:
+        """Of positions[0] and what comes after it, keep these alone, rising, and move them together
+        (the guesses of a tree that came true)."""
+        first, end = positions[0], positions[0] + len(positions)
+        if sorted({*positions}) != positions or not 0 <= first <= positions[-1] < self.length:
+            raise ValueError(f"cannot keep {positions} of a cache of {self.length} tokens")
+        for tensor in (*self.keys, *self.values):
+            tensor[:, :, first:end] = tensor[:, :, positions]
+        if self.padding_mask is not None:
+            self.padding_mask[:, first:end] = self.padding_mask[:, positions]
+        self.length = end
+
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` positions, keeping what is filled. One tensor after the other
         moves to a larger one, so that no more than one of them is ever held twice."""

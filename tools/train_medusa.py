@@ -39,7 +39,7 @@ QUESTIONS = 4  # about each scene; one of them is to describe it
 
 # Medusa's own numbers are for one epoch of 68,000 conversations and heads of 17 million parameters.
 FOR_SHAPES = (
-    "--heads", "4", "--rate", "3e-3", "--batch", "32", "--accumulate", "1", "--epochs", "8",
+    "--heads", "4", "--rate", "3e-3", "--batch", "8", "--accumulate", "1", "--epochs", "3",
     "--hold-out", "0.05", "--order", "shuffle", "--save-every", "10000",
 )  # fmt: skip
 

@@ -14,8 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minillava.generate.tree import Tree, most_likely
 from minillava.llama import LanguageModel, upcast
 from minillava.sampling import Sampler
+
+RANKS = 10
+"""So many tokens of each head may be guessed, as in Medusa's own trees."""
 
 
 class Layer(nn.Module):
@@ -69,18 +73,23 @@ def heads_of(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.de
 
 
 class Medusa:
-    """The drafter (see speculate.py). All heads are read once, however many guesses are taken from
-    them."""
+    """The drafter (see speculate.py). All heads are read once, and their best tokens make a tree of
+    guesses."""
 
-    kind, cost = "medusa", 0.0
+    kind, cost = "medusa", None
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], words: Sequence[int] | None, language: LanguageModel
+        self,
+        tensors: Mapping[str, Tensor],
+        words: Sequence[int] | None,
+        language: LanguageModel,
+        ranks: int = RANKS,
     ):
-        """tensors, words: as checkpoint/medusa.py opens them."""
+        """tensors, words: as checkpoint/medusa.py opens them. ranks: as many tokens of each head
+        may be guessed; with 1 the guesses are a chain."""
         weight = language.embed_tokens.weight
         self.heads = heads_of(tensors, weight.dtype, weight.device)
-        self.language, self.words = language, words
+        self.language, self.words, self.ranks = language, words, ranks
 
     def begin(self, prompt: list[int], sampler: Sampler, pictures: Sequence[Any]) -> "MedusaDraft":
         return MedusaDraft(self)
@@ -93,12 +102,15 @@ class MedusaDraft:
         self.drafter = drafter
         self.hidden: Tensor | None = None  # [C], which the heads read
 
-    def propose(self, count: int) -> list[int]:
+    def propose(self, count: int) -> Tree:
         assert self.hidden is not None  # the prompt's is known before the first guess
-        logits = self.drafter.heads(self.hidden[None], self.drafter.language)[0]  # [K, V]
-        found = upcast(logits).argmax(-1).tolist()[:count]
-        words = self.drafter.words
-        return found if words is None else [words[i] for i in found]
+        drafter = self.drafter
+        logits = drafter.heads(self.hidden[None], drafter.language)[0]  # [K, V]
+        best = upcast(logits).softmax(-1).topk(min(drafter.ranks, logits.shape[-1]))
+        tokens, words = best.indices.tolist(), drafter.words
+        if words is not None:
+            tokens = [[words[i] for i in each] for each in tokens]
+        return most_likely(tokens, best.values.tolist(), count)
 
     def accept(self, ids: list[int], hidden: Tensor) -> None:
         self.hidden = hidden

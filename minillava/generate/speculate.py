@@ -24,6 +24,7 @@ from torch import Tensor
 from minillava.attention import eager
 from minillava.cache import KVCache
 from minillava.config import IMAGE_TOKEN_INDEX
+from minillava.generate.tree import Tree, along_paths, chain, positions_and_mask
 from minillava.llama import Context, LanguageModel, LanguageOutput, rotary_tables
 from minillava.llava import Llava, Spliced
 from minillava.loop import decode_in_turn, prefill, steps
@@ -41,8 +42,9 @@ MOST = 15
 class Draft(Protocol):
     """The guesses for one answer."""
 
-    def propose(self, count: int) -> list[int]:
-        """At most `count` tokens that may come next; without any, the step is an ordinary one."""
+    def propose(self, count: int) -> list[int] | Tree:
+        """At most `count` tokens that may come next, one after the other or as a tree; without any,
+        the step is an ordinary one."""
 
     def accept(self, ids: list[int], hidden: Tensor) -> None:
         """Learn the tokens that really came. hidden [C]: the last hidden state, normalised, from
@@ -65,7 +67,10 @@ class Drafter(Protocol):
     """A way to guess. A file that defines these names adds a new one."""
 
     kind: str  # its name
-    cost: float  # of one guess, in steps of the model
+
+    @property
+    def cost(self) -> float | None:
+        """Of one guess, in steps of the model; None: they come at once, as a Tree with chances."""
 
     def begin(self, prompt: list[int], sampler: Sampler, pictures: Sequence[Any]) -> Draft:
         """Start the guesses for one answer. prompt: ids with -200 for each picture. sampler: of the
@@ -124,23 +129,45 @@ class Pace:
     """How many tokens to guess: `fixed`, or as many as pay off, given the cost of a pass and how
     often recent guesses were right."""
 
-    def __init__(self, fixed: int | None, pass_cost: Callable[[int], float], guess_cost: float):
+    def __init__(
+        self, fixed: int | None, pass_cost: Callable[[int], float], guess_cost: float | None
+    ):
         """pass_cost: number of tokens -> cost of a pass, in steps. guess_cost: of one guess, in
-        steps."""
+        steps; None: guesses come with their chances."""
         self.fixed, self.pass_cost, self.guess_cost = fixed, pass_cost, guess_cost
         # Half are taken to be right at first, and so few that a drafter that is always wrong is
         # found out after a few passes.
         self.right: deque[bool] = deque([True, False], maxlen=32)
+        # of trees: how many guesses were to come true by their chances, and how many did
+        self.hoped: deque[tuple[float, int]] = deque(maxlen=32)
 
     def choose(self) -> int:
         if self.fixed is not None:
             return self.fixed
+        if self.guess_cost is None:
+            return MOST
         rate = sum(self.right) / len(self.right)
         return best_length(rate, self.pass_cost, self.guess_cost)
 
-    def note(self, drafted: int, accepted: int) -> None:
+    def cut(self, tree: Tree) -> Tree:
+        """As many guesses of a tree as pay, by their chances, which count as much less as they
+        promised too much of late."""
+        if self.fixed is not None or self.guess_cost is not None:
+            return tree
+        hoped, came = (1 + sum(each) for each in zip((0, 0), *self.hoped, strict=True))
+        trust = min(1.0, came / hoped)
+
+        def gain(n: int) -> float:
+            return (1 + trust * sum(tree.chances[:n])) / self.pass_cost(n + 1)
+
+        return tree.first(max(range(len(tree.tokens) + 1), key=gain))
+
+    def note(self, tree: Tree, accepted: int) -> None:
         """Note how many guesses were right. A guess after a wrong one does not count."""
-        self.right += [True] * accepted + [False] * (accepted < drafted)
+        if tree.chances:
+            self.hoped.append((sum(tree.chances), accepted))
+        else:
+            self.right += [True] * accepted + [False] * (accepted < len(tree.tokens))
 
 
 def best_length(rate: float, pass_cost: Callable[[int], float], guess_cost: float) -> int:
@@ -236,42 +263,56 @@ def _steps(
     with decode_in_turn(model, spliced.embeds, run.capacity, cache, run.wanted) as decoder:
         # A cache that the caller owns may grow at the last yield of a block.
         cache, spare = decoder.cache, int(cache is not None)
-        # guessed: guesses that no pass checks, made to know how often they are right
-        guesses, guessed = [], []
+        # watched: a guess that no pass checks, made to know how often they are right
+        tree = watched = chain([])
         rows = [prefill(model, spliced, cache, **run.wanted)]
         draft = drafts.drafter.begin(prompt_ids(spliced), run.sampler, pictures)
         while True:
-            start = cache.length - len(guesses)  # the length without the guesses
-            block = take_rows(run, rows, guesses)
-            # the block ends at the first wrong guess, or with one token more than was guessed
-            accepted = sum(s.ids == [guess] for s, guess in zip(block, guesses, strict=False))
-            if report.add(guesses, accepted, len(block)):
-                pace.note(len(guesses), accepted)
-                pace.note(len(guessed), int(guessed == block[0].ids))
+            start = cache.length - len(tree.tokens)  # the length without the guesses
+            block, path = take_rows(run, rows, tree)
+            accepted = len(path) - 1
+            if report.add(tree.tokens, accepted, len(block)):
+                pace.note(tree, accepted)
+                pace.note(watched, int(watched.tokens == block[0].ids))
+            if not tree.is_chain:
+                cache.keep([start - 1 + row for row in path[: len(block)]])
             yield from show(block, cache, start)
             if block[-1].finish_reason[0] is not None:
                 return
             ids = [step.ids[0] for step in block]
-            draft.accept(ids, rows[len(block) - 1].hidden[0, -1])
+            draft.accept(ids, rows[path[len(block) - 1]].hidden[0, -1])
             # More guesses than tokens are left could not count.
             most = min(run.most - run.sampler.chosen, cache.capacity - cache.length - spare) - 1
-            count = min(pace.choose(), most)
-            guesses = text_only(draft.propose(count), model) if count > 0 else []
-            guessed = draft.propose(1) if count == 0 and drafts.drafter.cost == 0 else []
-            rows = check(model, [ids[-1], *guesses], cache, run)
+            tree, watched = guess(draft, pace, most, model)
+            rows = check(model, ids[-1], tree, cache, run)
 
 
-def take_rows(run: Run, rows: list[LanguageOutput], guesses: list[int]) -> list[Step]:
-    """The steps that a pass yields: up to the first whose token differs from its guess, or that
-    ends the answer."""
-    block = []
-    for output, guess in zip(rows, [*guesses, None], strict=True):
-        step, told = run.choose(output)
+def guess(draft: Draft, pace: Pace, most: int, model: Llava) -> tuple[Tree, Tree]:
+    """The guesses that the next pass checks, at most so many, and one that is only watched, if none
+    is checked and it costs nothing."""
+    none, count = chain([]), min(pace.choose(), most)
+    if count <= 0 and pace.guess_cost != 0:
+        return none, none
+    found = draft.propose(max(count, 1))
+    found = text_only(found if isinstance(found, Tree) else chain(found), model)
+    if model.language_model.one_by_one:
+        found = found.as_chain()
+    tree = pace.cut(found) if count > 0 else none
+    return tree, none if tree.tokens else found.first(1)
+
+
+def take_rows(run: Run, rows: list[LanguageOutput], tree: Tree) -> tuple[list[Step], list[int]]:
+    """The steps that a pass yields: from row to row as long as a guess is the token that is chosen,
+    and does not end the answer. Also the rows of those guesses, after row 0."""
+    block, path = [], [0]
+    while True:
+        step, told = run.choose(rows[path[-1]])
         run.tell(step, told.tolist())
         block.append(step)
-        if step.finish_reason[0] is not None or step.ids[0] != guess:
-            break
-    return block
+        right = tree.child(path[-1], step.ids[0])
+        path += [] if right is None else [right]
+        if step.finish_reason[0] is not None or right is None:
+            return block, path
 
 
 def show(block: list[Step], cache: KVCache, start: int) -> Iterator[Step]:
@@ -284,28 +325,46 @@ def show(block: list[Step], cache: KVCache, start: int) -> Iterator[Step]:
             cache.advance(1)  # it was read already
 
 
-def check(model: Llava, token_ids: list[int], cache: KVCache, run: Run) -> list[LanguageOutput]:
-    """One pass over known tokens; returns what a single step would give for each of them. Both
-    streams of contrast read the same tokens."""
+def check(model: Llava, last: int, tree: Tree, cache: KVCache, run: Run) -> list[LanguageOutput]:
+    """One pass over the last token and guesses; returns what a single step would give for each of
+    them. Both streams of contrast read the same tokens."""
     language, past = model.language_model, cache.length
-    rows = [token_ids] * run.rows_per_answer
+    rows = [[last, *tree.tokens]] * run.rows_per_answer
     ids = torch.tensor(rows, device=run.sampler.history.device)  # [B, g + 1]
     if language.one_by_one:
         return [language(each, None, cache, **run.wanted) for each in ids.split(1, dim=1)]
-    attend = query_by_query(
-        eager if run.wanted["attentions"] else language.attend, cache.padding_mask is not None
-    )
-    output = language(ids, None, cache, attend=attend, **run.wanted)
-    return [one_row(output, i, past + i + 1) for i in range(len(token_ids))]
+    attend, padded = language.attend, cache.padding_mask is not None
+    attend = eager if run.wanted["attentions"] else attend
+    seen: list[slice | list[int]] = [slice(0, past + i + 1) for i in range(ids.shape[1])]
+    if tree.is_chain:
+        output = language(ids, None, cache, attend=query_by_query(attend, padded), **run.wanted)
+    else:
+        paths = [tree.path(i) for i in range(ids.shape[1])]
+        positions, mask = positions_and_mask(tree, past, cache.padding_mask, ids.device)
+        if at_once(ids.device):
+            seen = [[*range(past), *(past + row for row in path)] for path in paths]
+        else:
+            seen = [slice(0, past + len(path)) for path in paths]
+            attend = along_paths(attend, tree, padded)
+        output = language(
+            ids, None, cache, attend=attend, positions=positions, mask=mask, **run.wanted
+        )
+    return [one_row(output, i, keys) for i, keys in enumerate(seen)]
 
 
-def one_row(output: LanguageOutput, i: int, length: int) -> LanguageOutput:
-    """Row i of a pass, which saw `length` positions, as a step of its own."""
+def at_once(device: torch.device) -> bool:
+    """Whether a tree is one call of attention with its mask: on a GPU a call for each guess would
+    take longer than the rest of the pass."""
+    return device.type != "cpu"
+
+
+def one_row(output: LanguageOutput, i: int, keys: slice | list[int]) -> LanguageOutput:
+    """Row i of a pass, which saw these keys, as a step of its own."""
     states, weights, row = output.hidden_states, output.attentions, slice(i, i + 1)
     return LanguageOutput(
         output.logits[:, row],
         None if states is None else tuple(state[:, row] for state in states),
-        None if weights is None else tuple(w[:, :, row, :length] for w in weights),
+        None if weights is None else tuple(w[:, :, row, keys] for w in weights),
         output.hidden[:, row],
     )
 
@@ -380,17 +439,16 @@ def prompt_ids(spliced: Spliced) -> list[int]:
     return ids[padding:]
 
 
-def text_only(guesses: list[int], model: Llava) -> list[int]:
-    """The guesses before the first one that the model cannot generate: a picture, padding, or an id
-    outside its vocabulary."""
+def text_only(tree: Tree, model: Llava) -> Tree:
+    """The guesses without any that the model cannot generate: a picture, padding, or an id outside
+    its vocabulary; and without what goes on from those, or from an end."""
     config = model.config
-    for i, guess in enumerate(guesses):
-        picture = guess in (IMAGE_TOKEN_INDEX, config.image_token_id)
-        if picture or not 0 <= guess < config.text.vocab_size or guess == config.pad_token_id:
-            return guesses[:i]
-        if guess in config.eos_token_ids:
-            return guesses[: i + 1]
-    return guesses
+
+    def refused(token: int) -> bool:
+        picture = token in (IMAGE_TOKEN_INDEX, config.image_token_id)
+        return picture or not 0 <= token < config.text.vocab_size or token == config.pad_token_id
+
+    return tree.without(refused, config.eos_token_ids)
 
 
 def check_one(batch: int, options: Options) -> None:

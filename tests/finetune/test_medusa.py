@@ -94,10 +94,10 @@ def test_what_repeats_is_learnt_by_every_head_and_the_model_stays():
     assert found == [[1.0, 1.0]] * 3
     with torch.no_grad():
         states = model.language_model(torch.tensor([ids])).hidden[0]
-    draft = Medusa(heads.state_dict(), None, model.language_model).begin([], None, ())
+    draft = Medusa(heads.state_dict(), None, model.language_model, 1).begin([], None, ())
     for at in range(2, len(ids) - 4):
         draft.accept(ids[at + 1 : at + 2], states[at])
-        assert draft.propose(3) == ids[at + 2 : at + 5]
+        assert draft.propose(3).as_chain().tokens == ids[at + 2 : at + 5]
 
 
 def test_the_first_update_moves_every_head():

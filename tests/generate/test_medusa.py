@@ -5,16 +5,19 @@ from itertools import cycle
 
 import pytest
 import torch
+from bounds import assert_same_in_float64
 from models import stored, tiny
 from paths import REFERENCE
 from safetensors.torch import save_file
 
-from minillava.generate.contrast import VCD
+from minillava.cache import KVCache
+from minillava.generate.contrast import M3ID, VCD
 from minillava.generate.generation import generate
 from minillava.generate.medusa import Heads, Medusa
-from minillava.generate.speculate import Drafts
+from minillava.generate.speculate import MOST, Drafts, Pace
+from minillava.generate.tree import Tree, chain, most_likely, positions_and_mask
 from minillava.loop import steps
-from minillava.options import Options
+from minillava.options import RECORDABLE, Options
 
 WEIGHTS = REFERENCE.parents[1] / "weights/shapes"
 
@@ -139,7 +142,7 @@ def test_a_truncated_vocabulary_names_its_tokens(tmp_path):
         hidden = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
         draft.accept([5], hidden)
         best = drafter.heads(hidden, assistant.model.language_model).argmax(-1)
-        assert draft.propose(2) == tensors["token_map"][best].tolist()
+        assert draft.propose(9).as_chain().tokens == tensors["token_map"][best].tolist()
 
 
 def changed(tensors, **others):
@@ -207,14 +210,142 @@ def test_the_answer_is_the_plain_one(toy, pixels, options, contrast):
     """Heads decided what was said."""
     rows = 1 if contrast is None else 2
     spliced = toy.model.splice([IDS] * rows, pixels[:rows])
-    chosen = Options(**{"max_new_tokens": 20, **options})
+    chosen = Options(**{"max_new_tokens": 12, **options})
     given = {"tokenizer": toy.tokenizer, "contrast": contrast}
     plain = parts(steps(toy.model, spliced, chosen, **given))
-    for count in (1, 4, None):
+    for count in (4, None):
         drafts = Drafts(drafter_of(toy), count)
         assert parts(drafts.steps(toy.model, spliced, chosen, **given)) == plain
         if len(plain) > 3 and count is not None:
             assert drafts.report.drafted > 0
+
+
+class Planted:
+    """A drafter whose trees hold the answer on the last of two branches, so that what comes true
+    never stands where it is to stay in the cache; each fifth token is not guessed."""
+
+    kind, cost = "planted", None
+
+    def __init__(self, answer: list[int], vocabulary: int):
+        self.answer, self.vocabulary, self.at = answer, vocabulary, 0
+
+    def begin(self, prompt, sampler, pictures):
+        self.at = 0
+        return self
+
+    def propose(self, count: int) -> Tree:
+        known = self.answer[self.at : self.at + 3]
+        tokens, parents, last = [], [], 0
+        for depth, token in enumerate(known):
+            wrong = [(token + i) % self.vocabulary for i in (1, 2)]
+            right = token if (self.at + depth) % 5 else wrong[1]
+            tokens += [wrong[0], right]
+            parents += [last, last]
+            last = len(tokens)
+        return Tree(tokens, parents, [0.5] * len(tokens)).first(count)
+
+    def accept(self, ids: list[int], hidden: torch.Tensor) -> None:
+        self.at += len(ids)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
+@pytest.mark.parametrize("method", [None, VCD(), M3ID(rate=0.3)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_tree_gives_the_plain_steps_and_the_plain_cache(
+    toy, pixels, options, method, masked, monkeypatch
+):
+    """A guess saw its neighbours, stood at its place in the pass instead of its depth, or stayed in
+    the cache; records had the keys of the whole tree. M3ID's second row is shorter, which is
+    padding. masked: with one call of attention, as on a GPU."""
+    monkeypatch.setattr("minillava.generate.speculate.at_once", lambda device: masked)
+    rows = [IDS, [i for i in IDS if i != -200]] if isinstance(method, M3ID) else [IDS, IDS]
+    rows = rows[: 1 if method is None else 2]
+    spliced = toy.model.splice(rows, pixels[: sum(row.count(-200) for row in rows)])
+    length, text = spliced.embeds.shape[1], toy.model.config.text
+    chosen = Options(max_new_tokens=13, min_new_tokens=13, **options)
+    given = {"record": RECORDABLE, "contrast": method}
+
+    def cache():
+        return KVCache(text, len(rows), length + 13, dtype=torch.float64, device="cpu")
+
+    filled, mine = cache(), cache()
+    plain, lengths = [], []
+    for step in steps(toy.model, spliced, chosen, cache=filled, **given):
+        plain.append(step)
+        lengths.append(filled.length)
+    planted = Planted([s.ids[0] for s in plain], text.vocab_size)
+    drafts = Drafts(planted, 6)
+    for at, step in enumerate(drafts.steps(toy.model, spliced, chosen, cache=mine, **given)):
+        other = plain[at]
+        assert step.ids == other.ids
+        assert mine.length == lengths[at]
+        for a, b in zip([*mine.keys, *mine.values], [*filled.keys, *filled.values], strict=True):
+            assert_same_in_float64(a[:, :, : mine.length], b[:, :, : mine.length])
+        for name in ("logits", "scores"):
+            assert_same_in_float64(vars(step)[name], vars(other)[name])
+        for name in ("hidden_states", "attentions"):
+            for a, b in zip(vars(step)[name], vars(other)[name], strict=True):
+                assert_same_in_float64(a, b)
+    assert len(plain) == 13
+    assert drafts.report.accepted >= 6
+    assert drafts.report.lengths[2:] != []  # whole branches, of which only every second row counts
+
+
+def test_an_abandoned_tree_leaves_what_was_shown(toy, pixels):
+    """Rows of a branch that came true stood behind those of another one."""
+    spliced = toy.model.splice([IDS], pixels[:1])
+    options, text = Options(max_new_tokens=12, min_new_tokens=12), toy.model.config.text
+    plain = list(steps(toy.model, spliced, options))
+    answer = [s.ids[0] for s in plain]
+    for stopped in (1, 3, 4, 6):
+        cache = KVCache(text, 1, spliced.embeds.shape[1] + 12, dtype=torch.float64, device="cpu")
+        made = Drafts(Planted(answer, text.vocab_size), 6).steps(
+            toy.model, spliced, options, cache=cache
+        )
+        assert [next(made).ids[0] for _ in range(stopped)] == answer[:stopped]
+        made.close()
+        with torch.no_grad():
+            last = torch.tensor([answer[stopped - 1 : stopped]])
+            logits = toy.model.language_model(last, None, cache).logits[:, -1]
+        assert_same_in_float64(logits, plain[stopped].logits)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [("float32", "int8"), ("bfloat16", "int8"), ("float32", "int4")]
+)
+def test_a_tree_on_small_weights_gives_the_same_bits(dtype, kind):
+    """Each guess is attended to as in a step of its own: one masked call for all of them would add
+    up in another order."""
+    assistant = stored(WEIGHTS, dtype, quantize=kind)
+    spliced = assistant.prepare(WEIGHTS / "example-2.png", assistant.prompt("What is there?"))
+    options = Options(max_new_tokens=16, min_new_tokens=16)
+    plain = list(steps(assistant.model, spliced, options))
+    planted = Planted([s.ids[0] for s in plain], assistant.model.config.text.vocab_size)
+    drafts = Drafts(planted, 6)
+    found = list(drafts.steps(assistant.model, spliced, options))
+    assert [s.ids for s in found] == [s.ids for s in plain]
+    assert drafts.report.exact
+    assert drafts.report.accepted >= 6
+    for mine, other in zip(found, plain, strict=True):
+        assert torch.equal(mine.scores, other.scores)
+
+
+def test_an_end_inside_a_tree_ends_the_answer(toy, pixels):
+    """What goes on from an end token was guessed, and kept."""
+    end, text = toy.model.config.eos_token_ids[0], toy.model.config.text
+    spliced = toy.model.splice([IDS], pixels[:1])
+
+    def process(scores, history):
+        ends = torch.full_like(scores, -torch.inf)
+        ends[:, end] = 0
+        return ends if history.shape[1] > spliced.embeds.shape[1] + 4 else scores
+
+    options = Options(max_new_tokens=12)
+    plain = parts(steps(toy.model, spliced, options, process=process))
+    answer = [ids[0] for ids, _, _ in plain]
+    assert answer[-1] == end
+    made = Drafts(Planted([*answer, 7, 7], text.vocab_size), 6)
+    assert parts(made.steps(toy.model, spliced, options, process=process)) == plain
 
 
 def test_heads_are_for_one_answer(toy, pixels):
@@ -234,3 +365,79 @@ def test_generate_takes_them_too(toy, pixels):
     found = generate(toy.model, [IDS], pixels[:1], max_new_tokens=9, follow=drafts.steps)
     assert torch.equal(found.sequences, plain)
     assert drafts.report.kind == "medusa"
+
+
+# --- the tree -------------------------------------------------------------------------------------
+
+#     ┌─ 11 ─┬─ 21 ── 31
+#  0 ─┤      └─ 22
+#     └─ 12
+GOLDEN = Tree([11, 12, 21, 22, 31], [0, 0, 1, 1, 3], [])
+
+
+def test_a_tree_by_hand():
+    """Of Medusa's own buffers: positions 0 1 1 2 2 3, and the rows from the root to each leaf."""
+    paths = [GOLDEN.path(row) for row in range(6)]
+    assert [len(path) - 1 for path in paths] == [0, 1, 1, 2, 2, 3]
+    leaves = [path for path in paths if path[-1] not in GOLDEN.parents]
+    assert sorted(leaves, key=len, reverse=True) == [[0, 1, 3, 5], [0, 1, 4], [0, 2]]
+    positions, mask = positions_and_mask(GOLDEN, 2, None, torch.device("cpu"))
+    assert positions.tolist() == [[2, 3, 3, 4, 4, 5]]
+    shown = ["".join(".x"[seen] for seen in row) for row in mask[0, 0].int().tolist()]
+    assert shown == ["xxx.....", "xxxx....", "xxx.x...", "xxxx.x..", "xxxx..x.", "xxxx.x.x"]
+    padding = torch.tensor([[False, True, True], [True, True, True]])
+    positions, mask = positions_and_mask(GOLDEN, 2, padding, torch.device("cpu"))
+    assert positions.tolist() == [[1, 2, 2, 3, 3, 4], [2, 3, 3, 4, 4, 5]]
+    assert mask.shape == (2, 1, 6, 8)
+    assert mask[:, 0, 3, :2].tolist() == [[False, True], [True, True]]
+
+
+def test_a_child_is_found_by_its_token():
+    """The same token at another place of the tree was taken for the one that follows."""
+    assert [GOLDEN.child(0, token) for token in (11, 12, 21)] == [1, 2, None]
+    assert [GOLDEN.child(1, token) for token in (21, 22, 11)] == [3, 4, None]
+    assert GOLDEN.as_chain() == chain([11, 21, 31])
+    assert not GOLDEN.is_chain and chain([5, 6]).is_chain and chain([]).is_chain
+
+
+def test_what_may_not_be_guessed_takes_what_follows_it_along():
+    """A guess that goes on from a refused one would go on from another."""
+    kept = GOLDEN.without(lambda token: token == 21, {12})
+    assert kept == Tree([11, 12, 22], [0, 0, 1], [])
+    ends = Tree([2, 7, 8, 9], [0, 1, 0, 3], [0.4, 0.3, 0.2, 0.1])
+    assert ends.without(lambda token: False, {2}) == Tree([2, 8, 9], [0, 0, 2], [0.4, 0.2, 0.1])
+
+
+def test_the_most_likely_guesses_come_first_and_every_beginning_is_a_tree():
+    """A guess without the one it goes on from has no place in a pass."""
+    found = most_likely([[5, 6], [7, 8], [9, 9]], [[0.6, 0.3], [0.5, 0.4], [0.9, 0.05]], 7)
+    assert found.tokens == [5, 6, 7, 9, 8, 9, 7]
+    assert found.parents == [0, 0, 1, 3, 1, 5, 2]
+    assert found.chances == pytest.approx([0.6, 0.3, 0.3, 0.27, 0.24, 0.216, 0.15])
+    random = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        best = torch.rand(4, 40, generator=random).softmax(-1).topk(10).values.tolist()
+        tree = most_likely([list(range(10))] * 4, best, 63)
+        assert all(parent <= i for i, parent in enumerate(tree.parents))
+        assert tree.chances == sorted(tree.chances, reverse=True)
+        assert most_likely([list(range(10))] * 4, best, 20) == tree.first(20)
+    one = most_likely([[5], [6], [7]], [[0.5], [0.5], [0.5]], 9)
+    assert one.is_chain and one.tokens == [5, 6, 7]
+
+
+def test_as_many_of_a_tree_as_pay():
+    """Guesses that are never right would be checked on and on, or right ones never."""
+    tree = most_likely([[5, 6], [7, 8]], [[0.6, 0.3], [0.5, 0.4]], 6)
+    assert len(Pace(None, lambda rows: 1.0, None).cut(tree).tokens) == 6
+    assert Pace(None, float, None).cut(tree).tokens == []
+    # by hand, of (1 + sum of chances) / (1 + n/3): 1, 1.2, 1.14, ...
+    pace = Pace(None, lambda rows: 1 + (rows - 1) / 3, None)
+    assert pace.cut(tree).tokens == [5]
+    assert pace.choose() == MOST
+    for _ in range(32):
+        pace.note(tree, 0)
+    assert pace.cut(tree).tokens == []
+    for _ in range(32):
+        pace.note(tree.first(1), 1)
+    assert pace.cut(tree).tokens == [5]
+    assert Pace(3, float, None).cut(tree) == tree  # as many as were asked for

@@ -20,6 +20,7 @@ from minillava.generate.contrast import M3ID, VCD
 from minillava.generate.generation import generate
 from minillava.generate.lookup import Lookup, look_up
 from minillava.generate.speculate import MOST, Drafts, Pace, best_length, fork, keeps_bits
+from minillava.generate.tree import chain
 from minillava.loop import Options, steps
 from minillava.options import RECORDABLE
 from minillava.sampling import Sampler
@@ -370,10 +371,10 @@ def test_the_pace_follows_what_was_right_of_late():
     assert pace.choose() == 2  # at 0.5
     for _ in range(8):  # one of ten right: a guess is not worth its tenth of a step any more
         assert pace.choose() > 0
-        pace.note(3, 0)
+        pace.note(chain([5, 6, 7]), 0)
     assert pace.choose() == 0
     for _ in range(40):
-        pace.note(4, 4)
+        pace.note(chain([5, 6, 7, 8]), 4)
     assert pace.choose() == MOST
     assert Pace(4, by_row, 9.0).choose() == 4
 

@@ -120,3 +120,21 @@ def test_padding_is_remembered_and_new_tokens_are_real():
 def test_grouped_heads_are_stored_once():
     """Stored for each query head, a cache of a grouped model takes several times its memory."""
     assert cache().keys[0].shape == (2, 2, 6, 4)
+
+
+def test_keep_moves_what_stays_together():
+    """The guess that came true stood behind one that did not."""
+    cache = KVCache(CONFIG, 2, 8, dtype=torch.float32, device="cpu")
+    before = [torch.randn_like(tensor) for tensor in (*cache.keys, *cache.values)]
+    for tensor, numbers in zip((*cache.keys, *cache.values), before, strict=True):
+        tensor.copy_(numbers)
+    cache.reserve(2, 7, torch.tensor([[False] + [True] * 6, [True] * 7]))
+    cache.advance(7)
+    cache.keep([2, 3, 6])
+    assert cache.length == 5
+    for tensor, numbers in zip((*cache.keys, *cache.values), before, strict=True):
+        assert torch.equal(tensor[:, :, :5], numbers[:, :, [0, 1, 2, 3, 6]])
+    assert cache.padding_mask[:, :5].tolist() == [[False, *[True] * 4], [True] * 5]
+    for wrong in ([3, 2], [2, 2], [4, 5], [-1, 2]):
+        with pytest.raises(ValueError, match="cannot keep"):
+            cache.keep(wrong)
