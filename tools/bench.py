@@ -48,6 +48,7 @@ from bench_parts.contrast import contrast, contrast_table
 from bench_parts.drafts import drafts, drafts_table
 from bench_parts.exact import exact, exact_table
 from bench_parts.growth import CONTEXTS, growth, growth_plot, growth_table, random_model
+from bench_parts.heads import heads, heads_table
 from bench_parts.journal import Journal
 from bench_parts.probe import machine
 from bench_parts.quality import quality, quality_table
@@ -271,7 +272,12 @@ def drafts_command(parser: argparse.ArgumentParser, options: argparse.Namespace)
         }
         for name, each in found.items()
     ]
-    return rows, drafts_table(found)
+    medusa = heads(dtypes, options.rounds)
+    rows += [
+        {"dtype": name, "medusa": listed(each.timings), "passes": each.passes}
+        for name, each in medusa.items()
+    ]
+    return rows, f"{drafts_table(found)}\n\n{heads_table(medusa)}"
 
 
 def assisted_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:

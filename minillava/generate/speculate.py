@@ -91,12 +91,13 @@ class Report:
     lengths: list[int] = field(default_factory=list)  # in how many passes n guesses were right
     guessed: list[bool] = field(default_factory=list)  # of each token, whether it was guessed
     guesses: list[int] = field(default_factory=list)  # that the last pass checked
+    right: list[int] = field(default_factory=list)  # which of these, by their places
 
-    def add(self, guesses: list[int], accepted: int, made: int) -> bool:
+    def add(self, guesses: list[int], right: list[int], made: int) -> bool:
         """Add a pass that made so many tokens; returns whether it is counted: that over the prompt
-        is not."""
-        counted = self.tokens > 0
-        self.tokens, self.guesses = self.tokens + made, guesses
+        is not. right: which guesses were, by their places."""
+        counted, accepted = self.tokens > 0, len(right)
+        self.tokens, self.guesses, self.right = self.tokens + made, guesses, right
         self.guessed += [True] * accepted + [False] * (made - accepted)
         if counted:
             self.passes, self.drafted = self.passes + 1, self.drafted + len(guesses)
@@ -270,9 +271,8 @@ def _steps(
         while True:
             start = cache.length - len(tree.tokens)  # the length without the guesses
             block, path = take_rows(run, rows, tree)
-            accepted = len(path) - 1
-            if report.add(tree.tokens, accepted, len(block)):
-                pace.note(tree, accepted)
+            if report.add(tree.tokens, [row - 1 for row in path[1:]], len(block)):
+                pace.note(tree, len(path) - 1)
                 pace.note(watched, int(watched.tokens == block[0].ids))
             if not tree.is_chain:
                 cache.keep([start - 1 + row for row in path[: len(block)]])

@@ -191,7 +191,7 @@ def _record_answer(
         if drafts is not None and row == 0:
             if before > last and not whole:
                 return answer
-            _record_draft(recorder, drafts, len(answer["ids"]), tokenizer)
+            _record_draft(recorder, drafts, tokenizer)
         _record_choice(recorder, step, tokenizer, f".{row}" if row else "")
         answer["ids"] += step.ids
         answer["text"] += step.text[0]
@@ -204,15 +204,13 @@ def _record_answer(
     return answer
 
 
-def _record_draft(recorder: Recorder, drafts: Drafts, made: int, tokenizer: Tokenizer) -> None:
-    """What a pass read after the last token, and which of these guesses were right. made: tokens of
-    the answer before the pass."""
+def _record_draft(recorder: Recorder, drafts: Drafts, tokenizer: Tokenizer) -> None:
+    """What a pass read after the last token, and which of these guesses were right."""
     report = drafts.report
     if report is None or not report.guesses:
         return
-    right = sum(report.guessed[made:])
     told = [
-        [i, tokenizer.piece(i), "accepted" if at < right else "rejected"]
+        [i, tokenizer.piece(i), "accepted" if at in report.right else "rejected"]
         for at, i in enumerate(report.guesses)
     ]
     recorder.add("choice", "draft", torch.tensor([report.guesses]), check, told)

@@ -25,7 +25,7 @@ def run(capsys, door, *arguments):
 def test_the_answer_is_the_same_and_json_tells_what_it_took(capsys):
     """Guessing ahead would change the answer, or keep its cost from the user."""
     _, plain, _ = run(capsys, "generate", *ASKED)
-    for draft, kind in (("lookup", "lookup"), (WEIGHTS, "model")):
+    for draft, kind in (("lookup", "lookup"), (WEIGHTS, "model"), ("medusa", "medusa")):
         status, out, err = run(capsys, "generate", *ASKED, "--draft", draft, "-v")
         assert (status, out) == (0, plain)
         assert f"\ndrafts   {kind}: 20 tokens, 1 from the prompt, 19 in " in err

@@ -441,3 +441,37 @@ def test_as_many_of_a_tree_as_pay():
         pace.note(tree.first(1), 1)
     assert pace.cut(tree).tokens == [5]
     assert Pace(3, float, None).cut(tree) == tree  # as many as were asked for
+
+
+# --- the bundled heads ----------------------------------------------------------------------------
+
+
+def test_the_bundled_heads_save_passes_and_change_nothing():
+    """They would be those of another training, and cost passes instead of saving them."""
+    assert (WEIGHTS / "medusa_lm_head.safetensors").stat().st_size < 1e6
+    assistant = stored(WEIGHTS)
+    tokens, passes = 0, {1: 0, 10: 0}
+    for i, question in enumerate(("Describe this image.", "How many shapes are there?", "What?")):
+        picture = WEIGHTS / f"example-{i + 1}.png"
+        expected = assistant.ask(picture, question)
+        opened = assistant.drafts("medusa").drafter
+        for ranks in passes:
+            drafter = Medusa(tensors_of(opened.heads), None, opened.language, ranks)
+            drafts = Drafts(drafter, 7)
+            assert assistant.ask(picture, question, draft=drafts) == expected
+            passes[ranks] += drafts.report.passes
+        tokens += drafts.report.tokens - 1
+    assert tokens / passes[1] >= 1.5  # a chain
+    assert passes[10] <= passes[1]  # and a tree, which holds more
+
+
+def test_same_bits_take_the_first_branch(monkeypatch):
+    """Rows that are read one after the other cannot be a tree."""
+    assistant = stored(WEIGHTS)
+    expected = assistant.ask(WEIGHTS / "example-2.png", "Describe this image.")
+    monkeypatch.setattr(assistant.model.language_model, "one_by_one", True)
+    drafts = assistant.drafts("medusa", 7)
+    assert (
+        assistant.ask(WEIGHTS / "example-2.png", "Describe this image.", draft=drafts) == expected
+    )
+    assert drafts.report.accepted > 0
