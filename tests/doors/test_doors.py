@@ -318,6 +318,7 @@ def test_ctrl_c_after_the_answer_changes_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, "all\n", "")
 
 
+@pytest.mark.slow
 def test_who_starts_a_door_with_ctrl_c_ignored_is_obeyed():
     """As `nohup` and a shell's `&` do."""
     script = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + INTERRUPTED

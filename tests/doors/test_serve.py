@@ -564,7 +564,10 @@ def door(*words: object) -> subprocess.Popen:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow), (signal.SIGINT, 130)],
+)
 def test_the_door_says_where_it_listens_and_ends_when_it_is_told(number, status):
     """A request that runs finishes; uvicorn alone would end with the signal's status."""
     process = door("-q", "--slots", "1")
