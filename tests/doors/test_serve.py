@@ -522,34 +522,6 @@ def test_many_clients_at_once_get_their_own_answers(shared, assistant):
         assert answer == assistant.ask(SHAPES / f"example-{number}.png", question)
 
 
-# --- clients --------------------------------------------------------------------------------------
-
-
-def test_openais_own_client(shared, assistant):
-    """OpenAI's own client could not read an answer, a stream or an error."""
-    openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
-    client = openai.OpenAI(
-        base_url=f"http://127.0.0.1:{shared.port}/v1", api_key="x", max_retries=0
-    )
-    assert [model.id for model in client.models.list()] == ["shapes", "small"]
-    messages = [{"role": "user", "content": [text("Is it red?"), picture(1)]}]
-    expected = assistant.ask(SHAPES / "example-1.png", "Is it red?")
-    plain = client.chat.completions.create(model="shapes", messages=messages, temperature=0)
-    assert plain.choices[0].message.content == expected
-    assert plain.usage.prompt_tokens_details.cached_tokens >= 0
-    chunks = list(client.chat.completions.create(
-        model="shapes", messages=messages, stream=True, stream_options={"include_usage": True}
-    ))  # fmt: skip
-    deltas = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-    assert "".join(deltas) == expected
-    assert chunks[-1].usage.completion_tokens == plain.usage.completion_tokens
-    with pytest.raises(openai.BadRequestError, match="temprature is not known here"):
-        client.chat.completions.create(model="", messages=messages, extra_body={"temprature": 1})
-    with pytest.raises(openai.NotFoundError) as found:
-        client.chat.completions.create(model="gpt-9", messages=messages)
-    assert found.value.code == "model_not_found" and found.value.request_id
-
-
 # --- the door -------------------------------------------------------------------------------------
 
 
