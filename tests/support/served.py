@@ -84,8 +84,8 @@ class Running:
         return [line.removeprefix("data: ") for line in lines]
 
 
-def wait_until(true) -> None:
-    end = time.monotonic() + 60
+def wait_until(true, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
         time.sleep(0.005)
