@@ -10,6 +10,7 @@
     python tools/bench.py quality                        # how far int8 and int4 are from float64, layer by layer
     python tools/bench.py contrast --size 0.5b           # what a second row of logits costs
     python tools/bench.py threads --sizes shapes,0.5b    # one thread or all, on an idle machine and on a busy one
+    python tools/bench.py serve --size shapes             # answers per second over HTTP, one client and four
     python tools/bench.py startup --beside OTHER         # start to answer, of this checkout and of others
 
 Weights are random, of the true shapes; `--size shapes` is the bundled model. All variants take turns,
@@ -53,6 +54,7 @@ from bench_parts.journal import Journal
 from bench_parts.probe import machine
 from bench_parts.quality import quality, quality_table
 from bench_parts.rows import ROWS, Died, Row, make_gguf, row_of
+from bench_parts.serve import serve, serve_table
 from bench_parts.startup import startup, startup_table
 from bench_parts.tables import memory, ratios, table
 from bench_parts.threads import threads, threads_table
@@ -139,7 +141,17 @@ def flags_of_others(group: argparse._ArgumentGroup) -> None:
         "--dtypes", default="float32,bfloat16,int8,int4", help="growth, drafts, exact: which lines"
     )
     group.add_argument("--png", type=Path, help="growth: draw it here")
-    group.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="contrast, assisted")
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="contrast, assisted, serve"
+    )
+    group.add_argument(
+        "--url",
+        action="append",
+        default=[],
+        metavar="NAME=ADDRESS",
+        help="serve: another server of OpenAI's format that runs already, such as llama.cpp's "
+        "(llama-server -m MODEL.gguf --parallel 4) as llama.cpp=http://127.0.0.1:8080/v1",
+    )
     group.add_argument(
         "--prompt",
         type=int,
@@ -311,6 +323,19 @@ def contrast_command(parser: argparse.ArgumentParser, options: argparse.Namespac
     return listed(found), contrast_table(found)
 
 
+def serve_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
+    others = dict(each.partition("=")[::2] for each in options.url)
+    if wrong := [name for name, url in others.items() if not url.startswith("http://")]:
+        parser.error(f"--url {wrong[0]}: expected NAME=http://ADDRESS")
+    with ExitStack() as stack:
+        home = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = PICTURE.parent if options.size == SHAPES else home / f"{options.size}-bfloat16"
+        if options.size != SHAPES:
+            make_checkpoint(folder, options.size, torch.bfloat16)
+        found = serve(folder, options.dtype, options.tokens, options.rounds, others)
+    return listed(found), serve_table(found)
+
+
 def startup_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
     for folder in options.beside:
         if not (folder / "minillava").is_dir():
@@ -355,6 +380,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser, argparse.Namespace], tupl
     "contrast": contrast_command,
     "threads": threads_command,
     "startup": startup_command,
+    "serve": serve_command,
 }
 
 

@@ -13,7 +13,19 @@ import bench_chart
 import pytest
 import torch
 from bench_checkpoint import config_of, make_checkpoint
-from bench_parts import clock, compare, drafts, exact, growth, probe, rows, startup, threads, work
+from bench_parts import (
+    clock,
+    compare,
+    drafts,
+    exact,
+    growth,
+    probe,
+    rows,
+    serve,
+    startup,
+    threads,
+    work,
+)
 from bench_parts.compare import Asked, Measured
 from bench_parts.gguf_files import pairs_side_by_side
 from bench_parts.journal import Journal
@@ -623,3 +635,19 @@ def test_wrong_usage(capsys, wrong, message):
     with pytest.raises(SystemExit, match="2"):
         bench.main([*wrong, "--size", "toy"])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_serve_asks_a_server_and_another_beside_it(capsys):
+    """A client that is refused, or answers that end early, would count as fast ones."""
+    pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
+    few = ["serve", "--size", "shapes", "--tokens", "3", "--rounds", "1"]
+    with serve.started(bench.PICTURE.parent, "float32") as other:
+        assert bench.main([*few, "--url", f"other={other}"]) == 0
+    rows = [cells(line) for line in capsys.readouterr().out.splitlines()[4:]]
+    assert len(rows) == 8 and [row[0].partition(":")[0] for row in rows[::4]] == [
+        "minillava",
+        "other",
+    ]
+    with pytest.raises(SystemExit, match="2"):
+        bench.main([*few, "--url", "localhost:8080"])
