@@ -87,6 +87,7 @@ class Request:
     seconds: Sequence[tuple[Sequence[int], Sequence[tuple[bytes, Tensor]]]] = ()
     cancelled: bool = False
     cached: int = 0  # positions of the prompt that were cached already
+    encoded: int = 0  # pictures whose patches were not kept
     times: dict[str, float] = field(default_factory=dict)  # when it was taken, begun, read, ended
 
     @property
@@ -222,6 +223,7 @@ class Engine(threading.Thread):
         self.failures = 0
         self.last_step = time.monotonic()
         self.mean_seconds = 1.0  # of a request
+        self.on_step: Callable[[int, float], None] = lambda rows, seconds: None  # of each decoding
 
     # --- of other threads -------------------------------------------------------------------------
 
@@ -239,20 +241,24 @@ class Engine(threading.Thread):
                 else f"{request.rows} answers at once, there are {len(self.slots)} slots",
             )
         with self.changed:
-            if self.state == "failed":
-                raise Refused("engine_failed", "the model's thread has ended with an error")
-            if self.state != "ok":
-                raise Refused("shutting_down", "the server is going down")
-            if self.full:
-                seconds = len(self.waiting) * self.mean_seconds / len(self.slots)
-                raise Refused(
-                    "queue_full",
-                    f"{len(self.waiting)} requests wait already, the most that may; try again",
-                    max(1, min(120, round(seconds))),
-                )
+            self.check_room()
             request.times["taken"] = time.monotonic()
             self.waiting.append(request)
             self.changed.notify()
+
+    def check_room(self) -> None:
+        """Raises Refused if no request would be accepted now."""
+        if self.state == "failed":
+            raise Refused("engine_failed", "the model's thread has ended with an error")
+        if self.state != "ok":
+            raise Refused("shutting_down", "the server is going down")
+        if self.full:
+            seconds = len(self.waiting) * self.mean_seconds / len(self.slots)
+            raise Refused(
+                "queue_full",
+                f"{len(self.waiting)} requests wait already, the most that may; try again",
+                max(1, min(120, round(seconds))),
+            )
 
     @property
     def full(self) -> bool:
@@ -369,7 +375,8 @@ class Engine(threading.Thread):
             try:
                 for _, pictures in (((), request.pictures), *request.seconds):
                     for key, pixels in pictures:
-                        self._encode(key, pixels)
+                        request.encoded += self._encode(key, pixels)
+                request.times["pictured"] = time.monotonic()
                 self._begin(request, free)
             except Exception as error:
                 told = f"the prompt could not be read ({type(error).__name__})"
@@ -377,13 +384,15 @@ class Engine(threading.Thread):
             finally:
                 self.beginning = 0
 
-    def _encode(self, key: bytes, pixels: Tensor) -> None:
-        """Encode a picture if its patches are not kept; running answers take a step first."""
-        if key not in self.features:
+    def _encode(self, key: bytes, pixels: Tensor) -> bool:
+        """Encode a picture if its patches are not kept, and tell whether it was; running answers
+        take a step first."""
+        if new := key not in self.features:
             self._guard(self._decode, [a for a in self.answers if a.token is not None])
             device = self.model.language_model.embed_tokens.weight.device
             self.features[key] = self.model.encode_images(pixels[None].to(device))[0]
         self.features.move_to_end(key)
+        return new
 
     def _begin(self, request: Request, free: list[Slot]) -> None:
         """Give a request its slots. With contrast each answer prefills its own rows; without, the
@@ -505,6 +514,7 @@ class Engine(threading.Thread):
 
     def _decode(self, answers: list[Answer]) -> None:
         """Decode one token for each of these answers."""
+        started = time.monotonic()
         rows = [(answer, side) for answer in answers for side in answer.sides]
         for first in range(0, len(rows), self.together):
             some = rows[first : first + self.together]
@@ -518,6 +528,7 @@ class Engine(threading.Thread):
                 side.logits = row[None]
         for answer in answers:
             self._choose(answer, answer.sides)
+        self.on_step(len(rows), time.monotonic() - started)
 
     def _choose(self, answer: Answer, sides: Sequence[Side]) -> None:
         """Choose the next token of one answer by the logits of its sides, or of those it copies."""

@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
@@ -59,6 +60,7 @@ def build(
     *,
     keys: Sequence[bytes] = (),
     hosts: Sequence[str] = HOSTS,
+    cors: Sequence[str] = (),
     max_body: int = 32 << 20,
     body_timeout: float = 60.0,
 ) -> Starlette:
@@ -75,11 +77,14 @@ def build(
         Route("/livez", api.livez, methods=["GET"]),
         Route("/metrics", api.metrics, methods=["GET"]),
     ]
+    # pages of these other sites may ask, but their browsers send no cookie or key by themselves
+    shared = {"allow_methods": ["GET", "POST"], "allow_headers": ["authorization", "content-type"]}
     app = Starlette(
         routes=routes,
         exception_handlers={HTTPException: _http_error, ApiError: _api_error},
         middleware=[
-            Middleware(Guard, keys=keys, metrics=metrics),
+            *([Middleware(CORSMiddleware, allow_origins=[*cors], **shared)] if cors else []),
+            Middleware(Guard, keys=keys, metrics=metrics, cors=cors),
             Middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False),
         ],
     )
@@ -111,8 +116,9 @@ class Guard:
     """The outermost layer: gives the request an id, checks who may ask, and writes a line of the
     log. It is plain ASGI, since Starlette's base class hides that a client went away."""
 
-    def __init__(self, app: Any, keys: Sequence[bytes], metrics: Metrics):
+    def __init__(self, app: Any, keys: Sequence[bytes], metrics: Metrics, cors: Sequence[str]):
         self.app, self.keys, self.metrics = app, keys, metrics
+        self.cors = [origin.encode() for origin in cors]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -159,8 +165,8 @@ class Guard:
         origin, site = headers.get(b"origin"), headers.get(b"sec-fetch-site")
         host = headers.get(b"host", b"").decode("latin-1").lower()
         foreign = origin is not None and urlsplit(origin.decode("latin-1")).netloc.lower() != host
-        if foreign or site == b"cross-site":
-            told = "pages of other sites may not ask this server"
+        if (foreign or site == b"cross-site") and origin not in self.cors:
+            told = "pages of other sites may not ask this server (--cors names those that may)"
             return ApiError(403, "origin_not_allowed", told)
         if not self.keys or path in OPEN:
             return None
@@ -221,6 +227,7 @@ class Api:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(events.put_nowait, (number, event))
 
+        self.service.check_room()  # before a body is read that would be refused
         asked = await self._read(request, ChatRequest)
         chat = await run_in_threadpool(self.service.prepare, asked, put)
         self.service.submit(chat)

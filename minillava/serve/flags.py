@@ -2,6 +2,7 @@
 torch is imported."""
 
 import argparse
+import re
 from collections.abc import Sequence
 
 from minillava.cli.arguments import (
@@ -47,6 +48,8 @@ ADDRESS = (
     flag("--api-key-file", type=path_name, metavar="FILE",
          help="keys, one a line, of which clients send one; or $MINILLAVA_API_KEY"),
     flag("--no-key", action="store_true", help="let everybody in who reaches --host"),
+    flag("--cors", action="append", default=[], type=not_empty, metavar="ORIGIN",
+         help="a site whose pages may ask, such as https://example.org; repeatable"),
     flag("--served-model-name", action="append", type=not_empty, metavar="NAME",
          help="what clients call the model; repeatable (default: the folder's name)"),
 )  # fmt: skip
@@ -87,7 +90,7 @@ def make_parser(prog: str = "python -m minillava.serve") -> Parser:
     add_flags(parser, "who may ask", ADDRESS)
     add_flags(parser, "limits", LIMITS)
     add_flags(parser, "answers", ANSWERS)
-    add_model_arguments(parser)
+    add_model_arguments(parser, answers=True)
     add_output_arguments(parser)
     return parser
 
@@ -99,6 +102,9 @@ def read_flags(parser: Parser, argv: Sequence[str]) -> tuple:
         parser.error(f"--port is {args.port}, expected 0 to 65535")
     if not 0 <= args.temperature <= 2:
         parser.error(f"--temperature is {args.temperature}, expected 0 to 2")
+    for origin in args.cors:
+        if not re.fullmatch(r"https?://[^/*\s]+", origin):
+            parser.error(f"--cors is {origin}, expected a site such as https://example.org")
     if args.compile:  # a compiled step writes all rows at one position, but each row is at its own
         parser.error("--compile is for one answer at a time: leave it out")
     return (args,)

@@ -5,6 +5,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from minillava.generate.engine import Engine
 from minillava.serve.service import Chat
 
+ROWS = (1, 2, 4, 8, 16, 32)
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
@@ -22,6 +23,18 @@ class Metrics:
             "minillava_time_to_first_token_seconds", "From request to first token",
             buckets=SECONDS, registry=registry,
         )  # fmt: skip
+        self.rows = Histogram(
+            "minillava_rows_per_step", "Rows that took a token together", buckets=ROWS,
+            registry=registry,
+        )  # fmt: skip
+        self.step = Histogram(
+            "minillava_token_seconds", "From a token to the next, of every running answer",
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        self.pictures = Counter(
+            "minillava_pictures_total", "Pictures in prompts", ["cached"], registry=registry
+        )
+        engine.on_step = self.stepped
         self.prompt = Counter(
             "minillava_prompt_tokens_total", "Positions of prompts", ["cached"], registry=registry
         )
@@ -39,12 +52,20 @@ class Metrics:
         ):
             Gauge(name, text, registry=registry).set_function(value)
 
+    def stepped(self, rows: int, seconds: float) -> None:
+        self.rows.observe(rows)
+        self.step.observe(seconds)
+
     def note(self, chat: Chat) -> None:
         """Count a request that has ended."""
         cached = chat.request.cached
         self.prompt.labels("true").inc(cached)
         self.prompt.labels("false").inc(chat.positions - cached)
         self.generated.inc(chat.generated)
+        shown = len(chat.request.pictures)
+        shown += sum(len(pictures) for _, pictures in chat.request.seconds)
+        self.pictures.labels("true").inc(shown - chat.request.encoded)
+        self.pictures.labels("false").inc(chat.request.encoded)
         if chat.first is not None:
             self.first.observe(chat.first - chat.request.times["taken"])
 

@@ -119,33 +119,42 @@ def _parts(message: Message, where: str) -> list[Part]:
     return parts
 
 
-def read_data_url(url: str, where: str) -> bytes:
+class Content(bytes):
+    """The bytes of a picture, and the place in the request where they were."""
+
+    where = "messages"
+
+
+def read_data_url(url: str, where: str) -> Content:
     """The bytes of a `data:` URL in base64; its stated type is ignored. Raises ApiError."""
     head = DATA_URL.match(url[:1000])
     if head is None:
         told = "a picture is a data: URL in base64; nothing is fetched, and no file is read"
         raise ApiError(400, "image_url_not_supported", told, where)
     try:
-        return base64.b64decode(url[head.end() :], validate=True)
+        content = Content(base64.b64decode(url[head.end() :], validate=True))
     except (binascii.Error, ValueError) as error:
         told = f"the data: URL is not base64 ({error})"
         raise ApiError(400, "invalid_image", told, where) from None
+    content.where = where
+    return content
 
 
 def open_picture(content: bytes, most_pixels: int) -> Image.Image:
     """A picture, upright and RGB. Its size is checked by the header before its pixels are decoded.
     Raises ApiError."""
+    where = getattr(content, "where", "messages")
     try:
         picture = Image.open(io.BytesIO(content), formats=FORMATS)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError):
         told = f"not a picture, or none of: {', '.join(FORMATS)}"
-        raise ApiError(400, "invalid_image", told, "messages") from None
+        raise ApiError(400, "invalid_image", told, where) from None
     width, height = picture.size
     if width * height > most_pixels or max(picture.size) > 65535:
         told = f"the picture has {width} x {height} pixels, at most {most_pixels:,} are taken"
-        raise ApiError(400, "image_too_large", told, "messages")
+        raise ApiError(400, "image_too_large", told, where)
     try:
         return open_image(picture)
     except (ValueError, OSError) as error:
         told = str(error).partition(": ")[2] or "the picture is damaged"
-        raise ApiError(400, "invalid_image", told, "messages") from None
+        raise ApiError(400, "invalid_image", told, where) from None

@@ -109,6 +109,7 @@ def serve(
         Service(assistant, engine, settings),
         keys=keys,
         hosts=[*HOSTS, shown, *args.allowed_host],
+        cors=args.cors,
         max_body=args.max_body << 20,
         body_timeout=args.body_timeout,
     )

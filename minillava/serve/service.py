@@ -105,12 +105,14 @@ class Chat:
         """The fields of an answer that are our own: the seeds, and how long each stage took."""
         times, now = self.request.times, time.monotonic()
         begun, read = times.get("begun", now), times.get("read", now)
+        pictured = times.get("pictured", begun)
         more = self.generated - len(self.request.options)
         spent = max(now - read, 1e-9)
         return {
             "seed": [options.seed for options in self.request.options],
             "queue_ms": round(1e3 * (begun - times["taken"]), 1),
-            "prefill_ms": round(1e3 * (read - begun), 1),
+            "picture_ms": round(1e3 * (pictured - begun), 1),
+            "prefill_ms": round(1e3 * (read - pictured), 1),
             "prefill_tokens": self.positions - self.request.cached,
             "decode_ms": round(1e3 * spent, 1),
             "tokens_per_second": round(more / spent, 1) if more > 0 else None,
@@ -247,8 +249,15 @@ class Service:
 
     def submit(self, chat: Chat) -> None:
         """Put a request into the engine's queue. Raises ApiError."""
+        self._accepted(self.engine.submit, chat.request)
+
+    def check_room(self) -> None:
+        """Raises ApiError if the engine would take no request now."""
+        self._accepted(self.engine.check_room)
+
+    def _accepted(self, ask: Callable[..., None], *given: Request) -> None:
         try:
-            self.engine.submit(chat.request)
+            ask(*given)
         except Refused as error:
             headers = {} if error.seconds is None else {"retry-after": str(error.seconds)}
             if error.code == "engine_failed":

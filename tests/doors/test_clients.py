@@ -4,6 +4,7 @@ turns, streams, options, errors."""
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from commands import environment
+from paths import ROOT
 from served import LONG, SHAPES, Running, picture, text, wait_until
 
 import minillava
@@ -351,3 +354,40 @@ def test_curl(shared, assistant, tmp_path):
     form = json.loads(run_client([curl, "-sS", url, "-d", f"@{body}"]))
     assert form["error"]["code"] == "unsupported_media_type"
     assert "expected application/json" in form["error"]["message"]
+
+
+# --- the page beside the door ---------------------------------------------------------------------
+
+
+def block(name: str) -> str:
+    page = (ROOT / "minillava" / "serve" / "README.md").read_text(encoding="utf-8")
+    return re.search(rf"<!-- serve: {name} -->\n```\w+\n(.*?)\n```", page, re.DOTALL)[1]
+
+
+def test_the_two_commands_of_the_page(tmp_path):
+    """What a reader types first would not start a server, or not ask it."""
+    install, start = block("start").split(" && ")
+    assert re.search(r"-e '\.\[serve\]'", install)
+    words = start.replace("--port 8000", "--port 0").split()
+    process = subprocess.Popen(
+        [sys.executable, *words[1:]], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    try:
+        address = re.search(r"http://\S+", process.stdout.readline())[0]
+        if shutil.which("curl"):
+            command = block("curl").replace("http://127.0.0.1:8000", address)
+            assert json.loads(run_client(["sh", "-c", command]))["choices"][0]["message"]["content"]
+        if find_spec("openai"):
+            script = block("openai").replace("http://127.0.0.1:8000", address)
+            done = subprocess.run(
+                [sys.executable, "-c", script],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=180,
+            )
+            assert (done.stdout, done.stderr) == ("There are three shapes.", "")
+    finally:
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+        process.stdout.close()

@@ -356,9 +356,9 @@ def data(content: bytes) -> list:
         ({"messages": url("/etc/passwd")}, 400, "image_url_not_supported", "messages[0].content[0].image_url.url"),
         ({"messages": url("file:///etc/passwd")}, 400, "image_url_not_supported", "messages[0].content[0].image_url.url"),
         ({"messages": url("data:image/png;base64,a b")}, 400, "invalid_image", "messages[0].content[0].image_url.url"),
-        ({"messages": data(b"no picture")}, 400, "invalid_image", "messages"),
-        ({"messages": data(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")}, 400, "invalid_image", "messages"),
-        ({"messages": data((SHAPES / "example-1.png").read_bytes()[:200])}, 400, "invalid_image", "messages"),
+        ({"messages": data(b"no picture")}, 400, "invalid_image", "messages[0].content[0].image_url.url"),
+        ({"messages": data(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")}, 400, "invalid_image", "messages[0].content[0].image_url.url"),
+        ({"messages": data((SHAPES / "example-1.png").read_bytes()[:200])}, 400, "invalid_image", "messages[0].content[0].image_url.url"),
         ({"messages": [{"role": "user", "content": "a " * 3000}]}, 400, "context_length_exceeded", "messages"),
         ({"messages": [{"role": "user", "content": "a" * 2_000_000}]}, 400, "context_length_exceeded", "messages"),
         ({"messages": [{"role": "user", "content": [picture(1)] * 60}]}, 400, "too_many_images", "messages"),
@@ -392,6 +392,27 @@ def test_a_picture_that_says_it_is_huge_is_not_decoded(shared, size):
     """A small file could fill the server's memory with its pixels."""
     status, answer = shared.chat(data(png_header(*size)))
     assert (status, answer["error"]["code"]) == (400, "image_too_large")
+
+
+def test_only_pages_of_named_sites_may_ask(start):
+    """--cors would let every page in, or tell a browser that it may send cookies; or the named page
+    would be kept out."""
+    running = start(cors=["https://mine.example"], keys=[b"k"])
+    asks = {
+        "access_control_request_method": "POST",
+        "access_control_request_headers": "authorization",
+    }
+    mine = {"origin": "https://mine.example", "sec_fetch_site": "cross-site"}
+    status, headers, _ = running.send("OPTIONS", "/v1/chat/completions", **mine, **asks)
+    assert (status, headers["access-control-allow-origin"]) == (200, "https://mine.example")
+    status, headers, _ = running.send("GET", "/v1/models", authorization="Bearer k", **mine)
+    assert (status, headers["access-control-allow-origin"]) == (200, "https://mine.example")
+    assert "access-control-allow-credentials" not in headers
+    for other in ("https://evil.example", "null"):
+        status, headers, _ = running.send(
+            "GET", "/v1/models", authorization="Bearer k", origin=other
+        )
+        assert status == 403 and "access-control-allow-origin" not in headers
 
 
 @pytest.mark.parametrize(
@@ -488,6 +509,16 @@ def test_metrics_count(shared):
     assert value("minillava_generated_tokens_total") == before + 3
     assert value('minillava_requests_total{route="/v1/chat/completions",status="200"}') >= 1
     assert value("minillava_engine_up") == 1
+    steps = value("minillava_rows_per_step_count")
+    seen = value('minillava_pictures_total{cached="true"}')
+    for _ in range(2):
+        shared.ask([picture(3), text("Is it red?")], max_tokens=4)
+    assert (
+        value("minillava_rows_per_step_count")
+        == steps + 6
+        == value("minillava_token_seconds_count")
+    )
+    assert value('minillava_pictures_total{cached="true"}') >= seen + 1
 
 
 def test_a_clients_name_of_a_request_is_kept_only_if_it_is_one(shared):
@@ -572,7 +603,7 @@ def test_wrong_usage_of_the_door(run_main, tmp_path, monkeypatch):
     status, out, err = run_main(main, "-m", SHAPES, "--api-key-file", tmp_path / "keys")
     assert (status, err.count("\n")) == (1, 1) and "has no key" in err
     for words in (
-        ["--port", "70000"], ["--slots", "0"], ["--temperature", "nan"], ["--compile"],
+        ["--port", "70000"], ["--slots", "0"], ["--cors", "*"], ["--temperature", "nan"], ["--compile"],
     ):  # fmt: skip
         assert run_main(main, *words)[0] == 2
 
