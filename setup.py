@@ -49,6 +49,9 @@ setup(
         ],
         # the tests of pages that --html writes; they also need Chromium
         "browser": ["playwright>=1.40"],
+        # python -m minillava.finetune --log tensorboard, --log wandb
+        "tensorboard": ["tensorboard>=2.14"],
+        "wandb": ["wandb>=0.17"],
         # tools/train_shapes.py: the progress bar
         "tools": ["tqdm>=4.60"],
         # tools/bench.py: whom it compares with, and what draws its pictures; llama.cpp, where it

@@ -67,6 +67,7 @@ class LanguageModel(nn.Module):
         cache: KVCache | None = None,
         *,
         last_only: bool = False,
+        at: Tensor | None = None,
         hidden_states: bool = False,
         attentions: bool = False,
         positions: Tensor | None = None,
@@ -75,12 +76,11 @@ class LanguageModel(nn.Module):
     ) -> LanguageOutput:
         """Token ids [B,T] or embeddings [B,T,C] -> logits.
 
-        padding_mask: bool [B,T] of the new tokens, False where padding. cache: what came before;
-        the new tokens are added to it. last_only: the head runs on the last position alone (over a
-        whole prompt it would cost as much as two thirds of a layer, and T rows of V logits).
+        padding_mask: bool [B,T] of the new tokens, False where padding. cache: what came before; it
+        gains the new ones. last_only: the head runs on the last position alone (a whole prompt is
+        two thirds of a layer, and T rows of V logits); at, bool [B,T]: on these N, logits [N,V].
         attentions: recorded by `eager`, which alone has them. positions [B|1,T] and mask bool
-        [B|1,1,T,S], always together: for guessed tokens (generate/speculate.py), which are not one
-        sequence; ValueError if only one is given. attend: instead of the model's own.
+        [B|1,1,T,S] go together (else ValueError): for guesses, which are not one sequence.
         """
         if (positions is None) != (mask is None):
             raise ValueError("positions and mask go together: give both, or neither")
@@ -98,7 +98,7 @@ class LanguageModel(nn.Module):
             cache.advance(x.shape[1])
         x = self.norm(x)
         states.append(x)  # the last hidden state is the normalised one, as transformers reports it
-        x = x[:, -1:] if last_only else x
+        x = x[:, -1:] if last_only else x if at is None else x[at]
         return LanguageOutput(
             self.head(x),
             tuple(states) if hidden_states else None,

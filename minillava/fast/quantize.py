@@ -10,6 +10,7 @@ r rows, K width before, N width after, G = GROUP.
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillava.fast import processor
@@ -70,7 +71,9 @@ class QuantisedLinear(nn.Module):
         """[..., K] -> [..., N]"""
         rows = x.numel() // self.in_features
         graph = x.requires_grad and torch.is_grad_enabled()
-        kernel = self.has_kernel and x.device.type == "cpu" and rows > 0 and not graph
+        if graph:
+            return Widened.apply(x, self)
+        kernel = self.has_kernel and x.device.type == "cpu" and rows > 0
         if torch.compiler.is_compiling() and rows <= FUSED_ROWS and not kernel:
             return self.as_sum(x)
         if x.device.type != "cpu" or (torch.compiler.is_compiling() and not kernel):
@@ -100,6 +103,21 @@ class QuantisedLinear(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = self.dequantise(slice(None), wide)  # [N, K]
         return (x[..., None, :].to(wide) * weight).sum(-1).to(x.dtype)  # [..., N]
+
+
+class Widened(torch.autograd.Function):
+    """The product of a layer whose weights are made wide for it and, once more, for its gradient:
+    nothing is kept in between but the layer."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: QuantisedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantise(slice(None), x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        """dy [..., N] -> dx = dy·W [..., K]"""
+        return gradient @ ctx.layer.dequantise(slice(None), gradient.dtype), None
 
 
 class Int8Linear(QuantisedLinear):

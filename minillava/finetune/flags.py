@@ -35,6 +35,8 @@ model (--learn language, or --merged) is written like the one it began from, to 
 
 exit status: 0 learnt, 1 an error in one line, 2 wrong usage, 130 Ctrl-C (what is done is saved)"""
 
+LOGGERS = ("tensorboard", "wandb")
+
 RECIPE_NAMES = ("stage1", "stage2", "lora", "task", "task-lora")
 
 FLAGS = (
@@ -47,19 +49,30 @@ FLAGS = (
     flag("--skip-bad", action="store_true", help="leave rows out that cannot be learnt"),
     flag("--resume", action="store_true", help="go on with the run in OUT"),
     flag("--save-every", type=int, default=100, metavar="N", help="updates (default: %(default)s)"),
+    flag("--val", type=path_name, metavar="FILE", help="rows that are measured, instead of "
+         "--hold-out"),
+    flag("--evaluate-every", type=int, metavar="N", help="updates (default: as --save-every)"),
+    flag("--early-stop", type=int, metavar="N", help="after so many evaluations without gain"),
+    flag("--log", action="append", choices=LOGGERS, default=[], help="besides log.jsonl; needs "
+         "the extra of that name"),
+    flag("--checkpoint", choices=("on", "off"), default="off", help="compute each block again in "
+         "the backward pass: the same bits in less memory (default: %(default)s)"),
     flag("--layout", choices=("hf", "llava"), help="of a LoRA (default: as MODEL)"),
     flag("--merged", action="store_true", help="also write the whole model with the LoRA in it"),
 )  # fmt: skip
 
 RECIPE_FLAGS = (
     flag("--recipe", choices=RECIPE_NAMES, default="lora", help="(default: %(default)s)"),
-    flag("--learn", choices=("projector", "lora", "language", "medusa"), help="what "
-         "learns; medusa: heads that guess, for --draft medusa:OUT"),
+    flag("--learn", choices=("projector", "lora", "language", "everything", "medusa"),
+         help="what learns; everything: the vision tower, too; medusa: heads that guess, for "
+         "--draft medusa:OUT"),
     flag("--template", choices=TEMPLATES, help="the words around questions and answers"),
     flag("--image-aspect-ratio", dest="aspect", choices=ASPECTS, help="how a picture becomes a "
          "square"),
     flag("--rate", type=float, metavar="X", help="of LoRA or language model"),
     flag("--projector-rate", type=float, metavar="X", help="of the projector"),
+    flag("--vision-rate", type=float, metavar="X", help="of the vision tower, with --learn "
+         "everything"),
     flag("--rank", type=int, metavar="N", help="of the LoRA"),
     flag("--alpha", type=float, metavar="X", help="the LoRA counts alpha / rank (default: twice "
          "the rank)"),
@@ -78,7 +91,9 @@ RECIPE_FLAGS = (
          "over each batch's alone, as LLaVA was trained"),
     flag("--seed", type=int, metavar="N", help="of order, start and dropout"),
     flag("--hold-out", type=float, metavar="X", help="share of the rows that are not learnt; their "
-         "loss is told before the first update and at each save"),
+         "loss is told before the first update and at each evaluation"),
+    flag("--dtype", metavar="NAME", help="auto, float32, bfloat16: of products and of frozen "
+         "weights; what learns is float32"),
     flag("--quantize", choices=KINDS, help="the language model, which a LoRA or the projector then "
          "learns on, in 8 or 4 bits a weight"),
 )  # fmt: skip
@@ -96,7 +111,13 @@ def make_parser(prog: str = "python -m minillava.finetune") -> Parser:
     add_flags(parser, "the run", FLAGS)
     add_flags(parser, "the recipe; where nothing is given, its own numbers stand", RECIPE_FLAGS)
     group = parser.add_argument_group("model")
-    group.add_argument("--vision-tower", metavar="DIR", help="folder of a CLIP, if MODEL has none")
+    group.add_argument(
+        "--vision-tower",
+        "--vision",
+        metavar="DIR",
+        help="folder of a CLIP, if MODEL has none; where MODEL is a language model alone, a fresh "
+        "projector is put between them",
+    )
     group.add_argument("--model-base", metavar="DIR", help="language model, if MODEL has none")
     group.add_argument(
         "--device", default="auto", metavar="NAME", help=f"one of {', '.join(DEVICES)}"
@@ -110,7 +131,11 @@ def read_flags(parser: Parser, argv: Sequence[str]) -> tuple:
     args = parser.parse_args(argv)
     if args.out is None and args.check is None and not args.plan:
         parser.error("--out says where what is learnt goes; or --check N, or --plan")
-    for name in ("check", "save_every"):
+    if args.val and args.hold_out:
+        parser.error("--val and --hold-out are two ways to choose rows; give one")
+    if args.early_stop and not (args.val or args.hold_out):
+        parser.error("--early-stop needs rows that are measured: --hold-out or --val")
+    for name in ("check", "save_every", "evaluate_every", "early_stop"):
         if vars(args)[name] is not None and vars(args)[name] < 1:
             parser.error(f"--{name.replace('_', '-')} is {vars(args)[name]}, expected 1 or more")
     return (args,)

@@ -14,16 +14,19 @@ from minillava.llava import Llava
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with a LoRA. A and B are float32, whatever the dtype of W; A is initialised as
-    in PEFT, B with zeros, so that the output is unchanged before the first update."""
+    """A linear layer with a LoRA. A and B are float32 over a narrower W; A is initialised as in
+    PEFT, B with zeros, so that the output is unchanged before the first update."""
 
     def __init__(self, base: nn.Linear | QuantisedLinear, rank: int, alpha: float, dropout: float):
         super().__init__()
         self.base, self.scale, self.dropout = base, alpha / rank, dropout
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))  # [r, C]
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))  # [N, r]
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        kept = base.weight
+        a = torch.empty(rank, base.in_features, device=kept.device)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        dtype = torch.float64 if kept.dtype == torch.float64 else torch.float32
+        self.lora_A = nn.Parameter(a.to(dtype))  # [r, C]
+        b = torch.zeros(base.out_features, rank, device=kept.device, dtype=dtype)
+        self.lora_B = nn.Parameter(b)  # [N, r]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., N]"""

@@ -8,9 +8,10 @@ from typing import Any
 from minillava.options import ASPECTS, KINDS, expect_one_of
 from minillava.templates import DEFAULT_TEMPLATE, TEMPLATES
 
-LEARN = ("projector", "lora", "language", "medusa")
+LEARN = ("projector", "lora", "language", "everything", "medusa")
 MEANS = ("tokens", "microbatch")
 ORDERS = ("length", "shuffle", "file")
+PRECISIONS = ("auto", "float32", "bfloat16", "float64")
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,14 @@ class Recipe:
     """The settings of a run. The defaults are those of LLaVA-1.5's LoRA.
 
     learn: the projector alone; LoRA on the language model's linear layers, and the projector; the
-    whole language model, and the projector; or so many `heads` of Medusa. accumulate: micro-batches
-    of `batch` rows that make an update. updates: instead of epochs. max_length: positions of a row,
-    with those of pictures. warmup: the share of updates until the full rate. clip: the largest norm
-    of an update's gradient; 0 for none. loss_mean: over the tokens of an update, or of each
-    micro-batch alone as LLaVA was trained. quantize: the frozen language model in 8 or 4 bits a
-    weight. hold_out: the share of rows that are not learnt, but measured. Raises ValueError for
-    values out of range.
+    whole language model, and the projector; everything, the vision tower with them; or so many
+    `heads` of Medusa. accumulate: micro-batches of `batch` rows that make an update, over all
+    processes. updates: instead of epochs. max_length: positions of a row, with those of pictures.
+    warmup: the share of updates until the full rate. clip: the largest norm of an update's
+    gradient; 0 for none. loss_mean: over the tokens of an update, or of each micro-batch alone as
+    LLaVA was trained. quantize: the frozen language model in 8 or 4 bits a weight. hold_out: the
+    share of rows that are not learnt, but measured. dtype: in which products are computed, and
+    frozen weights held; what learns is float32. Raises ValueError for values out of range.
     """
 
     learn: str = "lora"
@@ -32,6 +34,7 @@ class Recipe:
     aspect: str = "pad"
     rate: float = 2e-4
     projector_rate: float = 2e-5
+    vision_rate: float = 2e-6
     rank: int = 128
     alpha: float = 256
     dropout: float = 0.05
@@ -49,17 +52,25 @@ class Recipe:
     quantize: str | None = None
     hold_out: float = 0.0
     heads: int = 5
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         choices = {"learn": LEARN, "order": ORDERS, "loss_mean": MEANS, "aspect": ASPECTS}
         for name, known in {**choices, "template": tuple(TEMPLATES)}.items():
             expect_one_of(name, vars(self)[name], known)
         expect_one_of("quantize", self.quantize, (None, *KINDS))
-        if self.quantize and self.learn == "language":
+        if self.dtype == "float16":
+            raise ValueError(
+                "float16 overflows at 65,504, which LLaVA's activations reach; learn in bfloat16 "
+                "or float32"
+            )
+        expect_one_of("dtype", self.dtype, PRECISIONS)
+        if self.quantize and self.learn in ("language", "everything"):
             raise ValueError("quantised weights cannot learn; choose --learn lora or projector")
         for name, low, high in (
             ("rate", 0, 1),
             ("projector_rate", 0, 1),
+            ("vision_rate", 0, 1),
             ("rank", 1, 4096),
             ("alpha", 0, 1e6),
             ("dropout", 0, 0.999),
@@ -78,6 +89,11 @@ class Recipe:
             value = vars(self)[name]
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} is {value}, expected a number from {low} to {high}")
+
+    def rate_of(self, part: str) -> float:
+        """The full rate of a part of the model, as learning.py calls it."""
+        rates = {"projector": self.projector_rate, "vision tower": self.vision_rate}
+        return rates.get(part, self.rate)
 
     def updates_for(self, rows: int) -> int:
         """How many updates a run takes."""

@@ -2,24 +2,20 @@
 
 import argparse
 import dataclasses
-import json
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minillava.assistant import Assistant, load
-from minillava.attention import ATTENTION, eager
+from minillava.attention import eager
 from minillava.checkpoint.folders import Folders, find_folders
 from minillava.checkpoint.parts import Parts, open_parts
+from minillava.checkpoint.place import choose_device
 from minillava.cli.messages import Messages, show
-from minillava.files.disk import write_whole
-from minillava.finetune.learning import make_optimiser, prepare
-from minillava.finetune.loop import Record, held_out_loss, train
-from minillava.finetune.medusa import accuracy, told
+from minillava.files.disk import read_json
+from minillava.finetune import processes
+from minillava.finetune.learning import prepare
 from minillava.finetune.recipe import Recipe, read_recipe
 from minillava.finetune.rows import (
     Example,
@@ -30,49 +26,68 @@ from minillava.finetune.rows import (
     hold_out,
     read_rows,
 )
-from minillava.finetune.save import check_one_folder, count, save_learnt, save_whole
-from minillava.finetune.state import STATE_NAME, describe, resume, save_state
+from minillava.finetune.save import count
+from minillava.finetune.session import learn
+from minillava.finetune.start import begun, settled
 from minillava.llava import Llava
 from minillava.templates import find_template
-
-LOG_NAME = "log.jsonl"
 
 
 def run(args: argparse.Namespace) -> int:
     messages = Messages(args.verbose, args.quiet)
     recipe = read_recipe(args.recipe, vars(args))
-    folders = find_folders(args.model, None, args.vision_tower, args.model_base)
-    rows = _rows(args, recipe, messages)
-    parts = open_parts(folders, recipe.aspect)
-    check_template(find_template(recipe.template), parts.tokenizer, parts.config.eos_token_ids)
-    if args.check is not None:
-        shown = [_encode(row, parts, recipe) for row in rows[: args.check]]
-        return show("".join(f"{as_seen(example, parts.tokenizer)}\n" for example in shown))
+    found = find_folders(args.model, None, args.vision_tower, args.model_base)
+    with begun(found, recipe.seed) as folders, processes.joined(choose_device(args.device)) as here:
+        args.device = here
+        messages.quiet |= processes.rank() > 0
+        rows = _rows(args.data, args, recipe, messages)
+        parts = open_parts(folders, recipe.aspect)
+        check_template(find_template(recipe.template), parts.tokenizer, parts.config.eos_token_ids)
+        if args.check is not None:
+            shown = [_encode(row, parts, recipe) for row in rows[: args.check]]
+            return show("".join(f"{as_seen(example, parts.tokenizer)}\n" for example in shown))
+        learnt, held = _sides(args, rows, recipe, messages)
+        examples = _examples(learnt, parts, recipe, messages)
+        measured = _examples(held, parts, recipe, messages) if held else []
+        if args.plan:
+            return show(_plan(parts, recipe, examples))
+        recipe = settled(recipe, folders, here, messages)
+        if args.layout is None:
+            args.layout = "hf" if _is_hub(folders) else "llava"
+        learn(args, recipe, folders, examples, measured, messages)
+    return 0
+
+
+def _sides(
+    args: argparse.Namespace, rows: list[Row], recipe: Recipe, messages: Messages
+) -> tuple[list[Row], list[Row]]:
+    """The rows to learn and those to measure. Raises ValueError if a side has none."""
+    if args.val:
+        return rows, _rows(args.val, args, recipe, messages)
     learnt, held = hold_out(rows, recipe.hold_out)
     if recipe.hold_out and not (learnt and held):
         raise ValueError(
             f"--hold-out {recipe.hold_out} of {len(rows)} row(s) leaves {len(learnt)} to learn and "
             f"{len(held)} to measure; give another share"
         )
-    examples = _examples(learnt, parts, recipe, messages)
-    measured = _examples(held, parts, recipe, messages) if held else []
-    if args.plan:
-        return show(_plan(parts, recipe, examples))
-    _learn(args, recipe, folders, examples, measured, messages)
-    return 0
+    return learnt, held
 
 
-def _rows(args: argparse.Namespace, recipe: Recipe, messages: Messages) -> list[Row]:
-    """The rows of the file. Raises ValueError naming what is wrong with them, unless that is left
+def _is_hub(folders: Folders) -> bool:
+    return "text_config" in read_json(folders.find("config.json") / "config.json")
+
+
+def _rows(path: Path, args: argparse.Namespace, recipe: Recipe, messages: Messages) -> list[Row]:
+    """The rows of a file. Raises ValueError naming what is wrong with them, unless that is left
     out."""
-    found = read_rows(args.data, args.images, recipe.template == "plain")
+    found = read_rows(path, args.images, recipe.template == "plain")
     messages.note(found.counts())
     if args.skip_bad and found.rows:
         bad = sum(map(len, found.problems.values()))
         if bad:
             messages.note(f"{bad:,} row(s) left out that cannot be learnt")
     else:
-        found.refuse(args.data)
+        found.refuse(path)
     return found.rows
 
 
@@ -112,9 +127,8 @@ def _plan(parts: Parts, recipe: Recipe, examples: Sequence[Example]) -> str:
     total = sum(p.numel() for p in model.parameters())
     learning = prepare(model, recipe)
     learnt = count(model, learning)
-    rates = {"projector": recipe.projector_rate}
     told = ", ".join(
-        f"{part} {numbers / 1e6:.1f} M at {rates.get(part, recipe.rate):g}"
+        f"{part} {numbers / 1e6:.1f} M at {recipe.rate_of(part):g}"
         for part, numbers in learnt.items()
     )
     rows, updates = len(examples), recipe.updates_for(len(examples))
@@ -129,161 +143,6 @@ def _plan(parts: Parts, recipe: Recipe, examples: Sequence[Example]) -> str:
     )
 
 
-def _learn(
-    args: argparse.Namespace,
-    recipe: Recipe,
-    folders: Folders,
-    examples: list[Example],
-    held: list[Example],
-    messages: Messages,
-) -> None:
-    _check_whole(args, recipe, folders)
-    out = _open_out(args.out, args.resume)
-    assistant = _open_model(args, recipe)
-    learning = prepare(assistant.model, recipe)
-    optimiser = make_optimiser(learning, recipe)
-    about = describe(recipe, args.data, folders)
-    start, log = resume(out, learning, optimiser, about) if args.resume else (0, [])
-    if args.resume:
-        messages.note(f"goes on after update {start}" if start else "no state there: starts anew")
-    layout = args.layout or ("hf" if _is_hub(folders) else "llava")
-    model, updates = assistant.model, recipe.updates_for(len(examples))
-
-    def files() -> None:
-        if recipe.learn != "language":
-            save_learnt(model, recipe, layout, str(folders.weights), out)
-        write_whole(out / LOG_NAME, "".join(log))
-
-    if start == 0:
-        log += _measure(0, assistant, held, recipe, messages)
-    if start == updates:  # a run that ended right after its last state
-        files()
-    with _stop_between_updates() as stopped:
-        for record in train(model, examples, assistant.image_processor, recipe, optimiser, start):
-            log.append(json.dumps(record._asdict()) + "\n")
-            _tell(record, updates, messages)
-            if stopped or record.update % args.save_every == 0 or record.update == updates:
-                log += _measure(record.update, assistant, held, recipe, messages)
-                # The state first: a run that is killed here goes on, and writes the others anew.
-                save_state(out, record.update, learning, optimiser, about, log)
-                files()
-            if stopped:
-                raise KeyboardInterrupt
-    if recipe.learn == "language" or args.merged:
-        save_whole(model, folders, out / "model")
-    messages.note(_last_line(args, recipe, out, layout, folders))
-
-
-def _check_whole(args: argparse.Namespace, recipe: Recipe, folders: Folders) -> None:
-    """Raises ValueError if a whole model is asked for that could not be written."""
-    if args.merged and recipe.learn == "medusa":
-        raise ValueError("--merged is for a LoRA: heads are a file of their own; leave it out")
-    if args.merged and recipe.quantize:
-        raise ValueError(
-            "--merged adds a LoRA to the weights it was learnt on, and those in "
-            f"{recipe.quantize} are not stored; leave --merged or --quantize out"
-        )
-    if recipe.learn == "language" or args.merged:
-        check_one_folder(folders)
-
-
-def _measure(
-    update: int, assistant: Assistant, held: list[Example], recipe: Recipe, messages: Messages
-) -> list[str]:
-    """The line of the log about the rows that are not learnt, if there are any."""
-    if not held:
-        return []
-    if recipe.learn == "medusa":
-        found = accuracy(assistant.model, held, assistant.image_processor, recipe.batch)
-        messages.note(f"after update {update}, on {len(held)} held-out row(s): {told(found)}")
-        return [json.dumps({"update": update, "held_out_top_1_and_5": found}) + "\n"]
-    loss = held_out_loss(assistant.model, held, assistant.image_processor, recipe.batch)
-    messages.note(f"after update {update}: loss {loss:.4f} on {len(held)} held-out row(s)")
-    return [json.dumps({"update": update, "held_out_loss": loss}) + "\n"]
-
-
-def _open_out(out: Path, goes_on: bool) -> Path:
-    """The folder of the run. Raises ValueError if it is not empty, unless a run goes on in it."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file; name a folder")
-    if out.exists() and any(out.iterdir()) and not goes_on:
-        raise ValueError(f"{out}: is not empty; --resume goes on there, or name a new folder")
-    if out.exists() and any(out.iterdir()) and not (out / STATE_NAME).exists():
-        raise ValueError(
-            f"{out}: is not empty, and has no {STATE_NAME} to go on from; name a new one"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
-def _open_model(args: argparse.Namespace, recipe: Recipe) -> Assistant:
-    """The model with its plain layers, since the layers that are fast at inference do not learn."""
-    assistant = load(
-        args.model,
-        device=args.device,
-        dtype="float32",
-        attention="eager",
-        quantize=recipe.quantize,
-        vision_tower=args.vision_tower,
-        model_base=args.model_base,
-        template=recipe.template,
-        image_aspect_ratio=recipe.aspect,
-    )
-    if assistant.model.projector.linear_1.weight.device.type != "cpu":
-        assistant.model.language_model.attend = ATTENTION["fused"]
-    return assistant
-
-
-def _is_hub(folders: Folders) -> bool:
-    content = json.loads((folders.find("config.json") / "config.json").read_text("utf-8"))
-    return "text_config" in content
-
-
-@contextmanager
-def _stop_between_updates() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM wait until an update is whole and saved: the list is then not empty."""
-    came: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda number, _: came.append(number)) for number in signals]
-    try:
-        yield came
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
-
-
-def _tell(record: Record, updates: int, messages: Messages) -> None:
-    text = (
-        f"update {record.update} of {updates}: loss {record.loss:.4f} over {record.tokens} tokens, "
-        f"norm {record.norm:.3g}, {record.seconds:.2f} s"
-    )
-    messages.progress("" if record.update == updates else text)
-    if messages.verbose:
-        messages.note(text)
-
-
-def _last_line(
-    args: argparse.Namespace, recipe: Recipe, out: Path, layout: str, folders: Folders
-) -> str:
-    """A line that says how to ask the model that was learnt."""
-    if recipe.learn == "language" or args.merged:
-        return f"learnt; ask it with: python -m minillava.generate --weights {out / 'model'}"
-    if recipe.learn == "medusa":
-        return (
-            "learnt; ask with them: python -m minillava.generate --weights "
-            f"{folders.weights} --draft medusa:{out}"
-        )
-    if recipe.learn == "lora" and layout == "hf":
-        return (
-            "learnt; ask it with: python -m minillava.generate --weights "
-            f"{folders.weights} --adapter {out}"
-        )
-    return (
-        f"learnt; ask it with: python -m minillava.generate --weights {out} --model-base "
-        f"{folders.weights}"
-    )
-
-
 def finetune(model: str | Path, data: str | Path, out: str | Path, **options: Any) -> None:
     """`python -m minillava.finetune` from Python: the flags by their names. Raises what the command
     says in one line."""
@@ -291,6 +150,7 @@ def finetune(model: str | Path, data: str | Path, out: str | Path, **options: An
         "recipe": "lora", "images": None, "resume": False, "save_every": 100, "layout": None,
         "merged": False, "skip_bad": False, "device": "auto", "vision_tower": None,
         "model_base": None, "check": None, "plan": False, "verbose": False, "quiet": True,
+        "val": None, "evaluate_every": None, "early_stop": None, "log": [], "checkpoint": "off",
     }  # fmt: skip
     known = {*flags, *(field.name for field in dataclasses.fields(Recipe))}
     for name in options:

@@ -2,7 +2,9 @@
 
 import io
 import math
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,15 +14,27 @@ from torch import Tensor
 from minillava.checkpoint.adapter import CONFIG_NAME, WEIGHTS_NAMES
 from minillava.checkpoint.folders import Folders
 from minillava.checkpoint.names import PROJECTOR_NAME, REST_NAME, stored_name
+from minillava.checkpoint.parts import open_parts
 from minillava.checkpoint.stored import StoredWeights
 from minillava.checkpoint.write import Planned, as_json, cast, check_written, write_weights
-from minillava.checkpoint.write_json import original_config
+from minillava.checkpoint.write_json import (
+    generation_config,
+    original_config,
+    preprocessor_config,
+    tokenizer_config,
+)
+from minillava.config import LlavaConfig
 from minillava.files.disk import write_whole
+from minillava.files.hub import CLIP_RELEASE
 from minillava.files.new_folder import new_folder
+from minillava.files.tensors import open_file
+from minillava.finetune import processes
+from minillava.finetune.learning import part_of
 from minillava.finetune.lora import lora_layers
 from minillava.finetune.medusa import save_heads
 from minillava.finetune.recipe import Recipe
 from minillava.llava import Llava
+from minillava.projector import Projector
 
 LAYOUTS = ("hf", "llava")
 
@@ -30,32 +44,61 @@ IN_HF = rf"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(PRODU
 """The adapted layers of transformers' model; the vision tower has layers of the same ends."""
 
 
-def save_learnt(model: Llava, recipe: Recipe, layout: str, base: str, out: Path) -> None:
+SIDE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+
+
+def save_learnt(
+    model: Llava, recipe: Recipe, layout: str, base: str, folders: Folders, out: Path
+) -> None:
     """The files of what a LoRA, a projector or heads learnt. layout: hf, the names of transformers'
-    LLaVA, or llava, those of the original. base: the model that it was learnt on. Raises
-    OSError."""
+    LLaVA, or llava, those of the original. base: what the model that it was learnt on is called.
+    Raises OSError, or ValueError if a file does not read back as it was written."""
     if recipe.learn == "medusa":
         save_heads(model, out)
         return
     if recipe.learn == "projector" or layout == "llava":
         config = original_config(model.config, torch.float32)
-        config["mm_vision_tower"] = config["mm_vision_tower"] or "openai/clip-vit-large-patch14-336"
-        write_whole(out / "config.json", as_json(config))
+        config["mm_vision_tower"] = config["mm_vision_tower"] or CLIP_RELEASE
+        write_whole(out / "config.json", as_json({**config, "_name_or_path": base}))
     if recipe.learn == "projector":
-        write_whole(out / PROJECTOR_NAME, _pickled(_projector(model, "llava", "")))
+        tensors = projector_tensors(model.projector, model.config, "llava", "")
+        _write(out / PROJECTOR_NAME, tensors, pickled(tensors))
         return
     tensors = {
         f"base_model.model.{_name(name, layout)}.{half}.weight": weight.detach().contiguous()
         for name, layer in lora_layers(model).items()
         for half, weight in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
     }
-    projector = _projector(model, layout, "base_model.model.")
+    projector = projector_tensors(model.projector, model.config, layout, "base_model.model.")
     if layout == "hf":
         tensors |= projector
     else:
-        write_whole(out / REST_NAME, _pickled(projector))
-    write_whole(out / WEIGHTS_NAMES[0], save(tensors, metadata={"format": "pt"}))
+        _write(out / REST_NAME, projector, pickled(projector))
+    _write(out / WEIGHTS_NAMES[0], tensors, save(tensors, metadata={"format": "pt"}))
+    for path in side_files(folders):
+        if path.name not in ("config.json", "generation_config.json"):
+            write_whole(out / path.name, path.read_bytes())
     write_whole(out / CONFIG_NAME, as_json(_adapter_config(recipe, layout, base)))
+
+
+def side_files(folders: Folders) -> list[Path]:
+    """The files of the tokenizer, and of how pictures are prepared, of the folder begun from; its
+    config.json comes last."""
+    files = {}
+    for folder in (folders.model_base, folders.weights):
+        for path in sorted(folder.iterdir()) if folder else []:
+            own = not path.name.startswith(("adapter_", "trainer_"))
+            if path.suffix in SIDE_SUFFIXES and own and "index" not in path.name:
+                files[path.name] = path
+    return sorted(files.values(), key=lambda path: path.name == "config.json")
+
+
+def _write(path: Path, tensors: dict[str, Tensor], content: bytes) -> None:
+    """A file of tensors, opened again. Raises OSError, or ValueError if it holds others."""
+    write_whole(path, content)
+    found = {stored.name: stored.shape for stored in open_file(path)}
+    if found != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+        raise ValueError(f"{path}: does not read back as it was written; check the disk")
 
 
 def _name(name: str, layout: str) -> str:
@@ -63,13 +106,16 @@ def _name(name: str, layout: str) -> str:
     return f"model.{name}" if layout == "hf" else stored_name(name, "original", 0)
 
 
-def _projector(model: Llava, layout: str, prefix: str) -> dict[str, Tensor]:
+def projector_tensors(
+    projector: Projector, config: LlavaConfig, layout: str, prefix: str
+) -> dict[str, Tensor]:
+    """The weights of a projector by the names of a layout."""
     found = {}
-    for name, tensor in model.projector.state_dict().items():
+    for name, tensor in projector.state_dict().items():
         if layout == "hf":
             stored = f"model.multi_modal_projector.{name}"
         else:
-            stored = stored_name(f"projector.{name}", "original", model.config.projector_layers)
+            stored = stored_name(f"projector.{name}", "original", config.projector_layers)
         found[f"{prefix}{stored}"] = tensor.detach().contiguous()
     return found
 
@@ -94,7 +140,7 @@ def _adapter_config(recipe: Recipe, layout: str, base: str) -> dict[str, object]
     }
 
 
-def _pickled(tensors: dict[str, Tensor]) -> bytes:
+def pickled(tensors: dict[str, Tensor]) -> bytes:
     """A .bin, the form in which LLaVA looks for these files."""
     file = io.BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, file)
@@ -103,7 +149,8 @@ def _pickled(tensors: dict[str, Tensor]) -> bytes:
 
 def whole_weights(model: Llava) -> dict[str, Callable[[], Tensor]]:
     """Our names of all weights that differ from the base's, and what makes them: a LoRA is added to
-    its weight as minillava and PEFT do it when they open one, in float32."""
+    its weight as minillava and PEFT do it when they open one, in float32. Where weights are cut up,
+    all processes must ask, and each gets them whole."""
     layers = lora_layers(model)
     made: dict[str, Callable[[], Tensor]] = {
         f"{name}.weight": lambda layer=layer: (  # type: ignore[misc]
@@ -113,38 +160,76 @@ def whole_weights(model: Llava) -> dict[str, Callable[[], Tensor]]:
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ".lora_" not in name:
-            made[name] = lambda p=parameter: p.detach()  # type: ignore[misc]
+            whole = processes.whole(parameter.detach())
+            made[name] = lambda p=whole: p  # type: ignore[misc]
     return made
 
 
-def check_one_folder(folders: Folders) -> None:
-    """Raises ValueError for a base that lies in several folders, or is quantised: a model can only
-    be written like one of plain weights."""
-    if folders != Folders(folders.weights):
-        raise ValueError(
-            f"{folders.weights}: the model lies in several folders, so there is none to write it "
-            "like; put it into one with: python -m minillava.convert"
-        )
-    if StoredWeights(folders.weights).quantised:
+def check_base(folders: Folders) -> None:
+    """Raises ValueError for a base that is quantised: a model can only be written like one of plain
+    weights."""
+    if StoredWeights(folders.model_base or folders.weights).quantised:
         raise ValueError(f"{folders.weights}: is quantised; start from the weights it was made of")
 
 
-def save_whole(model: Llava, folders: Folders, target: Path) -> None:
-    """A copy of the base's folder, with the learnt weights in place of the base's. Raises
-    ValueError as check_one_folder does."""
-    stored, learnt = StoredWeights(folders.weights), whole_weights(model)
+def save_whole(learnt: dict[str, Callable[[], Tensor]], folders: Folders, target: Path) -> None:
+    """The whole model, with the learnt weights (`whole_weights`) in place of the base's, complete
+    under its name or not there: a copy of the base's folder, or in LLaVA's own layout if the base
+    lies in several folders. Raises ValueError or OSError; what was there before then stays."""
+    new, before = (target.with_name(f"{target.name}{end}") for end in (".new", ".before"))
+    for left in (new, before):  # by a run that was killed here
+        if left.exists():
+            shutil.rmtree(left)
+    tensors, files = _like(learnt, folders) if folders == Folders(folders.weights) else _joined(
+        learnt, folders
+    )  # fmt: skip
+    with new_folder(new) as folder:
+        write_weights(tensors, folder)
+        check_written(tensors, folder)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    if target.exists():
+        target.rename(before)
+    new.rename(target)
+    if before.exists():
+        shutil.rmtree(before)
+
+
+Plan = tuple[dict[str, Planned], dict[str, bytes]]
+"""The tensors of a folder, and its other files."""
+
+
+def _like(learnt: dict[str, Callable[[], Tensor]], folders: Folders) -> Plan:
+    """A folder with the names and dtypes of the base's one folder."""
     tensors = {}
-    for name, found in stored.tensors.items():
+    for name, found in StoredWeights(folders.weights).tensors.items():
         make: Callable[[], Tensor] = found.read
         if name in learnt:
             make = _cast(learnt[name], found.name, found.dtype)
         tensors[found.name] = Planned(found.shape, found.dtype, make, name)
-    with new_folder(target) as folder:
-        write_weights(tensors, folder)
-        check_written(tensors, folder)
-        for path in sorted(folders.weights.iterdir(), key=lambda path: path.name == "config.json"):
-            if path.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in path.name:
-                (folder / path.name).write_bytes(path.read_bytes())
+    return tensors, {path.name: path.read_bytes() for path in side_files(folders)}
+
+
+def _joined(learnt: dict[str, Callable[[], Tensor]], folders: Folders) -> Plan:
+    """One folder in LLaVA's own layout for a model that lies in several; a tower that is in it."""
+    parts = open_parts(folders)
+    config, weights, tensors = parts.config, parts.weights, {}
+    for name in weights.tensors:
+        dtype = weights.stored_dtype(name)
+        stored = stored_name(name, "original", config.projector_layers)
+        make: Callable[[], Tensor] = partial(weights.read, name)
+        if name in learnt:
+            make = _cast(learnt[name], stored, dtype)
+        tensors[stored] = Planned(weights.shape(name), dtype, make, name)
+    tokenizer, dtype = parts.tokenizer, weights.dtype()
+    generation = folders.find("generation_config.json")
+    return tensors, {
+        "generation_config.json": as_json(generation_config(generation, config, tokenizer)),
+        "preprocessor_config.json": as_json(preprocessor_config(parts.image_processor)),
+        "tokenizer.model": tokenizer.sentencepiece.serialized_model_proto(),
+        "tokenizer_config.json": as_json(tokenizer_config(config, tokenizer, "original")),
+        "config.json": as_json(original_config(config, dtype)),
+    }
 
 
 def _cast(make: Callable[[], Tensor], name: str, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -155,8 +240,6 @@ def count(model: Llava, learning: dict[str, Tensor]) -> dict[str, int]:
     """The number of parameters that learn, by part."""
     parts: dict[str, int] = {}
     for name, parameter in learning.items():
-        part = "projector" if name.startswith("projector.") else "language model"
-        part = "heads" if name.startswith("medusa.") else part
-        part = "LoRA" if ".lora_" in name else part
+        part = part_of(name)
         parts[part] = parts.get(part, 0) + math.prod(parameter.shape)
     return parts

@@ -407,6 +407,29 @@ def test_gradients_are_those_of_the_weights_that_are_meant(kind):
         assert_within(x.grad, products(g, weight.T, dw=dw.T))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_is_that_of_a_linear_layer_and_keeps_no_wide_weights(kind):
+    """To the last bit. Kept until the backward pass, the wide weights of all layers took more memory
+    than the model that was not quantised."""
+    layer = quantised_layer(quantize_tensor(weights(), kind))
+    kept: list[int] = []
+    x, g = torch.randn(5, K, requires_grad=True), torch.randn(5, N)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
+        y = layer(x)
+    y.backward(g)
+    assert sum(kept) == 0
+    plain = torch.nn.Linear(K, N, bias=False)
+    plain.weight.data = layer.dequantise(slice(None), torch.float32)
+    same = x.detach().clone().requires_grad_()
+    expected = plain(same)
+    expected.backward(g)
+    assert torch.equal(y, expected) and torch.equal(x.grad, same.grad)
+    wide = torch.randn(2, K, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, wide)
+
+
 # --- the model ------------------------------------------------------------------------------------
 
 
