@@ -2,11 +2,14 @@
 
 import errno
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from minillava.files.disk import nearest_folder, refused
+from minillava.checkpoint.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from minillava.checkpoint.names import part_of_model
+from minillava.files.disk import nearest_folder, read_json, refused
 from minillava.files.hub import CLIP_DOWNLOAD, DOWNLOAD, find_snapshot, is_repo_id
 from minillava.options import WEIGHTS_VARIABLE
 
@@ -53,14 +56,35 @@ def find_folders(
     adapter: Name = None,
 ) -> Folders:
     """The folders that names mean (see find_folder). LLaVA's own weights cannot be a tower, base or
-    adapter, so no message recommends them for these."""
+    adapter, so no message recommends them for these. A LoRA or a projector without a base gets the
+    one that it says it was trained on, if that is here."""
     folder = find_folder(weights, revision)
     tower = None if vision_tower is None else find_folder(vision_tower, command=CLIP_DOWNLOAD)
     base, lora = (
         None if other is None else find_folder(other, command=None)
         for other in (model_base, adapter)
     )
-    return Folders(folder, tower, base, lora)
+    return Folders(folder, tower, remembered_base(folder) if base is None else base, lora)
+
+
+def remembered_base(folder: Path) -> Path | None:
+    """The folder of the model that a LoRA or a projector names as its base; None for another kind
+    of folder, or if the base is not on this machine."""
+    if not part_of_model(folder):
+        return None
+    for file, key in (
+        (ADAPTER_CONFIG_NAME, "base_model_name_or_path"),
+        ("config.json", "_name_or_path"),
+    ):
+        named = read_json(folder / file).get(key) if (folder / file).exists() else None
+        if not isinstance(named, str) or not named:
+            continue
+        if os.path.isdir(named) and not os.path.samefile(named, folder):
+            return Path(named)
+        if is_repo_id(named):
+            with suppress(FileNotFoundError):
+                return find_snapshot(named)
+    return None
 
 
 def default_weights() -> str:

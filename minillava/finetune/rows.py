@@ -62,6 +62,10 @@ class Found:
             (self.first_dropped, "answers before a first question left out"),
             (self.last_dropped, "questions without an answer left out"),
             (self.repeated, "ids on more than one row"),
+            (
+                sum(len(row.pictures) > 1 for row in self.rows),
+                "rows with several pictures, of which LLaVA-1.5 never saw one",
+            ),
         ):
             text += f"; {count:,} {what}" if count else ""
         return text

@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         if args.plan:
             return show(_plan(parts, recipe, examples))
         recipe = settled(recipe, folders, here, messages)
+        if recipe.aspect == "crop":
+            messages.note("pictures are cropped to a square, as in LLaVA's stage 1, not padded")
         if args.layout is None:
             args.layout = "hf" if _is_hub(folders) else "llava"
         learn(args, recipe, folders, examples, measured, messages)

@@ -139,6 +139,8 @@ def test_peft_opens_a_lora_and_computes_the_same(run_main, data, tmp_path):
             "multi_modal_projector.", "multi_modal_projector.modules_to_save.default."
         )
         assert torch.equal(named[theirs], tensor), name
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(stored) == sum(".lora_" in n or ".modules_to_save." in n for n in named)
     merged = model.merge_and_unload()
     pixels = torch.randn(1, 3, *[base.config.vision_config.image_size] * 2, generator=fixed())
     found = hf.forward(merged, [[1, 5, -200, 9, 30]], pixels)["logits"]
@@ -168,6 +170,53 @@ def test_both_layouts_hold_the_same_model(run_main, data, tmp_path):
     assert torch.equal(logits(tmp_path / "llava", model_base=PLAIN), expected)
     for layout in ("hf", "llava"):
         assert torch.equal(logits(tmp_path / layout / "model"), expected)
+
+
+def test_llava_finds_a_lora_under_its_own_names(run_main, data, tmp_path):
+    """LLaVA's loader renames by hand (builder.py): what it does not find stays as in the base."""
+    learn(run_main, data, tmp_path / "out", "--layout", "llava")
+    rest = torch.load(tmp_path / "out" / "non_lora_trainables.bin", weights_only=True)
+    # as there: without base_model., then without the first of two model.
+    renamed = {name.removeprefix("base_model.").removeprefix("model.") for name in rest}
+    assert renamed == {
+        f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")
+    }
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    layer = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert layer in stored and len(stored) == 2 * 7 * 2
+    config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
+    assert (config["mm_projector_type"], config["mm_use_im_start_end"]) == ("mlp2x_gelu", False)
+    assert config["mm_vision_tower"]
+
+
+@pytest.mark.parametrize("more", [("--layout", "hf"), ("--layout", "llava"), ("--learn", "projector")])  # fmt: skip
+def test_what_was_learnt_is_opened_by_its_folder_alone(run_main, data, tmp_path, more):
+    """The base had to be named again each time, though its name stands in the files."""
+    out = tmp_path / "out"
+    learn(run_main, data, out, *more)
+    given = {"adapter": out} if "hf" in more else {"model_base": PLAIN}
+    assert torch.equal(logits(out), logits(PLAIN if "hf" in more else out, **given))
+    moved = json.loads((out / "recipe.json").read_text("utf-8"))
+    assert (moved["rank"], moved["quantize"]) == (4, None)
+    named = [out / name for name in ("adapter_config.json", "config.json") if (out / name).exists()]
+    assert all(str(PLAIN) in path.read_text("utf-8") for path in named) and named
+    for path in named:
+        gone = path.read_text("utf-8").replace(str(PLAIN), str(tmp_path / "gone"))
+        path.write_text(gone, "utf-8")
+    with pytest.raises(FileNotFoundError, match="--model-base"):
+        minillava.load(out)
+
+
+@pytest.mark.parity
+def test_transformers_opens_a_whole_model_and_computes_the_same(run_main, data, tmp_path):
+    """A tensor under a name it does not know would start at random, with a warning at most."""
+    hf = pytest.importorskip("hf")
+    pytest.importorskip("transformers")
+    learn(run_main, data, tmp_path / "out", "--learn", "language")
+    model = hf.load(tmp_path / "out" / "model")  # ValueError if anything is missing or unexpected
+    pixels = torch.randn(1, 3, *[model.config.vision_config.image_size] * 2, generator=fixed())
+    found = hf.forward(model, [[1, 5, -200, 9, 30]], pixels)["logits"]
+    assert torch.equal(found, logits(tmp_path / "out" / "model"))
 
 
 def test_a_projector_is_saved_as_llava_saves_it(run_main, data, tmp_path):

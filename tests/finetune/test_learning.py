@@ -10,6 +10,7 @@ from paths import REFERENCE
 
 import minillava
 from minillava.checkpoint.folders import Folders
+from minillava.checkpoint.names import PREFIXES, renamed
 from minillava.config import IGNORE_INDEX
 from minillava.fast.quantize import QuantisedLinear
 from minillava.finetune.learning import make_optimiser, prepare
@@ -189,6 +190,57 @@ def test_in_bfloat16_what_learns_stays_float32(learn):
     assert frozen == {torch.bfloat16 if learn == "lora" else torch.float32}
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+@pytest.mark.parity
+def test_the_gradients_of_a_row_are_those_of_transformers_to_the_last_bit():
+    """Of every weight of the network, the vision tower's included."""
+    pytest.importorskip("transformers")
+    assistant, row = toy(), EXAMPLES[0]
+    learning = prepare(assistant.model, Recipe(**SHORT, learn="everything"))
+    pixels = Noise(assistant.image_processor.image_size)(row.pictures)
+    loss = summed_loss_of_all(assistant.model, Batch([row.ids], [row.labels], pixels, row.learnt))
+    (loss / row.learnt).backward()
+
+    theirs = hf.load(REFERENCE / "plain").requires_grad_(True)
+    out = theirs(
+        **hf.inputs(theirs, [row.ids], [row.labels]), pixel_values=pixels, use_cache=False,
+        num_items_in_batch=torch.tensor(row.learnt),
+    )  # fmt: skip
+    out.loss.backward()
+    named = {renamed(name, PREFIXES): p for name, p in theirs.named_parameters()}
+    assert loss.item() / row.learnt == pytest.approx(out.loss.item(), rel=1e-7)
+    assert len(learning) == len(assistant.model.state_dict())
+    for name, parameter in learning.items():
+        assert torch.equal(parameter.grad, named[name].grad), name
+
+
+@pytest.mark.parity
+def test_a_batch_of_all_kinds_has_the_gradients_of_transformers_in_float64():
+    """Rows of several lengths, one with two pictures, one with none."""
+    pytest.importorskip("transformers")
+    rows = [EXAMPLES[1], example([1, -200, 5, 6, -200, 7, 8], 2, 2), example([1, 9, 3, 4], 2, 0)]
+    options = {"device": "cpu", "dtype": "float64", "attention": "eager"}
+    assistant = minillava.load(REFERENCE / "plain", **options)
+    learning = prepare(assistant.model, Recipe(**SHORT, learn="everything"))
+    pixels = Noise(assistant.image_processor.image_size)([0, 1, 2]).double()
+    ids, labels = [row.ids for row in rows], [row.labels for row in rows]
+    loss = summed_loss(assistant.model, Batch(ids, labels, pixels, 6))
+    loss.backward()
+    with hf.float64():
+        theirs = hf.load(REFERENCE / "plain", "float64").requires_grad_(True)
+        given = hf.inputs(theirs, ids, labels)
+        following = given.pop("labels")[:, 1:].flatten()
+        logits = theirs(**given, pixel_values=pixels, use_cache=False).logits
+        expected = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), following, reduction="sum"
+        )
+        expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    named = {renamed(name, PREFIXES): p for name, p in theirs.named_parameters()}
+    norm = torch.stack([p.grad.norm() for p in learning.values()]).norm()
+    for name, parameter in learning.items():
+        assert (parameter.grad - named[name].grad).norm() < 1e-12 * norm, name
 
 
 @pytest.mark.parity

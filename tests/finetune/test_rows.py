@@ -1,7 +1,9 @@
 """Rows of a data file: what is wrong with them is told before a model is opened, and labels are
 exactly the answers."""
 
+import itertools
 import json
+import random
 import re
 
 import pytest
@@ -75,6 +77,14 @@ def test_several_pictures_stay_where_they_are_marked(write):
     row = {"image": ["a.png", "b.png"], "conversations": [human("<image> or <image>?"), gpt("A")]}
     (found,) = read_rows(write([row])).rows
     assert (len(found.pictures), found.turns) == (2, (("<image> or <image>?", "A"),))
+
+
+def test_rows_of_several_pictures_are_counted(write):
+    """Nobody would be told that the model never saw such rows."""
+    row = {"image": ["a.png", "b.png"], "conversations": [human("<image> or <image>?"), gpt("A")]}
+    told = read_rows(write([row, GOOD])).counts()
+    assert "; 1 rows with several pictures, of which LLaVA-1.5 never saw one" in told
+    assert "several" not in read_rows(write([GOOD])).counts()
 
 
 def test_what_has_no_counterpart_is_left_out_and_counted(write):
@@ -172,6 +182,34 @@ def test_labels_are_the_answers_and_their_ends(write, reference):
     learnt.append(now)
     assert [tokenizer.decode(some).strip() for some in learnt] == [a.strip() for a in answers]
     assert all(some[-1] == tokenizer.eos_id for some in learnt)
+
+
+WORDS = ["</s>", "ASSISTANT:", "USER: x", "<unk>", "<s>", "😀", "\n\n", " ", "a", "red", "é", "0"]
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "llava_v1"])
+@pytest.mark.parametrize("seed", range(25))
+def test_labels_of_any_conversation_are_its_answers(reference, template, seed):
+    """Counting words, the original masks a whole row whose text looks like its separators, or
+    learns a part of the question."""
+    drawn = random.Random(seed)
+    tokenizer = Tokenizer(reference / "plain" / "tokenizer.model")
+
+    def text() -> str:
+        return "x" + drawn.choice(["", " "]).join(drawn.choices(WORDS, k=drawn.randrange(6)))
+
+    turns = [(text(), text()) for _ in range(drawn.randrange(1, 4))]
+    ids, labels = encode_answers(tokenizer, TEMPLATES[template], turns)
+    assert all(label in (token, IGNORE_INDEX) for token, label in zip(ids, labels, strict=True))
+    runs = [
+        [label for _, label in run]
+        for kept, run in itertools.groupby(enumerate(labels), lambda at: at[1] != IGNORE_INDEX)
+        if kept
+    ]
+    assert [tokenizer.decode(run).strip() for run in runs] == [
+        answer.strip() for _, answer in turns
+    ]
+    assert all(run[-1] == tokenizer.eos_id for run in runs)
 
 
 def test_a_row_is_cut_at_its_end_and_never_inside_a_picture(write, reference):
