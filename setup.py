@@ -22,6 +22,7 @@ setup(
     entry_points={"console_scripts": ["minillava = minillava.cli.doors:main"]},
     package_data={
         "minillava": ["py.typed"],
+        "minillava.serve": ["page/*"],
         "minillava.shapes": ["*.json", "*.model", "*.safetensors", "*.png", "README.md"],
     },
     python_requires=">=3.10",
@@ -47,8 +48,8 @@ setup(
             "msgspec>=0.20",
             "prometheus-client>=0.21",
         ],
-        # the tests of pages that --html writes; they also need Chromium
-        "browser": ["playwright>=1.40"],
+        # the tests of pages, those that --html writes and that of serve; they also need Chromium
+        "browser": ["playwright>=1.49", "axe-playwright-python>=0.1.8"],
         # python -m minillava.finetune --log tensorboard, --log wandb
         "tensorboard": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.17"],

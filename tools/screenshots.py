@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -42,9 +44,49 @@ def shoot(browser: str, page: Path, size: tuple[int, int], target: Path) -> None
     flags += ["--window-size={},{}".format(*size), f"--screenshot={target}"]
     command = [browser, *flags, page.as_uri()]
     subprocess.run(command, check=True, timeout=120, stderr=subprocess.DEVNULL)
+    shrink(target)
+
+
+def shrink(target: Path) -> None:
     with Image.open(target) as picture:
         few = picture.convert("RGB").quantize(256)
     few.save(target, optimize=True)
+
+
+@contextmanager
+def serving() -> Iterator[str]:
+    """A server of the bundled model; its address."""
+    command = [sys.executable, "-m", "minillava.serve", *QUESTION[:2], "-q", "--port", "0"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline() if process.stdout else ""
+        if not line.startswith("listening on "):
+            sys.exit("error: the server did not start; its message is above")
+        yield line.split()[-1]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def talk(browser: str, size: tuple[int, int], target: Path) -> None:
+    """The page of serve: a question is asked, and the word clicked that names a shape. Needs pip
+    install -e '.[serve,browser]'."""
+    from playwright.sync_api import sync_playwright
+
+    with serving() as address, sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = opened.new_page(viewport={"width": size[0], "height": size[1]})
+        page.goto(address)
+        page.set_input_files("#file", ROOT / QUESTION[-1])
+        page.locator("#picture").wait_for()
+        page.fill("#question", "Describe this image.")
+        page.click("#send")
+        page.locator("#send").wait_for()
+        page.locator(".word", has_text="star").click()
+        page.locator("#panel").wait_for()
+        page.screenshot(path=target)
+        opened.close()
+    shrink(target)
 
 
 def main() -> None:
@@ -53,6 +95,9 @@ def main() -> None:
         sys.exit(
             f"error: found none of {', '.join(BROWSERS)}; install Chromium, which shows the pages"
         )
+    served = ROOT / "minillava" / "serve" / "page.png"
+    talk(browser, (1280, 800), served)
+    print(f"{served.relative_to(ROOT)}: {served.stat().st_size:,} bytes")
     heat_map = ROOT / "minillava" / "look" / "heatmap.png"
     ask("look", *WORDS, "--out", str(heat_map))
     with tempfile.TemporaryDirectory() as folder:

@@ -38,13 +38,14 @@ FAILURES = 3
 class Token(NamedTuple):
     """One new token of an answer. text: the text that can now be shown. logprobs: (id,
     log-probability) of the token and of the most likely ones in its place. heat: [P], what its
-    choice looked at, if that was asked."""
+    choice looked at, if that was asked. at: when it was chosen."""
 
     id: int
     text: str
     finish_reason: str | None
     logprobs: list[tuple[int, float]] | None
     heat: Tensor | None = None
+    at: float = 0.0
 
 
 class Failed(NamedTuple):
@@ -551,7 +552,7 @@ class Engine(threading.Thread):
             heat = sides[0].watch.mean(*request.look)
         if reason is not None:
             self._leave(answer)
-        request.put(answer.number, Token(int(token), text, reason, likely, heat))
+        request.put(answer.number, Token(int(token), text, reason, likely, heat, time.monotonic()))
 
     def _leave(self, answer: Answer) -> None:
         """Free the slot of an answer that is over; what is cached in it stays."""

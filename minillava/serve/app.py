@@ -36,6 +36,7 @@ from minillava.serve.protocol import (
     read_request,
 )
 from minillava.serve.service import Chat, Service
+from minillava.serve.static import is_page, page_routes
 
 LOG = logging.getLogger("minillava.serve")
 
@@ -52,7 +53,7 @@ HOSTS = ("127.0.0.1", "localhost", "[::1]")
 """How this machine calls itself. Another name in Host is a page's that was led here."""
 
 OPEN = ("/health", "/livez")
-"""What needs no key: it tells nothing private."""
+"""What needs no key: it tells nothing private. Nor do the files of the page, which asks for one."""
 
 
 def build(
@@ -63,9 +64,10 @@ def build(
     cors: Sequence[str] = (),
     max_body: int = 32 << 20,
     body_timeout: float = 60.0,
+    page: bool = True,
 ) -> Starlette:
     """The application. keys: a client must send one of them, if there are any. hosts: the names
-    under which it may be reached."""
+    under which it may be reached. page: whether the page at `/` is there."""
     metrics = Metrics(service.engine)
     api = Api(service, metrics, max_body, body_timeout)
     routes = [
@@ -76,6 +78,7 @@ def build(
         Route("/health", api.health, methods=["GET"]),
         Route("/livez", api.livez, methods=["GET"]),
         Route("/metrics", api.metrics, methods=["GET"]),
+        *(page_routes() if page else ()),
     ]
     # pages of these other sites may ask, but their browsers send no cookie or key by themselves
     shared = {"allow_methods": ["GET", "POST"], "allow_headers": ["authorization", "content-type"]}
@@ -164,6 +167,8 @@ class Guard:
             return ApiError(431, "headers_too_large", told)
         origin, site = headers.get(b"origin"), headers.get(b"sec-fetch-site")
         host = headers.get(b"host", b"").decode("latin-1").lower()
+        if is_page(path):  # which others may link to
+            return None
         foreign = origin is not None and urlsplit(origin.decode("latin-1")).netloc.lower() != host
         if (foreign or site == b"cross-site") and origin not in self.cors:
             told = "pages of other sites may not ask this server (--cors names those that may)"
@@ -182,6 +187,8 @@ def route_of(path: str) -> str:
     """The name of a route, for the log; always one of ours, whatever path was asked for."""
     if path.startswith("/v1/models"):
         return "/v1/models"
+    if is_page(path):
+        return "/"
     known = ("/v1/chat/completions", "/tokenize", "/health", "/livez", "/metrics")
     return path if path in known else "other"
 

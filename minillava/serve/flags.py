@@ -71,6 +71,7 @@ LIMITS = (
          help="seconds within which a body arrives (default: %(default)s)"),
     flag("--max-pixels", type=_from_1, default=64, metavar="M",
          help="million pixels of a picture (default: %(default)s)"),
+    flag("--no-page", action="store_true", help="do without the page at /"),
     flag("--grace", type=_from_1, default=30, metavar="S",
          help="seconds that answers have to finish at the end (default: %(default)s)"),
     flag("--stall", type=_from_1, default=300, metavar="S",

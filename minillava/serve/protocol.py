@@ -253,8 +253,8 @@ class Entries:
     """Log-probabilities of one answer's tokens, as OpenAI writes them."""
 
     def __init__(self, tokenizer: Any, ends: Sequence[int], started: bool, with_ids: bool):
-        """started: whether a prefix stands before. with_ids: each with the token's id, which OpenAI
-        does not have."""
+        """started: whether a prefix stands before. with_ids: each with the token's id, and `end` if
+        it ends an answer, which OpenAI does not have."""
         self.tokenizer, self.ends, self.started = tokenizer, ends, started
         self.with_ids = with_ids
 
@@ -275,7 +275,9 @@ class Entries:
         # JSON has no infinity; this is OpenAI's own number for it
         logprob = max(round(logprob, 6), -9999.0)
         text = raw.decode("utf-8", errors="replace")
-        own = {"id": token_id} if self.with_ids else {}
+        own: dict[str, Any] = {"id": token_id} if self.with_ids else {}
+        if self.with_ids and token_id in self.ends:
+            own["end"] = True
         return {"token": text, "logprob": logprob, "bytes": list(raw), **own}
 
     def _bytes(self, token_id: int) -> bytes:

@@ -112,6 +112,7 @@ def serve(
         cors=args.cors,
         max_body=args.max_body << 20,
         body_timeout=args.body_timeout,
+        page=not args.no_page,
     )
     server = Server(configure(app, args.grace), engine, args.grace, f"http://{shown}:{port}")
     return _run(server, engine, listener)

@@ -55,6 +55,7 @@ class Chat:
     seen: list[extensions.Seen] = field(default_factory=list)  # of each answer, with `look`
     generated: int = 0
     first: float | None = None  # when its first token came
+    last: dict[int, float] = field(default_factory=dict)  # when each answer's last token was chosen
 
     def head(self, kind: str) -> dict[str, Any]:
         """The first fields of every answer and every chunk."""
@@ -77,7 +78,11 @@ class Chat:
 
     def extra(self, number: int, event: Token) -> dict[str, Any]:
         """Of one token, the fields of a chunk's choice that are our own."""
-        ids = {"token_ids": [event.id]} if self.asked.token_ids else {}
+        ids: dict[str, Any] = {}
+        if self.asked.token_ids:
+            before = self.last.get(number, self.request.times["begun"])
+            ids = {"token_ids": [event.id], "token_ms": round(1e3 * (event.at - before), 2)}
+            self.last[number] = event.at
         if self.look is None:
             return ids
         return {**ids, "look": self.seen[number].entry(event)}

@@ -214,6 +214,26 @@ def test_an_answer_goes_on_from_an_alternative(shared, assistant):
     assert numbers[0] == sum(piece.startswith("▁") for piece in pieces[:5]) - 1
 
 
+def test_a_stream_tells_what_ends_an_answer_and_how_long_each_token_took(shared, assistant):
+    """The page would offer to go on from an end token, or show the time of the network."""
+    content, ends = [picture(1), text(QUESTION)], assistant.model.config.eos_token_ids
+    asked = {"logprobs": True, "top_logprobs": 20, "token_ids": True}
+    *events, _ = shared.events(content, **asked)
+    chunks = [json.loads(event) for event in events]
+    choices = [chunk["choices"][0] for chunk in chunks]
+    entries = [e for c in choices for e in (c["logprobs"] or {"content": []})["content"]]
+    likely = [each for entry in entries for each in entry["top_logprobs"]]
+    assert {each["id"] for each in likely if each.get("end")} == set(ends)
+    assert all(each["id"] not in ends for each in likely if "end" not in each)
+    took = [choice["token_ms"] for choice in choices if "token_ids" in choice]
+    times = chunks[-1]["minillava"]
+    assert len(took) == len(entries) + 1 and min(took) >= 0
+    # the first one's is that of the prompt, and together they are not longer than all of it
+    read = times["picture_ms"] + times["prefill_ms"]
+    assert took[0] >= read - 0.2
+    assert sum(took) <= read + times["decode_ms"] + 0.1 * len(took)
+
+
 def naive(assistant, prefix) -> list[list[int]]:
     """Greedy, without a cache: the ids after the prefix, the end token last."""
     import torch

@@ -1,0 +1,30 @@
+"""A real browser for tests of pages: the system's Chromium, driven by Playwright."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+
+def find_chromium() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@contextmanager
+def open_browser() -> Iterator:
+    """A browser without a window; skips where Playwright or Chromium is not there."""
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="the extra [browser] is not installed: Playwright is missing"
+    )
+    path = find_chromium()
+    if path is None:
+        pytest.skip("Chromium is not installed")
+    # a sandbox needs rights that root and containers do not have; the pages are our own
+    arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    with api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=arguments)
+        yield browser
+        browser.close()
