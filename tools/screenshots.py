@@ -2,9 +2,9 @@
 
     python tools/screenshots.py
 
-Asks the bundled model: look draws minillava/look/heatmap.png, and Chromium shows the pages that
-look, probe and trace write: page.png in the folder of each. Needs Chromium (on
-Debian: apt-get install chromium).
+Asks the bundled model: look draws minillava/look/heatmap.png, probe minillava/probe/why.png, and
+Chromium shows the pages that look, probe and trace write: page.png in the folder of each. Needs
+Chromium (on Debian: apt-get install chromium).
 """
 
 import shutil
@@ -20,12 +20,13 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = ["-m", "weights/shapes", "-i", "weights/shapes/example-1.png"]
 WORDS = ["--word", "star", "--word", "circle", "--word", "square"]
+WHY = ["-p", "What colour is the circle?", "--dtype", "float32", "--word", "blue"]
 # where a page's picture goes: the command that writes it, and the part of it that is shown
 PAGES = {
     ROOT / "minillava" / "look" / "page.png": (["look"], (1000, 680)),
     ROOT / "minillava" / "probe" / "page.png": (
-        ["probe", "-p", "What colour is the circle?", "--dtype", "float32", "--word", "blue"],
-        (1000, 1180),
+        ["probe", *WHY],
+        (1000, 1290),
     ),
     ROOT / "minillava" / "tracing" / "page.png": (["trace", "--depth", "outline"], (1000, 1700)),
 }
@@ -100,12 +101,14 @@ def main() -> None:
     print(f"{served.relative_to(ROOT)}: {served.stat().st_size:,} bytes")
     heat_map = ROOT / "minillava" / "look" / "heatmap.png"
     ask("look", *WORDS, "--out", str(heat_map))
+    why = ROOT / "minillava" / "probe" / "why.png"
+    ask("probe", *WHY, "--out", str(why))
     with tempfile.TemporaryDirectory() as folder:
         for target, (command, size) in PAGES.items():
             page = Path(folder) / f"{command[0]}.html"
             ask(*command, "--html", str(page))
             shoot(browser, page, size, target)
-    for target in (heat_map, *PAGES):
+    for target in (heat_map, why, *PAGES):
         print(f"{target.relative_to(ROOT)}: {target.stat().st_size:,} bytes")
 
 

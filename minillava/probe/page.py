@@ -86,7 +86,10 @@ def _how_to_read(found: Findings) -> str:
         keys += _key(SIGNED, f"-{ends} nats: likelier", "0", f"{ends}: less likely")
     if (cut := found.knock_out) is not None:
         around = "one layer" if cut.window == 1 else f"{cut.window} layers around each"
-        told.append(f"<b>cut off</b>: {around} at a time may not attend to the picture")
+        told.append(
+            f"<b>cut off</b>: in {around} at a time, the answer, or the text between, may not attend "
+            "to the picture"
+        )
     if (out := found.ablation) is not None:
         instead = "nothing" if out.how == "zero" else "what it says on average over the prompt"
         told.append(

@@ -53,7 +53,8 @@ def runs_of(text: str) -> list[tuple[str, str]]:
 
 
 def exercises(page: str) -> list[Exercise]:
-    """The exercises of the page; first, as one without a change, what the model says unchanged."""
+    """The exercises of the page; first, as one without a change, what the model says unchanged, and
+    last, without one too, the experiments."""
     found = [
         Exercise(
             "unchanged",
@@ -65,17 +66,22 @@ def exercises(page: str) -> list[Exercise]:
             (),
         )
     ]
+    page, experiments = page.split("\n## Experiments\n")
     for text in re.split(r"^### (?=\d)", page, flags=re.MULTILINE)[1:]:
         title, body = text.split("\n", 1)
         file, place = re.search(rf"^In {LINK}, `([\w.]+)`:$", body, re.MULTILINE).group(2, 3)
         old, new = re.search(r"```diff\n-(.*)\n\+(.*)\n```", body).groups()
         test, path = re.search(rf"`(test_\w+)` in {LINK} fails\.", body).group(1, 3)
         found.append(Exercise(title, file, place, old, new, runs_of(body), (path, test)))
+    for text in re.split(r"^### ", experiments, flags=re.MULTILINE)[1:]:
+        title, body = text.split("\n", 1)
+        found.append(Exercise(title, "", "", "", "", runs_of(body), ()))
     return found
 
 
 EXERCISES = exercises(PAGE)
-CHANGES = EXERCISES[1:]
+CHANGES = [exercise for exercise in EXERCISES if exercise.file]
+EXPERIMENTS = [exercise for exercise in EXERCISES[1:] if not exercise.file]
 QUESTIONS = {
     file: re.findall(r"^- (.*\?) ([^?\n]*)$", text, re.MULTILINE)
     for file, text in re.findall(
@@ -181,14 +187,15 @@ def test_an_exercise_changes_one_line_and_names_a_test(exercise):
     assert exercise.runs
 
 
-@pytest.mark.parametrize("exercise", CHANGES, ids=lambda e: e.title)
+@pytest.mark.parametrize("exercise", EXERCISES[1:], ids=lambda e: e.title)
 def test_an_answer_is_folded_below_its_question(exercise):
     """It stood four lines below "guess what the model will say"."""
     body = PAGE.partition(f"### {exercise.title}\n")[2].partition("\n### ")[0]
     seen, folded, _ = re.split(r"</?details>", body)
     ((command, answer),) = exercise.runs
     assert command in seen and answer not in seen
-    assert answer in folded and f"`{exercise.test[1]}`" in folded
+    assert answer in folded
+    assert not exercise.test or f"`{exercise.test[1]}`" in folded
 
 
 @pytest.mark.parametrize("most", [1, 4, 12])
@@ -218,6 +225,8 @@ def test_there_are_exercises():
     titles = re.findall(r"^### (\d+\. .*)$", PAGE, re.MULTILINE)
     assert [exercise.title for exercise in CHANGES] == titles
     assert len(CHANGES) >= 10
+    assert len(EXPERIMENTS) >= 2
+    assert all(len(exercise.runs) == 1 for exercise in EXPERIMENTS)
     assert "TODO" not in PAGE
 
 
