@@ -15,7 +15,7 @@ from minillava.probe.page import page
 from minillava.probe.patching import patch
 from minillava.probe.report import Findings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 COLOUR = "getComputedStyle(document.body).backgroundColor"
 WIDTHS = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
