@@ -4,6 +4,7 @@ exactly true, as Markdown.
 
     python tools/eval_shapes.py --weights weights/shapes
     python tools/eval_shapes.py --contrast    # what sampling and contrastive decoding make of it
+    python tools/eval_shapes.py --shape heart --adapter LORA   # a shape that was learnt later
 
 Everything goes through minillava's public functions: `load`, the template, and batched greedy
 `generate`.
@@ -143,9 +144,13 @@ class Worker:
     assistant = None
 
     @classmethod
-    def open(cls, weights: Path, dtype: str, quantize: str | None) -> None:
+    def open(
+        cls, weights: Path, dtype: str, quantize: str | None, adapter: Path | None = None
+    ) -> None:
         torch.set_num_threads(1)  # two processes of one thread each beat one process of two threads
-        cls.assistant = minillava.load(weights, dtype=dtype, device="cpu", quantize=quantize)
+        cls.assistant = minillava.load(
+            weights, dtype=dtype, device="cpu", quantize=quantize, adapter=adapter
+        )
 
     @classmethod
     def answer(cls, items: Sequence[Item], **options) -> list[str]:
@@ -194,6 +199,27 @@ def conditions(scenes: int) -> dict[str, list]:
         ),
         "noise": make_items("noise", fewer, picture=noise),
     }
+
+
+def items_of_shape(shape: str, scenes: int) -> list[Item]:
+    """Dialogues about scenes with a new shape, of which a question or an answer names it."""
+    new = shapes.pairs_of(shape)
+    made = make_items(shape, scenes, pairs=(*shapes.TRAINING_PAIRS, *new), must_have=new)
+    return [item for item in made if any(shape in text for turn in item[0].turns for text in turn)]
+
+
+def report_shape(ask: Callable, scenes: int, shape: str) -> str:
+    """The table of a shape that was learnt later, beside what the model knew before."""
+    columns = {f"{shape}s": items_of_shape(shape, scenes), "old": make_items("plain", scenes)}
+    found = {name: score(items, ask(items)) for name, items in columns.items()}
+    lines = [f"| exact match, % | {' | '.join(found)} |", "|---|---:|---:|"]
+    for kind in shapes.KINDS:
+        cells = [percent(*scored.get(kind, (0, 0))) for scored in found.values()]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    sums = [[sum(counts) for counts in zip(*each.values(), strict=True)] for each in found.values()]
+    lines.append(f"| all | {' | '.join(percent(*each) for each in sums)} |")
+    lines.append(f"| answers | {' | '.join(str(asked) for _, asked in sums)} |")
+    return "\n".join(lines)
 
 
 def report(ask: Callable, scenes: int) -> str:
@@ -293,12 +319,17 @@ def main() -> int:
         "--contrast", action="store_true", help="compare ways to choose tokens, instead"
     )
     parser.add_argument(
+        "--shape", choices=shapes.NEW_SHAPES, help="ask about a shape that was learnt later, and "
+        "about unseen scenes of the old ones, instead"
+    )  # fmt: skip
+    parser.add_argument("--adapter", type=Path, metavar="LORA", help="what was learnt")
+    parser.add_argument(
         "--workers", type=int, default=2, help="processes of one thread each (default 2)"
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="show where an error happened")
     options = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
-    opened = options.weights, options.dtype, options.quantize
+    opened = options.weights, options.dtype, options.quantize, options.adapter
     with ProcessPoolExecutor(options.workers, spawn, Worker.open, opened) as pool:
 
         def ask(items: Sequence[Item], chosen: dict | None = None) -> list[str]:
@@ -311,7 +342,10 @@ def main() -> int:
             return (future.result() for future in futures)
 
         try:
-            print((report_contrast if options.contrast else report)(ask, options.scenes))
+            if options.shape:
+                print(report_shape(ask, options.scenes, options.shape))
+            else:
+                print((report_contrast if options.contrast else report)(ask, options.scenes))
         except KeyboardInterrupt:
             # The pool would wait for all that is handed out, and Python for what is not sent yet.
             pool._call_queue.cancel_join_thread()
