@@ -11,6 +11,7 @@
     python tools/bench.py contrast --size 0.5b           # what a second row of logits costs
     python tools/bench.py threads --sizes shapes,0.5b    # one thread or all, on an idle machine and on a busy one
     python tools/bench.py serve --size shapes             # answers per second over HTTP, one client and four
+    python tools/bench.py train --size 0.13b     # a training step beside transformers and PEFT
     python tools/bench.py startup --beside OTHER         # start to answer, of this checkout and of others
 
 Weights are random, of the true shapes; `--size shapes` is the bundled model. All variants take turns,
@@ -58,6 +59,7 @@ from bench_parts.serve import serve, serve_table
 from bench_parts.startup import startup, startup_table
 from bench_parts.tables import memory, ratios, table
 from bench_parts.threads import threads, threads_table
+from bench_parts.train import train, train_table, variants
 from bench_parts.work import PROMPT, weights_read
 
 from minillava.cli import messages
@@ -140,6 +142,7 @@ def flags_of_others(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dtypes", default="float32,bfloat16,int8,int4", help="growth, drafts, exact: which lines"
     )
+    group.add_argument("--learn", default="lora,language", help="train: which of these")
     group.add_argument("--png", type=Path, help="growth: draw it here")
     group.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="contrast, assisted, serve"
@@ -183,7 +186,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             f"--tokens is {options.tokens}, expected less than the shortest context, "
             f"{min(CONTEXTS)}"
         )
-    if options.size == SHAPES and options.what in ("growth", "contrast", "drafts", "assisted"):
+    random = ("growth", "contrast", "drafts", "assisted", "train")
+    if options.size == SHAPES and options.what in random:
         parser.error(f"--size {SHAPES} is for compare: {options.what} measures random weights")
     for flag, path in (("--png", options.png), ("--journal", options.journal)):
         if path is None:
@@ -366,6 +370,22 @@ def threads_command(parser: argparse.ArgumentParser, options: argparse.Namespace
     return rows, threads_table(found)
 
 
+def train_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
+    dtypes = dtypes_of(parser, options)
+    if unknown := set(dtypes) - {"float32", "bfloat16"}:
+        dtypes = [
+            dtype for dtype in dtypes if dtype not in unknown
+        ]  # weights of these do not learn
+    chosen = variants(options.learn.split(","), dtypes)
+    with ExitStack() as stack:
+        home = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = home / f"{options.size}-bfloat16"
+        make_checkpoint(folder, options.size, torch.bfloat16)
+        found = train(chosen, folder, options.rounds)
+    rows = [{**key._asdict(), **value._asdict()} for key, value in found.items()]
+    return rows, train_table(found)
+
+
 def listed(timings: dict) -> list[dict]:
     return [{"name": name, **vars(timing)} for name, timing in timings.items()]
 
@@ -381,6 +401,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser, argparse.Namespace], tupl
     "threads": threads_command,
     "startup": startup_command,
     "serve": serve_command,
+    "train": train_command,
 }
 
 

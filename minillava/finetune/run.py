@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from minillava.attention import eager
 from minillava.checkpoint.folders import Folders, find_folders
 from minillava.checkpoint.parts import Parts, open_parts
 from minillava.checkpoint.place import choose_device
 from minillava.cli.messages import Messages, show
 from minillava.files.disk import read_json
 from minillava.finetune import processes
-from minillava.finetune.learning import prepare
+from minillava.finetune.plan import told
 from minillava.finetune.recipe import Recipe, read_recipe
 from minillava.finetune.rows import (
     Example,
@@ -26,10 +23,8 @@ from minillava.finetune.rows import (
     hold_out,
     read_rows,
 )
-from minillava.finetune.save import count
 from minillava.finetune.session import learn
 from minillava.finetune.start import begun, settled
-from minillava.llava import Llava
 from minillava.templates import find_template
 
 
@@ -49,11 +44,11 @@ def run(args: argparse.Namespace) -> int:
         learnt, held = _sides(args, rows, recipe, messages)
         examples = _examples(learnt, parts, recipe, messages)
         measured = _examples(held, parts, recipe, messages) if held else []
-        if args.plan:
-            return show(_plan(parts, recipe, examples))
         recipe = settled(recipe, folders, here, messages)
         if recipe.aspect == "crop":
             messages.note("pictures are cropped to a square, as in LLaVA's stage 1, not padded")
+        if args.plan:
+            return show(told(parts.config, recipe, examples, args.checkpoint == "on", here))
         if args.layout is None:
             args.layout = "hf" if _is_hub(folders) else "llava"
         learn(args, recipe, folders, examples, measured, messages)
@@ -120,29 +115,6 @@ def _examples(
             "since no answer was left"
         )
     return [example for example in examples if example.learnt]
-
-
-def _plan(parts: Parts, recipe: Recipe, examples: Sequence[Example]) -> str:
-    """What will be learnt, from how many rows, and what it takes."""
-    with torch.device("meta"):
-        model = Llava(parts.config, eager)
-    total = sum(p.numel() for p in model.parameters())
-    learning = prepare(model, recipe)
-    learnt = count(model, learning)
-    told = ", ".join(
-        f"{part} {numbers / 1e6:.1f} M at {recipe.rate_of(part):g}"
-        for part, numbers in learnt.items()
-    )
-    rows, updates = len(examples), recipe.updates_for(len(examples))
-    longest = max(example.positions for example in examples)
-    # weights in float32, and of what learns a gradient and AdamW's two moments
-    size = 4 * sum(p.numel() for p in model.parameters()) + 12 * sum(learnt.values())
-    return (
-        f"learn    {sum(learnt.values()) / 1e6:.1f} M of {total / 1e6:.1f} M parameters: {told}\n"
-        f"rows     {rows:,}, {updates:,} update(s) of {recipe.batch * recipe.accumulate} rows in "
-        f"micro-batches of {recipe.batch}, longest {longest:,} positions\n"
-        f"memory   {size / 1e9:.2f} GB for weights, gradients and moments; activations on top\n"
-    )
 
 
 def finetune(model: str | Path, data: str | Path, out: str | Path, **options: Any) -> None:

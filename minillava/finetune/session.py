@@ -19,6 +19,7 @@ from minillava.cli.messages import Messages
 from minillava.files.disk import write_whole
 from minillava.files.hub import is_repo_id
 from minillava.finetune import processes
+from minillava.finetune.curve import curve
 from minillava.finetune.evaluate import answers, best_of, held_out_loss
 from minillava.finetune.learning import learnt_of, make_optimiser, prepare
 from minillava.finetune.loop import Batch, summed_loss, train
@@ -38,9 +39,9 @@ from minillava.finetune.state import (
 from minillava.finetune.watch import LOG_NAME, Log, open_loggers, tell
 from minillava.llava import Llava
 
-BEST_NAME, WHOLE_NAME, RECIPE_NAME = "best", "model", "recipe.json"
-"""In the folder of a run: what was learnt when the held-out loss was lowest, the whole model, and
-the settings."""
+BEST_NAME, WHOLE_NAME, RECIPE_NAME, CURVE_NAME = "best", "model", "recipe.json", "curve.png"
+"""In the folder of a run: what was learnt when the held-out loss was lowest, the whole model,
+the settings, and the loss as a picture."""
 
 
 def learn(
@@ -176,12 +177,14 @@ class Session:
         self.write(update)
 
     def write(self, update: int) -> None:
-        """What was learnt after an update, the log and the settings, as files."""
+        """What was learnt after an update, the log and its curve, as files."""
         if whole_learns(self.recipe):
             self.write_learnt(self.out / WHOLE_NAME)
         else:
             self.write_learnt(self.out)
         self.log.save()
+        if self.log.writes:
+            write_whole(self.out / CURVE_NAME, curve(self.log.records))
 
     def write_learnt(self, target: Path) -> None:
         """What was learnt so far, as a folder that minillava.load opens."""
@@ -226,7 +229,7 @@ def _check_whole(args: argparse.Namespace, recipe: Recipe, folders: Folders) -> 
         check_base(folders)
 
 
-OURS = (STATE_NAME, BEFORE_NAME, NEXT_NAME, LOG_NAME, RECIPE_NAME)
+OURS = (STATE_NAME, BEFORE_NAME, NEXT_NAME, LOG_NAME, RECIPE_NAME, CURVE_NAME)
 
 
 def _open_out(out: Path, goes_on: bool) -> None:

@@ -162,8 +162,8 @@ def test_both_layouts_hold_the_same_model(run_main, data, tmp_path):
     for layout in ("hf", "llava"):
         learn(run_main, data, tmp_path / layout, "--layout", layout, "--merged")
     assert {path.name for path in (tmp_path / "llava").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "config.json", "log.jsonl", "model",
-        "non_lora_trainables.bin", "preprocessor_config.json", "recipe.json", "state.pt",
+        "adapter_config.json", "adapter_model.safetensors", "config.json", "curve.png", "log.jsonl",
+        "model", "non_lora_trainables.bin", "preprocessor_config.json", "recipe.json", "state.pt",
         "tokenizer.model", "tokenizer_config.json",
     }  # fmt: skip
     expected = logits(PLAIN, adapter=tmp_path / "hf")

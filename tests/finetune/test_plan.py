@@ -1,0 +1,108 @@
+"""The plan: bytes that are predicted from sizes alone are those of a run."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from paths import ROOT
+
+import minillava
+from minillava.config import CLIP_LARGE_336, IGNORE_INDEX, LlavaConfig, TextConfig
+from minillava.finetune.learning import make_optimiser, prepare
+from minillava.finetune.loop import arithmetic, collate, summed_loss
+from minillava.finetune.plan import Kept, longest, make_plan, told
+from minillava.finetune.recipe import Recipe
+from minillava.finetune.rows import Example, Row
+
+PICTURE = ROOT / "weights" / "shapes" / "example-1.png"
+SMALL = Recipe(rank=4, alpha=8, batch=3, accumulate=1, dtype="float32", template="llava_v1")
+# of 7 billion parameters
+WIDE = LlavaConfig(CLIP_LARGE_336, TextConfig(vocab_size=32064))
+
+
+def example(words: int, learnt: int, per_picture: int = 81) -> Example:
+    """A row of a picture and so many ids, of which the last are learnt."""
+    ids = [1, -200, *range(5, 3 + words)]
+    labels = [IGNORE_INDEX] * (len(ids) - learnt) + ids[len(ids) - learnt :]
+    row = Row(str(words), (PICTURE,), (("a", "b"),), None)
+    return Example(row, ids, labels, row.pictures, len(ids) - 1 + per_picture, cut=False)
+
+
+ROWS = [example(20, 5), example(31, 7), example(12, 3), example(25, 4)]
+
+
+@pytest.mark.parametrize(
+    ("learn", "dtype"),
+    [("lora", "float32"), ("lora", "bfloat16"), ("projector", "float32"), ("language", "float32")],
+)
+def test_predicted_bytes_are_those_of_the_bundled_model(learn, dtype):
+    """A machine would be bought by a plan that forgets what the backward pass keeps."""
+    recipe = replace(SMALL, learn=learn, dtype=dtype)
+    assistant = minillava.load(
+        ROOT / "weights" / "shapes", dtype=dtype, device="cpu", attention="eager"
+    )
+    model = assistant.model
+    model.projector.float()  # as open_model reads what learns
+    plan = make_plan(model.config, recipe, ROWS, again=False)
+    learning = prepare(model, recipe)
+    optimiser = make_optimiser(learning, recipe)
+    weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    batch = collate(longest(ROWS, recipe.batch), assistant.image_processor)
+    kept = Kept(model)
+    with arithmetic(model, recipe), kept:
+        loss = summed_loss(model, batch)
+    loss.backward()
+    optimiser.step()
+    gradients = sum(p.grad.nbytes for p in learning.values())
+    moments = sum(t.nbytes for state in optimiser.state.values() for t in state.values())
+    assert (plan.weights, plan.gradients, plan.moments) == (weights, gradients, moments)
+    assert plan.activations == kept.bytes
+    assert sum(plan.learnt.values()) == sum(p.numel() for p in learning.values())
+
+
+@pytest.mark.parametrize(
+    ("changed", "gigabytes"),
+    [
+        ({"rank": 128}, 14.1 + 5.5),
+        ({"rank": 16}, 14.1 + 1.0),
+        ({"rank": 16, "quantize": "int8"}, 7.5 + 1.0),
+        ({"rank": 16, "quantize": "int4"}, 4.6 + 1.0),
+        ({"learn": "projector"}, 14.1 + 0.3),
+        ({"learn": "language"}, 108.2 + 1.2),
+    ],
+)
+def test_seven_billion_parameters_take_what_arithmetic_says(changed, gigabytes):
+    """16 bytes for each parameter that learns, 2 for each that does not, fewer where quantised; the
+    tower has 4 where a whole model learns. By hand, in 10^9 bytes."""
+    plan = make_plan(WIDE, replace(SMALL, dtype="bfloat16", **changed), ROWS, again=True)
+    assert plan.memory - plan.activations == pytest.approx(gigabytes * 1e9, abs=0.16e9)
+    assert plan.total == 6_738_415_616 + 64 * 2 * 4096 + 20_979_712 + tower()
+
+
+def tower() -> int:
+    """Parameters of the tower up to the layer that is used."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in minillava.llava.VisionTower(WIDE, None).parameters())
+
+
+def test_checkpointing_keeps_the_inputs_of_blocks_and_one_block():
+    """The plan would not show what --checkpoint on is for. Per position and block, 7B keeps
+    16 C + 6 F bytes of bfloat16 and the attention weights, and with it 2 C."""
+    rows, recipe = [example(200, 20, 576)], replace(SMALL, rank=16, batch=1, dtype="bfloat16")
+    without, again = (make_plan(WIDE, recipe, rows, on).activations for on in (False, True))
+    positions, layers, width = rows[0].positions, 32, 4096
+    inputs = positions * layers * width * 2
+    block = (without - again + inputs) / (layers - 1)
+    assert inputs < again < inputs + 2 * block
+    assert block > positions * (16 * width + 6 * 11008)
+
+
+def test_the_plan_is_told_with_its_time():
+    """A user would begin a run of a month without knowing."""
+    config = minillava.checkpoint.config_json.read_config(ROOT / "weights" / "shapes")
+    text = told(config, replace(SMALL, updates=100), ROWS, False, "cpu")
+    lines = {line.split()[0]: line for line in text.splitlines()}
+    assert list(lines) == ["learn", "rows", "memory", "time"]
+    assert lines["learn"].startswith("learn    0.1 M of 4.2 M parameters: ")
+    assert "longest 113 positions" in lines["rows"]
+    assert "activations" in lines["memory"] and "about" in lines["time"]
