@@ -31,7 +31,13 @@ PAGES = {
     for path in [ROOT / "README.md", *sorted((ROOT / "minillava").glob("*/README.md"))]
 }
 README = PAGES["README.md"]
-LINKED = [*PAGES, "minillava/DIFFERENCES.md", "tools/MEASUREMENTS.md", "weights/README.md"]
+LINKED = [
+    *PAGES,
+    "minillava/finetune/TUTORIAL.md",
+    "minillava/DIFFERENCES.md",
+    "tools/MEASUREMENTS.md",
+    "weights/README.md",
+]
 
 
 class Typed(NamedTuple):
