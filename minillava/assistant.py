@@ -19,6 +19,7 @@ from minillava.checkpoint.place import choose_device, choose_dtype
 from minillava.fast import speed_up
 from minillava.fast.ahead import decode_ahead
 from minillava.fast.compiled import Captured, compile_decode
+from minillava.fast.parallel import join, share_model, together
 from minillava.fast.passes import pass_cost
 from minillava.files.pictures import Images, ImageSource, as_list
 from minillava.generate import beam, inputs
@@ -290,6 +291,7 @@ def load(
     revision: str | None = None,
     template: str | None = None,
     image_aspect_ratio: str | None = None,
+    parallel: bool = False,
     **other: Any,
 ) -> Assistant:
     """Open LLaVA weights: a folder, or an id in the hub cache (at `revision`); None: the default.
@@ -298,8 +300,9 @@ def load(
     is fast, else float32) or a name. attention: fused, eager. quantize: int8, int4: the language
     model's linear layers in so many bits a weight. compile: the decoding step by torch.compile, for
     a GPU. vision_tower, model_base, adapter: other folders of the model (checkpoint/folders.py).
-    template: a name of TEMPLATES. image_aspect_ratio: pad or crop, instead of config.json's. Warns
-    of unread weights. Raises OSError, TypeError, or ValueError with a line for each misfit tensor.
+    template: a name of TEMPLATES. image_aspect_ratio: pad or crop, instead of config.json's.
+    parallel: over the processes that torchrun started (fast/parallel.py). Warns of unread weights.
+    Raises OSError, TypeError, or ValueError with a line for each misfit tensor.
     """
     check_names(other, load.__kwdefaults__ or {}, LOAD_HINTS)
     folders = find_folders(weights, revision, vision_tower, model_base, adapter)
@@ -307,17 +310,23 @@ def load(
     expect_one_of("quantize", quantize, (None, *KINDS))
     parts = open_parts(folders, image_aspect_ratio)
     style = find_template(template_of(parts.tokenizer.added) if template is None else template)
-    disk, place = parts.weights, choose_device(str(device))
+    disk, (share, place) = parts.weights, join(choose_device(str(device)), parallel)
     kind = choose_dtype(dtype_name(dtype), place, disk.dtype(), disk.parameters())
-    model = build_model(
-        parts.config, disk, ATTENTION[attention], dtype=kind, device=place, quantize=quantize,
-        min_rows=parts.rows_needed(),
+    model = together(
+        share, build_model, parts.config, disk, ATTENTION[attention], dtype=kind, device=place,
+        quantize=quantize, min_rows=parts.rows_needed(),
     )  # fmt: skip
+    _by_fast_ways(model, attention, compile)
+    share_model(model.language_model, share)
+    for note in disk.notes:
+        warnings.warn(note, stacklevel=2)
+    return Assistant(model, parts.tokenizer, parts.image_processor, style, disk.unused, disk.folder)
+
+
+def _by_fast_ways(model: Llava, attention: str, compile: bool) -> None:
+    """The same model by the ways of fast/, of which `eager` takes only that of decoding."""
     if attention != "eager":
         speed_up(model, model.language_model)
     model.decoding = decode_ahead
     if compile:
         compile_decode(model)
-    for note in disk.notes:
-        warnings.warn(note, stacklevel=2)
-    return Assistant(model, parts.tokenizer, parts.image_processor, style, disk.unused, disk.folder)

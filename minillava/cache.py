@@ -98,6 +98,13 @@ class KVCache:
             self.padding_mask = F.pad(self.padding_mask, (0, capacity - self.capacity))
         self.capacity = capacity
 
+    def copy_to(self, other: "KVCache", length: int) -> None:
+        """Let another cache of as many rows hold the first `length` positions of this one."""
+        for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            for old, new in zip(ours, theirs, strict=True):
+                new[:, :, :length] = old[:, :, :length]
+        other.length = length
+
     def select_rows(self, rows: Tensor) -> None:
         """Row i goes on as a copy of what row rows[i] was: prompts repeated for beams, or beams in
         a new order."""

@@ -124,6 +124,10 @@ class LanguageModel(nn.Module):
         tables = rotary_tables(positions, self.config, x.dtype)
         return Context(*tables, mask, causal, attend, cache)
 
+    def run(self, function: Callable[..., Any], x: Tensor, caches: Any, *rest: Any) -> Any:
+        """function(self, x, caches, *rest): a pass written elsewhere, over caches of its own."""
+        return function(self, x, caches, *rest)
+
     def head(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, V]"""
         if self.config.tie_word_embeddings:

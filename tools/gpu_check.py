@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import platform
+import queue
 import signal
 import statistics
 import subprocess
@@ -67,6 +68,7 @@ from minillava.fast.compiled import compile_decode  # noqa: E402
 from minillava.fast.quantize import quantised_layer, quantize_tensor  # noqa: E402
 from minillava.files.disk import one_line  # noqa: E402
 from minillava.generate.contrast import METHODS, VCD  # noqa: E402
+from minillava.generate.engine import Engine, Failed, Request  # noqa: E402
 from minillava.generate.generation import generate  # noqa: E402
 from minillava.image import ImageProcessor  # noqa: E402
 from minillava.llava import Llava  # noqa: E402
@@ -432,6 +434,8 @@ def their_ids(theirs, ids: list, pixels: Tensor, tokens: int) -> list[list[int]]
 
 Ask = Callable[[Assistant, list[tuple[Path, str]]], list[str]]
 WHOSE = "as on the CPU in float32"
+DRAFTS = ("lookup", "medusa")
+RANDOM = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 3}
 
 
 def one_by_one(assistant: Assistant, asked: list[tuple[Path, str]], **options) -> list[str]:
@@ -469,6 +473,32 @@ def likelier(assistant: Assistant, asked: list[tuple[Path, str]]) -> list[str]:
     answers = ["Yes.", "No.", "A large green star is at the bottom."]
     scores = [assistant.score(picture, question, answers) for picture, question in asked]
     return [answers[max(range(3), key=each.__getitem__)] for each in scores]
+
+
+def among_others(assistant: Assistant, asked: list[tuple[Path, str]]) -> list[str]:
+    """All of them at once, by the engine of the server, with fewer slots than questions."""
+    engine = Engine(assistant.model, assistant.tokenizer, slots=2)
+    answers, events = [""] * len(asked), queue.Queue()
+    for number, (picture, question) in enumerate(asked):
+        engine.submit(
+            Request(
+                assistant.tokenize(assistant.prompt(question)),
+                [(str(picture).encode(), assistant.image_processor(picture)[0])],
+                [assistant.options(max_new_tokens=LONGEST)],
+                lambda _, event, number=number: events.put((number, event)),
+            )
+        )
+    engine.start()
+    left = len(asked)
+    while left:
+        number, event = events.get(timeout=60)
+        if isinstance(event, Failed):
+            raise RuntimeError(f"the engine failed: {event.message}")
+        answers[number] += event.text
+        left -= event.finish_reason is not None
+    engine.drain(0)
+    engine.join()
+    return answers
 
 
 @contextmanager
@@ -564,17 +594,19 @@ def ask_in_every_way(every: Answers) -> None:
         ),
         ("a conversation's kept cache", "turns", in_turns),
         ("the likeliest of three answers", "score", likelier),
+        ("the server's engine", "plain", among_others),
+        *((f"drafts by {kind}", "plain", partial(one_by_one, draft=kind)) for kind in DRAFTS),
     ]
     for dtype, assistant in every.plain.items():
         for what, key, ask in ways:
             with running_ahead(True):
                 found = ask(assistant, every.few if key == "turns" else every.asked)
             every.compare(what, dtype, found, every.right[key])
-        sampled = [
-            ask(assistant, every.asked, temperature=1.0, top_p=0.9, repetition_penalty=1.1, seed=3)
-            for ask in (ahead, not_ahead)
-        ]
+        sampled = [ask(assistant, every.asked, **RANDOM) for ask in (ahead, not_ahead)]
         every.compare("sampled, running ahead", dtype, *sampled, "as without")
+        for kind in DRAFTS:
+            drafted = not_ahead(assistant, every.asked, draft=kind, **RANDOM)
+            every.compare(f"sampled, drafts by {kind}", dtype, drafted, sampled[1], "as without")
 
 
 def ask_the_quantised(every: Answers) -> None:

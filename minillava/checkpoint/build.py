@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from minillava.checkpoint.names import TABLES
 from minillava.checkpoint.stored import StoredWeights
 from minillava.config import LlavaConfig
+from minillava.fast.parallel import WHOLE, Share
 from minillava.fast.quantize import (
     ORDER,
     PACKED,
+    TILE,
     packed_order,
     quantised_layer,
     quantize_tensor,
@@ -36,24 +38,28 @@ def build_model(
     device: torch.device | str,
     quantize: str | None = None,
     min_rows: int = 0,
+    share: Share = WHOLE,
 ) -> Llava:
     """The network, built without memory of its own (meta device) and filled with the stored
     tensors.
 
     At their own dtype on the CPU these stay memory-mapped; otherwise they are converted one by one.
     quantize: one of options.KINDS, for the language model's linear layers. min_rows: of its
-    tables. Raises ValueError listing every missing, unexpected and wrong-shaped tensor.
+    tables. share: which part of the weights is this process's. Raises ValueError listing every
+    missing, unexpected and wrong-shaped tensor.
     """
     check_depth(max(config.text.num_hidden_layers, config.vision.num_hidden_layers), weights)
     model = _without_memory(config, attend)
     compare(weights, shapes_of(model)).refuse(weights)
     if min_rows > config.text.vocab_size:
-        text = replace(config.text, vocab_size=min_rows)
-        model = _without_memory(replace(config, text=text), attend)
+        config = replace(config, text=replace(config.text, vocab_size=min_rows))
+        model = _without_memory(config, attend)
     if quantize and weights.quantised:
         raise ValueError(f"{weights.folder}: is quantised already; leave --quantize out")
-    fill(model, weights, dtype, torch.device(device), quantize)
-    return model.eval()
+    part = model if share == WHOLE else _part_without_memory(config, attend, share)
+    fill(part, weights, shapes_of(model), dtype, torch.device(device), quantize, share)
+    part.config, part.language_model.config = config, config.text
+    return part.eval()
 
 
 def shapes_of(model: nn.Module) -> dict[str, Shape]:
@@ -130,30 +136,49 @@ def _without_memory(config: LlavaConfig, attend: Callable[..., Any]) -> Llava:
         return Llava(config, attend)
 
 
+def _part_without_memory(config: LlavaConfig, attend: Callable[..., Any], share: Share) -> Llava:
+    """The network of one process: its heads, its columns, and its tokens of the head."""
+    part = _without_memory(replace(config, text=share.config(config.text)), attend)
+    if not config.text.tie_word_embeddings:
+        first, end = share.bounds(config.text.vocab_size, TILE)
+        part.language_model.lm_head = nn.Linear(
+            config.text.hidden_size, end - first, bias=False, device="meta"
+        )
+    return part
+
+
 def fill(
     model: nn.Module,
     weights: StoredWeights,
+    shapes: dict[str, Shape],
     dtype: torch.dtype,
     device: torch.device,
-    quantize: str | None,
+    quantize: str | None = None,
+    share: Share = WHOLE,
 ) -> None:
-    """Give the model its tensors; linear layers that are, or become, quantised are replaced."""
+    """Give the model its tensors, or its share of them; linear layers that are, or become,
+    quantised are replaced. shapes: of the whole tensors."""
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
+        if not share.has(name):
+            state[name] = tensor  # without memory for good
+            continue
         module = name.rpartition(".")[0]
         small = (
             quantize is not None
             and name.startswith("language_model.")
             and isinstance(model.get_submodule(module), nn.Linear)
+            and name.endswith(".weight")
         )
         if name in weights.quantised:
-            parts = _read_quantised(weights, name, tuple(tensor.shape), device)
+            parts = _read_quantised(weights, name, shapes[name], device, share)
         elif small and quantize is not None:
-            whole = _read(weights, name, len(tensor), None, transient=True)
-            parts = quantize_tensor(whole.to(device), quantize)
+            whole = _read(weights, name, shapes[name][0], None, transient=True)
+            parts = share.cut_parts(name, quantize_tensor(whole.to(device), quantize))
         else:
-            whole = _read(weights, name, len(tensor), dtype, transient=device.type != "cpu")
-            state[name] = whole.to(device)
+            transient = device.type != "cpu" or share.copies(name)
+            whole = _read(weights, name, shapes[name][0], dtype, transient)
+            state[name] = share.cut(name, whole).to(device)
             continue
         layer = quantised_layer({suffix: part.to(device) for suffix, part in parts.items()})
         model.set_submodule(module, layer)
@@ -170,9 +195,9 @@ def _read(
 
 
 def _read_quantised(
-    weights: StoredWeights, name: str, shape: Shape, device: torch.device
+    weights: StoredWeights, name: str, shape: Shape, device: torch.device, share: Share
 ) -> dict[str, Tensor]:
-    """The parts of a weight that is stored quantised."""
+    """The parts of a weight that is stored quantised, cut to this process's share."""
     if weights.shape(name) != shape:
         found, wanted = list(weights.shape(name)), list(shape)
         raise ValueError(
@@ -182,26 +207,29 @@ def _read_quantised(
         suffix: stored.file.read(stored.name, transient=suffix == "weight_int4")
         for suffix, stored in weights.quantised[name].items()
     }
-    return _unpacked(weights, name, parts, device) if PACKED in parts else parts
+    if PACKED in parts:
+        parts = _unpacked(weights, name, parts, device, keep=share == WHOLE)
+    return share.cut_parts(name, parts)
 
 
 def _unpacked(
-    weights: StoredWeights, name: str, parts: dict[str, Tensor], device: torch.device
+    weights: StoredWeights, name: str, parts: dict[str, Tensor], device: torch.device, keep: bool
 ) -> dict[str, Tensor]:
-    """int4 that was packed for some processor: unchanged if that is this one, else in the order
-    stored for every processor."""
+    """int4 that was packed for some processor: unchanged if that is this one and `keep` is set,
+    else in the order stored for every processor."""
     stored = weights.quantised[name][PACKED]
     try:
         order = read_order(stored.file.metadata.get(ORDER))
     except ValueError as error:
         raise ValueError(f"{stored.path}: {stored.name} {error}; convert it again") from None
-    if device.type == "cpu" and torch.equal(order, packed_order()):
+    here = device.type == "cpu" and torch.equal(order, packed_order())
+    if here and keep:
         return parts
     note = (
         f"{weights.folder}: its int4 weights are packed for another processor and are packed anew, "
         "which takes a while; convert them here to save it"
     )
-    if device.type == "cpu" and note not in weights.notes:
+    if device.type == "cpu" and not here and note not in weights.notes:
         weights.notes.append(note)
     return {"weight_int4": unpack_whole(parts[PACKED], order), "scale_zero": parts["scale_zero"]}
 

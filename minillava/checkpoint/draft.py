@@ -35,7 +35,7 @@ def open_language_model(
     with torch.device("meta"):
         model = Alone(config, attend)
     compare(weights, shapes_of(model)).refuse(weights)
-    fill(model, weights, dtype, device, None)
+    fill(model, weights, shapes_of(model), dtype, device)
     return model.eval()
 
 

@@ -73,6 +73,11 @@ def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
         return run(fail, not {"-v", "--verbose"}.isdisjoint(given))
 
     def body() -> int:
+        if "TORCHELASTIC_RUN_ID" in os.environ and name != "finetune":
+            from minillava.cli.parts import one_of_several
+
+            if one_of_several(name, asked[0]):
+                return 0
         module = __import__(f"minillava.{file}", fromlist=[function])
         came = []
 

@@ -93,6 +93,7 @@ def find_weights(given: str | None, messages: Messages) -> str:
 def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -> Assistant:
     """Open and report the model for which the flags of `add_model_arguments` ask."""
     from minillava.assistant import load
+    from minillava.fast.parallel import launched
     from minillava.fast.quantize import count_parameters, quantised_kinds
     from minillava.fast.row_by_row import keep_bits
 
@@ -114,6 +115,7 @@ def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -
                 revision=args.revision,
                 template=args.template,
                 image_aspect_ratio=args.image_aspect_ratio,
+                parallel=launched(),
             )
         if args.same_bits:
             keep_bits(assistant.model)

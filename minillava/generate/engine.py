@@ -118,13 +118,8 @@ class Slot:
 
     def take_over(self, other: "Slot", length: int) -> None:
         """Copy the first `length` positions that another slot has cached."""
-        for ours, theirs in (
-            (self.cache.keys, other.cache.keys),
-            (self.cache.values, other.cache.values),
-        ):
-            for mine, its in zip(ours, theirs, strict=True):
-                mine[:, :, :length] = its[:, :, :length]
-        self.cache.length, self.held = length, other.held[:length]
+        other.cache.copy_to(self.cache, length)
+        self.held = other.held[:length]
         self.cuts = [cut for cut in other.cuts if cut <= length]
 
 
@@ -596,6 +591,18 @@ def decode_rows(
     ]
     if len(caches) == 1 and most <= 1:
         return language(token_ids[:, None], None, caches[0], attend=attends[0]).logits
+    padded = F.pad(token_ids, (0, max(0, most - len(caches))))  # [B or most]
+    return language.run(pass_rows, language.embed_tokens(padded[:, None]), list(caches), attends)
+
+
+def pass_rows(
+    language: LanguageModel,
+    x: Tensor,
+    caches: Sequence[KVCache],
+    attends: Sequence[Callable[..., Any]],
+) -> Tensor:
+    """The pass of `decode_rows`, over embeddings, of which those after the B rows are padding:
+    [B or more,1,C] -> logits [B,1,V]. attends: the attention function of each row."""
 
     def attend(
         q: Tensor, k: list[Tensor], v: list[Tensor], mask: None, causal: bool
@@ -604,11 +611,10 @@ def decode_rows(
         outs = [one(*qkv, None, False)[0] for one, *qkv in rows]
         return torch.cat([*outs, torch.zeros_like(q[count:])]), None
 
-    count, padding = len(caches), max(0, most - len(caches))
+    count = len(caches)
     for cache in caches:
         cache.reserve(1, 1, None)
-    x = language.embed_tokens(F.pad(token_ids, (0, padding))[:, None])  # [B or most, 1, C]
-    lengths = [*(cache.length for cache in caches), *[0] * padding]
+    lengths = [*(cache.length for cache in caches), *[0] * (len(x) - count)]
     positions = torch.tensor(lengths, device=x.device)[:, None]
     tables = rotary_tables(positions, language.config, x.dtype)
     context = Context(*tables, None, False, attend, Rows(caches))  # type: ignore[arg-type]

@@ -373,27 +373,33 @@ def query_by_query(attend: Callable[..., Any], padded: bool) -> Callable[..., An
     """Attention of several new positions as if each were a step: the same call as in a step, with
     one query over the keys that it would see. One call for all of them would add up in another
     order, and in int8, int4 and bfloat16 that is the only difference from single steps."""
+    return partial(_attend_rows, attend, padded)  # which, unlike a closure, can be sent elsewhere
 
-    def attend_rows(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        mask = mask if padded else None
-        # all at once, where there is a way (fast/attention.py)
-        together = getattr(attend, "each_alone", lambda *_: None)(q, k, v, mask)
-        if together is not None:
-            return together, None
-        count, keys = q.shape[2], k.shape[2]
-        outs, weights = [], []
-        for i in range(count):
-            row, seen = slice(i, i + 1), slice(0, keys - count + i + 1)
-            hidden = None if mask is None else mask[:, :, row, seen]
-            out, w = attend(q[:, :, row], k[:, :, seen], v[:, :, seen], hidden, False)
-            outs.append(out)
-            if w is not None:
-                weights.append(torch.nn.functional.pad(w, (0, keys - w.shape[-1])))
-        return torch.cat(outs, dim=2), torch.cat(weights, dim=2) if weights else None
 
-    return attend_rows
+def _attend_rows(
+    attend: Callable[..., Any],
+    padded: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor | None]:
+    mask = mask if padded else None
+    # all at once, where there is a way (fast/attention.py)
+    together = getattr(attend, "each_alone", lambda *_: None)(q, k, v, mask)
+    if together is not None:
+        return together, None
+    count, keys = q.shape[2], k.shape[2]
+    outs, weights = [], []
+    for i in range(count):
+        row, seen = slice(i, i + 1), slice(0, keys - count + i + 1)
+        hidden = None if mask is None else mask[:, :, row, seen]
+        out, w = attend(q[:, :, row], k[:, :, seen], v[:, :, seen], hidden, False)
+        outs.append(out)
+        if w is not None:
+            weights.append(torch.nn.functional.pad(w, (0, keys - w.shape[-1])))
+    return torch.cat(outs, dim=2), torch.cat(weights, dim=2) if weights else None
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ B rows, K key/value heads, D head width, T rows of a pass, S positions with thos
 """
 
 from collections.abc import Callable, Container, Sequence
+from functools import partial
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
@@ -114,23 +115,30 @@ def along_paths(attend: Callable[..., Any], tree: Tree, padded: bool) -> Callabl
     with one query, and its path's keys moved to where they would stand in the cache. They are moved
     back at the end, since rejected guesses are known only after the last layer."""
     paths = [tree.path(row) for row in range(len(tree.tokens) + 1)]
+    return partial(_attend_rows, attend, paths, padded)
 
-    def attend_rows(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        past, outs, weights = k.shape[2] - q.shape[2], [], []
-        keys, values = k[:, :, past:].clone(), v[:, :, past:].clone()
-        for row, path in enumerate(paths):
-            end = past + len(path)
-            k[:, :, past:end], v[:, :, past:end] = keys[:, :, path], values[:, :, path]
-            hidden = None
-            if padded and mask is not None:
-                hidden = mask[:, :, row : row + 1, [*range(past), *(past + i for i in path)]]
-            out, w = attend(q[:, :, row : row + 1], k[:, :, :end], v[:, :, :end], hidden, False)
-            outs.append(out)
-            if w is not None:
-                weights.append(F.pad(w, (0, k.shape[2] - end)))
-        k[:, :, past:], v[:, :, past:] = keys, values
-        return torch.cat(outs, dim=2), torch.cat(weights, dim=2) if weights else None
 
-    return attend_rows
+def _attend_rows(
+    attend: Callable[..., Any],
+    paths: list[list[int]],
+    padded: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor | None]:
+    past, outs, weights = k.shape[2] - q.shape[2], [], []
+    keys, values = k[:, :, past:].clone(), v[:, :, past:].clone()
+    for row, path in enumerate(paths):
+        end = past + len(path)
+        k[:, :, past:end], v[:, :, past:end] = keys[:, :, path], values[:, :, path]
+        hidden = None
+        if padded and mask is not None:
+            hidden = mask[:, :, row : row + 1, [*range(past), *(past + i for i in path)]]
+        out, w = attend(q[:, :, row : row + 1], k[:, :, :end], v[:, :, :end], hidden, False)
+        outs.append(out)
+        if w is not None:
+            weights.append(F.pad(w, (0, k.shape[2] - end)))
+    k[:, :, past:], v[:, :, past:] = keys, values
+    return torch.cat(outs, dim=2), torch.cat(weights, dim=2) if weights else None

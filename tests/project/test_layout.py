@@ -46,7 +46,8 @@ SHELVES = ["files", "spine", "fast", "generate", "checkpoint", "assistant", "cli
 # Side by side: none knows another. But weights are stored in 8 or 4 bits, or become so while they are
 # read or written, and which precision is best depends on what is fast here.
 SIDE_BY_SIDE = {"fast", "generate", "checkpoint"}
-SIDEWAYS = {("checkpoint", "fast.quantize"), ("checkpoint", "fast.processor")}
+# And each of several processes reads its part of the weights.
+SIDEWAYS = {("checkpoint", f"fast.{name}") for name in ("quantize", "processor", "parallel")}
 # folders of the last shelf; none knows another, but that probe measures what look shows, and serve
 # sends it
 DOORS = {
@@ -70,7 +71,7 @@ DOOR_TO_DOOR = {
 OF_A_DOOR = {"generate.answer", "generate.flags", "generate.__main__", "cli.__main__", "__main__"}
 # of the spine, those that read something from a disk, or have what callers give them checked
 READ_FILES = {"options", "image", "tokenizer", "llava", "sampling", "assistant"}
-LIMIT = 2460  # lines of the spine; the last thirty are for a sampler or a template
+LIMIT = 2500  # lines of the spine; the last thirty are for a sampler or a template
 GREEDY_LIMIT = 1500
 ALLOWED = {"torch", "safetensors", "sentencepiece", "PIL", "numpy"}
 EXTRAS = {"serve": set(EXTRA), "finetune": {"wandb"}}  # of a door alone, which says what is missing

@@ -1,0 +1,192 @@
+"""One model in several processes: each has its part of the weights, and together they give the
+answers of one process."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from two import (
+    PICTURE,
+    QUESTIONS,
+    SHAPES,
+    everything,
+    in_two,
+    interrupted,
+    logits_of,
+    watched,
+    without_the_other,
+)
+
+import minillava
+from minillava.config import TextConfig
+from minillava.fast import parallel
+from minillava.fast.parallel import HEAD, Share
+from minillava.fast.quantize import quantised_layer, quantize_tensor
+
+QUERIES, OUT = (f"language_model.layers.0.self_attn.{name}_proj.weight" for name in "qo")
+TWO = [Share(0, 2), Share(1, 2)]
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def test_parts_of_a_weight_are_the_whole_weight():
+    """A row that two processes have, or none, would give a wrong answer without a word."""
+    whole = torch.randn(256, 384)
+    for name, dim in ((QUERIES, 0), (OUT, 1), (HEAD, 0)):
+        parts = [share.cut(name, whole) for share in TWO]
+        assert torch.equal(torch.cat(parts, dim), whole)
+    for name in ("language_model.norm.weight", "projector.linear_1.weight"):
+        assert torch.equal(TWO[1].cut(name, whole), whole)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("size", [64 * 501, 64 * 2, 1000, 7])
+def test_the_tokens_of_the_head_are_divided_without_gaps(size, count):
+    """A vocabulary seldom divides evenly: 32,064 tokens are 501 tiles of 64."""
+    bounds = [Share(rank, count).bounds(size, 64) for rank in range(count)]
+    assert bounds[0][0] == 0 and bounds[-1][1] == size
+    assert all(a[1] == b[0] for a, b in pairwise(bounds))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("name", [QUERIES, OUT, HEAD])
+def test_parts_of_a_quantised_weight_stand_for_the_numbers_of_the_whole(kind, name):
+    """A scale that belongs to another part would change every number."""
+    parts = quantize_tensor(torch.randn(256, 384), kind)
+    whole = quantised_layer(parts).dequantise(slice(None), torch.float32)
+    cut = [
+        quantised_layer(share.cut_parts(name, parts)).dequantise(slice(None), torch.float32)
+        for share in TWO
+    ]
+    assert torch.equal(torch.cat(cut, 1 if name == OUT else 0), whole)
+
+
+def test_what_cannot_be_divided_is_refused_with_the_numbers():
+    """Half a key/value head has no meaning, and int4 is packed in tiles."""
+    text = TextConfig(num_attention_heads=32, num_key_value_heads=8)
+    with pytest.raises(ValueError, match="num_key_value_heads is 8, which 3 processes"):
+        replace(TWO[0], count=3).config(replace(text, num_attention_heads=33))
+    assert TWO[1].config(text).head_dim == text.head_dim == 128
+    parts = quantize_tensor(torch.randn(192, 128), "int4")
+    with pytest.raises(ValueError, match=r"192 rows .* among 2 processes for int4"):
+        TWO[0].cut_parts(QUERIES, parts)
+
+
+def test_a_model_in_parts_needs_torchrun(monkeypatch):
+    """A single process would wait for others that nobody starts."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
+        minillava.load(SHAPES, parallel=True)
+
+
+# --- two processes --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found() -> list[object]:
+    """What two processes find, the last of it while one of them dies."""
+    return in_two({"dtype": "float64"}, logits_of, watched, interrupted, without_the_other)
+
+
+def test_two_processes_give_the_logits_and_attention_of_one(found):
+    """The sum of two parts is the whole up to the order of adding, and every head is told."""
+    logits, attentions, scores = found[0]
+    expected, others, right = logits_of(minillava.load(SHAPES, device="cpu", dtype="float64"))
+    assert (logits - expected).abs().max() <= 1e-12 * expected.abs().max()
+    assert scores == pytest.approx(right, rel=1e-12)
+    assert [a.shape for a in attentions] == [b.shape for b in others]
+    assert max(float((a - b).abs().max()) for a, b in zip(attentions, others, strict=True)) < 1e-12
+
+
+def test_a_function_that_cannot_be_sent_is_refused_and_the_others_go_on(found):
+    """The other heads would do without it, and the answer would be half one thing, half another."""
+    refused = "what watches or changes attention is not for a model in several processes"
+    assert found[1] == f"{refused}There are three shapes."
+
+
+def test_an_interrupt_waits_until_a_pass_is_over(found):
+    """A chat goes on after Ctrl-C, and the other process has to be where this one is."""
+    assert found[2] == "interrupted. There are three shapes."
+
+
+def test_a_process_that_dies_ends_the_answer(found):
+    """The others would wait for its part for ever."""
+    message, seconds = found[3]
+    assert message == parallel.ENDED
+    assert seconds < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_two_processes_give_the_answers_of_one(quantize):
+    """A cache that only one process changes (beams, a conversation, drafts, slots) would answer
+    from another past; and the scale of a row belongs to all of its columns, of which each has a
+    half."""
+    options = {"dtype": "float32", "quantize": quantize}
+    (together,) = in_two(options, everything)
+    assert together == everything(minillava.load(SHAPES, device="cpu", **options))
+
+
+@pytest.mark.slow
+def test_an_error_of_one_is_told_once_with_its_numbers():
+    """The queries of the bundled model are 192 rows, and int4 wants multiples of 64."""
+    with pytest.raises(AssertionError, match=r"q_proj\.weight: its 192 rows cannot be divided"):
+        in_two({"quantize": "int4"}, everything)
+
+
+# --- by torchrun ----------------------------------------------------------------------------------
+
+
+def torchrun(door: str, *arguments: object, **more) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "0", "-m", f"minillava.{door}", *map(str, arguments)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, env=env, **more)
+
+
+@pytest.mark.slow
+def test_torchrun_prints_one_answer():
+    """Two processes that both talk would print it twice."""
+    answer = torchrun("generate", "-q", "-m", SHAPES, "-i", PICTURE, "-p", QUESTIONS[0])
+    assert answer.stdout == "There are three shapes.\n"
+    lines = "Where is the triangle?\nIs it small or large?\n"
+    answer = torchrun("chat", "-q", "-m", SHAPES, "-i", SHAPES / "example-2.png", input=lines)
+    assert answer.stdout == "The triangle is on the left.\nIt is large.\n"
+
+
+@pytest.mark.slow
+def test_torchrun_answers_a_file_once(tmp_path):
+    """Two processes that both write would leave every answer twice."""
+    rows = [
+        {"question_id": i, "image": PICTURE.name, "text": question}
+        for i, question in enumerate(QUESTIONS)
+    ]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    wanted = ["-m", SHAPES, "--questions", questions, "--images", SHAPES, "--answers"]
+    torchrun("batch", "-q", *wanted, tmp_path / "answers.jsonl")
+    found = [json.loads(line) for line in (tmp_path / "answers.jsonl").open()]
+    assistant = minillava.load(SHAPES, device="cpu")
+    assert [each["text"] for each in found] == assistant.ask(PICTURE, QUESTIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("door", "arguments", "error"),
+    [
+        ("generate", ["-m", "nothing", "-i", PICTURE], "error: nothing: no such folder"),
+        ("look", ["-m", SHAPES, "-i", PICTURE], "error: look is for one process"),
+        ("generate", ["-m", SHAPES, "-i", PICTURE, "--same-bits"], "error: --compile and --same"),
+    ],
+)
+def test_torchrun_tells_an_error_once(door, arguments, error):
+    """Each process would tell it."""
+    answer = torchrun(door, *arguments)
+    assert answer.returncode == 1 and answer.stdout == ""
+    assert answer.stderr.count("error: ") == 1 and error in answer.stderr

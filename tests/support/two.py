@@ -1,0 +1,163 @@
+"""One model in two processes, for tests: what rank 0 of them finds.
+
+The functions that run there stand here, since a new process has to find them by their names.
+"""
+
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from paths import ROOT
+
+import minillava
+from minillava.chat import Conversation
+from minillava.fast import parallel
+from minillava.generate.engine import Engine, Request
+from minillava.generate.generation import generate
+
+SHAPES = ROOT / "weights" / "shapes"
+PICTURE = SHAPES / "example-1.png"
+QUESTIONS = ["How many shapes are there?", "Describe this image.", "Where is the circle?"]
+
+
+def in_two(options: dict[str, Any], *bodies: Callable[..., Any]) -> list[Any]:
+    """What each of `bodies` returns for the assistant of rank 0. options: of `load`. A hang is a
+    failure."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # a fork would inherit the locks of libraries as they are
+    context = multiprocessing.get_context("spawn")
+    results, pids = context.Queue(), context.Array("i", 2)
+    processes = [
+        context.Process(target=_one_of_two, args=(rank, port, pids, results, options, bodies))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        good, found = results.get(timeout=120)
+        for process in processes:
+            process.join(30)
+            assert not process.is_alive(), "a process does not end"
+    finally:
+        for process in processes:
+            process.kill()
+    assert good, found
+    return pickle.loads(found)  # tensors by value: their owner has ended
+
+
+def _one_of_two(rank: int, port: int, pids, results, options, bodies) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    pids[rank] = os.getpid()
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "test",
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        assistant = minillava.load(SHAPES, device="cpu", parallel=True, **options)
+        if rank:
+            parallel.follow(assistant.model.language_model)
+            return
+        assistant.other = pids[1]
+        results.put((True, pickle.dumps([body(assistant) for body in bodies])))
+        parallel.end_followers()
+    except BaseException as error:  # told to the test
+        if rank == 0:
+            results.put((False, f"{type(error).__name__}: {error}"))
+
+
+def everything(assistant) -> dict[str, object]:
+    """Answers by every way that uses a cache in a way of its own."""
+    conversation = Conversation(assistant)
+    conversation.add_image(PICTURE)
+    sampled = {"temperature": 1.0, "seed": 3, "max_new_tokens": 12}
+    return {
+        "one": assistant.ask(PICTURE, QUESTIONS[1]),
+        "batch": assistant.ask(PICTURE, QUESTIONS),
+        "beams": assistant.ask(PICTURE, QUESTIONS[1], num_beams=3),
+        "sampled": assistant.ask(PICTURE, QUESTIONS[1], **sampled),
+        "contrast": assistant.ask(PICTURE, QUESTIONS[0], contrast="vcd", seed=1),
+        "tree": assistant.ask(PICTURE, QUESTIONS[1], draft="medusa"),
+        "drafts": assistant.ask(PICTURE, QUESTIONS[1], draft="lookup"),
+        "chat": [conversation.ask(question) for question in QUESTIONS],
+        "engine": by_engine(assistant),
+    }
+
+
+def by_engine(assistant) -> list[str]:
+    """All questions at once, one of them answered twice, which copies a cache."""
+    engine, events = Engine(assistant.model, assistant.tokenizer, slots=3), queue.Queue()
+    pixels, left = assistant.image_processor(PICTURE)[0], 0
+    for number, question in enumerate(QUESTIONS):
+        options = [assistant.options()] * (1 + (number == 0))
+        left += len(options)
+        ids = assistant.tokenize(assistant.prompt(question))
+        put = lambda n, event, number=number: events.put(((number, n), event))  # noqa: E731
+        engine.submit(Request(ids, [(b"picture", pixels)], options, put))
+    engine.start()
+    texts: dict[tuple[int, int], str] = {}
+    while left:
+        key, event = events.get(timeout=60)
+        texts[key] = texts.get(key, "") + event.text
+        left -= event.finish_reason is not None
+    engine.drain(0)
+    engine.join()
+    return [texts[key] for key in sorted(texts)]
+
+
+def logits_of(assistant) -> tuple[torch.Tensor, list[torch.Tensor], list[float]]:
+    ids = [assistant.tokenize(assistant.prompt(QUESTIONS[0]))]
+    pixels = assistant.image_processor(PICTURE)
+    with torch.no_grad():
+        logits = assistant.model(ids, pixels).logits
+    found = generate(assistant.model, ids, pixels, max_new_tokens=3, record=("attentions",))
+    scores = assistant.score(PICTURE, QUESTIONS[0], ["Two.", "Three."])
+    return logits, [layer for step in found.attentions for layer in step], scores
+
+
+def watched(assistant) -> str:
+    pixels, ids = assistant.image_processor(PICTURE), assistant.tokenize(assistant.prompt("Why?"))
+    embeds = assistant.model.splice([ids], pixels).embeds
+    try:
+        assistant.model.language_model(embeds, attend=lambda *_: None)
+    except ValueError as error:
+        return str(error) + assistant.ask(PICTURE, QUESTIONS[0])
+    return "no error"
+
+
+def interrupted(assistant) -> str:
+    """Ctrl-C in the middle of passes, three times; then a question."""
+    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    told = "not interrupted"
+    try:
+        while True:
+            assistant.ask(PICTURE, QUESTIONS[1])
+    except KeyboardInterrupt:
+        told = "interrupted. "
+    return told + assistant.ask(PICTURE, QUESTIONS[0])
+
+
+def without_the_other(assistant) -> tuple[str, float]:
+    assistant.ask(PICTURE, QUESTIONS[0])
+    os.kill(assistant.other, signal.SIGKILL)
+    started = time.monotonic()
+    try:
+        for _ in range(3):
+            assistant.ask(PICTURE, QUESTIONS[0])
+    except ValueError as error:
+        return str(error), time.monotonic() - started
+    return "no error", 0.0
