@@ -74,6 +74,8 @@ def test_the_oldest_python_of_the_workflow_is_that_of_the_package():
 
 # What the extra `test` brings, and modules of Python that not every system has.
 NOT_EXTRAS = {"pty", "readline", "nbclient", "ipykernel"}
+# Of these .ci/run runs all, in an environment that has what they need.
+MARKS = re.compile(r"mark\.(parity|clients)\b")
 
 
 def skips_without(function: ast.AST) -> set[str]:
@@ -84,11 +86,11 @@ def skips_without(function: ast.AST) -> set[str]:
 
 
 def unmarked(source: str) -> list[str]:
-    """Tests that need an extra, themselves or by a fixture, and are not marked parity."""
+    """Tests that need an extra, themselves or by a fixture, and have none of the MARKS."""
     body = ast.parse(source).body
     functions = [node for node in body if isinstance(node, ast.FunctionDef)]
     others = ast.Module([node for node in body if node not in functions], [])
-    if "mark.parity" in ast.unparse(others):  # pytestmark
+    if MARKS.search(ast.unparse(others)):  # pytestmark
         return []
     need = {each.name for each in functions if skips_without(each)}
     while more := {
@@ -97,7 +99,7 @@ def unmarked(source: str) -> list[str]:
         if each.name not in need and need & {argument.arg for argument in each.args.args}
     }:
         need |= more
-    marked = {each.name for each in functions if "mark.parity" in ast.unparse(each)}
+    marked = {each.name for each in functions if MARKS.search(ast.unparse(each))}
     everything = [each.name for each in functions] if skips_without(others) else sorted(need)
     return [name for name in everything if name.startswith("test_") and name not in marked]
 

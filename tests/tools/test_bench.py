@@ -638,6 +638,7 @@ def test_wrong_usage(capsys, wrong, message):
 
 
 @pytest.mark.slow
+@pytest.mark.parity
 def test_serve_asks_a_server_and_another_beside_it(capsys):
     """A client that is refused, or answers that end early, would count as fast ones."""
     pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
