@@ -102,6 +102,10 @@ def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
 def begin(name: str, argv: list[str] | None = None, prog: str | None = None) -> None:
     """Run a door as the whole process; this function ends the process and does not return."""
     leave_on_ctrl_c()
+    if name != "finetune" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
+        null = os.open(os.devnull, os.O_RDWR)  # of several processes, one talks (cli/parts.py)
+        for number in range(3):
+            os.dup2(null, number)
     ours = signal.getsignal(signal.SIGINT) is _leave
     try:
         status = enter(name, argv, prog)

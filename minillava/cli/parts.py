@@ -6,9 +6,7 @@ Rank 0 runs the command, as ever. The others open their part of the model and fo
 from __future__ import annotations
 
 import argparse
-import os
 import signal
-import sys
 from contextlib import suppress
 
 PARALLEL = ("generate", "chat", "batch", "serve")
@@ -41,18 +39,14 @@ def one_of_several(name: str, args: argparse.Namespace) -> bool:
 
 
 def follow(name: str, args: argparse.Namespace) -> None:
-    """Open this process's part of the model and compute what rank 0 asks for. It says nothing: what
-    it finds wrong, rank 0 says."""
+    """Open this process's part of the model and compute what rank 0 asks for. What it finds wrong,
+    rank 0 says."""
     from minillava.cli.messages import Messages
     from minillava.cli.opening import find_weights, open_assistant
     from minillava.fast import parallel
 
     # The terminal sends Ctrl-C to all of them, and rank 0 decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    null = os.open(os.devnull, os.O_RDWR)
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError, ValueError):
-            os.dup2(null, stream.fileno())
     if name not in PARALLEL:
         return
     # Whatever ends rank 0 ends the connection, and there is nothing left to do.

@@ -189,7 +189,8 @@ def test_torchrun_answers_a_file_once(tmp_path):
     questions.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     wanted = ["-m", SHAPES, "--questions", questions, "--images", SHAPES, "--answers"]
     torchrun("batch", "-q", *wanted, tmp_path / "answers.jsonl")
-    found = [json.loads(line) for line in (tmp_path / "answers.jsonl").open()]
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
     assistant = minillava.load(SHAPES, device="cpu")
     assert [each["text"] for each in found] == assistant.ask(PICTURE, QUESTIONS)
 
@@ -199,7 +200,7 @@ def test_torchrun_answers_a_file_once(tmp_path):
     ("door", "arguments", "error"),
     [
         ("generate", ["-m", "nothing", "-i", PICTURE], "error: nothing: no such folder"),
-        ("look", ["-m", SHAPES, "-i", PICTURE], "error: look is for one process"),
+        ("trace", ["-m", SHAPES, "-i", PICTURE], "error: trace is for one process"),
         ("generate", ["-m", SHAPES, "-i", PICTURE, "--same-bits"], "error: --compile and --same"),
     ],
 )
