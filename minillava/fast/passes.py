@@ -22,8 +22,8 @@ COSTS: dict[str, dict[str, tuple[float, ...]]] = {
     "bf16": {
         "float32": (1.0, 2.0, 2.1, 2.4, 3.2, 4.6),
         "bfloat16": (1.0, 1.0, 1.05, 1.3, 1.65, 2.3),
-        "int8": (1.0, 1.15, 1.5, 2.9, 5.6, 11.2),
-        "int4": (1.0, 1.25, 1.75, 3.55, 7.2, 14.4),
+        "int8": (1.0, 1.3, 1.27, 2.1, 3.82, 7.26),
+        "int4": (1.0, 1.17, 1.27, 2.23, 3.94, 7.36),
     },
     "cpu": {
         "float32": (1.0, 2.1, 2.2, 2.8, 3.8, 5.1),
@@ -33,8 +33,10 @@ COSTS: dict[str, dict[str, tuple[float, ...]]] = {
     },
 }
 """By where and by what the weights are stored in: the time of one product of so many rows of ROWS
-over that of one. bf16: on a processor with instructions for it (4096 x 4096 on AVX512-BF16, one
-core; 32 rows extrapolated); cpu: without (4096 x 11008 on AVX2, tools/MEASUREMENTS.md)."""
+over that of one. bf16: on a processor with instructions for it (float32 and bfloat16: 4096 x 4096
+on AVX512-BF16, one core; int8 and int4: whole passes at 1b on two cores of it, as `bench.py drafts`
+has them in tools/MEASUREMENTS.md, less ATTENTION_COST; 32 rows extrapolated); cpu: without (4096 x
+11008 on AVX2, tools/MEASUREMENTS.md)."""
 
 
 def pass_cost(model: LanguageModel) -> Callable[[int], float]:

@@ -93,7 +93,8 @@ class ModelDraft:
         """Read the tokens of the answer that are not in the cache yet, at least the last one."""
         if not self.cache.length:
             self.drafter.language(self.prompt, None, self.cache, last_only=True)
-        kept = common_prefix(self.read, self.answer)
+        # The last is read again if it was a guess that no pass checked (speculate.text_only).
+        kept = min(common_prefix(self.read, self.answer), len(self.answer) - 1)
         self.cache.truncate(self.prompt.shape[1] + kept)
         self.read = self.read[:kept]
         return self._read(self.answer[kept:])

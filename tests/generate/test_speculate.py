@@ -7,6 +7,7 @@ from itertools import cycle, product
 import pytest
 import torch
 from bounds import assert_same_in_float64
+from models import tiny
 from paths import REFERENCE
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +18,7 @@ from minillava.fast import processor
 from minillava.fast.compiled import Captured
 from minillava.fast.passes import COSTS, interpolate, pass_cost
 from minillava.generate.contrast import M3ID, VCD
+from minillava.generate.draft_model import DraftModel
 from minillava.generate.generation import generate
 from minillava.generate.lookup import Lookup, look_up
 from minillava.generate.speculate import MOST, Drafts, Pace, best_length, fork, keeps_bits
@@ -63,6 +65,11 @@ def drafters(answer, end):
         "oracle": Scripted(answer),
         "a third is wrong": Scripted(answer, lambda at, token: token if at % 3 else token + 1),
         "never right": Scripted(answer, lambda at, token: token + 1),
+        "at random": Scripted(
+            torch.randint(
+                5, 50, (len(answer),), generator=torch.Generator().manual_seed(0)
+            ).tolist()
+        ),
         "always the end": Scripted(answer, always=end),
         "lookup": Lookup(),
     }
@@ -132,6 +139,14 @@ def test_the_answer_is_the_plain_one(toy, pixels, ids, options):
     """A draft decided what was said: a penalty that did not count the guesses, a sample that drew
     another number, an end that was passed."""
     check_plain(toy, pixels, ids, options, (4,))
+
+
+@pytest.mark.parametrize("ids", PROMPTS)
+def test_the_answer_is_the_plain_one_in_float32(pixels, ids):
+    """Rows of a pass round otherwise than single steps; what is said must not hang on that."""
+    toy = load(REFERENCE / "plain", device="cpu", dtype="float32")
+    spliced = toy.model.splice([ids], pixels[: ids.count(-200)] if -200 in ids else None)
+    compare(toy, spliced, Options(max_new_tokens=20), 4)
 
 
 @pytest.mark.parametrize("name", ["grouped", "tied"])
@@ -238,6 +253,13 @@ def test_the_cache_is_as_single_steps_leave_it_whenever_somebody_stops(toy, pixe
     for step in steps(toy.model, spliced, options, cache=filled):
         lengths.append(filled.length)
         answer.append(step.ids[0])
+    fresh = cache()
+    with torch.no_grad():  # the same in one pass
+        words = toy.model.splice([[*IDS, *answer[:-1]]], pixels[:1].double())
+        toy.model.language_model(words.embeds, None, fresh)
+    assert fresh.length == filled.length
+    for a, b in zip([*fresh.keys, *fresh.values], [*filled.keys, *filled.values], strict=True):
+        assert_same_in_float64(a[:, :, : fresh.length], b[:, :, : fresh.length])
     for name, drafter in drafters(answer, toy.model.config.eos_token_ids[0]).items():
         for stopped in (1, 3, 4, 6, len(answer)):
             mine = cache()
@@ -571,6 +593,29 @@ def test_whether_rows_keep_their_bits_is_found_out(shapes):
     language = load(REFERENCE / "plain", device="cpu", dtype="float64").model.language_model
     language.layers[0].mlp = Counting(language.layers[0].mlp)
     assert not keeps_bits(language, 8)
+
+
+# --- what is drawn --------------------------------------------------------------------------------
+
+
+def markov(seed):
+    """Five tokens, of which each hangs on the one before it alone; none ends an answer."""
+    model = tiny(5, seed, eos_token_ids=(9,))
+    for layer in model.language_model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    return model
+
+
+def test_a_model_may_say_what_is_never_guessed():
+    """A large model said the padding token after a small one had guessed it, read it and gone on:
+    the guesses were cut before it, nothing was left to read, and the answer ended in an error."""
+    model = markov(0)
+    asked = Options(max_new_tokens=60, temperature=1.5, seed=0)
+    drafts = Drafts(DraftModel(model.language_model, model.language_model), 3)
+    found = parts(drafts.steps(model, model.splice([[1, 4]]), asked))
+    assert found == parts(steps(model, model.splice([[1, 4]]), asked))
+    assert [model.config.pad_token_id] in [ids for ids, _, _ in found]
 
 
 # --- what a pass costs ----------------------------------------------------------------------------
