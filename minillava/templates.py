@@ -92,6 +92,16 @@ TEMPLATES = {
         stop=("<|end|>",),
         separators=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
     ),
+    # LLaVA on Llama 3.
+    "llama_3": Template(
+        system="",
+        system_block="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+        user="<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+        assistant="<|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>",
+        opening="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        stop=("<|eot_id|>",),
+        separators=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
     # The chat template of the llava-hf checkpoints: no system text, no end token between turns.
     "hf": replace(LLAVA_V1, system="", assistant="ASSISTANT: {} "),
     # The captions of projector pre-training: a picture, its caption, and no question.

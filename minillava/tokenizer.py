@@ -14,6 +14,7 @@ from pathlib import Path
 
 from minillava.config import IM_END, IM_START, IMAGE_TOKEN_INDEX
 from minillava.files.added_tokens import TokenFinder
+from minillava.files.byte_json import BytePieces
 from minillava.files.tokenizer_files import (
     PAD_MARKER,
     AddedToken,
@@ -28,8 +29,8 @@ _SPACE = "▁"
 
 
 class Tokenizer:
-    """A Llama tokenizer.model, with the tokens that the files in `beside` (default: its own folder)
-    add to it.
+    """A Llama tokenizer.model, or the tokenizer.json of a folder without one, with the tokens that
+    the files in `beside` (default: its own folder) add to it.
 
     legacy: what happens to text after a token within a chunk. True, the first behaviour: it gets a
     "▁" again ("</s>USER" is 2 3148 1001). False, from transformers 4.34: it does not (2 11889).
@@ -72,7 +73,9 @@ class Tokenizer:
     def longest_piece(self) -> int:
         """The most characters that one token stands for, without whitespace that it may take."""
         pieces = map(self.sentencepiece.id_to_piece, range(self.vocab_size))
-        return max(len(text) for text in (*pieces, *self._tokens, IMAGE_MARKER))
+        longest = max(len(text) for text in (*pieces, *self._tokens, IMAGE_MARKER))
+        # NFC may make two bytes of three characters
+        return 2 * longest if isinstance(self.sentencepiece, BytePieces) else longest
 
     def fewest_tokens(self, text: str) -> int:
         """How many a text becomes at least, told without cutting it."""
@@ -81,7 +84,7 @@ class Tokenizer:
         return -(-(len(text) - taken) // self.longest_piece)
 
     def encode(self, prompt: str | Prompt) -> list[int]:
-        """Token ids, the begin token first and -200 for each `<image>`.
+        """Token ids, the begin token (if there is one) first, and -200 for each `<image>`.
 
         Tokens that a fine-tune added are tokens wherever they stand. `<s>`, `</s>`, `<unk>` and
         `<image>` are tokens in a plain string, as in Hugging Face, but in a `Prompt` only where the
@@ -89,7 +92,8 @@ class Tokenizer:
         """
         expect_utf8(prompt, "the prompt")
         segments = prompt.segments if isinstance(prompt, Prompt) else [Segment(prompt, "template")]
-        ids, chunk = [self.bos_id], []  # chunk: a text of its own, from one picture to the next
+        ids = [self.bos_id] * (self.bos_id >= 0)  # Qwen2 has none
+        chunk: list[Segment] = []  # a text of its own, from one picture to the next
         before, after = self._around
         for text, kind in segments:
             first, *others = text.split(IMAGE_MARKER) if kind == "template" else [text]
@@ -156,7 +160,9 @@ class Tokenizer:
     def _encode_continuation(self, text: str) -> list[int]:
         """Encode without the leading "▁". SentencePiece cannot switch it off, so the text goes
         after a newline, which is a byte in Llama's vocabulary and so never merges with what
-        follows; its ids are cut off."""
+        follows; its ids are cut off. Byte-level pieces have no such "▁"."""
+        if isinstance(self.sentencepiece, BytePieces):
+            return self.sentencepiece.encode(text)
         return self.sentencepiece.encode("\n" + text)[len(self._newline) :]
 
 
@@ -167,7 +173,8 @@ class TextDecoder:
     def __init__(self, tokenizer: Tokenizer):
         self._model, self._tokens = tokenizer.sentencepiece, tokenizer.by_id
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._started = False
+        # byte-level pieces have no "▁", and add no space before the first word
+        self._started = self._byte_level = isinstance(self._model, BytePieces)
 
     def feed(self, token_id: int) -> str:
         """The text that this id completes; "" for special ids and half characters. Ids without a
@@ -177,13 +184,16 @@ class TextDecoder:
         if token is not None:
             if token.special:
                 return ""
-            text = self.flush() + token.text.replace(_SPACE, " ")
+            shown = token.text if self._byte_level else token.text.replace(_SPACE, " ")
+            text = self.flush() + shown
         elif (
             not 0 <= token_id < model.vocab_size()
             or model.is_control(token_id)
             or model.is_unknown(token_id)
         ):
             return ""
+        elif isinstance(model, BytePieces):
+            text = self._bytes.decode(model.bytes_of(token_id))
         elif model.is_byte(token_id):  # "<0x0A>"
             text = self._bytes.decode(bytes([int(model.id_to_piece(token_id)[3:-1], 16)]))
         else:

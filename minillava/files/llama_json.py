@@ -1,12 +1,12 @@
 """The pieces of a Llama tokenizer.json, the only file that transformers 5 saves. They cut text as
 SentencePiece does with the tokenizer.model that the file was made from."""
 
-import heapq
 import re
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from minillava.files.merges import merge, read_merges
 
 _SPACE = "▁"
 
@@ -26,7 +26,7 @@ class LlamaPieces:
     itself."""
 
     def __init__(self, path: Path, raw: dict[str, Any]):
-        self._path, model = path, raw["model"]
+        model = raw["model"]
         if not model.get("byte_fallback") or not _prepares_as_llama(raw):
             raise ValueError(
                 f"{path}: prepares text in another way than Llama's tokenizer (byte_fallback, and "
@@ -37,7 +37,7 @@ class LlamaPieces:
         if {*self._ids.values()} != {*range(len(self._ids))}:
             raise ValueError(f"{path}: the ids of its pieces have holes; download it again")
         self._pieces = sorted(self._ids, key=lambda piece: self._ids[piece])
-        self._ranks = self._read_merges(model.get("merges") or [])
+        self._ranks = read_merges(path, model.get("merges") or [], self._ids)
         self._bytes = {self._ids.get(f"<0x{i:02X}>") for i in range(256)}
         if None in self._bytes or not {"<s>", "</s>", "<unk>"} <= self._ids.keys():
             raise ValueError(
@@ -48,18 +48,6 @@ class LlamaPieces:
         self._word = re.compile(".+" if whole else f"{_SPACE}+[^{_SPACE}]*|[^{_SPACE}]+", re.DOTALL)
         self._cut = lru_cache(1 << 14)(self._cut_word)
 
-    def _read_merges(self, merges: Sequence[Any]) -> dict[tuple[str, str], int]:
-        """The pairs and their order. A file writes a pair as two texts, or as one text with a space
-        between them."""
-        try:
-            pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
-            known = all(len(p) == 2 and p[0] + p[1] in self._ids for p in pairs)
-        except TypeError:
-            known = False
-        if not known:
-            raise ValueError(f"{self._path}: merges are not pairs of its pieces; download it again")
-        return {(a, b): rank for rank, (a, b) in enumerate(pairs)}
-
     def encode(self, text: str) -> list[int]:
         if not text:
             return []
@@ -67,31 +55,8 @@ class LlamaPieces:
         return [i for word in self._word.findall(text) for i in self._cut(word)]
 
     def _cut_word(self, word: str) -> tuple[int, ...]:
-        """Merge the pair of the lowest rank, the leftmost of several, until no pair is left."""
-        parts, count = list(word), len(word)
-        before, after = list(range(-1, count - 1)), [*range(1, count), -1]
-
-        def candidate(left: int, right: int) -> tuple[int, int, int, str, str] | None:
-            if left < 0 or right < 0 or (parts[left], parts[right]) not in self._ranks:
-                return None
-            pair = (parts[left], parts[right])
-            return self._ranks[pair], left, right, *pair
-
-        heap = [found for i in range(count - 1) if (found := candidate(i, i + 1))]
-        heapq.heapify(heap)
-        while heap:
-            _, left, right, *pair = heapq.heappop(heap)
-            if after[left] != right or [parts[left], parts[right]] != pair:
-                continue  # one of the two was merged with another neighbour
-            parts[left], parts[right] = parts[left] + parts[right], ""
-            after[left] = after[right]
-            if after[left] >= 0:
-                before[after[left]] = left
-            for found in (candidate(before[left], left), candidate(left, after[left])):
-                if found:
-                    heapq.heappush(heap, found)
         ids: list[int] = []
-        for part in filter(None, parts):
+        for part in merge(word, self._ranks):
             known = self._ids.get(part)
             if known is None:  # a character without a piece
                 ids += [self._ids[f"<0x{byte:02X}>"] for byte in part.encode("utf-8")]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from sentencepiece import SentencePieceProcessor
 
+from minillava.files.byte_json import BytePieces, is_byte_level
 from minillava.files.disk import one_line, read_json, refused
 from minillava.files.hub import RELEASE
 from minillava.files.llama_json import LlamaPieces, is_llama
@@ -89,8 +90,8 @@ _OTHER_KIND = (
 )
 
 
-Pieces = SentencePieceProcessor | LlamaPieces
-"""What cuts text: a tokenizer.model, or the tokenizer.json that was made of it."""
+Pieces = SentencePieceProcessor | LlamaPieces | BytePieces
+"""What cuts text: a tokenizer.model, the tokenizer.json that was made of it, or one of bytes."""
 
 Flags = dict[str, Any]
 """A token as a JSON object describes it: its `content`, and any of _FLAGS."""
@@ -123,6 +124,8 @@ class TokenizerFiles:
     def legacy(self) -> bool:
         """`legacy` as tokenizer_config.json says. If it says nothing, as with transformers 5, what
         tokenizer.json does; else True. Raises ValueError if it is not true or false."""
+        if is_byte_level(self.fast):
+            return True  # it has no "▁" that could be left out
         legacy = self.config.get("legacy")
         if legacy is not None and not isinstance(legacy, bool):
             raise ValueError(
@@ -136,7 +139,8 @@ class TokenizerFiles:
     def tokens(self, model: Pieces, wanted: Sequence[str] = ()) -> dict[str, AddedToken]:
         """Text -> token for every token that a file names, the control tokens of `model`, and the
         `wanted` ones. Raises ValueError if files contradict themselves, one another or `model`."""
-        own = [model.id_to_piece(i) for i in (model.unk_id(), model.bos_id(), model.eos_id())]
+        ends = (model.unk_id(), model.bos_id(), model.eos_id())
+        own = [model.id_to_piece(i) for i in ends if i >= 0]
         named: dict[str, Flags] = {}
         keys: dict[str, str] = {}
         for text, key, flags in self._named():
@@ -174,7 +178,8 @@ class TokenizerFiles:
     def _check_ends(self, found: dict[str, AddedToken], model: Pieces) -> None:
         """Check that a prompt begins with the begin token of `model` and has no end token. Raises
         ValueError if a file says otherwise."""
-        for key, ours in (("add_bos_token", True), ("add_eos_token", False)):
+        begins = model.bos_id() >= 0
+        for key, ours in (("add_bos_token", begins), ("add_eos_token", False)):
             if self.config.get(key, ours) not in (ours, None):
                 said = f"{key} is {self.config[key]!r:.80}, supported: {ours}"
                 raise ValueError(
@@ -184,11 +189,11 @@ class TokenizerFiles:
         for name, raw in ((CONFIG_NAME, self.config), (MAP_NAME, self.map)):
             value = raw.get("bos_token")
             text = value.get("content") if isinstance(value, dict) else value
-            if text and found[text].id != model.bos_id():
+            if text and begins and found[text].id != model.bos_id():
                 begin = model.id_to_piece(model.bos_id())
                 raise ValueError(
                     f"{self.folder / name}: bos_token is {text!r:.80}, supported: {begin!r}, the "
-                    f"one of {MODEL_NAME}; keep the files of one run"
+                    f"one of {_name_of(model)}; keep the files of one run"
                 )
 
     def _entries(self) -> Iterator[tuple[str, str, int, Flags]]:
@@ -227,15 +232,17 @@ class TokenizerFiles:
                 f"{path}: {text!r:.80} is {i!r:.80}, expected a token id; download it again"
             )
         _check_flags(path, text, flags)
+        if isinstance(model, BytePieces):
+            model.check_flags(path, text, flags)
         # A control piece, into which no text is cut, may have been renamed. A word may not be
         # renamed, and no piece may have another id.
         piece = model.id_to_piece(i) if i < model.vocab_size() and is_word(model, i) else text
         other = model.piece_to_id(text)
         if piece != text or (other != i and is_word(model, other)):
             said = (
-                f"which is {piece!r} in {MODEL_NAME}"
+                f"which is {piece!r} in {_name_of(model)}"
                 if piece != text
-                else f"{MODEL_NAME} says {other}"
+                else f"{_name_of(model)} says {other}"
             )
             raise ValueError(f"{path}: {text!r:.80} is {i}, {said}; keep the files of one run")
 
@@ -306,6 +313,11 @@ def _token(text: str, i: int, flags: Flags, *, listed: bool, control: bool) -> A
     return AddedToken(text, i, listed=listed, control=control, **flags)
 
 
+def _name_of(model: Pieces) -> str:
+    """The file that has the pieces."""
+    return MODEL_NAME if isinstance(model, SentencePieceProcessor) else FAST_NAME
+
+
 def find_tokenizer(folders: Sequence[Path]) -> tuple[Path, Path]:
     """The tokenizer.model and the folder of the files beside it. Each is from the first folder that
     has one, as an adapter has whose run added tokens; if no folder has one, from the last."""
@@ -345,10 +357,13 @@ def is_word(model: Pieces, i: int) -> bool:
 
 def open_model(path: Path, files: TokenizerFiles, vocabulary: int | None = None) -> Pieces:
     """Open a tokenizer.model of the Llama 2 family, to which `files` belong; if it does not exist,
-    the tokenizer.json of `files`. vocabulary: the rows of the embedding table, if they are known.
-    Raises FileNotFoundError or ValueError, or OSError if the system refuses."""
+    the tokenizer.json of `files`, of that family or byte-level. vocabulary: the rows of the
+    embedding table, if they are known. Raises FileNotFoundError or ValueError, or OSError if the
+    system refuses."""
     if not os.path.lexists(path) and is_llama(files.fast):
         return LlamaPieces(files.folder / FAST_NAME, files.fast)
+    if not os.path.lexists(path) and is_byte_level(files.fast):
+        return BytePieces(files.folder / FAST_NAME, files.fast)
     _check_model_is_there(path, files, vocabulary)
     model = _read_model(path)
     _check_pieces(path, model, files)
@@ -415,10 +430,12 @@ def check_vocabulary(
 ) -> None:
     """Check pieces and added tokens against the rows of the embedding table. Raises ValueError with
     both numbers."""
+    if not os.path.lexists(path):
+        path = files.folder / FAST_NAME
     if pieces > rows:
         raise ValueError(
             f"{path.parent}: {path.name} has {pieces} pieces, config.json a vocabulary of {rows}; "
-            f"copy the {MODEL_NAME} that belongs to these weights"
+            f"copy the {path.name} that belongs to these weights"
         )
     # A pad token without a row is common and harmless, since no prompt contains it.
     for file, text, i, _ in files._entries():

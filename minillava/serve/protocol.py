@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from minillava.files.byte_json import BytePieces
+
 ERRORS = {
     400: "invalid_request_error",
     401: "invalid_request_error",
@@ -282,6 +284,8 @@ class Entries:
 
     def _bytes(self, token_id: int) -> bytes:
         model = self.tokenizer.sentencepiece
+        if isinstance(model, BytePieces) and 0 <= token_id < model.vocab_size():
+            return model.bytes_of(token_id)
         if token_id < model.vocab_size() and model.is_byte(token_id):  # "<0x0A>"
             return bytes([int(model.id_to_piece(token_id)[3:-1], 16)])
         text = self.tokenizer.piece(token_id).replace("▁", " ")

@@ -32,6 +32,12 @@ GOLDEN = {
         "<|im_start|>assistant\nB<|im_end|><|im_start|>user\nC<|im_end|><|im_start|>assistant\n"
     ),
     "phi_3": "<|user|>\n<image>\nA<|end|>\n<|assistant|>\nB<|end|>\n<|user|>\nC<|end|>\n<|assistant|>\n",
+    "llama_3": (
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nA<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nB<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nC<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
     "hf": "USER: <image>\nA ASSISTANT: B USER: C ASSISTANT:",
 }
 
