@@ -35,8 +35,8 @@ setup(
     ],
     extras_require={
         # pytest reads .pytest.ini from 7.2 on; nbclient and ipykernel run
-        # minillava/walkthrough.ipynb
-        "test": ["pytest>=7.2", "nbclient>=0.8", "ipykernel>=6"],
+        # minillava/walkthrough.ipynb; pytest-xdist runs the suite in two processes
+        "test": ["pytest>=7.2", "pytest-xdist>=3.5", "nbclient>=0.8", "ipykernel>=6"],
         # the implementations that the parity tests and tools/make_reference.py compare with;
         # transformers reads tokenizer.model with protobuf
         "parity": ["transformers>=5.23", "protobuf", "peft>=0.21"],
