@@ -171,6 +171,7 @@ def folder(tmp_path):
     return path
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("count", [3000, pytest.param(30_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", PATTERNS)
 def test_it_cuts_and_decodes_as_the_library_that_the_file_is_written_for(kind, count, tmp_path):
