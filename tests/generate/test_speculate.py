@@ -12,8 +12,13 @@ from paths import REFERENCE
 from safetensors.torch import load_file, save_file
 
 from minillava.assistant import load
+from minillava.attention import fused
 from minillava.cache import KVCache
 from minillava.chat.conversation import Conversation
+from minillava.checkpoint.build import build_model
+from minillava.checkpoint.config_json import read_config
+from minillava.checkpoint.draft import open_language_model
+from minillava.checkpoint.stored import StoredWeights
 from minillava.fast import processor
 from minillava.fast.compiled import Captured
 from minillava.fast.passes import COSTS, interpolate, pass_cost
@@ -601,9 +606,9 @@ def test_whether_rows_keep_their_bits_is_found_out(shapes):
 def markov(seed):
     """Five tokens, of which each hangs on the one before it alone; none ends an answer."""
     model = tiny(5, seed, eos_token_ids=(9,))
-    for layer in model.language_model.layers:
-        layer.self_attn.o_proj.weight.data.zero_()
-        layer.mlp.down_proj.weight.data.zero_()
+    model.language_model.layers = model.language_model.layers[:1]
+    model.language_model.layers[0].self_attn.o_proj.weight.data.zero_()
+    model.language_model.layers[0].mlp.down_proj.weight.data.zero_()
     return model
 
 
@@ -616,6 +621,77 @@ def test_a_model_may_say_what_is_never_guessed():
     found = parts(drafts.steps(model, model.splice([[1, 4]]), asked))
     assert found == parts(steps(model, model.splice([[1, 4]]), asked))
     assert [model.config.pad_token_id] in [ids for ids, _, _ in found]
+
+
+@torch.no_grad()
+def chances(model, warmth):
+    """The probability of each token after each one, [5, 5]."""
+    language = model.language_model
+    return (language(torch.arange(5)[:, None]).logits[:, 0] / warmth).softmax(-1)
+
+
+def chi_square(counts, expected):
+    """How often counts [n] that far from what is expected, or farther, are drawn by chance."""
+    distance = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, distance / 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model", "at random", "lookup"])
+def test_what_is_drawn_has_the_chances_of_the_model(name):
+    """Tokens that were guessed came too often, or what replaces a wrong guess had the chances of
+    the wrong rule. 5,000 tokens, by the one before them, and apart by whether that one was a
+    guess that came true."""
+    large, small, warmth, length = markov(0), markov(1), 1.5, 250
+    language = large.language_model
+    counts = torch.zeros(2, 5, 5, dtype=torch.float64)
+    for seed in range(20):
+        random = torch.randint(5, (length,), generator=torch.Generator().manual_seed(seed))
+        drafter = {
+            "model": DraftModel(small.language_model, language),
+            "at random": Scripted(random.tolist()),
+            "lookup": Lookup(),
+        }[name]
+        drafts = Drafts(drafter, 3)
+        options = Options(max_new_tokens=length, temperature=warmth, seed=seed)
+        ids = [step.ids[0] for step in drafts.steps(large, large.splice([[1, 4]]), options)]
+        for before, token, guessed in zip(ids, ids[1:], drafts.report.guessed, strict=False):
+            counts[int(guessed), before, token] += 1
+    exact, wrong = chances(large, warmth), chances(small, warmth)
+    for table in counts:
+        assert table.sum() > 500
+        drawn = [i for i in range(5) if table[i].sum()]  # padding is said, but never guessed
+        assert len(drawn) >= 4
+        assert min(chi_square(table[i], table[i].sum() * exact[i]) for i in drawn) > 1e-4
+        assert min(chi_square(table[i], table[i].sum() * wrong[i]) for i in drawn) < 1e-4
+
+
+@pytest.mark.slow
+def test_guesses_come_true_as_often_as_shared_random_numbers_allow():
+    """The small model drew with numbers of its own, and its guesses came true less often. Two
+    models that race with the same exponential numbers both choose x with the chance
+    1 / sum over y of max(p(y) / p(x), q(y) / q(x)) (Daliri et al. 2024)."""
+    large, small, warmth, length = markov(0), markov(1), 1.5, 400
+    p, q = chances(large, warmth), chances(small, warmth)
+    race = torch.maximum(p[:, None] / p[:, :, None], q[:, None] / q[:, :, None])  # [before, x, y]
+    alike, apart = (1 / race.sum(-1)).sum(-1), (p - q).abs().sum(-1) / 2
+    assert ((1 - apart) / (1 + apart) <= alike).all() and (alike <= 1 - apart).all()
+    came = hoped = variance = independent = 0.0
+    for seed in range(5):
+        drafts = Drafts(DraftModel(small.language_model, large.language_model), 1)
+        options = Options(max_new_tokens=length, temperature=warmth, seed=seed)
+        ids = [step.ids[0] for step in drafts.steps(large, large.splice([[1, 4]]), options)]
+        guessed = drafts.report.guessed
+        # After a guess that came true the pass has a row more, for which there was no guess; nor
+        # is there one for the last token.
+        for i in range(1, length - 1):
+            if not guessed[i - 1]:
+                came, hoped = came + guessed[i], hoped + float(alike[ids[i - 1]])
+                variance += float(alike[ids[i - 1]] * (1 - alike[ids[i - 1]]))
+                independent += float((p * q).sum(-1)[ids[i - 1]])
+    assert abs(came - hoped) < 4 * variance**0.5
+    assert hoped - independent > 8 * variance**0.5
 
 
 # --- what a pass costs ----------------------------------------------------------------------------
@@ -744,6 +820,68 @@ def test_answers_are_those_of_transformers_assisted_generation(shapes, llama, tm
         found = list(drafts.steps(shapes.model, spliced, options, pictures=given))
         assert [step.ids[0] for step in found] == theirs[0, ids.shape[1] :].tolist()
         assert drafts.report.accepted == drafts.report.drafted > 0
+
+
+@pytest.mark.parity
+@torch.no_grad()
+def test_vocabularies_of_32000_and_32064_rows_answer_as_transformers_does(tmp_path):
+    """The released LLaVA has 32,000 rows, the hub's 64 more, which are no words, and a Llama has
+    the first number: either may guess for the other. transformers wants equally many."""
+    transformers = pytest.importorskip("transformers")
+    import hf
+
+    config = hf.hub_config(**hf.SIZES["toy"], pieces=32_000)
+    state = hf.random_state(config, 5)
+    theirs, text = hf.model_of(config, state, "float32"), config["text_config"]
+    assert text["vocab_size"] == 32_064
+    words = {
+        name.replace("language_model.", ""): name
+        for name in state
+        if name.startswith(("model.language_model.", "lm_head."))
+    }
+    blind = transformers.LlamaForCausalLM(transformers.LlamaConfig(**text)).eval()
+    blind.load_state_dict({n: state[old] for n, old in words.items()})
+    blind.generation_config.num_assistant_tokens = 4
+    blind.generation_config.num_assistant_tokens_schedule = "constant"
+    larges, smalls = [], []
+    for rows in (32_064, 32_000):
+        cut = {n: w[:rows].clone() if len(w) == 32_064 else w for n, w in state.items()}
+        for name in [n for n in cut if "post_layernorm" in n or ".layers.2." in n]:
+            del cut[name]  # the end of the tower, which is not read
+        small = {n: cut[old] for n, old in words.items()}
+        write = {**config, "text_config": {**text, "vocab_size": rows}, "vocab_size": rows}
+        large_folder, small_folder = tmp_path / f"{rows}-large", tmp_path / f"{rows}-small"
+        for folder, settings, tensors in (
+            (large_folder, write, hf.rename(cut, "fresh")),
+            (small_folder, write["text_config"], small),
+        ):
+            folder.mkdir()
+            hf.write_json(settings, folder / "config.json")
+            hf.write_weights(tensors, folder)
+        given = {"dtype": torch.float32, "device": torch.device("cpu")}
+        read = read_config(large_folder), StoredWeights(large_folder)
+        larges.append(build_model(*read, fused, **given))
+        language = open_language_model(small_folder, fused, *given.values()).language_model
+        assert language.config.vocab_size == rows
+        smalls.append(language)
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    asked = {"max_new_tokens": 24, "min_new_tokens": 24}
+    for ids in ([1, 30, 31_999, 12], [1, 30, -200, 12]):
+        given, seen = hf.inputs(theirs, [ids]), pixels if -200 in ids else None
+        del given["position_ids"]
+        if seen is not None:
+            given["pixel_values"] = seen
+        found = theirs.generate(
+            **given, assistant_model=blind, do_sample=False, pad_token_id=0,
+            eos_token_id=2, **asked,
+        )  # fmt: skip
+        expected = found[0, given["input_ids"].shape[1] :].tolist()
+        for large, small in zip(larges, reversed(smalls), strict=True):
+            drafts = Drafts(DraftModel(small, large.language_model), 4)
+            made = drafts.steps(large, large.splice([ids], seen), Options(**asked))
+            assert [step.ids[0] for step in made] == expected
+            assert drafts.report.drafted > 0
+            assert -200 in ids or drafts.report.accepted == drafts.report.drafted
 
 
 def test_a_stored_head_is_the_head_of_a_drafter_too(shapes, llama, tmp_path):
