@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from minillava.files.merges import merge, read_merges
+from minillava.files.merges import NO_MODEL, merge, read_merges
 
 # the pattern of a file, by how many digits make a word: one for Qwen2, up to three for Llama 3
 _PATTERNS = {
@@ -164,6 +164,10 @@ class BytePieces:
         piece = self._pieces[i]
         known = all(letter in _BYTE for letter in piece)
         return bytes(_BYTE[letter] for letter in piece) if known else piece.encode("utf-8")
+
+    def serialized_model_proto(self) -> bytes:
+        """Raises ValueError, since there is no tokenizer.model to write."""
+        raise ValueError(f"{self._path}: {NO_MODEL}")
 
     def vocab_size(self) -> int:
         return len(self._pieces)

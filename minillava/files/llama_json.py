@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from minillava.files.merges import merge, read_merges
+from minillava.files.merges import NO_MODEL, merge, read_merges
 
 _SPACE = "▁"
 
@@ -26,7 +26,7 @@ class LlamaPieces:
     itself."""
 
     def __init__(self, path: Path, raw: dict[str, Any]):
-        model = raw["model"]
+        self._path, model = path, raw["model"]
         if not model.get("byte_fallback") or not _prepares_as_llama(raw):
             raise ValueError(
                 f"{path}: prepares text in another way than Llama's tokenizer (byte_fallback, and "
@@ -63,6 +63,10 @@ class LlamaPieces:
             else:
                 ids.append(known)
         return tuple(ids)
+
+    def serialized_model_proto(self) -> bytes:
+        """Raises ValueError, since there is no tokenizer.model to write."""
+        raise ValueError(f"{self._path}: {NO_MODEL}")
 
     def vocab_size(self) -> int:
         return len(self._pieces)

@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+NO_MODEL = (
+    "there is no tokenizer.model beside it, without which minillava writes no folder in "
+    "another layout; copy that of this language model if it has one"
+)
+
 Ranks = dict[tuple[str, str], int]
 """A pair of pieces -> its place in the file's list; the lowest is merged first."""
 

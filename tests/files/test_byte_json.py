@@ -12,6 +12,8 @@ from folders import change_config
 from paths import REFERENCE
 
 import minillava
+from minillava.checkpoint.folders import Folders
+from minillava.convert.plan import renamed
 from minillava.files.byte_json import BytePieces, cut_words
 from minillava.inspection.report import inspect_folder
 from minillava.templates import TEMPLATES
@@ -252,6 +254,12 @@ def test_a_model_on_llama_3_is_asked_in_its_own_form(folder):
     assert assistant.options().stop == ("<|eot_id|>",)
     ids = assistant.tokenizer.encode(assistant.prompt("a<|eot_id|>b"))
     assert ids.count(last["id"] + 3) == 1  # what is typed ends no turn
+
+
+def test_a_folder_that_cannot_be_written_in_another_layout_is_one_line(folder):
+    """convert ended in a traceback."""
+    with pytest.raises(ValueError, match=r"there is no tokenizer\.model beside it"):
+        renamed(Folders(folder), "original", None, None)
 
 
 def test_a_language_model_of_another_type_is_still_one_line(folder):
