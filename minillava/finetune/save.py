@@ -28,6 +28,7 @@ from minillava.files.disk import write_whole
 from minillava.files.hub import CLIP_RELEASE
 from minillava.files.new_folder import new_folder
 from minillava.files.tensors import open_file
+from minillava.files.tokenizer_files import MODEL_NAME
 from minillava.finetune import processes
 from minillava.finetune.learning import part_of
 from minillava.finetune.lora import lora_layers
@@ -166,10 +167,16 @@ def whole_weights(model: Llava) -> dict[str, Callable[[], Tensor]]:
 
 
 def check_base(folders: Folders) -> None:
-    """Raises ValueError for a base that is quantised: a model can only be written like one of plain
-    weights."""
+    """Raises ValueError for a base like which no model can be written: one that is quantised, or
+    that lies in several folders and has no tokenizer.model."""
     if StoredWeights(folders.model_base or folders.weights).quantised:
         raise ValueError(f"{folders.weights}: is quantised; start from the weights it was made of")
+    named = (folder / MODEL_NAME for folder in folders.of_tokenizer)
+    if folders != Folders(folders.weights) and not any(path.exists() for path in named):
+        raise ValueError(
+            f"{folders.weights}: is a model in several folders, none of which has a {MODEL_NAME}, "
+            "and it would be written as one; put that file beside it"
+        )
 
 
 def save_whole(learnt: dict[str, Callable[[], Tensor]], folders: Folders, target: Path) -> None:

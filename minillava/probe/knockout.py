@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minillava.options import expect_one_of
 from minillava.probe.flags import ABLATIONS
 from minillava.probe.intervene import (
     At,
@@ -135,8 +136,7 @@ def ablate(answered: Answered, how: str = "mean") -> Ablation:
     """Take out one head after the other, and one feed-forward layer. how: zero, or mean: what it
     says on average over the prompt, which other layers may rely on. Raises ValueError for another
     word."""
-    if how not in ABLATIONS:
-        raise ValueError(f"unknown ablation {how!r}, expected one of: {', '.join(ABLATIONS)}")
+    expect_one_of("ablation", how, ABLATIONS)
     text = answered.model.config.text
     layers, rows = range(text.num_hidden_layers), parts_of(answered)
     of_heads, of_mlps = zero, zero

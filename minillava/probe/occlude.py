@@ -15,6 +15,7 @@ import torch
 from PIL import ImageFilter
 from torch import Tensor
 
+from minillava.options import expect_one_of
 from minillava.probe.flags import HIDINGS
 from minillava.probe.measure import Answered
 
@@ -50,8 +51,7 @@ def occlude(answered: Answered, hiding: str = "mean", block: int = 1) -> Occlusi
     """Hide block after block. hiding: mean (of all patches) or zero in the embeddings; grey (the
     mean of CLIP's training) or blur in the pixels. Raises ValueError for another word or a block
     that does not fit."""
-    if hiding not in HIDINGS:
-        raise ValueError(f"unknown hiding {hiding!r}, expected one of: {', '.join(HIDINGS)}")
+    expect_one_of("hiding", hiding, HIDINGS)
     grid, hide = answered.grid, hidden_embeddings if in_embeddings(hiding) else hidden_pixels
     drops = np.zeros((len(answered.ids), grid, grid))
     for some, start in batches(answered, hiding, block):

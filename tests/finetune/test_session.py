@@ -19,9 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import minillava
+from minillava.checkpoint.folders import Folders
 from minillava.cli.doors import enter
 from minillava.cli.messages import Messages
 from minillava.finetune import watch
+from minillava.finetune.save import check_base
 
 main = partial(enter, "finetune")
 
@@ -323,6 +325,16 @@ def vicuna(folder: Path) -> Path:
     own = {n.removeprefix("language_model."): t for n, t in tensors.items() if n.startswith("language_model.")}  # fmt: skip
     save_file(own, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def test_a_model_in_several_folders_needs_its_tokenizer_model(tmp_path):
+    """The whole model could not be written, which was found only after the training."""
+    language = vicuna(tmp_path / "vicuna")
+    several = Folders(tmp_path / "projector", model_base=language)
+    check_base(several)
+    (language / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match=r"none of which has a tokenizer\.model"):
+        check_base(several)
 
 
 def test_both_stages_run_from_a_language_model_and_a_clip(run_main, tmp_path, write_dialect):
