@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -509,15 +510,18 @@ def test_metrics_count(shared):
     assert value("minillava_generated_tokens_total") == before + 3
     assert value('minillava_requests_total{route="/v1/chat/completions",status="200"}') >= 1
     assert value("minillava_engine_up") == 1
-    steps = value("minillava_rows_per_step_count")
+    # A step is counted after its tokens are sent, so the last one a moment after the answer.
+    counts = ("minillava_rows_per_step_count", "minillava_token_seconds_count")
+    steps = -1.0
+    while steps != (steps := value(counts[0])):
+        time.sleep(0.05)
     seen = value('minillava_pictures_total{cached="true"}')
     for _ in range(2):
         shared.ask([picture(3), text("Is it red?")], max_tokens=4)
-    assert (
-        value("minillava_rows_per_step_count")
-        == steps + 6
-        == value("minillava_token_seconds_count")
-    )
+    until = time.monotonic() + 20
+    while [value(name) for name in counts] != [steps + 6] * 2:
+        assert time.monotonic() < until
+        time.sleep(0.05)
     assert value('minillava_pictures_total{cached="true"}') >= seen + 1
 
 
