@@ -212,7 +212,7 @@ def test_the_tool_asks_and_learns(tmp_path):
     """The rows that it makes would not be those that finetune reads."""
     import train_medusa
 
-    learn = ["--epochs", "1", "--batch", "4"]
+    learn = ["--epochs", "1", "--batch", "4", "--hold-out", "0.25"]
     assert train_medusa.main(["--out", str(tmp_path), "--scenes", "3", *learn]) == 0
     rows = json.loads((tmp_path / "data" / "rows.json").read_text("utf-8"))
     assert len(rows) == 12

@@ -142,8 +142,11 @@ def done(reference, tmp_path_factory):
         stdout=subprocess.PIPE,
     )
 
+    # Before there are threads: the first call of all empties the folder that holds the others.
+    folders = {name: tmp_path_factory.mktemp("page") for name in PAGES}
+
     def type_page(name: str) -> list[tuple[int, str, str]]:
-        folder = tmp_path_factory.mktemp("page")
+        folder = folders[name]
         furnish(folder, reference, address)
         subprocess.run(
             ["bash", "--norc", "-c", script(TYPED[name])],

@@ -59,7 +59,7 @@ def started(folder: Path, dtype: str) -> Iterator[str]:
         yield found[1] + "/v1"
     finally:
         process.terminate()
-        process.wait()
+        process.communicate()  # which closes the pipe, too
 
 
 def stream(url: str, tokens: int) -> Iterator[float]:
