@@ -16,8 +16,7 @@ from minillava.llava import Llava
 def prepare(model: Llava, recipe: Recipe, again: bool = False) -> dict[str, nn.Parameter]:
     """Freeze the model but for what the recipe learns, which is float32; returns that by name. The
     vision tower learns with `everything` alone. again: the blocks of what learns are computed again
-    in the backward pass, which gives the same bits in less memory. Raises ValueError for new tokens
-    of a language model that shares its table with its head."""
+    in the backward pass, which gives the same bits in less memory."""
     model.requires_grad_(False)
     model.eval()  # none of the model's own layers has dropout
     if recipe.learn == "medusa":

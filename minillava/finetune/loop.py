@@ -94,11 +94,9 @@ def train(
     finite; the model is then as after the previous update."""
     groups = optimiser.param_groups
     learning = [p for group in groups for p in group["params"]]
-    updates, per_epoch = recipe.updates_for(len(examples)), recipe.updates_per_epoch(len(examples))
-    for update in range(start, updates):
+    updates = recipe.updates_for(len(examples))
+    for update, epoch, rows in _in_order(examples, recipe, start):
         began = time.monotonic()
-        epoch, at = divmod(update, per_epoch)
-        rows = _order(examples, recipe, epoch)[at]
         loss = _backward(model, [[examples[i] for i in some] for some in rows], processor, recipe,
                          update, loss_of)  # fmt: skip
         processes.sum_gradients(learning)
@@ -167,11 +165,19 @@ def arithmetic(model: Llava, recipe: Recipe) -> AbstractContextManager:
     return torch.autocast(device, torch.bfloat16, enabled=recipe.dtype == "bfloat16")
 
 
-def _order(examples: Sequence[Example], recipe: Recipe, epoch: int) -> list[list[list[int]]]:
-    """The row numbers of an epoch: updates of micro-batches."""
+def _in_order(
+    examples: Sequence[Example], recipe: Recipe, start: int
+) -> Iterator[tuple[int, int, list[list[int]]]]:
+    """Each update from `start` on, its epoch, and the row numbers of its micro-batches. An epoch is
+    put in order once, which takes seconds for as many rows as LLaVA was trained on."""
+    updates, per_epoch = recipe.updates_for(len(examples)), recipe.updates_per_epoch(len(examples))
     lengths = [example.row.words for example in examples]
-    rows = rows_in_order(lengths, recipe.order, recipe.batch, recipe.accumulate, recipe.seed, epoch)
-    return micro_batches(rows, recipe.batch, recipe.accumulate)
+    batch, parts = recipe.batch, recipe.accumulate
+    for epoch in range(start // per_epoch, -(-updates // per_epoch)):
+        rows = rows_in_order(lengths, recipe.order, batch, parts, recipe.seed, epoch)
+        for update, micro in enumerate(micro_batches(rows, batch, parts), epoch * per_epoch):
+            if start <= update < updates:
+                yield update, epoch, micro
 
 
 def _clip(learning: list[nn.Parameter], limit: float) -> float:

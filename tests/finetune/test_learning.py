@@ -13,6 +13,7 @@ from minillava.checkpoint.folders import Folders
 from minillava.checkpoint.names import PREFIXES, renamed
 from minillava.config import IGNORE_INDEX
 from minillava.fast.quantize import QuantisedLinear
+from minillava.finetune import loop
 from minillava.finetune.learning import make_optimiser, prepare
 from minillava.finetune.loop import Batch, summed_loss, summed_loss_of_all, train
 from minillava.finetune.lora import lora_layers
@@ -122,6 +123,22 @@ def test_a_loss_is_the_mean_over_the_tokens_of_an_update():
     tokens = [record.tokens for record in each]
     weighted = sum(record.loss * record.tokens for record in each) / sum(tokens)
     assert run(in_two)[2][0].loss == pytest.approx(weighted, rel=1e-6)
+
+
+@pytest.mark.parametrize(("start", "expected"), [(0, [0, 1, 2]), (3, [1, 2])])
+def test_an_epoch_is_put_in_order_once(monkeypatch, start, expected):
+    """It was for every update: 3.6 s each with as many rows as LLaVA has."""
+    real, epochs = loop.rows_in_order, []
+
+    def counted(*arguments):
+        epochs.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "rows_in_order", counted)
+    recipe = Recipe(**{**SHORT, "order": "shuffle"}, learn="projector", updates=5)
+    records = run(recipe, start=start)[2]
+    assert epochs == expected
+    assert [(r.update, r.epoch) for r in records] == [(u + 1, u // 2) for u in range(start, 5)]
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_rows():
