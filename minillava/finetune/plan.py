@@ -7,7 +7,6 @@ T positions, C width, N learnt tokens, P positions of a picture.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -20,7 +19,8 @@ from minillava.attention import eager, fused
 from minillava.checkpoint.place import available_memory
 from minillava.config import LlavaConfig
 from minillava.fast.quantize import stored_shapes
-from minillava.finetune.learning import prepare
+from minillava.finetune.learning import learnt_of, prepare
+from minillava.finetune.loop import arithmetic
 from minillava.finetune.recipe import Recipe
 from minillava.finetune.rows import Example
 from minillava.finetune.save import count
@@ -63,9 +63,9 @@ def make_plan(
         shapes = {name: p.shape for name, p in model.named_parameters()}
         _convert(model, dict(model.named_parameters()), held)
         _convert(model, prepare(model, replace(recipe, quantize=None)), torch.float32)
-        learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        learning = learnt_of(model)
         kept = Kept(model)
-        with _autocast(dtype), kept:
+        with arithmetic(model, recipe), kept:
             if recipe.learn != "medusa":  # whose heads keep little beside what the trunk computes
                 _forward(model, longest(examples, recipe.batch), kept)
     numbers = sum(p.numel() for p in learning.values())
@@ -167,10 +167,6 @@ def _stored(name: str, shape: torch.Size, dtype: torch.dtype, quantize: str | No
     return sum(prod(part) * kind.itemsize for part, kind in parts)
 
 
-def _autocast(dtype: torch.dtype, device: str = "cpu") -> AbstractContextManager:
-    return torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
 def told(
     config: LlavaConfig, recipe: Recipe, examples: Sequence[Example], again: bool, device: str
 ) -> str:
@@ -231,54 +227,60 @@ def estimate_seconds(
     ordered = sorted(examples, key=lambda example: example.positions)
     middle = ordered[len(ordered) // 2]
     rows = min(recipe.batch, max(1, 4096 // middle.positions))
-    block = _block(model, middle.positions, rows, dtype) * (4 / 3 if again else 1)
-    head = _head(model, middle.learnt * rows, dtype)
-    tower = _tower(model, rows * len(middle.pictures), dtype)
+    twice = 4 / 3 if again else 1  # of a block's forward and backward: another forward
+    block = _block(model, middle.positions, rows, recipe) * twice
+    head = _head(model, middle.learnt * rows, recipe)
+    tower = _tower(model, rows * len(middle.pictures), recipe)
+    if recipe.learn == "everything":
+        tower *= twice
     of_batch = block * config.text.num_hidden_layers + head + tower * config.vision_layers_needed
     share = sum(e.positions for e in examples) / len(examples) / middle.positions
     done = recipe.updates_for(len(examples)) * min(len(examples), recipe.batch * recipe.accumulate)
     return of_batch / rows * share * done
 
 
-def _block(model: Llava, positions: int, rows: int, dtype: torch.dtype) -> float:
+def _block(model: Llava, positions: int, rows: int, recipe: Recipe) -> float:
     """Seconds of one block, forward and backward."""
     place = model.language_model.embed_tokens.weight
     x = place.new_empty(rows, positions, place.shape[1]).normal_().requires_grad_()
     context = _context(model, x, None)
 
     def work() -> None:
-        with _autocast(dtype, place.device.type):
+        with arithmetic(model, recipe):
             y, _ = model.language_model.layers[0](x, context)
         y.sum().backward()
 
     return _seconds(work, model.parameters())
 
 
-def _head(model: Llava, learnt: int, dtype: torch.dtype) -> float:
+def _head(model: Llava, learnt: int, recipe: Recipe) -> float:
     """Seconds of the head where tokens are learnt, forward and backward."""
     place = model.language_model.embed_tokens.weight
     x = place.new_empty(learnt, place.shape[1]).normal_().requires_grad_()
     answers = torch.zeros(learnt, dtype=torch.long, device=place.device)
 
     def work() -> None:
-        with _autocast(dtype, place.device.type):
+        with arithmetic(model, recipe):
             loss = F.cross_entropy(upcast(model.language_model.head(x)), answers)
         loss.backward()
 
     return _seconds(work, model.parameters())
 
 
-def _tower(model: Llava, pictures: int, dtype: torch.dtype) -> float:
-    """Seconds of a block of the vision tower, which only computes forward."""
-    vision = model.config.vision
+def _tower(model: Llava, pictures: int, recipe: Recipe) -> float:
+    """Seconds of a block of the vision tower, forward, and backward where the tower learns."""
+    vision, block = model.config.vision, model.vision_tower.encoder.layers[0]
     weight = model.vision_tower.embeddings.patch_embedding.weight
     x = weight.new_empty(pictures, vision.num_patches + 1, vision.hidden_size).normal_()
+    x.requires_grad_(weight.requires_grad)
 
     def work() -> None:
-        with torch.no_grad(), _autocast(dtype, weight.device.type):
-            model.vision_tower.encoder.layers[0](x)
+        with arithmetic(model, recipe):
+            y = block(x)
+        if y.requires_grad:
+            y.sum().backward()
 
-    return _seconds(work, ()) if pictures else 0.0
+    return _seconds(work, block.parameters()) if pictures else 0.0
 
 
 def _seconds(work: Callable[[], None], learning: Iterable[nn.Parameter]) -> float:

@@ -10,7 +10,7 @@ import minillava
 from minillava.config import CLIP_LARGE_336, IGNORE_INDEX, LlavaConfig, TextConfig
 from minillava.finetune.learning import make_optimiser, prepare
 from minillava.finetune.loop import arithmetic, collate, summed_loss
-from minillava.finetune.plan import Kept, longest, make_plan, told
+from minillava.finetune.plan import Kept, estimate_seconds, longest, make_plan, told
 from minillava.finetune.recipe import Recipe
 from minillava.finetune.rows import Example, Row
 
@@ -108,3 +108,24 @@ def test_the_plan_is_told_with_its_time():
     assert lines["learn"].startswith("learn    0.1 M of 4.2 M parameters: ")
     assert "longest 111 positions" in lines["rows"]
     assert "activations" in lines["memory"] and "about" in lines["time"]
+
+
+@pytest.mark.parametrize("learn", ["lora", "everything"])
+def test_a_tower_that_learns_is_timed_with_its_backward_pass(monkeypatch, learn):
+    """The time of --learn everything was told as if its vision tower only computed forward."""
+    towers = []
+
+    def worked(work, learning) -> float:
+        """A second, whatever the work is; which parameters have a gradient then."""
+        work()
+        towers.append([parameter.grad is not None for parameter in learning])
+        return 1.0
+
+    monkeypatch.setattr("minillava.finetune.plan._seconds", worked)
+    config = minillava.checkpoint.config_json.read_config(ROOT / "weights" / "shapes")
+    recipe = replace(SMALL, learn=learn, updates=1)
+    once, again = (estimate_seconds(config, recipe, ROWS, on) for on in (False, True))
+    assert towers[2] and set(towers[2]) == {learn == "everything"}
+    layers, others = config.text.num_hidden_layers, config.vision_layers_needed
+    longer = layers + (others if learn == "everything" else 0)  # by a third, with checkpointing
+    assert again / once == pytest.approx(1 + longer / 3 / (layers + others + 1))
