@@ -45,6 +45,15 @@ class Parser(argparse.ArgumentParser):
         """All spellings of all flags."""
         return self._option_string_actions
 
+    @property
+    def spelled(self) -> dict[str, str]:
+        """The long spelling of each flag by the name that its value has."""
+        return {
+            action.dest: name
+            for name, action in self._option_string_actions.items()
+            if name.startswith("--") and action.default is not argparse.SUPPRESS
+        }
+
     def parse_args(self, args: Sequence[str] | None = None, namespace=None):
         given = list(sys.argv[1:] if args is None else args)
         for i, argument in enumerate(given):

@@ -1,7 +1,9 @@
 """The flags of `python -m minillava.finetune`, and which of them go together; they are read before
 torch is imported."""
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 from minillava.cli.arguments import (
     Parser,
@@ -13,6 +15,8 @@ from minillava.cli.flags import (
     add_output_arguments,
     flag,
 )
+from minillava.finetune.recipe import LEARN, MEANS, ORDERS, RECIPES, Recipe
+from minillava.finetune.watch import LOGGERS
 from minillava.options import ASPECTS, DEVICES, KINDS
 from minillava.templates import TEMPLATES
 
@@ -34,10 +38,6 @@ A LoRA in --layout hf is opened by PEFT on a llava-hf model, in --layout llava b
 model (--learn language, or --merged) is written like the one it began from, to OUT/model.
 
 exit status: 0 learnt, 1 an error in one line, 2 wrong usage, 130 Ctrl-C (what is done is saved)"""
-
-LOGGERS = ("tensorboard", "wandb")
-
-RECIPE_NAMES = ("stage1", "stage2", "lora", "task", "task-lora")
 
 FLAGS = (
     flag("--images", type=path_name, metavar="DIR", help="what pictures are named from (default: "
@@ -62,10 +62,9 @@ FLAGS = (
 )  # fmt: skip
 
 RECIPE_FLAGS = (
-    flag("--recipe", choices=RECIPE_NAMES, default="lora", help="(default: %(default)s)"),
-    flag("--learn", choices=("projector", "lora", "language", "everything", "medusa"),
-         help="what learns; everything: the vision tower, too; medusa: heads that guess, for "
-         "--draft medusa:OUT"),
+    flag("--recipe", choices=RECIPES, default="lora", help="(default: %(default)s)"),
+    flag("--learn", choices=LEARN, help="what learns; everything: the vision tower, "
+         "too; medusa: heads that guess, for --draft medusa:OUT"),
     flag("--template", choices=TEMPLATES, help="the words around questions and answers"),
     flag("--image-aspect-ratio", dest="aspect", choices=ASPECTS, help="how a picture becomes a "
          "square"),
@@ -76,7 +75,7 @@ RECIPE_FLAGS = (
     flag("--rank", type=int, metavar="N", help="of the LoRA"),
     flag("--alpha", type=float, metavar="X", help="the LoRA counts alpha / rank (default: twice "
          "the rank)"),
-    flag("--heads", type=int, metavar="N", help="of Medusa (default: 5)"),
+    flag("--heads", type=int, metavar="N", help=f"of Medusa (default: {Recipe.heads})"),
     flag("--dropout", type=float, metavar="X", help="of what the LoRA reads"),
     flag("--batch", type=int, metavar="N", help="rows that are computed at once"),
     flag("--accumulate", type=int, metavar="N", help="batches of an update"),
@@ -86,8 +85,8 @@ RECIPE_FLAGS = (
     flag("--warmup", type=float, metavar="X", help="share of the updates until the full rate"),
     flag("--decay", type=float, metavar="X", help="weight decay"),
     flag("--clip", type=float, metavar="X", help="largest norm of a gradient; 0: none"),
-    flag("--order", choices=("length", "shuffle", "file"), help="of the rows"),
-    flag("--loss-mean", choices=("tokens", "microbatch"), help="over an update's tokens, or "
+    flag("--order", choices=ORDERS, help="of the rows"),
+    flag("--loss-mean", choices=MEANS, help="over an update's tokens, or "
          "over each batch's alone, as LLaVA was trained"),
     flag("--seed", type=int, metavar="N", help="of order, start and dropout"),
     flag("--hold-out", type=float, metavar="X", help="share of the rows that are not learnt; their "
@@ -139,3 +138,26 @@ def read_flags(parser: Parser, argv: Sequence[str]) -> tuple:
         if vars(args)[name] is not None and vars(args)[name] < 1:
             parser.error(f"--{name.replace('_', '-')} is {vars(args)[name]}, expected 1 or more")
     return (args,)
+
+
+def read_options(model: object, data: object, options: Mapping[str, Any]) -> argparse.Namespace:
+    """The flags by their names in Python, read and checked as those of a command line. Raises
+    ValueError for what is wrong usage there, and TypeError for a name that is no flag's."""
+    parser = make_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    parser.error = refuse  # type: ignore[method-assign]
+    spelled = parser.spelled
+    given: list[str] = []
+    for name, value in options.items():
+        if name not in spelled:
+            raise TypeError(f"there is no option {name!r}: expected some of: {', '.join(spelled)}")
+        if value is True:
+            given.append(spelled[name])
+        elif value is not None and value is not False:
+            several = value if isinstance(value, (list, tuple)) else [value]
+            given += [f"{spelled[name]}={one}" for one in several]
+    (args,) = read_flags(parser, [*given, "--", str(model), str(data)])
+    return args

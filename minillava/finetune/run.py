@@ -12,6 +12,7 @@ from minillava.checkpoint.place import choose_device
 from minillava.cli.messages import Messages, show
 from minillava.files.disk import read_json
 from minillava.finetune import processes
+from minillava.finetune.flags import read_options
 from minillava.finetune.plan import told
 from minillava.finetune.recipe import Recipe, read_recipe
 from minillava.finetune.rows import (
@@ -118,17 +119,8 @@ def _examples(
 
 
 def finetune(model: str | Path, data: str | Path, out: str | Path, **options: Any) -> None:
-    """`python -m minillava.finetune` from Python: the flags by their names. Raises what the command
-    says in one line."""
-    flags: dict[str, Any] = {
-        "recipe": "lora", "images": None, "resume": False, "save_every": 100, "layout": None,
-        "merged": False, "skip_bad": False, "device": "auto", "vision_tower": None,
-        "model_base": None, "check": None, "plan": False, "verbose": False, "quiet": True,
-        "val": None, "evaluate_every": None, "early_stop": None, "log": [], "checkpoint": "off",
-    }  # fmt: skip
-    known = {*flags, *(field.name for field in dataclasses.fields(Recipe))}
-    for name in options:
-        if name not in known:
-            raise TypeError(f"there is no option {name!r}: expected some of: {', '.join(known)}")
-    given = {**flags, **options, "model": model, "data": Path(data), "out": Path(out)}
-    run(argparse.Namespace(**given))
+    """`python -m minillava.finetune` from Python: the flags by their names, and quiet. Raises what
+    the command says in one line; ValueError for wrong usage, TypeError for a name that is no
+    flag's."""
+    quiet = not options.get("verbose")
+    run(read_options(model, data, {"quiet": quiet, **options, "out": out}))

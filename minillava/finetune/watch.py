@@ -14,6 +14,9 @@ from minillava.files.disk import explain, write_whole
 
 LOG_NAME = "log.jsonl"
 
+LOGGERS = ("tensorboard", "wandb")
+"""Functions of this file, each of which writes into a folder of its name."""
+
 Logger = Callable[[dict[str, Any]], None]
 """Takes one record, a line of the log."""
 
@@ -65,7 +68,7 @@ class Log:
 def open_loggers(names: list[str], out: Path, about: dict[str, Any]) -> dict[str, Logger]:
     """The loggers by their names. about: the settings of the run. Raises ValueError naming the
     extra that brings a missing package."""
-    made = {"tensorboard": tensorboard, "wandb": wandb}
+    made = dict(zip(LOGGERS, (tensorboard, wandb), strict=True))
     loggers = {}
     for name in dict.fromkeys(names):
         try:
