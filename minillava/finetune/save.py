@@ -169,8 +169,9 @@ def whole_weights(model: Llava) -> dict[str, Callable[[], Tensor]]:
 def check_base(folders: Folders) -> None:
     """Raises ValueError for a base like which no model can be written: one that is quantised, or
     that lies in several folders and has no tokenizer.model."""
-    if StoredWeights(folders.model_base or folders.weights).quantised:
-        raise ValueError(f"{folders.weights}: is quantised; start from the weights it was made of")
+    language = folders.model_base or folders.weights
+    if StoredWeights(language).quantised:
+        raise ValueError(f"{language}: is quantised; start from the weights it was made of")
     named = (folder / MODEL_NAME for folder in folders.of_tokenizer)
     if folders != Folders(folders.weights) and not any(path.exists() for path in named):
         raise ValueError(
@@ -184,6 +185,8 @@ def save_whole(learnt: dict[str, Callable[[], Tensor]], folders: Folders, target
     under its name or not there: a copy of the base's folder, or in LLaVA's own layout if the base
     lies in several folders. Raises ValueError or OSError; what was there before then stays."""
     new, before = (target.with_name(f"{target.name}{end}") for end in (".new", ".before"))
+    if before.exists() and not target.exists():  # killed between the two renames below
+        before.rename(target)
     for left in (new, before):  # by a run that was killed here
         if left.exists():
             shutil.rmtree(left)

@@ -36,7 +36,7 @@ from minillava.finetune.state import (
     resume,
     save_state,
 )
-from minillava.finetune.watch import LOG_NAME, Log, open_loggers, tell
+from minillava.finetune.watch import LOG_NAME, LOGGERS, Log, open_loggers, tell
 from minillava.llava import Llava
 
 BEST_NAME, WHOLE_NAME, RECIPE_NAME, CURVE_NAME = "best", "model", "recipe.json", "curve.png"
@@ -130,9 +130,10 @@ class Session:
                 self.log.add(record._asdict())
                 tell(record._asdict(), updates, self.messages)
                 stopped, last = processes.anybody(bool(came)), record.update == updates
+                ends = stopped or last
                 if last or record.update % self.evaluate_every == 0:
                     self.measure(record.update)
-                ends = stopped or last or self.stale()
+                    ends |= self.stale()
                 if ends or record.update % self.args.save_every == 0:
                     self.save(record.update)
                 if stopped:
@@ -149,20 +150,19 @@ class Session:
         if not self.held:
             return
         model, processor = self.assistant.model, self.assistant.image_processor
-        if self.recipe.learn == "medusa":
-            found = accuracy(model, self.held, processor, self.recipe.batch)
-            self.messages.note(
-                f"after update {update}, on {len(self.held)} held-out row(s): {told(found)}"
-            )
-            self.log.add({"update": update, "held_out_top_1_and_5": found})
-            return
         before, _ = best_of(self.log.records)
         loss = held_out_loss(model, self.held, processor, self.recipe, self.loss_of)
-        self.messages.note(
-            f"after update {update}: loss {loss:.4f} on {len(self.held)} held-out row(s)"
-        )
-        said = [] if processes.is_cut() else answers(self.assistant, self.held, self.recipe)
-        self.log.add({"update": update, "held_out_loss": loss, "answers": said})
+        noted = f"after update {update}: loss {loss:.4f} on {len(self.held)} held-out row(s)"
+        record: dict[str, Any] = {"update": update, "held_out_loss": loss}
+        if self.recipe.learn == "medusa":  # whose heads change no answer
+            found = accuracy(model, self.held, processor, self.recipe.batch)
+            noted += f", {told(found)}"
+            record["held_out_top_1_and_5"] = found
+        else:
+            cut = processes.is_cut()
+            record["answers"] = [] if cut else answers(self.assistant, self.held, self.recipe)
+        self.messages.note(noted)
+        self.log.add(record)
         if loss < before and update:
             self.write_learnt(self.out / BEST_NAME)
 
@@ -234,13 +234,16 @@ OURS = (STATE_NAME, BEFORE_NAME, NEXT_NAME, LOG_NAME, RECIPE_NAME, CURVE_NAME)
 
 def _open_out(out: Path, goes_on: bool) -> None:
     """Make the folder of the run. Raises ValueError if it is not empty, unless a run goes on in it;
-    one that was killed before its first state has left a log and files that are not whole."""
+    one that was killed before its first state has left a log, files that are not whole, what was
+    best, and the folders of its loggers."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; name a folder")
     found = [path.name for path in out.iterdir()] if out.exists() else []
     if found and not goes_on:
         raise ValueError(f"{out}: is not empty; --resume goes on there, or name a new folder")
-    others = [name for name in found if not name.startswith(OURS)]
+    # a logger's folder is made before the log, what is best after it
+    ours = (*OURS, *LOGGERS, *[BEST_NAME] * (LOG_NAME in found))
+    others = [name for name in found if not name.startswith(ours)]
     if others and not {STATE_NAME, BEFORE_NAME} & set(found):
         raise ValueError(
             f"{out}: is not empty, and has no {STATE_NAME} to go on from; name a new one"

@@ -176,6 +176,31 @@ def test_the_command_makes_heads_that_guess(run_main, data, tmp_path, quantize):
     assert drafts.report.drafted > 0
 
 
+def test_the_best_heads_are_kept_and_a_run_without_gain_ends(run_main, data, tmp_path):
+    """Only how often they are right was measured, and no loss: --early-stop was ignored, and
+    OUT/best not written."""
+    more = ("--hold-out", 0.4, "--evaluate-every", 1)
+    for out, flags in (("a", ("--rate", 3e-2)), ("b", ("--rate", 0, "--early-stop", 2))):
+        given = (*LEARN, *more, *flags, "--epochs", 4)
+        assert run_main(main, PLAIN, data, "--out", tmp_path / out, *given)[0] == 0
+    gains, none = (
+        [
+            json.loads(line)
+            for line in (tmp_path / out / "log.jsonl").read_text("utf-8").splitlines()
+        ]
+        for out in "ab"
+    )
+    losses = [record["held_out_loss"] for record in gains if "held_out_loss" in record]
+    assert losses[-1] < losses[0]
+    best, last = (
+        load_file(tmp_path / "a" / f / "medusa_lm_head.safetensors") for f in ("best", "")
+    )
+    same = all(torch.equal(best[name], last[name]) for name in last)
+    assert same is (losses.index(min(losses)) == len(losses) - 1)
+    assert max(record["update"] for record in none) == 2
+    assert not (tmp_path / "b" / "best").exists()
+
+
 def test_a_run_of_heads_goes_on(run_main, data, tmp_path):
     """Interrupted, it would end with other heads than a run in one go."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

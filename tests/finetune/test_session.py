@@ -11,6 +11,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ import minillava
 from minillava.checkpoint.folders import Folders
 from minillava.cli.doors import enter
 from minillava.cli.messages import Messages
-from minillava.finetune import watch
-from minillava.finetune.save import check_base
+from minillava.finetune import session, watch
+from minillava.finetune.save import check_base, save_whole
 
 main = partial(enter, "finetune")
 
@@ -229,7 +230,68 @@ def test_a_run_without_gain_ends_early(run_main, data, tmp_path):
     assert log_of(tmp_path / "out") == log
 
 
+def test_the_log_is_read_for_the_best_loss_only_after_a_measurement(
+    run_main, data, tmp_path, monkeypatch
+):
+    """The whole log was read anew after every update: the longer the run, the slower an update."""
+    real, asked = session.best_of, []
+
+    def seen(records):
+        asked.append(max((record["update"] for record in records), default=0))
+        return real(records)
+
+    monkeypatch.setattr(session, "best_of", seen)
+    monkeypatch.setattr(session, "answers", lambda *_: [])  # which take long
+    learn(run_main, data, tmp_path / "out", "--hold-out", 0.3, "--early-stop", 9,
+          "--evaluate-every", 3, "--updates", 6)  # fmt: skip
+    assert set(asked) == {0, 3, 6}
+
+
 # ---------------------------------------------------------------------------------- killed, full
+
+
+def test_a_run_that_was_killed_before_its_first_state_begins_anew(
+    run_main, data, tmp_path, monkeypatch
+):
+    """Its folder was refused as somebody else's: for the folder of a logger, which is made before
+    the log, or for what was best so far."""
+    out = tmp_path / "out"
+    (out / "best").mkdir(parents=True)
+    more = ("--hold-out", 0.3, "--evaluate-every", 1, "--updates", 3, "--resume")
+    status, _, errors = run_main(main, PLAIN, data, "--out", out, *QUICK, *more)
+    assert status == 1 and "is not empty, and has no state.pt" in errors  # a folder of the user's
+    (out / "best").rmdir()
+    (out / "tensorboard").mkdir()
+    monkeypatch.setattr(session, "answers", lambda *_: [])  # which take long
+
+    def killed(*arguments) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "save_state", killed)
+        status, _, _ = run_main(main, PLAIN, data, "--out", out, *QUICK, *more)
+    found = {path.name for path in out.iterdir()}
+    assert (status, found) == (130, {"best", "log.jsonl", "recipe.json", "tensorboard"})
+    assert "starts anew" in learn(run_main, data, out, *more)
+
+
+def test_a_model_that_was_moved_away_when_a_run_was_killed_comes_back(tmp_path, monkeypatch):
+    """The next run removed it before it had written another: a full disk then left no model."""
+    target = tmp_path / "model"
+    save_whole({}, Folders(PLAIN), target)
+    target.rename(tmp_path / "model.before")
+    files = {path.name for path in PLAIN.iterdir() if path.suffix == ".safetensors"}
+
+    def full(*arguments) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("minillava.finetune.save.write_weights", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_whole({}, Folders(PLAIN), target)
+    assert files <= {path.name for path in target.iterdir()}
+    save_whole({}, Folders(PLAIN), target)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_full_disk_loses_nothing_that_was_good(run_main, data, tmp_path, monkeypatch):
@@ -335,6 +397,15 @@ def test_a_model_in_several_folders_needs_its_tokenizer_model(tmp_path):
     (language / "tokenizer.model").unlink()
     with pytest.raises(ValueError, match=r"none of which has a tokenizer\.model"):
         check_base(several)
+
+
+def test_the_folder_that_is_quantised_is_named(tmp_path, monkeypatch):
+    """The weights of the projector were, where the language model beside them is quantised."""
+    monkeypatch.setattr(
+        "minillava.finetune.save.StoredWeights", lambda folder: SimpleNamespace(quantised=True)
+    )
+    with pytest.raises(ValueError, match=r"vicuna: is quantised"):
+        check_base(Folders(tmp_path / "projector", model_base=tmp_path / "vicuna"))
 
 
 def test_both_stages_run_from_a_language_model_and_a_clip(run_main, tmp_path, write_dialect):
