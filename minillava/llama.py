@@ -48,6 +48,9 @@ class LanguageModel(nn.Module):
     one_by_one = False  # True: guesses are read as steps of their own (fast/row_by_row.py)
     # up to how many rows of a pass have the bits that each has alone, if that is known (fast/)
     alike: int | None = None
+    # attention of several queries, with the bits that each has alone; None from it, or here: there
+    # is no such way (fast/attention.py)
+    each_alone: Callable[..., Any] | None = None
 
     def __init__(self, config: TextConfig, attend: Callable[..., Any]):
         super().__init__()

@@ -102,7 +102,7 @@ def read_flags(parser: Parser, argv: Sequence[str]) -> tuple:
         "contrast": read_contrast(parser, args),
         "system": args.system,
     }
-    check_drafts(parser, args)
+    check_drafts(parser, args, ("--num-beams", args.num_beams > 1))
     for name, least in (("batch_size", 1), ("image_cache", 0)):
         if vars(args)[name] < least:
             parser.error(f"{name} is {vars(args)[name]}, expected at least {least}")

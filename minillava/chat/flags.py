@@ -65,7 +65,7 @@ def read_flags(parser: Parser, argv: Sequence[str]) -> tuple:
     """Flags and options."""
     args = parser.parse_args(argv)
     options = read_options(parser, args)
-    check_drafts(parser, args)
+    check_drafts(parser, args, shown=args.show_drafts)
     if "-" in args.image:
         parser.error("--image - would read stdin, where the questions come from: give a path")
     return args, options

@@ -365,20 +365,18 @@ def add_draft_arguments(parser: argparse.ArgumentParser, shown: bool = False) ->
     return add_flags(parser, "drafts", (*DRAFT_FLAGS, SHOW_DRAFTS) if shown else DRAFT_FLAGS)
 
 
-def check_drafts(parser: Parser, args: argparse.Namespace) -> None:
+def check_drafts(
+    parser: Parser, args: argparse.Namespace, *others: tuple[str, bool], shown: bool = False
+) -> None:
     """Check the flags of drafts; together with flags that drafts do not support they are wrong
-    usage."""
+    usage. others: such flags of this door, and whether each is used. shown: --show-drafts."""
     if args.draft is None:
         if args.draft_tokens is not None:
             parser.error(f"--draft-tokens {args.draft_tokens} needs --draft")
-        if getattr(args, "show_drafts", False):
+        if shown:
             parser.error("--show-drafts needs --draft")
         return
-    for name, used in (  # chat and batch have no beams
-        ("--compile", args.compile),
-        ("--num-beams", getattr(args, "num_beams", 1) > 1),
-        ("--num-return-sequences", getattr(args, "num_return_sequences", 1) > 1),
-    ):
+    for name, used in (("--compile", args.compile), *others):
         if used:
             parser.error(f"--draft and {name} do not go together: leave one of them out")
 

@@ -17,7 +17,7 @@ def speed_up(model: nn.Module, language: LanguageModel) -> None:
     They add up in another order, so the last digits differ. `attention="eager"` promises those of
     transformers to the last bit, and so its model is left as it was built."""
     use_fast_linear(model)
-    language.attend = fused
+    language.attend, language.each_alone = fused, fused.each_alone
     # In bfloat16 a few rows may have the bits of one by luck; what is not claimed is not so.
     weights = [each.weight for each in language.modules() if isinstance(each, FastLinear)]
     if any(w.device.type == "cpu" and w.dtype == torch.bfloat16 for w in weights):

@@ -87,7 +87,8 @@ def read_flags(parser: Parser, argv: Sequence[str]) -> tuple:
     """Flags, options, and the method of contrast."""
     args = parser.parse_args(argv)
     options, contrast = read_options(parser, args), read_contrast(parser, args)
-    check_drafts(parser, args)
+    several = ("--num-return-sequences", args.num_return_sequences > 1)
+    check_drafts(parser, args, ("--num-beams", args.num_beams > 1), several, shown=args.show_drafts)
     if args.show_drafts and args.json:
         parser.error("--show-drafts colours a text: leave --json out")
     if args.contrast_log and contrast is None:

@@ -333,11 +333,12 @@ def check(model: Llava, last: int, tree: Tree, cache: KVCache, run: Run) -> list
     ids = torch.tensor(rows, device=run.sampler.history.device)  # [B, g + 1]
     if language.one_by_one:
         return [language(each, None, cache, **run.wanted) for each in ids.split(1, dim=1)]
-    attend, padded = language.attend, cache.padding_mask is not None
-    attend = eager if run.wanted["attentions"] else attend
+    recorded, padded = run.wanted["attentions"], cache.padding_mask is not None
+    attend = eager if recorded else language.attend
     seen: list[slice | list[int]] = [slice(0, past + i + 1) for i in range(ids.shape[1])]
     if tree.is_chain:
-        output = language(ids, None, cache, attend=query_by_query(attend, padded), **run.wanted)
+        attend = query_by_query(attend, None if recorded else language.each_alone, padded)
+        output = language(ids, None, cache, attend=attend, **run.wanted)
     else:
         paths = [tree.path(i) for i in range(ids.shape[1])]
         positions, mask = positions_and_mask(tree, past, cache.padding_mask, ids.device)
@@ -369,15 +370,20 @@ def one_row(output: LanguageOutput, i: int, keys: slice | list[int]) -> Language
     )
 
 
-def query_by_query(attend: Callable[..., Any], padded: bool) -> Callable[..., Any]:
+def query_by_query(
+    attend: Callable[..., Any], each_alone: Callable[..., Any] | None, padded: bool
+) -> Callable[..., Any]:
     """Attention of several new positions as if each were a step: the same call as in a step, with
     one query over the keys that it would see. One call for all of them would add up in another
-    order, and in int8, int4 and bfloat16 that is the only difference from single steps."""
-    return partial(_attend_rows, attend, padded)  # which, unlike a closure, can be sent elsewhere
+    order, and in int8, int4 and bfloat16 that is the only difference from single steps. each_alone:
+    of LanguageModel."""
+    # unlike a closure, this can be sent to another process
+    return partial(_attend_rows, attend, each_alone, padded)
 
 
 def _attend_rows(
     attend: Callable[..., Any],
+    each_alone: Callable[..., Any] | None,
     padded: bool,
     q: Tensor,
     k: Tensor,
@@ -386,8 +392,7 @@ def _attend_rows(
     causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
     mask = mask if padded else None
-    # all at once, where there is a way (fast/attention.py)
-    together = getattr(attend, "each_alone", lambda *_: None)(q, k, v, mask)
+    together = None if each_alone is None else each_alone(q, k, v, mask)
     if together is not None:
         return together, None
     count, keys = q.shape[2], k.shape[2]
@@ -414,7 +419,8 @@ def keeps_bits(language: LanguageModel, most: int, streams: int = 1) -> bool:
         return False  # one trial may have the same bits by luck
     weight = language.embed_tokens.weight
     config = replace(language.config, num_hidden_layers=1)
-    context = Context(*[None] * 4, query_by_query(language.attend, False), None)
+    attend = query_by_query(language.attend, language.each_alone, padded=False)
+    context = Context(*[None] * 4, attend, None)
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (streams, most), generator=random).to(weight.device)
 

@@ -140,10 +140,10 @@ def read_data_url(url: str, where: str) -> Content:
     return content
 
 
-def open_picture(content: bytes, most_pixels: int) -> Image.Image:
+def open_picture(content: Content, most_pixels: int) -> Image.Image:
     """A picture, upright and RGB. Its size is checked by the header before its pixels are decoded.
     Raises ApiError."""
-    where = getattr(content, "where", "messages")
+    where = content.where
     try:
         picture = Image.open(io.BytesIO(content), formats=FORMATS)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError):

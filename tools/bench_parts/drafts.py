@@ -86,7 +86,8 @@ def one_pass(model: Llava, cache: KVCache, count: int) -> float:
     language, before = model.language_model, cache.length
     ids = torch.full((1, count), 5)
     started = time.perf_counter()
-    language(ids, None, cache, attend=query_by_query(language.attend, padded=False))
+    attend = query_by_query(language.attend, language.each_alone, padded=False)
+    language(ids, None, cache, attend=attend)
     seconds = time.perf_counter() - started
     cache.truncate(before)
     return seconds

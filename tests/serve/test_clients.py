@@ -16,38 +16,11 @@ from pathlib import Path
 import pytest
 from commands import environment
 from paths import ROOT
-from served import LONG, SHAPES, Running, picture, text, wait_until
-
-import minillava
+from served import LONG, SHAPES, picture, text, wait_until
 
 pytestmark = pytest.mark.clients
 
 QUESTION = "How many shapes are there?"
-
-
-@pytest.fixture(scope="module")
-def assistant():
-    return minillava.load(SHAPES, device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def shared(assistant):
-    running = Running(assistant)
-    yield running
-    running.close()
-
-
-@pytest.fixture
-def start(assistant):
-    started = []
-
-    def begin(**settings) -> Running:
-        started.append(Running(assistant, **settings))
-        return started[-1]
-
-    yield begin
-    for running in started:
-        running.close()
 
 
 def expected(assistant, question=QUESTION, number=1, **options) -> str:

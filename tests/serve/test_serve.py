@@ -20,7 +20,6 @@ from paths import ROOT
 from served import (
     LONG,
     SHAPES,
-    Running,
     Streaming,
     application,
     picture,
@@ -39,31 +38,6 @@ from minillava.serve.run import EXTRA, listen
 pytestmark = pytest.mark.parity  # the mark of what needs an extra
 
 main = partial(enter, "serve")
-
-
-@pytest.fixture(scope="module")
-def assistant():
-    return minillava.load(SHAPES, device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def shared(assistant):
-    running = Running(assistant)
-    yield running
-    running.close()
-
-
-@pytest.fixture
-def start(assistant):
-    started = []
-
-    def begin(**settings) -> Running:
-        started.append(Running(assistant, **settings))
-        return started[-1]
-
-    yield begin
-    for running in started:
-        running.close()
 
 
 # --- answers --------------------------------------------------------------------------------------

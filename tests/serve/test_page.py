@@ -11,7 +11,6 @@ from browser import open_browser
 from paths import ROOT
 from served import SHAPES, Running, picture, text, wait_until
 
-import minillava
 from minillava.look.draw import SCALE
 
 pytestmark = pytest.mark.parity  # the mark of what needs an extra
@@ -19,18 +18,6 @@ pytestmark = pytest.mark.parity  # the mark of what needs an extra
 FOLDER = ROOT / "minillava" / "serve" / "page"
 QUESTION = "Describe this image."
 PICTURE = SHAPES / "example-1.png"
-
-
-@pytest.fixture(scope="module")
-def assistant():
-    return minillava.load(SHAPES, device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def shared(assistant):
-    running = Running(assistant)
-    yield running
-    running.close()
 
 
 # --- without a browser ----------------------------------------------------------------------------

@@ -13,24 +13,11 @@ from commands import environment
 from paths import ROOT
 from served import SHAPES, Running, picture, said, text
 
-import minillava
 from minillava.look import run as looking
 
 pytestmark = pytest.mark.parity  # the mark of what needs an extra
 
 QUESTION = "Please describe this image in detail."
-
-
-@pytest.fixture(scope="module")
-def assistant():
-    return minillava.load(SHAPES, device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def shared(assistant):
-    running = Running(assistant)
-    yield running
-    running.close()
 
 
 def refused(running, content=None, **options) -> tuple[str, str]:

@@ -23,7 +23,6 @@ from commands import environment
 from served import (
     LONG,
     SHAPES,
-    Running,
     Streaming,
     application,
     picture,
@@ -42,31 +41,6 @@ pytestmark = pytest.mark.parity  # the mark of what needs an extra
 def few_and_all(few: object, many: object):
     """A test twice: with few by default, with all in .ci/run."""
     return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])
-
-
-@pytest.fixture(scope="module")
-def assistant():
-    return minillava.load(SHAPES, device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def shared(assistant):
-    running = Running(assistant)
-    yield running
-    running.close()
-
-
-@pytest.fixture
-def start(assistant):
-    started = []
-
-    def begin(**settings) -> Running:
-        started.append(Running(assistant, **settings))
-        return started[-1]
-
-    yield begin
-    for running in started:
-        running.close()
 
 
 QUESTIONS = [
