@@ -75,8 +75,8 @@ class KVCache:
         self.length = length
 
     def keep(self, positions: list[int]) -> None:
-        """Of positions[0] and what comes after it, keep these alone, rising, and move them together
-        (the guesses of a tree that came true)."""
+        """What comes before positions[0] stays. Of the rest only `positions`, in rising order, stay
+        and are moved together (the guesses of a tree that came true)."""
         first, end = positions[0], positions[0] + len(positions)
         if sorted({*positions}) != positions or not 0 <= first <= positions[-1] < self.length:
             raise ValueError(f"cannot keep {positions} of a cache of {self.length} tokens")

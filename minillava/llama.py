@@ -19,11 +19,11 @@ from minillava.config import TextConfig
 
 @dataclass
 class LanguageOutput:
-    logits: Tensor  # [B, T, V], or [B, 1, V] when only the last position was asked for
+    logits: Tensor  # [B, T, V]; [B, 1, V] with last_only; [N, V] with at
     # L + 1 times [B, T, C]: embeddings, then each layer
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None  # L times [B, H, T, S]
-    hidden: Tensor | None = None  # [B, T or 1, C] what the head read: the last state, normalised
+    hidden: Tensor | None = None  # [B, T, C], [B, 1, C] or [N, C]: what the head read
 
 
 def upcast(logits: Tensor) -> Tensor:
@@ -46,7 +46,8 @@ class Context(NamedTuple):
 
 class LanguageModel(nn.Module):
     one_by_one = False  # True: guesses are read as steps of their own (fast/row_by_row.py)
-    # up to how many rows of a pass have the bits that each has alone, if that is known (fast/)
+    # in a pass of up to so many rows, each has exactly the bits that it has in a pass of its own;
+    # None: not known (fast/)
     alike: int | None = None
     # attention of several queries, with the bits that each has alone; None from it, or here: there
     # is no such way (fast/attention.py)
@@ -80,8 +81,8 @@ class LanguageModel(nn.Module):
         """Token ids [B,T] or embeddings [B,T,C] -> logits.
 
         padding_mask: bool [B,T] of the new tokens, False where padding. cache: what came before; it
-        gains the new ones. last_only: the head runs on the last position alone (a whole prompt is
-        two thirds of a layer, and T rows of V logits); at, bool [B,T]: on these N, logits [N,V].
+        gains the new ones. last_only: the head runs on the last position alone (on a whole prompt
+        it costs two thirds of a layer, and T rows of V logits). at, bool [B,T]: on these N alone.
         attentions: recorded by `eager`, which alone has them. positions [B|1,T] and mask bool
         [B|1,1,T,S] go together (else ValueError): for guesses, which are not one sequence.
         """
@@ -128,11 +129,12 @@ class LanguageModel(nn.Module):
         return Context(*tables, mask, causal, attend, cache)
 
     def run(self, function: Callable[..., Any], x: Tensor, caches: Any, *rest: Any) -> Any:
-        """function(self, x, caches, *rest): a pass written elsewhere, over caches of its own."""
+        """function(self, x, caches, *rest), a pass that is written in another file. It is a method
+        so that a model in several processes can run it in all of them (fast/parallel.py)."""
         return function(self, x, caches, *rest)
 
     def head(self, x: Tensor) -> Tensor:
-        """[B, T, C] -> [B, T, V]"""
+        """[..., C] -> [..., V]"""
         if self.config.tie_word_embeddings:
             return F.linear(x, self.embed_tokens.weight)
         return self.lm_head(x)

@@ -74,7 +74,7 @@ class Tokenizer:
         """The most characters that one token stands for, without whitespace that it may take."""
         pieces = map(self.sentencepiece.id_to_piece, range(self.vocab_size))
         longest = max(len(text) for text in (*pieces, *self._tokens, IMAGE_MARKER))
-        # NFC may make two bytes of three characters
+        # bytes are counted after NFC, which may join an a and two accents (ǟ) into two bytes
         return 2 * longest if isinstance(self.sentencepiece, BytePieces) else longest
 
     def fewest_tokens(self, text: str) -> int:

@@ -1,5 +1,5 @@
-"""The same numbers sooner. The files of the reading order do not need this folder to be
-understood."""
+"""The same numbers sooner. Except for the calls in assistant.py, the files of the reading order can
+be understood without this folder."""
 
 import torch
 from torch import nn

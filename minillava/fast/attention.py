@@ -29,8 +29,9 @@ class Fused:
         return (out, None) if out is not None else attention.fused(q, k, v, mask, causal)
 
     def each_alone(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The last T of S positions, each with the bits of a call of its own; None if it takes a
-        call for each. mask: of padding."""
+        """Attention [B, H, T, D] of the last T of S positions in one call, each query with the bits
+        that it has alone; None where that is not possible, and takes a call for each. mask: of
+        padding."""
         narrow = q.dtype == torch.bfloat16 and q.device.type == "cpu"
         if not narrow or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
@@ -49,7 +50,7 @@ def in_float32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> T
     As many heads as fit into the processor's cache are upcast to float32 at a time, once for all
     queries. The products are always of TOGETHER queries, zeros where there are fewer, and of whole
     BLOCKs of keys. So they have the same shapes for a query alone as for one among others, and add
-    up in the same order. One query takes 0.4 of the single kernel's time."""
+    up in the same order. One query takes 0.4 of the time of torch's fused attention."""
     (rows, heads, count, width), (groups, length) = q.shape, k.shape[1:3]
     q = q.float().view(rows, groups, -1, count, width) * width**-0.5  # [B, K, H/K, T, D]
     size = blocks(length)

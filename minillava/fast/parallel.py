@@ -4,8 +4,9 @@ parallelism (Shoeybi et al. 2019), started by torchrun.
 Every process has some of the heads and some columns of the feed-forward layers; what leaves an
 attention or a feed-forward layer is the sum over all of them. Rank 0 is the whole program: it sees
 the picture, embeds, chooses tokens and talks. The others follow: they wait for what rank 0 passes
-to the language model, pass it through their own part, and keep their part of every cache. So every
-command works that calls the language model, and the spine knows nothing of this file.
+to the language model, pass it through their own part, and keep their part of every cache. So
+`generate`, `chat`, `batch` and `serve` work as in one process. Of the files in the reading order,
+only assistant.py knows this one.
 
 B rows, T new positions, S cached and new ones, C width, H heads, V vocabulary.
 """

@@ -339,8 +339,7 @@ def _check_model_is_there(path: Path, files: TokenizerFiles, vocabulary: int | N
         raise FileNotFoundError(
             f"{path}: not found; get that of the language model this was trained from, whose "
             "vocabulary is about "
-            f"{vocabulary:,}; if it has none (Llama 3, Qwen and GPT-NeoX do not), minillava does "
-            "not read its tokenizer"
+            f"{vocabulary:,}, or, if it has none (as Llama 3), its tokenizer.json"
         )
     raise FileNotFoundError(
         f"{path}: not found; copy tokenizer.model from the original checkpoint "

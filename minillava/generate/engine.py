@@ -73,8 +73,9 @@ class Request:
     engine's thread with the number of an answer and its next Token or Failed. logprobs: how many of
     the most likely tokens are reported with each token. prefix: the last of `ids`, with which the
     answer begins: chosen already, and counted as such. look: layers and heads whose attention on
-    the one picture is reported with each token. contrast: f(logits, other, step) -> [1, V], with
-    the ids and pictures that the second row of each answer reads; such an answer takes two slots.
+    the one picture is reported with each token. contrast: f(logits, other, step) -> [1, V], which
+    compares two rows. second_rows: for each answer the ids and pictures that its second row reads;
+    such an answer takes two slots.
     """
 
     ids: Sequence[int]
@@ -85,21 +86,23 @@ class Request:
     prefix: Sequence[int] = ()
     look: tuple[Sequence[int], Sequence[int]] | None = None
     contrast: Callable[[Tensor, Tensor, int], Tensor] | None = None
-    seconds: Sequence[tuple[Sequence[int], Sequence[tuple[bytes, Tensor]]]] = ()
+    second_rows: Sequence[tuple[Sequence[int], Sequence[tuple[bytes, Tensor]]]] = ()
     cancelled: bool = False
     cached: int = 0  # positions of the prompt that were cached already
     encoded: int = 0  # pictures whose patches were not kept
-    times: dict[str, float] = field(default_factory=dict)  # when it was taken, begun, read, ended
+    # when it was taken, begun, its pictures encoded (pictured), read, ended
+    times: dict[str, float] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         """How many slots it takes."""
-        return len(self.options) + len(self.seconds)
+        return len(self.options) + len(self.second_rows)
 
 
 class Slot:
-    """A cache of one row, and the ids and pictures whose positions it has. cuts: where in it the
-    pieces ended in which every prompt is read that begins so."""
+    """A cache of one row, and the ids and pictures whose positions it has. cuts: the positions at
+    which a piece of its prompt ended. Another prompt that begins so is cut at the same ones, so
+    that an exact engine may reuse what is cached up to one of them."""
 
     def __init__(self, model: Llava, capacity: int):
         weight = model.language_model.embed_tokens.weight
@@ -135,7 +138,7 @@ class Side:
     cuts: Sequence[int] = ()
     begun: bool = False
     span: tuple[int, int] | None = None
-    logits: Tensor | None = None  # [1, V], of the prompt's last position
+    logits: Tensor | None = None  # [1, V], of the last position that was read
     watch: Watch | None = None  # of the last pass
 
     def watched(self) -> Watch | None:
@@ -369,7 +372,7 @@ class Engine(threading.Thread):
                 self.beginning = request.rows
             request.times["begun"] = time.monotonic()
             try:
-                for _, pictures in (((), request.pictures), *request.seconds):
+                for _, pictures in (((), request.pictures), *request.second_rows):
                     for key, pixels in pictures:
                         request.encoded += self._encode(key, pixels)
                 request.times["pictured"] = time.monotonic()
@@ -400,15 +403,15 @@ class Engine(threading.Thread):
         answers = []
         for number, options in enumerate(request.options):
             sides = [first]
-            if number and request.seconds:
+            if number and request.second_rows:
                 sides = [self._side(request.ids, request.pictures, free)[0]]
             elif number:
                 sides = [Side(free.pop(0), first.positions)]
             sides[0].span = first.span
-            if request.seconds:
-                sides.append(self._side(*request.seconds[number], free)[0])
+            if request.second_rows:
+                sides.append(self._side(*request.second_rows[number], free)[0])
             answers.append(self._answer(request, number, options, sides, spliced.token_ids))
-        if not request.seconds:
+        if not request.second_rows:
             answers[0].siblings = answers[1:]
         while len(self.features) > self.most_pictures:
             self.features.popitem(last=False)
@@ -579,19 +582,19 @@ def decode_rows(
     token_ids: Tensor,
     caches: Sequence[KVCache],
     watches: Sequence[Watch | None] | None = None,
-    most: int = 0,
+    least: int = 0,
 ) -> Tensor:
     """One new token per row, each at its own position: token_ids [B] -> logits [B,1,V]. watches: of
-    the rows whose attention is noted. most: how many rows the products have at least; the library
-    that adds up chooses the order by their number."""
+    the rows whose attention is noted. least: to fewer rows than this, padding is added. A library
+    chooses the order of its sums by the number of rows, so a fixed number keeps the bits."""
     language: LanguageModel = model.language_model
     attends = [
         language.attend if watch is None else watch.over(language.attend)
         for watch in watches or [None] * len(caches)
     ]
-    if len(caches) == 1 and most <= 1:
+    if len(caches) == 1 and least <= 1:
         return language(token_ids[:, None], None, caches[0], attend=attends[0]).logits
-    padded = F.pad(token_ids, (0, max(0, most - len(caches))))  # [B or most]
+    padded = F.pad(token_ids, (0, max(0, least - len(caches))))  # [B or least]
     return language.run(pass_rows, language.embed_tokens(padded[:, None]), list(caches), attends)
 
 

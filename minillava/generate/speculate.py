@@ -136,7 +136,7 @@ class Pace:
         """pass_cost: number of tokens -> cost of a pass, in steps. guess_cost: of one guess, in
         steps; None: guesses come with their chances."""
         self.fixed, self.pass_cost, self.guess_cost = fixed, pass_cost, guess_cost
-        # Half are taken to be right at first, and so few that a drafter that is always wrong is
+        # One right and one wrong guess to begin with: so few that a drafter that is always wrong is
         # found out after a few passes.
         self.right: deque[bool] = deque([True, False], maxlen=32)
         # of trees: how many guesses were to come true by their chances, and how many did
@@ -151,10 +151,11 @@ class Pace:
         return best_length(rate, self.pass_cost, self.guess_cost)
 
     def cut(self, tree: Tree) -> Tree:
-        """As many guesses of a tree as pay, by their chances, which count as much less as they
-        promised too much of late."""
+        """The first guesses of a tree, as many as pay off. Their chances are lowered if in recent
+        passes fewer guesses came true than their chances said."""
         if self.fixed is not None or self.guess_cost is not None:
             return tree
+        # both begin at 1, so that the first passes are trusted
         hoped, came = (1 + sum(each) for each in zip((0, 0), *self.hoped, strict=True))
         trust = min(1.0, came / hoped)
 

@@ -75,21 +75,23 @@ def most_likely(
 ) -> Tree:
     """The `count` guesses that are most likely to come true. tokens, chances: by depth, the best
     first. The chance of a guess is the product of those on its path, as if they did not depend on
-    each other; so no guess comes before the one it goes on from, and fewer guesses are the first
-    ones of more. (Medusa's own trees are such lists, by accuracies that were measured once.)"""
+    each other. So a guess always comes after the one it goes on from, and the tree of n guesses is
+    the first n of a larger one. (Medusa's own trees are such lists, by accuracies that were
+    measured once.)"""
     found = Tree([], [], [])
-    waiting = [(-chances[0][0], 0, 0, 0, 1.0)]  # minus chance, depth, rank, parent, its chance
+    # minus the guess's chance, its depth, its rank there, its parent's row, the parent's chance
+    waiting = [(-chances[0][0], 0, 0, 0, 1.0)]
     while waiting and len(found.tokens) < count:
-        chance, depth, rank, parent, before = heappop(waiting)
+        minus, depth, rank, parent, before = heappop(waiting)
         found.tokens.append(tokens[depth][rank])
         found.parents.append(parent)
-        found.chances.append(-chance)
+        found.chances.append(-minus)
         if rank + 1 < len(chances[depth]):
             other = -before * chances[depth][rank + 1]
             heappush(waiting, (other, depth, rank + 1, parent, before))
         if depth + 1 < len(chances):
-            below = chance * chances[depth + 1][0]
-            heappush(waiting, (below, depth + 1, 0, len(found.tokens), -chance))
+            below = minus * chances[depth + 1][0]
+            heappush(waiting, (below, depth + 1, 0, len(found.tokens), -minus))
     return found
 
 

@@ -92,8 +92,8 @@ class Answered:
     @torch.no_grad()
     def log_probs(self, last: Tensor, start: int = 0) -> Tensor:
         """Of the answer's tokens, in nats: last states of the positions from `start` [B, T, C] ->
-        float64 [B, m]. In float32 a word that is nearly sure would be quite sure, and what it loses
-        would be rounding."""
+        float64 [B, m]. In float32 a probability near 1 is rounded to 1, and a small loss would be
+        an error of rounding."""
         language, ids = self.model.language_model, self.ids
         logits = language.head(language.norm(last[:, self.first - start :]))  # [B, m, V]
         if logits.device.type == "mps":  # has no float64

@@ -63,7 +63,7 @@ class Metrics:
         self.prompt.labels("false").inc(chat.positions - cached)
         self.generated.inc(chat.generated)
         shown = len(chat.request.pictures)
-        shown += sum(len(pictures) for _, pictures in chat.request.seconds)
+        shown += sum(len(pictures) for _, pictures in chat.request.second_rows)
         self.pictures.labels("true").inc(shown - chat.request.encoded)
         self.pictures.labels("false").inc(chat.request.encoded)
         if chat.first is not None:

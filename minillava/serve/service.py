@@ -202,7 +202,7 @@ class Service:
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         request = Request(ids, pictures, options, put, top, prefix, look, contrast)
         if contrast is not None:
-            request.seconds = self._seconds(contrast, ids, contents, options)
+            request.second_rows = self._seconds(contrast, ids, contents, options)
         shown, ends = bool(prefix), config.eos_token_ids
         return Chat(
             asked,
