@@ -105,7 +105,7 @@ class Together:
                 [list(ids)], opened, self.assistant.image_processor, generator
             )
             own = [(b"%d %d" % (question.line, i), each) for i, each in enumerate(changed or ())]
-            more = {"contrast": self.method, "seconds": [(row, own)]}
+            more = {"contrast": self.method, "second_rows": [(row, own)]}
         said: list[str] = []
         return Request(
             ids,

@@ -76,8 +76,9 @@ def enter(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
         if "TORCHELASTIC_RUN_ID" in os.environ and name != "finetune":
             from minillava.cli.parts import one_of_several
 
-            if one_of_several(name, asked[0]):
-                return 0
+            status = one_of_several(name, asked[0])
+            if status is not None:
+                return status
         module = __import__(f"minillava.{file}", fromlist=[function])
         came = []
 
@@ -103,9 +104,10 @@ def begin(name: str, argv: list[str] | None = None, prog: str | None = None) -> 
     """Run a door as the whole process; this function ends the process and does not return."""
     leave_on_ctrl_c()
     if name != "finetune" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
-        null = os.open(os.devnull, os.O_RDWR)  # of several processes, one talks (cli/parts.py)
-        for number in range(3):
-            os.dup2(null, number)
+        # of several processes, one talks (cli/parts.py)
+        sys.stdin = sys.stdout = sys.stderr = open(  # noqa: SIM115
+            os.devnull, "r+", encoding="utf-8"
+        )
     ours = signal.getsignal(signal.SIGINT) is _leave
     try:
         status = enter(name, argv, prog)

@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import argparse
 import signal
-from contextlib import suppress
+import sys
 
 PARALLEL = ("generate", "chat", "batch", "serve")
 """The doors whose model may be in several processes."""
 
 
-def one_of_several(name: str, args: argparse.Namespace) -> bool:
-    """Follow rank 0 to its end, unless this process is rank 0, or the only one. Returns whether
-    that was this process's whole work. Raises ValueError for a door that is for one process."""
+def one_of_several(name: str, args: argparse.Namespace) -> int | None:
+    """Follow rank 0 to its end, unless this process is rank 0, or the only one. Returns the exit
+    status, None if the door is still to be run. Raises ValueError for a door that is for one
+    process."""
     from minillava.fast.parallel import end_followers, launched, rank
 
     if not launched():
-        return False
+        return None
     if rank():
-        follow(name, args)
-        return True
+        return follow(name, args)
     if name not in PARALLEL:
         raise ValueError(
             f"{name} is for one process: start it without torchrun, which is for "
@@ -35,22 +35,32 @@ def one_of_several(name: str, args: argparse.Namespace) -> bool:
     import atexit
 
     atexit.register(end_followers)
-    return False
+    if name == "serve":
+        args.no_page = True  # it asks for what each token looked at, which no process knows
+    return None
 
 
-def follow(name: str, args: argparse.Namespace) -> None:
-    """Open this process's part of the model and compute what rank 0 asks for. What it finds wrong,
-    rank 0 says."""
+def follow(name: str, args: argparse.Namespace) -> int:
+    """Open this process's part of the model and compute what rank 0 asks for; returns the exit
+    status. What it finds wrong, rank 0 says, except that its own memory is full."""
+    import torch
+
     from minillava.cli.messages import Messages
     from minillava.cli.opening import find_weights, open_assistant
     from minillava.fast import parallel
+    from minillava.files.disk import one_line
 
     # The terminal sends Ctrl-C to all of them, and rank 0 decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if name not in PARALLEL:
-        return
-    # Whatever ends rank 0 ends the connection, and there is nothing left to do.
-    with suppress(ValueError, OSError, RuntimeError):
+        return 0
+    try:
         quiet = Messages(verbose=False, quiet=True)
         assistant = open_assistant(args, find_weights(args.weights, quiet), quiet)
         parallel.follow(assistant.model.language_model)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"error: process {parallel.rank()}: {one_line(error)}", file=sys.__stderr__)
+        return 1
+    except (ValueError, OSError, RuntimeError):
+        pass  # what ends rank 0 ends the connection, and there is nothing left to do
+    return 0

@@ -294,6 +294,7 @@ class SharedLanguageModel(LanguageModel):
     freed: list[int]
     lock: threading.RLock
     passing: bool  # whether all of them compute; those who follow do nothing else
+    lost: bool  # whether a pass was left in its middle
 
     def forward(  # type: ignore[override]
         self,
@@ -317,15 +318,31 @@ class SharedLanguageModel(LanguageModel):
             seen = [
                 None if each is None else self.see(each) for each in (caches if many else [caches])
             ]
-            told = moved((rest, options), "cpu")
-            freed = [self.freed.pop() for _ in range(len(self.freed))]
+            told, freed = moved((rest, options), "cpu"), list(self.freed)
+            if self.lost:
+                raise ValueError(ENDED)
             tell(Pass(function, seen if many else seen[0], (x.shape, x.dtype), *told, freed))
-            dist.broadcast(x.contiguous(), 0)
-            self.passing = True
-            try:
+            del self.freed[: len(freed)]
+            with self._pass():
+                dist.broadcast(x.contiguous(), 0)
                 return function(self, x, caches, *rest, **options)
-            finally:
-                self.passing = False
+
+    @contextmanager
+    def _pass(self) -> Iterator[None]:
+        """What fails in the middle of a pass leaves the others there: no further pass is begun.
+        Only a ValueError comes from what all of them check at the same place."""
+        self.passing = True
+        try:
+            yield
+        except ValueError:
+            raise
+        except BaseException as error:
+            self.lost = True
+            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+                raise ValueError(ENDED) from error
+            raise
+        finally:
+            self.passing = False
 
     def head(self, x: Tensor) -> Tensor:
         """As LanguageModel's, within a pass or, of what drafters make, after it."""
@@ -371,6 +388,7 @@ def share_model(language: LanguageModel, share: Share) -> None:
     language.__class__ = SharedLanguageModel
     language.share, language.keys, language.freed = share, count(), []
     language.lock, language.passing = threading.RLock(), share.rank > 0
+    language.lost = False
     language.alike = 1  # products of a part were not compared
 
 
@@ -399,8 +417,8 @@ def to_its_end() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if came and callable(before):
-        before(*came[0])
+        if came and callable(before):
+            before(*came[0])
 
 
 def tell(what: Pass | Change | None) -> None:

@@ -223,7 +223,10 @@ class Drafts:
         return _steps(self, self.report, model, spliced, options, pictures, **rest)
 
     def is_exact(self, model: Llava, streams: int = 1) -> bool:
-        """Whether a pass has the bits of single steps; tried once. streams: 2 with contrast."""
+        """Whether a pass has the bits of single steps; tried once. streams: 2 with contrast. A
+        tree whose rows share one call of attention has others."""
+        if self.drafter.cost is None and at_once(model.language_model.embed_tokens.weight.device):
+            return False
         if streams not in self.exact:
             most = 1 + (self.tokens or MOST)
             self.exact[streams] = keeps_bits(model.language_model, most, streams)

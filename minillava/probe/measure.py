@@ -103,12 +103,10 @@ class Answered:
     @torch.no_grad()
     def drops(self, states: Tensor, start: int = 0, layer: int = 0) -> np.ndarray:
         """How much less likely each token became, in nats, if these states [B, T, C] go into a
-        layer at the positions from `start`: float64 [B, m]."""
-        lost = [
-            self.clean - self.log_probs(self.kept.again(rows, start, layer), start)
-            for rows in states.split(self.at_once(start))
-        ]
-        return torch.cat(lost).cpu().numpy()
+        layer at the positions from `start`: float64 [B, m]. They go in as one batch, since an
+        intervention may differ from row to row; `at_once` says how many fit."""
+        lost = self.clean - self.log_probs(self.kept.again(states, start, layer), start)
+        return lost.cpu().numpy()
 
     def at_once(self, start: int = 0) -> int:
         """How many rows are computed at once, if the first changed position is `start`."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from minillava import __version__
 from minillava.assistant import Assistant
 from minillava.config import IMAGE_TOKEN_INDEX
+from minillava.fast.parallel import SharedLanguageModel
 from minillava.generate.contrast import Contrast
 from minillava.generate.engine import Engine, Failed, Refused, Request, Token
 from minillava.options import Options, dtype_name
@@ -194,6 +195,11 @@ class Service:
         self._check_pictures(len(contents))
         self._check_text(prompt)
         look = extensions.read_look(asked, config, len(contents))
+        if look is not None and isinstance(
+            self.assistant.model.language_model, SharedLanguageModel
+        ):
+            told = "no process has the attention of all heads; start the server without torchrun"
+            raise ApiError(400, "unsupported_value", told, "look")
         prefix = extensions.read_prefix(asked, config)
         ids = [*tokenizer.encode(prompt), *prefix]
         options = [extensions.count_from(prefix, each) for each in self._options(asked, count)]

@@ -5,6 +5,7 @@ import copy
 import json
 import re
 from functools import partial
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -152,6 +153,17 @@ def test_batches_are_as_large_as_memory_allows(answered, monkeypatch, free, most
     monkeypatch.setattr(again, "available_memory", lambda device: free)
     assert answered.at_once() == most
     found = occlude(answered, "mean").drops, ablate(answered).heads
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
+
+
+def test_a_batch_stays_one_while_memory_goes(answered, monkeypatch):
+    """A batch was divided again by what memory was left beside it, and the changes of its rows met
+    other rows."""
+    expected = knock_out(answered, 1).curves["answer"], ablate(answered).heads
+    left = cycle([5, 2])
+    monkeypatch.setattr(answered.kept, "rows_at_once", lambda *_: next(left))
+    found = knock_out(answered, 1).curves["answer"], ablate(answered).heads
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
 

@@ -20,6 +20,7 @@ from two import (
     everything,
     in_two,
     interrupted,
+    left,
     logits_of,
     watched,
     without_the_other,
@@ -134,6 +135,13 @@ def test_two_processes_give_the_answers_of_one(quantize):
     options = {"dtype": "float32", "quantize": quantize}
     (together,) = in_two(options, everything)
     assert together == everything(minillava.load(SHAPES, device="cpu", **options))
+
+
+@pytest.mark.slow
+def test_no_pass_begins_after_one_that_was_left():
+    """The others stand in the middle of a pass: they would add what they have to another one."""
+    (told,) = in_two({"dtype": "float32"}, left)
+    assert told == ["no room", parallel.ENDED]
 
 
 @pytest.mark.slow

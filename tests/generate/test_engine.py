@@ -193,14 +193,14 @@ def test_contrast_among_others_is_contrast_alone(start, assistant, method):
 
 def contrasted(engine, assistant, question, method, options, prefix=()) -> Asked:
     ids = [*assistant.tokenize(assistant.prompt(question)), *prefix]
-    seconds = []
+    second_rows = []
     for each in options:
         generator = torch.Generator().manual_seed(each["seed"])
         picture = open_image(SHAPES / "example-1.png")
         (row,), pixels = method.second([ids], [picture], assistant.image_processor, generator)
         own = [] if pixels is None else [(b"other%d" % each["seed"], pixels[0])]
-        seconds.append((row, own))
-    more = {"contrast": method, "seconds": seconds, "prefix": prefix}
+        second_rows.append((row, own))
+    more = {"contrast": method, "second_rows": second_rows, "prefix": prefix}
     return Asked(engine, assistant, question, 1, options, **more)
 
 

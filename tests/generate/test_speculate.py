@@ -577,6 +577,8 @@ def test_a_compiled_step_takes_no_drafts(shapes, monkeypatch):
 
 def test_whether_rows_keep_their_bits_is_found_out(shapes):
     """By the model itself: one whose products depend on how many rows there are is not exact."""
+    if processor.SAME_ROWS.get(processor.kind(), {}).get("int8", 1) < 16:
+        pytest.skip("nothing is claimed for this kind of processor")
     small = load(REFERENCE.parents[1] / "weights/shapes", device="cpu", quantize="int8")
     assert keeps_bits(small.model.language_model, 8)
     drafts = shapes.drafts(Lookup())
