@@ -46,11 +46,9 @@ class Context(NamedTuple):
 
 class LanguageModel(nn.Module):
     one_by_one = False  # True: guesses are read as steps of their own (fast/row_by_row.py)
-    # in a pass of up to so many rows, each has exactly the bits that it has in a pass of its own;
-    # None: not known (fast/)
+    # in a pass of up to so many rows, each has the bits that it has alone; None: not known (fast/)
     alike: int | None = None
-    # attention of several queries, with the bits that each has alone; None from it, or here: there
-    # is no such way (fast/attention.py)
+    # attention of several queries, each with the bits that it has alone, if there is such a way
     each_alone: Callable[..., Any] | None = None
 
     def __init__(self, config: TextConfig, attend: Callable[..., Any]):

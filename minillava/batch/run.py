@@ -42,6 +42,7 @@ from minillava.cli.messages import Messages, duration
 from minillava.cli.opening import find_weights, open_assistant
 from minillava.files.disk import explain, is_stream, same_file, write_whole
 from minillava.files.pictures import path_of_url
+from minillava.generate.speculate import Drafts
 
 WINDOW = 16
 """Batches sorted by length together. Not all: questions on one picture, neighbours in most files,
@@ -217,6 +218,7 @@ class Run:
         elsewhere = ("images", "weights", *OTHER_FOLDERS)
         self.asked = {name: value for name, value in settings.items() if name not in elsewhere}
         self.done: dict[int, dict] = {}
+        self.drafts: Drafts | None = None
 
     def record(
         self,
@@ -235,6 +237,8 @@ class Run:
         if self.is_finished():
             return 0
         assistant = open_assistant(self.args, self.weights, self.messages)
+        if self.args.draft is not None:
+            self.drafts = assistant.drafts(self.args.draft, self.args.draft_tokens)
         if self.args.overwrite:
             self.journal.begin_anew()
         prompts = read_prompts(assistant, self.questions, self.args.system)
@@ -307,9 +311,8 @@ class Run:
     ) -> Generator[list[tuple[Question, tuple]], None, None]:
         """The answers of batches that begin and end together."""
         size = self.args.batch_size
-        if self.args.draft is not None:
-            drafts = assistant.drafts(self.args.draft, self.args.draft_tokens)
-            options, size = {**options, "draft": drafts}, 1
+        if self.drafts is not None:
+            options, size = {**options, "draft": self.drafts}, 1
             self.messages.note("drafts are for one question at a time: --batch-size is 1")
         encode = lru_cache(self.args.image_cache)(assistant.encode)
         seed, longest = options["seed"] or 0, options["max_new_tokens"]

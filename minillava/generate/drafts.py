@@ -23,6 +23,11 @@ def find_drafts(
     if draft is None or isinstance(draft, Drafts):
         return draft
     drafter: Any = draft
+    if draft in ("", f"{Medusa.kind}:"):
+        raise ValueError(
+            f"draft is {draft!r}, which names no folder; expected lookup, a folder, medusa (heads "
+            "beside the weights) or medusa:DIR"
+        )
     if draft == "lookup":
         drafter = Lookup()
     elif isinstance(draft, str) and draft.partition(":")[0] == Medusa.kind:

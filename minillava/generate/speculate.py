@@ -419,7 +419,7 @@ def keeps_bits(language: LanguageModel, most: int, streams: int = 1) -> bool:
     contrast."""
     if language.one_by_one:
         return True
-    if language.alike is not None and most > language.alike:
+    if language.alike is not None and streams * most > language.alike:
         return False  # one trial may have the same bits by luck
     weight = language.embed_tokens.weight
     config = replace(language.config, num_hidden_layers=1)

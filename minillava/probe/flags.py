@@ -65,7 +65,7 @@ MEASURE_FLAGS = (
         help="hide N x N patches at a time (default: 3, if the picture has as many)",
     ),
     flag(
-        "--hide", choices=HIDINGS, default=HIDINGS[0],
+        "--hide", choices=HIDINGS,
         help="by the mean patch or zeros, in the embeddings; by grey or a blur, in the pixels "
         f"(default: {HIDINGS[0]})",
     ),
@@ -74,7 +74,7 @@ MEASURE_FLAGS = (
         help="cut N layers off from the picture at a time (default: a fifth of them)",
     ),
     flag(
-        "--ablate", choices=ABLATIONS, default=ABLATIONS[0],
+        "--ablate", choices=ABLATIONS,
         help="what a head says instead: its mean over the prompt, or nothing "
         f"(default: {ABLATIONS[0]})",
     ),
@@ -117,8 +117,11 @@ def read_flags(parser: Parser, argv: Sequence[str]) -> tuple:
         parser.error("--plan measures nothing: leave it out, or the files")
     inputs = [] if args.other is None else [args.other]
     check_outputs(parser, args, [path for path in paths if path != "-"], inputs)
-    if args.npy is not None and "occlusion" not in args.measure:
-        parser.error("--npy is about occlusion: add --measure occlusion")
+    about = {"npy": 0, "block": 0, "hide": 0, "window": 1, "ablate": 2}  # of MEASURES
+    for name, measure in ((name, MEASURES[number]) for name, number in about.items()):
+        if vars(args)[name] is not None and measure not in args.measure:
+            parser.error(f"--{name} is about {measure}: add --measure {measure}")
+    args.hide, args.ablate = args.hide or HIDINGS[0], args.ablate or ABLATIONS[0]
     if args.out is not None and not args.out.lower().endswith(PICTURE_NAMES):
         parser.error(f"--out {args.out}: the name must end in .png, .jpg or .webp")
     return args, options

@@ -88,6 +88,27 @@ def test_a_draft_that_is_none_is_one_line(capsys, tmp_path):
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("draft", ["none", "medusa:none"])
+def test_batch_says_that_there_is_no_such_drafter(capsys, tmp_path, draft):
+    """It said that answers were kept, and that the same command would go on."""
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "Why?"}\n')
+    files = ["--questions", tmp_path / "q.jsonl", "--answers", tmp_path / "a.jsonl"]
+    status, _, err = run(capsys, "batch", "-q", "-m", WEIGHTS, *files, "--draft", draft)
+    assert status == 1
+    assert len(err.splitlines()) == 1
+    assert "keeps" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["q.jsonl"]
+
+
+@pytest.mark.parametrize("draft", ["", "medusa:"])
+def test_a_drafter_without_a_name_is_refused(capsys, draft):
+    """An unset variable in medusa:$DIR would take other heads than those that were meant."""
+    status, out, err = run(capsys, "generate", "-q", *ASKED, "--draft", draft)
+    assert (status != 0, out) == (True, "")
+    assert "--draft" in err or "expected" in err
+    assert len(err.splitlines()) == 1
+
+
 def test_a_chat_goes_on(capsys, monkeypatch):
     """A rejected guess left in the cache would spoil the next answer of a chat."""
     found = []

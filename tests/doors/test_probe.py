@@ -146,6 +146,23 @@ def test_a_window_in_its_row_is_the_window_alone(answered):
     assert np.abs(curves["answer"]).max(1).min() > 1e-9 < np.abs(curves["question"][0]).max()
 
 
+@pytest.mark.parametrize(
+    ("measure", "flags"),
+    [
+        ("occlusion", ["--window", 1]),
+        ("occlusion", ["--ablate", "zero"]),
+        ("knockout", ["--block", 2]),
+        ("ablation", ["--hide", "grey"]),
+    ],
+)
+def test_a_flag_of_what_is_not_measured_is_wrong_usage(run_main, measure, flags):
+    """It would do nothing, without a word."""
+    asked = ("-i", "x.png", "--measure", measure, *flags)
+    status, _, errors = run_main(partial(enter, "probe"), *asked)
+    assert status == 2
+    assert f"{flags[0]} is about " in errors
+
+
 @pytest.mark.parametrize(("free", "most"), [(None, UNKNOWN_ROWS), (1, 1), (10**12, MOST_ROWS)])
 def test_batches_are_as_large_as_memory_allows(answered, monkeypatch, free, most):
     """A laptop would run out of memory, or a batch of another size measure something else."""

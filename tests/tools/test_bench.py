@@ -471,10 +471,10 @@ def test_drafts_times_passes_and_answers(monkeypatch, capsys):
     assert [row[0] for row in shown[1:5]] == names
     assert [row[1] for row in shown[2:5:2]] == ["1.00", "1.00"]
     assert [row[0] for row in shown[5:8]] == ["guesses", "float32", "int4"]
-    medusa = ["Medusa, bundled model", "float32", "int4"]
+    medusa = ["bundled model", "float32", "int4"]
     assert [row[0] for row in shown[8:]] == medusa
     for row in shown[9:]:  # heads that are never right would make one token a pass
-        assert all(float(cell.split("(")[1].rstrip(")")) > 1.5 for cell in row[2:4])
+        assert all(float(cell.split("(")[1].rstrip(")")) > 1.5 for cell in row[3:6])
     for row in shown[6:8]:  # a guess that is never right saves no pass
         assert row[2].endswith("(1.0)")
 

@@ -1,4 +1,4 @@
-"""drafts: what Medusa's heads gain on the bundled model, as a chain of guesses and as a tree."""
+"""drafts: what each drafter gains on the bundled model."""
 
 import time
 from collections.abc import Sequence
@@ -15,11 +15,14 @@ from minillava.options import KINDS
 
 QUESTIONS = ("Please describe this image in detail.", "How many shapes are there?")
 
-WAYS = {  # (tokens of each head that may be guessed, guesses in a pass)
+WAYS: dict[str, tuple[str, int, int | None] | None] = {
+    # (drafter, tokens of each head that may be guessed, guesses in a pass)
     "plain": None,
-    "chain of 3": (1, 3),
-    "tree of 7": (10, 7),
-    "tree, as many as pay": (10, None),
+    "lookup": ("lookup", 0, None),
+    "the model itself, 3": ("model", 0, 3),
+    "Medusa, chain of 3": ("medusa", 1, 3),
+    "Medusa, tree of 7": ("medusa", 10, 7),
+    "Medusa, as many as pay": ("medusa", 10, None),
 }
 
 
@@ -36,18 +39,24 @@ def heads(dtypes: Sequence[str], rounds: int) -> dict[str, Gain]:
     found = {}
     for name in dtypes:
         assistant = load(PICTURE.parent, **{"quantize" if name in KINDS else "dtype": name})
-        opened = assistant.drafts("medusa").drafter
-        tensors, cost = opened.heads.state_dict(), pass_cost(assistant.model.language_model)
         passes: dict[str, float] = {}
         variants = {}
         for way, chosen in WAYS.items():
-            drafts = None
-            if chosen is not None:
-                drafter = Medusa(tensors, None, opened.language, ranks=chosen[0])
-                drafts = Drafts(drafter, chosen[1], cost)
+            drafts = None if chosen is None else drafts_of(assistant, *chosen)
             variants[way] = lambda a=assistant, w=way, d=drafts, p=passes: answers(a, d, w, p)
         found[name] = Gain(take_turns(variants, rounds), passes)
     return found
+
+
+def drafts_of(assistant: Assistant, kind: str, ranks: int, tokens: int | None) -> Drafts:
+    if kind != "medusa":
+        drafts = assistant.drafts(PICTURE.parent if kind == "model" else kind, tokens)
+        assert drafts is not None
+        return drafts
+    opened, language = assistant.drafts(kind), assistant.model.language_model
+    assert opened is not None and isinstance(opened.drafter, Medusa)
+    drafter = Medusa(opened.drafter.heads.state_dict(), None, language, ranks=ranks)
+    return Drafts(drafter, tokens, pass_cost(language))
 
 
 def answers(
@@ -70,7 +79,7 @@ def answers(
 def heads_table(found: dict[str, Gain]) -> str:
     ways = [way for way in WAYS if way != "plain"]
     titles = [f"{way}, to plain (tokens a pass)" for way in ways]
-    lines = [f"| Medusa, bundled model | plain, tokens/s | {' | '.join(titles)} |"]
+    lines = [f"| bundled model | plain, tokens/s | {' | '.join(titles)} |"]
     lines.append("|---|" + "---:|" * (len(ways) + 1))
     for name, each in found.items():
         plain = each.timings["plain"].median
