@@ -11,11 +11,12 @@ probability min(1, p/q), as in the first paper, would keep a few more guesses, b
 B rows (2 with contrast, else 1), g guesses, S positions in the cache, V vocabulary.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +38,10 @@ NOTICED = 64
 
 MOST = 15
 """Guesses in a pass, at most, where their number is chosen by what they cost."""
+
+LOSS, CREDIT = 0.02, 1.25
+"""How much longer an answer may take with guesses that are never right: a part of it, and steps, as
+many as it takes to try some."""
 
 
 class Draft(Protocol):
@@ -135,12 +140,14 @@ class Pace:
     ):
         """pass_cost: number of tokens -> cost of a pass, in steps. guess_cost: of one guess, in
         steps; None: guesses come with their chances."""
-        self.fixed, self.pass_cost, self.guess_cost = fixed, pass_cost, guess_cost
+        self.fixed, self.guess_cost = fixed, guess_cost
+        self.pass_cost = lru_cache(pass_cost)  # asked for every length before every pass
         # One right and one wrong guess to begin with: so few that a drafter that is always wrong is
         # found out after a few passes.
         self.right: deque[bool] = deque([True, False], maxlen=32)
         # of trees: how many guesses were to come true by their chances, and how many did
         self.hoped: deque[tuple[float, int]] = deque(maxlen=32)
+        self.credit = CREDIT  # how many steps the next guesses may cost in vain
 
     def choose(self) -> int:
         if self.fixed is not None:
@@ -148,7 +155,13 @@ class Pace:
         if self.guess_cost is None:
             return MOST
         rate = sum(self.right) / len(self.right)
-        return best_length(rate, self.pass_cost, self.guess_cost)
+        return best_length(rate, self.pass_cost, self.guess_cost, self.credit)
+
+    def pay(self, guesses: int, made: int) -> None:
+        """Account for a pass over so many guesses that made so many tokens. So an answer takes at
+        most LOSS longer than without guesses, and CREDIT, if the costs are true."""
+        cost = extra(guesses, self.pass_cost, self.guess_cost or 0.0)
+        self.credit += (1 + LOSS) * made - 1 - cost
 
     def cut(self, tree: Tree) -> Tree:
         """The first guesses of a tree, as many as pay off. Their chances are lowered if in recent
@@ -162,7 +175,8 @@ class Pace:
         def gain(n: int) -> float:
             return (1 + trust * sum(tree.chances[:n])) / self.pass_cost(n + 1)
 
-        return tree.first(max(range(len(tree.tokens) + 1), key=gain))
+        lengths = affordable(len(tree.tokens), self.pass_cost, 0.0, self.credit)
+        return tree.first(max(lengths, key=gain))
 
     def note(self, tree: Tree, accepted: int) -> None:
         """Note how many guesses were right. A guess after a wrong one does not count."""
@@ -172,15 +186,32 @@ class Pace:
             self.right += [True] * accepted + [False] * (accepted < len(tree.tokens))
 
 
-def best_length(rate: float, pass_cost: Callable[[int], float], guess_cost: float) -> int:
+def best_length(
+    rate: float,
+    pass_cost: Callable[[int], float],
+    guess_cost: float,
+    credit: float = math.inf,
+) -> int:
     """The number of guesses that gives the most tokens per time, if each guess is right at this
-    rate. 0 is an ordinary step."""
+    rate. 0 is an ordinary step. credit: how many steps they may cost in vain."""
 
     def gain(g: int) -> float:
         expected = sum(rate**i for i in range(g + 1))  # tokens
-        return expected / (pass_cost(g + 1) / pass_cost(1) + g * guess_cost)
+        return expected / (1 + extra(g, pass_cost, guess_cost))
 
-    return max(range(MOST + 1), key=gain)
+    return max(affordable(MOST, pass_cost, guess_cost, credit), key=gain)
+
+
+def affordable(
+    most: int, pass_cost: Callable[[int], float], guess_cost: float, credit: float
+) -> list[int]:
+    """How many guesses may be made: 0, and what does not cost more steps in vain than `credit`."""
+    return [g for g in range(most + 1) if not g or extra(g, pass_cost, guess_cost) <= credit]
+
+
+def extra(guesses: int, pass_cost: Callable[[int], float], guess_cost: float) -> float:
+    """How many steps so many guesses cost beside the step that is taken anyway."""
+    return pass_cost(guesses + 1) / pass_cost(1) - 1 + guesses * guess_cost
 
 
 @dataclass
@@ -276,6 +307,7 @@ def _steps(
             start = cache.length - len(tree.tokens)  # the length without the guesses
             block, path = take_rows(run, rows, tree)
             if report.add(tree.tokens, [row - 1 for row in path[1:]], len(block)):
+                pace.pay(len(tree.tokens), len(block))
                 pace.note(tree, len(path) - 1)
                 pace.note(watched, int(watched.tokens == block[0].ids))
             if not tree.is_chain:

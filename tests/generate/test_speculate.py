@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from itertools import cycle, product
 
 import pytest
@@ -26,7 +27,16 @@ from minillava.generate.contrast import M3ID, VCD
 from minillava.generate.draft_model import DraftModel
 from minillava.generate.generation import generate
 from minillava.generate.lookup import Lookup, look_up
-from minillava.generate.speculate import MOST, Drafts, Pace, best_length, fork, keeps_bits
+from minillava.generate.speculate import (
+    CREDIT,
+    LOSS,
+    MOST,
+    Drafts,
+    Pace,
+    best_length,
+    fork,
+    keeps_bits,
+)
 from minillava.generate.tree import chain
 from minillava.loop import Options, steps
 from minillava.options import RECORDABLE
@@ -402,8 +412,24 @@ def test_the_pace_follows_what_was_right_of_late():
     assert pace.choose() == 0
     for _ in range(40):
         pace.note(chain([5, 6, 7, 8]), 4)
+        pace.pay(4, 5)
     assert pace.choose() == MOST
     assert Pace(4, by_row, 9.0).choose() == 4
+
+
+@pytest.mark.parametrize("stored", COSTS)
+@pytest.mark.parametrize("guess_cost", [0.0, 0.1])
+def test_a_drafter_that_is_always_wrong_costs_next_to_nothing(stored, guess_cost):
+    """In a short answer, what the first wrong guesses cost was a tenth of it."""
+    for costs in COSTS[stored].values():
+        cost = partial(interpolate, costs)
+        pace, taken = Pace(None, cost, guess_cost), 0.0
+        for made in range(1, 200):
+            count = pace.choose()
+            taken += cost(count + 1) / cost(1) + count * guess_cost
+            pace.note(chain([5] * count), 0)
+            pace.pay(count, 1)
+            assert taken <= (1 + LOSS) * made + CREDIT + 1e-9
 
 
 def test_a_drafter_of_another_model_is_noticed(toy, pixels):

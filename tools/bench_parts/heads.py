@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from bench_parts.clock import Timing, take_turns
 from bench_parts.compare import PICTURE
@@ -68,7 +69,8 @@ def answers(
     for question in QUESTIONS:
         spliced = assistant.prepare(PICTURE, assistant.prompt(question))
         times = []
-        for _ in (steps if drafts is None else drafts.steps)(assistant.model, spliced, options):
+        follow = steps if drafts is None else partial(drafts.steps, pictures=[PICTURE])
+        for _ in follow(assistant.model, spliced, options):
             times.append(time.perf_counter())
         seconds, tokens = seconds + times[-1] - times[0], tokens + len(times) - 1
         made += len(times) - 1 if drafts is None or drafts.report is None else drafts.report.passes
