@@ -378,6 +378,9 @@ class Engine(threading.Thread):
                 request.times["pictured"] = time.monotonic()
                 self._begin(request, free)
             except Exception as error:
+                if self.failures >= FAILURES:  # of the others' steps, in `_encode`
+                    self.waiting.appendleft(request)  # is told why with all who wait
+                    raise
                 told = f"the prompt could not be read ({type(error).__name__})"
                 self._give_up("engine_failed", told, [request], (), error)
             finally:

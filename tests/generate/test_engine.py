@@ -13,7 +13,7 @@ import minillava
 from minillava.fast import row_by_row
 from minillava.files.pictures import open_image
 from minillava.generate.contrast import M3ID, RITUAL, VCD
-from minillava.generate.engine import Engine, Failed, Refused, Request, Token
+from minillava.generate.engine import FAILURES, Engine, Failed, Refused, Request, Token
 
 SHAPES = ROOT / "weights" / "shapes"
 LONG = {"min_new_tokens": 400, "max_new_tokens": 400}  # of an answer that does not end by itself
@@ -382,6 +382,31 @@ def test_an_engine_that_keeps_failing_says_so(start, assistant, monkeypatch):
     assert engine.state == "failed"
     with pytest.raises(Refused, match="ended with an error"):
         Asked(engine, assistant, "Is it red?", 1)
+
+
+def test_an_engine_that_keeps_failing_does_not_blame_a_new_request(assistant, monkeypatch):
+    """The last failure, in the step that running answers take before a picture is encoded, would be
+    laid on the request with the picture, and the engine would go on."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    engine = Engine(assistant.model, assistant.tokenizer, slots=2)
+    running = Asked(engine, assistant, "What is a ring?")
+    with torch.no_grad():
+        engine._admit()
+        while running.events.empty():
+            engine._read(engine.answers)
+    engine.failures = FAILURES - 1
+
+    def fail(answers) -> None:
+        raise RuntimeError("broken")
+
+    engine._decode = fail
+    new = Asked(engine, assistant, "Describe this image.", 1)
+    engine.start()
+    lost, told = running.all()[0][-1].message, new.all()[0][0].message
+    engine.drain(0)
+    engine.join(60)
+    assert lost.startswith("the model failed (RuntimeError)")
+    assert (told, engine.state) == ("the model's thread has ended: RuntimeError", "failed")
 
 
 def test_logits_that_are_not_finite_cost_one_answer(start, assistant):
