@@ -43,6 +43,7 @@ def read_page() -> dict[str, tuple[bytes, str]]:
     found = {
         f"/page/{path.name}": (path.read_bytes(), KINDS[path.suffix])
         for path in sorted(FOLDER.iterdir())
+        if path.suffix in KINDS  # systems and editors leave files of their own
     }
     scale = f"export const SCALE = {json.dumps(SCALE)};\n".encode()  # the colours of look
     found["/page/scale.js"] = scale, KINDS[".js"]

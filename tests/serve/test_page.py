@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,6 +13,7 @@ from paths import ROOT
 from served import SHAPES, Running, picture, text, wait_until
 
 from minillava.look.draw import SCALE
+from minillava.serve import static
 
 pytestmark = pytest.mark.parity  # the mark of what needs an extra
 
@@ -26,7 +28,8 @@ PICTURE = SHAPES / "example-1.png"
 def test_every_file_of_the_page_is_sent_with_its_policy(shared):
     """A browser would run a script that somebody has put into the page, or frame it."""
     paths = ["/", "/page/scale.js"]
-    paths += [f"/page/{each.name}" for each in FOLDER.iterdir() if each.name != "index.html"]
+    names = {each.name for each in FOLDER.iterdir() if each.suffix in static.KINDS}
+    paths += [f"/page/{name}" for name in names - {"index.html"}]
     for path in paths:
         status, headers, body = shared.send("GET", path)
         assert (status, len(body) > 50) == (200, True), path
@@ -43,6 +46,16 @@ def test_every_file_of_the_page_is_sent_with_its_policy(shared):
     )
     scale = shared.send("GET", "/page/scale.js")[2].decode()
     assert json.loads(re.search(r"= (.*);", scale)[1]) == [list(colour) for colour in SCALE]
+
+
+def test_what_is_no_file_of_the_page_is_not_read(tmp_path, monkeypatch):
+    """A file that a system or an editor has left beside the page would stop the server."""
+    expected = static.read_page()
+    folder = shutil.copytree(FOLDER, tmp_path / "page")
+    for name in (".DS_Store", "page.js~"):
+        (folder / name).write_bytes(b"left here")
+    monkeypatch.setattr(static, "FOLDER", folder)
+    assert static.read_page() == expected
 
 
 def test_the_page_has_no_script_inside_and_builds_no_html_of_text():
