@@ -88,7 +88,7 @@ def build(
         middleware=[
             *([Middleware(CORSMiddleware, allow_origins=[*cors], **shared)] if cors else []),
             Middleware(Guard, keys=keys, metrics=metrics, cors=cors),
-            Middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False),
+            Middleware(KnownHost, hosts=hosts),
         ],
     )
     app.router.redirect_slashes = False
@@ -113,6 +113,32 @@ async def _http_error(request: Request, error: Exception) -> Response:
         told = "no such address; there is POST /v1/chat/completions, GET /v1/models, POST /tokenize"
         found = ApiError(404, "unknown_url", told)
     return await _api_error(request, found)
+
+
+class KnownHost:
+    """Starlette's check of the Host header, whose refusal is plain text, with an error of ours."""
+
+    def __init__(self, app: Any, hosts: Sequence[str]):
+        self.app, self.hosts = app, [*hosts]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        known = False
+
+        async def passed(*_: Any) -> None:
+            nonlocal known
+            known = True
+
+        async def dropped(message: Any) -> None:
+            """Starlette's refusal."""
+
+        check = TrustedHostMiddleware(passed, self.hosts, www_redirect=False)
+        await check(scope, receive, dropped)
+        if known:
+            await self.app(scope, receive, send)
+            return
+        told = "the Host header names another machine (--allowed-host names further ones)"
+        refused = await _api_error(Request(scope), ApiError(400, "host_not_allowed", told))
+        await refused(scope, receive, send)
 
 
 class Guard:
@@ -169,7 +195,7 @@ class Guard:
         host = headers.get(b"host", b"").decode("latin-1").lower()
         if is_page(path):  # which others may link to
             return None
-        foreign = origin is not None and urlsplit(origin.decode("latin-1")).netloc.lower() != host
+        foreign = origin is not None and place_of(origin) != host
         if (foreign or site == b"cross-site") and origin not in self.cors:
             told = "pages of other sites may not ask this server (--cors names those that may)"
             return ApiError(403, "origin_not_allowed", told)
@@ -181,6 +207,14 @@ class Guard:
             return None
         told = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
         return ApiError(401, "invalid_api_key", told, headers={"www-authenticate": "Bearer"})
+
+
+def place_of(origin: bytes) -> str | None:
+    """The name and port in an Origin, as Host has them; None of what is no address."""
+    try:
+        return urlsplit(origin.decode("latin-1")).netloc.lower()
+    except ValueError:  # such as http://[
+        return None
 
 
 def route_of(path: str) -> str:
