@@ -477,7 +477,9 @@ def likelier(assistant: Assistant, asked: list[tuple[Path, str]]) -> list[str]:
 
 def among_others(assistant: Assistant, asked: list[tuple[Path, str]]) -> list[str]:
     """All of them at once, by the engine of the server, with fewer slots than questions."""
-    engine = Engine(assistant.model, assistant.tokenizer, slots=2)
+    count = len(asked)
+    settings = {"slots": 2, "waiting": count, "piece": 64, "pictures": count}
+    engine = Engine(assistant.model, assistant.tokenizer, **settings)
     answers, events = [""] * len(asked), queue.Queue()
     for number, (picture, question) in enumerate(asked):
         engine.submit(

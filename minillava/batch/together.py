@@ -61,10 +61,10 @@ class Together:
                 assistant.model,
                 assistant.tokenizer,
                 slots=self.size * (1 if self.method is None else 2),
-                capacity=most + assistant.options(**given).max_new_tokens,
                 waiting=self.size,
                 piece=PIECE,
                 pictures=pictures,
+                capacity=most + assistant.options(**given).max_new_tokens,
                 exact=True,
             )
         except torch.OutOfMemoryError as error:

@@ -174,12 +174,13 @@ class Answer:
 class Engine(threading.Thread):
     """The one thread that computes. Others `submit` requests, `cancel` them, and `drain` it.
 
-    slots: how many answers are made at once. capacity: positions of each, prompt and answer.
-    waiting: how many requests may wait. piece: how many positions of a prompt are prefilled between
-    two steps of the running answers. pictures: how many encoded pictures are kept. reuse: whether
-    what is cached of a prompt is not read again. exact: an answer has the same bits whoever is
-    there: a prompt that begins like a cached one is read in the same pieces, and a step has as many
-    rows as there are slots. A model that keeps bits by itself (fast/row_by_row.py) does so anyway.
+    slots: how many answers are made at once. waiting: how many requests may wait. piece: how many
+    positions of a prompt are prefilled between two steps of the running answers. pictures: how many
+    encoded pictures are kept. capacity: positions of a slot, prompt and answer; None for the
+    model's context. reuse: whether what is cached of a prompt is not read again. exact: an answer
+    has the same bits whoever is there: a prompt that begins like a cached one is read in the same
+    pieces, and a step has as many rows as there are slots. A model that keeps bits by itself
+    (fast/row_by_row.py) does so anyway.
     """
 
     def __init__(
@@ -187,11 +188,11 @@ class Engine(threading.Thread):
         model: Llava,
         tokenizer: Tokenizer,
         *,
-        slots: int = 2,
+        slots: int,
+        waiting: int,
+        piece: int,
+        pictures: int,
         capacity: int | None = None,
-        waiting: int = 32,
-        piece: int = 64,
-        pictures: int = 32,
         reuse: bool = True,
         exact: bool = False,
     ):

@@ -49,27 +49,14 @@ LARGE = 65_536
 HEADERS = 32_768
 """Bytes of all headers."""
 
-HOSTS = ("127.0.0.1", "localhost", "[::1]")
-"""How this machine calls itself. Another name in Host is a page's that was led here."""
-
 OPEN = ("/health", "/livez")
 """What needs no key: it tells nothing private. Nor do the files of the page, which asks for one."""
 
 
-def build(
-    service: Service,
-    *,
-    keys: Sequence[bytes] = (),
-    hosts: Sequence[str] = HOSTS,
-    cors: Sequence[str] = (),
-    max_body: int = 32 << 20,
-    body_timeout: float = 60.0,
-    page: bool = True,
-) -> Starlette:
-    """The application. keys: a client must send one of them, if there are any. hosts: the names
-    under which it may be reached. page: whether the page at `/` is there."""
-    metrics = Metrics(service.engine)
-    api = Api(service, metrics, max_body, body_timeout)
+def build(service: Service) -> Starlette:
+    """The application."""
+    settings, metrics = service.settings, Metrics(service.engine)
+    api, cors = Api(service, metrics), settings.cors
     routes = [
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/models", api.models, methods=["GET"]),
@@ -78,7 +65,7 @@ def build(
         Route("/health", api.health, methods=["GET"]),
         Route("/livez", api.livez, methods=["GET"]),
         Route("/metrics", api.metrics, methods=["GET"]),
-        *(page_routes() if page else ()),
+        *(page_routes() if settings.page else ()),
     ]
     # pages of these other sites may ask, but their browsers send no cookie or key by themselves
     shared = {"allow_methods": ["GET", "POST"], "allow_headers": ["authorization", "content-type"]}
@@ -87,8 +74,8 @@ def build(
         exception_handlers={HTTPException: _http_error, ApiError: _api_error},
         middleware=[
             *([Middleware(CORSMiddleware, allow_origins=[*cors], **shared)] if cors else []),
-            Middleware(Guard, keys=keys, metrics=metrics, cors=cors),
-            Middleware(KnownHost, hosts=hosts),
+            Middleware(Guard, keys=settings.keys, metrics=metrics, cors=cors),
+            Middleware(KnownHost, hosts=settings.hosts),
         ],
     )
     app.router.redirect_slashes = False
@@ -234,9 +221,10 @@ def _json(value: Any, status: int = 200) -> Response:
 class Api:
     """The function of each route."""
 
-    def __init__(self, service: Service, metrics: Metrics, max_body: int, body_timeout: float):
+    def __init__(self, service: Service, metrics: Metrics):
         self.service, self.counted = service, metrics
-        self.max_body, self.body_timeout = max_body, body_timeout
+        self.max_body = service.settings.max_body
+        self.body_timeout = service.settings.body_timeout
         self.large = anyio.CapacityLimiter(8)  # large bodies at once; small ones never wait
 
     async def models(self, request: Request) -> Response:

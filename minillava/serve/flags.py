@@ -42,7 +42,8 @@ def _from_1(text: str) -> int:
 ADDRESS = (
     flag("--host", type=not_empty, default="127.0.0.1", metavar="NAME",
          help="address to listen on (default: %(default)s, this machine alone)"),
-    flag("--port", type=int, default=8000, metavar="N", help="0 for a free one (default: 8000)"),
+    flag("--port", type=int, default=8000, metavar="N",
+         help="0 for a free one (default: %(default)s)"),
     flag("--allowed-host", action="append", default=[], type=not_empty, metavar="NAME",
          help="a further name by which clients reach it; repeatable"),
     flag("--api-key-file", type=path_name, metavar="FILE",
@@ -54,19 +55,23 @@ ADDRESS = (
          help="what clients call the model; repeatable (default: the folder's name)"),
 )  # fmt: skip
 
+SLOTS, PIECES = (2, 4), (64, 512)
+"""What --slots and --prefill-chunk are on a CPU, and on a GPU."""
+
 LIMITS = (
     flag("--slots", type=_from_1, metavar="N",
-         help="answers at once (default: 2 on a CPU, 4 on a GPU)"),
+         help=f"answers at once (default: {SLOTS[0]} on a CPU, {SLOTS[1]} on a GPU)"),
     flag("--context", type=_from_1, default=2048, metavar="N",
          help="positions of a prompt and its answer (default: %(default)s)"),
     flag("--queue", type=_from_1, default=32, metavar="N",
          help="requests that may wait (default: %(default)s)"),
     flag("--prefill-chunk", type=_from_1, metavar="N",
          help="positions of a prompt that are read between two tokens of other answers "
-         "(default: 64 on a CPU, 512 on a GPU)"),
+         f"(default: {PIECES[0]} on a CPU, {PIECES[1]} on a GPU)"),
     flag("--no-reuse", action="store_true",
          help="read every prompt whole: its time then says nothing about what others asked"),
-    flag("--max-body", type=_from_1, default=32, metavar="MIB", help="of a request (default: 32)"),
+    flag("--max-body", type=_from_1, default=32, metavar="MIB",
+         help="of a request (default: %(default)s)"),
     flag("--body-timeout", type=_from_1, default=60, metavar="S",
          help="seconds within which a body arrives (default: %(default)s)"),
     flag("--max-pixels", type=_from_1, default=64, metavar="M",

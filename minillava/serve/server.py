@@ -16,7 +16,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from minillava.assistant import Assistant
 from minillava.cli.messages import Messages
 from minillava.generate.engine import Engine
-from minillava.serve.app import HOSTS, build
+from minillava.serve.app import build
+from minillava.serve.flags import PIECES, SLOTS
 from minillava.serve.run import model_name
 from minillava.serve.service import Service, Settings
 
@@ -25,6 +26,13 @@ HEAD = 10.0
 
 SEND = 30.0
 """Seconds after which an answer that nobody reads is given up."""
+
+
+PICTURES = 32
+"""Encoded pictures that are kept: 4.7 MB each for a 7B."""
+
+HOSTS = ("127.0.0.1", "localhost", "[::1]")
+"""How this machine calls itself. Another name in Host is a page's that was led here."""
 
 
 class PatientProtocol(H11Protocol):
@@ -95,40 +103,44 @@ def serve(
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=level)
     engine = start_engine(args, assistant)
     messages.note(memory_line(engine))
-    settings = Settings(
-        names=args.served_model_name or [model_name(weights)],
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        system=args.system,
-        max_pixels=args.max_pixels * 1_000_000,
-        stall=args.stall,
-    )
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    app = build(
-        Service(assistant, engine, settings),
-        keys=keys,
-        hosts=[*HOSTS, shown, *args.allowed_host],
-        cors=args.cors,
-        max_body=args.max_body << 20,
-        body_timeout=args.body_timeout,
-        page=not args.no_page,
-    )
+    settings = read_settings(args, model_name(weights), shown, keys)
+    app = build(Service(assistant, engine, settings))
     server = Server(configure(app, args.grace), engine, args.grace, f"http://{shown}:{port}")
     return _run(server, engine, listener)
 
 
+def read_settings(args: argparse.Namespace, name: str, host: str, keys: list[bytes]) -> Settings:
+    """The flags, as the service reads them. name: of the model's folder. host: as a client writes
+    the address."""
+    return Settings(
+        names=args.served_model_name or [name],
+        keys=keys,
+        hosts=[*HOSTS, host, *args.allowed_host],
+        cors=args.cors,
+        page=not args.no_page,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        system=args.system,
+        max_body=args.max_body << 20,
+        body_timeout=args.body_timeout,
+        max_pixels=args.max_pixels * 1_000_000,
+        stall=args.stall,
+    )
+
+
 def start_engine(args: argparse.Namespace, assistant: Assistant) -> Engine:
     """The engine that the flags ask for, running."""
-    device = assistant.model.language_model.embed_tokens.weight.device
-    slots, piece = (2, 64) if device.type == "cpu" else (4, 512)
+    on_gpu = assistant.model.language_model.embed_tokens.weight.device.type != "cpu"
     engine = Engine(
         assistant.model,
         assistant.tokenizer,
-        slots=args.slots or slots,
-        capacity=args.context,
+        slots=args.slots or SLOTS[on_gpu],
         waiting=args.queue,
-        piece=args.prefill_chunk or piece,
+        piece=args.prefill_chunk or PIECES[on_gpu],
+        pictures=PICTURES,
+        capacity=args.context,
         reuse=not args.no_reuse,
     )
     for slot in engine.slots:

@@ -29,14 +29,20 @@ STATUS = {"queue_full": 429, "context_length_exceeded": 400}
 
 @dataclass
 class Settings:
-    """The values of the door's flags."""
+    """What the door's flags say, in bytes, pixels and seconds."""
 
     names: Sequence[str]  # of the model; the first is its own
-    max_tokens: int = 512
-    temperature: float = 0.0
-    system: str | None = None
-    max_pixels: int = 64_000_000
-    stall: float = 300.0
+    keys: Sequence[bytes]  # of which a client sends one, if there are any
+    hosts: Sequence[str]  # the names by which clients reach it
+    cors: Sequence[str]  # sites whose pages may ask
+    page: bool
+    max_tokens: int
+    temperature: float
+    system: str | None
+    max_body: int
+    body_timeout: float
+    max_pixels: int
+    stall: float
 
 
 @dataclass

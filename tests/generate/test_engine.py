@@ -58,13 +58,16 @@ class Asked:
         return ["".join(event.text for event in events) for events in self.all().values()]
 
 
+SETTINGS = {"slots": 4, "waiting": 32, "piece": 64, "pictures": 32}
+
+
 @pytest.fixture
 def start(assistant) -> Iterator:
     """`start(**settings)`: an engine that ends with the test."""
     started = []
 
     def begin(**settings) -> Engine:
-        engine = Engine(assistant.model, assistant.tokenizer, **{"slots": 4, **settings})
+        engine = Engine(assistant.model, assistant.tokenizer, **{**SETTINGS, **settings})
         started.append(engine)
         engine.start()
         return engine
@@ -126,7 +129,7 @@ def test_an_exact_answer_has_the_same_bits_whoever_is_there(precision, kept, mon
         row_by_row.keep_bits(one.model)
     found = []
     for cases in (MIXED, MIXED[::-1], *([case] for case in MIXED)):
-        engine = Engine(one.model, one.tokenizer, slots=4, piece=40, exact=True)
+        engine = Engine(one.model, one.tokenizer, **{**SETTINGS, "piece": 40}, exact=True)
         engine.start()
         asked = [Asked(engine, one, q, image, [each], logprobs=3) for image, q, each in cases]
         # when a token was chosen is another time each time
@@ -388,7 +391,7 @@ def test_an_engine_that_keeps_failing_does_not_blame_a_new_request(assistant, mo
     """The last failure, in the step that running answers take before a picture is encoded, would be
     laid on the request with the picture, and the engine would go on."""
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    engine = Engine(assistant.model, assistant.tokenizer, slots=2)
+    engine = Engine(assistant.model, assistant.tokenizer, **SETTINGS)
     running = Asked(engine, assistant, "What is a ring?")
     with torch.no_grad():
         engine._admit()
@@ -429,7 +432,7 @@ def test_logits_that_are_not_finite_cost_one_answer(start, assistant):
 
 def test_an_answer_ends_where_its_slot_is_full(assistant):
     """An answer would write past its slot, or a request that fits in none would wait for ever."""
-    engine = Engine(assistant.model, assistant.tokenizer, slots=1, capacity=60)
+    engine = Engine(assistant.model, assistant.tokenizer, **{**SETTINGS, "slots": 1}, capacity=60)
     engine.start()
     asked = Asked(engine, assistant, "What?", options=[{"min_new_tokens": 90}])
     (events,) = asked.all().values()

@@ -23,13 +23,13 @@ def shared(assistant):
 
 @pytest.fixture
 def start(assistant):
-    """`start(**settings)`: a server that ends with the test."""
+    """`start(*flags, **settings)`: a server that ends with the test."""
     from served import Running
 
     started = []
 
-    def begin(**settings) -> Running:
-        started.append(Running(assistant, **settings))
+    def begin(*flags, **settings) -> Running:
+        started.append(Running(assistant, *flags, **settings))
         return started[-1]
 
     yield begin

@@ -124,7 +124,7 @@ def test_openai_errors(openai, shared, start):
 
 def test_openai_waits_for_a_full_queue(openai, start):
     """Clients at a full server would fail instead of trying again when they are told to."""
-    running = start(engine={"slots": 1, "waiting": 1})
+    running = start("--slots", "1", "--queue", "1")
     client = client_of(running, openai.OpenAI, max_retries=20)
     hello = [{"role": "user", "content": "What is a ring?"}]
     more = {"min_tokens": 60}
@@ -156,7 +156,7 @@ def test_openai_waits_for_a_full_queue(openai, start):
 
 def test_openai_hangs_up_in_the_middle(openai, start):
     """A stream that its reader gives up would hold its slot until its last token."""
-    running = start(engine={"slots": 1})
+    running = start("--slots", "1")
 
     async def give_up() -> None:
         async with client_of(running, openai.AsyncOpenAI) as client:

@@ -83,7 +83,7 @@ def test_the_page_is_open_to_links_and_the_rest_is_not(assistant):
         assert running.send("GET", "/", host="evil.example")[0] == 400
     finally:
         running.close()
-    running = Running(assistant, page=False)
+    running = Running(assistant, "--no-page")
     try:
         assert running.send("GET", "/")[0] == running.send("GET", "/page/page.js")[0] == 404
     finally:

@@ -228,7 +228,7 @@ def test_a_stream_says_what_the_whole_answer_says(shared):
 def test_a_silent_stream_is_kept_awake(start, monkeypatch):
     """Also while it waits in the queue: proxies close silent streams."""
     monkeypatch.setattr(application, "PING", 0.01)
-    running = start(engine={"slots": 1})
+    running = start("--slots", "1")
     one = Streaming(running, LONG)
     assert one.read_until(b'"content":')
     two = Streaming(running, {"max_tokens": 2})
@@ -241,7 +241,7 @@ def test_a_silent_stream_is_kept_awake(start, monkeypatch):
 @pytest.mark.parametrize("stream", [True, False])
 def test_nobody_computes_for_a_client_that_went_away(start, stream):
     """The answers of clients that left would keep the slots busy."""
-    running = start(engine={"slots": 2})
+    running = start("--slots", "2")
     gone = Streaming(running, {**LONG, "n": 2}, stream)
     if stream:
         assert gone.read_until(b'"content":')
@@ -254,7 +254,7 @@ def test_nobody_computes_for_a_client_that_went_away(start, stream):
 
 def test_a_full_queue_says_when_to_come_again(start):
     """A full server would let requests wait without end, or not say when to retry."""
-    running = start(engine={"slots": 1, "waiting": 1})
+    running = start("--slots", "1", "--queue", "1")
     busy = [Streaming(running, LONG) for _ in range(2)]
     wait_until(lambda: running.engine.full)
     body = {"messages": [{"role": "user", "content": "?"}]}
@@ -267,7 +267,7 @@ def test_a_full_queue_says_when_to_come_again(start):
 
 def test_what_fails_after_the_start_is_an_event_and_a_whole_body(start, assistant):
     """A client would take a broken-off answer for a whole one."""
-    running = start(engine={"slots": 1})
+    running = start("--slots", "1")
     one = Streaming(running, LONG)
     assert one.read_until(b'"content":')
     two = Streaming(running, LONG)

@@ -155,7 +155,7 @@ def test_contrast_is_refused_where_it_cannot_be(shared, assistant):
         "n",
         "n is 3, this server makes 2 answers at once (--slots)",
     )
-    running = Running(assistant, engine={"slots": 1})
+    running = Running(assistant, "--slots", "1")
     try:
         found = refused(running, contrast={"method": "vcd"})
     finally:

@@ -243,7 +243,7 @@ def test_what_the_schema_allows_is_answered(shared, tmp_path):
 def test_who_hangs_up_frees_the_slot(start, count):
     """Before the first token, while its prompt is read, in the middle of an answer, in the middle of
     its body, streamed or not: each leaves nothing behind."""
-    running = start(engine={"slots": 2, "piece": 16})
+    running = start("--slots", "2", "--prefill-chunk", "16")
     chance, left = random.Random(1), 0
     for i in range(count):
         stream = bool(i % 2)
@@ -314,7 +314,7 @@ def test_who_does_not_read_is_given_up(start, monkeypatch, count):
     """An answer that nobody reads would be held in memory, and its slot with it."""
     monkeypatch.setattr(serving, "SEND", 0.3)
     monkeypatch.setattr(application, "PING", 0.001)
-    running, stalled = start(engine={"slots": 1}), []
+    running, stalled = start("--slots", "1"), []
     running.listener.setsockopt(
         socket.SOL_SOCKET, socket.SO_SNDBUF, 8192
     )  # of its connections, too

@@ -7,11 +7,12 @@ import json
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from paths import ROOT
 
-from minillava.generate.engine import Engine
+from minillava.serve.flags import make_parser
 from minillava.serve.run import listen
 
 serving, application, services = (
@@ -23,18 +24,21 @@ SHAPES = ROOT / "weights" / "shapes"
 LONG = {"min_tokens": 900, "max_tokens": 900}
 
 
-class Running:
-    """A server in a thread of this process."""
+NAMES = ("--served-model-name", "shapes", "--served-model-name", "small")
 
-    def __init__(self, assistant, engine=(), **settings):
-        self.engine = Engine(assistant.model, assistant.tokenizer, **{"slots": 4, **dict(engine)})
-        self.engine.start()
-        service = services.Service(
-            assistant, self.engine, services.Settings(names=["shapes", "small"])
-        )
+
+class Running:
+    """A server in a thread of this process: with the door's flags, and settings that replace what
+    these say."""
+
+    def __init__(self, assistant, *flags, **settings):
+        args = make_parser().parse_args(["--slots", "4", *NAMES, *flags])
+        self.engine = serving.start_engine(args, assistant)
+        given = serving.read_settings(args, "shapes", "127.0.0.1", [])
+        service = services.Service(assistant, self.engine, replace(given, **settings))
         self.listener = listen("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
-        config = serving.configure(application.build(service, **settings), 5)
+        config = serving.configure(application.build(service), 5)
         self.server = serving.Server(config, self.engine, 5, "somewhere")
         self.thread = threading.Thread(
             target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True

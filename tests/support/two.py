@@ -100,7 +100,8 @@ def everything(assistant) -> dict[str, object]:
 
 def by_engine(assistant) -> list[str]:
     """All questions at once, one of them answered twice, which copies a cache."""
-    engine, events = Engine(assistant.model, assistant.tokenizer, slots=3), queue.Queue()
+    settings = {"slots": 3, "waiting": 3, "piece": 64, "pictures": 1}
+    engine, events = Engine(assistant.model, assistant.tokenizer, **settings), queue.Queue()
     pixels, left = assistant.image_processor(PICTURE)[0], 0
     for number, question in enumerate(QUESTIONS):
         options = [assistant.options()] * (1 + (number == 0))
