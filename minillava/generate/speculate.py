@@ -330,7 +330,8 @@ def guess(draft: Draft, pace: Pace, most: int, model: Llava) -> tuple[Tree, Tree
     if count <= 0 and pace.guess_cost != 0:
         return none, none
     found = draft.propose(max(count, 1))
-    found = text_only(found if isinstance(found, Tree) else chain(found), model)
+    found = found if isinstance(found, Tree) else chain(found)
+    found = text_only(found.first(max(count, 1)), model)
     if model.language_model.one_by_one:
         found = found.as_chain()
     tree = pace.cut(found) if count > 0 else none
