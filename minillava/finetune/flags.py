@@ -3,7 +3,8 @@ torch is imported."""
 
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 from minillava.cli.arguments import (
     Parser,
@@ -15,7 +16,7 @@ from minillava.cli.flags import (
     add_output_arguments,
     flag,
 )
-from minillava.finetune.recipe import LEARN, MEANS, ORDERS, RECIPES, Recipe
+from minillava.finetune.recipe import INITS, LEARN, MEANS, ORDERS, RECIPES, Recipe
 from minillava.finetune.watch import LOGGERS
 from minillava.options import ASPECTS, DEVICES, KINDS
 from minillava.templates import TEMPLATES
@@ -47,6 +48,8 @@ FLAGS = (
          "learnt in [[ ]], and stop"),
     flag("--plan", action="store_true", help="say what would be learnt, and stop"),
     flag("--skip-bad", action="store_true", help="leave rows out that cannot be learnt"),
+    flag("--missing-images", choices=("error", "skip"), default="error", help="skip: leave rows "
+         "out whose picture is not there (default: %(default)s)"),
     flag("--resume", action="store_true", help="go on with the run in OUT"),
     flag("--save-every", type=int, default=100, metavar="N", help="updates (default: %(default)s)"),
     flag("--val", type=path_name, metavar="FILE", help="rows that are measured, instead of "
@@ -55,8 +58,9 @@ FLAGS = (
     flag("--early-stop", type=int, metavar="N", help="after so many evaluations without gain"),
     flag("--log", action="append", choices=LOGGERS, default=[], help="besides log.jsonl; needs "
          "the extra of that name"),
-    flag("--checkpoint", choices=("on", "off"), default="off", help="compute each block again in "
-         "the backward pass: the same bits in less memory (default: %(default)s)"),
+    flag("--checkpoint", choices=("auto", "on", "off"), default="auto", help="compute each block "
+         "again in the backward pass: the same bits in less memory; auto: if the plan does not fit "
+         "without (default: %(default)s)"),
     flag("--layout", choices=("hf", "llava"), help="of a LoRA (default: as MODEL)"),
     flag("--merged", action="store_true", help="also write the whole model with the LoRA in it"),
 )  # fmt: skip
@@ -75,6 +79,8 @@ RECIPE_FLAGS = (
     flag("--rank", type=int, metavar="N", help="of the LoRA"),
     flag("--alpha", type=float, metavar="X", help="the LoRA counts alpha / rank (default: twice "
          "the rank)"),
+    flag("--rslora", action="store_true", help="... or alpha / its square root"),
+    flag("--init", choices=INITS, help="how A of the LoRA begins (default: kaiming)"),
     flag("--heads", type=int, metavar="N", help=f"of Medusa (default: {Recipe.heads})"),
     flag("--dropout", type=float, metavar="X", help="of what the LoRA reads"),
     flag("--batch", type=int, metavar="N", help="rows that are computed at once"),
@@ -98,6 +104,29 @@ RECIPE_FLAGS = (
 )  # fmt: skip
 
 
+class Source(NamedTuple):
+    """A file of rows, and how often each of its rows is learnt in an epoch."""
+
+    path: Path
+    weight: float = 1.0
+
+
+def source(text: str) -> Source:
+    """FILE or FILE:WEIGHT. Raises argparse.ArgumentTypeError for a weight out of range."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        number = float(weight)
+    except ValueError:  # no weight: a colon of the name, as in C:\rows.json
+        return Source(path_name(text))
+    if not colon or Path(text).exists():
+        return Source(path_name(text))
+    if not 0 < number <= 1000:
+        raise argparse.ArgumentTypeError(
+            f"{text}: its weight is {weight}, expected a number above 0, at most 1000"
+        )
+    return Source(path_name(path), number)
+
+
 def make_parser(prog: str = "python -m minillava.finetune") -> Parser:
     parser = new_parser(
         prog,
@@ -106,7 +135,13 @@ def make_parser(prog: str = "python -m minillava.finetune") -> Parser:
         HELP,
     )
     parser.add_argument("model", metavar="MODEL", help="folder of LLaVA-1.5 weights, or hub id")
-    parser.add_argument("data", type=path_name, metavar="DATA", help="rows, JSON or JSON lines")
+    parser.add_argument(
+        "data",
+        type=source,
+        nargs="+",
+        metavar="DATA",
+        help="rows, JSON or JSON lines; FILE:0.5 learns half of its rows, FILE:2 each twice",
+    )
     add_flags(parser, "the run", FLAGS)
     add_flags(parser, "the recipe; where nothing is given, its own numbers stand", RECIPE_FLAGS)
     group = parser.add_argument_group("model")
@@ -159,5 +194,6 @@ def read_options(model: object, data: object, options: Mapping[str, Any]) -> arg
         elif value is not None and value is not False:
             several = value if isinstance(value, (list, tuple)) else [value]
             given += [f"{spelled[name]}={one}" for one in several]
-    (args,) = read_flags(parser, [*given, "--", str(model), str(data)])
+    files = data if isinstance(data, (list, tuple)) else [data]
+    (args,) = read_flags(parser, [*given, "--", str(model), *map(str, files)])
     return args

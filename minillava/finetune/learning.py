@@ -22,7 +22,7 @@ def prepare(model: Llava, recipe: Recipe, again: bool = False) -> dict[str, nn.P
     if recipe.learn == "medusa":
         return add_heads(model, recipe.heads)
     if recipe.learn == "lora":
-        add_lora(model, recipe.rank, recipe.alpha, recipe.dropout, recipe.seed)
+        add_lora(model, recipe)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_" in name)
         model.language_model.train()
@@ -41,10 +41,13 @@ def learnt_of(model: Llava) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def blocks_of(model: Llava) -> list[nn.Module]:
+    return [*model.language_model.layers, *model.vision_tower.encoder.layers]
+
+
 def compute_again(model: Llava) -> None:
     """Of each block only the input is kept for the backward pass, which computes the rest anew."""
-    blocks: list[nn.Module] = [*model.language_model.layers, *model.vision_tower.encoder.layers]
-    for block in blocks:
+    for block in blocks_of(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
@@ -76,7 +79,8 @@ def parameter_groups(learning: dict[str, nn.Parameter], recipe: Recipe) -> list[
 
 
 def make_optimiser(learning: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
-    """torch's AdamW. On a CPU the fused variant rounds differently from the two others."""
+    """torch's AdamW. On a CPU the fused variant rounds differently from the two others, and the one
+    for many tensors at once (foreach) makes copies of all that learns."""
     cuda = next(iter(learning.values())).device.type == "cuda"
     groups = parameter_groups(learning, recipe)
-    return torch.optim.AdamW(groups, lr=0.0, fused=cuda, foreach=not cuda)
+    return torch.optim.AdamW(groups, lr=0.0, fused=cuda, foreach=False)

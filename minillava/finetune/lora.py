@@ -10,19 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillava.fast.quantize import QuantisedLinear
+from minillava.finetune.recipe import Recipe
 from minillava.llava import Llava
 
 
 class LoraLinear(nn.Module):
     """A linear layer with a LoRA. A and B are float32 over a narrower W; A is initialised as in
-    PEFT, B with zeros, so that the output is unchanged before the first update."""
+    PEFT, B with zeros, so that the output is unchanged before the first update. The scale is
+    alpha / r, or alpha / √r (rsLoRA, Kalajdzievski 2023)."""
 
-    def __init__(self, base: nn.Linear | QuantisedLinear, rank: int, alpha: float, dropout: float):
+    def __init__(self, base: nn.Linear | QuantisedLinear, recipe: Recipe):
         super().__init__()
-        self.base, self.scale, self.dropout = base, alpha / rank, dropout
+        self.base, self.dropout, rank = base, recipe.dropout, recipe.rank
+        self.scale = recipe.alpha / (math.sqrt(rank) if recipe.rslora else rank)
         kept = base.weight
         a = torch.empty(rank, base.in_features, device=kept.device)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if recipe.init == "gaussian":
+            nn.init.normal_(a, std=1 / rank)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         dtype = torch.float64 if kept.dtype == torch.float64 else torch.float32
         self.lora_A = nn.Parameter(a.to(dtype))  # [r, C]
         b = torch.zeros(base.out_features, rank, device=kept.device, dtype=dtype)
@@ -37,16 +43,16 @@ class LoraLinear(nn.Module):
         return (y + gain).to(y.dtype)
 
 
-def add_lora(model: Llava, rank: int, alpha: float, dropout: float, seed: int) -> None:
+def add_lora(model: Llava, recipe: Recipe) -> None:
     """A LoRA on every linear layer of the language model's blocks. The vision tower has layers of
     the same names, and gets none."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(recipe.seed)
         for block in model.language_model.layers:
             for part in (block.self_attn, block.mlp):
                 for name, base in list(part.named_children()):
                     if isinstance(base, (nn.Linear, QuantisedLinear)):
-                        part.add_module(name, LoraLinear(base, rank, alpha, dropout))
+                        part.add_module(name, LoraLinear(base, recipe))
 
 
 def lora_layers(model: Llava) -> dict[str, LoraLinear]:

@@ -19,7 +19,8 @@ from minillava.attention import eager, fused
 from minillava.checkpoint.place import available_memory
 from minillava.config import LlavaConfig
 from minillava.fast.quantize import stored_shapes
-from minillava.finetune.learning import learnt_of, prepare
+from minillava.finetune import processes
+from minillava.finetune.learning import blocks_of, learnt_of, prepare
 from minillava.finetune.loop import arithmetic
 from minillava.finetune.recipe import Recipe
 from minillava.finetune.rows import Example
@@ -33,7 +34,8 @@ CHECKED = 2.0  # seconds that a block is measured for, at least once
 @dataclass(frozen=True)
 class Plan:
     """The sizes of a run; bytes where nothing else is said. activations: what a micro-batch keeps
-    for its backward pass, logits with it, at the longest row. learnt: parameters by part."""
+    for its backward pass, logits with it, at the longest row; again: if blocks are computed again.
+    learnt: parameters by part."""
 
     total: int
     learnt: dict[str, int]
@@ -41,17 +43,16 @@ class Plan:
     gradients: int
     moments: int
     activations: int
+    again: int
 
-    @property
-    def memory(self) -> int:
-        return self.weights + self.gradients + self.moments + self.activations
+    def memory(self, again: bool) -> int:
+        activations = self.again if again else self.activations
+        return self.weights + self.gradients + self.moments + activations
 
 
-def make_plan(
-    config: LlavaConfig, recipe: Recipe, examples: Sequence[Example], again: bool
-) -> Plan:
+def make_plan(config: LlavaConfig, recipe: Recipe, examples: Sequence[Example]) -> Plan:
     """The sizes of a run on a CPU; on a GPU, whose attention keeps no weights, activations are
-    less. again: blocks are computed again in the backward pass."""
+    less."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # which takes a second to import
 
     dtype = getattr(torch, recipe.dtype)
@@ -76,8 +77,21 @@ def make_plan(
         4 * numbers + sum(_stored(n, s, held, recipe.quantize) for n, s in frozen.items()),
         4 * numbers,
         8 * numbers + 4 * len(learning),  # and the number of the step, one a tensor
-        kept.again if again else kept.bytes,
+        kept.bytes,
+        kept.again,
     )
+
+
+def checkpoints(wish: str, plan: Plan, device: str) -> bool:
+    """Whether blocks are computed again in the backward pass: on, off, or auto, if the plan without
+    does not fit in what is free, of which each process on a CPU has its part. All processes of a
+    run get one answer, since in a block they wait for each other's weights."""
+    if wish != "auto":
+        return wish == "on"
+    free = available_memory(device)
+    if free is not None and device == "cpu":
+        free //= processes.count()
+    return processes.anybody(free is not None and plan.memory(again=False) > free)
 
 
 def _convert(model: Llava, names: Iterable[str], dtype: torch.dtype) -> None:
@@ -97,12 +111,18 @@ def longest(examples: Sequence[Example], batch: int) -> list[Example]:
 
 class Kept(saved_tensors_hooks):
     """Counts what a forward pass keeps for the backward pass, beside the model itself, each
-    memory once. again: the count where only the inputs of blocks are kept, and one block."""
+    memory once. between: the count where of blocks only the inputs are kept; again: and one block,
+    as it is computed again."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Llava):
         self.model = {p.untyped_storage()._cdata for p in model.parameters()}
         self.found: dict[int, Tensor] = {}
-        self.inputs, self.blocks = 0, [0]
+        self.inputs: dict[int, Tensor] = {}
+        self.blocks: list[set[int]] = []
+        self.before: set[int] = set()
+        for block in blocks_of(model):
+            block.register_forward_pre_hook(self._enter)
+            block.register_forward_hook(self._leave)
         super().__init__(self.note, lambda tensor: tensor)
 
     def note(self, tensor: Tensor) -> Tensor:
@@ -112,13 +132,35 @@ class Kept(saved_tensors_hooks):
             self.found[key] = tensor  # which keeps its address from being used again
         return tensor
 
+    def _enter(self, block: nn.Module, given: tuple) -> None:
+        self.before = set(self.found)
+
+    def _leave(self, block: nn.Module, given: tuple, out: object) -> None:
+        new = self.found.keys() - self.before
+        if new:  # a block that does not learn, of which nothing is kept, keeps no input either
+            self.blocks.append(new)
+            for each in (*given[:1], *(given[1][:3] if given[1:] else ())):  # x, the context
+                if each is not None:
+                    self.inputs[each.untyped_storage()._cdata] = each
+
     @property
     def bytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.found.values())
+        return _bytes(self.found.values())
+
+    @property
+    def between(self) -> int:
+        inside = set().union(*self.blocks)
+        outside = {key: t for key, t in self.found.items() if key not in inside}
+        return _bytes({**outside, **self.inputs}.values())
 
     @property
     def again(self) -> int:
-        return self.bytes - sum(self.blocks) + max(self.blocks) + self.inputs
+        of_blocks = [[self.found[k] for k in block - self.inputs.keys()] for block in self.blocks]
+        return self.between + max(map(_bytes, of_blocks), default=0)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def _forward(model: Llava, examples: Sequence[Example], kept: Kept) -> None:
@@ -135,10 +177,7 @@ def _forward(model: Llava, examples: Sequence[Example], kept: Kept) -> None:
     mask = None if min(lengths) == max(lengths) else torch.ones(shape[:2], dtype=torch.bool)
     context = _context(model, x, mask)
     for block in model.language_model.layers:
-        before = kept.bytes
         x, _ = block(x, context)
-        kept.blocks.append(kept.bytes - before)
-        kept.inputs += x.nbytes
     x = model.language_model.norm(x)
     learnt = sum(example.learnt for example in examples)
     # A mask chooses the positions that are learnt; how many it does is not known without numbers.
@@ -167,11 +206,8 @@ def _stored(name: str, shape: torch.Size, dtype: torch.dtype, quantize: str | No
     return sum(prod(part) * kind.itemsize for part, kind in parts)
 
 
-def told(
-    config: LlavaConfig, recipe: Recipe, examples: Sequence[Example], again: bool, device: str
-) -> str:
-    """The plan in four lines: what learns, from how many rows, in how much memory and time."""
-    plan = make_plan(config, recipe, examples, again)
+def told(plan: Plan, recipe: Recipe, examples: Sequence[Example], again: bool, device: str) -> str:
+    """The plan in three lines: what learns, from how many rows, in how much memory."""
     parts = ", ".join(
         f"{part} {numbers / 1e6:.1f} M at {recipe.rate_of(part):g}"
         for part, numbers in plan.learnt.items()
@@ -185,21 +221,21 @@ def told(
         f"rows     {rows:,}, {updates:,} update(s) of {recipe.batch * recipe.accumulate} rows in "
         f"micro-batches of {recipe.batch}, longest {most:,} positions",
         f"memory   weights {plan.weights / 1e9:.2f} + gradients and moments "
-        f"{(plan.gradients + plan.moments) / 1e9:.2f} + activations {plan.activations / 1e9:.2f}"
-        f"{' (checkpointing)' * again} = {plan.memory / 1e9:.2f} GB"
+        f"{(plan.gradients + plan.moments) / 1e9:.2f} + activations "
+        f"{(plan.again if again else plan.activations) / 1e9:.2f}{' (checkpointing)' * again} = "
+        f"{plan.memory(again) / 1e9:.2f} GB"
         + ("" if free is None else f"; free {free / 1e9:.1f} GB"),
     ]
-    if recipe.learn != "medusa":
-        seconds = estimate_seconds(config, recipe, examples, again, device)
-        lines.append(f"time     about {_words(seconds)} here, from one block that was measured")
-    return "".join(f"{line}\n" for line in lines)
+    return "\n".join(lines)
 
 
-def _words(seconds: float) -> str:
-    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+def told_time(seconds: float) -> str:
+    """The line of the plan that says how long it takes."""
+    words = f"{seconds:.0f} seconds"
+    for size, name in ((60, "minutes"), (3600, "hours"), (86400, "days")):
         if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {name}"
-    return f"{seconds:.0f} seconds"
+            words = f"{seconds / size:.0f} {name}"
+    return f"time     about {words} here, from one block that was measured"
 
 
 def estimate_seconds(

@@ -11,6 +11,7 @@ from minillava.templates import DEFAULT_TEMPLATE, TEMPLATES
 LEARN = ("projector", "lora", "language", "everything", "medusa")
 MEANS = ("tokens", "microbatch")
 ORDERS = ("length", "shuffle", "file")
+INITS = ("kaiming", "gaussian")
 PRECISIONS = ("auto", "float32", "bfloat16", "float64")
 
 
@@ -20,13 +21,15 @@ class Recipe:
 
     learn: the projector alone; LoRA on the language model's linear layers, and the projector; the
     whole language model, and the projector; everything, the vision tower with them; or so many
-    `heads` of Medusa. accumulate: micro-batches of `batch` rows that make an update, over all
-    processes. updates: instead of epochs. max_length: positions of a row, with those of pictures.
-    warmup: the share of updates until the full rate. clip: the largest norm of an update's
-    gradient; 0 for none. loss_mean: over the tokens of an update, or of each micro-batch alone as
-    LLaVA was trained. quantize: the frozen language model in 8 or 4 bits a weight. hold_out: the
-    share of rows that are not learnt, but measured. dtype: in which products are computed, and
-    frozen weights held; what learns is float32. Raises ValueError for values out of range.
+    `heads` of Medusa. rslora: the LoRA counts alpha / √rank, not alpha / rank. init: how its A
+    begins, as PEFT's init_lora_weights. accumulate: micro-batches of `batch` rows that make an
+    update, over all processes. updates: instead of epochs. max_length: positions of a row, with
+    those of pictures. warmup: the share of updates until the full rate. clip: the largest norm of
+    an update's gradient; 0 for none. loss_mean: over the tokens of an update, or of each micro-
+    batch alone as LLaVA was trained. quantize: the frozen language model in 8 or 4 bits a weight.
+    hold_out: the share of rows that are not learnt, but measured. dtype: in which products are
+    computed, and frozen weights held; what learns is float32. Raises ValueError for values out of
+    range.
     """
 
     learn: str = "lora"
@@ -37,6 +40,8 @@ class Recipe:
     vision_rate: float = 2e-6
     rank: int = 128
     alpha: float = 256
+    rslora: bool = False
+    init: str = "kaiming"
     dropout: float = 0.05
     batch: int = 16
     accumulate: int = 8
@@ -55,7 +60,8 @@ class Recipe:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        choices = {"learn": LEARN, "order": ORDERS, "loss_mean": MEANS, "aspect": ASPECTS}
+        choices = {"learn": LEARN, "order": ORDERS, "loss_mean": MEANS, "aspect": ASPECTS,
+                   "init": INITS}  # fmt: skip
         for name, known in {**choices, "template": tuple(TEMPLATES)}.items():
             expect_one_of(name, vars(self)[name], known)
         expect_one_of("quantize", self.quantize, (None, *KINDS))

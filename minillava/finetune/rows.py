@@ -6,6 +6,7 @@ A row is a picture and a conversation about it, as LLaVA's files have them: `{"i
 
 import hashlib
 import json
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ class Found:
     first_dropped: int = 0  # answers before the first question
     last_dropped: int = 0  # questions without an answer at the end
     repeated: int = 0  # ids that stand on more than one row
+    missing: int = 0  # rows left out since a picture is not there
+    first: dict[str, str] = field(default_factory=dict)  # problem -> what the first row has of it
 
     def counts(self) -> str:
         """The rows in numbers, as one line."""
@@ -62,6 +65,7 @@ class Found:
             (self.first_dropped, "answers before a first question left out"),
             (self.last_dropped, "questions without an answer left out"),
             (self.repeated, "ids on more than one row"),
+            (self.missing, "rows left out whose picture is not there"),
             (
                 sum(len(row.pictures) > 1 for row in self.rows),
                 "rows with several pictures, of which LLaVA-1.5 never saw one",
@@ -77,7 +81,8 @@ class Found:
         lines = []
         for what, names in self.problems.items():
             more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-            lines.append(f"row {', '.join(names[:SHOWN])}{more} {what}")
+            first = f" (first: {self.first[what]})" if what in self.first else ""
+            lines.append(f"row {', '.join(names[:SHOWN])}{more} {what}{first}")
         bad = sum(map(len, self.problems.values()))
         first = f"{path}: {bad:,} row(s) cannot be learnt: {lines[0]}; --skip-bad leaves them out"
         raise ValueError("\n  ".join([first, *lines[1:]]))
@@ -87,11 +92,21 @@ class Bad(ValueError):
     """What is wrong with one row; the message is the kind."""
 
 
-def read_rows(path: Path, images: Path | None = None, plain: bool = False) -> Found:
+class Missing(Bad):
+    """A picture that cannot be learnt from is named, and which."""
+
+    def __init__(self, kind: str, picture: Path):
+        super().__init__(kind)
+        self.picture = picture
+
+
+def read_rows(
+    path: Path, images: Path | None = None, plain: bool = False, skip_missing: bool = False
+) -> Found:
     """The rows of a file, a JSON list or JSON lines. images: the folder that pictures are named
-    from. plain: captions, of which the question is not learnt from. Raises FileNotFoundError,
-    OSError or ValueError for a file that cannot be read; what is wrong with rows is in `problems`.
-    """
+    from. plain: captions, of which the question is not learnt from. skip_missing: rows whose
+    picture is not there are counted and left out. Raises FileNotFoundError, OSError or ValueError
+    for a file that cannot be read; what is wrong with rows is in `problems`."""
     found = Found()
     ids: Counter[str] = Counter()
     for number, raw in enumerate(_raw_rows(path)):
@@ -104,10 +119,17 @@ def read_rows(path: Path, images: Path | None = None, plain: bool = False) -> Fo
                 ids[str(raw["id"])] += 1
             found.rows.append(_row(name, raw, images or path.parent, plain, found))
         except Bad as error:
+            if isinstance(error, Missing):
+                if skip_missing:
+                    found.missing += 1
+                    continue
+                found.first.setdefault(str(error), str(error.picture))
             found.problems.setdefault(str(error), []).append(name)
     found.repeated = sum(count > 1 for count in ids.values())
     if not found.rows and not found.problems:
-        raise ValueError(f"{path}: has no rows; expected a list of conversations")
+        none = f"has no row whose picture is in {images or path.parent}; is --images another?"
+        empty = "has no rows; expected a list of conversations"
+        raise ValueError(f"{path}: {none if found.missing else empty}")
     return found
 
 
@@ -194,9 +216,9 @@ def _pictures(raw: dict[str, Any], images: Path) -> tuple[Path, ...]:
         except (OSError, ValueError):  # a name too long, or with a zero in it
             size = None
         if size is None:
-            raise Bad("names a picture that is not there")
+            raise Missing("names a picture that is not there", path)
         if size == 0:
-            raise Bad("names a picture of no bytes")
+            raise Missing("names a picture of no bytes", path)
     return paths
 
 
@@ -229,6 +251,15 @@ def hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
         number = int.from_bytes(hashlib.sha256(key.encode(errors="replace")).digest()[:8], "big")
         sides[number < share * 2**64].append(row)
     return sides
+
+
+def weighted(rows: Sequence[Row], weight: float, seed: int) -> list[Row]:
+    """Each row so often as the weight says; of what is left after whole times, a part of the rows
+    that the seed draws, in the order of the file."""
+    whole = int(weight)
+    count = round((weight - whole) * len(rows))
+    drawn = sorted(random.Random(seed).sample(range(len(rows)), count))
+    return [*rows] * whole + [rows[i] for i in drawn]
 
 
 # ----------------------------------------------------------------------------------- what is learnt

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from minillava.cli.messages import Messages, show
 from minillava.files.disk import read_json
 from minillava.finetune import processes
 from minillava.finetune.flags import read_options
-from minillava.finetune.plan import told
+from minillava.finetune.plan import checkpoints, estimate_seconds, make_plan, told, told_time
 from minillava.finetune.recipe import Recipe, read_recipe
 from minillava.finetune.rows import (
     Example,
@@ -23,6 +24,7 @@ from minillava.finetune.rows import (
     encode_row,
     hold_out,
     read_rows,
+    weighted,
 )
 from minillava.finetune.session import learn
 from minillava.finetune.start import begun, settled
@@ -36,38 +38,53 @@ def run(args: argparse.Namespace) -> int:
     with begun(found, recipe.seed) as folders, processes.joined(choose_device(args.device)) as here:
         args.device = here
         messages.quiet |= processes.rank() > 0
-        rows = _rows(args.data, args, recipe, messages)
+        files = [_rows(source.path, args, recipe, messages) for source in args.data]
         parts = open_parts(folders, recipe.aspect)
         check_template(find_template(recipe.template), parts.tokenizer, parts.config.eos_token_ids)
         if args.check is not None:
-            shown = [_encode(row, parts, recipe) for row in rows[: args.check]]
+            shown = [_encode(row, parts, recipe) for row in chain(*files)][: args.check]
             return show("".join(f"{as_seen(example, parts.tokenizer)}\n" for example in shown))
-        learnt, held = _sides(args, rows, recipe, messages)
+        learnt, held = _sides(args, files, recipe, messages)
         examples = _examples(learnt, parts, recipe, messages)
         measured = _examples(held, parts, recipe, messages) if held else []
         recipe = settled(recipe, folders, here, messages)
         if recipe.aspect == "crop":
             messages.note("pictures are cropped to a square, as in LLaVA's stage 1, not padded")
+        plan = make_plan(parts.config, recipe, examples)
+        again = checkpoints(args.checkpoint, plan, here)
+        text = told(plan, recipe, examples, again, here)
         if args.plan:
-            return show(told(parts.config, recipe, examples, args.checkpoint == "on", here))
+            if recipe.learn != "medusa":
+                seconds = estimate_seconds(parts.config, recipe, examples, again, here)
+                text += f"\n{told_time(seconds)}"
+            return show(f"{text}\n")
+        for line in text.splitlines():
+            messages.note(line)
         if args.layout is None:
             args.layout = "hf" if _is_hub(folders) else "llava"
-        learn(args, recipe, folders, examples, measured, messages)
+        learn(args, recipe, folders, examples, measured, messages, again)
     return 0
 
 
 def _sides(
-    args: argparse.Namespace, rows: list[Row], recipe: Recipe, messages: Messages
+    args: argparse.Namespace, files: list[list[Row]], recipe: Recipe, messages: Messages
 ) -> tuple[list[Row], list[Row]]:
-    """The rows to learn and those to measure. Raises ValueError if a side has none."""
-    if args.val:
-        return rows, _rows(args.val, args, recipe, messages)
-    learnt, held = hold_out(rows, recipe.hold_out)
-    if recipe.hold_out and not (learnt and held):
+    """The rows to learn, by the weights of their files, and those to measure. Raises ValueError if
+    a side has none."""
+    learnt: list[Row] = []
+    held = _rows(args.val, args, recipe, messages) if args.val else []
+    for source, rows in zip(args.data, files, strict=True):
+        first, second = hold_out(rows, recipe.hold_out)
+        learnt += weighted(first, source.weight, recipe.seed)
+        held += second
+    if not learnt or (recipe.hold_out and not held):
         raise ValueError(
-            f"--hold-out {recipe.hold_out} of {len(rows)} row(s) leaves {len(learnt)} to learn and "
-            f"{len(held)} to measure; give another share"
+            f"--hold-out {recipe.hold_out} of {sum(map(len, files))} row(s), by the weights of "
+            f"their files, leaves {len(learnt)} to learn and {len(held)} to measure; give another "
+            "share, or other weights"
         )
+    if any(source.weight != 1 for source in args.data):
+        messages.note(f"{len(learnt):,} rows an epoch, by the weights of the files")
     return learnt, held
 
 
@@ -78,14 +95,17 @@ def _is_hub(folders: Folders) -> bool:
 def _rows(path: Path, args: argparse.Namespace, recipe: Recipe, messages: Messages) -> list[Row]:
     """The rows of a file. Raises ValueError naming what is wrong with them, unless that is left
     out."""
-    found = read_rows(path, args.images, recipe.template == "plain")
-    messages.note(found.counts())
+    found = read_rows(path, args.images, recipe.template == "plain", args.missing_images == "skip")
+    several = len(args.data) > 1
+    messages.note(f"{path}: {found.counts()}" if several else found.counts())
     if args.skip_bad and found.rows:
         bad = sum(map(len, found.problems.values()))
         if bad:
             messages.note(f"{bad:,} row(s) left out that cannot be learnt")
     else:
         found.refuse(path)
+    if several:
+        return [row._replace(name=f"{row.name} of {path.name}") for row in found.rows]
     return found.rows
 
 

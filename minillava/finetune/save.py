@@ -128,7 +128,7 @@ def _adapter_config(recipe: Recipe, layout: str, base: str) -> dict[str, object]
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,
+        "init_lora_weights": "gaussian" if recipe.init == "gaussian" else True,
         "lora_alpha": recipe.alpha,
         "lora_dropout": recipe.dropout,
         "modules_to_save": ["multi_modal_projector"] if layout == "hf" else None,
@@ -137,7 +137,7 @@ def _adapter_config(recipe: Recipe, layout: str, base: str) -> dict[str, object]
         "target_modules": IN_HF if layout == "hf" else list(PRODUCTS),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": recipe.rslora,
     }
 
 

@@ -51,19 +51,21 @@ def learn(
     examples: list[Example],
     held: list[Example],
     messages: Messages,
+    again: bool,
 ) -> None:
-    """Learn the examples, into --out. Raises KeyboardInterrupt when it was stopped, and saved."""
+    """Learn the examples, into --out. again: blocks are computed again in the backward pass. Raises
+    KeyboardInterrupt when it was stopped, and saved."""
     _check_whole(args, recipe, folders)
     messages.quiet |= processes.rank() > 0
     with ExitStack() as stack:
         if not processes.rank():
             _open_out(args.out, args.resume)
         processes.wait()
-        data = [args.data, *([args.val] if args.val else [])]
+        data = [*(source.path for source in args.data), *([args.val] if args.val else [])]
         about = {**describe(recipe, data, folders, examples), "processes": processes.count()}
         loggers = {} if processes.rank() else open_loggers(args.log, args.out, about)
         assistant = open_model(recipe, folders, args.device)
-        learning = prepare(assistant.model, recipe, args.checkpoint == "on")
+        learning = prepare(assistant.model, recipe, again)
         loss_of: Callable[[Llava, Batch], Tensor] = summed_loss
         if processes.count() > 1 and whole_learns(recipe):
             dtype = getattr(torch, recipe.dtype)

@@ -92,6 +92,52 @@ def test_a_bad_row_ends_a_run_before_a_model_is_opened(run_main, data, tmp_path)
     assert "1 row(s) left out" in errors
 
 
+def test_rows_without_their_picture_are_left_out_where_asked(run_main, data, tmp_path):
+    """A file of which a few pictures could not be downloaded would not be learnt at all, or
+    everything else that is wrong with it would be left out with them."""
+    rows = json.loads(data.read_text(encoding="utf-8"))
+    rows[2]["image"] = "gone.png"
+    data.write_text(json.dumps(rows), encoding="utf-8")
+    skip = ("--missing-images", "skip")
+    status, printed, errors = run_main(main, PLAIN, data, *skip, "--check", 9)
+    assert (status, printed.count("row '")) == (0, 5)
+    assert "1 rows left out whose picture is not there" in errors
+    rows[0]["conversations"][1]["value"] = ""
+    data.write_text(json.dumps(rows), encoding="utf-8")
+    status, _, errors = run_main(main, PLAIN, data, *skip, "--check", 9)
+    assert status == 1 and "row '0' (0) has an empty answer" in errors
+    status, _, errors = run_main(main, PLAIN, data, "--check", 9, "--verbose")
+    assert f"names a picture that is not there (first: {tmp_path / 'gone.png'})" in errors
+    data.write_text(json.dumps(rows[2:3]), encoding="utf-8")
+    status, _, errors = run_main(main, PLAIN, data, *skip, "--check", 9)
+    assert status == 1 and "has no row whose picture is in" in errors
+
+
+def test_rows_of_several_files_are_learnt_by_their_weights(run_main, data, tmp_path):
+    """A small file would drown in a large one, or held-out rows be learnt by another file's
+    weight. Each file's pictures lie beside it."""
+    other = tmp_path / "other"
+    other.mkdir()
+    rows = json.loads(data.read_text(encoding="utf-8"))
+    (other / "0.png").write_bytes((tmp_path / "0.png").read_bytes())
+    (other / "more.json").write_text(json.dumps(rows[:1]), encoding="utf-8")
+    out = tmp_path / "out"
+    more = f"{other / 'more.json'}:3"
+    status, _, told = run_main(main, PLAIN, data, more, "--out", out, *QUICK)
+    assert status == 0, told
+    assert "9 rows an epoch, by the weights of the files" in told
+    log = [json.loads(s) for s in (out / "log.jsonl").read_text("utf-8").splitlines()]
+    assert sum(record["rows"] for record in log) == 9
+    half = run_main(main, PLAIN, f"{data}:0.5", "--plan", *QUICK)[1]
+    assert "rows     3, 2 update(s) of 2 rows" in half
+    status, printed, _ = run_main(main, PLAIN, data, other / "more.json", "--check", 9)
+    assert status == 0 and "row '0' (0) of more.json: " in printed
+    status, _, errors = run_main(main, PLAIN, f"{data}:0.01", "--plan", *QUICK)
+    assert status == 1 and "leaves 0 to learn" in errors
+    status, _, errors = run_main(main, PLAIN, f"{data}:0", "--plan")
+    assert status == 2 and "its weight is 0, expected a number above 0" in errors
+
+
 def test_the_plan_says_what_learns_and_writes_nothing(run_main, data, tmp_path):
     """--plan would count other weights than those that learn."""
     status, printed, _ = run_main(main, PLAIN, data, "--plan", *QUICK)

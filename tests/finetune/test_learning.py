@@ -347,6 +347,33 @@ def test_a_lora_changes_nothing_before_it_has_learnt():
     assert len(lora_layers(assistant.model)) == 7 * len(assistant.model.language_model.layers)
 
 
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use of transformers
+def test_a_gaussian_start_and_the_scale_of_rslora_are_those_of_peft():
+    """The same numbers from the same seed, layer by layer: A with a deviation of 1 / r, and B·A
+    counted alpha / √r."""
+    pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    recipe = Recipe(**SHORT, init="gaussian", rslora=True)
+    learning = prepare((assistant := toy()).model, recipe)
+    theirs = hf.load(REFERENCE / "plain")
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=r".*language_model\.layers.*_proj", use_rslora=True,
+        init_lora_weights="gaussian",
+    ))  # fmt: skip
+    layers = {
+        their_name(name): module
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
+    }
+    assert layers.keys() == lora_layers(assistant.model).keys()
+    torch.manual_seed(recipe.seed)
+    for name, layer in layers.items():
+        layer.reset_lora_parameters("default", "gaussian")
+        assert torch.equal(layer.lora_A["default"].weight, learning[f"{name}.lora_A"]), name
+        assert layer.scaling["default"] == lora_layers(assistant.model)[name].scale
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_gradient_through_quantised_weights_is_that_through_the_numbers_they_stand_for(kind):
     """In float64, where the order of a sum does not show."""
