@@ -218,7 +218,7 @@ class Assistant:
         answer that does not fit the model's context."""
         expect_texts(answers, "answers", "a list of texts")
         pictures = as_list(image)
-        asked = place_images(question, len(pictures))
+        asked = place_images(question, len(pictures), self.template.one_line)
         # what is too long is refused before it is read
         self.tokenize(self.prompt(question, len(pictures), system))
         for answer in answers:
@@ -234,7 +234,8 @@ class Assistant:
     def prompt(self, question: str, images: int = 1, system: str | None = None) -> Prompt:
         """The exact prompt: the question, its pictures placed, in the template. system: instead of
         the template's."""
-        return render(self.template, [(place_images(question, images), None)], system)
+        placed = place_images(question, images, self.template.one_line)
+        return render(self.template, [(placed, None)], system)
 
     def tokenize(self, prompt: str) -> list[int]:
         """Token ids of a prompt, -200 for each picture. Raises ValueError, before anything is
@@ -300,7 +301,7 @@ def load(
     is fast, else float32) or a name. attention: fused, eager. quantize: int8, int4: the language
     model's linear layers in so many bits a weight. compile: the decoding step by torch.compile, for
     a GPU. vision_tower, model_base, adapter: other folders of the model (checkpoint/folders.py).
-    template: a name of TEMPLATES. image_aspect_ratio: pad or crop, instead of config.json's.
+    template: a name of TEMPLATES. image_aspect_ratio: one of ASPECTS, instead of config.json's.
     parallel: over the processes that torchrun started (fast/parallel.py). Warns of unread weights.
     Raises OSError, TypeError, or ValueError with a line for each misfit tensor.
     """
@@ -309,7 +310,8 @@ def load(
     expect_one_of("attention", attention, ATTENTION)
     expect_one_of("quantize", quantize, (None, *KINDS))
     parts = open_parts(folders, image_aspect_ratio)
-    style = find_template(template_of(parts.tokenizer.added) if template is None else template)
+    known = parts.config.template or template_of(parts.tokenizer.added)
+    style = find_template(known if template is None else template)
     disk, (share, place) = parts.weights, join(choose_device(str(device)), parallel)
     kind = choose_dtype(dtype_name(dtype), place, disk.dtype(), disk.parameters())
     model = together(

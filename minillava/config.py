@@ -20,8 +20,8 @@ IM_START, IM_END, IM_PATCH = "<im_start>", "<im_end>", "<im_patch>"
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The CLIP vision tower. The defaults are those of transformers' CLIPVisionConfig (ViT-B/32),
-    which is what a config.json means by the fields it leaves out."""
+    """The vision tower, CLIP or SigLIP. The defaults are those of transformers' CLIPVisionConfig
+    (ViT-B/32), which is what a config.json means by the fields it leaves out."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -31,11 +31,17 @@ class VisionConfig:
     patch_size: int = 32
     num_channels: int = 3
     layer_norm_eps: float = 1e-5
+    siglip: bool = False  # no class token, no norm before the blocks, another GELU (vision.py)
 
     @property
     def num_patches(self) -> int:
         """Patches per picture: (336 / 14)² = 24 × 24 = 576 for LLaVA-1.5."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_positions(self) -> int:
+        """The patches, and CLIP's class token."""
+        return self.num_patches + (not self.siglip)
 
 
 CLIP_LARGE_336 = VisionConfig(
@@ -51,7 +57,8 @@ CLIP_LARGE_336 = VisionConfig(
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The Llama language model. The defaults are those of transformers' LlamaConfig."""
+    """The language model, Llama or a relative. The defaults are those of transformers'
+    LlamaConfig."""
 
     # 32064 on the hub: <image>, <pad>, and unused rows up to a multiple of 64
     vocab_size: int = 32000
@@ -66,6 +73,7 @@ class TextConfig:
     rope_theta: float = 10000.0
     rope_factor: float = 1.0  # "linear" rope scaling: positions are divided by it
     tie_word_embeddings: bool = False  # True: the head is the embedding table
+    qkv_bias: bool = False  # Qwen2 adds a bias to queries, keys and values
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
@@ -94,6 +102,7 @@ class LlavaConfig:
     eos_token_ids: tuple[int, ...] = (2,)
     pad_token_id: int = 2
     image_aspect_ratio: str = "pad"
+    template: str = ""  # the one of its kind; "": the added tokens tell (templates.template_of)
     vision_tower_name: str | None = None  # where the original dialect says its tower comes from
     added_tokens: tuple[str, ...] = ()  # IM_PATCH, or IM_START and IM_END
     # True if config.json describes the tower; if not, its tensors do (checkpoint/towers.py)

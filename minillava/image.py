@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from minillava.files.pictures import Images, ImageSource, as_list, open_image
-from minillava.files.resize import BICUBIC, WHOLE_SQUARE, cut_very_long, pad_and_resize
+from minillava.files.resize import BICUBIC, WHOLE_SQUARE, cut_very_long, pad_and_resize, squash
 from minillava.options import ASPECTS, expect_one_of
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -23,7 +23,7 @@ class ImageProcessor:
 
     aspect "pad" (LLaVA-1.5's training): the picture is centred on a square of the mean colour,
     nothing is lost. aspect "crop" (CLIP's, and the llava-hf default): the short side fits, the ends
-    of the long side are cut off.
+    of the long side are cut off. aspect "squash" (SigLIP's): both sides fit, proportions are lost.
     """
 
     def __init__(
@@ -48,6 +48,8 @@ class ImageProcessor:
         """A picture of any size -> the RGB R x R picture the model sees. Raises FileNotFoundError
         or ValueError if it cannot be opened (see open_image)."""
         image = open_image(source)
+        if self.aspect == "squash":
+            return squash(image, self.image_size)
         if self.aspect == "pad":
             # The mean colour becomes 0 in `normalise`, up to rounding: a margin of it is no signal.
             colour = tuple(int(255 * m) for m in self.mean)

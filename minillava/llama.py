@@ -245,9 +245,9 @@ class Attention(nn.Module):
         width = config.hidden_size
         queries = config.num_attention_heads * config.head_dim  # H·D
         keys = config.num_key_value_heads * config.head_dim  # K·D
-        self.q_proj = nn.Linear(width, queries, bias=False)
-        self.k_proj = nn.Linear(width, keys, bias=False)
-        self.v_proj = nn.Linear(width, keys, bias=False)
+        self.q_proj = nn.Linear(width, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, width, bias=False)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:

@@ -47,10 +47,10 @@ class Prompt(str):
         return (self.segments,)  # what copy and pickle make it from
 
 
-def place_images(question: str, images: int) -> str:
-    """A question with one marker per picture: as written, or one line each before the text if none
-    is. Raises ValueError for an empty question, or with both numbers if some are written but not as
-    many as pictures."""
+def place_images(question: str, images: int, one_line: bool = False) -> str:
+    """A question with one marker per picture: as written, or one line each (one_line: one for all)
+    before the text if none is. Raises ValueError for an empty question, or with both numbers if
+    some are written but not as many as pictures."""
     expect_text(question, "the question")
     if not question.strip():
         raise ValueError("the question is empty; write what you want to know")
@@ -61,7 +61,8 @@ def place_images(question: str, images: int) -> str:
             f"were given; write {IMAGE_MARKER} once per picture, or leave it out to put them "
             "before the text"
         )
-    return question if written else f"{IMAGE_MARKER}\n" * images + question
+    lines = f"{IMAGE_MARKER * images}\n" if images and one_line else f"{IMAGE_MARKER}\n" * images
+    return question if written else lines + question
 
 
 def render(

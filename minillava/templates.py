@@ -30,6 +30,7 @@ class Template:
     stop: tuple[str, ...] = ()
     separators: tuple[str, ...] = ()
     single_turn: bool = False
+    one_line: bool = False  # the pictures of a question share one line before its text
 
 
 # The one LLaVA's own command line uses for 1.5, and ours.
@@ -72,6 +73,18 @@ TEMPLATES = {
     ),
     "llava_llama_2": LLAVA_LLAMA_2,
     "mistral_instruct": replace(LLAVA_LLAMA_2, system="", user="[INST] {} [/INST]"),
+    # Qwen2's ChatML, as the chat template of llava-interleave-qwen writes it. The last separator
+    # tells it from a model of chatml_direct.
+    "chatml": Template(
+        system="",
+        system_block="<|im_start|>system\n{}<|im_end|>\n",
+        user="<|im_start|>user\n{}<|im_end|>\n",
+        assistant="<|im_start|>assistant\n{}<|im_end|>\n",
+        opening="<|im_start|>assistant\n",
+        stop=("<|im_end|>", "<|endoftext|>"),
+        separators=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+        one_line=True,
+    ),
     # Unlike standard ChatML there is no newline between <|im_end|> and the next <|im_start|>.
     "chatml_direct": Template(
         system="Answer the questions.",

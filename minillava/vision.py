@@ -1,4 +1,5 @@
-"""The CLIP vision transformer (Radford et al. 2021): a picture becomes one vector per patch.
+"""The CLIP vision transformer (Radford et al. 2021): a picture becomes one vector per patch. And
+SigLIP's (Zhai et al. 2023), which is the same but for three switches.
 
 n pictures, R side in pixels, P patches, N = P + 1 with the class token, C width, H heads, D head
 width, F feed-forward width.
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillava.config import LlavaConfig, VisionConfig
@@ -24,9 +26,10 @@ class VisionTower(nn.Module):
     def __init__(self, config: LlavaConfig, attend: Callable[..., Any]):
         super().__init__()
         c = self.config = config.vision
-        self.keep_class_token = config.keep_class_token
+        self.first = int(not (c.siglip or config.keep_class_token))
         self.embeddings = Embeddings(c)
-        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)  # CLIP's spelling
+        norm = nn.Identity() if c.siglip else nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.pre_layrnorm = norm  # CLIP's spelling
         self.encoder = Encoder(c, config.vision_layers_needed, attend)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -40,31 +43,32 @@ class VisionTower(nn.Module):
         x = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))  # [n, N, C]
         # The class token summarises the picture for CLIP's caption matching; LLaVA wants places, so
         # it is dropped.
-        return x if self.keep_class_token else x[:, 1:]  # [n, P or N, C]
+        return x[:, self.first :]  # [n, P or N, C]
 
 
 class Embeddings(nn.Module):
-    """Patches to vectors: one convolution whose stride is its kernel, the class token, learned
-    positions."""
+    """Patches to vectors: one convolution whose stride is its kernel, the class token (SigLIP has
+    none, but a bias), learned positions."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         size, width = config.patch_size, config.hidden_size
-        self.class_embedding = nn.Parameter(torch.zeros(width))  # [C]
+        self.class_embedding = None if config.siglip else nn.Parameter(torch.zeros(width))  # [C]
         self.patch_embedding = nn.Conv2d(
-            config.num_channels, width, kernel_size=size, stride=size, bias=False
+            config.num_channels, width, kernel_size=size, stride=size, bias=config.siglip
         )
         # Zeros instead of nn.Embedding's random start: the values come from a checkpoint, and
         # drawing random numbers on the meta device costs a second of imports.
-        table = torch.zeros(config.num_patches + 1, width)  # [N, C]
+        table = torch.zeros(config.num_positions, width)  # [N, C]
         self.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
-        patches = self.patch_embedding(pixel_values)  # [n, C, √P, √P]
-        patches = patches.flatten(2).transpose(1, 2)  # [n, P, C], row by row from the top left
-        class_token = self.class_embedding.expand(len(patches), 1, -1)  # [n, 1, C]
-        x = torch.cat([class_token, patches], dim=1)  # [n, N, C]
+        x = self.patch_embedding(pixel_values)  # [n, C, √P, √P]
+        x = x.flatten(2).transpose(1, 2)  # [n, P, C], row by row from the top left
+        if self.class_embedding is not None:
+            class_token = self.class_embedding.expand(len(x), 1, -1)  # [n, 1, C]
+            x = torch.cat([class_token, x], dim=1)  # [n, N, C]
         return x + self.position_embedding.weight
 
 
@@ -119,14 +123,20 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
+        self.activation = gelu_tanh if config.siglip else quick_gelu
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(quick_gelu(self.fc1(x)))  # [n, N, C] -> [n, N, F] -> [n, N, C]
+        return self.fc2(self.activation(self.fc1(x)))  # [n, N, C] -> [n, N, F] -> [n, N, C]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     """OpenAI trained CLIP with this cheap stand-in for GELU; the projector uses the exact one. They
     differ by up to 0.02, enough to change an answer, so neither can replace the other."""
     return x * torch.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The stand-in that SigLIP was trained with, off by up to 0.0005."""
+    return F.gelu(x, approximate="tanh")

@@ -102,7 +102,8 @@ class Conversation:
                 "from one"
             )
         assistant.check_text(question)
-        turn = Turn(place_images(question, len(self.waiting)), tuple(self.waiting), chosen)
+        placed = place_images(question, len(self.waiting), assistant.template.one_line)
+        turn = Turn(placed, tuple(self.waiting), chosen)
         rest = self._begin(turn)
         positions = self.positions
         try:

@@ -181,6 +181,7 @@ def fill(
             state[name] = share.cut(name, whole).to(device)
             continue
         layer = quantised_layer({suffix: part.to(device) for suffix, part in parts.items()})
+        layer.bias = model.get_submodule(module).bias  # its numbers come with its own name
         model.set_submodule(module, layer)
         state |= layer.state_dict(prefix=f"{module}.")
     model.load_state_dict(state, strict=True, assign=True)

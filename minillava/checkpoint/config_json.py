@@ -21,7 +21,7 @@ from minillava.config import (
     VisionConfig,
 )
 from minillava.files.disk import read_json
-from minillava.files.hub import RELEASE
+from minillava.files.hub import RELEASE, SMALL_RELEASE
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -33,6 +33,9 @@ LLAVAS = ("llava", "llava_llama", "llava_mistral", "share4v")
 """The model types of LLaVA-1.5 and of those that differ from it in their weights alone; all but the
 first in the original dialect."""
 
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
+"""The model types of the language models, alone or as `text_config`."""
+
 _MISTRALS = ("mistral", "llava_mistral")
 
 _MISTRAL = {
@@ -42,6 +45,16 @@ _MISTRAL = {
 }
 """Where transformers' MistralConfig has other defaults than LlamaConfig. The computation is
 Llama's."""
+
+_QWEN2 = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "max_position_embeddings": 32768,
+}
+"""The same of Qwen2Config. The computation is Llama's, with biases."""
+
+_SIGLIP: dict[str, Any] = {"patch_size": 16, "layer_norm_eps": 1e-6}
+"""Where transformers' SiglipVisionConfig has other defaults than CLIPVisionConfig."""
 
 _WINDOW = 4096
 """Mistral's sliding window if a file does not name it; null is none."""
@@ -90,7 +103,8 @@ def _shared(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> d
     """The fields that both dialects have, as far as they spell them alike."""
     text = raw.section("text_config") or raw
     vision = tower or raw.section("vision_config")
-    sources = (generation, text, raw, _LLAMA_END)
+    ends = _QWEN2_END if text.raw.get("model_type") == "qwen2" else _LLAMA_END
+    sources = (generation, text, raw, ends)
     eos = next(ids for reader in sources if (ids := reader.token_ids("eos_token_id")))
     pad = generation.token_ids("pad_token_id") or raw.token_ids("pad_token_id") or eos
     tied = any(reader.value("tie_word_embeddings", bool, False) for reader in (raw, text))
@@ -111,15 +125,27 @@ def _shared(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> d
 def _hub(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
     raw.expect("projector_hidden_act", ("gelu",))
     strategy = raw.expect("vision_feature_select_strategy", ("default", "full"))
+    siglip = shared["vision"].siglip
+    if siglip and strategy != "full":
+        raise ValueError(
+            f"{raw.path}: vision_feature_select_strategy is {strategy!r}, expected 'full' with a "
+            "SigLIP tower: the others drop a class token, and it has none"
+        )
     return LlavaConfig(
         **shared,
         feature_layer=raw.value("vision_feature_layer", int, LlavaConfig.feature_layer),
-        keep_class_token=strategy == "full",
+        keep_class_token=strategy == "full" and not siglip,
+        image_aspect_ratio="squash" if siglip else "pad",
         projector_bias=raw.value("multimodal_projector_bias", bool, True),
     )
 
 
 def _original(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
+    if shared["vision"].siglip:
+        raise ValueError(
+            f"{raw.path}: the vision tower is a SigLIP, which is read of releases in the hub's form "
+            f"alone; use one such as {SMALL_RELEASE}"
+        )
     # LLaVA takes an absent mm_use_im_patch_token as true. The token that it then adds is in no
     # prompt, so it matters only if others come after it.
     around = raw.value("mm_use_im_start_end", bool, False)
@@ -138,9 +164,9 @@ def _original(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
 
 
 def is_language_model(folder: Path) -> bool:
-    """Whether a folder is a Llama or Mistral alone, and not a LLaVA."""
+    """Whether a folder is a Llama or a relative alone, and not a LLaVA."""
     raw = read_json(Path(folder) / "config.json")
-    return raw.get("model_type") in ("llama", "mistral") and "mm_vision_tower" not in raw
+    return raw.get("model_type") in LANGUAGE_MODELS and "mm_vision_tower" not in raw
 
 
 def read_text_config(folder: Path) -> TextConfig:
@@ -154,22 +180,26 @@ def read_text_config(folder: Path) -> TextConfig:
 
 
 def _text(raw: "_Reader", tied: bool) -> TextConfig:
-    kind = raw.expect("model_type", ("llama", "mistral", *LLAVAS))
+    kind = raw.expect("model_type", (*LANGUAGE_MODELS, *LLAVAS))
     raw.expect("hidden_act", ("silu",))
     for flag in ("attention_bias", "mlp_bias"):
         if raw.value(flag, bool, False):
             raise ValueError(
                 f"{raw.path}: {raw.prefix}{flag} is True, supported: False (Llama has no biases)"
             )
-    known: dict[str, Any] = {}
-    if kind in _MISTRALS:
-        known = {name: value for name, value in _MISTRAL.items() if name not in raw}
+    defaults = _MISTRAL if kind in _MISTRALS else _QWEN2 if kind == "qwen2" else {}
+    known: dict[str, Any] = {name: n for name, n in defaults.items() if name not in raw}
     rope = _rope(raw, int(known.pop("max_position_embeddings", TextConfig.max_position_embeddings)))
     if kind in _MISTRALS and raw.raw.get("sliding_window", _WINDOW) is not None:
         # Up to the window's length its mask hides nothing: longer prompts are refused, not masked.
         window = raw.positive("sliding_window", int, _WINDOW)
         rope["max_position_embeddings"] = min(rope["max_position_embeddings"], window)
-    return raw.fill(TextConfig, tie_word_embeddings=tied, **rope, **known)
+    if kind == "qwen2" and raw.value("use_sliding_window", bool, False):
+        raise ValueError(
+            f"{raw.path}: {raw.prefix}use_sliding_window is True, supported: False (attention to "
+            "everything before, as every released LLaVA on Qwen2 has it)"
+        )
+    return raw.fill(TextConfig, tie_word_embeddings=tied, qkv_bias=kind == "qwen2", **rope, **known)
 
 
 def _rope(raw: "_Reader", length: int) -> dict[str, float]:
@@ -203,9 +233,13 @@ def _rope(raw: "_Reader", length: int) -> dict[str, float]:
 
 
 def _vision(raw: "_Reader") -> VisionConfig:
-    raw.expect("model_type", ("clip_vision_model",))
-    raw.expect("hidden_act", ("quick_gelu",))
-    return raw.fill(VisionConfig)
+    kind = raw.expect("model_type", ("clip_vision_model", "siglip_vision_model"))
+    if kind != "siglip_vision_model":
+        raw.expect("hidden_act", ("quick_gelu",))
+        return raw.fill(VisionConfig, siglip=False)
+    raw.expect("hidden_act", ("gelu_pytorch_tanh",))
+    known = {name: n for name, n in _SIGLIP.items() if name not in raw}
+    return raw.fill(VisionConfig, siglip=True, **known)
 
 
 def _projector_layers(raw: "_Reader") -> int:
@@ -312,7 +346,9 @@ class _Reader:
         return cls(**known)
 
 
-_LLAMA_END = _Reader(Path(), {"eos_token_id": 2})  # the end token of a config that names none
+# the end tokens of a config that names none
+_LLAMA_END = _Reader(Path(), {"eos_token_id": 2})
+_QWEN2_END = _Reader(Path(), {"eos_token_id": [151645, 151643]})
 
 _EXPECTED = {
     int: "a whole number",

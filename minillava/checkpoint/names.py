@@ -68,7 +68,13 @@ OTHER_TOWERS = re.compile(
 COMPUTED = (".position_ids", ".inv_freq")
 
 # The other half of a whole CLIP: its text tower and the heads that compare the two.
-CLIP_TEXT_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+CLIP_TEXT_HALF = (
+    "text_model.",
+    "text_projection.",
+    "visual_projection.",
+    "logit_scale",
+    "logit_bias",
+)
 
 # What wraps a model in training and then stands in its names: data parallel, torch.compile, FSDP,
 # Fabric, PEFT.

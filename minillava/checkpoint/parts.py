@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minillava.checkpoint.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from minillava.checkpoint.config_json import read_config
+from minillava.checkpoint.config_json import LANGUAGE_MODELS, read_config
 from minillava.checkpoint.folders import Folders
 from minillava.checkpoint.names import (
     CLIP_PREFIXES,
@@ -61,7 +61,7 @@ def read_model_config(folders: Folders) -> LlavaConfig:
     """The configuration of the model, from its own config.json or its base's. Raises
     FileNotFoundError or ValueError."""
     home, base = folders.find("config.json"), folders.model_base
-    if home == base and read_json(base / "config.json").get("model_type") in ("llama", "mistral"):
+    if home == base and read_json(base / "config.json").get("model_type") in LANGUAGE_MODELS:
         raise FileNotFoundError(
             f"{folders.weights}: holds no config.json, and its base {base} is not a LLaVA; copy "
             "the config.json that the finished training saved"
@@ -156,7 +156,7 @@ def open_checkpoint(folders: Folders, config: LlavaConfig) -> tuple[StoredWeight
     def unread(name: str) -> bool:
         block = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
         blocks = range(config.vision_layers_needed, config.vision.num_hidden_layers)
-        after = name.startswith("vision_tower.post_layernorm.")
+        after = name.startswith(("vision_tower.post_layernorm.", "vision_tower.head."))
         return after or (block is not None and int(block[1]) in blocks)
 
     weights.set_aside(unread)

@@ -13,8 +13,8 @@ def read_image_processor(
     folder: Path, config: LlavaConfig, aspect: str | None = None
 ) -> ImageProcessor:
     """The processor a folder describes: preprocessor_config.json (transformers 4), the
-    `image_processor` of processor_config.json (5), or CLIP's own numbers. Raises ValueError for
-    steps minillava does not take."""
+    `image_processor` of processor_config.json (5), or the tower's own numbers. Raises ValueError
+    for steps minillava does not take."""
     folder = Path(folder)
     path = folder / "preprocessor_config.json"
     raw = read_json(path) if os.path.lexists(path) else {}
@@ -26,14 +26,17 @@ def read_image_processor(
                 f"{path}: image_processor is {raw!r:.80}, expected an object; download the file "
                 "again"
             )
+    siglip = config.vision.siglip
     expected: dict[str, Any] = dict.fromkeys(
         ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True
     )
     expected |= {"resample": 3, "rescale_factor": 1 / 255}  # 3 is Pillow's bicubic
+    if siglip:
+        expected["do_center_crop"] = False
     for key, value in expected.items():
-        if raw.get(key, value) != value:
+        if raw.get(key) not in (value, None):
             raise ValueError(f"{path}: {key} is {raw[key]!r:.80}, supported: {value!r}")
-    for key in ("size", "crop_size"):
+    for key in ("size",) if siglip else ("size", "crop_size"):
         size = raw.get(key, config.vision.image_size)
         sides = list(size.values()) if isinstance(size, dict) else [size]
         if not sides or any(side != config.vision.image_size for side in sides):
@@ -41,7 +44,7 @@ def read_image_processor(
                 f"{path}: {key} is {size!r:.80}, config.json has image_size "
                 f"{config.vision.image_size}"
             )
-    numbers = _read_numbers(path, raw)
+    numbers = ({"mean": [0.5] * 3, "std": [0.5] * 3} if siglip else {}) | _read_numbers(path, raw)
     return ImageProcessor(config.vision.image_size, aspect or config.image_aspect_ratio, **numbers)
 
 

@@ -55,20 +55,26 @@ many rows at a time. The one other way is `kernel`."""
 
 
 class QuantisedLinear(nn.Module):
-    """x·weightᵀ. With few rows a kernel reads the quantised weights. Otherwise, and if a gradient
-    is needed, the weights are dequantised: on a CPU in blocks that stay in its cache, on a GPU as a
-    whole (compiled code dequantises inside the sum). On a GPU it is therefore slower than bfloat16
-    unless it is compiled."""
+    """x·weightᵀ + bias. With few rows a kernel reads the quantised weights. Otherwise, and if a
+    gradient is needed, the weights are dequantised: on a CPU in blocks that stay in its cache, on a
+    GPU as a whole (compiled code dequantises inside the sum). On a GPU it is therefore slower than
+    bfloat16 unless it is compiled."""
 
     kind: str  # one of KINDS
 
     def __init__(self, weight: Tensor, shape: tuple[int, int]):
         super().__init__()
         self.register_buffer("weight", weight)
+        self.register_buffer("bias", None)  # [N], where the layer has one; it is not quantised
         self.out_features, self.in_features = shape
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]"""
+        out = self.product(x)
+        return out if self.bias is None else out + self.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """x·weightᵀ, [..., K] -> [..., N]"""
         rows = x.numel() // self.in_features
         graph = x.requires_grad and torch.is_grad_enabled()
         if graph:

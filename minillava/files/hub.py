@@ -140,4 +140,7 @@ CLIP_DOWNLOAD = f"hf download {CLIP_RELEASE} --local-dir {CLIP_RELEASE.split('/'
 RELEASE = "llava-hf/llava-1.5-7b-hf"
 """The checkpoint that messages recommend, by its name on the Hugging Face hub."""
 
+SMALL_RELEASE = "llava-hf/llava-interleave-qwen-0.5b-hf"
+"""The small relative that a laptop runs."""
+
 DOWNLOAD = f"hf download {RELEASE} --local-dir weights/{RELEASE.split('/')[1]}"

@@ -307,7 +307,7 @@ def _tower(model: Llava, pictures: int, recipe: Recipe) -> float:
     """Seconds of a block of the vision tower, forward, and backward where the tower learns."""
     vision, block = model.config.vision, model.vision_tower.encoder.layers[0]
     weight = model.vision_tower.embeddings.patch_embedding.weight
-    x = weight.new_empty(pictures, vision.num_patches + 1, vision.hidden_size).normal_()
+    x = weight.new_empty(pictures, vision.num_positions, vision.hidden_size).normal_()
     x.requires_grad_(weight.requires_grad)
 
     def work() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from minillava.attention import fused
 from minillava.checkpoint.build import compare, shapes_of
-from minillava.checkpoint.config_json import LLAVAS, read_config
+from minillava.checkpoint.config_json import LANGUAGE_MODELS, LLAVAS, read_config
 from minillava.checkpoint.folders import Folders, find_folders
 from minillava.checkpoint.names import (
     CLIP_PREFIXES,
@@ -128,7 +128,8 @@ def inspect_folder(
         report.notes = checkpoint.notes
         _say_what_to_get(report, checkpoint, None if config is None else config.vision_tower_name)
     _describe_tokenizer(report, folders.of_tokenizer, config)
-    fitting = template or template_of(report.tokenizer.get("added", ()))
+    known = "" if config is None else config.template
+    fitting = template or known or template_of(report.tokenizer.get("added", ()))
     report.template = {**_template(fitting, system), "default": template is None}
     return report
 
@@ -168,9 +169,9 @@ def dialect_of(folders: Folders) -> str:
             if "text_config" in raw
             else "the original LLaVA (liuhaotian)"
         )
-    if kind in ("clip", "clip_vision_model"):
+    if kind in ("clip", "clip_vision_model", "siglip", "siglip_vision_model"):
         return "a plain CLIP: the --vision-tower of a LLaVA, not a LLaVA by itself"
-    if kind in ("llama", "mistral"):
+    if kind in LANGUAGE_MODELS:
         return "a plain Llama: the --model-base of a projector or a LoRA, not a LLaVA by itself"
     return f"unknown: model_type is {kind!r}"
 

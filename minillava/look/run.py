@@ -163,6 +163,8 @@ def seen_box(size: tuple[int, int], processor: ImageProcessor) -> tuple[float, f
     size: larger than the picture where it is padded, smaller where it is cropped. The arithmetic of
     image.py backwards."""
     width, height = size
+    if processor.aspect == "squash":
+        return 0, 0, width, height
     if processor.aspect == "pad":
         side = max(size)
         left, top = -((side - width) // 2), -((side - height) // 2)

@@ -129,7 +129,7 @@ def _say_question(
     conversation = {
         "template": style["template"],
         "system": assistant.template.system if system is None else system,
-        "user": place_images(question, images),
+        "user": place_images(question, images, assistant.template.one_line),
         "assistant": None,
         "end_tokens": assistant.model.config.eos_token_ids,
         "stop": options.stop,

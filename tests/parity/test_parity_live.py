@@ -37,7 +37,8 @@ transformers = pytest.importorskip(
 pytestmark = [pytest.mark.numeric, pytest.mark.parity]
 
 SEED = os.environ.get("MINILLAVA_PARITY_SEED") or str(random.SystemRandom().randrange(10**9))
-KINDS = ("plain", "grouped", "multi-query", "tied", "linear", "mistral")
+KINDS = ("plain", "grouped", "multi-query", "tied", "linear", "mistral", "qwen2")
+KINDS += ("interleave",)
 DTYPES = ("float32", "bfloat16", "float16")
 STEPS = 7
 
@@ -79,6 +80,8 @@ def draw_config(kind: str, choose: random.Random) -> dict:
         text["num_key_value_heads"] = heads // 2 if kind == "grouped" else 1
     if kind == "mistral":
         text |= {"model_type": "mistral", "num_key_value_heads": heads // 2, "sliding_window": 256}
+    if kind in ("qwen2", "interleave"):
+        text |= {"model_type": "qwen2", "num_key_value_heads": heads // 2}
     if kind == "linear":
         text["rope_scaling"] = {"type": "linear", "factor": choose.choice([2.0, 3.0])}
     vision = {
@@ -89,9 +92,11 @@ def draw_config(kind: str, choose: random.Random) -> dict:
         "num_hidden_layers": choose.choice([2, 3, 4]),
         "patch_size": patch,
     }
-    return hf.hub_config(
-        text, vision, pieces=choose.randrange(440, 640), tie_word_embeddings=kind == "tied"
-    )
+    top = {"tie_word_embeddings": kind in ("tied", "interleave")}
+    if kind == "interleave":
+        vision |= hf.SIGLIP
+        top |= hf.OF_SIGLIP
+    return hf.hub_config(text, vision, pieces=choose.randrange(440, 640), **top)
 
 
 def draw_rows(pictures: list[int], words: int, choose: random.Random) -> list[list[int]]:

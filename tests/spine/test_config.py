@@ -518,7 +518,7 @@ REFUSED = [
     *((HUB, "model_type", value) for value in ("llama", "llava_next", "mllama", "clip", 3, None, ["llava"])),
     *((HUB, "text_config", value) for value in ("llama", [], 1, True)),
     *((HUB, "vision_config", value) for value in ("clip", [], 1, True)),
-    *((HUB, "text_config.model_type", value) for value in ("gemma", "qwen2", "gpt_neox", 1)),
+    *((HUB, "text_config.model_type", value) for value in ("gemma", "qwen3", "gpt_neox", 1)),
     *((HUB, "text_config.hidden_act", value) for value in ("gelu", "relu", 1)),
     *((HUB, f"text_config.{key}", value) for key in ("attention_bias", "mlp_bias") for value in (True, "no", 0)),
     *((HUB, key, value) for key in ("tie_word_embeddings", "text_config.tie_word_embeddings") for value in ("no", 0)),
@@ -534,7 +534,7 @@ REFUSED = [
     (HUB, "multimodal_projector_bias", "yes"),
     *((HUB, "vision_feature_layer", value) for value in ([-2, -5], "-2", -2.0, True)),
     *((HUB, "vision_feature_select_strategy", value) for value in ("cls", "patch", 1)),
-    *((HUB, "vision_config.model_type", value) for value in ("siglip_vision_model", "clip", 1)),
+    *((HUB, "vision_config.model_type", value) for value in ("dinov2", "clip", 1)),
     *((HUB, "vision_config.hidden_act", value) for value in ("gelu", "relu", 1)),
     *((ORIGINAL, "mm_projector_type", value)
       for value in ("identity", "mlp", "mlpx_gelu", "mlp0x_gelu", "mlp-1x_gelu", "mlp2x_relu", "2x_gelu", 2)),
@@ -571,8 +571,13 @@ def test_every_number_of_the_dataclasses_is_in_the_table_above():
     """A number added to the config would go without any test of its refusals."""
     assert {f.name for f in fields(TextConfig)} == {
         *TEXT_COUNTS, "rms_norm_eps", "rope_theta", "rope_factor", "tie_word_embeddings",
+        "qkv_bias",
     }  # fmt: skip
-    assert {f.name for f in fields(VisionConfig)} == {*VISION_COUNTS, "layer_norm_eps"}
+    assert {f.name for f in fields(VisionConfig)} == {
+        *VISION_COUNTS,
+        "layer_norm_eps",
+        "siglip",
+    }
 
 
 LINEAR = {"type": "linear", "factor": 4.0}
@@ -709,9 +714,9 @@ def test_a_wrong_field_of_a_clip_folder_is_found_in_its_own_file(read, tmp_path)
     assert str(caught.value).startswith(
         f"{tmp_path / 'clip' / 'config.json'}: vision_config.hidden_size is '24'"
     )
-    with pytest.raises(
-        ValueError, match="model_type is 'siglip_vision_model', supported: clip_vision_model"
-    ):
+    with pytest.raises(ValueError, match="model_type is 'dinov2', supported: clip_vision_model"):
+        read(ORIGINAL_7B, clip={"model_type": "dinov2"})
+    with pytest.raises(ValueError, match="the vision tower is a SigLIP, which is read of"):
         read(ORIGINAL_7B, clip={"model_type": "siglip_vision_model"})
 
 

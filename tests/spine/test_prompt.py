@@ -31,6 +31,10 @@ GOLDEN = {
         "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nA<|im_end|>"
         "<|im_start|>assistant\nB<|im_end|><|im_start|>user\nC<|im_end|><|im_start|>assistant\n"
     ),
+    "chatml": (
+        "<|im_start|>user\n<image>\nA<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n"
+        "<|im_start|>user\nC<|im_end|>\n<|im_start|>assistant\n"
+    ),
     "phi_3": "<|user|>\n<image>\nA<|end|>\n<|assistant|>\nB<|end|>\n<|user|>\nC<|end|>\n<|assistant|>\n",
     "llama_3": (
         "<|start_header_id|>user<|end_header_id|>\n\n<image>\nA<|eot_id|>"
@@ -117,6 +121,8 @@ def test_pictures_go_where_they_are_written_or_before_the_text():
     """Placed a second time, a written <image> would want a picture more than there are."""
     assert place_images("Hi", 0) == "Hi"
     assert place_images("Hi", 2) == "<image>\n<image>\nHi"
+    assert place_images("Hi", 2, one_line=True) == "<image><image>\nHi"
+    assert place_images("Hi", 0, one_line=True) == "Hi"
     assert place_images("Compare <image> to <image>.", 2) == "Compare <image> to <image>."
 
 

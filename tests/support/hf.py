@@ -124,6 +124,16 @@ SIZES = {
 }
 
 
+# A SigLIP tower as llava-interleave-qwen has it, and what LLaVA's config.json says of it.
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "vision_use_head": False,
+}
+OF_SIGLIP = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+
+
 # --- configurations -------------------------------------------------------------------------------
 
 
@@ -389,7 +399,8 @@ def _write_side_files(
         {"_from_model_config": True, **end, "transformers_version": "4.37.2"},
         folder / "generation_config.json",
     )
-    processor = processor_config(size)
+    siglip = config["vision_config"]["model_type"] == SIGLIP["model_type"]
+    processor = siglip_processor_config(size) if siglip else processor_config(size)
     if dialect in ("fresh", "modules"):  # transformers 5 nests it
         nested = {
             "patch_size": config["vision_config"]["patch_size"],
@@ -401,7 +412,10 @@ def _write_side_files(
             "image_token": "<image>",
         }
         write_json(
-            {**nested, "vision_feature_select_strategy": "default"},
+            {
+                **nested,
+                "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+            },
             folder / "processor_config.json",
         )
     elif not original:
@@ -429,6 +443,23 @@ def processor_config(size: int) -> dict:
         "resample": 3,
         "rescale_factor": 0.00392156862745098,
         "size": {"shortest_edge": size},
+    }
+
+
+def siglip_processor_config(size: int) -> dict:
+    """preprocessor_config.json of llava-interleave-qwen for pictures of another size."""
+    return {
+        "do_convert_rgb": None,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_processor_type": "SiglipImageProcessor",
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "LlavaProcessor",
+        "resample": 3,
+        "rescale_factor": 0.00392156862745098,
+        "size": {"height": size, "width": size},
     }
 
 
@@ -553,8 +584,9 @@ def float64():
     they define the network."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
     from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-    norms, softmax = (LlamaRMSNorm, MistralRMSNorm), F.softmax
+    norms, softmax = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm), F.softmax
     forwards = [norm.forward for norm in norms]
 
     def norm64(self, x):
@@ -623,8 +655,10 @@ def inputs(
 def vision(model, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     """The selected features without the class token, and what the projector makes of them."""
     features = model.model.get_image_features(pixel_values=pixels, output_hidden_states=True)
+    config = model.config
+    first = int(config.vision_feature_select_strategy == "default")
     return {
-        "vision": features.hidden_states[model.config.vision_feature_layer][:, 1:],
+        "vision": features.hidden_states[config.vision_feature_layer][:, first:],
         "projected": torch.stack(list(features.pooler_output)),
     }
 
