@@ -7,8 +7,14 @@ from typing import Any, Literal, NamedTuple
 
 from minillava.options import expect_text
 
-# Template is used here; the others are for those who look for them here.
-from minillava.templates import DEFAULT_TEMPLATE, TEMPLATES, Template, find_template  # noqa: F401
+# Two of these are used here; the others are for those who look for them here.
+from minillava.templates import (  # noqa: F401
+    DEFAULT_TEMPLATE,
+    TEMPLATES,
+    Template,
+    check_turns,
+    find_template,
+)
 
 IMAGE_MARKER = "<image>"
 """Where it stands in a question, a picture goes."""
@@ -75,7 +81,7 @@ def render(
     missing answer before the last turn, or more turns than the template can hold.
     """
     system = template.system if system is None else system
-    _check_turns(template, turns, system)
+    check_turns(template, turns, system)
     above = _user_text(system, template, images=False)
     block = _fill(template.system_block, above) if system else []
     segments: list[Segment] = []
@@ -113,24 +119,3 @@ def _fill(form: str, *contents: list[Segment]) -> list[Segment]:
     for content, piece in zip(contents, pieces[1:], strict=True):
         segments += [*content, Segment(piece, "template")]
     return segments
-
-
-def _check_turns(
-    template: Template, turns: Sequence[tuple[str, str | None]], system: object
-) -> None:
-    """Questions that say something, and an answer to all but the last."""
-    if not turns:
-        raise ValueError("a conversation needs at least one question")
-    if template.single_turn and len(turns) > 1:
-        raise ValueError(
-            f"this template holds one turn, the conversation has {len(turns)}; choose another "
-            "template"
-        )
-    expect_text(system, "system")
-    for i, (question, answer) in enumerate(turns, 1):
-        expect_text(question, f"question {i}")
-        expect_text("" if answer is None else answer, f"answer {i}")
-        if not question.strip():
-            raise ValueError(f"question {i} is empty; write what you want to know")
-        if answer is None and i < len(turns):
-            raise ValueError(f"question {i} has no answer, but question {i + 1} follows it")

@@ -4,10 +4,10 @@ default is the one of LLaVA's command line; LLaVA-1.5 was trained with `vicuna_v
 Source: LLaVA, conversation.py; for `hf`, the chat template of the llava-hf checkpoints.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from minillava.options import expect_one_of
+from minillava.options import expect_one_of, expect_text
 
 
 @dataclass(frozen=True)
@@ -148,3 +148,25 @@ def find_template(name: str) -> Template:
     """The template of that name; ValueError with the known names otherwise."""
     expect_one_of("template", name, TEMPLATES)
     return TEMPLATES[name]
+
+
+def check_turns(
+    template: Template, turns: Sequence[tuple[str, str | None]], system: object
+) -> None:
+    """Raises ValueError unless there are questions that say something, an answer to all but the
+    last, and no more turns than the template can hold."""
+    if not turns:
+        raise ValueError("a conversation needs at least one question")
+    if template.single_turn and len(turns) > 1:
+        raise ValueError(
+            f"this template holds one turn, the conversation has {len(turns)}; choose another "
+            "template"
+        )
+    expect_text(system, "system")
+    for i, (question, answer) in enumerate(turns, 1):
+        expect_text(question, f"question {i}")
+        expect_text("" if answer is None else answer, f"answer {i}")
+        if not question.strip():
+            raise ValueError(f"question {i} is empty; write what you want to know")
+        if answer is None and i < len(turns):
+            raise ValueError(f"question {i} has no answer, but question {i + 1} follows it")

@@ -8,7 +8,7 @@ chunk as a text of its own, which is why the newline after a picture is two ids,
 
 import codecs
 from collections.abc import Iterable, Sequence
-from functools import cache, cached_property
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -68,20 +68,6 @@ class Tokenizer:
             [Segment(text, "template")] if text in added else [] for text in (IM_START, IM_END)
         ]
         self._newline = self.sentencepiece.encode("\n")
-
-    @cached_property
-    def longest_piece(self) -> int:
-        """The most characters that one token stands for, without whitespace that it may take."""
-        pieces = map(self.sentencepiece.id_to_piece, range(self.vocab_size))
-        longest = max(len(text) for text in (*pieces, *self._tokens, IMAGE_MARKER))
-        # bytes are counted after NFC, which may join an a and two accents (ǟ) into two bytes
-        return 2 * longest if isinstance(self.sentencepiece, BytePieces) else longest
-
-    def fewest_tokens(self, text: str) -> int:
-        """How many a text becomes at least, told without cutting it."""
-        takers = (t.text for t in self._tokens.values() if t.lstrip or t.rstrip)
-        taken = sum(map(str.isspace, text)) if any(taker in text for taker in takers) else 0
-        return -(-(len(text) - taken) // self.longest_piece)
 
     def encode(self, prompt: str | Prompt) -> list[int]:
         """Token ids, the begin token (if there is one) first, and -200 for each `<image>`.

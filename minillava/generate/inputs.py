@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minillava.files.byte_json import BytePieces
 from minillava.files.pictures import Images, ImageSource, are_several, as_list, open_image
 from minillava.generate.contrast import Contrast
 from minillava.image import ImageProcessor
 from minillava.llava import Llava, Spliced
+from minillava.prompt import IMAGE_MARKER
 from minillava.tokenizer import Tokenizer
 
 Rows = list[list[int]]
@@ -25,12 +27,31 @@ Seed = int | Sequence[int] | None
 def check_length(text: str, tokenizer: Tokenizer, context: int) -> None:
     """Raises ValueError for a text that cannot fit into the context, whatever its tokens are: to
     cut tens of megabytes into tokens only to count them would take gigabytes."""
-    fewest = tokenizer.fewest_tokens(text)
+    if len(text) <= context:  # a token has a character at least
+        return
+    fewest = fewest_tokens(text, tokenizer)
     if fewest > context:
         raise ValueError(
             f"the prompt has {len(text)} characters, at least {fewest} tokens; the model's context "
             f"holds {context} with the answer; shorten the prompt"
         )
+
+
+def fewest_tokens(text: str, tokenizer: Tokenizer) -> int:
+    """How many a text becomes at least, told without cutting it."""
+    takers = (t.text for t in tokenizer.by_id.values() if t.lstrip or t.rstrip)
+    taken = sum(map(str.isspace, text)) if any(taker in text for taker in takers) else 0
+    return -(-(len(text) - taken) // longest_piece(tokenizer))
+
+
+def longest_piece(tokenizer: Tokenizer) -> int:
+    """The most characters that one token stands for, without whitespace that it may take."""
+    model = tokenizer.sentencepiece
+    pieces = map(model.id_to_piece, range(tokenizer.vocab_size))
+    added = (token.text for token in tokenizer.by_id.values())
+    longest = max(map(len, (*pieces, *added, IMAGE_MARKER)))
+    # bytes are counted after NFC, which may join an a and two accents (ǟ) into two bytes
+    return 2 * longest if isinstance(model, BytePieces) else longest
 
 
 def pictures_of_each(image: Images | Sequence[Images], questions: int) -> list[list[ImageSource]]:

@@ -20,6 +20,7 @@ from minillava.checkpoint.place import LARGE, choose_device, choose_dtype
 from minillava.files.tokenizer_files import AddedToken
 from minillava.generate.contrast import M3ID, VCD
 from minillava.generate.generation import generate
+from minillava.generate.inputs import longest_piece
 from minillava.labels import encode_answers
 from minillava.look.run import look
 from minillava.prompt import DEFAULT_PROMPT
@@ -586,7 +587,7 @@ def test_what_cannot_fit_is_refused_before_pictures_are_opened(toy, picture, mon
 def test_megabytes_of_text_are_not_cut_into_tokens(toy, monkeypatch):
     """To count the tokens of 50 MB takes gigabytes; that there are too many follows from the
     longest token."""
-    context, longest = toy.model.config.text.context, toy.tokenizer.longest_piece
+    context, longest = toy.model.config.text.context, longest_piece(toy.tokenizer)
     (first,) = toy.tokenizer.encode("a")[1:]  # before which a decoder drops a space
     assert longest >= max(
         len(toy.tokenizer.decode([first, i])) - 1 for i in range(toy.tokenizer.vocab_size)
@@ -608,9 +609,9 @@ def test_megabytes_of_text_are_not_cut_into_tokens(toy, monkeypatch):
 
 def test_a_token_that_takes_whitespace_does_not_lift_the_bound_on_text(toy, monkeypatch):
     """One such token used to switch the check off, for texts without it, too."""
-    context, longest = toy.model.config.text.context, toy.tokenizer.longest_piece
+    context, longest = toy.model.config.text.context, longest_piece(toy.tokenizer)
     taker = AddedToken("<b>", 0, lstrip=True)
-    monkeypatch.setattr(toy.tokenizer, "_tokens", {**toy.tokenizer._tokens, "<b>": taker})
+    monkeypatch.setitem(toy.tokenizer.by_id, 10**6, taker)
     most = "a" * context * longest
     for fits in (most, "<b>" + " " * len(most), most[3:] + " \n<b>"):
         toy.check_text(fits)
