@@ -94,6 +94,8 @@ RECIPE_FLAGS = (
     flag("--order", choices=ORDERS, help="of the rows"),
     flag("--loss-mean", choices=MEANS, help="over an update's tokens, or "
          "over each batch's alone, as LLaVA was trained"),
+    flag("--add-tokens", type=path_name, metavar="FILE", help="new tokens, one a line, whose rows "
+         "in both tables learn, too"),
     flag("--seed", type=int, metavar="N", help="of order, start and dropout"),
     flag("--hold-out", type=float, metavar="X", help="share of the rows that are not learnt; their "
          "loss is told before the first update and at each evaluation"),

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from minillava.finetune.lora import add_lora
 from minillava.finetune.medusa import add_heads
 from minillava.finetune.recipe import Recipe
+from minillava.finetune.tokens import add_rows
 from minillava.llava import Llava
 
 
@@ -26,6 +27,8 @@ def prepare(model: Llava, recipe: Recipe, again: bool = False) -> dict[str, nn.P
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_" in name)
         model.language_model.train()
+    if recipe.add_tokens:
+        add_rows(model, recipe.add_tokens, whole=recipe.learn != "lora")
     if recipe.learn in ("language", "everything"):
         model.language_model.requires_grad_(True)
     if recipe.learn == "everything":
@@ -55,6 +58,8 @@ def part_of(name: str) -> str:
     """The part of the model that a parameter belongs to, in words."""
     if ".lora_" in name:
         return "LoRA"
+    if name.endswith(".added"):
+        return "new tokens"
     parts = {"projector": "projector", "vision_tower": "vision tower", "medusa": "heads"}
     return parts.get(name.partition(".")[0], "language model")
 

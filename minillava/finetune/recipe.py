@@ -2,6 +2,7 @@
 changed."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -28,8 +29,8 @@ class Recipe:
     an update's gradient; 0 for none. loss_mean: over the tokens of an update, or of each micro-
     batch alone as LLaVA was trained. quantize: the frozen language model in 8 or 4 bits a weight.
     hold_out: the share of rows that are not learnt, but measured. dtype: in which products are
-    computed, and frozen weights held; what learns is float32. Raises ValueError for values out of
-    range.
+    computed, and frozen weights held; what learns is float32. add_tokens: new tokens and their ids.
+    Raises ValueError for values out of range.
     """
 
     learn: str = "lora"
@@ -58,6 +59,7 @@ class Recipe:
     hold_out: float = 0.0
     heads: int = 5
     dtype: str = "auto"
+    add_tokens: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         choices = {"learn": LEARN, "order": ORDERS, "loss_mean": MEANS, "aspect": ASPECTS,
@@ -71,6 +73,11 @@ class Recipe:
                 "or float32"
             )
         expect_one_of("dtype", self.dtype, PRECISIONS)
+        if self.add_tokens and self.learn in ("projector", "medusa"):
+            raise ValueError(
+                f"--learn {self.learn} learns no row of a table, and new tokens need theirs; "
+                "choose --learn lora or language"
+            )
         if self.quantize and self.learn in ("language", "everything"):
             raise ValueError("quantised weights cannot learn; choose --learn lora or projector")
         for name, low, high in (

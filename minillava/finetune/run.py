@@ -28,18 +28,23 @@ from minillava.finetune.rows import (
 )
 from minillava.finetune.session import learn
 from minillava.finetune.start import begun, settled
+from minillava.finetune.tokens import new_ids, tokenizer_with
 from minillava.templates import find_template
 
 
 def run(args: argparse.Namespace) -> int:
     messages = Messages(args.verbose, args.quiet)
-    recipe = read_recipe(args.recipe, vars(args))
+    recipe = read_recipe(args.recipe, {**vars(args), "add_tokens": None})
     found = find_folders(args.model, None, args.vision_tower, args.model_base)
     with begun(found, recipe.seed) as folders, processes.joined(choose_device(args.device)) as here:
         args.device = here
         messages.quiet |= processes.rank() > 0
         files = [_rows(source.path, args, recipe, messages) for source in args.data]
         parts = open_parts(folders, recipe.aspect)
+        if args.add_tokens:
+            ids = new_ids(args.add_tokens, parts.tokenizer, folders)
+            recipe = dataclasses.replace(recipe, add_tokens=ids)
+            parts = parts._replace(tokenizer=tokenizer_with(folders, ids))
         check_template(find_template(recipe.template), parts.tokenizer, parts.config.eos_token_ids)
         if args.check is not None:
             shown = [_encode(row, parts, recipe) for row in chain(*files)][: args.check]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minillava.checkpoint.adapter import CONFIG_NAME, WEIGHTS_NAMES
 from minillava.checkpoint.folders import Folders
-from minillava.checkpoint.names import PROJECTOR_NAME, REST_NAME, stored_name
+from minillava.checkpoint.names import PROJECTOR_NAME, REST_NAME, TABLES, stored_name
 from minillava.checkpoint.parts import open_parts
 from minillava.checkpoint.stored import StoredWeights
 from minillava.checkpoint.write import Planned, as_json, cast, check_written, write_weights
@@ -34,6 +34,7 @@ from minillava.finetune.learning import part_of
 from minillava.finetune.lora import lora_layers
 from minillava.finetune.medusa import save_heads
 from minillava.finetune.recipe import Recipe
+from minillava.finetune.tokens import token_files, whole_config, whole_tables
 from minillava.llava import Llava
 from minillava.projector import Projector
 
@@ -71,15 +72,28 @@ def save_learnt(
         for half, weight in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
     }
     projector = projector_tensors(model.projector, model.config, layout, "base_model.model.")
+    whole = projector | {
+        f"base_model.model.{_table(name, layout)}": table
+        for name, table in whole_tables(model, folders).items()
+    }
     if layout == "hf":
-        tensors |= projector
+        tensors |= whole
     else:
-        _write(out / REST_NAME, projector, pickled(projector))
+        _write(out / REST_NAME, whole, pickled(whole))
     _write(out / WEIGHTS_NAMES[0], tensors, save(tensors, metadata={"format": "pt"}))
-    for path in side_files(folders):
-        if path.name not in ("config.json", "generation_config.json"):
-            write_whole(out / path.name, path.read_bytes())
+    files = {path.name: path.read_bytes() for path in side_files(folders)}
+    for name, content in (files | grown_files(model, recipe, folders)).items():
+        if name not in ("config.json", "generation_config.json"):
+            write_whole(out / name, content)
     write_whole(out / CONFIG_NAME, as_json(_adapter_config(recipe, layout, base)))
+
+
+def grown_files(model: Llava, recipe: Recipe, folders: Folders) -> dict[str, bytes]:
+    """The files that differ from the base's where a run adds tokens."""
+    if not recipe.add_tokens:
+        return {}
+    config = whole_config(folders, model.config.text.vocab_size)
+    return token_files(folders, recipe.add_tokens) | config
 
 
 def side_files(folders: Folders) -> list[Path]:
@@ -107,6 +121,11 @@ def _name(name: str, layout: str) -> str:
     return f"model.{name}" if layout == "hf" else stored_name(name, "original", 0)
 
 
+def _table(name: str, layout: str) -> str:
+    """A table of ours as PEFT calls it, whole, on either model."""
+    return name.removeprefix("language_model.") if "head" in name else _name(name, layout)
+
+
 def projector_tensors(
     projector: Projector, config: LlavaConfig, layout: str, prefix: str
 ) -> dict[str, Tensor]:
@@ -123,6 +142,8 @@ def projector_tensors(
 
 def _adapter_config(recipe: Recipe, layout: str, base: str) -> dict[str, object]:
     """adapter_config.json as PEFT writes it."""
+    kept = ["multi_modal_projector"]
+    tables = ["embed_tokens", "lm_head"] if recipe.add_tokens else []
     return {
         "base_model_name_or_path": base,
         "bias": "none",
@@ -131,7 +152,7 @@ def _adapter_config(recipe: Recipe, layout: str, base: str) -> dict[str, object]
         "init_lora_weights": "gaussian" if recipe.init == "gaussian" else True,
         "lora_alpha": recipe.alpha,
         "lora_dropout": recipe.dropout,
-        "modules_to_save": ["multi_modal_projector"] if layout == "hf" else None,
+        "modules_to_save": [*kept, *tables] if layout == "hf" else None,
         "peft_type": "LORA",
         "r": recipe.rank,
         "target_modules": IN_HF if layout == "hf" else list(PRODUCTS),
@@ -148,7 +169,7 @@ def pickled(tensors: dict[str, Tensor]) -> bytes:
     return file.getvalue()
 
 
-def whole_weights(model: Llava) -> dict[str, Callable[[], Tensor]]:
+def whole_weights(model: Llava, folders: Folders) -> dict[str, Callable[[], Tensor]]:
     """Our names of all weights that differ from the base's, and what makes them: a LoRA is added to
     its weight as minillava and PEFT do it when they open one, in float32. Where weights are cut up,
     all processes must ask, and each gets them whole."""
@@ -160,9 +181,11 @@ def whole_weights(model: Llava) -> dict[str, Callable[[], Tensor]]:
         for name, layer in layers.items()
     }
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and ".lora_" not in name:
+        if parameter.requires_grad and ".lora_" not in name and not name.endswith(".added"):
             whole = processes.whole(parameter.detach())
             made[name] = lambda p=whole: p  # type: ignore[misc]
+    for name, table in whole_tables(model, folders).items():
+        made[name] = lambda p=table: p  # type: ignore[misc]
     return made
 
 
@@ -180,10 +203,16 @@ def check_base(folders: Folders) -> None:
         )
 
 
-def save_whole(learnt: dict[str, Callable[[], Tensor]], folders: Folders, target: Path) -> None:
+def save_whole(
+    learnt: dict[str, Callable[[], Tensor]],
+    folders: Folders,
+    target: Path,
+    grown: dict[str, bytes] | None = None,
+) -> None:
     """The whole model, with the learnt weights (`whole_weights`) in place of the base's, complete
     under its name or not there: a copy of the base's folder, or in LLaVA's own layout if the base
-    lies in several folders. Raises ValueError or OSError; what was there before then stays."""
+    lies in several folders. grown: files in place of the base's (`grown_files`). Raises ValueError
+    or OSError; what was there before then stays."""
     new, before = (target.with_name(f"{target.name}{end}") for end in (".new", ".before"))
     if before.exists() and not target.exists():  # killed between the two renames below
         before.rename(target)
@@ -196,7 +225,7 @@ def save_whole(learnt: dict[str, Callable[[], Tensor]], folders: Folders, target
     with new_folder(new) as folder:
         write_weights(tensors, folder)
         check_written(tensors, folder)
-        for name, content in files.items():
+        for name, content in (files | (grown or {})).items():
             (folder / name).write_bytes(content)
     if target.exists():
         target.rename(before)
@@ -213,10 +242,11 @@ def _like(learnt: dict[str, Callable[[], Tensor]], folders: Folders) -> Plan:
     """A folder with the names and dtypes of the base's one folder."""
     tensors = {}
     for name, found in StoredWeights(folders.weights).tensors.items():
-        make: Callable[[], Tensor] = found.read
+        make, shape = found.read, found.shape
         if name in learnt:
             make = _cast(learnt[name], found.name, found.dtype)
-        tensors[found.name] = Planned(found.shape, found.dtype, make, name)
+            shape = tuple(learnt[name]().shape) if name in TABLES else shape
+        tensors[found.name] = Planned(shape, found.dtype, make, name)
     return tensors, {path.name: path.read_bytes() for path in side_files(folders)}
 
 

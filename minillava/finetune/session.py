@@ -26,7 +26,13 @@ from minillava.finetune.loop import Batch, summed_loss, train
 from minillava.finetune.medusa import accuracy, told
 from minillava.finetune.recipe import Recipe
 from minillava.finetune.rows import Example
-from minillava.finetune.save import check_base, save_learnt, save_whole, whole_weights
+from minillava.finetune.save import (
+    check_base,
+    grown_files,
+    save_learnt,
+    save_whole,
+    whole_weights,
+)
 from minillava.finetune.start import open_model
 from minillava.finetune.state import (
     BEFORE_NAME,
@@ -192,18 +198,23 @@ class Session:
         """What was learnt so far, as a folder that minillava.load opens."""
         model = self.assistant.model
         if whole_learns(self.recipe):
-            learnt = whole_weights(model)
-            if not processes.rank():
-                save_whole(learnt, self.folders, target)
+            self.write_whole(target)
         elif not processes.rank():
             target.mkdir(exist_ok=True)
             base = base_name(self.args.model, self.folders)
             save_learnt(model, self.recipe, self.args.layout, base, self.folders, target)
         processes.wait()
 
+    def write_whole(self, target: Path) -> None:
+        """The whole model as files; all processes must call this."""
+        learnt = whole_weights(self.assistant.model, self.folders)
+        if not processes.rank():
+            grown = grown_files(self.assistant.model, self.recipe, self.folders)
+            save_whole(learnt, self.folders, target, grown)
+
     def finish(self) -> None:
-        if self.args.merged and not processes.rank():
-            save_whole(whole_weights(self.assistant.model), self.folders, self.out / WHOLE_NAME)
+        if self.args.merged:
+            self.write_whole(self.out / WHOLE_NAME)
         self.messages.note(last_line(self.args, self.recipe, self.folders))
 
 
@@ -229,6 +240,11 @@ def _check_whole(args: argparse.Namespace, recipe: Recipe, folders: Folders) -> 
         )
     if whole_learns(recipe) or args.merged:
         check_base(folders)
+        if recipe.add_tokens and folders != Folders(folders.weights):
+            raise ValueError(
+                "--add-tokens writes a whole model only of one in a single folder; join this one "
+                "with python -m minillava.convert"
+            )
 
 
 OURS = (STATE_NAME, BEFORE_NAME, NEXT_NAME, LOG_NAME, RECIPE_NAME, CURVE_NAME)

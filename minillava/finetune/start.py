@@ -23,6 +23,7 @@ from minillava.fast.processor import has_fast_bfloat16
 from minillava.files.hub import CLIP_RELEASE
 from minillava.finetune.recipe import Recipe
 from minillava.finetune.save import pickled, projector_tensors
+from minillava.finetune.tokens import tokenizer_with
 from minillava.projector import Projector
 
 
@@ -90,6 +91,8 @@ def open_model(recipe: Recipe, folders: Folders, device: str) -> Assistant:
         template=recipe.template,
         image_aspect_ratio=recipe.aspect,
     )
+    if recipe.add_tokens:
+        assistant.tokenizer = tokenizer_with(folders, recipe.add_tokens)
     model = assistant.model
     if recipe.dtype == "bfloat16":
         weights = open_parts(folders).weights

@@ -50,10 +50,14 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("learn", "dtype"), CASES)
-def test_predicted_bytes_are_those_of_the_bundled_model(learn, dtype):
+@pytest.mark.parametrize(
+    ("learn", "dtype", "tokens"),
+    [*((*case, 0) for case in CASES), ("lora", "float32", 3), ("language", "float32", 90)],
+)
+def test_predicted_bytes_are_those_of_the_bundled_model(learn, dtype, tokens):
     """A machine would be bought by a plan that forgets what the backward pass keeps."""
-    recipe = replace(SMALL, learn=learn, dtype=dtype)
+    new = {f"<{i}>": 1000 + i for i in range(tokens)}
+    recipe = replace(SMALL, learn=learn, dtype=dtype, add_tokens=new)
     assistant = minillava.load(
         ROOT / "weights" / "shapes", dtype=dtype, device="cpu", attention="eager"
     )
