@@ -48,6 +48,8 @@ setup(
             "msgspec>=0.20",
             "prometheus-client>=0.21",
         ],
+        # python -m minillava.batch --on ray; the server in several copies wants 'ray[serve]'
+        "ray": ["ray>=2.40"],
         # the tests of pages, those that --html writes and that of serve; they also need Chromium
         "browser": ["playwright>=1.49", "axe-playwright-python>=0.1.8"],
         # python -m minillava.finetune --log tensorboard, --log wandb

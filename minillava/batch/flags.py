@@ -1,6 +1,7 @@
 """The flags of `python -m minillava.batch`, and which of them go together; they are read before
 torch is imported."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,6 +78,21 @@ SPEED = (
     ),
 )  # fmt: skip
 
+MANY = (
+    flag(
+        "--on", choices=["ray"],
+        help="ask by several workers that Ray starts, each with a model (default: by this process)",
+    ),
+    flag(
+        "--address", metavar="HOST:PORT",
+        help="where Ray runs already (default: $RAY_ADDRESS, else it is started on this machine)",
+    ),
+    flag(
+        "--workers", type=int, metavar="N",
+        help="how many (default: one on each GPU, or, where there is none, on each machine)",
+    ),
+)  # fmt: skip
+
 
 def make_parser(prog: str = "python -m minillava.batch") -> Parser:
     parser = new_parser(
@@ -86,6 +102,7 @@ def make_parser(prog: str = "python -m minillava.batch") -> Parser:
     )
     add_flags(parser, "files", FILES)
     add_flags(parser, "speed", SPEED)
+    add_flags(parser, "several workers", MANY)
     add_model_arguments(parser, answers=True)
     add_generation_arguments(parser)
     add_search_arguments(parser)
@@ -106,6 +123,12 @@ def read_flags(parser: Parser, argv: Sequence[str]) -> tuple:
     for name, least in (("batch_size", 1), ("image_cache", 0)):
         if vars(args)[name] < least:
             parser.error(f"{name} is {vars(args)[name]}, expected at least {least}")
+    if args.workers is not None and args.workers < 1:
+        parser.error(f"workers is {args.workers}, expected at least 1")
+    if args.on is None and (args.address is not None or args.workers is not None):
+        parser.error("--address and --workers are for --on ray")
+    if args.on is not None and "TORCHELASTIC_RUN_ID" in os.environ:
+        parser.error("--on ray starts its workers itself: leave torchrun out")
     if same_file(args.answers, args.questions):
         parser.error("--questions and --answers are the same file")
     journal = (

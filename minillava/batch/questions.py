@@ -12,7 +12,7 @@ from minillava.files.pictures import is_data_url, is_file_url
 from minillava.files.text import as_meant, decode
 
 NOT_ASKED = {"answers", "batch_size", "image_cache", "overwrite", "verbose", "quiet", "device"}
-NOT_ASKED |= {"draft", "draft_tokens"}
+NOT_ASKED |= {"draft", "draft_tokens", "on", "address", "workers"}
 """The flags that change no answer (beyond the last digits), so that a resumed run may change them;
 but for the kind of device, which `ask_file` adds."""
 

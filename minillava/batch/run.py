@@ -21,6 +21,7 @@ from contextlib import ExitStack, closing
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,14 +36,13 @@ from minillava.batch.questions import (
     read_questions,
     shown_line,
 )
-from minillava.batch.together import FULL, Together
+from minillava.batch.together import FULL, Answered, Together
 from minillava.checkpoint.folders import find_folders
 from minillava.checkpoint.place import choose_device
 from minillava.cli.messages import Messages, duration
 from minillava.cli.opening import find_weights, open_assistant
 from minillava.files.disk import explain, is_stream, same_file, write_whole
 from minillava.files.pictures import path_of_url
-from minillava.generate.speculate import Drafts
 
 WINDOW = 16
 """Batches sorted by length together. Not all: questions on one picture, neighbours in most files,
@@ -134,6 +134,26 @@ def ask(
         return [answer for answers in alone for answer in answers]
 
 
+def in_batches(args: argparse.Namespace) -> bool:
+    """Whether questions are asked in batches that begin and end together."""
+    return args.num_beams > 1 or args.draft is not None or args.compile
+
+
+class InBatches:
+    """Questions in batches that begin and end together, with beams, drafts or a compiled step."""
+
+    def __init__(self, assistant: Assistant, args: argparse.Namespace, options: dict):
+        self.assistant = assistant
+        self.encode = lru_cache(args.image_cache)(assistant.encode)
+        self.seed = options["seed"] or 0
+        self.options = {name: value for name, value in options.items() if name != "seed"}
+        if args.draft is not None:
+            self.options["draft"] = assistant.drafts(args.draft, args.draft_tokens)
+
+    def answer(self, batch: list[Question]) -> list[Answered]:
+        return ask(self.assistant, batch, self.seed, self.options, self.encode)
+
+
 def ask_file(args: argparse.Namespace, options: dict) -> int:
     """Ask every question of the file that the journal does not answer; the journal then becomes the
     answers file. Returns the exit status."""
@@ -148,8 +168,14 @@ def ask_file(args: argparse.Namespace, options: dict) -> int:
     _note_repeated(questions, messages)
     _check_answers(args.answers, questions)
     weights = find_weights(args.weights, messages)
-    settings = _settings(args, content, weights)
     with ExitStack() as stack:
+        cluster = None
+        if args.on is not None:
+            from minillava.batch.workers import join
+
+            cluster = stack.enter_context(join(args))
+            args.device = cluster.device
+        settings = _settings(args, content, weights)
         home = args.answers
         if is_stream(home):  # a stream, from which no later run can go on
             home = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "answers"
@@ -159,7 +185,7 @@ def ask_file(args: argparse.Namespace, options: dict) -> int:
             "(Ctrl-C leaves)"
         )
         stack.enter_context(journal.alone(lambda: messages.note(busy)))
-        return Run(args, questions, weights, settings, journal, messages).go(options)
+        return Run(args, questions, weights, settings, journal, messages, cluster).go(options)
 
 
 def _note_repeated(questions: list[Question], messages: Messages) -> None:
@@ -212,13 +238,15 @@ class Run:
         settings: dict,
         journal: Journal,
         messages: Messages,
+        cluster: Any = None,
     ):
+        """cluster: a Cluster of batch/workers.py, whose workers ask in place of this process."""
         self.args, self.questions, self.journal, self.messages = args, questions, journal, messages
         self.weights, self.model_id = weights, _model_id(weights)
         elsewhere = ("images", "weights", *OTHER_FOLDERS)
         self.asked = {name: value for name, value in settings.items() if name not in elsewhere}
         self.done: dict[int, dict] = {}
-        self.drafts: Drafts | None = None
+        self.cluster, self.batches = cluster, None
 
     def record(
         self,
@@ -236,9 +264,12 @@ class Run:
         the fields of `Options` by name."""
         if self.is_finished():
             return 0
-        assistant = open_assistant(self.args, self.weights, self.messages)
-        if self.args.draft is not None:
-            self.drafts = assistant.drafts(self.args.draft, self.args.draft_tokens)
+        if self.cluster is not None:
+            assistant = self.cluster.reader(self.args, self.weights)
+        else:
+            assistant = open_assistant(self.args, self.weights, self.messages)
+            if in_batches(self.args):
+                self.batches = InBatches(assistant, self.args, options)
         if self.args.overwrite:
             self.journal.begin_anew()
         prompts = read_prompts(assistant, self.questions, self.args.system)
@@ -289,38 +320,54 @@ class Run:
         if not left:
             return
         progress = Progress(self.messages, len(self.done), len(self.done) + len(left))
-        args = self.args
-        if args.num_beams > 1 or args.draft is not None or args.compile:
-            made = self.in_batches(assistant, prompts, options)
-        else:
-            lengths = lengths_of(assistant, self.questions, prompts)
-            made = Together(
-                assistant, prompts, max(lengths.values()), options,
-                size=args.batch_size, pictures=args.image_cache,
-            ).answers(left)  # fmt: skip
-        with closing(made):
+        with closing(self.made(assistant, prompts, left, options)) as made:
             for some in made:
-                new = {question.line: self.record(question, *found) for question, found in some}
+                new = {
+                    question.line: self.record(question, *found)
+                    for question, found in some
+                    if question.line not in self.done
+                }
                 self.journal.add(new)
                 self.done |= new
                 progress.tell(len(self.done))
         self.messages.progress("")
 
-    def in_batches(
-        self, assistant: Assistant, prompts: dict[int, list[int]], options: dict
-    ) -> Generator[list[tuple[Question, tuple]], None, None]:
-        """The answers of batches that begin and end together."""
+    def made(
+        self,
+        assistant: Assistant,
+        prompts: dict[int, list[int]],
+        left: list[Question],
+        options: dict,
+    ) -> Generator[list[tuple[Question, Answered]], None, None]:
+        """The answers to the questions that are left, some at a time."""
+        args, most = self.args, max(lengths_of(assistant, self.questions, prompts).values())
+        size, work = min(args.batch_size, len(prompts)), [[question] for question in left]
+        if in_batches(args):
+            work = self.plan_batches(assistant, prompts, options["max_new_tokens"])
+        if self.cluster is not None:
+            yield from self.cluster.answers(
+                (args, self.weights, options, most, size), work, prompts
+            )
+        elif self.batches is not None:
+            for batch in work:
+                yield [*zip(batch, self.batches.answer(batch), strict=True)]
+        else:
+            together = Together(
+                assistant, prompts, most, options, size=size, pictures=args.image_cache
+            )
+            yield from together.answers(left)
+
+    def plan_batches(
+        self, assistant: Assistant, prompts: dict[int, list[int]], longest: int
+    ) -> list[list[Question]]:
+        """The batches (see `plan`) with a question that is left. They are asked whole, since the
+        last digits depend on who shares a batch."""
         size = self.args.batch_size
-        if self.drafts is not None:
-            options, size = {**options, "draft": self.drafts}, 1
+        if self.args.draft is not None:
+            size = 1
             self.messages.note("drafts are for one question at a time: --batch-size is 1")
-        encode = lru_cache(self.args.image_cache)(assistant.encode)
-        seed, longest = options["seed"] or 0, options["max_new_tokens"]
-        options = {name: value for name, value in options.items() if name != "seed"}
-        for batch in plan(assistant, self.questions, prompts, longest, size):
-            if any(question.line not in self.done for question in batch):
-                answers = zip(batch, ask(assistant, batch, seed, options, encode), strict=True)
-                yield [(q, found) for q, found in answers if q.line not in self.done]
+        batches = plan(assistant, self.questions, prompts, longest, size)
+        return [batch for batch in batches if any(q.line not in self.done for q in batch)]
 
     def write(self) -> None:
         """Write the answers file, in the order of the questions, with those that could not be

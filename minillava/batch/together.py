@@ -30,6 +30,9 @@ FULL = "the GPU's memory is full; the same command with a smaller --batch-size g
 Answered = tuple[str | None, str | None, dict | None]
 """An answer, or an error, and the metadata."""
 
+Ended = queue.Queue[tuple[Question, Token | Failed, str]]
+"""Where the engine puts the ends of answers, with what was said."""
+
 Picture = tuple[bytes, Tensor]
 
 
@@ -48,14 +51,14 @@ class Together:
         size: int,
         pictures: int,
     ):
-        """most: positions of the longest prompt."""
+        """most: positions of the longest prompt. size: of which there are enough questions."""
         given = {name: value for name, value in options.items() if name not in ("system", "seed")}
         self.method = find_method(given.pop("contrast", None))
         self.assistant, self.prompts, self.given = assistant, prompts, given
         self.seed = options.get("seed") or 0
-        self.size = min(size, len(prompts))
+        self.size = size
         self.pixels = lru_cache(pictures)(self._open)
-        self.ended: queue.Queue[tuple[Question, Token | Failed, str]] = queue.Queue()
+        self.ended: Ended = queue.Queue()
         try:
             self.engine = Engine(
                 assistant.model,
@@ -94,8 +97,19 @@ class Together:
                 found += ended
                 yield found
 
-    def request(self, question: Question) -> Request:
-        """A question as the engine reads it. Raises ValueError or OSError for a broken picture."""
+    def answer(self, question: Question) -> Answered:
+        """One answer, while the engine runs; several threads may wait for one each. Raises as
+        `answers`."""
+        ended: Ended = queue.Queue()
+        try:
+            self.engine.submit(self.request(question, ended))
+        except (ValueError, OSError) as error:
+            return None, shown_line(error), None
+        return _told(*ended.get())[1]
+
+    def request(self, question: Question, ended: Ended | None = None) -> Request:
+        """A question as the engine reads it, and where its end is put. Raises ValueError or OSError
+        for a broken picture."""
         seed = (self.seed + question.line) % 2**64
         ids, more = self.prompts[question.line], dict[str, Any]()
         if self.method is not None:
@@ -111,7 +125,7 @@ class Together:
             ids,
             [self.pixels(each) for each in question.images],
             [self.assistant.options(**self.given, seed=seed)],
-            partial(self._put, question, said),
+            partial(_put, question, said, self.ended if ended is None else ended),
             **more,
         )
 
@@ -128,14 +142,6 @@ class Together:
             self.engine.drain(0)
             self.engine.join()
 
-    def _put(self, question: Question, said: list[str], _: int, event: Token | Failed) -> None:
-        """Take an event of a question's answer, in the engine's thread; its end is passed on."""
-        if isinstance(event, Token):
-            said.append(event.text)
-            if event.finish_reason is None:
-                return
-        self.ended.put((question, event, "".join(said)))
-
     def _next(self) -> tuple[Question, Answered]:
         """Wait for the next end of an answer."""
         while True:
@@ -143,6 +149,15 @@ class Together:
                 return _told(*self.ended.get(timeout=1))  # without one, Windows hears no Ctrl-C
             except queue.Empty:
                 continue
+
+
+def _put(question: Question, said: list[str], ended: Ended, _: int, event: Token | Failed) -> None:
+    """Take an event of a question's answer, in the engine's thread; its end is passed on."""
+    if isinstance(event, Token):
+        said.append(event.text)
+        if event.finish_reason is None:
+            return
+    ended.put((question, event, "".join(said)))
 
 
 def _told(question: Question, event: Token | Failed, text: str) -> tuple[Question, Answered]:

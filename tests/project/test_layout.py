@@ -74,7 +74,8 @@ READ_FILES = {"options", "image", "tokenizer", "llava", "sampling", "assistant"}
 LIMIT = 2600  # lines of the spine; the last thirty are for a sampler or a template
 GREEDY_LIMIT = 1500
 ALLOWED = {"torch", "safetensors", "sentencepiece", "PIL", "numpy"}
-EXTRAS = {"serve": set(EXTRA), "finetune": {"wandb"}}  # of a door alone, which says what is missing
+# of a door alone, which says what is missing
+EXTRAS = {"serve": set(EXTRA), "finetune": {"wandb"}, "batch": {"ray"}}
 
 
 def shelf(name: str) -> str:
