@@ -9,8 +9,8 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import anyio
@@ -25,6 +25,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from minillava.generate.engine import Failed, Token
+from minillava.serve import completions, responses
 from minillava.serve.metrics import Metrics
 from minillava.serve.protocol import (
     SAFE_ID,
@@ -35,13 +36,12 @@ from minillava.serve.protocol import (
     error_body,
     read_request,
 )
+from minillava.serve.responses import ResponsesRequest
+from minillava.serve.schema import TAKEN, TOLD, openapi
 from minillava.serve.service import Chat, Service
 from minillava.serve.static import is_page, page_routes
 
 LOG = logging.getLogger("minillava.serve")
-
-PING = 15.0
-"""Seconds without an event after which a stream says a word: proxies close silent ones."""
 
 LARGE = 65_536
 """Bytes of a body, above which few are read at a time."""
@@ -59,12 +59,14 @@ def build(service: Service) -> Starlette:
     api, cors = Api(service, metrics), settings.cors
     routes = [
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
+        Route("/v1/responses", api.responses, methods=["POST"]),
         Route("/v1/models", api.models, methods=["GET"]),
         Route("/v1/models/{name:path}", api.model, methods=["GET"]),
         Route("/tokenize", api.tokenize, methods=["POST"]),
         Route("/health", api.health, methods=["GET"]),
         Route("/livez", api.livez, methods=["GET"]),
         Route("/metrics", api.metrics, methods=["GET"]),
+        Route("/openapi.json", api.schema, methods=["GET"]),
         *(page_routes() if settings.page else ()),
     ]
     # pages of these other sites may ask, but their browsers send no cookie or key by themselves
@@ -97,7 +99,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
         told = f"{request.method} is not taken here"
         found = ApiError(405, "method_not_allowed", told, headers=dict(error.headers or {}))
     else:
-        told = "no such address; there is POST /v1/chat/completions, GET /v1/models, POST /tokenize"
+        told = "no such address; there is POST /v1/chat/completions, POST /v1/responses, "
+        told += "GET /v1/models, POST /tokenize; GET /openapi.json has what they take"
         found = ApiError(404, "unknown_url", told)
     return await _api_error(request, found)
 
@@ -210,12 +213,26 @@ def route_of(path: str) -> str:
         return "/v1/models"
     if is_page(path):
         return "/"
-    known = ("/v1/chat/completions", "/tokenize", "/health", "/livez", "/metrics")
+    known = (*TAKEN, *TOLD, "/metrics", "/openapi.json")
     return path if path in known else "other"
 
 
 def _json(value: Any, status: int = 200) -> Response:
     return Response(encode(value), status, {"cache-control": "no-store"}, "application/json")
+
+
+class Format(NamedTuple):
+    """A format of requests and answers. prepare: f(service, asked, put) -> Chat; whole and stream:
+    f(asked, chat, events), the answer."""
+
+    kind: type
+    prepare: Callable[..., Chat]
+    whole: Callable[..., Awaitable[dict]]
+    stream: Callable[..., AsyncIterator[bytes]]
+
+
+CHAT = Format(ChatRequest, Service.prepare, completions.whole, completions.stream)
+RESPONSES = Format(ResponsesRequest, responses.prepare, responses.whole, responses.stream)
 
 
 class Api:
@@ -248,7 +265,17 @@ class Api:
         asked = await self._read(request, TokenizeRequest)
         return _json(await run_in_threadpool(self.service.tokenize, asked))
 
+    async def schema(self, request: Request) -> Response:
+        return _json(openapi())
+
     async def chat(self, request: Request) -> Response:
+        return await self._answer(request, CHAT)
+
+    async def responses(self, request: Request) -> Response:
+        return await self._answer(request, RESPONSES)
+
+    async def _answer(self, request: Request, form: Format) -> Response:
+        """Ask the engine, and answer in one of OpenAI's two formats."""
         events: asyncio.Queue = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -257,16 +284,16 @@ class Api:
                 loop.call_soon_threadsafe(events.put_nowait, (number, event))
 
         self.service.check_room()  # before a body is read that would be refused
-        asked = await self._read(request, ChatRequest)
-        chat = await run_in_threadpool(self.service.prepare, asked, put)
+        asked = await self._read(request, form.kind)
+        chat = await run_in_threadpool(form.prepare, self.service, asked, put)
         self.service.submit(chat)
         if asked.stream:
             return StreamingResponse(
-                self._ended(chat, stream(chat, events)),
+                self._ended(chat, form.stream(asked, chat, events)),
                 media_type="text/event-stream",
                 headers={"cache-control": "no-store", "x-accel-buffering": "no"},
             )
-        body = await self._unless_gone(request, chat, whole(chat, events))
+        body = await self._unless_gone(request, chat, form.whole(asked, chat, events))
         return _json(body)
 
     async def _ended(self, chat: Chat, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -335,92 +362,3 @@ async def _gone(request: Request) -> None:
     """Return when the client has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def whole(chat: Chat, events: asyncio.Queue) -> dict[str, Any]:
-    """The answer in one piece. Raises ApiError if the engine fails."""
-    count = len(chat.request.options)
-    texts, reasons = [""] * count, [""] * count
-    entries: list[list[dict]] = [[] for _ in range(count)]
-    ids: list[list[int]] = [[] for _ in range(count)]
-    while not all(reasons):
-        number, event = await events.get()
-        if isinstance(event, Failed):
-            raise _failed(event)
-        chat.note(event)
-        texts[number] += event.text
-        entries[number] += chat.logprobs(number, event)
-        ids[number].append(event.id)
-        chat.extra(number, event)
-        reasons[number] = event.finish_reason or ""
-    asked = chat.asked.logprobs
-    return {
-        **chat.head("chat.completion"),
-        "choices": [
-            {
-                "index": i,
-                "message": {"role": "assistant", "content": texts[i], "refusal": None},
-                "logprobs": {"content": entries[i], "refusal": None} if asked else None,
-                "finish_reason": reasons[i],
-                **chat.extras(i, texts[i], ids[i]),
-            }
-            for i in range(count)
-        ],
-        "usage": chat.usage(),
-        "minillava": chat.timings(),
-    }
-
-
-def _failed(event: Failed) -> ApiError:
-    return ApiError(
-        503 if event.code == "shutting_down" else 500,
-        event.code,
-        event.message,
-        headers={"x-should-retry": "false"} if event.code == "engine_failed" else None,
-    )
-
-
-async def stream(chat: Chat, events: asyncio.Queue) -> AsyncIterator[bytes]:
-    """The answer as server-sent events: one line of JSON each, and [DONE] after the last."""
-    options = chat.asked.stream_options
-    with_usage = bool(options and options.include_usage)
-    head = chat.head("chat.completion.chunk")
-
-    def line(choices: list[dict], **more: Any) -> bytes:
-        usage = {"usage": None} if with_usage and "usage" not in more else {}
-        return b"data: " + encode({**head, "choices": choices, **usage, **more}) + b"\n\n"
-
-    left, begun = len(chat.request.options), set()
-    while left:
-        event = None
-        with anyio.move_on_after(PING):
-            number, event = await events.get()
-        if event is None:
-            yield b": ping\n\n"
-            continue
-        if isinstance(event, Failed):
-            found = _failed(event)
-            body = error_body(500, found.code, str(found))
-            yield b"data: " + encode(body) + b"\n\n"
-            return
-        chat.note(event)
-        if number not in begun:
-            begun.add(number)
-            first = {} if chat.look is None else {"minillava": chat.look}
-            yield line([_choice(number, {"role": "assistant", "content": ""})], **first)
-        entries, more = chat.logprobs(number, event), chat.extra(number, event)
-        if event.text or entries or any(more.values()):
-            told = {"content": entries, "refusal": None} if entries else None
-            yield line([{**_choice(number, {"content": event.text}, told), **more}])
-        if event.finish_reason is not None:
-            left -= 1
-            yield line([_choice(number, {}, reason=event.finish_reason)], minillava=chat.timings())
-    if with_usage:
-        yield line([], usage=chat.usage())
-    yield b"data: [DONE]\n\n"
-
-
-def _choice(
-    index: int, delta: dict, logprobs: dict | None = None, reason: str | None = None
-) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}

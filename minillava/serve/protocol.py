@@ -1,11 +1,11 @@
-"""The wire format: requests in OpenAI's format, read strictly, and answers and errors.
+"""The wire format: chat requests in OpenAI's format, read strictly, and answers and errors.
 
 The rule for fields of OpenAI that we do not serve: a field that would change the answer is refused,
 any other is ignored. An unknown field is refused, since a typo would otherwise go unnoticed.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -141,6 +141,7 @@ class ChatRequest(Struct, forbid_unknown_fields=True):
     contrast: ContrastField | None = None
     prefix_ids: list[Count] | None = None
     token_ids: bool | None = None
+    continue_final_message: bool | None = None
     # refused, unless they ask for nothing
     tools: Any = None
     functions: Any = None
@@ -227,16 +228,20 @@ def _invalid(found: str) -> ApiError:
     return ApiError(400, code, f"{param}: {told}" if param else told, param)
 
 
+def refuse(request: Struct, nothing: Mapping[str, tuple]) -> None:
+    """Raises ApiError for a field that is not served, by `nothing`, which has the values of each
+    that ask for nothing."""
+    for name, values in nothing.items():
+        value = getattr(request, name)
+        same = (v for v in values if v == value and isinstance(v, bool) == isinstance(value, bool))
+        if value is not None and not any(True for _ in same):
+            told = f"{name} is not served; leave it out"
+            raise ApiError(400, "unsupported_parameter", told, name)
+
+
 def _check(request: ChatRequest) -> None:
     """Check which fields go together, and which are not served. Raises ApiError."""
-    for name, nothing in NOTHING.items():
-        value = getattr(request, name)
-        if value is not None and not any(
-            value == each and type(value) is not bool for each in nothing
-        ):
-            raise ApiError(
-                400, "unsupported_parameter", f"{name} is not served; leave it out", name
-            )
+    refuse(request, NOTHING)
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "invalid_value", "stream_options needs stream: true", "stream_options")
     if request.top_logprobs and not request.logprobs:

@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Sequence
 from itertools import count
+from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
@@ -28,28 +29,31 @@ Part = str | bytes
 """Of a user's message: text, or the bytes of a picture."""
 
 
+class Read(NamedTuple):
+    """prompt: up to where an answer begins. pictures: in order. begun: the prompt with the answer
+    that the last message began, if there is one."""
+
+    prompt: Prompt
+    pictures: list[bytes]
+    begun: Prompt
+
+
 def read_messages(
-    messages: Sequence[Message], template: Template, system: str | None = None
-) -> tuple[Prompt, list[bytes]]:
-    """The prompt, and its pictures in order. system: the system text if no message has one. Raises
-    ApiError."""
-    above, said = [], []  # system texts; (role, parts)
-    for i, message in enumerate(messages):
-        parts = _parts(message, f"messages[{i}]")
-        if message.role in ("system", "developer"):
-            if said:
-                told = "system messages come first; put it before all others"
-                raise ApiError(400, "invalid_value", told, f"messages[{i}].role")
-            above.append("\n".join(str(part) for part in parts))
-        elif said and said[-1][0] == message.role:
-            said[-1][1].extend(parts)
-        else:
-            said.append((message.role, parts))
+    messages: Sequence[Message],
+    template: Template,
+    system: str | None = None,
+    go_on: bool | None = False,
+) -> Read:
+    """The prompt of a conversation. system: the system text if no message has one. go_on: the last
+    message is the beginning of the answer. Raises ApiError."""
+    above, said = _gather(messages)
+    begun = _take_begun(said) if go_on else ""
     if not said or said[0][0] != "user" or said[-1][0] != "user":
         at = 0 if not said or said[0][0] != "user" else len(messages) - 1
         told = "the first message after the system's, and the last one, are a user's"
         raise ApiError(400, "invalid_value", told, f"messages[{at}].role")
-    marker = _unused([part for _, parts in said for part in parts if isinstance(part, str)])
+    written = [part for _, parts in said for part in parts if isinstance(part, str)]
+    marker = _unused([*written, begun])
     texts, pictures = [], []
     for role, parts in said:
         if role == "user":
@@ -62,14 +66,49 @@ def read_messages(
             told = "a user's message is empty; write what you want to know"
             raise ApiError(400, "invalid_value", told, "messages")
     turns = [*zip(texts[::2], [*texts[1::2], None], strict=True)]
+    system = "\n".join(above) if above else system
     try:
-        prompt = render(template, turns, "\n".join(above) if above else system)
+        prompt = render(template, turns, system)
+        finished = render(template, [*turns[:-1], (texts[-1], begun)], system) if begun else prompt
     except ValueError as error:
         raise ApiError(400, "invalid_value", str(error), "messages") from None
-    # what a user typed is text, even if it is <image>
-    return Prompt(
-        [Segment(s.text.replace(marker, IMAGE_MARKER), s.kind) for s in prompt.segments]
-    ), pictures
+    closed = begun and not template.assistant.endswith("{}")  # by what ends a finished answer
+    end = -1 if closed else None
+    whole = _typed(finished.segments[:end], marker)
+    return Read(_typed(prompt.segments, marker), pictures, whole)
+
+
+def _gather(messages: Sequence[Message]) -> tuple[list[str], list[tuple[str, list[Part]]]]:
+    """The system's texts, and what was said: roles in turn, each with its parts. Raises
+    ApiError."""
+    above: list[str] = []
+    said: list[tuple[str, list[Part]]] = []
+    for i, message in enumerate(messages):
+        parts = _parts(message, f"messages[{i}]")
+        if message.role in ("system", "developer"):
+            if said:
+                told = "system messages come first; put it before all others"
+                raise ApiError(400, "invalid_value", told, f"messages[{i}].role")
+            above.append("\n".join(str(part) for part in parts))
+        elif said and said[-1][0] == message.role:
+            said[-1][1].extend(parts)
+        else:
+            said.append((message.role, parts))
+    return above, said
+
+
+def _take_begun(said: list[tuple[str, list[Part]]]) -> str:
+    """The text of the last message, which is an assistant's and begins the answer. Raises
+    ApiError."""
+    if not said or said[-1][0] != "assistant":
+        told = "continue_final_message needs a last message of the assistant's"
+        raise ApiError(400, "invalid_value", told, "continue_final_message")
+    return "\n".join(str(part) for part in said.pop()[1])
+
+
+def _typed(segments: Sequence[Segment], marker: str) -> Prompt:
+    """A prompt in which what a user typed is text, even if it is <image>."""
+    return Prompt([Segment(s.text.replace(marker, IMAGE_MARKER), s.kind) for s in segments])
 
 
 def _unused(texts: Sequence[str]) -> str:

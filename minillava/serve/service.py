@@ -22,6 +22,7 @@ from minillava.options import Options, dtype_name
 from minillava.serve import extensions
 from minillava.serve.protocol import ApiError, ChatRequest, Entries, TokenizeRequest
 from minillava.serve.reading import open_picture, read_messages
+from minillava.tokenizer import common_prefix
 
 STATUS = {"queue_full": 429, "context_length_exceeded": 400}
 """Of a request that the engine refuses; 503 for all else."""
@@ -180,7 +181,7 @@ class Service:
             ids, pictures = tokenizer.encode(str(asked.text)), 0
         else:
             template = self.assistant.template
-            prompt, contents = read_messages(asked.messages, template, self.settings.system)
+            prompt, contents, _ = read_messages(asked.messages, template, self.settings.system)
             self._check_text(prompt)
             ids, pictures = tokenizer.encode(prompt), len(contents)
         positions = pictures * self.assistant.model.config.tokens_per_image
@@ -197,17 +198,21 @@ class Service:
         config, tokenizer = assistant.model.config, assistant.tokenizer
         contrast, count = extensions.read_contrast(asked), asked.n or 1
         self._check_slots(count, 1 if contrast is None else 2)
-        prompt, contents = read_messages(asked.messages, assistant.template, self.settings.system)
+        prompt, contents, begun = read_messages(
+            asked.messages, assistant.template, self.settings.system, asked.continue_final_message
+        )
         self._check_pictures(len(contents))
-        self._check_text(prompt)
+        self._check_text(begun)
         look = extensions.read_look(asked, config, len(contents))
         if look is not None and isinstance(
             self.assistant.model.language_model, SharedLanguageModel
         ):
             told = "no process has the attention of all heads; start the server without torchrun"
             raise ApiError(400, "unsupported_value", told, "look")
-        prefix = extensions.read_prefix(asked, config)
-        ids = [*tokenizer.encode(prompt), *prefix]
+        whole = tokenizer.encode(begun)
+        prefix = whole[common_prefix(whole, tokenizer.encode(prompt)) :]
+        prefix += extensions.read_prefix(asked, config)
+        ids = [*whole, *(asked.prefix_ids or ())]
         options = [extensions.count_from(prefix, each) for each in self._options(asked, count)]
         opened = [self._picture(content) for content in contents]
         pictures = [(key, pixels) for key, pixels, _ in opened]

@@ -173,6 +173,29 @@ def test_openai_hangs_up_in_the_middle(openai, start):
     wait_until(lambda: running.engine.running == 0)
 
 
+def test_openai_responses(openai, shared, assistant):
+    """OpenAI's newer call would find no text, no usage or no end of a stream, or a response could
+    not be given back as the beginning of the next turn."""
+    create = client_of(shared, openai.OpenAI).responses.create
+    url = picture(1)["image_url"]["url"]
+    parts = [{"type": "input_text", "text": QUESTION}, {"type": "input_image", "image_url": url}]
+    turns = [{"role": "user", "content": parts}]
+    first = create(model="shapes", input=turns)
+    assert first.output_text == expected(assistant) and first.status == "completed"
+    assert first.usage.input_tokens_details.cached_tokens >= 0 and first.usage.output_tokens > 1
+    turns += [*first.output, {"role": "user", "content": "What color is the first one?"}]
+    second = create(model="shapes", input=turns, store=False)
+    assert second.output_text and second.usage.input_tokens_details.cached_tokens > 81
+    *events, last = create(model="shapes", input=turns, stream=True)
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == second.output_text == last.response.output_text
+    assert last.type == "response.completed" and last.response.usage.output_tokens > 1
+    with client_of(shared, openai.OpenAI).responses.stream(model="shapes", input=turns) as stream:
+        assert stream.get_final_response().output_text == second.output_text
+    with pytest.raises(openai.BadRequestError, match="previous_response_id is not served"):
+        create(model="shapes", input="And?", previous_response_id=first.id)
+
+
 # --- others, each in a process of its own ---------------------------------------------------------
 
 
@@ -360,6 +383,8 @@ def test_the_two_commands_of_the_page(tmp_path):
                 timeout=180,
             )
             assert (done.stdout, done.stderr) == ("There are three shapes.", "")
+            script = block("responses").replace("http://127.0.0.1:8000", address)
+            assert run_client([sys.executable, "-c", script]).strip()
     finally:
         process.terminate()
         assert process.wait(timeout=60) == 0

@@ -21,7 +21,7 @@ from served import (
     LONG,
     SHAPES,
     Streaming,
-    application,
+    completions,
     picture,
     raw_request,
     said,
@@ -125,7 +125,7 @@ def prompt_of(messages, assistant):
 
     from minillava.serve.protocol import Message
 
-    return reading.read_messages(msgspec.convert(messages, list[Message]), assistant.template)
+    return reading.read_messages(msgspec.convert(messages, list[Message]), assistant.template)[:2]
 
 
 def test_prompts_are_those_that_generate_writes(assistant):
@@ -227,7 +227,7 @@ def test_a_stream_says_what_the_whole_answer_says(shared):
 
 def test_a_silent_stream_is_kept_awake(start, monkeypatch):
     """Also while it waits in the queue: proxies close silent streams."""
-    monkeypatch.setattr(application, "PING", 0.01)
+    monkeypatch.setattr(completions, "PING", 0.01)
     running = start("--slots", "1")
     one = Streaming(running, LONG)
     assert one.read_until(b'"content":')
@@ -278,6 +278,131 @@ def test_what_fails_after_the_start_is_an_event_and_a_whole_body(start, assistan
         assert b'"code":"shutting_down"' in stream.got and b"[DONE]" not in stream.got
         stream.close()
     assert running.send("GET", "/health")[0] == 503
+
+
+# --- /v1/responses --------------------------------------------------------------------------------
+
+
+def respond(running, input, **fields) -> tuple[int, dict]:
+    status, _, body = running.send("POST", "/v1/responses", {"input": input, **fields})
+    return status, json.loads(body)
+
+
+def test_a_response_is_the_answer_of_chat(shared, assistant):
+    """Its instructions, options or earlier turns would be lost on the way to the model, or its
+    message be where no client looks."""
+    status, found = respond(shared, "Hello?", instructions="Be brief.", top_p=0.5)
+    expected = assistant.ask(None, "Hello?", system="Be brief.")
+    (item,) = found["output"]
+    (part,) = item["content"]
+    assert (status, part["text"], part["type"]) == (200, expected, "output_text")
+    assert (item["type"], item["role"], item["status"]) == ("message", "assistant", "completed")
+    assert (found["object"], found["status"], found["store"]) == ("response", "completed", False)
+    usage = found["usage"]
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+    url = picture(1)["image_url"]["url"]
+    shown = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": "What?"}]
+    turn = {"role": "user", "content": shown}
+    status, cut = respond(
+        shared, [turn], max_output_tokens=3, include=["message.output_text.logprobs"],
+        top_logprobs=2, temperature=1, metadata={"a": "b"}, reasoning={"effort": "low"},
+    )  # fmt: skip
+    assert (status, cut["status"]) == (200, "incomplete")
+    assert cut["incomplete_details"] == {"reason": "max_output_tokens"}
+    (part,) = cut["output"][0]["content"]
+    assert [len(each["top_logprobs"]) for each in part["logprobs"]] == [2, 2, 2]
+    assert (cut["metadata"], cut["temperature"]) == ({"a": "b"}, 1)
+    status, answer = respond(shared, [turn, *cut["output"], {"role": "user", "content": "And?"}])
+    said_before = [{"role": "assistant", "content": part["text"]}]
+    turns = [{"role": "user", "content": [picture(1), text("What?")]}, *said_before]
+    _, expected = shared.chat([*turns, {"role": "user", "content": "And?"}])
+    assert answer["output"][0]["content"][0]["text"] == said(expected)
+
+
+def test_the_events_of_a_response(shared):
+    """A client would miss the event it waits for: their names, numbers and order are fixed."""
+    body = {"input": "What is a ring?", "stream": True}
+    status, headers, raw = shared.send("POST", "/v1/responses", body)
+    assert (status, headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    blocks = [block.split("\n") for block in raw.decode().removesuffix("\n\n").split("\n\n")]
+    events = [json.loads(data.removeprefix("data: ")) for _, data in blocks]
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    assert [name for name, _ in blocks] == [f"event: response.{kind}" for kind in kinds]
+    assert [event["sequence_number"] for event in events] == [*range(len(events))]
+    begin = ["created", "in_progress", "output_item.added", "content_part.added"]
+    end = ["output_text.done", "content_part.done", "output_item.done", "completed"]
+    middle = kinds[len(begin) : -len(end)]
+    assert (kinds[: len(begin)], kinds[-len(end) :]) == (begin, end)
+    assert set(middle) == {"output_text.delta"} and len(middle) > 3
+    text_said = "".join(event.get("delta", "") for event in events)
+    done = events[-1]["response"]
+    assert done["output"][0]["content"][0]["text"] == events[-4]["text"] == text_said
+    assert {each.get("item_id", done["output"][0]["id"]) for each in events} == {
+        done["output"][0]["id"]
+    }
+    assert {events[0]["response"]["id"], events[1]["response"]["id"]} == {done["id"]}
+
+
+def test_a_response_that_fails_after_its_start_says_so(start):
+    """A client would take a broken-off response for a whole one."""
+    running = start()
+
+    def fail(answers) -> None:
+        raise RuntimeError("broken")
+
+    running.engine._decode = fail
+    _, _, raw = running.send("POST", "/v1/responses", {"input": "Hello?", "stream": True})
+    last = json.loads(raw.decode().removesuffix("\n\n").rpartition("data: ")[2])
+    assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
+    assert last["response"]["error"]["code"] == "server_error"
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"previous_response_id": "resp_1"}, "unsupported_parameter", "previous_response_id"),
+        ({"conversation": "conv_1"}, "unsupported_parameter", "conversation"),
+        ({"background": True}, "unsupported_parameter", "background"),
+        ({"tools": [{"type": "web_search"}]}, "unsupported_parameter", "tools"),
+        ({"truncation": "auto"}, "unsupported_parameter", "truncation"),
+        ({"text": {"format": {"type": "json_object"}}}, "unsupported_parameter", "text.format"),
+        ({"top_logprobs": 3}, "invalid_value", "top_logprobs"),
+        ({"seed": 3}, "unknown_parameter", "seed"),
+        ({"input": []}, "invalid_value", "input"),
+        ({"input": " "}, "invalid_value", "input"),
+        ({"model": "gpt-9"}, "model_not_found", "model"),
+        ({"input": [{"type": "reasoning", "role": "user", "content": ""}]},
+         "invalid_value", "input[0].type"),
+        ({"instructions": "Be brief.", "input": [{"role": "tool", "content": "x"}]},
+         "unsupported_value", "input[0].role"),
+        ({"input": [{"role": "user", "content": [
+            {"type": "input_image", "image_url": "http://127.0.0.1:1/x.png"}]}]},
+         "image_url_not_supported", "input[0].content[0].image_url"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
+         "unsupported_value", "input[0].content[0].file_id"),
+        ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},
+         "unsupported_value", "input[0].content[0].type"),
+    ],
+)  # fmt: skip
+def test_what_a_response_may_not_ask_is_refused_by_name(shared, fields, code, param):
+    """A field that changes the answer would be ignored, or blamed by a name of another format."""
+    status, answer = respond(shared, **{"input": "Hello?", **fields})
+    assert status == (404 if code == "model_not_found" else 400), answer
+    assert (answer["error"]["code"], answer["error"]["param"]) == (code, param), answer
+    _, asks_for_nothing = respond(
+        shared, "Hello?", max_output_tokens=1, tools=[], background=False, truncation="disabled",
+        text={"format": {"type": "text"}, "verbosity": "low"}, store=True, conversation=None,
+    )  # fmt: skip
+    assert asks_for_nothing["status"] == "incomplete"
+
+
+def test_the_schema_is_published(shared):
+    """A generated client would not know a route, or a field that is taken."""
+    status, _, body = shared.send("GET", "/openapi.json")
+    found = json.loads(body)
+    assert status == 200 and "/v1/responses" in found["paths"]
+    fields = found["components"]["schemas"]["ChatRequest"]["properties"]
+    assert {"messages", "look", "continue_final_message"} <= set(fields)
 
 
 # --- what is refused ------------------------------------------------------------------------------

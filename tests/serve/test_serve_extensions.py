@@ -14,6 +14,10 @@ from paths import ROOT
 from served import SHAPES, Running, picture, said, text
 
 from minillava.look import run as looking
+from minillava.prompt import render
+from minillava.serve.protocol import Message
+from minillava.serve.reading import read_messages
+from minillava.templates import TEMPLATES
 
 pytestmark = pytest.mark.parity  # the mark of what needs an extra
 
@@ -275,3 +279,33 @@ def test_the_examples_of_the_readme_run_and_say_what_it_says(shared, name):
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == found[2]
+
+
+# --- continue_final_message -----------------------------------------------------------------------
+
+
+def test_an_answer_that_was_begun_is_gone_on_with(shared, assistant):
+    """The beginning would be closed as a finished turn, said again, or lose the space after it."""
+    user = {"role": "user", "content": [picture(1), text(QUESTION)]}
+    whole = assistant.ask(SHAPES / "example-1.png", QUESTION)
+    words = whole.split(" ")
+    for count in (1, 4, 10):
+        begun = " ".join(words[:count])
+        messages = [user, {"role": "assistant", "content": begun}]
+        status, answer = shared.chat(messages, continue_final_message=True)
+        assert status == 200, answer
+        assert begun + said(answer) == whole
+    empty = [user, {"role": "assistant", "content": ""}]
+    assert said(shared.chat(empty, continue_final_message=True)[1]) == whole
+    status, answer = shared.chat([user], continue_final_message=True)
+    assert (status, answer["error"]["param"]) == (400, "continue_final_message")
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_what_was_begun_stands_where_a_finished_answer_does(name):
+    """A template's own end of a turn would be left in, or its space before the answer be lost."""
+    template, messages = TEMPLATES[name], [Message("user", "What?"), Message("assistant", "I see")]
+    read = read_messages(messages, template, go_on=True)
+    finished = render(template, [("What?", "I see")])
+    assert finished == read.begun + template.assistant.partition("{}")[2]
+    assert read.begun.startswith(read.prompt) and read.begun.endswith("I see")

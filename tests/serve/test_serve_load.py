@@ -24,7 +24,7 @@ from served import (
     LONG,
     SHAPES,
     Streaming,
-    application,
+    completions,
     picture,
     raw_request,
     said,
@@ -32,8 +32,6 @@ from served import (
     text,
     wait_until,
 )
-
-import minillava
 
 pytestmark = pytest.mark.parity  # the mark of what needs an extra
 
@@ -192,40 +190,11 @@ def test_malformed_requests_are_the_clients_fault(shared, count, caplog):
     assert said(shared.ask("What is a ring?", max_tokens=2))
 
 
-def openapi() -> dict:
-    """The schema of what the routes take, as msgspec publishes it."""
-    import msgspec
-
-    from minillava.serve.protocol import ChatRequest, TokenizeRequest
-
-    kinds = {"/v1/chat/completions": ChatRequest, "/tokenize": TokenizeRequest}
-    schemas, parts = msgspec.json.schema_components(
-        [*kinds.values()], ref_template="#/components/schemas/{name}"
-    )
-    answers = {"default": {"description": "any", "content": {"application/json": {"schema": {}}}}}
-    paths: dict = {
-        path: {
-            "post": {
-                "requestBody": {
-                    "required": True,
-                    "content": {"application/json": {"schema": each}},
-                },
-                "responses": answers,
-            }
-        }
-        for path, each in zip(kinds, schemas, strict=True)
-    }
-    for path in ("/v1/models", "/health", "/livez"):
-        paths[path] = {"get": {"responses": answers}}
-    info = {"title": "minillava", "version": minillava.__version__}
-    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": parts}}
-
-
 @pytest.mark.slow
 def test_what_the_schema_allows_is_answered(shared, tmp_path):
     """A body that the types allow would meet code that does not expect it."""
     pytest.importorskip("schemathesis", reason="schemathesis is not installed")
-    (tmp_path / "openapi.json").write_text(json.dumps(openapi()))
+    (tmp_path / "openapi.json").write_bytes(shared.send("GET", "/openapi.json")[2])
     command = [
         sys.executable, "-m", "schemathesis.cli", "run", str(tmp_path / "openapi.json"),
         "--url", f"http://127.0.0.1:{shared.port}", "--max-examples", "150", "--seed", "1",
@@ -313,7 +282,7 @@ def test_slow_peers_keep_nobody_waiting(start, monkeypatch, count):
 def test_who_does_not_read_is_given_up(start, monkeypatch, count):
     """An answer that nobody reads would be held in memory, and its slot with it."""
     monkeypatch.setattr(serving, "SEND", 0.3)
-    monkeypatch.setattr(application, "PING", 0.001)
+    monkeypatch.setattr(completions, "PING", 0.001)
     running, stalled = start("--slots", "1"), []
     running.listener.setsockopt(
         socket.SOL_SOCKET, socket.SO_SNDBUF, 8192

@@ -15,9 +15,9 @@ from paths import ROOT
 from minillava.serve.flags import make_parser
 from minillava.serve.run import listen
 
-serving, application, services = (
+serving, application, services, completions = (
     pytest.importorskip(f"minillava.serve.{name}", reason="the extra [serve] is not installed")
-    for name in ("server", "app", "service")
+    for name in ("server", "app", "service", "completions")
 )
 
 SHAPES = ROOT / "weights" / "shapes"
