@@ -385,15 +385,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def read(paths: Sequence[Path]) -> tuple[str, str, list[Cell]]:
     """The kind, the heading and the cells that runs with --json found, with the way that WAYS would
-    take now. Raises ValueError if the runs are of processors of different kinds."""
+    take now; a cell of several runs has the rounds of all. Raises ValueError if the runs are of
+    processors of different kinds."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     kinds = sorted({part["kind"] for part in found})
     if len(kinds) > 1:
         raise ValueError(f"measured on processors of kinds {', '.join(kinds)}, expected one kind")
-    cells = [Cell(**cell) for part in found for cell in part["cells"]]
-    for cell in cells:
-        cell.taken = processor.way(cell.stored, cell.rows, wide=cell.c > cell.n, on=kinds[0])
-    return kinds[0], "; ".join(dict.fromkeys(part["head"] for part in found)), cells
+    cells: dict[tuple, Cell] = {}
+    for cell in (Cell(**cell) for part in found for cell in part["cells"]):
+        first = cells.setdefault((cell.stored, cell.n, cell.c, cell.rows), cell)
+        if cell is not first:
+            for way, seconds in cell.seconds.items():
+                first.seconds.setdefault(way, []).extend(seconds)
+            first.others = max(first.others, cell.others)
+        first.taken = processor.way(cell.stored, cell.rows, wide=cell.c > cell.n, on=kinds[0])
+    heads = "; ".join(dict.fromkeys(part["head"] for part in found))
+    return kinds[0], heads, list(cells.values())
 
 
 if __name__ == "__main__":

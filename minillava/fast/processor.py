@@ -19,19 +19,26 @@ MANY = math.inf
 Ways = tuple[tuple[float, str], ...]
 
 PLAIN: Ways = ((MANY, "plain"),)
-FLOAT32: Ways = ((1, "parts"), (2, "turned"), (MANY, "parts"))
+FLOAT32: Ways = ((1, "parts"), (3, "turned parts"), (MANY, "parts"))
 BLOCKS: Ways = ((64, "float32 blocks"), (MANY, "float32 blocks x4"))
 
 WAYS: dict[str, dict[str, Ways]] = {
     "avx2": {
         "float32": FLOAT32,
-        "bfloat16": ((1, "mv"), (4, "plain"), *BLOCKS),
+        "bfloat16": ((1, "mv"), (2, "turned"), (3, "plain"), (4, "turned parts"), *BLOCKS),
+        "bfloat16, wide": ((1, "mv"), (8, "plain"), *BLOCKS),
         "int8": ((32, "kernel"), *BLOCKS),
         "int4": ((64, "kernel"), *BLOCKS),
     },
     "avx512": {
         "float32": FLOAT32,
-        "bfloat16": ((1, "mv"), (3, "plain"), *BLOCKS),
+        "bfloat16": ((1, "mv"), (3, "plain"), (8, "parts"), *BLOCKS),
+        "bfloat16, wide": (
+            (1, "mv"),
+            (3, "plain"),
+            (16, "parts"),
+            (MANY, "float32 blocks x4"),
+        ),
         "int8": ((64, "kernel"), *BLOCKS),
         "int4": ((128, "kernel"), (MANY, "float32 blocks x4")),
     },

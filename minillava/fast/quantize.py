@@ -175,7 +175,8 @@ class Int4Linear(QuantisedLinear):
     def dequantise(self, rows: slice, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Some rows of the weights, whole tiles, written to `out` if given: [n, K]."""
         between = torch.promote_types(dtype, NARROW)
-        q = (unpack if self.has_kernel else split)(self.weight[rows]).view(torch.int8) - 8  # [n, K]
+        fresh = (unpack if self.has_kernel else split)(self.weight[rows])
+        q = fresh.view(torch.int8).sub_(8)  # [n, K]
         # each [n, K/G, 1]
         scale, zero = self.scale_zero[:, rows, :, None].transpose(0, 1).to(between).unbind(2)
         whole = convert(q, out, between).unflatten(1, (-1, GROUP))  # [n, K/G, G]

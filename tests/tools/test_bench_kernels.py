@@ -70,6 +70,12 @@ def test_json_has_every_round_and_can_be_read_again(tmp_path, capsys, monkeypatc
         if line.startswith("| float32 blocks |")
     ]
     assert line.count("*") in (2, 6)  # taken twice by the table of now, and at best the fastest
+    again = tmp_path / "again.json"
+    again.write_text(json.dumps(found))
+    (kind, _, cells), one = bench_kernels.read([path, again]), found["cells"]
+    assert (kind, len(cells)) == (found["kind"], len(one))
+    for both, cell in zip(cells, one, strict=True):
+        assert both.seconds == {way: 2 * seconds for way, seconds in cell["seconds"].items()}
     path.write_text(json.dumps(found | {"kind": "arm"}))
     other = tmp_path / "other.json"
     other.write_text(json.dumps(found))
