@@ -65,7 +65,7 @@ from bench_parts.work import PROMPT, weights_read
 from minillava.cli import messages
 from minillava.cli.arguments import Parser
 from minillava.files.disk import check_writable, explain
-from minillava.options import DTYPES, KINDS
+from minillava.options import ATTENTION, DTYPES, KINDS
 
 # --- the door -------------------------------------------------------------------------------------
 
@@ -143,6 +143,10 @@ def flags_of_others(group: argparse._ArgumentGroup) -> None:
         "--dtypes", default="float32,bfloat16,int8,int4", help="growth, drafts, exact: which lines"
     )
     group.add_argument("--learn", default="lora,language", help="train: which of these")
+    group.add_argument(
+        "--attention", choices=ATTENTION, default="eager", help="train: fused is their sdpa"
+    )
+    group.add_argument("--read", type=int, default=60, help="train: tokens of a row before answers")
     group.add_argument("--png", type=Path, help="growth: draw it here")
     group.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="contrast, assisted, serve"
@@ -376,7 +380,7 @@ def train_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         dtypes = [
             dtype for dtype in dtypes if dtype not in unknown
         ]  # weights of these do not learn
-    chosen = variants(options.learn.split(","), dtypes)
+    chosen = variants(options.learn.split(","), dtypes, options.attention, options.read)
     with ExitStack() as stack:
         home = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder = home / f"{options.size}-bfloat16"

@@ -18,7 +18,7 @@ from minillava.cli.flags import (
 )
 from minillava.finetune.recipe import INITS, LEARN, MEANS, ORDERS, RECIPES, Recipe
 from minillava.finetune.watch import LOGGERS
-from minillava.options import ASPECTS, DEVICES, KINDS
+from minillava.options import ASPECTS, ATTENTION, DEVICES, KINDS
 from minillava.templates import TEMPLATES
 
 HELP = """\
@@ -94,6 +94,8 @@ RECIPE_FLAGS = (
     flag("--order", choices=ORDERS, help="of the rows"),
     flag("--loss-mean", choices=MEANS, help="over an update's tokens, or "
          "over each batch's alone, as LLaVA was trained"),
+    flag("--attention", choices=ATTENTION, help="eager, whose bits are those of transformers, or "
+         "fused, which keeps no weights of attention (default: eager on a CPU)"),
     flag("--add-tokens", type=path_name, metavar="FILE", help="new tokens, one a line, whose rows "
          "in both tables learn, too"),
     flag("--seed", type=int, metavar="N", help="of order, start and dropout"),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from minillava.attention import eager, fused
+from minillava.attention import ATTENTION, eager
 from minillava.checkpoint.place import available_memory
 from minillava.config import LlavaConfig
 from minillava.fast.quantize import stored_shapes
@@ -51,8 +51,7 @@ class Plan:
 
 
 def make_plan(config: LlavaConfig, recipe: Recipe, examples: Sequence[Example]) -> Plan:
-    """The sizes of a run on a CPU; on a GPU, whose attention keeps no weights, activations are
-    less."""
+    """The sizes of a run, as a CPU computes it."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # which takes a second to import
 
     dtype = getattr(torch, recipe.dtype)
@@ -60,6 +59,7 @@ def make_plan(config: LlavaConfig, recipe: Recipe, examples: Sequence[Example]) 
     held = torch.float32 if recipe.learn in ("language", "everything") else dtype
     with FakeTensorMode():
         model = Llava(config, eager)
+        model.language_model.attend = ATTENTION.get(recipe.attention, eager)
         total = sum(p.numel() for p in model.parameters())
         shapes = {name: p.shape for name, p in model.named_parameters()}
         _convert(model, dict(model.named_parameters()), held)
@@ -255,7 +255,7 @@ def estimate_seconds(
         vision=replace(config.vision, num_hidden_layers=1),
         feature_layer=1,
     )
-    model = Llava(one, eager if device == "cpu" else fused)
+    model = Llava(one, ATTENTION.get(recipe.attention, eager))
     for parameter in model.parameters():
         nn.init.normal_(parameter, 0, 0.02)
     model.to(device, dtype)

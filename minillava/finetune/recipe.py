@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from minillava.options import ASPECTS, KINDS, expect_one_of
+from minillava.options import ASPECTS, ATTENTION, KINDS, expect_one_of
 from minillava.templates import DEFAULT_TEMPLATE, TEMPLATES
 
 LEARN = ("projector", "lora", "language", "everything", "medusa")
@@ -29,8 +29,9 @@ class Recipe:
     an update's gradient; 0 for none. loss_mean: over the tokens of an update, or of each micro-
     batch alone as LLaVA was trained. quantize: the frozen language model in 8 or 4 bits a weight.
     hold_out: the share of rows that are not learnt, but measured. dtype: in which products are
-    computed, and frozen weights held; what learns is float32. add_tokens: new tokens and their ids.
-    Raises ValueError for values out of range.
+    computed, and frozen weights held; what learns is float32. attention: eager, fused, or auto,
+    which start.py settles. add_tokens: new tokens and their ids. Raises ValueError for values out
+    of range.
     """
 
     learn: str = "lora"
@@ -59,11 +60,12 @@ class Recipe:
     hold_out: float = 0.0
     heads: int = 5
     dtype: str = "auto"
+    attention: str = "auto"
     add_tokens: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         choices = {"learn": LEARN, "order": ORDERS, "loss_mean": MEANS, "aspect": ASPECTS,
-                   "init": INITS}  # fmt: skip
+                   "init": INITS, "attention": ("auto", *ATTENTION)}  # fmt: skip
         for name, known in {**choices, "template": tuple(TEMPLATES)}.items():
             expect_one_of(name, vars(self)[name], known)
         expect_one_of("quantize", self.quantize, (None, *KINDS))

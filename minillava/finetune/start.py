@@ -61,9 +61,12 @@ def _write_config(config: LlavaConfig, folder: Path) -> None:
 
 
 def settled(recipe: Recipe, folders: Folders, device: str, messages: Messages) -> Recipe:
-    """A recipe whose dtype is not `auto`: bfloat16 on a GPU, and on a CPU that is fast in it if the
-    weights are stored so; else float32, which changes no stored weight."""
+    """A recipe without `auto`: eager attention on a CPU, else fused; bfloat16 on a GPU,
+    and on a CPU that is fast in it if the weights are stored so; else float32, which changes no
+    stored weight."""
     stored = open_parts(folders).weights.dtype()
+    if recipe.attention == "auto":
+        recipe = replace(recipe, attention="eager" if device.startswith("cpu") else "fused")
     if recipe.dtype == "auto":
         fits = has_fast_bfloat16() and stored == torch.bfloat16
         narrow = device.startswith("cuda") or (device == "cpu" and fits)
@@ -100,6 +103,6 @@ def open_model(recipe: Recipe, folders: Folders, device: str) -> Assistant:
         with torch.no_grad():
             for name, parameter in model.projector.named_parameters():
                 parameter.copy_(weights.read(f"projector.{name}", torch.float32))
-    if not device.startswith("cpu"):
+    if recipe.attention == "fused":
         model.language_model.attend = ATTENTION["fused"]
     return assistant

@@ -319,6 +319,51 @@ def test_updates_are_those_of_transformers_peft_and_adamw_to_the_last_bit():
             assert torch.equal(named[name], parameter), (update, name)
 
 
+@pytest.mark.parity
+def test_updates_are_those_of_transformers_own_trainer(tmp_path):
+    """Its Trainer counts an update's tokens over micro-batches of unequal length: two updates of
+    the projector end in the same bits, rates and all."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    recipe = Recipe(**{**SHORT, "clip": 0.0}, learn="projector", updates=2)
+    assistant = toy()
+    learning = prepare(assistant.model, recipe)
+    processor = Noise(assistant.image_processor.image_size)
+    optimiser = make_optimiser(learning, recipe)
+    ours = list(
+        train(assistant.model, EXAMPLES, processor, recipe, optimiser, loss_of=summed_loss_of_all)
+    )
+
+    theirs = hf.load(REFERENCE / "plain").requires_grad_(False)
+    theirs.model.multi_modal_projector.requires_grad_(True)
+
+    def collated(rows: list[Example]) -> dict[str, torch.Tensor]:
+        given = hf.inputs(theirs, [row.ids for row in rows], [row.labels for row in rows])
+        return {**given, "pixel_values": processor([i for row in rows for i in row.pictures])}
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(EXAMPLES)
+
+    trainer = InOrder(
+        theirs,
+        transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=2,
+            max_steps=2, learning_rate=1e-3, lr_scheduler_type="cosine", max_grad_norm=0.0,
+            weight_decay=0.0, optim="adamw_torch", use_cpu=True, logging_steps=1, report_to=[],
+            save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+        ),
+        data_collator=collated,
+        train_dataset=EXAMPLES,
+    )  # fmt: skip
+    trainer.train()
+    told = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    assert [float(loss) for loss in told] == pytest.approx([r.loss for r in ours], abs=1e-4)
+    named = {renamed(name, PREFIXES): p for name, p in theirs.named_parameters()}
+    for name, parameter in learning.items():
+        assert torch.equal(named[name], parameter), name
+
+
 def in_groups(oracle: list, learning: dict) -> list:
     """The parameters in the order of our optimiser's groups."""
     names = list(learning)

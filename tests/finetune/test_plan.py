@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import minillava
+from minillava.attention import ATTENTION
 from minillava.checkpoint.folders import Folders
 from minillava.config import CLIP_LARGE_336, IGNORE_INDEX, LlavaConfig, TextConfig
 from minillava.finetune.learning import make_optimiser, prepare
@@ -51,17 +52,22 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("learn", "dtype", "tokens"),
-    [*((*case, 0) for case in CASES), ("lora", "float32", 3), ("language", "float32", 90)],
+    ("learn", "dtype", "tokens", "attention"),
+    [
+        *((*case, 0, "eager") for case in CASES),
+        ("lora", "float32", 3, "fused"),
+        ("language", "float32", 90, "fused"),
+    ],
 )
-def test_predicted_bytes_are_those_of_the_bundled_model(learn, dtype, tokens):
+def test_predicted_bytes_are_those_of_the_bundled_model(learn, dtype, tokens, attention):
     """A machine would be bought by a plan that forgets what the backward pass keeps."""
     new = {f"<{i}>": 1000 + i for i in range(tokens)}
-    recipe = replace(SMALL, learn=learn, dtype=dtype, add_tokens=new)
+    recipe = replace(SMALL, learn=learn, dtype=dtype, add_tokens=new, attention=attention)
     assistant = minillava.load(
         ROOT / "weights" / "shapes", dtype=dtype, device="cpu", attention="eager"
     )
     model = assistant.model
+    model.language_model.attend = ATTENTION[attention]
     model.projector.float()  # as open_model reads what learns
     plan = make_plan(model.config, recipe, ROWS)
     learning = prepare(model, recipe)

@@ -25,7 +25,6 @@ from bench_parts.rows import finished  # noqa: E402
 
 PEERS = ("minillava", "transformers")
 ROWS, ANSWER = 2, 40  # rows of a micro-batch, tokens that each learns
-QUESTION = 60  # tokens that are only read
 RANK = 16
 
 
@@ -36,10 +35,12 @@ class Variant(NamedTuple):
     learn: str  # lora, or the whole language model
     dtype: str
     checkpointing: bool
+    attention: str  # eager, or fused, which is theirs of torch (sdpa)
+    read: int  # tokens of a row that are only read
 
     def __str__(self) -> str:
         more = ", checkpointing" if self.checkpointing else ""
-        return f"{self.learn} {self.dtype}{more}"
+        return f"{self.learn} {self.dtype}, {self.attention}{more}"
 
 
 class Measured(NamedTuple):
@@ -54,9 +55,11 @@ class Measured(NamedTuple):
     others: float
 
 
-def variants(learns: Sequence[str], dtypes: Sequence[str]) -> list[Variant]:
+def variants(
+    learns: Sequence[str], dtypes: Sequence[str], attention: str, read: int
+) -> list[Variant]:
     return [
-        Variant(peer, learn, dtype, again)
+        Variant(peer, learn, dtype, again, attention, read)
         for learn in learns
         for again in (False, True)
         for dtype in dtypes
@@ -104,7 +107,7 @@ def train_table(found: dict[Variant, Measured]) -> str:
 
 def one_process(job: dict) -> dict:
     """Make the step, take it once to warm up, and `rounds` times."""
-    variant = Variant(job["peer"], job["learn"], job["dtype"], job["checkpointing"])
+    variant = Variant(**{name: job[name] for name in Variant._fields})
     make = our_step if variant.peer == "minillava" else their_step
     step = make(Path(job["folder"]), variant)
     before = _peak()
@@ -127,14 +130,14 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def rows_of(vocabulary: int) -> tuple[list[list[int]], list[list[int]]]:
+def rows_of(vocabulary: int, read: int) -> tuple[list[list[int]], list[list[int]]]:
     """Ids and labels of the rows: a picture, a question, an answer that is learnt; both as long, so
     that nobody computes padding."""
     drawn = torch.Generator().manual_seed(0)
-    length = QUESTION + ANSWER
+    length = read + ANSWER
     ids = torch.randint(3, min(600, vocabulary), (ROWS, length), generator=drawn).tolist()
     ids = [[1, -200, *row] for row in ids]
-    labels = [[-100] * (2 + QUESTION) + row[2 + QUESTION :] for row in ids]
+    labels = [[-100] * (2 + read) + row[2 + read :] for row in ids]
     return ids, labels
 
 
@@ -150,13 +153,13 @@ def our_step(folder: Path, variant: Variant) -> Callable[[], float]:
     from minillava.finetune.start import open_model
 
     recipe = Recipe(learn=variant.learn, rank=RANK, alpha=2 * RANK, dropout=0.0, rate=1e-5,
-                    projector_rate=1e-5, dtype=variant.dtype)  # fmt: skip
+                    projector_rate=1e-5, dtype=variant.dtype, attention=variant.attention)  # fmt: skip
     assistant = open_model(recipe, find_folders(str(folder), None, None, None), "cpu")
     model = assistant.model
     optimiser = make_optimiser(prepare(model, recipe, variant.checkpointing), recipe)
     for group in optimiser.param_groups:
         group["lr"] = group["base_rate"]
-    ids, labels = rows_of(model.config.text.vocab_size)
+    ids, labels = rows_of(model.config.text.vocab_size, variant.read)
     batch = Batch(ids, labels, pixels_of(model.config.vision.image_size), ROWS * ANSWER)
 
     def step() -> float:
@@ -176,7 +179,8 @@ def their_step(folder: Path, variant: Variant) -> Callable[[], float]:
 
     learns_all = variant.learn == "language"
     frozen = "float32" if learns_all else variant.dtype
-    model = hf.load(folder, frozen, attention="sdpa")
+    attention = {"fused": "sdpa"}.get(variant.attention, variant.attention)
+    model = hf.load(folder, frozen, attention=attention)
     model.requires_grad_(False)
     if variant.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -198,7 +202,7 @@ def their_step(folder: Path, variant: Variant) -> Callable[[], float]:
     learning = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learning, lr=1e-5, weight_decay=0.0)
     base = model if learns_all else model.base_model.model
-    ids, labels = rows_of(base.config.text_config.vocab_size)
+    ids, labels = rows_of(base.config.text_config.vocab_size, variant.read)
     given = hf.inputs(base, ids, labels)
     pixels = pixels_of(base.config.vision_config.image_size)
 
