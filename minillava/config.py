@@ -102,6 +102,8 @@ class LlavaConfig:
     eos_token_ids: tuple[int, ...] = (2,)
     pad_token_id: int = 2
     image_aspect_ratio: str = "pad"
+    # LLaVA-1.6: the canvases that are cut into tiles, (height, width); none for 1.5 (tiles/)
+    grid: tuple[tuple[int, int], ...] = ()
     template: str = ""  # the one of its kind; "": the added tokens tell (templates.template_of)
     vision_tower_name: str | None = None  # where the original dialect says its tower comes from
     added_tokens: tuple[str, ...] = ()  # IM_PATCH, or IM_START and IM_END
@@ -110,6 +112,7 @@ class LlavaConfig:
 
     @property
     def tokens_per_image(self) -> int:
+        """Of a square picture, and of the overview of one that is cut into tiles."""
         return self.vision.num_patches + self.keep_class_token
 
     def positions(self, tokens: int, pictures: int) -> int:

@@ -92,12 +92,13 @@ def remaining_context(
     pictures: int = 0,
     taken: str = "the prompt takes {length} positions ({pictures} picture(s) of {each} each)",
     advice: str = "shorten the prompt or give fewer pictures",
+    each: str = "",
 ) -> int:
-    """How many tokens an answer may have after `length` positions. Raises ValueError with the
-    numbers if they fill the context."""
+    """How many tokens an answer may have after `length` positions. each: how many a picture takes,
+    where that differs. Raises ValueError with the numbers if they fill the context."""
     context = config.text.context
     if length >= context:
-        told = taken.format(length=length, pictures=pictures, each=config.tokens_per_image)
+        told = taken.format(length=length, pictures=pictures, each=each or config.tokens_per_image)
         raise ValueError(f"{told}, the model's context holds {context} with the answer; {advice}")
     return context - length
 

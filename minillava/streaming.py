@@ -60,8 +60,9 @@ class Run:
         self.contrast, self.rows_per_answer = contrast, 1 if contrast is None else 2
         rows, length, _ = spliced.embeds.shape
         self.batch, before = rows // self.rows_per_answer, 0 if cache is None else cache.length
-        pictures = max(map(len, spliced.image_spans))
-        self.most = remaining_context(model.config, before + length, pictures)
+        longest = max(spliced.image_spans, key=len)
+        each = ", ".join(dict.fromkeys(str(end - start) for start, end in longest))
+        self.most = remaining_context(model.config, before + length, len(longest), each=each)
         self.most = min(options.max_new_tokens, self.most)
         self.capacity = length + self.most - 1  # the last token is chosen but never fed back
         self.wanted = {name: name in record for name in ("hidden_states", "attentions")}

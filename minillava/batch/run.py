@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ from minillava.checkpoint.place import choose_device
 from minillava.cli.messages import Messages, duration
 from minillava.cli.opening import find_weights, open_assistant
 from minillava.files.disk import explain, is_stream, same_file, write_whole
-from minillava.files.pictures import path_of_url
+from minillava.files.pictures import open_image, path_of_url
+from minillava.tiles.pictures import TileProcessor, positions_of_size
 
 WINDOW = 16
 """Batches sorted by length together. Not all: questions on one picture, neighbours in most files,
@@ -102,9 +103,22 @@ def lengths_of(
     assistant: Assistant, questions: list[Question], prompts: dict[int, list[int]]
 ) -> dict[int, int]:
     """Line -> positions of the prompt."""
-    positions = assistant.model.config.positions
+    config, tiled = assistant.model.config, isinstance(assistant.image_processor, TileProcessor)
+
+    @cache
+    def shown(name: str) -> int:
+        """The positions of a picture; with tiles its size decides."""
+        if not tiled:
+            return positions_of_size(config, None)
+        try:
+            width, height = open_image(name).size
+        except (ValueError, OSError):
+            return config.tokens_per_image  # it is refused when its question is asked
+        return positions_of_size(config, (height, width))
+
     return {
-        question.line: positions(len(prompts[question.line]), len(question.images))
+        question.line: len(prompts[question.line])
+        + sum(shown(each) - 1 for each in question.images)
         for question in questions
         if question.line in prompts
     }

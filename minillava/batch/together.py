@@ -21,6 +21,7 @@ from minillava.batch.questions import Question, shown_line
 from minillava.files.pictures import open_image
 from minillava.generate.contrast import find_method
 from minillava.generate.engine import Engine, Failed, Request, Token
+from minillava.tiles.pictures import Tiled
 
 PIECE = 256
 """Positions of a prompt that are read at once: nobody waits for the next word of a file."""
@@ -33,7 +34,7 @@ Answered = tuple[str | None, str | None, dict | None]
 Ended = queue.Queue[tuple[Question, Token | Failed, str]]
 """Where the engine puts the ends of answers, with what was said."""
 
-Picture = tuple[bytes, Tensor]
+Picture = tuple[bytes, Tensor | Tiled]
 
 
 class Together:

@@ -25,6 +25,7 @@ from minillava.fast.quantize import (
 )
 from minillava.files.rows import grow_rows
 from minillava.llava import Llava
+from minillava.tiles.model import network
 
 Shape = tuple[int, ...]
 
@@ -133,7 +134,7 @@ def check_depth(depth: int, weights: StoredWeights) -> None:
 
 def _without_memory(config: LlavaConfig, attend: Callable[..., Any]) -> Llava:
     with torch.device("meta"):
-        return Llava(config, attend)
+        return network(config, attend)
 
 
 def _part_without_memory(config: LlavaConfig, attend: Callable[..., Any], share: Share) -> Llava:

@@ -5,8 +5,10 @@ The hub dialect (llava-hf) nests `text_config` and `vision_config`; the original
 the defaults of the classes that wrote them, which are in config.py.
 """
 
+import ast
 import math
 import os
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,9 +31,15 @@ Config = TypeVar("Config", TextConfig, VisionConfig)
 
 _USE_LLAVA = f"use a LLaVA-1.5 checkpoint such as {RELEASE}"
 
-LLAVAS = ("llava", "llava_llama", "llava_mistral", "share4v")
-"""The model types of LLaVA-1.5 and of those that differ from it in their weights alone; all but the
-first in the original dialect."""
+LLAVAS = ("llava", "llava_llama", "llava_mistral", "share4v", "llava_next")
+"""The model types of LLaVA-1.5, of those that differ from it in their weights alone, and of 1.6;
+those between the first and the last in the original dialect."""
+
+_GRID = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+"""The canvases of every LLaVA-1.6, meant where the hub's config.json names none."""
+
+_MOST_TILES = 64
+"""Of one picture: the releases have at most 36."""
 
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
 """The model types of the language models, alone or as `text_config`."""
@@ -131,11 +139,17 @@ def _hub(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
             f"{raw.path}: vision_feature_select_strategy is {strategy!r}, expected 'full' with a "
             "SigLIP tower: the others drop a class token, and it has none"
         )
+    aspect = "squash" if siglip else "pad"
+    # an early revision of 1.6 calls itself llava
+    if raw.raw["model_type"] == "llava_next" or (not siglip and "image_grid_pinpoints" in raw):
+        shared["grid"], aspect = _grid(raw), "anyres"
+        shared["template"] = _template(raw.section("text_config") or raw)
+        raw.expect("vision_feature_select_strategy", ("default",))
     return LlavaConfig(
         **shared,
         feature_layer=raw.value("vision_feature_layer", int, LlavaConfig.feature_layer),
         keep_class_token=strategy == "full" and not siglip,
-        image_aspect_ratio="squash" if siglip else "pad",
+        image_aspect_ratio=aspect,
         projector_bias=raw.value("multimodal_projector_bias", bool, True),
     )
 
@@ -150,17 +164,51 @@ def _original(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
     # prompt, so it matters only if others come after it.
     around = raw.value("mm_use_im_start_end", bool, False)
     patch = raw.value("mm_use_im_patch_token", bool, around)
-    aspect = raw.expect("image_aspect_ratio", ("pad", "square"))  # `anyres` is LLaVA-1.6
+    aspect = raw.expect("image_aspect_ratio", ("pad", "square", "anyres")) or "pad"
+    if aspect == "anyres":  # LLaVA-1.6
+        raw.expect("mm_patch_merge_type", ("spatial_unpad",), required=True)
+        raw.expect("mm_vision_select_feature", ("patch",))
+        # the original means (width, height)
+        shared["grid"] = tuple((height, width) for width, height in _grid(raw))
+        shared["template"] = _template(raw)
     selected = raw.expect("mm_vision_select_feature", ("patch", "cls_patch"))
     return LlavaConfig(
         **shared,
         feature_layer=raw.value("mm_vision_select_layer", int, LlavaConfig.feature_layer),
         keep_class_token=selected == "cls_patch",
         projector_layers=_projector_layers(raw),
-        image_aspect_ratio="crop" if aspect == "square" else "pad",
+        image_aspect_ratio="crop" if aspect == "square" else aspect,
         vision_tower_name=raw.value("mm_vision_tower", str, None),
         added_tokens=(IM_PATCH,) * patch + (IM_START, IM_END) * around,
     )
+
+
+def _template(text: "_Reader") -> str:
+    """LLaVA-1.6 was trained with the template of its language model."""
+    return "mistral_instruct" if text.raw.get("model_type") in _MISTRALS else ""
+
+
+def _grid(raw: "_Reader") -> tuple[tuple[int, int], ...]:
+    """The canvases that pictures are cut into tiles on, as pairs in the file's order; the original
+    may write them as text."""
+    found = raw.raw.get("image_grid_pinpoints")
+    if found is None:
+        return _GRID
+    pairs = found
+    if isinstance(found, str):
+        with suppress(ValueError, SyntaxError):
+            pairs = ast.literal_eval(found)
+    fits = isinstance(pairs, list | tuple) and all(
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(type(side) is int and 0 < side < 2**16 for side in pair)
+        for pair in pairs
+    )
+    if not fits or not pairs:
+        raise ValueError(
+            f"{raw.path}: image_grid_pinpoints is {found!r:.80}, expected pairs such as [336, 672]"
+        )
+    return tuple((int(a), int(b)) for a, b in pairs)
 
 
 def is_language_model(folder: Path) -> bool:
@@ -271,6 +319,13 @@ def check_config(config: LlavaConfig, path: Path) -> None:
          "at least patch_size", vision.patch_size),
         (not 0 <= config.vision_layers_needed <= vision.num_hidden_layers, "vision feature layer", config.feature_layer,
          "an index into the hidden states of this many layers:", vision.num_hidden_layers),
+    ]  # fmt: skip
+    side = vision.image_size
+    problems += [
+        (tall % side or wide % side or tall // side * (wide // side) > _MOST_TILES,
+         f"a pair of image_grid_pinpoints ({tall} times {wide})", tall * wide,
+         f"at most {_MOST_TILES} squares of side", side)
+        for tall, wide in config.grid
     ]  # fmt: skip
     for wrong, name, found, relation, other in problems:
         if wrong:

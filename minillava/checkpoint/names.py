@@ -35,6 +35,9 @@ PREFIXES = {
     "model.vision_tower.vision_tower.": "vision_tower.",
     "model.mm_projector.": "projector.linear_1.",
     "mm_projector.": "projector.linear_1.",  # as some pre-trains save it alone
+    # LLaVA-1.6, and its module name, which is the original's, too
+    "image_newline": "image_newline",
+    "model.image_newline": "image_newline",
 }
 
 # Of the prefixes that are read, those that are written: each stands for one part of the model.
@@ -44,12 +47,14 @@ LAYOUTS = {
         "language_model.lm_head.",
         "vision_tower.vision_model.",
         "multi_modal_projector.",
+        "image_newline",
     ),
     "original": (
         "model.",
         "lm_head.",
         "model.vision_tower.vision_tower.vision_model.",
         "model.mm_projector.",
+        "model.image_newline",
     ),
 }
 

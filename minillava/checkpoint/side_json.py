@@ -7,6 +7,7 @@ from typing import Any
 from minillava.config import LlavaConfig
 from minillava.files.disk import read_json
 from minillava.image import ImageProcessor
+from minillava.tiles.pictures import TileProcessor
 
 
 def read_image_processor(
@@ -45,7 +46,23 @@ def read_image_processor(
                 f"{config.vision.image_size}"
             )
     numbers = ({"mean": [0.5] * 3, "std": [0.5] * 3} if siglip else {}) | _read_numbers(path, raw)
-    return ImageProcessor(config.vision.image_size, aspect or config.image_aspect_ratio, **numbers)
+    aspect = aspect or config.image_aspect_ratio
+    if aspect != "anyres" or not config.grid:
+        return ImageProcessor(config.vision.image_size, aspect, **numbers)
+    _check_grid(path, raw, config)
+    return TileProcessor(config.vision.image_size, config.grid, **numbers)
+
+
+def _check_grid(path: Path, raw: dict[str, Any], config: LlavaConfig) -> None:
+    """Raises ValueError if the file names other canvases than config.json: pixels and positions
+    would not fit together."""
+    found = raw.get("image_grid_pinpoints")
+    grid = [list(pair) for pair in config.grid]
+    if found not in (None, grid, [pair[::-1] for pair in grid]):
+        raise ValueError(
+            f"{path}: image_grid_pinpoints is {found!r:.80}, config.json has {grid!r:.80}; "
+            "download both files again"
+        )
 
 
 def _read_numbers(path: Path, raw: dict[str, Any]) -> dict[str, list[float]]:

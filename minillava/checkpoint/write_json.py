@@ -12,6 +12,7 @@ from minillava.files.tokenizer_files import PAD_MARKER, AddedToken
 from minillava.image import ImageProcessor
 from minillava.options import dtype_name
 from minillava.prompt import IMAGE_MARKER
+from minillava.tiles.pictures import TileProcessor
 from minillava.tokenizer import Tokenizer
 
 Json = dict[str, Any]
@@ -19,7 +20,11 @@ Json = dict[str, Any]
 
 def hub_config(config: LlavaConfig, dtype: torch.dtype) -> Json:
     """config.json of the hub (llava-hf)."""
-    return {
+    text: Json = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if _is_mistral(config):
+        text = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+        text["sliding_window"] = None
+    written = {
         "architectures": ["LlavaForConditionalGeneration"],
         "ignore_index": IGNORE_INDEX,
         "image_seq_length": config.tokens_per_image,
@@ -28,11 +33,7 @@ def hub_config(config: LlavaConfig, dtype: torch.dtype) -> Json:
         "multimodal_projector_bias": config.projector_bias,
         "pad_token_id": config.pad_token_id,
         "projector_hidden_act": "gelu",
-        "text_config": {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            **_llama(config.text, dtype),
-        },
+        "text_config": {**text, **_llama(config.text, dtype)},
         "tie_word_embeddings": config.text.tie_word_embeddings,
         "torch_dtype": dtype_name(dtype),
         "vision_config": _clip(config),
@@ -40,13 +41,23 @@ def hub_config(config: LlavaConfig, dtype: torch.dtype) -> Json:
         "vision_feature_select_strategy": "full" if config.keep_class_token else "default",
         "vocab_size": config.text.vocab_size,
     }
+    if config.grid:
+        written["architectures"] = ["LlavaNextForConditionalGeneration"]
+        written["model_type"] = "llava_next"
+        written["image_grid_pinpoints"] = list(map(list, config.grid))
+    return written
+
+
+def _is_mistral(config: LlavaConfig) -> bool:
+    """LLaVA-1.6 is read with the template of its language model's type."""
+    return bool(config.grid) and config.template == "mistral_instruct"
 
 
 def original_config(config: LlavaConfig, dtype: torch.dtype) -> Json:
     """config.json of the original LLaVA, and what we read besides: `vision_config` and
     `image_token_index`."""
     layers = config.projector_layers
-    return {
+    written = {
         "architectures": ["LlavaLlamaForCausalLM"],
         "eos_token_id": _one_or_list(config.eos_token_ids),
         "hidden_act": "silu",
@@ -67,6 +78,13 @@ def original_config(config: LlavaConfig, dtype: torch.dtype) -> Json:
         "vision_config": _clip(config),
         **_llama(config.text, dtype),
     }
+    if config.grid:  # read as (width, height)
+        written |= {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+        written["image_grid_pinpoints"] = [[width, height] for height, width in config.grid]
+    if _is_mistral(config):
+        written |= {"architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral"}
+        written["sliding_window"] = None
+    return written
 
 
 def _llama(text: TextConfig, dtype: torch.dtype) -> Json:
@@ -93,7 +111,7 @@ def generation_config(source: Path, config: LlavaConfig, tokenizer: Tokenizer) -
 def preprocessor_config(processor: ImageProcessor) -> Json:
     """preprocessor_config.json of the hub, for the numbers of an image processor."""
     side = processor.image_size
-    return {
+    written = {
         "crop_size": {"height": side, "width": side},
         "do_center_crop": True,
         "do_convert_rgb": True,
@@ -108,6 +126,11 @@ def preprocessor_config(processor: ImageProcessor) -> Json:
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": side},
     }
+    if isinstance(processor, TileProcessor):
+        written |= {"image_processor_type": "LlavaNextImageProcessor", "do_pad": True}
+        written |= {"processor_class": "LlavaNextProcessor", "aspect_ratio_setting": "anyres"}
+        written["image_grid_pinpoints"] = list(map(list, processor.grid))
+    return written
 
 
 def processor_config(config: LlavaConfig) -> Json:
@@ -117,7 +140,7 @@ def processor_config(config: LlavaConfig) -> Json:
         "image_token": IMAGE_MARKER,
         "num_additional_image_tokens": 1,  # the class token, which "default" takes away again
         "patch_size": config.vision.patch_size,
-        "processor_class": "LlavaProcessor",
+        "processor_class": "LlavaNextProcessor" if config.grid else "LlavaProcessor",
         "vision_feature_select_strategy": "full" if config.keep_class_token else "default",
     }
 

@@ -264,11 +264,12 @@ def _for_hub(
             f"{source}: puts {IM_START} before each picture, which Hugging Face's LLaVA does not"
         )
     notes, rows = [], config.text.vocab_size
-    if config.image_aspect_ratio != "pad":
+    if config.image_aspect_ratio not in ("pad", "anyres"):
         notes.append(
             "the hub's config.json cannot say image_aspect_ratio; now use --image-aspect-ratio crop"
         )
-    new = replace(config, image_aspect_ratio="pad", vision_tower_name=None, added_tokens=())
+    aspect = "anyres" if config.grid else "pad"
+    new = replace(config, image_aspect_ratio=aspect, vision_tower_name=None, added_tokens=())
     is_free = tokenizer.written_as(config.image_token_id) is None
     # a row that is no word and no token
     if not (tokenizer.vocab_size <= config.image_token_id < rows and is_free):

@@ -10,7 +10,7 @@ are computed one by one.
 B rows, T new positions, S with those cached, C width, H attention heads, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +26,8 @@ from minillava.fast.linear import NAMES
 from minillava.fast.quantize import QuantisedLinear
 from minillava.llama import LanguageModel, LanguageOutput
 from minillava.llava import Llava
+from minillava.tiles.model import TiledLlava
+from minillava.tiles.pictures import Tiled
 
 PIECE = 256
 """Positions of a prompt that are read at once: from one multiple of it to the next."""
@@ -38,7 +40,7 @@ def keep_bits(model: Llava) -> None:
         raise ValueError(
             "same bits are not for a compiled step: leave out --compile or --same-bits"
         )
-    model.__class__ = OneByOne
+    model.__class__ = TilesOneByOne if isinstance(model, TiledLlava) else OneByOne
     language = model.language_model
     language.__class__ = RowByRow
     language.together = rows_together(language)
@@ -59,6 +61,17 @@ class OneByOne(Llava):
         """[n, 3, R, R] -> [n, P, C]"""
         encode = super().encode_images
         return torch.cat([encode(one) for one in pixel_values.split(1)])
+
+
+class TilesOneByOne(TiledLlava):
+    """A TiledLlava whose pictures are encoded each alone, their tiles together."""
+
+    def encode_images(self, images: Tensor | Sequence[Tiled]) -> Any:
+        """As TiledLlava's."""
+        encode = super().encode_images
+        if isinstance(images, Tensor):
+            return torch.cat([encode(one) for one in images.split(1)])
+        return [encode([one])[0] for one in images]
 
 
 class RowByRow(LanguageModel):

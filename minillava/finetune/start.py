@@ -20,7 +20,7 @@ from minillava.checkpoint.write_json import original_config
 from minillava.cli.messages import Messages
 from minillava.config import CLIP_LARGE_336, LlavaConfig
 from minillava.fast.processor import has_fast_bfloat16
-from minillava.files.hub import CLIP_RELEASE
+from minillava.files.hub import CLIP_RELEASE, RELEASE
 from minillava.finetune.recipe import Recipe
 from minillava.finetune.save import pickled, projector_tensors
 from minillava.finetune.tokens import tokenizer_with
@@ -64,7 +64,13 @@ def settled(recipe: Recipe, folders: Folders, device: str, messages: Messages) -
     """A recipe without `auto`: eager attention on a CPU, else fused; bfloat16 on a GPU,
     and on a CPU that is fast in it if the weights are stored so; else float32, which changes no
     stored weight."""
-    stored = open_parts(folders).weights.dtype()
+    parts = open_parts(folders)
+    if parts.config.grid:
+        raise ValueError(
+            f"{folders.weights}: is a LLaVA-1.6, whose tiles are not trained here; train a "
+            f"LLaVA-1.5 such as {RELEASE}, or a LoRA elsewhere and pass it with --adapter"
+        )
+    stored = parts.weights.dtype()
     if recipe.attention == "auto":
         recipe = replace(recipe, attention="eager" if device.startswith("cpu") else "fused")
     if recipe.dtype == "auto":

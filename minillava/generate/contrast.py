@@ -87,8 +87,12 @@ class VCD(Contrast):
     def second(self, input_ids, pictures, processor, generator):
         _need_pictures("vcd", pictures)
         from minillava.generate.transforms import add_noise
+        from minillava.tiles.pictures import change_pixels
 
-        return input_ids, add_noise(processor(pictures), self.noise_step, generator)
+        def noised(pixels: Tensor) -> Tensor:
+            return add_noise(pixels, self.noise_step, generator)
+
+        return input_ids, change_pixels(noised, processor(pictures))
 
     def combine(self, logits, other, step):
         return (1 + self.alpha) * logits - self.alpha * other

@@ -20,12 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillava.cache import KVCache
-from minillava.generate.watch import Watch, patch_span
+from minillava.generate.inputs import encode_picture, together
+from minillava.generate.watch import Watch, seen_span
 from minillava.llama import Context, LanguageModel, rotary_tables, upcast
 from minillava.llava import Llava, Spliced
 from minillava.options import Options
 from minillava.sampling import NOT_FINITE, NOTHING_LEFT, Sampler
 from minillava.streaming import Row
+from minillava.tiles.pictures import Tiled, positions_of, size_of
 from minillava.tokenizer import Tokenizer, common_prefix
 
 Held = int | bytes
@@ -79,14 +81,14 @@ class Request:
     """
 
     ids: Sequence[int]
-    pictures: Sequence[tuple[bytes, Tensor]]
+    pictures: Sequence[tuple[bytes, Tensor | Tiled]]
     options: Sequence[Options]
     put: Callable[[int, Token | Failed], None]
     logprobs: int | None = None
     prefix: Sequence[int] = ()
     look: tuple[Sequence[int], Sequence[int]] | None = None
     contrast: Callable[[Tensor, Tensor, int], Tensor] | None = None
-    second_rows: Sequence[tuple[Sequence[int], Sequence[tuple[bytes, Tensor]]]] = ()
+    second_rows: Sequence[tuple[Sequence[int], Sequence[tuple[bytes, Tensor | Tiled]]]] = ()
     cancelled: bool = False
     cached: int = 0  # positions of the prompt that were cached already
     encoded: int = 0  # pictures whose patches were not kept
@@ -230,13 +232,15 @@ class Engine(threading.Thread):
     def submit(self, request: Request) -> None:
         """Put a request into the queue. Raises Refused if the queue is full, if the engine accepts
         no more, or if the prompt leaves no room for an answer."""
-        patches = self.model.config.tokens_per_image
-        length = self.model.config.positions(len(request.ids), len(request.pictures))
+        patches = [positions_of(self.model.config, pixels) for _, pixels in request.pictures]
+        length = len(request.ids) - len(patches) + sum(patches)
         if length >= self.capacity or request.rows > len(self.slots):
+            each = dict.fromkeys(patches or [self.model.config.tokens_per_image])
             raise Refused(
                 "context_length_exceeded",
-                f"the prompt takes {length} positions ({len(request.pictures)} picture(s) of "
-                f"{patches} each), a slot holds {self.capacity} with the answer; shorten it"
+                f"the prompt takes {length} positions ({len(patches)} picture(s) of "
+                f"{', '.join(map(str, each))} each), a slot holds {self.capacity} with the answer; "
+                "shorten it"
                 if length >= self.capacity
                 else f"{request.rows} answers at once, there are {len(self.slots)} slots",
             )
@@ -387,13 +391,12 @@ class Engine(threading.Thread):
             finally:
                 self.beginning = 0
 
-    def _encode(self, key: bytes, pixels: Tensor) -> bool:
+    def _encode(self, key: bytes, pixels: Tensor | Tiled) -> bool:
         """Encode a picture if its patches are not kept, and tell whether it was; running answers
         take a step first."""
         if new := key not in self.features:
             self._guard(self._decode, [a for a in self.answers if a.token is not None])
-            device = self.model.language_model.embed_tokens.weight.device
-            self.features[key] = self.model.encode_images(pixels[None].to(device))[0]
+            self.features[key] = encode_picture(self.model, pixels)
         self.features.move_to_end(key)
         return new
 
@@ -403,7 +406,7 @@ class Engine(threading.Thread):
         free = sorted(free, key=lambda slot: slot.used)
         first, spliced = self._side(request.ids, request.pictures, free)
         if request.look is not None:
-            first.span = patch_span(self.model, spliced)
+            first.span = seen_span(self.model, spliced, size_of(request.pictures[0][1]))
         answers = []
         for number, options in enumerate(request.options):
             sides = [first]
@@ -429,13 +432,13 @@ class Engine(threading.Thread):
     def _side(
         self,
         ids: Sequence[int],
-        pictures: Sequence[tuple[bytes, Tensor]],
+        pictures: Sequence[tuple[bytes, Tensor | Tiled]],
         free: list[Slot],
     ) -> tuple[Side, Spliced]:
         """A row for a prompt, in the free slot that has most of it cached, which is taken out of
         `free`."""
         patches = [self.features[key] for key, _ in pictures]
-        spliced = self.model.splice([list(ids)], torch.stack(patches) if patches else None)
+        spliced = self.model.splice([list(ids)], together(patches))
         positions: list[Held] = spliced.token_ids[0].tolist()
         for (key, _), (start, end) in zip(pictures, spliced.image_spans[0], strict=True):
             positions[start:end] = [key] * (end - start)

@@ -7,6 +7,7 @@ patches each, C width, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.files.rows import as_rows
 from minillava.generate import beam
-from minillava.generate.inputs import repeat_rows
+from minillava.generate.inputs import join, repeat_rows
 from minillava.generate.named import read_options
 from minillava.llava import Llava, Spliced
 from minillava.loop import Step, steps
@@ -44,9 +45,9 @@ class Generation:
 def generate(
     model: Llava,
     input_ids: Tensor | Sequence[Sequence[int]],
-    images: Tensor | None = None,
+    images: Any = None,
     *,
-    second: tuple[Tensor | Sequence[Sequence[int]], Tensor | None] | None = None,
+    second: tuple[Tensor | Sequence[Sequence[int]], Any] | None = None,
     contrast: Callable[[Tensor, Tensor, int], Tensor] | None = None,
     process: Process | None = None,
     record: Sequence[str] = (),
@@ -90,10 +91,10 @@ def generate(
 
 def _add_second(
     input_ids: Tensor | Sequence[Sequence[int]],
-    images: Tensor | None,
-    second: tuple[Tensor | Sequence[Sequence[int]], Tensor | None] | None,
+    images: Any,
+    second: tuple[Tensor | Sequence[Sequence[int]], Any] | None,
     contrast: Callable[[Tensor, Tensor, int], Tensor] | None,
-) -> tuple[list[Sequence[int]], Tensor | None]:
+) -> tuple[list[Sequence[int]], Any]:
     """The ids and pictures of the rows that answer, followed by those of the second rows. Raises
     ValueError if they do not fit together."""
     if isinstance(contrast, str | type):
@@ -110,14 +111,13 @@ def _add_second(
             f"{len(input_ids)} rows of input_ids but {len(second[0])} second rows; give one for "
             "each"
         )
-    both = [some for some in (images, second[1]) if some is not None]
-    if len({some.shape[1:] for some in both}) > 1:
+    both = [some for some in (images, second[1]) if isinstance(some, Tensor)]
+    if len({some.shape[1:] if some.dim() == 4 else some.shape[2:] for some in both}) > 1:
         shapes = " and ".join(str(list(some.shape)) for some in both)
         raise ValueError(
             f"images and those of the second rows are {shapes}; encode both or neither"
         )
-    images = torch.cat([some.to(both[0].device) for some in both]) if both else None
-    return [*input_ids, *second[0]], images
+    return [*input_ids, *second[0]], join(images, second[1])
 
 
 def check_room(model: Llava, input_ids: Tensor | Sequence[Sequence[int]]) -> None:

@@ -16,9 +16,13 @@ from minillava.generate.contrast import Contrast
 from minillava.image import ImageProcessor
 from minillava.llava import Llava, Spliced
 from minillava.prompt import IMAGE_MARKER
+from minillava.tiles.pictures import Tiled
 from minillava.tokenizer import Tokenizer
 
 Rows = list[list[int]]
+
+Pixels = Tensor | Sequence[Tiled]
+"""Pictures as an image processor makes them."""
 
 Seed = int | Sequence[int] | None
 """As `Options` has it: one for all rows, or one each; None as 0."""
@@ -75,13 +79,37 @@ def encode_each(
     encoded = {
         name: encode(picture) for name, picture in dict(zip(names, flat, strict=True)).items()
     }
-    return torch.stack([encoded[name] for name in names]) if names else None
+    return together([encoded[name] for name in names])
 
 
 @torch.no_grad()
-def encode_pixels(model: Llava, pixels: Tensor) -> Tensor:
-    """[n, 3, R, R] -> [n, P, C]"""
-    return model.encode_images(pixels.to(model.language_model.embed_tokens.weight.device))
+def encode_pixels(model: Llava, pixels: Pixels) -> Any:
+    """[n, 3, R, R] -> [n, P, C], or pictures in tiles -> n times [positions, C]"""
+    if isinstance(pixels, Tensor):
+        pixels = pixels.to(model.language_model.embed_tokens.weight.device)
+    return model.encode_images(pixels)  # type: ignore[arg-type]
+
+
+def encode_picture(model: Llava, pixels: Tensor | Tiled) -> Tensor:
+    """One picture, [3, R, R] or in tiles -> [positions, C]"""
+    one = pixels[None] if isinstance(pixels, Tensor) else [pixels]
+    return encode_pixels(model, one)[0]
+
+
+def together(patches: Sequence[Tensor]) -> Any:
+    """Encoded pictures as the splice takes them: [n, P, C], or a list where their lengths
+    differ."""
+    alike = len({len(each) for each in patches}) == 1
+    return torch.stack(list(patches)) if alike else list(patches) or None
+
+
+def join(some: Any, more: Any) -> Any:
+    """Pictures followed by others of the same kind: tensors or lists; None is none."""
+    if some is None or more is None:
+        return more if some is None else some
+    if isinstance(some, Tensor) and isinstance(more, Tensor) and some.shape[1:] == more.shape[1:]:
+        return torch.cat([some, more.to(some.device)])
+    return [*some, *more]
 
 
 @torch.no_grad()
@@ -100,7 +128,7 @@ def splice_one(
     opened = [open_image(picture) for picture in pictures]
     pixels = processor(opened)  # [n, 3, R, R]
     others, changed = contrast.second([ids], opened, processor, _generators(seed, 1)[0])
-    return model.splice([ids, *others], pixels if changed is None else torch.cat([pixels, changed]))
+    return model.splice([ids, *others], join(pixels, changed))
 
 
 def second_rows(
@@ -119,7 +147,7 @@ def second_rows(
         more, pixels = contrast.second([row], opened, processor, generator)
         others += more
         changed += [] if pixels is None else encode_pixels(model, pixels)
-    return others, torch.stack(changed) if changed else None
+    return others, together(changed)
 
 
 def _generators(seed: Seed, rows: int) -> list[torch.Generator]:

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from minillava.attention import eager
 from minillava.llava import Llava, Spliced
+from minillava.tiles.grid import Size
+from minillava.tiles.places import Fold
 
 
 class Watch:
     """Notes in one pass, layer by layer, [H, end - start]: the attention of the last position to
-    start..end. What the layers return is untouched. Only that row is kept: at 7B, the prefill's
-    weights are 1.6 GB in float32."""
+    start..end, as `fold` puts it together, if there is one. What the layers return is untouched.
+    Only that row is kept: at 7B, the prefill's weights are 1.6 GB in float32."""
 
-    def __init__(self, start: int, end: int):
-        self.start, self.end = start, end
+    def __init__(self, start: int, end: int, fold: Callable[[Tensor], Tensor] | None = None):
+        self.start, self.end, self.fold = start, end, fold
         self.rows: list[Tensor] = []
 
     def over(self, attend: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,7 +34,8 @@ class Watch:
             if row is None:
                 last = None if mask is None else mask[:, :, -1:]
                 _, row = eager(q[:, :, -1:], k, v, last)  # [1, H, 1, S]
-            self.rows.append(row[0, :, -1, self.start : self.end].float().clone())
+            found = row[0, :, -1, self.start : self.end].float()
+            self.rows.append(found.clone() if self.fold is None else self.fold(found))
             return out, weights
 
         return watched
@@ -43,7 +46,16 @@ class Watch:
 
 
 def patch_span(model: Llava, spliced: Spliced) -> tuple[int, int]:
-    """Where the patches of the first row's first picture are. A class token, where a model keeps
-    it, stands before."""
-    end = spliced.image_spans[0][0][1]
-    return end - model.config.vision.num_patches, end
+    """Where the patches of the first row's first picture are: of the whole of it, since with tiles
+    the overview comes first. A class token, where a model keeps it, stands before."""
+    count = model.config.vision.num_patches
+    start = spliced.image_spans[0][0][0] + model.config.tokens_per_image - count
+    return start, start + count
+
+
+def seen_span(model: Llava, spliced: Spliced, size: Size | None) -> tuple[Any, ...]:
+    """What a Watch of the first picture is made of. size: its height and width, if it was cut into
+    tiles."""
+    if size is None:
+        return patch_span(model, spliced)
+    return (*spliced.image_spans[0][0], Fold(model.config, size))

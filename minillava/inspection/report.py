@@ -35,10 +35,11 @@ from minillava.files.hub import CLIP_RELEASE, DOWNLOAD
 from minillava.files.tensors import DTYPES, Stored, open_file, weight_files
 from minillava.files.tokenizer_files import find_tokenizer
 from minillava.inspection.memory import memory_table
-from minillava.llava import Llava
 from minillava.options import dtype_name
 from minillava.prompt import DEFAULT_PROMPT, place_images, render
 from minillava.templates import DEFAULT_TEMPLATE, find_template, template_of
+from minillava.tiles.model import network
+from minillava.tiles.pictures import most_positions
 
 FILES = {  # beside the weights -> what a missing one means
     "config.json": "needed",
@@ -228,7 +229,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def weight_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     """Our name -> shape of every weight of the network, which for this is built without memory."""
     with torch.device("meta"):
-        model = Llava(config, fused)
+        model = network(config, fused)
     return shapes_of(model)
 
 
@@ -284,7 +285,7 @@ def _describe_tensors(
 
 def _network(config: LlavaConfig) -> dict:
     text = config.text
-    return {
+    about = {
         "layers": text.num_hidden_layers,
         "width": text.hidden_size,
         "heads": text.num_attention_heads,
@@ -294,6 +295,9 @@ def _network(config: LlavaConfig) -> dict:
         "vision_layers": config.vision_layers_needed,
         "positions_per_picture": config.tokens_per_image,
     }
+    if config.grid:
+        about["most_positions_per_picture"] = most_positions(config)
+    return about
 
 
 def _compare(report: Report, checkpoint: StoredWeights, shapes: dict[str, tuple[int, ...]]) -> None:

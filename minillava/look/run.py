@@ -33,7 +33,7 @@ from minillava.cli.messages import Messages, print_json, significant, write_outp
 from minillava.cli.opening import find_weights, open_assistant, read_question
 from minillava.files.disk import is_stdout
 from minillava.files.pictures import Images, as_list, open_image
-from minillava.generate.watch import Watch, patch_span
+from minillava.generate.watch import Watch, patch_span, seen_span
 from minillava.image import ImageProcessor
 from minillava.llama import LanguageModel
 from minillava.llava import Llava, Spliced
@@ -42,6 +42,8 @@ from minillava.look import page as look_html
 from minillava.loop import Step, steps
 from minillava.options import Options
 from minillava.prompt import DEFAULT_PROMPT
+from minillava.tiles.grid import Size
+from minillava.tiles.pictures import TileProcessor
 from minillava.tokenizer import TextDecoder, Tokenizer
 
 DEPTH = 0.5, 1.0
@@ -104,15 +106,18 @@ def watch(
     options: Options,
     tokenizer: Tokenizer,
     record: Sequence[str] = (),
+    size: Size | None = None,
 ) -> Iterator[tuple[Step, Tensor]]:
     """`loop.steps` for one row with one picture: every step, and the attention [L, H, P] that chose
-    its token. Raises ValueError where `steps` does, and for another number of pictures."""
+    its token. size: the picture's height and width, if it was cut into tiles, whose attention then
+    counts where they lie in it. Raises ValueError where `steps` does, and for another number of
+    pictures."""
     pictures = sum(map(len, spliced.image_spans))
     if len(spliced.image_spans) != 1 or pictures != 1:
         raise ValueError(
             f"{len(spliced.image_spans)} row(s) with {pictures} picture(s), expected one with one"
         )
-    model, span = uncompiled(model), patch_span(model, spliced)
+    model, span = uncompiled(model), seen_span(model, spliced, size)
     running = steps(model, spliced, options, tokenizer=tokenizer, record=record)
     while True:
         # For one forward pass at a time, so that other loops can use the model in between.
@@ -160,10 +165,11 @@ def join_words(pieces: Sequence[str]) -> list[tuple[str, list[int]]]:
 
 def seen_box(size: tuple[int, int], processor: ImageProcessor) -> tuple[float, float, float, float]:
     """Left, top, right, bottom of the square that the model sees, in pixels of a picture of that
-    size: larger than the picture where it is padded, smaller where it is cropped. The arithmetic of
+    size: larger than the picture where it is padded, smaller where it is cropped, the picture
+    itself where it is squeezed. The arithmetic of
     image.py backwards."""
     width, height = size
-    if processor.aspect == "squash":
+    if processor.aspect in ("squash", "anyres"):  # of tiles, the overview
         return 0, 0, width, height
     if processor.aspect == "pad":
         side = max(size)
@@ -242,7 +248,9 @@ def look(
     spliced = assistant.prepare(picture, assistant.prompt(question, images=1, system=system))
     read = LensReader(assistant, *patch_span(assistant.model, spliced)) if lens else None
     chosen = assistant.options(options, **settings)
-    answer, tokens = follow(assistant, spliced, chosen, layers, heads, read)
+    tiled = isinstance(assistant.image_processor, TileProcessor)
+    size = (picture.height, picture.width) if tiled else None
+    answer, tokens = follow(assistant, spliced, chosen, layers, heads, read, size)
     return Look(
         picture,
         seen_box(picture.size, assistant.image_processor),
@@ -271,11 +279,14 @@ def follow(
     layers: list[int],
     heads: list[int],
     lens: LensReader | None,
+    size: Size | None = None,
 ) -> tuple[str, list[Token]]:
-    """The answer and its tokens, while `lens` reads the states of the layers along."""
+    """The answer and its tokens, while `lens` reads the states of the layers along. size: as for
+    `watch`."""
     decoder, answer, tokens = TextDecoder(assistant.tokenizer), "", []
     record = () if lens is None else ("hidden_states",)
-    for step, rows in watch(assistant.model, spliced, options, assistant.tokenizer, record):
+    watched = watch(assistant.model, spliced, options, assistant.tokenizer, record, size)
+    for step, rows in watched:
         heat = rows[layers][:, heads].mean((0, 1)).cpu().numpy()  # [P]
         tokens.append(Token(step.ids[0], decoder.feed(step.ids[0]), heat))
         answer += step.text[0]

@@ -29,6 +29,7 @@ from minillava.look.run import (
 from minillava.options import Options
 from minillava.probe.again import Pass
 from minillava.prompt import DEFAULT_PROMPT
+from minillava.tiles.pictures import TileProcessor
 
 TIMED = 0.3
 """Seconds from which a measured time is one to reckon with."""
@@ -57,6 +58,11 @@ class Answered:
         and for an answer without words."""
         if len(as_list(image)) != 1:
             raise ValueError(f"probe needs one picture with patches, found {len(as_list(image))}")
+        if isinstance(assistant.image_processor, TileProcessor):
+            raise ValueError(
+                "probe hides patches of one square, and this model reads tiles; give "
+                "--image-aspect-ratio pad, with which it reads the overview alone"
+            )
         self.assistant, self.question = assistant, question
         self.model = uncompiled(assistant.model)
         self.picture = open_image(*as_list(image))

@@ -23,6 +23,7 @@ from minillava.image import ImageProcessor
 from minillava.look import run as looking
 from minillava.options import Options
 from minillava.serve.protocol import ApiError, ChatRequest, LookField
+from minillava.tiles.pictures import Tiled, contents_of
 from minillava.tokenizer import TextDecoder, Tokenizer
 
 
@@ -57,7 +58,7 @@ def second_prompt(
     pictures: Sequence[Image.Image],
     processor: ImageProcessor,
     options: Options,
-) -> tuple[Sequence[int], list[tuple[bytes, Tensor]]]:
+) -> tuple[Sequence[int], list[tuple[bytes, Tensor | Tiled]]]:
     """What the second row of an answer reads, by its seed, as `Assistant.ask` makes it: ids, and
     for each picture a name for its content and pixels [3,R,R]. Raises ApiError."""
     generator = torch.Generator().manual_seed(int(options.seed or 0))  # type: ignore[arg-type]
@@ -67,7 +68,7 @@ def second_prompt(
         raise invalid(str(error), "contrast") from None
     changed = [] if pixels is None else list(pixels)
     # The same noise of the same picture is encoded once, so its name is its content's.
-    return row, [(hashlib.sha256(each.numpy().tobytes()).digest(), each) for each in changed]
+    return row, [(hashlib.sha256(contents_of(each)).digest(), each) for each in changed]
 
 
 # --- prefix_ids -----------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from minillava.options import Options, dtype_name
 from minillava.serve import extensions
 from minillava.serve.protocol import ApiError, ChatRequest, Entries, TokenizeRequest
 from minillava.serve.reading import open_picture, read_messages
+from minillava.tiles.pictures import Tiled, positions_of
 from minillava.tokenizer import common_prefix
 
 STATUS = {"queue_full": 429, "context_length_exceeded": 400}
@@ -141,7 +142,9 @@ class Service:
     settings: Settings
     created: int = field(default_factory=lambda: int(time.time()))
     # [3, R, R], and the picture's own width and height
-    _pixels: OrderedDict[bytes, tuple[Tensor, tuple[int, int]]] = field(default_factory=OrderedDict)
+    _pixels: OrderedDict[bytes, tuple[Tensor | Tiled, tuple[int, int]]] = field(
+        default_factory=OrderedDict
+    )
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def models(self) -> list[dict[str, Any]]:
@@ -178,17 +181,21 @@ class Service:
         tokenizer = self.assistant.tokenizer
         if asked.messages is None:
             self._check_text(str(asked.text))
-            ids, pictures = tokenizer.encode(str(asked.text)), 0
+            ids, contents = tokenizer.encode(str(asked.text)), []
         else:
             template = self.assistant.template
             prompt, contents, _ = read_messages(asked.messages, template, self.settings.system)
             self._check_text(prompt)
-            ids, pictures = tokenizer.encode(prompt), len(contents)
-        positions = pictures * self.assistant.model.config.tokens_per_image
+            ids = tokenizer.encode(prompt)
+        self._check_pictures(len(contents))
+        config = self.assistant.model.config
+        positions = len(contents) * config.tokens_per_image
+        if config.grid:  # each takes its own
+            positions = sum(positions_of(config, self._picture(each)[1]) for each in contents)
         return {
             "ids": ids,
             "pieces": ["<image>" if i == IMAGE_TOKEN_INDEX else tokenizer.piece(i) for i in ids],
-            "count": len(ids) - pictures + positions,
+            "count": len(ids) - len(contents) + positions,
             "picture_positions": positions,
         }
 
@@ -216,6 +223,7 @@ class Service:
         options = [extensions.count_from(prefix, each) for each in self._options(asked, count)]
         opened = [self._picture(content) for content in contents]
         pictures = [(key, pixels) for key, pixels, _ in opened]
+        shown = sum(positions_of(config, pixels) for _, pixels in pictures)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         request = Request(ids, pictures, options, put, top, prefix, look, contrast)
         if contrast is not None:
@@ -228,8 +236,8 @@ class Service:
             int(time.time()),
             model,
             f"minillava-{__version__}-{self._dtype()}",
-            len(ids) + len(pictures) * (config.tokens_per_image - 1),
-            len(pictures) * config.tokens_per_image,
+            len(ids) - len(pictures) + shown,
+            shown,
             [Entries(tokenizer, ends, shown, bool(asked.token_ids)) for _ in range(count)],
             look and extensions.look_head(assistant, opened[0][2], look),
             [extensions.Seen(tokenizer, prefix) for _ in range(count) if look],
@@ -259,7 +267,7 @@ class Service:
         ids: Sequence[int],
         contents: Sequence[bytes],
         options: Sequence[Options],
-    ) -> list[tuple[Sequence[int], list[tuple[bytes, Tensor]]]]:
+    ) -> list[tuple[Sequence[int], list[tuple[bytes, Tensor | Tiled]]]]:
         """What the second row of each answer reads."""
         pictures = [open_picture(content, self.settings.max_pixels) for content in contents]
         processor = self.assistant.image_processor
@@ -326,7 +334,7 @@ class Service:
             known = param if param in ChatRequest.__struct_fields__ else None
             raise ApiError(400, "invalid_value", str(error), known) from None
 
-    def _picture(self, content: bytes) -> tuple[bytes, Tensor, tuple[int, int]]:
+    def _picture(self, content: bytes) -> tuple[bytes, Tensor | Tiled, tuple[int, int]]:
         """A picture's digest, pixels [3,R,R], and width and height, which are kept: a client sends
         every picture again with every question."""
         key = hashlib.sha256(content).digest()

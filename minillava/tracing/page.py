@@ -68,18 +68,23 @@ class Page:
             record.value["text"] for record in reversed(self.records) if record.name == "answer"
         )
 
-    def render(self, images: list[Image.Image], squares: list[Image.Image], patch_size: int) -> str:
-        """images: upright; squares: as the model sees them, R x R."""
+    def render(
+        self,
+        images: list[Image.Image],
+        squares: list[Image.Image],
+        patch_size: int,
+        before: int = 0,
+    ) -> str:
+        """images: upright; squares: as the model sees them, R x R, of one that is cut into tiles
+        the overview; before: positions of a picture before its patches, for a class token."""
         named = {record.name: record for record in self.records}
         spans = (
             named["image_spans"].value if "image_spans" in named else [[None, None]] * len(images)
         )
         figures = ""
-        for i, (image, square, (_, end)) in enumerate(zip(images, squares, spans, strict=True)):
+        for i, (image, square, (first, _)) in enumerate(zip(images, squares, spans, strict=True)):
             side = square.width // patch_size
-            # Counted from the end: a class token, where a model keeps it, stands before the
-            # patches.
-            start = None if end is None else end - side * side
+            start = None if first is None else first + before
             where = "" if start is None else f", at positions {start} to {start + side * side - 1}"
             seen = f"what the model sees: {side} x {side} patches{where}"
             figures += _figure(

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -34,6 +35,7 @@ from minillava.options import Options
 from minillava.prompt import DEFAULT_PROMPT, place_images, render
 from minillava.sampling import Sampler
 from minillava.templates import DEFAULT_TEMPLATE, template_name
+from minillava.tiles.pictures import TileProcessor
 from minillava.tokenizer import Tokenizer
 from minillava.tracing.compare import Comparison, read_tensors
 from minillava.tracing.page import Page
@@ -144,15 +146,23 @@ def _say_question(
     return ids
 
 
-def _say_pictures(say: Say, processor: ImageProcessor, images: list[Image.Image]) -> Tensor:
-    """Each picture, the square that is made of it, and the pixels of all, which are returned."""
+def _say_pictures(say: Say, processor: ImageProcessor, images: list[Image.Image]) -> Any:
+    """Each picture, the square that is made of it, and the pixels of all, which are returned; of a
+    picture that is cut into tiles, these and where each lies in it."""
     for i, image in enumerate(images):
         square = processor.square(image)
         say("picture", f"picture.{i}", open_image, f"{image.width} x {image.height} {image.mode}")
         how = f"{square.width} x {square.height} {square.mode}, {processor.aspect}"
         say("picture", f"picture.{i}.square", ImageProcessor.square, how)
-    pixels = processor(images)  # [n, 3, R, R]
-    say("picture", "pixel_values", ImageProcessor.normalise, tensor=pixels)
+    pixels = processor(images)  # [n, 3, R, R], or n pictures in tiles
+    if not isinstance(processor, TileProcessor):
+        say("picture", "pixel_values", ImageProcessor.normalise, tensor=pixels)
+        return pixels
+    for i, tiled in enumerate(pixels):
+        canvas, boxes = processor.boxes(tiled.size)
+        told = {"canvas": list(canvas), "tiles": boxes}
+        say("picture", f"picture.{i}.tiles", TileProcessor.boxes, told)
+        say("picture", f"picture.{i}.pixel_values", TileProcessor.tiled, tensor=tiled.pixels)
     return pixels
 
 
@@ -317,7 +327,9 @@ def _trace(args: argparse.Namespace, options: dict) -> int:
     if args.html:
         images = asked[1]
         squares = [assistant.image_processor.square(image) for image in images]
-        files[args.html] = page.render(images, squares, assistant.model.config.vision.patch_size)
+        config = assistant.model.config
+        before = config.tokens_per_image - config.vision.num_patches
+        files[args.html] = page.render(images, squares, config.vision.patch_size, before)
     if answer_only and not any(map(is_stdout, files)):  # which then has the file alone
         print(page.answer, flush=True)
     if args.save:

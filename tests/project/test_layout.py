@@ -42,7 +42,8 @@ GREEDY = ["config", "image", "prompt", "tokenizer", "attention", "vision", "proj
 GREEDY += ["llama", "llava", "loop"]
 # Each shelf may import those before it: folders, the files of the spine, and the one file where
 # parts meet.
-SHELVES = ["files", "spine", "fast", "generate", "checkpoint", "assistant", "cli", "doors"]
+SHELVES = ["files", "spine", "tiles", "fast", "generate", "checkpoint", "assistant", "cli"]
+SHELVES += ["doors"]
 # Side by side: none knows another. But weights are stored in 8 or 4 bits, or become so while they are
 # read or written, and which precision is best depends on what is fast here.
 SIDE_BY_SIDE = {"fast", "generate", "checkpoint"}

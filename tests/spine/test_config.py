@@ -515,7 +515,7 @@ REFUSED = [
     *((HUB, f"text_config.{key}", value) for key in ("rms_norm_eps", "rope_theta") for value in SIZES),
     *((ORIGINAL, key, value) for key in ("rms_norm_eps", "rope_theta") for value in SIZES),
     *((HUB, "vision_config.layer_norm_eps", value) for value in SIZES),
-    *((HUB, "model_type", value) for value in ("llama", "llava_next", "mllama", "clip", 3, None, ["llava"])),
+    *((HUB, "model_type", value) for value in ("llama", "llava_next_video", "mllama", "clip", 3, None, ["llava"])),
     *((HUB, "text_config", value) for value in ("llama", [], 1, True)),
     *((HUB, "vision_config", value) for value in ("clip", [], 1, True)),
     *((HUB, "text_config.model_type", value) for value in ("gemma", "qwen3", "gpt_neox", 1)),
@@ -542,7 +542,8 @@ REFUSED = [
     (ORIGINAL, "mm_use_im_patch_token", 1),
     *((ORIGINAL, "mm_vision_select_feature", value) for value in ("cls", "default", 1)),
     *((ORIGINAL, "mm_vision_select_layer", value) for value in ("-2", [-2], 1.5)),
-    *((ORIGINAL, "image_aspect_ratio", value) for value in ("anyres", "anyres_max_9", 1)),
+    *((ORIGINAL, "image_aspect_ratio", value) for value in ("anyres_max_9", "highres", 1)),
+    *((HUB, "image_grid_pinpoints", value) for value in ("all", [], [336, 672], [[336, 672.0]], 1)),
     *((ORIGINAL, "mm_vision_tower", value) for value in (5, ["openai/clip-vit-large-patch14-336"])),
 ]  # fmt: skip
 

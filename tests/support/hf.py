@@ -57,6 +57,7 @@ PREFIXES = {
     ),
     "original-bare": ("model.", "", None, "model.mm_projector."),
 }
+NEWLINE = "model.image_newline"  # of LLaVA-1.6, in none of those parts
 DIALECTS = {
     "hub": "llava-hf on the hub; what transformers 4.37 to 4.57 write, and 5.x after loading it",
     "fresh": "transformers 5 saving a model that was built from a config",
@@ -223,6 +224,11 @@ def original_config(hub: dict, pieces: int, *, tower: bool) -> dict:
         "use_mm_proj": True,
         "vocab_size": pieces,
     }
+    if "image_grid_pinpoints" in hub:  # LLaVA-1.6, which reads the pairs as (width, height)
+        config |= {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+        config["image_grid_pinpoints"] = [pair[::-1] for pair in hub["image_grid_pinpoints"]]
+        if text["model_type"] == "mistral":
+            config |= {"model_type": "llava_mistral", "sliding_window": None}
     return (
         {**config, "unfreeze_mm_vision_tower": True, "vision_config": hub["vision_config"]}
         if tower
@@ -230,12 +236,20 @@ def original_config(hub: dict, pieces: int, *, tower: bool) -> dict:
     )
 
 
+def classes(config: dict):
+    """transformers' configuration and model of a hub config.json's type."""
+    import transformers
+
+    kind = {"llava_next": "LlavaNext"}.get(config["model_type"], "Llava")
+    return getattr(transformers, f"{kind}Config"), getattr(
+        transformers, f"{kind}ForConditionalGeneration"
+    )
+
+
 def llava_config(config: dict):
     """transformers' own configuration object from a hub config.json."""
-    from transformers import LlavaConfig
-
     quiet()
-    return LlavaConfig.from_dict(json.loads(json.dumps(config)))
+    return classes(config)[0].from_dict(json.loads(json.dumps(config)))
 
 
 # --- random weights -------------------------------------------------------------------------------
@@ -245,13 +259,9 @@ def random_state(config: dict, seed: int, dtype: str = "float32") -> dict[str, t
     """Weights, under the names of transformers' modules, of a network that is alive: activations
     stay near one, attention is neither flat nor one-hot, no norm is the identity, and the picture
     reaches the logits."""
-    from transformers import LlavaForConditionalGeneration
-
     with torch.device("meta"):
-        shapes = {
-            name: w.shape
-            for name, w in LlavaForConditionalGeneration(llava_config(config)).state_dict().items()
-        }
+        model = classes(config)[1](llava_config(config))
+    shapes = {name: w.shape for name, w in model.state_dict().items()}
     tied, pieces = config["tie_word_embeddings"], config["image_token_index"]
     generator = torch.Generator().manual_seed(seed)
     state = {}
@@ -283,6 +293,9 @@ def rename(state: dict, dialect: str) -> dict[str, torch.Tensor]:
     new_prefixes = PREFIXES[dialect]
     renamed = {}
     for name, tensor in state.items():
+        if name == NEWLINE:
+            renamed[NEWLINE if dialect.startswith("original") else "image_newline"] = tensor
+            continue
         part = next(i for i in (0, 2, 3, 1) if name.startswith(PREFIXES["modules"][i]))
         if new_prefixes[part] is None:
             continue
@@ -546,9 +559,7 @@ def quiet() -> None:
 def model_of(config: dict, state: dict, dtype: str):
     """A transformers model built from a config (not from a checkpoint) that holds the given
     weights."""
-    from transformers import LlavaForConditionalGeneration
-
-    model = LlavaForConditionalGeneration(llava_config(config)).to(DTYPES[dtype])
+    model = classes(config)[1](llava_config(config)).to(DTYPES[dtype])
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise ValueError(f"missing {missing}, unexpected {unexpected}")
@@ -559,10 +570,8 @@ def model_of(config: dict, state: dict, dtype: str):
 def load(folder: Path, dtype: str = "float32", attention: str = "eager"):
     """transformers' model of a checkpoint folder. Never `.to(dtype)` afterwards: that rounds its
     rotary table too."""
-    from transformers import LlavaForConditionalGeneration
-
     quiet()
-    model, report = LlavaForConditionalGeneration.from_pretrained(
+    model, report = classes(read_json(folder / "config.json"))[1].from_pretrained(
         folder, dtype=DTYPES[dtype], attn_implementation=attention, output_loading_info=True
     )
     ignored = re.compile(r"inv_freq$|position_ids$")

@@ -1,0 +1,2 @@
+"""LLaVA-1.6: a picture as an overview and tiles of it, at the full resolution of each (Liu et al.
+2024, LLaVA-NeXT)."""
