@@ -11,6 +11,7 @@ import pytest
 from minillava.config import IGNORE_INDEX
 from minillava.finetune.rows import as_seen, check_template, encode_row, read_rows
 from minillava.labels import encode_answers
+from minillava.prompt import render
 from minillava.templates import TEMPLATES
 from minillava.tokenizer import Tokenizer
 
@@ -210,6 +211,30 @@ def test_labels_of_any_conversation_are_its_answers(reference, template, seed):
         answer.strip() for _, answer in turns
     ]
     assert all(run[-1] == tokenizer.eos_id for run in runs)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_where_counting_succeeds_labels_are_those_that_were_counted(reference, seed):
+    """Labels by construction would differ from those that LLaVA-1.5 was trained on. Its rule: the
+    text is cut at `</s>` and at ` ASSISTANT: `, pieces are encoded alone and their lengths added
+    up, less 2 for each question (its BOS, and the lone space of its end)."""
+    drawn = random.Random(seed)
+    tokenizer = Tokenizer(reference / "plain" / "tokenizer.model", legacy=True)
+    words = ["red", "square", "a", "0", "é", "USER", "left of", "😀"]
+    turns = [
+        tuple(" ".join(drawn.choices(words, k=drawn.randrange(1, 6))) for _ in range(2))
+        for _ in range(drawn.randrange(1, 5))
+    ]
+    ids, labels = encode_answers(tokenizer, TEMPLATES["vicuna_v1"], turns)
+    text = str(render(TEMPLATES["vicuna_v1"], turns))
+    counted, at = [IGNORE_INDEX] * len(ids), 1
+    for some in text.split("</s>")[:-1]:
+        question = some.split(" ASSISTANT: ")[0] + " ASSISTANT: "
+        asked, length = len(tokenizer.encode(question)) - 2, len(tokenizer.encode(some))
+        counted[at + asked : at + length] = ids[at + asked : at + length]
+        at += length
+    assert at == len(ids)  # or the original would mask all of it
+    assert labels == counted
 
 
 def test_a_row_is_cut_at_its_end_and_never_inside_a_picture(write, reference):
