@@ -38,7 +38,9 @@ class Fold:
         """[..., positions] -> [..., G times G]"""
         count, (rows, columns) = self.side**2, (self.rows, self.columns)
         rows, columns = rows.to(numbers), columns.to(numbers)
-        lines = numbers[..., count:].unflatten(-1, (rows.shape[1], -1))[..., : columns.shape[1]]
+        lines = numbers[..., count:].unflatten(-1, (rows.shape[1], columns.shape[1] + 1))[
+            ..., : columns.shape[1]
+        ]
         return numbers[..., :count] + (rows @ lines @ columns.T).flatten(-2)
 
 
