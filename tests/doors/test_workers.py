@@ -169,7 +169,7 @@ def test_two_workers_write_the_file_of_one_process(tmp_path, head, monkeypatch, 
         process = start(tmp_path, *given, name, *more, *where)
         told = process.communicate(timeout=150)[1]
         assert process.returncode == 1, told
-        assert told.startswith("error: 2 of 41 questions have no answer;") and told.count("\n") == 1
+        assert "\nerror: 2 of 41 questions have no answer;" in f"\n{told}"
         assert (tmp_path / name).read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert list(tmp_path.glob("*.partial")) == []
 
