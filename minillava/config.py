@@ -13,15 +13,14 @@ splice replaces it with the picture's patches before anything looks it up (LLaVA
 IGNORE_INDEX = -100
 """The label of a position that the loss leaves out."""
 
-
 # What early LLaVA put around each picture, and a token that it added and no prompt contains.
 IM_START, IM_END, IM_PATCH = "<im_start>", "<im_end>", "<im_patch>"
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower, CLIP or SigLIP. The defaults are those of transformers' CLIPVisionConfig
-    (ViT-B/32), which is what a config.json means by the fields it leaves out."""
+    """The vision tower, CLIP or SigLIP. The defaults, which a config.json means by the fields it
+    leaves out, are those of transformers' CLIPVisionConfig (ViT-B/32)."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -57,8 +56,7 @@ CLIP_LARGE_336 = VisionConfig(
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The language model, Llama or a relative. The defaults are those of transformers'
-    LlamaConfig."""
+    """The language model, Llama or a relative. The defaults are those of LlamaConfig."""
 
     # 32064 on the hub: <image>, <pad>, and unused rows up to a multiple of 64
     vocab_size: int = 32000
@@ -93,11 +91,12 @@ class LlavaConfig:
 
     vision: VisionConfig
     text: TextConfig
-    # index into the tower's hidden states: -2 is the output of the last block but one
-    feature_layer: int = -2
+    # of the tower's hidden states: -2 is after the last block but one; several go side by side
+    feature_layer: int | tuple[int, ...] = -2
     keep_class_token: bool = False
     projector_layers: int = 2  # 1: `linear`; N: `mlpNx_gelu`
     projector_bias: bool = True
+    projector_norm_eps: float = 0.0  # above 0: ViP-LLaVA's layer norm before the projector
     image_token_id: int = 32000  # the hub dialect's id for <image>; ours is IMAGE_TOKEN_INDEX
     eos_token_ids: tuple[int, ...] = (2,)
     pad_token_id: int = 2
@@ -120,8 +119,13 @@ class LlavaConfig:
         return tokens + pictures * (self.tokens_per_image - 1)
 
     @property
+    def feature_depths(self) -> tuple[int, ...]:
+        """After how many blocks the features are taken: 23 of 24 for LLaVA-1.5's layer -2."""
+        layers, depth = self.feature_layer, self.vision.num_hidden_layers
+        layers = (layers,) if isinstance(layers, int) else layers
+        return tuple(at if at >= 0 else depth + 1 + at for at in layers)
+
+    @property
     def vision_layers_needed(self) -> int:
-        """How many blocks of the tower the selected features need: 23 of 24 for LLaVA-1.5, whose
-        layer is -2. Nothing would read the output of the last one, so it is not built."""
-        depth = self.vision.num_hidden_layers
-        return self.feature_layer if self.feature_layer >= 0 else depth + 1 + self.feature_layer
+        """Blocks that the features need. Nothing would read the others, so they are not built."""
+        return max(self.feature_depths)

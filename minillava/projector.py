@@ -20,13 +20,16 @@ class Projector(nn.Module):
         super().__init__()
         width = config.text.hidden_size
         self.num_layers = config.projector_layers
+        features = config.vision.hidden_size * len(config.feature_depths)
+        eps = config.projector_norm_eps  # ViP-LLaVA's
+        self.projector_layernorm = nn.LayerNorm(features, eps=eps) if eps else nn.Identity()
         for i in range(self.num_layers):
-            before = config.vision.hidden_size if i == 0 else width
+            before = features if i == 0 else width
             self.add_module(f"linear_{i + 1}", nn.Linear(before, width, bias=config.projector_bias))
 
     def forward(self, features: Tensor) -> Tensor:
         """[n, P, C_vision] -> [n, P, C]"""
-        x = self.get_submodule("linear_1")(features)
+        x = self.get_submodule("linear_1")(self.projector_layernorm(features))
         for i in range(1, self.num_layers):
             x = self.get_submodule(f"linear_{i + 1}")(F.gelu(x))
         return x

@@ -112,7 +112,7 @@ TEMPLATES = {
         user="<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
         assistant="<|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>",
         opening="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        stop=("<|eot_id|>",),
+        stop=("<|eot_id|>", "<|end_of_text|>"),
         separators=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     ),
     # The chat template of the llava-hf checkpoints: no system text, no end token between turns.

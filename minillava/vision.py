@@ -1,11 +1,11 @@
-"""The CLIP vision transformer (Radford et al. 2021): a picture becomes one vector per patch. And
-SigLIP's (Zhai et al. 2023), which is the same but for three switches.
+"""CLIP's vision transformer (Radford et al. 2021), or SigLIP's: one vector per patch of a picture.
 
 n pictures, R side in pixels, P patches, N = P + 1 with the class token, C width, H heads, D head
 width, F feed-forward width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class VisionTower(nn.Module):
         self.embeddings = Embeddings(c)
         norm = nn.Identity() if c.siglip else nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.pre_layrnorm = norm  # CLIP's spelling
-        self.encoder = Encoder(c, config.vision_layers_needed, attend)
+        self.encoder = Encoder(c, config.feature_depths, attend)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[n, 3, R, R] -> [n, P or N, C]: the selected layer's patches, N with the class token.
@@ -41,14 +41,12 @@ class VisionTower(nn.Module):
             shape = ", ".join(map(str, expected))
             raise ValueError(f"pixel_values have shape {found}, expected [n, {shape}]")
         x = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))  # [n, N, C]
-        # The class token summarises the picture for CLIP's caption matching; LLaVA wants places, so
-        # it is dropped.
+        # The class token summarises the picture, for CLIP's captions; LLaVA wants places.
         return x[:, self.first :]  # [n, P or N, C]
 
 
 class Embeddings(nn.Module):
-    """Patches to vectors: one convolution whose stride is its kernel, the class token (SigLIP has
-    none, but a bias), learned positions."""
+    """Patches to vectors: one convolution whose stride is its kernel, class token, positions."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -67,20 +65,25 @@ class Embeddings(nn.Module):
         x = self.patch_embedding(pixel_values)  # [n, C, √P, √P]
         x = x.flatten(2).transpose(1, 2)  # [n, P, C], row by row from the top left
         if self.class_embedding is not None:
-            class_token = self.class_embedding.expand(len(x), 1, -1)  # [n, 1, C]
-            x = torch.cat([class_token, x], dim=1)  # [n, N, C]
+            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # [n, N, C]
         return x + self.position_embedding.weight
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: VisionConfig, num_layers: int, attend: Callable[..., Any]):
+    def __init__(self, config: VisionConfig, depths: Sequence[int], attend: Callable[..., Any]):
         super().__init__()
-        self.layers = nn.ModuleList(VisionBlock(config, attend) for _ in range(num_layers))
+        self.depths = depths
+        self.layers = nn.ModuleList(VisionBlock(config, attend) for _ in range(max(depths)))
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
+        """[n, N, C] -> what is there after each of the depths, side by side: [n, N, C] for one."""
+        taken = {0: x}
+        for i, layer in enumerate(self.layers, 1):
             x = layer(x)
-        return x
+            taken |= {i: x} if i in self.depths else {}
+        # One stays as it lies in memory, which can decide the last bit of what is made of it.
+        found = [taken[depth] for depth in self.depths]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 
 class VisionBlock(nn.Module):
@@ -123,7 +126,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.activation = gelu_tanh if config.siglip else quick_gelu
+        self.activation = partial(F.gelu, approximate="tanh") if config.siglip else quick_gelu
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
@@ -135,8 +138,3 @@ def quick_gelu(x: Tensor) -> Tensor:
     """OpenAI trained CLIP with this cheap stand-in for GELU; the projector uses the exact one. They
     differ by up to 0.02, enough to change an answer, so neither can replace the other."""
     return x * torch.sigmoid(1.702 * x)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """The stand-in that SigLIP was trained with, off by up to 0.0005."""
-    return F.gelu(x, approximate="tanh")

@@ -31,9 +31,12 @@ Config = TypeVar("Config", TextConfig, VisionConfig)
 
 _USE_LLAVA = f"use a LLaVA-1.5 checkpoint such as {RELEASE}"
 
-LLAVAS = ("llava", "llava_llama", "llava_mistral", "share4v", "llava_next")
-"""The model types of LLaVA-1.5, of those that differ from it in their weights alone, and of 1.6;
-those between the first and the last in the original dialect."""
+LLAVAS = ("llava", "llava_llama", "llava_mistral", "share4v", "vipllava", "llava_next")
+"""The model types of LLaVA-1.5, of its nearest relatives, and of 1.6; the first and the last two on
+the hub, all but the last two in the original dialect."""
+
+_VIP_LAYERS = (-2, -5, -8, -11, 6)
+"""The layers that ViP-LLaVA looks at if a file does not name them."""
 
 _GRID = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 """The canvases of every LLaVA-1.6, meant where the hub's config.json names none."""
@@ -133,13 +136,15 @@ def _shared(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> d
 def _hub(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
     raw.expect("projector_hidden_act", ("gelu",))
     strategy = raw.expect("vision_feature_select_strategy", ("default", "full"))
-    siglip = shared["vision"].siglip
+    siglip, vip = shared["vision"].siglip, raw.raw["model_type"] == "vipllava"
     if siglip and strategy != "full":
         raise ValueError(
             f"{raw.path}: vision_feature_select_strategy is {strategy!r}, expected 'full' with a "
             "SigLIP tower: the others drop a class token, and it has none"
         )
     aspect = "squash" if siglip else "pad"
+    if vip:
+        shared["template"] = "llava_v0"
     # an early revision of 1.6 calls itself llava
     if raw.raw["model_type"] == "llava_next" or (not siglip and "image_grid_pinpoints" in raw):
         shared["grid"], aspect = _grid(raw), "anyres"
@@ -147,11 +152,24 @@ def _hub(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
         raw.expect("vision_feature_select_strategy", ("default",))
     return LlavaConfig(
         **shared,
-        feature_layer=raw.value("vision_feature_layer", int, LlavaConfig.feature_layer),
+        feature_layer=_layers(raw, _VIP_LAYERS if vip else LlavaConfig.feature_layer),
         keep_class_token=strategy == "full" and not siglip,
+        projector_norm_eps=raw.positive("projector_layernorm_eps", float, 1e-5) if vip else 0.0,
         image_aspect_ratio=aspect,
         projector_bias=raw.value("multimodal_projector_bias", bool, True),
     )
+
+
+def _layers(raw: "_Reader", absent: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    """The index of a hidden state, or a list of them, of which the older key is the plural."""
+    key = next((k for k in ("vision_feature_layers", "vision_feature_layer") if k in raw), None)
+    found = absent if key is None else raw.raw[key]
+    several = tuple(found) if isinstance(found, (list, tuple)) else (found,)
+    if not several or not all(type(layer) is int and abs(layer) < 2**31 for layer in several):
+        raise ValueError(
+            f"{raw.path}: {key} is {found!r:.80}, expected a whole number, or a list of them"
+        )
+    return several[0] if len(several) == 1 else several
 
 
 def _original(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
@@ -317,7 +335,7 @@ def check_config(config: LlavaConfig, path: Path) -> None:
          "a multiple of its num_attention_heads", vision.num_attention_heads),
         (vision.image_size < vision.patch_size, "image_size", vision.image_size,
          "at least patch_size", vision.patch_size),
-        (not 0 <= config.vision_layers_needed <= vision.num_hidden_layers, "vision feature layer", config.feature_layer,
+        (not all(0 <= at <= vision.num_hidden_layers for at in config.feature_depths), "vision feature layer", config.feature_layer,
          "an index into the hidden states of this many layers:", vision.num_hidden_layers),
     ]  # fmt: skip
     side = vision.image_size

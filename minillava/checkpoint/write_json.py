@@ -21,6 +21,8 @@ Json = dict[str, Any]
 def hub_config(config: LlavaConfig, dtype: torch.dtype) -> Json:
     """config.json of the hub (llava-hf)."""
     text: Json = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if config.text.qkv_bias:
+        text = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
     if _is_mistral(config):
         text = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
         text["sliding_window"] = None
@@ -36,11 +38,15 @@ def hub_config(config: LlavaConfig, dtype: torch.dtype) -> Json:
         "text_config": {**text, **_llama(config.text, dtype)},
         "tie_word_embeddings": config.text.tie_word_embeddings,
         "torch_dtype": dtype_name(dtype),
-        "vision_config": _clip(config),
+        "vision_config": _tower(config),
         "vision_feature_layer": config.feature_layer,
-        "vision_feature_select_strategy": "full" if config.keep_class_token else "default",
+        "vision_feature_select_strategy": _strategy(config),
         "vocab_size": config.text.vocab_size,
     }
+    if config.projector_norm_eps:
+        written["architectures"] = ["VipLlavaForConditionalGeneration"]
+        written["model_type"] = "vipllava"
+        written["projector_layernorm_eps"] = config.projector_norm_eps
     if config.grid:
         written["architectures"] = ["LlavaNextForConditionalGeneration"]
         written["model_type"] = "llava_next"
@@ -51,6 +57,11 @@ def hub_config(config: LlavaConfig, dtype: torch.dtype) -> Json:
 def _is_mistral(config: LlavaConfig) -> bool:
     """LLaVA-1.6 is read with the template of its language model's type."""
     return bool(config.grid) and config.template == "mistral_instruct"
+
+
+def _strategy(config: LlavaConfig) -> str:
+    """What transformers takes of the tower's positions."""
+    return "full" if config.keep_class_token or config.vision.siglip else "default"
 
 
 def original_config(config: LlavaConfig, dtype: torch.dtype) -> Json:
@@ -75,7 +86,7 @@ def original_config(config: LlavaConfig, dtype: torch.dtype) -> Json:
         # or LLaVA reads mm_vision_tower instead of the tower inside
         "unfreeze_mm_vision_tower": True,
         "use_mm_proj": True,
-        "vision_config": _clip(config),
+        "vision_config": _tower(config),
         **_llama(config.text, dtype),
     }
     if config.grid:  # read as (width, height)
@@ -89,21 +100,25 @@ def original_config(config: LlavaConfig, dtype: torch.dtype) -> Json:
 
 def _llama(text: TextConfig, dtype: torch.dtype) -> Json:
     fields = {**asdict(text), "torch_dtype": dtype_name(dtype)}
-    factor = fields.pop("rope_factor")
+    factor, _ = fields.pop("rope_factor"), fields.pop("qkv_bias")
     return (
         fields if factor == 1 else {**fields, "rope_scaling": {"type": "linear", "factor": factor}}
     )
 
 
-def _clip(config: LlavaConfig) -> Json:
+def _tower(config: LlavaConfig) -> Json:
     vision = asdict(config.vision)
+    if vision.pop("siglip"):
+        kind = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}
+        return {**kind, "vision_use_head": False, **vision}
     return {"model_type": "clip_vision_model", "projection_dim": vision["hidden_size"], **vision}
 
 
 def generation_config(source: Path, config: LlavaConfig, tokenizer: Tokenizer) -> Json:
     """generation_config.json: the source's, where there is one, with the ids of the new config."""
     path = source / "generation_config.json"
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": _one_or_list(config.eos_token_ids)}
+    begin = tokenizer.bos_id if tokenizer.bos_id >= 0 else None
+    ids = {"bos_token_id": begin, "eos_token_id": _one_or_list(config.eos_token_ids)}
     raw = read_json(path) if path.exists() else {"_from_model_config": True}
     return {**raw, **ids, "pad_token_id": config.pad_token_id}
 
@@ -111,6 +126,19 @@ def generation_config(source: Path, config: LlavaConfig, tokenizer: Tokenizer) -
 def preprocessor_config(processor: ImageProcessor) -> Json:
     """preprocessor_config.json of the hub, for the numbers of an image processor."""
     side = processor.image_size
+    if processor.aspect == "squash":
+        return {
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": list(processor.mean),
+            "image_processor_type": "SiglipImageProcessor",
+            "image_std": list(processor.std),
+            "processor_class": "LlavaProcessor",
+            "resample": 3,
+            "rescale_factor": 1 / 255,
+            "size": {"height": side, "width": side},
+        }
     written = {
         "crop_size": {"height": side, "width": side},
         "do_center_crop": True,
@@ -138,10 +166,11 @@ def processor_config(config: LlavaConfig) -> Json:
     picture."""
     return {
         "image_token": IMAGE_MARKER,
-        "num_additional_image_tokens": 1,  # the class token, which "default" takes away again
+        # the class token, which "default" takes away again
+        "num_additional_image_tokens": config.vision.num_positions - config.vision.num_patches,
         "patch_size": config.vision.patch_size,
         "processor_class": "LlavaNextProcessor" if config.grid else "LlavaProcessor",
-        "vision_feature_select_strategy": "full" if config.keep_class_token else "default",
+        "vision_feature_select_strategy": _strategy(config),
     }
 
 

@@ -37,7 +37,7 @@ from minillava.files.disk import read_json
 from minillava.files.hub import CLIP_RELEASE
 from minillava.files.rows import grow_rows
 from minillava.files.tensors import open_folder
-from minillava.files.tokenizer_files import PAD_MARKER, SIDE_NAMES, find_tokenizer
+from minillava.files.tokenizer_files import MODEL_NAME, PAD_MARKER, SIDE_NAMES, find_tokenizer
 from minillava.llava import Llava
 from minillava.options import dtype_name
 from minillava.prompt import IMAGE_MARKER
@@ -176,7 +176,7 @@ def _unused_tower(config: LlavaConfig, planned: dict[str, Planned]) -> dict[str,
     shapes |= dict.fromkeys(
         ("post_layernorm.weight", "post_layernorm.bias"), (config.vision.hidden_size,)
     )
-    dtype, made = planned["vision_tower.embeddings.class_embedding"].dtype, {}
+    dtype, made = planned["vision_tower.embeddings.patch_embedding.weight"].dtype, {}
     for name, shape in shapes.items():
         if f"vision_tower.{name}" not in planned:
             value = float("norm" in name and name.endswith("weight"))
@@ -233,6 +233,8 @@ def _new_files(
     dtype: torch.dtype,
 ) -> dict[str, bytes]:
     """Side files that the new config changes."""
+    raw = read_json(folders.find("config.json") / "config.json")
+    model, _ = find_tokenizer(folders.of_tokenizer)
     generation = folders.find("generation_config.json")
     files = {
         "config.json": as_json((hub_config if to == "hf" else original_config)(config, dtype)),
@@ -240,8 +242,10 @@ def _new_files(
         "preprocessor_config.json": as_json(
             preprocessor_config(read_image_processor(folders.of_pictures, config))
         ),
-        "tokenizer.model": tokenizer.sentencepiece.serialized_model_proto(),
     }
+    # a tokenizer.json that is kept as it is needs no other file beside it
+    if model.exists() or ("text_config" in raw) != (to == "hf"):
+        files[MODEL_NAME] = tokenizer.sentencepiece.serialized_model_proto()
     if to == "hf":
         files["processor_config.json"] = as_json(processor_config(config))
     if config.added_tokens:
@@ -264,11 +268,11 @@ def _for_hub(
             f"{source}: puts {IM_START} before each picture, which Hugging Face's LLaVA does not"
         )
     notes, rows = [], config.text.vocab_size
-    if config.image_aspect_ratio not in ("pad", "anyres"):
+    if config.image_aspect_ratio == "crop":
         notes.append(
             "the hub's config.json cannot say image_aspect_ratio; now use --image-aspect-ratio crop"
         )
-    aspect = "anyres" if config.grid else "pad"
+    aspect = "anyres" if config.grid else "squash" if config.vision.siglip else "pad"
     new = replace(config, image_aspect_ratio=aspect, vision_tower_name=None, added_tokens=())
     is_free = tokenizer.written_as(config.image_token_id) is None
     # a row that is no word and no token
@@ -289,4 +293,8 @@ def _for_original(
 ) -> tuple[LlavaConfig, list[str]]:
     if not config.projector_bias:
         raise ValueError(f"{source}: its projector has no biases; LLaVA's has")
+    if config.text.qkv_bias or config.vision.siglip or config.projector_norm_eps:
+        raise ValueError(
+            f"{source}: LLaVA's own layout has no Qwen2, SigLIP or ViP-LLaVA; use --to hf"
+        )
     return replace(config, vision_tower_name=config.vision_tower_name or CLIP_RELEASE), []

@@ -117,7 +117,8 @@ class BytePieces:
             else [after]
         )
         frames = [step for step in _objects(steps) if step.get("type") != "ByteLevel"]
-        if not frames:
+        alone = [{"Sequence": {"id": "A", "type_id": 0}}]  # so transformers writes "no begin token"
+        if not frames or [frame.get("single") for frame in frames] == [alone]:
             return -1, ""
         try:
             (frame,) = frames

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillava.attention import eager
 from minillava.cli import hooks
@@ -126,7 +126,8 @@ class Recorder:
         language_model, watch = self.model.language_model, self._hooks
         watch.before(language_model, self._begin)
         for name, module in self.model.named_modules():
-            if name != "language_model" and self.wants(name):
+            nothing = isinstance(module, nn.Identity)  # a stage that this kind of model has not
+            if name != "language_model" and self.wants(name) and not nothing:
                 watch.after(module, partial(self._made, name))
         watch.after(language_model, self._logits)
         watch.before(language_model.layers[0], self._positions)

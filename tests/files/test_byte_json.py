@@ -252,7 +252,7 @@ def test_a_model_on_llama_3_is_asked_in_its_own_form(folder):
     (folder / "tokenizer.json").write_text(json.dumps(raw))
     assistant = minillava.load(folder, device="cpu")
     assert assistant.template is TEMPLATES["llama_3"]
-    assert assistant.options().stop == ("<|eot_id|>",)
+    assert assistant.options().stop == ("<|eot_id|>", "<|end_of_text|>")
     ids = assistant.tokenizer.encode(assistant.prompt("a<|eot_id|>b"))
     assert ids.count(last["id"] + 3) == 1  # what is typed ends no turn
 

@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.numeric, pytest.mark.parity]
 
 SEED = os.environ.get("MINILLAVA_PARITY_SEED") or str(random.SystemRandom().randrange(10**9))
 KINDS = ("plain", "grouped", "multi-query", "tied", "linear", "mistral", "qwen2")
-KINDS += ("interleave",)
+KINDS += ("interleave", "vip")
 DTYPES = ("float32", "bfloat16", "float16")
 STEPS = 7
 
@@ -96,6 +96,10 @@ def draw_config(kind: str, choose: random.Random) -> dict:
     if kind == "interleave":
         vision |= hf.SIGLIP
         top |= hf.OF_SIGLIP
+    if kind == "vip":
+        vision["num_hidden_layers"] = 4
+        top |= {"model_type": "vipllava", "vision_feature_layers": [-2, -4, 1, 4]}
+        top |= {"projector_layernorm_eps": 1e-5}
     return hf.hub_config(text, vision, pieces=choose.randrange(440, 640), **top)
 
 

@@ -532,7 +532,7 @@ REFUSED = [
     *((HUB, key, value) for key in ("image_token_index", "image_token_id") for value in NOT_NUMBERS),
     *((HUB, "projector_hidden_act", value) for value in ("relu", "gelu_new", 1)),
     (HUB, "multimodal_projector_bias", "yes"),
-    *((HUB, "vision_feature_layer", value) for value in ([-2, -5], "-2", -2.0, True)),
+    *((HUB, "vision_feature_layer", value) for value in ([-2, "-5"], "-2", -2.0, True)),
     *((HUB, "vision_feature_select_strategy", value) for value in ("cls", "patch", 1)),
     *((HUB, "vision_config.model_type", value) for value in ("dinov2", "clip", 1)),
     *((HUB, "vision_config.hidden_act", value) for value in ("gelu", "relu", 1)),

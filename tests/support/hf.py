@@ -240,7 +240,7 @@ def classes(config: dict):
     """transformers' configuration and model of a hub config.json's type."""
     import transformers
 
-    kind = {"llava_next": "LlavaNext"}.get(config["model_type"], "Llava")
+    kind = {"llava_next": "LlavaNext", "vipllava": "VipLlava"}.get(config["model_type"], "Llava")
     return getattr(transformers, f"{kind}Config"), getattr(
         transformers, f"{kind}ForConditionalGeneration"
     )
@@ -664,10 +664,13 @@ def inputs(
 def vision(model, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     """The selected features without the class token, and what the projector makes of them."""
     features = model.model.get_image_features(pixel_values=pixels, output_hidden_states=True)
-    config = model.config
-    first = int(config.vision_feature_select_strategy == "default")
+    layers = model.config.vision_feature_layer
+    layers = [layers] if isinstance(layers, int) else layers
+    # ViP-LLaVA's config names no strategy: it drops the class token
+    strategy = getattr(model.config, "vision_feature_select_strategy", "default")
+    first = int(strategy == "default")
     return {
-        "vision": features.hidden_states[config.vision_feature_layer][:, first:],
+        "vision": torch.cat([features.hidden_states[i][:, first:] for i in layers], dim=-1),
         "projected": torch.stack(list(features.pooler_output)),
     }
 
