@@ -223,7 +223,7 @@ class Service:
         options = [extensions.count_from(prefix, each) for each in self._options(asked, count)]
         opened = [self._picture(content) for content in contents]
         pictures = [(key, pixels) for key, pixels, _ in opened]
-        shown = sum(positions_of(config, pixels) for _, pixels in pictures)
+        patches = sum(positions_of(config, pixels) for _, pixels in pictures)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         request = Request(ids, pictures, options, put, top, prefix, look, contrast)
         if contrast is not None:
@@ -236,8 +236,8 @@ class Service:
             int(time.time()),
             model,
             f"minillava-{__version__}-{self._dtype()}",
-            len(ids) - len(pictures) + shown,
-            shown,
+            len(ids) - len(pictures) + patches,
+            patches,
             [Entries(tokenizer, ends, shown, bool(asked.token_ids)) for _ in range(count)],
             look and extensions.look_head(assistant, opened[0][2], look),
             [extensions.Seen(tokenizer, prefix) for _ in range(count) if look],
