@@ -70,10 +70,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.device.type != "cpu" or not rows or not stored or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     way = processor.way(stored, rows, wide=weight.shape[1] > weight.shape[0])
+    # as one matrix: the last positions of a prompt are no plain block of memory, and for each row
+    # of those torch would copy the weight
+    flat = x.reshape(rows, -1)
     if way == "plain":
-        return F.linear(x, weight, bias)
-    out = PRODUCTS[way](x.reshape(rows, -1), weight)
-    return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], len(weight))
+        out = F.linear(flat, weight, bias)
+    else:
+        out = PRODUCTS[way](flat, weight)
+        out = out if bias is None else out.add_(bias)
+    return out.view(*x.shape[:-1], len(weight))
 
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
