@@ -19,7 +19,7 @@ MANY = math.inf
 Ways = tuple[tuple[float, str], ...]
 
 PLAIN: Ways = ((MANY, "plain"),)
-FLOAT32: Ways = ((1, "parts"), (3, "turned parts"), (MANY, "parts"))
+FLOAT32: Ways = ((1, "parts"), (3, "turned"), (MANY, "parts"))
 BLOCKS: Ways = ((64, "float32 blocks"), (MANY, "float32 blocks x4"))
 
 WAYS: dict[str, dict[str, Ways]] = {
