@@ -131,6 +131,7 @@ def test_pixels_are_those_of_transformers(width, height):
         assert hashlib.sha256(found.pixels.numpy().tobytes()).hexdigest()[:16] == digest
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(("width", "height"), [*PIXELS, (700, 840), (2000, 100), (337, 336)])
 def test_pixels_are_those_of_transformers_bit_for_bit(width, height):
     """In the same process, with the same Pillow."""
