@@ -227,7 +227,6 @@ def join(args: argparse.Namespace) -> Iterator[Cluster]:
     nobody answers at that address."""
     try:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # which would be sent to Ray's makers
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
         import ray
     except ModuleNotFoundError as error:
         if error.name != "ray":
