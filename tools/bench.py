@@ -12,6 +12,8 @@
     python tools/bench.py threads --sizes shapes,0.5b    # one thread or all, on an idle machine and on a busy one
     python tools/bench.py serve --size shapes             # answers per second over HTTP, one client and four
     python tools/bench.py train --size 0.13b     # a training step beside transformers and PEFT
+    python tools/bench.py parallel --size 0.5b    # one model in two processes, beside one and beside DTensor
+    python tools/bench.py workers --size shapes    # questions of a file, by one process and by Ray's workers
     python tools/bench.py startup --beside OTHER         # start to answer, of this checkout and of others
 
 Weights are random, of the true shapes; `--size shapes` is the bundled model. All variants take turns,
@@ -31,8 +33,8 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
 
@@ -52,6 +54,7 @@ from bench_parts.exact import exact, exact_table
 from bench_parts.growth import CONTEXTS, growth, growth_plot, growth_table, random_model
 from bench_parts.heads import heads, heads_table
 from bench_parts.journal import Journal
+from bench_parts.parallel import in_parts, parallel_table
 from bench_parts.probe import machine
 from bench_parts.quality import quality, quality_table
 from bench_parts.rows import ROWS, Died, Row, make_gguf, row_of
@@ -61,6 +64,7 @@ from bench_parts.tables import memory, ratios, table
 from bench_parts.threads import threads, threads_table
 from bench_parts.train import train, train_table, variants
 from bench_parts.work import PROMPT, weights_read
+from bench_parts.workers import workers, workers_table
 
 from minillava.cli import messages
 from minillava.cli.arguments import Parser
@@ -147,9 +151,15 @@ def flags_of_others(group: argparse._ArgumentGroup) -> None:
         "--attention", choices=ATTENTION, default="eager", help="train: fused is their sdpa"
     )
     group.add_argument("--read", type=int, default=60, help="train: tokens of a row before answers")
+    group.add_argument(
+        "--asked", type=int, default=200, help="workers: questions that are counted (default 200)"
+    )
     group.add_argument("--png", type=Path, help="growth: draw it here")
     group.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="contrast, assisted, serve"
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="contrast, assisted, serve, parallel, workers",
     )
     group.add_argument(
         "--url",
@@ -163,7 +173,7 @@ def flags_of_others(group: argparse._ArgumentGroup) -> None:
         "--prompt",
         type=int,
         default=PROMPT,
-        help=f"contrast, drafts, assisted: positions before (default {PROMPT})",
+        help=f"contrast, drafts, assisted, parallel: positions before (default {PROMPT})",
     )
     group.add_argument(
         "--beside",
@@ -179,8 +189,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse what cannot be right, before minutes of measuring."""
     if options.what == "kernels":
         parser.error("kernels has flags of its own and comes before them: kernels --help")
-    if options.rounds < 1 or options.tokens < 1 or options.questions < 1:
-        parser.error("--rounds, --tokens and --questions need at least 1")
+    if min(options.rounds, options.tokens, options.questions, options.asked) < 1:
+        parser.error("--rounds, --tokens, --questions and --asked need at least 1")
     if options.device != "cpu" and options.what != "compare":
         parser.error(
             f"--device {options.device} is for compare: {options.what} measures the processor"
@@ -190,7 +200,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             f"--tokens is {options.tokens}, expected less than the shortest context, "
             f"{min(CONTEXTS)}"
         )
-    random = ("growth", "contrast", "drafts", "assisted", "train")
+    random = ("growth", "contrast", "drafts", "assisted", "train", "parallel")
     if options.size == SHAPES and options.what in random:
         parser.error(f"--size {SHAPES} is for compare: {options.what} measures random weights")
     for flag, path in (("--png", options.png), ("--journal", options.journal)):
@@ -335,13 +345,33 @@ def serve_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     others = dict(each.partition("=")[::2] for each in options.url)
     if wrong := [name for name, url in others.items() if not url.startswith("http://")]:
         parser.error(f"--url {wrong[0]}: expected NAME=http://ADDRESS")
+    with folder_of(options) as folder:
+        found = serve(folder, options.dtype, options.tokens, options.rounds, others)
+    return listed(found), serve_table(found)
+
+
+def workers_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
+    with folder_of(options) as folder:
+        found = workers(folder, options.dtype, options.tokens, options.asked, options.rounds)
+    return listed(found), workers_table(found)
+
+
+@contextmanager
+def folder_of(options: argparse.Namespace) -> Iterator[Path]:
+    """The folder of --size, made where --folder says, or for as long as this lasts."""
     with ExitStack() as stack:
         home = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder = PICTURE.parent if options.size == SHAPES else home / f"{options.size}-bfloat16"
         if options.size != SHAPES:
             make_checkpoint(folder, options.size, torch.bfloat16)
-        found = serve(folder, options.dtype, options.tokens, options.rounds, others)
-    return listed(found), serve_table(found)
+        yield folder
+
+
+def parallel_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
+    with folder_of(options) as folder:
+        found = in_parts(folder, options.dtype, options.prompt, options.tokens, options.rounds)
+    rows = [{**key._asdict(), **value._asdict()} for key, value in found.items()]
+    return rows, parallel_table(found)
 
 
 def startup_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
@@ -381,10 +411,7 @@ def train_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
             dtype for dtype in dtypes if dtype not in unknown
         ]  # weights of these do not learn
     chosen = variants(options.learn.split(","), dtypes, options.attention, options.read)
-    with ExitStack() as stack:
-        home = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder = home / f"{options.size}-bfloat16"
-        make_checkpoint(folder, options.size, torch.bfloat16)
+    with folder_of(options) as folder:
         found = train(chosen, folder, options.rounds)
     rows = [{**key._asdict(), **value._asdict()} for key, value in found.items()]
     return rows, train_table(found)
@@ -405,6 +432,8 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser, argparse.Namespace], tupl
     "threads": threads_command,
     "startup": startup_command,
     "serve": serve_command,
+    "parallel": parallel_command,
+    "workers": workers_command,
     "train": train_command,
 }
 

@@ -176,10 +176,10 @@ def fill(
         elif small and quantize is not None:
             whole = _read(weights, name, shapes[name][0], None, transient=True)
             parts = share.cut_parts(name, quantize_tensor(whole.to(device), quantize))
+            if share != WHOLE:  # a view would keep the whole
+                parts = {suffix: part.clone() for suffix, part in parts.items()}
         else:
-            transient = device.type != "cpu" or share.copies(name)
-            whole = _read(weights, name, shapes[name][0], dtype, transient)
-            state[name] = share.cut(name, whole).to(device)
+            state[name] = _read_part(weights, name, shapes[name], dtype, device, share)
             continue
         layer = quantised_layer({suffix: part.to(device) for suffix, part in parts.items()})
         layer.bias = model.get_submodule(module).bias  # its numbers come with its own name
@@ -194,6 +194,26 @@ def _read(
     """A tensor; a table has as many rows as the network's."""
     whole = weights.read(name, dtype, transient)
     return grow_rows(whole, rows) if name in TABLES else whole
+
+
+def _read_part(
+    weights: StoredWeights,
+    name: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    share: Share,
+) -> Tensor:
+    """This process's part of a tensor that is not quantised. It is cut before it is converted: a
+    view of what was converted would keep the whole."""
+    transient = device.type != "cpu" or share.copies(name)
+    if share == WHOLE:
+        return _read(weights, name, shape[0], dtype, transient).to(device)
+    if name in weights.deltas or weights.shape(name) != shape:  # what is added is rounded once
+        return share.cut(name, _read(weights, name, shape[0], dtype, True)).clone().to(device)
+    transient = transient or dtype != weights.stored_dtype(name)
+    part = share.cut(name, weights.read(name, None, transient))
+    return part.to(device=device, dtype=dtype)
 
 
 def _read_quantised(

@@ -25,6 +25,7 @@ from bench_parts import (
     startup,
     threads,
     work,
+    workers,
 )
 from bench_parts.compare import Asked, Measured
 from bench_parts.gguf_files import pairs_side_by_side
@@ -611,8 +612,14 @@ def test_contrast_makes_a_table(capsys):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["contrast", "--rounds", "0"], "--rounds, --tokens and --questions need at least 1"),
-        (["contrast", "--tokens", "0"], "--rounds, --tokens and --questions need at least 1"),
+        (
+            ["contrast", "--rounds", "0"],
+            "--rounds, --tokens, --questions and --asked need at least 1",
+        ),
+        (
+            ["contrast", "--tokens", "0"],
+            "--rounds, --tokens, --questions and --asked need at least 1",
+        ),
         (
             ["compare", "--rows", "float32,gpt"],
             "--rows: unknown gpt, expected some of: float32, bfloat16, int8",
@@ -652,3 +659,36 @@ def test_serve_asks_a_server_and_another_beside_it(capsys):
     ]
     with pytest.raises(SystemExit, match="2"):
         bench.main([*few, "--url", "localhost:8080"])
+
+
+@pytest.mark.slow
+def test_processes_are_timed_and_weighed(capsys):
+    """A variant would be of another model, keep all weights instead of its part, or be torch's way
+    under the name of ours."""
+    arguments = ["parallel", "--size", "0.13b", "--dtype", "float32", "--prompt", "20", "--json"]
+    assert bench.main([*arguments, "--rounds", "1", "--tokens", "2"]) == 0
+    found = {(row["way"], row["attention"]): row for row in json.loads(capsys.readouterr().out)}
+    assert len(found) == 5
+    assert len({tuple(row["ids"]) for row in found.values()}) == 1
+    (whole,), parts = found["whole", "fused"]["weights"], found["sums", "fused"]["weights"]
+    text = config_of("0.13b").text
+    shared = work.weights_read(text) * 4  # bytes: all but the table of words
+    assert parts[1] == pytest.approx(shared / 2, rel=0.01)
+    assert parts[0] == pytest.approx(whole - shared / 2, rel=0.01)
+    # What one process takes beside its weights each of two may take; of the weights, no more than
+    # its part and, for a moment, one of them whole.
+    (peak,) = found["whole", "fused"]["peak"]
+    for part, most in zip(parts, found["sums", "fused"]["peak"], strict=True):
+        assert most - part < peak - whole + 0.1 * part
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_workers_are_timed_beside_one_process(capsys):
+    """The table would have another order than its lines, or count the start as questions."""
+    pytest.importorskip("ray", reason="needs pip install -e '.[ray]'")
+    arguments = ["workers", "--size", "shapes", "--asked", "100", "--tokens", "4", "--rounds", "1"]
+    assert bench.main(arguments) == 0
+    rows = [cells(line) for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [row[0] for row in rows] == list(workers.WAYS)
+    assert all(float(row[1]) > 0 for row in rows)
