@@ -142,7 +142,7 @@ def _hub(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
             f"{raw.path}: vision_feature_select_strategy is {strategy!r}, expected 'full' with a "
             "SigLIP tower: the others drop a class token, and it has none"
         )
-    aspect = "squash" if siglip else "pad"
+    aspect = "squash" if siglip else LlavaConfig.image_aspect_ratio
     if vip:
         shared["template"] = "llava_v0"
     # an early revision of 1.6 calls itself llava
