@@ -33,16 +33,16 @@ class VisionTower(nn.Module):
         self.encoder = Encoder(c, config.feature_depths, attend)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """[n, 3, R, R] -> [n, P or N, C]: the selected layer's patches, N with the class token.
+        """[n, 3, R, R] -> [n, P or N, d·C]: patches of d layers (LLaVA-1.5: 1), N with class token.
         Raises ValueError if the pictures have another size than the tower was trained on."""
         c, found = self.config, list(pixel_values.shape)
         expected = [c.num_channels, c.image_size, c.image_size]
         if found[1:] != expected:
             shape = ", ".join(map(str, expected))
             raise ValueError(f"pixel_values have shape {found}, expected [n, {shape}]")
-        x = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))  # [n, N, C]
+        x = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))  # [n, N, d·C]
         # The class token summarises the picture, for CLIP's captions; LLaVA wants places.
-        return x[:, self.first :]  # [n, P or N, C]
+        return x[:, self.first :]  # [n, P or N, d·C]
 
 
 class Embeddings(nn.Module):
@@ -76,11 +76,11 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(VisionBlock(config, attend) for _ in range(max(depths)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, N, C] -> what is there after each of the depths, side by side: [n, N, C] for one."""
-        taken = {0: x}
+        """[n, N, C] -> what is there after each of d depths, side by side: [n, N, d·C]."""
+        taken: dict[int, Any] = {0: x}
         for i, layer in enumerate(self.layers, 1):
             x = layer(x)
-            taken |= {i: x} if i in self.depths else {}
+            taken[i] = x if i in self.depths else None
         # One stays as it lies in memory, which can decide the last bit of what is made of it.
         found = [taken[depth] for depth in self.depths]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)

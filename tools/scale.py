@@ -5,25 +5,18 @@ the place that has it; links and prices are inputs that a reader replaces by the
 """
 
 import math
-from dataclasses import replace
+import sys
+from pathlib import Path
 
-import torch
+# run from a checkout, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig
-from minillava.llava import Llava
+from bench_checkpoint import config_of
+from bench_parts.work import PROMPT, cache_size, weights_read
 
-B7 = TextConfig(vocab_size=32064)
-B13 = replace(
-    B7,
-    hidden_size=5120,
-    intermediate_size=13824,
-    num_hidden_layers=40,
-    num_attention_heads=40,
-    num_key_value_heads=40,
-    head_dim=128,
-)
-SIZES = {"7B": B7, "13B": B13}
-PROMPT = 625  # positions of a question about one picture, as tools/bench.py asks it
+from minillava.config import TextConfig
+
+SIZES = {size.upper(): config_of(size) for size in ("7b", "13b")}
 
 # (name, bytes per second, seconds that one all-reduce of two takes at least). A link's rate is its
 # nominal one; the latencies are those that its makers and users commonly state, not measured here.
@@ -53,17 +46,6 @@ def table(*rows: tuple) -> str:
     """A Markdown table; the first row is its head."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
     return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
-
-
-def language_bytes(text: TextConfig) -> tuple[int, int]:
-    """Bytes in 16 bits that a token reads: of the weights (all but the table of words), and of the
-    cache for each position before it."""
-    with torch.device("meta"):
-        language = Llava(LlavaConfig(CLIP_LARGE_336, text)).language_model
-    weights = sum(weight.numel() for weight in language.parameters())
-    weights -= language.embed_tokens.weight.numel()
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-    return 2 * weights, 2 * cache
 
 
 def reduced_bytes(text: TextConfig, positions: int = 1) -> int:
@@ -101,14 +83,14 @@ def replicas(load: float, seconds: float) -> int:
 
 def bytes_per_token() -> str:
     rows: list[tuple] = [("", "weights, GB", "cache, GB", "a sum, KB", "sums, MB", "prompt's, MB")]
-    for name, text in SIZES.items():
-        weights, cache = language_bytes(text)
+    for name, config in SIZES.items():
+        text = config.text
         sums = 2 * text.num_hidden_layers
         rows.append(
             (
                 name,
-                f"{weights / 1e9:.2f}",
-                f"{cache * PROMPT / 1e9:.2f}",
+                f"{2 * weights_read(text) / 1e9:.2f}",
+                f"{2 * cache_size(config, PROMPT) / 1e9:.2f}",
                 f"{reduced_bytes(text) / 1e3:.1f}",
                 f"{sums * reduced_bytes(text) / 1e6:.2f}",
                 f"{sums * reduced_bytes(text, PROMPT) / 1e6:.0f}",
@@ -119,10 +101,10 @@ def bytes_per_token() -> str:
 
 def what_sums_take() -> str:
     rows: list[tuple] = [("", "of a token, ms", "of a prompt, ms")]
-    for size, text in SIZES.items():
+    for size, config in SIZES.items():
         for name, rate, least in LINKS:
-            token = sums_seconds(text, rate, least)
-            prompt = sums_seconds(text, rate, least, positions=PROMPT)
+            token = sums_seconds(config.text, rate, least)
+            prompt = sums_seconds(config.text, rate, least, positions=PROMPT)
             rows.append((f"{size}, {name}", f"{1e3 * token:.2f}", f"{1e3 * prompt:.1f}"))
     return table(*rows)
 
@@ -130,10 +112,11 @@ def what_sums_take() -> str:
 def where_it_pays() -> str:
     """Each of n processes reads its part of the weights; what the sums take comes on top."""
     rows: list[tuple] = [("", *(f"{count} processes" for count in COUNTS))]
+    text = SIZES["7B"].text
     for machine, (_, speed, _, _) in MEASURED.items():
         for name, rate, least in LINKS:
             gains = (
-                1 / (1 / count + speed * sums_seconds(B7, rate, least, count)) for count in COUNTS
+                1 / (1 / count + speed * sums_seconds(text, rate, least, count)) for count in COUNTS
             )
             rows.append((f"{machine}, {name}", *(f"{gain:.2f}" for gain in gains)))
     return table(*rows)

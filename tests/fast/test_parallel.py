@@ -10,9 +10,11 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
+from paths import REFERENCE
 from two import (
     PICTURE,
     QUESTIONS,
@@ -27,6 +29,12 @@ from two import (
 )
 
 import minillava
+from minillava.attention import fused
+from minillava.checkpoint.adapter import Delta
+from minillava.checkpoint.build import build_model
+from minillava.checkpoint.config_json import read_config
+from minillava.checkpoint.folders import Folders
+from minillava.checkpoint.parts import open_checkpoint
 from minillava.config import TextConfig
 from minillava.fast import parallel
 from minillava.fast.parallel import HEAD, Share
@@ -47,6 +55,31 @@ def test_parts_of_a_weight_are_the_whole_weight():
         assert torch.equal(torch.cat(parts, dim), whole)
     for name in ("language_model.norm.weight", "projector.linear_1.weight"):
         assert torch.equal(TWO[1].cut(name, whole), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_each_process_keeps_the_numbers_of_its_part_and_no_others(dtype, quantize):
+    """A view of what was converted, grown or quantised kept the whole of it in memory, so that two
+    processes took as much as four should. And what a LoRA adds is rounded once, as in one process:
+    cut before it is added, it would be rounded twice."""
+    folders = Folders(REFERENCE / "plain")
+    weights, config = open_checkpoint(folders, read_config(folders.weights))
+    numbers = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    a, b = (SimpleNamespace(read=lambda each=each: each) for each in (numbers, numbers.mT))
+    weights.deltas[QUERIES] = Delta(a, b, 0.1)
+    given = (config, weights, fused)
+    options = {"dtype": dtype, "device": "cpu", "quantize": quantize, "min_rows": 500}
+    whole = build_model(*given, **options).state_dict()
+    for share in TWO:
+        for name, part in build_model(*given, **options, share=share).state_dict().items():
+            if part.is_meta or name.endswith("scale"):
+                continue
+            expected = share.cut(name, whole[name])
+            assert torch.equal(part, expected), name
+            mapped = part.dtype == torch.float32 and name != QUERIES  # as in the file
+            if len(expected) < len(whole[name]) and not mapped:
+                assert part.untyped_storage().nbytes() == part.nbytes, name
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])

@@ -8,10 +8,10 @@ beside torch's own way to divide a model (DTensor).
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ sys.path[:0] = [str(TOOLS), str(TOOLS.parent)]
 
 import minillava  # noqa: E402
 from bench_parts.clock import Neighbours, say  # noqa: E402
+from bench_parts.rows import finished  # noqa: E402
 from minillava.assistant import Assistant  # noqa: E402
 from minillava.fast import parallel  # noqa: E402
 from minillava.generate.generation import generate  # noqa: E402
@@ -91,15 +92,12 @@ def in_parts(
 
 
 def started(job: dict) -> dict:
-    """What rank 0 of a variant's processes prints. Raises RuntimeError with their last lines."""
+    """What rank 0 of a variant's processes prints. Raises Died."""
     alone = job["way"] == "whole"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
     command = [sys.executable, *([] if alone else torchrun), __file__, json.dumps(job)]
     environment = os.environ | {"OMP_NUM_THREADS": str(PROCESSES if alone else 1)}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if ended.returncode:
-        raise RuntimeError("\n".join(ended.stderr.splitlines()[-5:]))
-    return json.loads(ended.stdout.splitlines()[-1])
+    return json.loads(finished(command, environment).splitlines()[-1])
 
 
 def parallel_table(found: dict[Variant, Measured]) -> str:
@@ -189,7 +187,7 @@ def by_dtensor(assistant: Assistant) -> None:
     # the cache has the heads of this process
     share = parallel.Share(dist.get_rank(), PROCESSES)
     language.config = share.config(language.config)
-    object.__setattr__(assistant.model.config, "text", language.config)
+    assistant.model.config = replace(assistant.model.config, text=language.config)
 
 
 def _status(name: str) -> int:

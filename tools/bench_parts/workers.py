@@ -4,7 +4,6 @@ which Ray starts."""
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from bench_parts.clock import Neighbours, Timing, say
 from bench_parts.compare import PICTURE
+from bench_parts.rows import finished
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 2
@@ -42,7 +42,7 @@ def workers(folder: Path, dtype: str, tokens: int, count: int, rounds: int) -> d
 
 
 def run(folder: Path, dtype: str, tokens: int, count: int, flags: list[str], threads: int) -> float:
-    """Seconds of the whole command. Raises RuntimeError with its last line if it fails."""
+    """Seconds of the whole command. Raises Died."""
     with tempfile.TemporaryDirectory() as home:
         questions = Path(home) / "questions.jsonl"
         asked = (
@@ -56,14 +56,8 @@ def run(folder: Path, dtype: str, tokens: int, count: int, flags: list[str], thr
             "--images", str(PICTURE.parent), "--answers", str(Path(home) / "answers.jsonl"), *flags,
         ]  # fmt: skip
         began = time.perf_counter()
-        ended = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )  # fmt: skip
-        seconds = time.perf_counter() - began
-    if ended.returncode:
-        raise RuntimeError(ended.stderr.strip().splitlines()[-1])
-    return seconds
+        finished(command, os.environ | {"OMP_NUM_THREADS": str(threads)}, ROOT)
+        return time.perf_counter() - began
 
 
 def workers_table(found: dict[str, Timing]) -> str:
