@@ -115,7 +115,8 @@ class LlavaConfig:
         return self.vision.num_patches + self.keep_class_token
 
     def positions(self, tokens: int, pictures: int) -> int:
-        """How many a prompt of so many tokens takes once each picture stands where its -200 was."""
+        """How many a prompt of so many tokens takes once each picture stands where its -200 was; at
+        least, if pictures are cut into tiles."""
         return tokens + pictures * (self.tokens_per_image - 1)
 
     @property

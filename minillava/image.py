@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from minillava.files.pictures import Images, ImageSource, as_list, open_image
-from minillava.files.resize import BICUBIC, WHOLE_SQUARE, cut_very_long, pad_and_resize, squash
+from minillava.files.resize import BICUBIC, WHOLE_SQUARE, cut_very_long, pad_and_resize
 from minillava.options import ASPECTS, expect_one_of
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -48,15 +48,15 @@ class ImageProcessor:
         """A picture of any size -> the RGB R x R picture the model sees. Raises FileNotFoundError
         or ValueError if it cannot be opened (see open_image)."""
         image = open_image(source)
-        if self.aspect == "squash":
-            return squash(image, self.image_size)
         if self.aspect == "pad":
             # The mean colour becomes 0 in `normalise`, up to rounding: a margin of it is no signal.
             colour = tuple(int(255 * m) for m in self.mean)
             if max(image.size) > WHOLE_SQUARE:  # the same bits in less memory
                 return pad_and_resize(image, self.image_size, colour)
             image = pad_to_square(image, colour)
-        return resize_and_crop(image, self.image_size)
+        if self.aspect in ("pad", "crop"):
+            return resize_and_crop(image, self.image_size)
+        return image.resize((self.image_size, self.image_size), BICUBIC)
 
     def normalise(self, image: Image.Image) -> Tensor:
         """RGB R x R -> float32 [3, R, R]: (value / 255 - mean) / std per channel."""

@@ -8,13 +8,7 @@ from typing import Any, Literal, NamedTuple
 from minillava.options import expect_text
 
 # Two of these are used here; the others are for those who look for them here.
-from minillava.templates import (  # noqa: F401
-    DEFAULT_TEMPLATE,
-    TEMPLATES,
-    Template,
-    check_turns,
-    find_template,
-)
+from minillava.templates import DEFAULT_TEMPLATE, TEMPLATES, Template, check_turns, find_template
 
 IMAGE_MARKER = "<image>"
 """Where it stands in a question, a picture goes."""

@@ -77,10 +77,11 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, N, C] -> what is there after each of d depths, side by side: [n, N, d·C]."""
-        taken: dict[int, Any] = {0: x}
+        taken = {0: x}
         for i, layer in enumerate(self.layers, 1):
             x = layer(x)
-            taken[i] = x if i in self.depths else None
+            if i in self.depths:
+                taken[i] = x
         # One stays as it lies in memory, which can decide the last bit of what is made of it.
         found = [taken[depth] for depth in self.depths]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)

@@ -354,10 +354,12 @@ class Run:
         options: dict,
     ) -> Generator[list[tuple[Question, Answered]], None, None]:
         """The answers to the questions that are left, some at a time."""
-        args, most = self.args, max(lengths_of(assistant, self.questions, prompts).values())
-        size, work = min(args.batch_size, len(prompts)), [[question] for question in left]
+        args, most, work = self.args, 0, [[question] for question in left]
+        size = min(args.batch_size, len(prompts))
         if in_batches(args):
             work = self.plan_batches(assistant, prompts, options["max_new_tokens"])
+        else:
+            most = max(lengths_of(assistant, self.questions, prompts).values())
         if self.cluster is not None:
             yield from self.cluster.answers(
                 (args, self.weights, options, most, size), work, prompts

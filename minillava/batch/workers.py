@@ -108,8 +108,9 @@ class Cluster:
         self.device = "cuda" if gpus and device.startswith(("auto", "cuda")) else device
         if self.device.startswith("cuda"):
             self.count, self.each = workers or gpus, {"num_cpus": 1, "num_gpus": 1}
-            if self.count > gpus:
-                raise ValueError(f"{self.count} workers want a GPU each, and Ray has {gpus}")
+            if not 0 < self.count <= gpus:
+                wanted = self.count or "the"
+                raise ValueError(f"{wanted} workers want a GPU each, and Ray has {gpus}")
         else:
             self.device = choose_device("cpu" if device == "auto" else device)
             cores = [int(machine.get("CPU", 0)) for machine in machines]
@@ -135,12 +136,14 @@ class Cluster:
         a worker cannot open the model, or workers keep dying, and what a worker raised."""
         job = Job(*told)
         waiting = deque(blocks_of(work, job.size))
-        together = 1 if in_batches(job.args) else job.size
-        start = self._starts(job, 2 * together)
+        # batches of one model are made one after the other, of which the next waits at its worker
+        alone = in_batches(job.args)
+        most = 2 if alone else 2 * job.size
+        start = self._starts(job, 1 if alone else most)
         hands = [start() for _ in range(min(self.count, len(waiting)))]
         while waiting or any(hand.left or hand.asked for hand in hands):
             for hand in hands:
-                self._deal(hand, waiting, 2 * together, prompts)
+                self._deal(hand, waiting, most, prompts)
             found: list[tuple[Question, Answered]] = []
             for hand, ref in self._ended(hands):
                 if hand not in hands:  # it died a moment ago
@@ -238,11 +241,12 @@ def join(args: argparse.Namespace) -> Iterator[Cluster]:
         check_address(address)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ray.init(address, **told)
-    except (OSError, ValueError, RuntimeError) as error:
+            ray.init(address or "local", **told)  # else it would look for one that runs here
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         where = f"--address {address}" if address else "this machine"
         told = f"{where}: Ray is not there ({one_line(error)}); check the address, and set "
-        raise ValueError(f"{told}RAY_AUTH_MODE=token if it was started with a token") from error
+        told += "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN if it was started with a token"
+        raise ValueError(told) from error
     try:
         yield Cluster(ray, args.workers, args.device)
     finally:

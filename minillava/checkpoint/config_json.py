@@ -5,7 +5,7 @@ The hub dialect (llava-hf) nests `text_config` and `vision_config`; the original
 the defaults of the classes that wrote them, which are in config.py.
 """
 
-import ast
+import json
 import math
 import os
 from contextlib import suppress
@@ -60,6 +60,7 @@ Llama's."""
 _QWEN2 = {
     "vocab_size": 151936,
     "intermediate_size": 22016,
+    "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
 }
 """The same of Qwen2Config. The computation is Llama's, with biases."""
@@ -148,22 +149,27 @@ def _hub(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
     # an early revision of 1.6 calls itself llava
     if raw.raw["model_type"] == "llava_next" or (not siglip and "image_grid_pinpoints" in raw):
         shared["grid"], aspect = _grid(raw), "anyres"
-        shared["template"] = _template(raw.section("text_config") or raw)
+        shared["template"] = _template(raw.raw["text_config"].get("model_type"))
         raw.expect("vision_feature_select_strategy", ("default",))
     return LlavaConfig(
         **shared,
-        feature_layer=_layers(raw, _VIP_LAYERS if vip else LlavaConfig.feature_layer),
-        keep_class_token=strategy == "full" and not siglip,
+        feature_layer=_layers(raw, vip),
+        keep_class_token=strategy == "full" and not (siglip or vip),
         projector_norm_eps=raw.positive("projector_layernorm_eps", float, 1e-5) if vip else 0.0,
         image_aspect_ratio=aspect,
         projector_bias=raw.value("multimodal_projector_bias", bool, True),
     )
 
 
-def _layers(raw: "_Reader", absent: int | tuple[int, ...]) -> int | tuple[int, ...]:
-    """The index of a hidden state, or a list of them, of which the older key is the plural."""
-    key = next((k for k in ("vision_feature_layers", "vision_feature_layer") if k in raw), None)
-    found = absent if key is None else raw.raw[key]
+def _layers(raw: "_Reader", vip: bool) -> int | tuple[int, ...]:
+    """The index of a hidden state, or a list of them, for which ViP-LLaVA's older key is the
+    plural."""
+    key = (
+        "vision_feature_layers"
+        if vip and "vision_feature_layers" in raw
+        else "vision_feature_layer"
+    )
+    found = raw.raw[key] if key in raw else _VIP_LAYERS if vip else LlavaConfig.feature_layer
     several = tuple(found) if isinstance(found, (list, tuple)) else (found,)
     if not several or not all(type(layer) is int and abs(layer) < 2**31 for layer in several):
         raise ValueError(
@@ -185,11 +191,11 @@ def _original(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
     aspect = raw.expect("image_aspect_ratio", ("pad", "square", "anyres")) or "pad"
     if aspect == "anyres":  # LLaVA-1.6
         raw.expect("mm_patch_merge_type", ("spatial_unpad",), required=True)
-        raw.expect("mm_vision_select_feature", ("patch",))
         # the original means (width, height)
         shared["grid"] = tuple((height, width) for width, height in _grid(raw))
-        shared["template"] = _template(raw)
-    selected = raw.expect("mm_vision_select_feature", ("patch", "cls_patch"))
+        shared["template"] = _template(raw.raw["model_type"])
+    kinds = ("patch",) if aspect == "anyres" else ("patch", "cls_patch")
+    selected = raw.expect("mm_vision_select_feature", kinds)
     return LlavaConfig(
         **shared,
         feature_layer=raw.value("mm_vision_select_layer", int, LlavaConfig.feature_layer),
@@ -201,9 +207,9 @@ def _original(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
     )
 
 
-def _template(text: "_Reader") -> str:
+def _template(kind: object) -> str:
     """LLaVA-1.6 was trained with the template of its language model."""
-    return "mistral_instruct" if text.raw.get("model_type") in _MISTRALS else ""
+    return "mistral_instruct" if kind in _MISTRALS else ""
 
 
 def _grid(raw: "_Reader") -> tuple[tuple[int, int], ...]:
@@ -214,8 +220,8 @@ def _grid(raw: "_Reader") -> tuple[tuple[int, int], ...]:
         return _GRID
     pairs = found
     if isinstance(found, str):
-        with suppress(ValueError, SyntaxError):
-            pairs = ast.literal_eval(found)
+        with suppress(ValueError, RecursionError):
+            pairs = json.loads(found.replace("(", "[").replace(")", "]"))
     fits = isinstance(pairs, list | tuple) and all(
         isinstance(pair, list | tuple)
         and len(pair) == 2
@@ -226,7 +232,7 @@ def _grid(raw: "_Reader") -> tuple[tuple[int, int], ...]:
         raise ValueError(
             f"{raw.path}: image_grid_pinpoints is {found!r:.80}, expected pairs such as [336, 672]"
         )
-    return tuple((int(a), int(b)) for a, b in pairs)
+    return tuple((a, b) for a, b in pairs)
 
 
 def is_language_model(folder: Path) -> bool:
@@ -254,7 +260,7 @@ def _text(raw: "_Reader", tied: bool) -> TextConfig:
                 f"{raw.path}: {raw.prefix}{flag} is True, supported: False (Llama has no biases)"
             )
     defaults = _MISTRAL if kind in _MISTRALS else _QWEN2 if kind == "qwen2" else {}
-    known: dict[str, Any] = {name: n for name, n in defaults.items() if name not in raw}
+    known: dict[str, Any] = {name: n for name, n in defaults.items() if name not in raw.raw}
     rope = _rope(raw, int(known.pop("max_position_embeddings", TextConfig.max_position_embeddings)))
     if kind in _MISTRALS and raw.raw.get("sliding_window", _WINDOW) is not None:
         # Up to the window's length its mask hides nothing: longer prompts are refused, not masked.
@@ -269,9 +275,9 @@ def _text(raw: "_Reader", tied: bool) -> TextConfig:
 
 
 def _rope(raw: "_Reader", length: int) -> dict[str, float]:
-    """The fields about positions; length: max_position_embeddings if no file says. transformers 4 writes `rope_theta` and `rope_scaling`,
-    transformers 5 one `rope_parameters`; when both are there a non-null `rope_scaling` wins, as in
-    transformers 5."""
+    """The fields about positions. transformers 4 writes `rope_theta` and `rope_scaling`,
+    transformers 5 one `rope_parameters`; when both are there, a `rope_scaling` that is not null
+    wins, as in transformers 5. length: max_position_embeddings if the file has none."""
     rope = raw.section("rope_scaling" if raw.raw.get("rope_scaling") else "rope_parameters")
     theta = raw.positive("rope_theta", float, TextConfig.rope_theta)
     stated = raw.positive("max_position_embeddings", int, length)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from minillava.config import IGNORE_INDEX, IM_PATCH, IM_START, LlavaConfig, TextConfig
+from minillava.files.byte_json import BytePieces
 from minillava.files.disk import read_json
 from minillava.files.tokenizer_files import PAD_MARKER, AddedToken
 from minillava.image import ImageProcessor
@@ -64,9 +65,18 @@ def _strategy(config: LlavaConfig) -> str:
     return "full" if config.keep_class_token or config.vision.siglip else "default"
 
 
+def check_original(config: LlavaConfig) -> None:
+    """Raises ValueError for a model that LLaVA's own layout has no words for."""
+    if not config.projector_bias:
+        raise ValueError("LLaVA's own layout has no projector without biases; use the hub's (hf)")
+    if config.text.qkv_bias or config.vision.siglip or config.projector_norm_eps:
+        raise ValueError("LLaVA's own layout has no Qwen2, SigLIP or ViP-LLaVA; use the hub's (hf)")
+
+
 def original_config(config: LlavaConfig, dtype: torch.dtype) -> Json:
     """config.json of the original LLaVA, and what we read besides: `vision_config` and
-    `image_token_index`."""
+    `image_token_index`. Raises ValueError as `check_original`."""
+    check_original(config)
     layers = config.projector_layers
     written = {
         "architectures": ["LlavaLlamaForCausalLM"],
@@ -195,19 +205,20 @@ def tokenizer_config(config: LlavaConfig, tokenizer: Tokenizer, to: str) -> Json
         }
         for i, token in sorted(tokens.items())
     }
+    named = {"bos_token": bos, "eos_token": eos, "unk_token": unk}
+    named["pad_token"] = pad_text if to == "hf" else unk
+    byte_level = isinstance(model, BytePieces)
     return {
-        "add_bos_token": True,
+        "add_bos_token": tokenizer.bos_id >= 0,
         "add_eos_token": False,
         "added_tokens_decoder": described,
         **({"additional_special_tokens": more} if more else {}),
-        "bos_token": bos,
-        "eos_token": eos,
+        # a tokenizer has no token of some of these roles
+        **{role: token for role, token in named.items() if token},
         "legacy": tokenizer.legacy,
         "model_max_length": config.text.context,
-        "pad_token": pad_text if to == "hf" else unk,
         "padding_side": "left" if to == "hf" else "right",
-        "tokenizer_class": "LlamaTokenizer",
-        "unk_token": unk,
+        "tokenizer_class": "PreTrainedTokenizerFast" if byte_level else "LlamaTokenizer",
     }
 
 

@@ -128,8 +128,8 @@ MODEL_FLAGS = (
     ),
     flag(
         "--image-aspect-ratio", choices=ASPECTS,
-        help="pad the picture to a square, or crop it (default: config.json's, else pad); a "
-        "LLaVA-1.6, which cuts it into tiles, then sees the overview alone: faster, and coarser",
+        help="pad the picture to a square, crop it, or squash it (default: as the model was "
+        "trained); with squash, a LLaVA-1.6 sees an overview without tiles: faster, and coarser",
     ),
 )  # fmt: skip
 

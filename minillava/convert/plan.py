@@ -24,6 +24,7 @@ from minillava.checkpoint.side_json import read_image_processor
 from minillava.checkpoint.stored import StoredWeights
 from minillava.checkpoint.write import Planned, as_json, cast
 from minillava.checkpoint.write_json import (
+    check_original,
     generation_config,
     hub_config,
     original_config,
@@ -291,10 +292,8 @@ def _for_hub(
 def _for_original(
     config: LlavaConfig, tokenizer: Tokenizer, source: Path
 ) -> tuple[LlavaConfig, list[str]]:
-    if not config.projector_bias:
-        raise ValueError(f"{source}: its projector has no biases; LLaVA's has")
-    if config.text.qkv_bias or config.vision.siglip or config.projector_norm_eps:
-        raise ValueError(
-            f"{source}: LLaVA's own layout has no Qwen2, SigLIP or ViP-LLaVA; use --to hf"
-        )
+    try:
+        check_original(config)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     return replace(config, vision_tower_name=config.vision_tower_name or CLIP_RELEASE), []

@@ -59,12 +59,3 @@ def cut_very_long(image: Image.Image, size: int) -> Image.Image:
         return image
     left, top = (width - short) // 2, (height - short) // 2
     return image.crop((left, top, left + short, top + short))
-
-
-def squash(image: Image.Image, size: int) -> Image.Image:
-    """A bicubic resize to `size` x `size` whatever the proportions. Pillow resizes across first,
-    which would make a very tall and narrow picture huge before it becomes small: that one is first
-    resized down."""
-    if image.height > EXACT_SIDE:
-        image = image.resize((image.width, size), BICUBIC)
-    return image.resize((size, size), BICUBIC)

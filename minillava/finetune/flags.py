@@ -49,7 +49,7 @@ FLAGS = (
     flag("--plan", action="store_true", help="say what would be learnt, and stop"),
     flag("--skip-bad", action="store_true", help="leave rows out that cannot be learnt"),
     flag("--missing-images", choices=("error", "skip"), default="error", help="skip: leave rows "
-         "out whose picture is not there (default: %(default)s)"),
+         "out whose picture is not there or has no bytes (default: %(default)s)"),
     flag("--resume", action="store_true", help="go on with the run in OUT"),
     flag("--save-every", type=int, default=100, metavar="N", help="updates (default: %(default)s)"),
     flag("--val", type=path_name, metavar="FILE", help="rows that are measured, instead of "

@@ -59,7 +59,7 @@ def make_plan(config: LlavaConfig, recipe: Recipe, examples: Sequence[Example]) 
     held = torch.float32 if recipe.learn in ("language", "everything") else dtype
     with FakeTensorMode():
         model = Llava(config, eager)
-        model.language_model.attend = ATTENTION.get(recipe.attention, eager)
+        model.language_model.attend = ATTENTION[recipe.attention]
         total = sum(p.numel() for p in model.parameters())
         shapes = {name: p.shape for name, p in model.named_parameters()}
         _convert(model, dict(model.named_parameters()), held)
@@ -82,10 +82,15 @@ def make_plan(config: LlavaConfig, recipe: Recipe, examples: Sequence[Example]) 
     )
 
 
-def checkpoints(wish: str, plan: Plan, device: str) -> bool:
+def checkpoints(wish: str, learn: str, plan: Plan, device: str) -> bool:
     """Whether blocks are computed again in the backward pass: on, off, or auto, if the plan without
     does not fit in what is free, of which each process on a CPU has its part. All processes of a
-    run get one answer, since in a block they wait for each other's weights."""
+    run get one answer, since in a block they wait for each other's weights. Raises ValueError for
+    on with heads, whose backward pass goes through no block."""
+    if learn == "medusa":
+        if wish == "on":
+            raise ValueError("--checkpoint on does nothing for --learn medusa; leave it out")
+        return False
     if wish != "auto":
         return wish == "on"
     free = available_memory(device)
@@ -255,7 +260,7 @@ def estimate_seconds(
         vision=replace(config.vision, num_hidden_layers=1),
         feature_layer=1,
     )
-    model = Llava(one, ATTENTION.get(recipe.attention, eager))
+    model = Llava(one, ATTENTION[recipe.attention])
     for parameter in model.parameters():
         nn.init.normal_(parameter, 0, 0.02)
     model.to(device, dtype)

@@ -50,7 +50,7 @@ class Found:
     first_dropped: int = 0  # answers before the first question
     last_dropped: int = 0  # questions without an answer at the end
     repeated: int = 0  # ids that stand on more than one row
-    missing: int = 0  # rows left out since a picture is not there
+    missing: int = 0  # rows left out since a picture is not there or has no bytes
     first: dict[str, str] = field(default_factory=dict)  # problem -> what the first row has of it
 
     def counts(self) -> str:
@@ -65,7 +65,7 @@ class Found:
             (self.first_dropped, "answers before a first question left out"),
             (self.last_dropped, "questions without an answer left out"),
             (self.repeated, "ids on more than one row"),
-            (self.missing, "rows left out whose picture is not there"),
+            (self.missing, "rows left out whose picture is not there or has no bytes"),
             (
                 sum(len(row.pictures) > 1 for row in self.rows),
                 "rows with several pictures, of which LLaVA-1.5 never saw one",

@@ -3,14 +3,16 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from minillava.checkpoint.folders import Folders, find_folders
 from minillava.checkpoint.parts import Parts, open_parts
 from minillava.checkpoint.place import choose_device
+from minillava.checkpoint.write_json import check_original
 from minillava.cli.messages import Messages, show
+from minillava.config import LlavaConfig
 from minillava.files.disk import read_json
 from minillava.finetune import processes
 from minillava.finetune.flags import read_options
@@ -26,7 +28,7 @@ from minillava.finetune.rows import (
     read_rows,
     weighted,
 )
-from minillava.finetune.session import learn
+from minillava.finetune.session import learn, whole_learns
 from minillava.finetune.start import begun, settled
 from minillava.finetune.tokens import new_ids, tokenizer_with
 from minillava.templates import find_template
@@ -47,16 +49,20 @@ def run(args: argparse.Namespace) -> int:
             parts = parts._replace(tokenizer=tokenizer_with(folders, ids))
         check_template(find_template(recipe.template), parts.tokenizer, parts.config.eos_token_ids)
         if args.check is not None:
-            shown = [_encode(row, parts, recipe) for row in chain(*files)][: args.check]
+            first = islice(chain(*files), args.check)
+            shown = [_encode(row, parts, recipe) for row in first]
             return show("".join(f"{as_seen(example, parts.tokenizer)}\n" for example in shown))
         learnt, held = _sides(args, files, recipe, messages)
         examples = _examples(learnt, parts, recipe, messages)
         measured = _examples(held, parts, recipe, messages) if held else []
         recipe = settled(recipe, folders, here, messages)
+        if args.layout is None:
+            args.layout = "hf" if _is_hub(folders) else "llava"
+        _check_layout(args, recipe, parts.config, folders)
         if recipe.aspect == "crop":
             messages.note("pictures are cropped to a square, as in LLaVA's stage 1, not padded")
         plan = make_plan(parts.config, recipe, examples)
-        again = checkpoints(args.checkpoint, plan, here)
+        again = checkpoints(args.checkpoint, recipe.learn, plan, here)
         text = told(plan, recipe, examples, again, here)
         if args.plan:
             if recipe.learn != "medusa":
@@ -65,8 +71,6 @@ def run(args: argparse.Namespace) -> int:
             return show(f"{text}\n")
         for line in text.splitlines():
             messages.note(line)
-        if args.layout is None:
-            args.layout = "hf" if _is_hub(folders) else "llava"
         learn(args, recipe, folders, examples, measured, messages, again)
     return 0
 
@@ -82,15 +86,33 @@ def _sides(
         first, second = hold_out(rows, recipe.hold_out)
         learnt += weighted(first, source.weight, recipe.seed)
         held += second
-    if not learnt or (recipe.hold_out and not held):
+    rows = sum(map(len, files))
+    if recipe.hold_out and not (learnt and held):
         raise ValueError(
-            f"--hold-out {recipe.hold_out} of {sum(map(len, files))} row(s), by the weights of "
-            f"their files, leaves {len(learnt)} to learn and {len(held)} to measure; give another "
-            "share, or other weights"
+            f"--hold-out {recipe.hold_out} of {rows} row(s), by the weights of their files, leaves "
+            f"{len(learnt)} to learn and {len(held)} to measure; give another share, or other "
+            "weights"
         )
+    if not learnt:
+        raise ValueError(f"the weights of the files leave none of {rows} row(s); give larger ones")
     if any(source.weight != 1 for source in args.data):
         messages.note(f"{len(learnt):,} rows an epoch, by the weights of the files")
     return learnt, held
+
+
+def _check_layout(
+    args: argparse.Namespace, recipe: Recipe, config: LlavaConfig, folders: Folders
+) -> None:
+    """Raises ValueError, before hours of learning, if what is learnt would be written in LLaVA's
+    own layout, which cannot say what this model is."""
+    joined = folders != Folders(folders.weights) and (whole_learns(recipe) or args.merged)
+    of_lora = recipe.learn == "lora" and args.layout == "llava"
+    if recipe.learn == "projector" or of_lora or joined:
+        try:
+            check_original(config)
+        except ValueError as error:
+            told = f"{folders.weights}: {error}, which takes a LoRA or a whole language model"
+            raise ValueError(told) from None
 
 
 def _is_hub(folders: Folders) -> bool:

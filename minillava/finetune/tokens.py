@@ -28,6 +28,7 @@ from minillava.files.tokenizer_files import (
     find_tokenizer,
 )
 from minillava.llava import Llava
+from minillava.prompt import IMAGE_MARKER
 from minillava.tokenizer import Tokenizer
 
 Ids = Mapping[str, int]
@@ -39,8 +40,8 @@ def new_ids(path: Path, tokenizer: Tokenizer, folders: Folders) -> dict[str, int
     FileNotFoundError, or ValueError for a token that is there already or cannot be one."""
     if folders.model_base is not None:
         raise ValueError(
-            f"--add-tokens needs a model in one folder, and {folders.weights} has a base; join "
-            "them with python -m minillava.convert"
+            f"--add-tokens needs a model in one folder, not a part of one on {folders.model_base}; "
+            "after its first stage write it as one with python -m minillava.convert"
         )
     try:
         lines = decode(path.read_bytes(), str(path)).splitlines()
@@ -48,10 +49,20 @@ def new_ids(path: Path, tokenizer: Tokenizer, folders: Folders) -> dict[str, int
         raise FileNotFoundError(f"{path}: no such file of tokens; check the path") from None
     texts = [line.strip() for line in lines if line.strip()]
     first = max([tokenizer.vocab_size - 1, *tokenizer.by_id]) + 1
+    there = {token.text: i for i, token in tokenizer.by_id.items()}
     for text in texts:
-        known = tokenizer.encode(text)[1:]
-        if len(known) == 1 and tokenizer.piece(known[0]) in (text, f"▁{text}"):
-            raise ValueError(f"{path}: {text!r:.80} is a token already, {known[0]}; leave it out")
+        ids = tokenizer.encode(text)[int(tokenizer.bos_id >= 0) :]
+        if len(ids) == 1 and tokenizer.piece(ids[0]) in (text, f"▁{text}"):
+            there[text] = ids[0]
+        if text in there:
+            raise ValueError(
+                f"{path}: {text!r:.80} is a token already, {there[text]}; leave it out"
+            )
+        if IMAGE_MARKER in text:
+            raise ValueError(
+                f"{path}: {text!r:.80} has {IMAGE_MARKER} in it, which stands for a picture; give "
+                "it another name"
+            )
         if texts.count(text) > 1:
             raise ValueError(f"{path}: {text!r:.80} stands there twice; leave one out")
     if not texts:

@@ -127,7 +127,8 @@ def check_room(model: Llava, input_ids: Tensor | Sequence[Sequence[int]]) -> Non
     for ids in as_rows("input_ids", input_ids, "cpu"):
         pictures = int((ids == IMAGE_TOKEN_INDEX).sum())
         length = model.config.positions(len(ids), pictures)
-        remaining_context(model.config, length, pictures)
+        least = f"at least {model.config.tokens_per_image}" if model.config.grid else ""
+        remaining_context(model.config, length, pictures, each=least)
 
 
 def _collect(

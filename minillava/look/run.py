@@ -31,6 +31,7 @@ from minillava.assistant import Assistant
 from minillava.cli.hooks import Hooks, uncompiled
 from minillava.cli.messages import Messages, print_json, significant, write_outputs
 from minillava.cli.opening import find_weights, open_assistant, read_question
+from minillava.config import VisionConfig
 from minillava.files.disk import is_stdout
 from minillava.files.pictures import Images, as_list, open_image
 from minillava.generate.watch import Watch, patch_span, seen_span
@@ -75,8 +76,8 @@ class Lens:
 
 @dataclass
 class Look:
-    """box: left, top, right, bottom of the square that the model sees, in pixels of the picture
-    (`seen_box`)."""
+    """box: left, top, right, bottom of the square of patches, in pixels of the picture
+    (`patch_box`)."""
 
     picture: Image.Image
     box: tuple[float, float, float, float]
@@ -163,11 +164,21 @@ def join_words(pieces: Sequence[str]) -> list[tuple[str, list[int]]]:
     return [word for word in joined if word[0]]
 
 
+def patch_box(
+    size: tuple[int, int], processor: ImageProcessor, vision: VisionConfig
+) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of the square of patches, in pixels of a picture of that size. It is
+    the square that the model sees, but for what is left over at the right and below where patches
+    do not fill a side: SigLIP reads 27 times 14 of 384 pixels."""
+    left, top, right, bottom = seen_box(size, processor)
+    filled = vision.image_size // vision.patch_size * vision.patch_size / vision.image_size
+    return left, top, left + (right - left) * filled, top + (bottom - top) * filled
+
+
 def seen_box(size: tuple[int, int], processor: ImageProcessor) -> tuple[float, float, float, float]:
     """Left, top, right, bottom of the square that the model sees, in pixels of a picture of that
     size: larger than the picture where it is padded, smaller where it is cropped, the picture
-    itself where it is squeezed. The arithmetic of
-    image.py backwards."""
+    itself where it is squeezed. The arithmetic of image.py backwards."""
     width, height = size
     if processor.aspect in ("squash", "anyres"):  # of tiles, the overview
         return 0, 0, width, height
@@ -253,7 +264,7 @@ def look(
     answer, tokens = follow(assistant, spliced, chosen, layers, heads, read, size)
     return Look(
         picture,
-        seen_box(picture.size, assistant.image_processor),
+        patch_box(picture.size, assistant.image_processor, assistant.model.config.vision),
         question,
         answer,
         layers,
@@ -404,8 +415,10 @@ def _files(
     args: argparse.Namespace, assistant: Assistant, found: Look, words: list[Word]
 ) -> dict[str, str | bytes]:
     """What the flags ask for: names and contents."""
-    square, files = assistant.image_processor.square(found.picture), {}
-    side = math.isqrt(assistant.model.config.vision.num_patches)
+    square, vision = assistant.image_processor.square(found.picture), assistant.model.config.vision
+    side, files = math.isqrt(vision.num_patches), {}
+    filled = side * vision.patch_size
+    square = square.crop((0, 0, filled, filled))
     if args.out is not None:
         files[args.out] = picture_bytes(_sheet(assistant, found, words), args.out)
     if args.html is not None:

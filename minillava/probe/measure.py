@@ -22,8 +22,8 @@ from minillava.look.run import (
     default_layers,
     follow,
     join_words,
+    patch_box,
     patch_span,
-    seen_box,
     words_of,
 )
 from minillava.options import Options
@@ -61,20 +61,18 @@ class Answered:
         if isinstance(assistant.image_processor, TileProcessor):
             raise ValueError(
                 "probe hides patches of one square, and this model reads tiles; give "
-                "--image-aspect-ratio pad, with which it reads the overview alone"
+                "--image-aspect-ratio squash, with which it reads the overview alone"
             )
         self.assistant, self.question = assistant, question
         self.model = uncompiled(assistant.model)
         self.picture = open_image(*as_list(image))
-        self.box = seen_box(self.picture.size, assistant.image_processor)
-        text = self.model.config.text
+        config = self.model.config
+        self.box = patch_box(self.picture.size, assistant.image_processor, config.vision)
+        text = config.text
         self.layers = default_layers(text.num_hidden_layers)  # of the attention map
         spliced = assistant.prepare(self.picture, assistant.prompt(question, 1, system))
-        self.patches, self.picture_end = (
-            patch_span(self.model, spliced),
-            spliced.image_spans[0][0][1],
-        )
-        self.picture_start = spliced.image_spans[0][0][0]
+        self.patches = patch_span(self.model, spliced)
+        self.picture_start, self.picture_end = spliced.image_spans[0][0]
         chosen = assistant.options(options, **settings)
         heads = list(range(text.num_attention_heads))
         self.text, tokens = follow(assistant, spliced, chosen, self.layers, heads, None)

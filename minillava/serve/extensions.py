@@ -127,9 +127,10 @@ def look_head(
     assistant: Assistant, size: tuple[int, int], look: tuple[list[int], list[int]]
 ) -> dict[str, Any]:
     """What maps are to be read with. size: width and height of the picture in pixels; box: the
-    square that the model saw of it."""
-    box = looking.seen_box(size, assistant.image_processor)
-    side = math.isqrt(assistant.model.config.vision.num_patches)
+    square of patches in it."""
+    vision = assistant.model.config.vision
+    box = looking.patch_box(size, assistant.image_processor, vision)
+    side = math.isqrt(vision.num_patches)
     picture = {"size": size, "box": box, "side": side}
     return {"picture": picture, "layers": look[0], "heads": look[1]}
 

@@ -197,7 +197,8 @@ class TokenizeRequest(Struct, forbid_unknown_fields=True):
 
 
 def read_request(body: bytes, kind: type) -> Any:
-    """A body as ChatRequest or TokenizeRequest. Raises ApiError."""
+    """A body as one of the kinds of requests. Raises ApiError. Fields of a ResponsesRequest that
+    are not served are refused where it becomes a ChatRequest (responses.py)."""
     try:
         request = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
@@ -233,8 +234,9 @@ def refuse(request: Struct, nothing: Mapping[str, tuple]) -> None:
     that ask for nothing."""
     for name, values in nothing.items():
         value = getattr(request, name)
-        same = (v for v in values if v == value and isinstance(v, bool) == isinstance(value, bool))
-        if value is not None and not any(True for _ in same):
+        # in Python 0 == False
+        same = any(v == value and isinstance(v, bool) == isinstance(value, bool) for v in values)
+        if value is not None and not same:
             told = f"{name} is not served; leave it out"
             raise ApiError(400, "unsupported_parameter", told, name)
 

@@ -328,9 +328,10 @@ async def stream(
         elif isinstance(found[1], Failed):
             yield line("failed", response=reply.body(found[1]))
             return
-        elif entries := reply.take(found[1]) or found[1].text:
-            logprobs = [] if isinstance(entries, str) else entries
-            yield line("output_text.delta", **part, delta=found[1].text, logprobs=logprobs)
+        else:
+            entries, text = reply.take(found[1]), found[1].text
+            if entries or text:
+                yield line("output_text.delta", **part, delta=text, logprobs=entries)
     yield line("output_text.done", **part, text=reply.text, logprobs=reply.logprobs)
     yield line("content_part.done", **part, part=reply.part())
     yield line("output_item.done", output_index=0, item=reply.item())

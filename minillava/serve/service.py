@@ -216,8 +216,9 @@ class Service:
         ):
             told = "no process has the attention of all heads; start the server without torchrun"
             raise ApiError(400, "unsupported_value", told, "look")
-        whole = tokenizer.encode(begun)
-        prefix = whole[common_prefix(whole, tokenizer.encode(prompt)) :]
+        whole, prefix = tokenizer.encode(begun), []
+        if asked.continue_final_message:
+            prefix = whole[common_prefix(whole, tokenizer.encode(prompt)) :]
         prefix += extensions.read_prefix(asked, config)
         ids = [*whole, *(asked.prefix_ids or ())]
         options = [extensions.count_from(prefix, each) for each in self._options(asked, count)]

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from minillava.config import LlavaConfig
-from minillava.files.pictures import Images, ImageSource, as_list, open_image
+from minillava.files.pictures import Images, as_list, open_image
 from minillava.files.resize import BICUBIC
 from minillava.image import CLIP_MEAN, CLIP_STD, ImageProcessor
 from minillava.tiles.grid import Size, best_canvas, fitted, map_of
@@ -39,15 +39,11 @@ class TileProcessor(ImageProcessor):
         std: Sequence[float] = CLIP_STD,
     ):
         super().__init__(image_size, mean=mean, std=std)
-        self.aspect, self.grid = "anyres", tuple(grid)
+        self.aspect, self.grid = "anyres", tuple(grid)  # its `square` is the overview
 
     def __call__(self, images: Images) -> list[Tiled]:  # type: ignore[override]
         """Pictures -> one Tiled each. Raises as ImageProcessor."""
         return [self.tiled(open_image(image)) for image in as_list(images)]
-
-    def square(self, source: ImageSource) -> Image.Image:
-        """The overview: the whole picture as R x R, whatever its shape."""
-        return open_image(source).resize((self.image_size, self.image_size), BICUBIC)
 
     def tiled(self, image: Image.Image) -> Tiled:
         """An open RGB picture -> Tiled."""

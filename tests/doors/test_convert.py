@@ -482,7 +482,7 @@ def test_a_last_block_that_nobody_stored_passes_its_input_on(tmp_path, capsys):
     ("kind", "to", "message"),
     [
         ("linear", "hf", "its projector has 1 layer(s); Hugging Face's has two"),
-        ("unbiased", "original", "its projector has no biases; LLaVA's has"),
+        ("unbiased", "original", "has no projector without biases; use the hub's"),
         ("bare", "hf", "holds no vision tower"),
         ("bare", "original", "holds no vision tower"),
         ("incomplete", "hf", "projector.linear_2.bias is missing"),

@@ -24,6 +24,7 @@ from PIL import Image
 import minillava
 from minillava.cli.doors import enter
 from minillava.cli.messages import significant
+from minillava.config import VisionConfig
 from minillava.image import ImageProcessor
 from minillava.look import draw as look_draw
 from minillava.look import page as look_html
@@ -285,12 +286,16 @@ def test_the_last_layer_of_the_lens_is_the_models_own_answer(toy, picture):
 @pytest.mark.parametrize(
     "size", [(300, 300), (301, 200), (200, 333), (97, 640), (640, 351), (40, 31)]
 )
-@pytest.mark.parametrize("aspect", ["pad", "crop"])
-def test_a_patch_lies_on_the_picture_where_the_model_saw_it(size, aspect):
+@pytest.mark.parametrize(("aspect", "side"), [("pad", 96), ("crop", 96), ("squash", 110)])
+def test_a_patch_lies_on_the_picture_where_the_model_saw_it(size, aspect, side):
     """What is painted over a patch's place in the picture is what that patch becomes in the
-    processor's square."""
-    processor, grid = ImageProcessor(96, aspect), 6
-    left, top, right, bottom = look.seen_box(size, processor)
+    processor's square, also where patches do not fill it."""
+    processor, grid, vision = (
+        ImageProcessor(side, aspect),
+        6,
+        VisionConfig(image_size=side, patch_size=16),
+    )
+    left, top, right, bottom = look.patch_box(size, processor, vision)
     for row, column in ((0, 0), (2, 3), (3, 2), (5, 5)):
         wide, high = (right - left) / grid, (bottom - top) / grid
         place = [
@@ -307,7 +312,7 @@ def test_a_patch_lies_on_the_picture_where_the_model_saw_it(size, aspect):
         light = np.asarray(processor.square(image).convert("L"), dtype=float)
         if aspect == "pad":
             light -= np.asarray(processor.square(Image.new("RGB", size)).convert("L"))
-        patches = light.reshape(grid, 16, grid, 16).mean((1, 3))
+        patches = light[:96, :96].reshape(grid, 16, grid, 16).mean((1, 3))
         assert np.unravel_index(patches.argmax(), patches.shape) == (row, column)
         assert patches.max() > 0.4 * patches.sum()
 

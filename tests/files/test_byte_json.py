@@ -15,6 +15,7 @@ import minillava
 from minillava.checkpoint.folders import Folders
 from minillava.convert.plan import renamed
 from minillava.files.byte_json import BytePieces, cut_words
+from minillava.finetune.tokens import new_ids
 from minillava.generate.inputs import fewest_tokens
 from minillava.inspection.report import inspect_folder
 from minillava.templates import TEMPLATES
@@ -350,3 +351,12 @@ def test_the_alphabet_has_every_byte():
     """A piece would be decoded to other bytes than it was made of."""
     pieces = BytePieces(REFERENCE, small("llama"))
     assert [pieces.bytes_of(i) for i in range(256)] == [bytes([i]) for i in range(256)]
+
+
+def test_a_piece_is_no_new_token(tmp_path):
+    """Without a begin token the first piece of a text was taken for one, and what is a token
+    already was added again."""
+    tokenizer = opened(tmp_path, small("qwen"))
+    (tmp_path / "new.txt").write_text("ar", encoding="utf-8")
+    with pytest.raises(ValueError, match="'ar' is a token already"):
+        new_ids(tmp_path / "new.txt", tokenizer, Folders(tmp_path))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import minillava
 from minillava.cli.doors import enter
 from minillava.finetune import flags, recipe, save
+from minillava.finetune import run as finetune_run
 from minillava.finetune.run import finetune
 
 main = partial(enter, "finetune")
@@ -68,11 +69,14 @@ def fixed() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def test_rows_are_shown_and_nothing_is_written(run_main, data, tmp_path):
-    """--check would begin to learn, or write into the user's folder."""
-    before = sorted(tmp_path.iterdir())
+def test_rows_are_shown_and_nothing_is_written(run_main, data, tmp_path, monkeypatch):
+    """--check would begin to learn, or write into the user's folder, or cut all rows into tokens to
+    show two."""
+    before, cut = sorted(tmp_path.iterdir()), []
+    encode = finetune_run._encode
+    monkeypatch.setattr(finetune_run, "_encode", lambda *row: cut.append(row) or encode(*row))
     status, printed, errors = run_main(main, PLAIN, data, "--check", 2)
-    assert status == 0
+    assert status == 0 and len(cut) == 2
     assert printed.count("ends with </s>") == 2 and "[[" in printed
     assert "6 rows (5 with a picture, 1 of text alone), 6 answers" in errors
     assert sorted(tmp_path.iterdir()) == before
@@ -133,7 +137,7 @@ def test_rows_of_several_files_are_learnt_by_their_weights(run_main, data, tmp_p
     status, printed, _ = run_main(main, PLAIN, data, other / "more.json", "--check", 9)
     assert status == 0 and "row '0' (0) of more.json: " in printed
     status, _, errors = run_main(main, PLAIN, f"{data}:0.01", "--plan", *QUICK)
-    assert status == 1 and "leaves 0 to learn" in errors
+    assert status == 1 and "the weights of the files leave none of 6 row(s)" in errors
     status, _, errors = run_main(main, PLAIN, f"{data}:0", "--plan")
     assert status == 2 and "its weight is 0, expected a number above 0" in errors
 

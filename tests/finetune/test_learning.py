@@ -358,7 +358,8 @@ def test_updates_are_those_of_transformers_own_trainer(tmp_path):
     )  # fmt: skip
     trainer.train()
     told = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    assert [float(loss) for loss in told] == pytest.approx([r.loss for r in ours], abs=1e-4)
+    # the Trainer logs four digits; losses of about ten are of float32
+    assert [float(loss) for loss in told] == pytest.approx([r.loss for r in ours], abs=5e-5 + 1e-6)
     named = {renamed(name, PREFIXES): p for name, p in theirs.named_parameters()}
     for name, parameter in learning.items():
         assert torch.equal(named[name], parameter), name

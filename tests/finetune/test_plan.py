@@ -29,7 +29,8 @@ from minillava.finetune.rows import Example, Row
 from minillava.finetune.start import open_model
 
 PICTURE = ROOT / "weights" / "shapes" / "example-1.png"
-SMALL = Recipe(rank=4, alpha=8, batch=3, accumulate=1, dtype="float32", template="llava_v1")
+SMALL = Recipe(rank=4, alpha=8, batch=3, accumulate=1, dtype="float32", template="llava_v1",
+               attention="eager")  # fmt: skip
 # of 7 billion parameters
 WIDE = LlavaConfig(CLIP_LARGE_336, TextConfig(vocab_size=32064))
 
@@ -137,10 +138,16 @@ def test_checkpointing_is_chosen_where_the_plan_does_not_fit(monkeypatch):
     assert plan.memory(again=True) < plan.memory(again=False)
     for free, expected in ((plan.memory(False), False), (plan.memory(False) - 1, True)):
         monkeypatch.setattr("minillava.finetune.plan.available_memory", lambda _, free=free: free)
-        assert checkpoints("auto", plan, "cpu") is expected
-        assert checkpoints("on", plan, "cpu") and not checkpoints("off", plan, "cpu")
+        assert checkpoints("auto", "lora", plan, "cpu") is expected
+        assert checkpoints("on", "lora", plan, "cpu") and not checkpoints(
+            "off", "lora", plan, "cpu"
+        )
+    monkeypatch.setattr("minillava.finetune.plan.available_memory", lambda _: 0)
+    assert not checkpoints("auto", "medusa", plan, "cpu")
+    with pytest.raises(ValueError, match="does nothing for --learn medusa"):
+        checkpoints("on", "medusa", plan, "cpu")
     monkeypatch.setattr("minillava.finetune.plan.available_memory", lambda _: None)
-    assert not checkpoints("auto", plan, "cpu")
+    assert not checkpoints("auto", "lora", plan, "cpu")
 
 
 @pytest.mark.slow

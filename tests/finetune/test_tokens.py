@@ -143,6 +143,8 @@ def test_new_tokens_learn_on_a_quantised_model(run_main, data):
     [
         ("<gizmo>\n<gizmo>", "stands there twice"),
         ("</s>", "is a token already, 2"),
+        ("<pad>", "is a token already, 441"),  # by which no text is meant
+        ("a<image>b", "stands for a picture"),
         ("\n \n", "has no tokens"),
     ],
 )

@@ -3,6 +3,7 @@ chat template and answers, against those of minillava."""
 
 import functools
 import json
+import shutil
 
 import hf
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 import minillava
 from minillava.chat import Conversation
+from minillava.cli.doors import enter
 from minillava.generate.generation import generate
 from minillava.inspection.report import inspect_folder
 from minillava.templates import TEMPLATES
@@ -232,3 +234,35 @@ def test_inspect_reads_it(saved):
     assert report.loadable, report.problems
     assert report.template["name"] == kind
     assert json.dumps(report.network)
+
+
+def test_convert_writes_the_hubs_layout_and_refuses_the_originals(saved, tmp_path, capsys):
+    """A copy that says a begin token where there is none would be refused, after hours a LoRA or a
+    projector that LLaVA's own config.json cannot describe."""
+    folder, kind, *_ = saved
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    (bare / "tokenizer_config.json").unlink()
+    again = tmp_path / "again"
+    assert enter("convert", [str(bare), str(again), "--to", "hf"]) == 0
+    given = (PICTURES[0], QUESTIONS[0])
+    answers = [
+        load(each, dtype="float32").ask(*given, max_new_tokens=8) for each in (folder, again)
+    ]
+    assert answers[0] == answers[1]
+    theirs = transformers.AutoTokenizer.from_pretrained(again)
+    ours = load(again, dtype="float32").tokenizer
+    assert theirs(QUESTIONS[0]).input_ids == ours.encode(QUESTIONS[0])
+    if kind == "chatml":
+        capsys.readouterr()
+        original = tmp_path / "original"
+        assert enter("convert", [str(folder), str(original), "--to", "original"]) == 1
+        row = {"image": PICTURES[0].name, "conversations": [
+            {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A star."}]}  # fmt: skip
+        (tmp_path / "rows.json").write_text(json.dumps([row]), encoding="utf-8")
+        flags = ["--learn", "projector", "--template", "chatml", "--device", "cpu"]
+        learn = [folder, tmp_path / "rows.json", "--images", PICTURES[0].parent, *flags]
+        learn = [str(each) for each in (*learn, "--out", tmp_path / "out")]
+        assert enter("finetune", learn) == 1
+        told = capsys.readouterr().err
+        assert told.count("LLaVA's own layout has no Qwen2, SigLIP or ViP-LLaVA") == 2
+        assert not original.exists() and not (tmp_path / "out").exists()

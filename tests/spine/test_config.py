@@ -543,7 +543,7 @@ REFUSED = [
     *((ORIGINAL, "mm_vision_select_feature", value) for value in ("cls", "default", 1)),
     *((ORIGINAL, "mm_vision_select_layer", value) for value in ("-2", [-2], 1.5)),
     *((ORIGINAL, "image_aspect_ratio", value) for value in ("anyres_max_9", "highres", 1)),
-    *((HUB, "image_grid_pinpoints", value) for value in ("all", [], [336, 672], [[336, 672.0]], 1)),
+    *((HUB, "image_grid_pinpoints", value) for value in ("all", [], [336, 672], [[336, 672.0]], 1, "{[]: 1}")),
     *((ORIGINAL, "mm_vision_tower", value) for value in (5, ["openai/clip-vit-large-patch14-336"])),
 ]  # fmt: skip
 
@@ -826,16 +826,32 @@ def test_a_mistral_that_leaves_everything_out_has_the_sizes_of_its_class(read):
 
 
 @pytest.mark.parity
-def test_our_defaults_of_mistral_are_those_of_transformers(read):
-    """A field that a Mistral config leaves out would get Llama's default."""
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
+@pytest.mark.parametrize("given", [{}, {"num_attention_heads": 64, "hidden_size": 8192}])
+def test_our_defaults_of_relatives_are_those_of_transformers(read, kind, given):
+    """A field that their config leaves out would get Llama's default, and a null, which Qwen2's may
+    say for as many key/value heads as heads, that of a field that is left out."""
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.MistralConfig()
-    text = {"model_type": "mistral", "sliding_window": None}
-    ours = read({**BAKLLAVA, "text_config": text}).text
+    text = {"model_type": kind.lower(), "sliding_window": None, **given}
+    for more in ({}, *[{"num_key_value_heads": None}] * (kind == "Qwen2")):
+        theirs = getattr(transformers, f"{kind}Config")(**given, **more)
+        check_fields(read({**BAKLLAVA, "text_config": {**text, **more}}).text, theirs)
+    assert transformers.MistralConfig().sliding_window == 4096
+
+
+def check_fields(ours: TextConfig, theirs) -> None:
     for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                   "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "vocab_size"):  # fmt: skip
         assert getattr(ours, field) == getattr(theirs, field), field
-    assert theirs.sliding_window == 4096
+
+
+def test_vip_llava_drops_the_class_token_whatever_it_is_told(read):
+    """Its class in transformers has no such field: a picture would take a position more."""
+    config = {"model_type": "vipllava", "text_config": {}, "vision_feature_select_strategy": "full"}
+    assert not read(config).keep_class_token
+    layers = {"vision_feature_layers": [-2, -5]}
+    assert read({**config, **layers}).feature_layer == (-2, -5)
+    assert read({**MINIMAL[HUB], **layers}).feature_layer == -2  # no field of LLaVA-1.5
 
 
 @pytest.mark.parametrize("kind", ["share4v", "llava_mistral", "llava_llama"])

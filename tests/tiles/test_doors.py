@@ -105,7 +105,9 @@ def test_look_shows_a_map_of_the_whole_picture(assistant, size):
     found = look(assistant, draw(*size), "What is it?", max_new_tokens=4)
     side = assistant.model.config.vision.image_size // assistant.model.config.vision.patch_size
     assert found.box == (0, 0, size[1], size[0])
-    assert all(word.heat.shape == (side, side) and 0 < word.heat.sum() < 1 for word in found.words)
+    assert found.words and all(
+        word.heat.shape == (side, side) and 0 < word.heat.sum() < 1 for word in found.words
+    )
 
 
 def test_trace_says_the_tiles_and_where_they_are(assistant):
@@ -136,7 +138,7 @@ def test_what_tiles_do_not_go_with_is_said_in_one_line(tiled, tmp_path, capsys):
     folder = tiled("llama").folder
     draw(30, 50).save(tmp_path / "a.png")
     assert command("probe", "-m", folder, "-i", tmp_path / "a.png", "-p", "What?") == 1
-    assert "--image-aspect-ratio pad" in capsys.readouterr().err
+    assert "--image-aspect-ratio squash" in capsys.readouterr().err
     rows = [{"id": "a", "image": "a.png", "conversations": [
         {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A ring."}]}]  # fmt: skip
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -148,12 +150,17 @@ def test_what_tiles_do_not_go_with_is_said_in_one_line(tiled, tmp_path, capsys):
 
 
 def test_the_overview_alone_is_one_square(tiled):
-    """--image-aspect-ratio pad is the fast way: the square and the end of its line."""
-    assistant = load(tiled("llama").folder, image_aspect_ratio="pad")
+    """--image-aspect-ratio squash is the fast way: the overview and the end of its line. A padded
+    square would be one that the model never saw."""
+    whole, assistant = (
+        load(tiled("llama").folder),
+        load(tiled("llama").folder, image_aspect_ratio="squash"),
+    )
+    (both,), alone = (each.image_processor(draw(30, 50)) for each in (whole, assistant))
+    assert torch.equal(both.pixels[:1], alone)
     spliced = assistant.prepare(draw(30, 50), assistant.prompt("What?"))
     ((start, end),) = spliced.image_spans[0]
     assert end - start == 17
     assert isinstance(assistant.ask(draw(30, 50), "What?", max_new_tokens=2), str)
     for method in ("vcd", "ritual", "m3id"):
-        whole = load(tiled("llama").folder)
         assert isinstance(whole.ask(draw(*CROP), "What?", contrast=method, max_new_tokens=2), str)
