@@ -249,7 +249,7 @@ def test_a_plain_clip_and_a_plain_llama_are_called_so(tmp_path, write_dialect):
     assert clip.parts["language model"]["tensors"] == clip.parts["projector"]["tensors"] == 0
     change_json(tmp_path / "config.json", lambda c: c.update(model_type="llama"))
     llama = inspect.inspect_folder(tmp_path)
-    assert "plain Llama" in llama.dialect
+    assert "plain language model" in llama.dialect
     assert not clip.loadable
     assert not llama.loadable
 
