@@ -173,7 +173,8 @@ def dialect_of(folders: Folders) -> str:
     if kind in ("clip", "clip_vision_model", "siglip", "siglip_vision_model"):
         return "a plain CLIP: the --vision-tower of a LLaVA, not a LLaVA by itself"
     if kind in LANGUAGE_MODELS:
-        return "a plain language model: the --model-base of a projector or a LoRA, not a LLaVA by itself"
+        what = "a plain language model: the --model-base of a projector or a LoRA"
+        return f"{what}, not a LLaVA by itself"
     return f"unknown: model_type is {kind!r}"
 
 
