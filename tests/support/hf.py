@@ -259,8 +259,10 @@ def random_state(config: dict, seed: int, dtype: str = "float32") -> dict[str, t
     """Weights, under the names of transformers' modules, of a network that is alive: activations
     stay near one, attention is neither flat nor one-hot, no norm is the identity, and the picture
     reaches the logits."""
+    # transformers imports a class when it is asked for, which fails where tensors have no numbers
+    make, configured = classes(config)[1], llava_config(config)
     with torch.device("meta"):
-        model = classes(config)[1](llava_config(config))
+        model = make(configured)
     shapes = {name: w.shape for name, w in model.state_dict().items()}
     tied, pieces = config["tie_word_embeddings"], config["image_token_index"]
     generator = torch.Generator().manual_seed(seed)
