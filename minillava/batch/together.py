@@ -119,7 +119,8 @@ class Together:
             (row,), changed = self.method.second(
                 [list(ids)], opened, self.assistant.image_processor, generator
             )
-            own = [(b"%d %d" % (question.line, i), each) for i, each in enumerate(changed or ())]
+            changed = () if changed is None else changed
+            own = [(b"%d %d" % (question.line, i), each) for i, each in enumerate(changed)]
             more = {"contrast": self.method, "second_rows": [(row, own)]}
         said: list[str] = []
         return Request(

@@ -240,6 +240,18 @@ def test_template_system_beams_and_contrast_reach_the_answers(run, assistant):
     assert [r["text"] for r in records] != [expected(assistant, question) for question in questions]
 
 
+@pytest.mark.parametrize("method", ["vcd", "ritual"])
+def test_contrast_changes_the_picture_by_each_question_s_own_seed(run, assistant, method):
+    """The changed pixels of a square were asked whether they are true, which ended the command."""
+    questions = lines(3)
+    status, records, _ = run(questions, "--contrast", method, "--seed", "5")
+    assert status == 0
+    assert [record["text"] for record in records] == [
+        expected(assistant, question, contrast=method, seed=5 + number)
+        for number, question in enumerate(questions, start=1)
+    ]
+
+
 @pytest.mark.parametrize(("size", "encoded"), [(4, 4), (1, 12), (0, 12)])
 def test_a_picture_of_many_questions_is_encoded_once(run, monkeypatch, size, encoded):
     """A picture with many questions would be encoded anew for each of them."""
