@@ -5,16 +5,15 @@
     python tools/gpu_check.py --only parity,answers --size 1b    # some of it
     python tools/gpu_check.py --device cpu --size tiny           # what a CPU can run of it
 
-Parity: the network against itself in float64 and against transformers. Answers: every way to make
-one gives the CPU's. Syncs: how often a token makes the processor wait. Growth: memory after many
+Family: small random networks of every kind against transformers. Doors: everything a user can
+start, against the CPU. Parity: the bundled network and a wide one against float64 and
+transformers. Answers: every way to make one gives the CPU's. Syncs: how often a token makes the processor wait. Growth: memory after many
 answers. The other sections time random weights of a true size, which are never on the disk; `first`
 times the parts of the first token. Exit status: 1 if a check failed; a measured time is not a check.
 """
 
 import argparse
 import gc
-import json
-import os
 import platform
 import queue
 import signal
@@ -27,7 +26,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -47,21 +46,37 @@ sys.path.insert(0, str(ROOT))  # run from a checkout, installed or not
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import hf  # noqa: E402
-from bench_checkpoint import config_of, random_tensor  # noqa: E402
+from bench_checkpoint import random_tensor  # noqa: E402
 from bench_parts.work import PROMPT, bytes_read, prompt_ids  # noqa: E402
+from gpu_parts.common import (  # noqa: E402
+    BUNDLED,
+    PICTURES,
+    PRECISIONS,
+    QUESTIONS,
+    SIZES,
+    Report,
+    Run,
+    captured_model,
+    distance,
+    tensors_of,
+    their_inputs,
+    their_tensors,
+    within,
+    without_tf32,
+)
+from gpu_parts.doors import doors  # noqa: E402
+from gpu_parts.family import family  # noqa: E402
 
 from minillava import loop  # noqa: E402
 from minillava.assistant import Assistant, load  # noqa: E402
 from minillava.attention import ATTENTION  # noqa: E402
 from minillava.cache import KVCache  # noqa: E402
 from minillava.chat.conversation import Conversation  # noqa: E402
-from minillava.checkpoint.folders import bundled_weights  # noqa: E402
 from minillava.checkpoint.write_json import hub_config  # noqa: E402
 from minillava.cli.arguments import Parser  # noqa: E402
 from minillava.cli.messages import run  # noqa: E402
 from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig  # noqa: E402
 from minillava.fast import ahead as run_ahead  # noqa: E402
-from minillava.fast import compiled as capture  # noqa: E402
 from minillava.fast import speed_up  # noqa: E402
 from minillava.fast.ahead import AsyncRead, decode_ahead  # noqa: E402
 from minillava.fast.compiled import compile_decode  # noqa: E402
@@ -76,102 +91,12 @@ from minillava.loop import steps  # noqa: E402
 from minillava.options import KINDS, Options  # noqa: E402
 from minillava.sampling import Sampler, last_logits  # noqa: E402
 
-BUNDLED = bundled_weights()
-PICTURES = [BUNDLED / f"example-{number}.png" for number in (1, 2, 3)]
-QUESTIONS = (
-    "Is there a red star?",
-    "What is at the bottom?",
-    "Please describe this image in detail.",
-)
-PRECISIONS = ("float32", "bfloat16", "float16")
-SIZES = {"7b": "7b", "1b": "1b", "tiny": "toy"}  # by bench_checkpoint's names
 TOKENS = {"7b": 64, "1b": 64, "tiny": 4}  # of a timed answer
 ANSWERS = {"7b": 200, "1b": 200, "tiny": 14}  # of which none may leave memory behind
 # bytes, more than a cache holds; on a CPU the number means nothing
 COPIED = {"cuda": 2 << 30, "cpu": 1 << 24}
 LONGEST = 40  # tokens of an answer that is compared
 SYNC_TOKENS = 12  # of an answer whose waits are counted
-
-OK, FAILED, MEASURED, SKIPPED = "ok", "FAILED", "measured", "skipped"
-
-
-@dataclass
-class Row:
-    section: str
-    check: str
-    dtype: str
-    found: str
-    expected: str
-    verdict: str
-
-
-class Report:
-    """The rows so far. They are shown as they come and written to a file, so that a run that is
-    killed loses none."""
-
-    def __init__(self, about: dict, path: Path | None):
-        self.about, self.path, self.rows, self.section = about, path, [], ""
-        self.started = time.monotonic()
-
-    def check(self, what: str, dtype: str, found: object, expected: object, good: bool) -> None:
-        self._add(Row(self.section, what, dtype, str(found), str(expected), OK if good else FAILED))
-
-    def measure(self, what: str, dtype: str, found: object) -> None:
-        self._add(Row(self.section, what, dtype, str(found), "", MEASURED))
-
-    def skip(self, what: str, why: str) -> None:
-        self._add(Row(self.section, what, "", why, "", SKIPPED))
-
-    def _add(self, row: Row) -> None:
-        self.rows.append(row)
-        seconds = time.monotonic() - self.started
-        shown = f"{row.section}: {row.check} {row.dtype}: {row.found}"
-        expected = f" (expected {row.expected})" if row.expected else ""
-        print(f"{seconds:6.1f} s  {shown}{expected}: {row.verdict}", file=sys.stderr, flush=True)
-        self.save()
-
-    def save(self) -> None:
-        """Write under a temporary name first, so that a file that exists is whole."""
-        if self.path is None:
-            return
-        rows = [asdict(row) for row in self.rows]
-        partial_path = self.path.with_name(self.path.name + ".partial")
-        partial_path.write_text(
-            json.dumps({"about": self.about, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-        )
-        os.replace(partial_path, self.path)
-
-    @property
-    def failed(self) -> int:
-        return sum(row.verdict == FAILED for row in self.rows)
-
-    def table(self) -> str:
-        """The table, in Markdown."""
-        cells = [("check", "dtype", "found", "expected", "verdict")]
-        cells += [
-            (f"{r.section}: {r.check}", r.dtype, r.found, r.expected, r.verdict) for r in self.rows
-        ]
-        lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in cells]
-        return "\n".join([*(f"{name}: {value}  " for name, value in self.about.items()), "", lines[0],
-                          "|---" * len(cells[0]) + "|", *lines[1:]])  # fmt: skip
-
-
-@dataclass
-class Run:
-    """The arguments of every section."""
-
-    device: str
-    size: str
-    report: Report
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device != "cpu"
-
-    @property
-    def config(self) -> LlavaConfig:
-        return config_of(SIZES[self.size])
-
 
 # --- models ---------------------------------------------------------------------------------------
 
@@ -251,14 +176,9 @@ def transformers_of(config: LlavaConfig, state: dict[str, Tensor]):
 
 
 def parity(run: Run) -> None:
-    """Two networks: the bundled one, and two layers of the true width, each with a padded batch.
-    Convolutions without TF32, so that transformers' float32 is one."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
+    """Two networks: the bundled one, and two layers of the true width, each with a padded batch."""
+    with without_tf32():
         compare_both(run)
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def compare_both(run: Run) -> None:
@@ -348,7 +268,7 @@ def check_tf32(both: Compared, model: Llava, logits: Tensor) -> None:
 
 def check_distance(both: Compared, attention: str, peer: str, ours: Tensor, others: Tensor) -> None:
     """Check what README promises of fused; eager must be at least as close."""
-    kind, factor = ("max", 2.0) if both.dtype == "float32" else ("norm", 1.1)
+    kind, factor = within(both.dtype)
     error, bound = (distance(logits, both.exact)[kind] for logits in (ours, others))
     expected = f"at most {factor} × transformers {peer}'s {bound:.3e}"
     what = f"{attention}: logits to float64 ({kind})"
@@ -377,48 +297,6 @@ def check_ids(both: Compared, attention: str, peer: str, model: Llava, tokens: i
         both.check(f"{attention}: greedy ids", found, "all", same == len(answer))
     else:
         both.measure(f"{attention}: greedy ids", found)
-
-
-@torch.no_grad()
-def tensors_of(model: Llava, ids: list, pixels: Tensor) -> dict[str, Tensor]:
-    """What is compared: the tensors of one pass without a cache, without padded positions."""
-    prompt = model.splice(ids, pixels)
-    eager = model.language_model.attend is ATTENTION["eager"]
-    out = model.language_model(
-        prompt.embeds, prompt.padding_mask, hidden_states=True, attentions=eager
-    )
-    return real_only(out, prompt.padding_mask)
-
-
-def their_inputs(theirs, ids: list, pixels: Tensor) -> dict[str, Tensor]:
-    given = {name: tensor.to(theirs.device) for name, tensor in hf.inputs(theirs, ids).items()}
-    return given | {"pixel_values": pixels.to(theirs.device, theirs.dtype)}
-
-
-@torch.no_grad()
-def their_tensors(theirs, ids: list, pixels: Tensor) -> dict[str, Tensor]:
-    given = their_inputs(theirs, ids, pixels)
-    eager = theirs.config._attn_implementation == "eager"
-    out = theirs(**given, use_cache=False, output_hidden_states=True, output_attentions=eager)
-    return real_only(out, given["attention_mask"].bool())
-
-
-def real_only(out, mask: Tensor) -> dict[str, Tensor]:
-    tensors = {f"hidden_states.{i}": x[mask] for i, x in enumerate(out.hidden_states)}
-    tensors |= {
-        f"attentions.{i}": x.transpose(1, 2)[mask] for i, x in enumerate(out.attentions or ())
-    }
-    return tensors | {"logits": out.logits[mask]}
-
-
-def distance(x: Tensor, exact: Tensor) -> dict[str, float]:
-    """Two distances to the exact tensor. max: the largest difference. norm: of the whole tensor, as a
-    fraction of the exact one."""
-    difference = x.double() - exact.double()
-    return {
-        "max": float(difference.abs().max()),
-        "norm": float(difference.norm() / exact.double().norm()),
-    }
 
 
 def their_ids(theirs, ids: list, pixels: Tensor, tokens: int) -> list[list[int]]:
@@ -524,15 +402,6 @@ def captured(assistant: Assistant, device: str) -> Assistant:
     return captured_model(
         Assistant(model, assistant.tokenizer, assistant.image_processor, assistant.template), device
     )
-
-
-def captured_model(assistant: Assistant, device: str) -> Assistant:
-    if device == "cpu":
-        decode_step = partial(capture.step, assistant.model.language_model)
-        assistant.model.decoding = capture.Captured(decode_step)
-    else:
-        compile_decode(assistant.model)
-    return assistant
 
 
 class Answers:
@@ -1124,6 +993,8 @@ def show_part(run: Run, what: str, work: Callable[[], object]) -> None:
 
 # By value: what it does, and how many seconds it may take at most.
 SECTIONS: dict[str, tuple[Callable[[Run], None], int]] = {
+    "family": (family, 120),
+    "doors": (doors, 150),
     "parity": (parity, 80),
     "answers": (answers, 150),
     "syncs": (syncs, 40),

@@ -16,9 +16,11 @@ def draw(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def config_of(text: str) -> dict:
-    """config.json as llava-v1.6-mistral-7b-hf or -vicuna-7b-hf have it."""
+    """config.json as llava-v1.6-mistral-7b-hf or -vicuna-7b-hf have it; with qwen2, as a later
+    LLaVA-NeXT has it."""
     sizes = hf.SIZES["toy"]
-    own = {"llama": {}, "mistral": {"num_key_value_heads": 2, "sliding_window": None}}[text]
+    grouped = {"num_key_value_heads": 2}
+    own = {"llama": {}, "mistral": {**grouped, "sliding_window": None}, "qwen2": grouped}[text]
     config = hf.hub_config(
         {**sizes["text"], "model_type": text, **own}, sizes["vision"], pieces=440
     )
@@ -29,3 +31,26 @@ def config_of(text: str) -> dict:
         "model_type": "llava_next",
         "use_image_newline_parameter": True,
     }
+
+
+@torch.no_grad()
+def theirs_of(model, ids, pictures) -> torch.Tensor:
+    """transformers' logits [T, V] of one prompt; the picture's token is written once for each
+    position that the pictures take."""
+    config = model.config
+    most = max(len(each.pixels) for each in pictures)
+    pixels = torch.stack(
+        [
+            torch.cat([each.pixels, torch.zeros(most - len(each.pixels), *each.pixels.shape[1:])])
+            for each in pictures
+        ]
+    ).to(model.device, model.dtype)
+    sizes = torch.tensor([each.size for each in pictures], device=model.device)
+    counts = iter(map(len, model.model.get_image_features(pixels, sizes).pooler_output))
+    wide = [
+        i
+        for t in ids
+        for i in ([config.image_token_index] * next(counts) if t == hf.IMAGE else [t])
+    ]
+    ids = torch.tensor([wide], device=model.device)
+    return model(input_ids=ids, pixel_values=pixels, image_sizes=sizes, use_cache=False).logits[0]

@@ -7,7 +7,7 @@ import hf
 import pytest
 import torch
 from commands import status_of
-from tiled import GRID, SIZES, draw
+from tiled import GRID, SIZES, draw, theirs_of
 
 import minillava
 from minillava.cli.doors import enter
@@ -15,36 +15,6 @@ from minillava.templates import TEMPLATES
 from minillava.tiles.pictures import TileProcessor, positions_of
 
 load = functools.partial(minillava.load, device="cpu", attention="eager")
-
-
-@torch.no_grad()
-def theirs_of(model, ids, pictures) -> torch.Tensor:
-    """transformers' logits [T, V] of one prompt; the picture's token is written once for each
-    position that the pictures take."""
-    config = model.config
-    most = max(len(each.pixels) for each in pictures)
-    pixels = torch.stack(
-        [
-            torch.cat([each.pixels, torch.zeros(most - len(each.pixels), *each.pixels.shape[1:])])
-            for each in pictures
-        ]
-    )
-    sizes = torch.tensor([each.size for each in pictures])
-    counts = iter(
-        [
-            len(each)
-            for each in model.model.get_image_features(pixels.to(model.dtype), sizes).pooler_output
-        ]
-    )
-    wide = [
-        i
-        for t in ids
-        for i in ([config.image_token_index] * next(counts) if t == hf.IMAGE else [t])
-    ]
-    out = model(
-        input_ids=torch.tensor([wide]), pixel_values=pixels, image_sizes=sizes, use_cache=False
-    )
-    return out.logits[0]
 
 
 @pytest.mark.numeric

@@ -6,9 +6,11 @@ import time
 import warnings
 
 import gpu_check
+import gpu_parts.doors as doors
+import gpu_parts.family as family
 import pytest
 import torch
-from gpu_check import FAILED, MEASURED, OK, SKIPPED, Report, Run
+from gpu_parts.common import FAILED, MEASURED, OK, SKIPPED, Report, Run
 
 from minillava import loop
 from minillava.sampling import Sampler
@@ -51,6 +53,80 @@ def test_the_command_makes_a_table_and_a_file(few, capsys, tmp_path):
     assert table[0] == "| check | dtype | found | expected | verdict |"
     assert len(table) == 2 + len(found["rows"])
     assert err.count("\n") >= len(found["rows"])
+
+
+def test_every_door_is_as_on_the_cpu(monkeypatch):
+    """A door would be missing, or fail by how it is started and not by what a GPU does."""
+    monkeypatch.setattr(doors, "UPDATES", 4)
+    rows = rows_of(gpu_check.doors)
+    assert {row.verdict for row in rows} <= {OK, SKIPPED}, [r for r in rows if r.verdict == FAILED]
+    assert {row.check for row in rows if row.verdict == SKIPPED} <= {"serve"}
+    assert {row.check.split(",")[0].split(" ")[0] for row in rows} == {
+        *("generate", "chat", "batch", "look", "probe", "trace", "inspect", "serve", "finetune"),
+        "torchrun",
+    }
+
+
+def test_a_door_that_says_something_else_is_found(monkeypatch):
+    """A row that cannot fail. Another answer, another number, another tensor, an error, a loss that
+    stays: each ends its own row alone."""
+    real = doors.enter
+
+    def enter(name, flags):
+        if name == "chat":
+            raise RuntimeError("Expected all tensors to be on the same device")
+        if name == "batch":
+            return 1
+        if name in ("generate", "look", "trace") and flags[flags.index("--device") + 1] == "cpu:0":
+            flags = [*flags, "--system", "Be brief."]
+        return real(name, flags)
+
+    monkeypatch.setattr(doors, "enter", enter)
+    monkeypatch.setattr(doors, "served", lambda device: "answered")
+    monkeypatch.setattr(doors, "torchrun", lambda device, *what: "answered")
+    monkeypatch.setattr(doors, "finetuned", lambda device, *what: "learnt")
+    rows = {row.check: row for row in rows_of(gpu_check.doors, "cpu:0")}
+    failed = {name for name, row in rows.items() if row.verdict == FAILED}
+    assert {"chat", "batch", "look"} <= failed
+    assert "inspect --doctor" not in failed and "probe" not in failed
+    assert rows["chat"].found == "RuntimeError: Expected all tensors to be on the same device"
+    assert rows["batch"].found.startswith("batch ended with 1")
+
+
+@pytest.mark.parity
+def test_the_family_is_compared(monkeypatch):
+    """A kind would be missing; and where bits differ, as they may on a GPU, a network that computes
+    otherwise would pass beside one that only adds up in another order."""
+    pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
+    monkeypatch.setattr(family, "PRECISIONS", ("float32",))
+    monkeypatch.setattr(family, "KINDS", {"LLaVA-1.5": "plain"})
+    monkeypatch.setattr(family, "TILED", {"LLaVA-1.6, Mistral": "mistral"})
+    monkeypatch.setattr(family, "CAPTURED", ())
+    assert {row.verdict for row in rows_of(gpu_check.family)} == {OK}
+    real = family.tensors_of
+    for change, verdict in ((1e-7, OK), (1e-3, FAILED)):
+        monkeypatch.setattr(family, "tensors_of", changed(real, change))
+        rows = verdicts(rows_of(gpu_check.family, "cpu:0"))
+        assert rows["LLaVA-1.5: eager beside transformers' float32"] == verdict
+        assert rows["LLaVA-1.6, Mistral: eager beside transformers' float32"] == OK
+    monkeypatch.setattr(family.tiled, "draw", None)
+    rows = rows_of(gpu_check.family)
+    assert (len(rows), rows[-1].found) == (
+        4,
+        "failed: TypeError: 'NoneType' object is not callable",
+    )
+
+
+def changed(real, by: float):
+    """`tensors_of`, but for a network in float64, with other logits."""
+
+    def tensors_of(model, ids, pixels):
+        found = real(model, ids, pixels)
+        if found["logits"].dtype != torch.float64:
+            found["logits"] = found["logits"] + by
+        return found
+
+    return tensors_of
 
 
 def test_every_way_to_answer_agrees(few, monkeypatch):
@@ -257,7 +333,7 @@ def as_a_gpu(monkeypatch) -> None:
     [
         (
             ["--only", "parity,speed"],
-            "--only: unknown speed, expected some of: parity, answers, syncs",
+            "--only: unknown speed, expected some of: family, doors, parity, answers",
         ),
         (
             ["--device", "cuda"],
