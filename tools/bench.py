@@ -2,6 +2,7 @@
 """How fast minillava is, side by side with its peers and with what the machine can do at most.
 
     python tools/bench.py compare --size 1b              # a table: ours, transformers, and llama.cpp where installed
+    python tools/bench.py compare --size interleave-0.5b # the same with SigLIP and Qwen2; --pictures N of them in a prompt
     python tools/bench.py growth --size 1b --png x.png   # time per token by context and by batch
     python tools/bench.py drafts --size 1b               # checking guesses: its cost, and what it gains
     python tools/bench.py assisted --size 0.5b           # a small model that guesses, beside transformers
@@ -122,6 +123,9 @@ def flags_of_compare(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--questions", type=int, default=1, help="asked per process; the last is timed"
     )
+    group.add_argument(
+        "--pictures", type=int, default=1, help="that a question is about (default 1)"
+    )
     group.add_argument("--no-cold", action="store_true", help="leave out loading from disk")
     group.add_argument(
         "--journal",
@@ -189,8 +193,9 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse what cannot be right, before minutes of measuring."""
     if options.what == "kernels":
         parser.error("kernels has flags of its own and comes before them: kernels --help")
-    if min(options.rounds, options.tokens, options.questions, options.asked) < 1:
-        parser.error("--rounds, --tokens, --questions and --asked need at least 1")
+    counts = (options.rounds, options.tokens, options.questions, options.asked, options.pictures)
+    if min(counts) < 1:
+        parser.error("--rounds, --tokens, --questions, --asked and --pictures need at least 1")
     if options.device != "cpu" and options.what != "compare":
         parser.error(
             f"--device {options.device} is for compare: {options.what} measures the processor"
@@ -236,7 +241,7 @@ def compare_command(parser: argparse.ArgumentParser, options: argparse.Namespace
 
 def settings_of(options: argparse.Namespace) -> dict:
     """The settings that all rows of a table have in common."""
-    names = ("size", "device", "tokens", "questions")
+    names = ("size", "device", "tokens", "questions", "pictures")
     return {name: getattr(options, name) for name in names} | {"machine": machine(options.device)}
 
 
@@ -244,7 +249,8 @@ def asked_of(options: argparse.Namespace, home: Path) -> Asked:
     bundled = options.size == SHAPES
     folder = PICTURE.parent if bundled else home / f"{options.size}-bfloat16"
     gguf = home / f"{SHAPES}-gguf" if bundled else folder
-    return Asked(options.size, folder, gguf, options.device, options.tokens + 1, options.questions)
+    numbers = (options.tokens + 1, options.questions, options.pictures)
+    return Asked(options.size, folder, gguf, options.device, *numbers)
 
 
 def make_files(rows: Sequence[Row], asked: Asked, journal: Journal) -> None:

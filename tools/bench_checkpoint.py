@@ -16,10 +16,13 @@ from torch import Tensor
 # run from a checkout, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from byte_tokenizer import CHATML, byte_level, pairs_of
+
 from minillava.checkpoint.config_json import read_config
 from minillava.checkpoint.write_json import hub_config, preprocessor_config
 from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig
 from minillava.files.tensors import INDEX_NAME
+from minillava.files.tokenizer_files import FAST_NAME
 from minillava.image import ImageProcessor
 from minillava.llava import Llava
 
@@ -44,12 +47,27 @@ TOY_CLIP = VisionConfig(
 TOKENIZER = Path(__file__).resolve().parents[1] / "weights" / "shapes" / "tokenizer.model"
 SHARD = 2e9  # bytes
 PIECES = 32000  # of Llama's tokenizer
+BYTE_PIECES = 151643  # of Qwen2's
 SHAPES = "shapes"  # the size of the bundled model, which is there already
+INTERLEAVE = "interleave-0.5b"
+SIZES |= {INTERLEAVE: (1024, 2816, 24, 16)}  # of llava-hf/llava-interleave-qwen-0.5b-hf
+SO400M = VisionConfig(
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=26,
+    num_attention_heads=16,
+    image_size=384,
+    patch_size=14,
+    layer_norm_eps=1e-6,
+    siglip=True,
+)
 
 
 def config_of(size: str) -> LlavaConfig:
     if size == SHAPES:
         return read_config(TOKENIZER.parent)
+    if size == INTERLEAVE:
+        return interleave(*SIZES[size])
     hidden, feed_forward, layers, heads = SIZES[size]
     text = TextConfig(
         hidden_size=hidden,
@@ -62,6 +80,31 @@ def config_of(size: str) -> LlavaConfig:
     )
     return LlavaConfig(
         vision=CLIP_LARGE_336 if hidden >= CLIP_LARGE_336.hidden_size else TOY_CLIP, text=text
+    )
+
+
+def interleave(hidden: int, feed_forward: int, layers: int, heads: int) -> LlavaConfig:
+    """SigLIP and a Qwen2 whose head is its table. Its tokens are those of Qwen2's tokenizer."""
+    text = TextConfig(
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=152000,
+        max_position_embeddings=32768,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        qkv_bias=True,
+    )
+    end, image = BYTE_PIECES + CHATML.index("<|im_end|>"), BYTE_PIECES + CHATML.index("<image>")
+    return LlavaConfig(
+        vision=SO400M,
+        text=text,
+        feature_layer=-1,
+        image_token_id=image,
+        eos_token_ids=(end, BYTE_PIECES),
+        pad_token_id=BYTE_PIECES,
+        image_aspect_ratio="squash",
     )
 
 
@@ -127,10 +170,19 @@ def make_checkpoint(folder: Path, size: str, dtype: torch.dtype) -> None:
     (partial / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (partial / "config.json").write_text(json.dumps(hub_config(config, dtype)))
     (partial / "preprocessor_config.json").write_text(
-        json.dumps(preprocessor_config(ImageProcessor(config.vision.image_size)))
+        json.dumps(preprocessor_config(processor_of(config)))
     )
-    make_tokenizer(partial)
+    if config.vision.siglip:
+        written = byte_level(CHATML, pairs_of(BYTE_PIECES - 256))
+        (partial / FAST_NAME).write_text(json.dumps(written), encoding="utf-8")
+    else:
+        make_tokenizer(partial)
     partial.rename(folder)
+
+
+def processor_of(config: LlavaConfig) -> ImageProcessor:
+    even = {"mean": (0.5,) * 3, "std": (0.5,) * 3} if config.vision.siglip else {}
+    return ImageProcessor(config.vision.image_size, config.image_aspect_ratio, **even)
 
 
 def make_tokenizer(folder: Path) -> None:

@@ -37,14 +37,14 @@ class Minillava:
         )
         self.weights = list(self.assistant.model.state_dict().values())
 
-    def answer(self, picture: str, ids: list[int], tokens: int) -> dict:
+    def answer(self, pictures: list[str], ids: list[int], tokens: int) -> dict:
         from minillava.generate.inputs import encode_pixels
         from minillava.loop import Options, steps
 
         model, started = self.assistant.model, clock()
         patches, vision = None, 0.0
-        if picture:
-            pixels = self.assistant.image_processor([picture])
+        if pictures:
+            pixels = self.assistant.image_processor(pictures)
             began = clock()
             patches = encode_pixels(self.assistant.model, pixels)
             vision = after(patches) - began
@@ -75,11 +75,11 @@ class Transformers:
         )
         self.weights, self.compile = list(self.model.state_dict().values()), job["compile"]
 
-    def answer(self, picture: str, ids: list[int], tokens: int) -> dict:
+    def answer(self, pictures: list[str], ids: list[int], tokens: int) -> dict:
         import torch
 
         clock_of_tokens, started = Clock(), clock()
-        given, ids = self.inputs(picture, ids)
+        given, ids = self.inputs(pictures, ids)
         input_ids = torch.tensor([ids], device=self.model.device)
         with self.watched() as marks:
             made = self.model.generate(
@@ -94,18 +94,21 @@ class Transformers:
             "ids": made[0, len(ids) :].tolist(),
         }
 
-    def inputs(self, picture: str, ids: list[int]) -> tuple[dict, list[int]]:
-        """The pixels, and the ids, in which the picture's id is repeated for each of its positions."""
+    def inputs(self, pictures: list[str], ids: list[int]) -> tuple[dict, list[int]]:
+        """The pixels, and the ids, in which a picture's id is repeated for each of its positions."""
         from PIL import Image
 
         config = self.model.config
-        if not picture:
+        if not pictures:
             return {}, ids
-        with Image.open(picture) as opened:
-            pixels = self.processor(opened.convert("RGB"), return_tensors="pt").pixel_values
+        shown = [Image.open(path).convert("RGB") for path in pictures]
+        pixels = self.processor(shown, return_tensors="pt").pixel_values
         side = config.vision_config.image_size // config.vision_config.patch_size
-        at = ids.index(IMAGE)
-        ids = [*ids[:at], *[config.image_token_id] * side**2, *ids[at + 1 :]]
+        ids = [
+            i
+            for each in ids
+            for i in ([config.image_token_id] * side**2 if each == IMAGE else [each])
+        ]
         return {"pixel_values": pixels.to(self.model.device, self.model.dtype)}, ids
 
     def settings(self) -> dict:
@@ -171,11 +174,12 @@ class LlamaCpp:
             raise RuntimeError("llama.cpp cannot open mmproj.gguf")
         self.weights = []
 
-    def answer(self, picture: str, ids: list[int], tokens: int) -> dict:
+    def answer(self, pictures: list[str], ids: list[int], tokens: int) -> dict:
         import numpy as np
         from llama_cpp import llama_get_logits_ith
 
         started, times, made, vision = clock(), [], [], 0.0
+        (picture,) = pictures  # a second one has no place in its chunk
         self.model.reset()
         at = ids.index(IMAGE)
         self.model.eval(ids[:at])
@@ -276,7 +280,7 @@ def main() -> int:
             tensor.contiguous().view(torch.uint8).flatten()[::4096].sum()
         result["touch"] = clock() - opened
     answers = [
-        model.answer(job["picture"], job["ids"], job["tokens"]) for _ in range(job["questions"])
+        model.answer(job["pictures"], job["ids"], job["tokens"]) for _ in range(job["questions"])
     ]
     if answers:
         last = answers[-1]

@@ -232,6 +232,8 @@ def make_reference() -> None:
         path = partial / f"{name}.json"
         hf.write_json({**hf.read_json(path), "errors": errors}, path)
     hf.write_json(conditions(), partial / "made-with.json")
+    for path in REFERENCE.glob("relatives.*"):  # tools/relatives_reference.py makes them
+        shutil.copy(path, partial)
     shutil.rmtree(REFERENCE, ignore_errors=True)
     partial.rename(REFERENCE)
     print(
@@ -483,13 +485,20 @@ def measure_errors(partial: Path, name: str) -> dict:
 
 
 def largest_errors(partial: Path) -> dict:
-    """For each toy, the errors of the worst of KERNELS; which kernels run is decided when a process
-    starts."""
-    command = [sys.executable, __file__, "--errors-of", str(partial)]
+    """For each toy, the errors of the worst of KERNELS."""
+    return worst([__file__, "--errors-of", str(partial)])
+
+
+def worst(command: list[str]) -> dict:
+    """Run a Python script that prints JSON with each of KERNELS, since which kernels run is decided
+    when a process starts; returns the largest of each number."""
     measured = [
         json.loads(
             subprocess.run(
-                command, env={**os.environ, **kernel}, check=True, stdout=subprocess.PIPE
+                [sys.executable, *command],
+                env={**os.environ, **kernel},
+                check=True,
+                stdout=subprocess.PIPE,
             ).stdout
         )
         for kernel in KERNELS

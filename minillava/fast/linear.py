@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillava.fast import processor
+from minillava.llama import LanguageModel
 
 # rows of a weight that are converted at a time: 8 MB of float32 at C = 4096, about a cache
 BLOCK = 512
@@ -55,7 +56,15 @@ class FastConv2d(nn.Conv2d):
         return out.transpose(1, 2).unflatten(2, (rows, columns))
 
 
-FAST = {nn.Linear: FastLinear, nn.Conv2d: FastConv2d}
+class FastLanguageModel(LanguageModel):
+    """LanguageModel whose head, where that is the table of words, is such a product as well."""
+
+    def head(self, x: Tensor) -> Tensor:
+        tied = self.config.tie_word_embeddings
+        return linear(x, self.embed_tokens.weight) if tied else super().head(x)
+
+
+FAST = {nn.Linear: FastLinear, nn.Conv2d: FastConv2d, LanguageModel: FastLanguageModel}
 
 
 def use_fast_linear(model: nn.Module) -> None:

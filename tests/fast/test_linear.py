@@ -243,6 +243,24 @@ def test_load_takes_it_and_eager_does_not(reference):
     assert kinds("eager") == {nn.Linear}
 
 
+@pytest.mark.parametrize(("attention", "fast"), [("fused", True), ("eager", False)])
+def test_a_head_that_is_the_table_of_words_is_as_fast(reference, monkeypatch, attention, fast):
+    """A third of what llava-interleave-qwen-0.5b reads for a token went through torch's plain
+    product; or that of eager through ours."""
+    model = minillava.load(
+        reference / "tied", device="cpu", dtype="float32", attention=attention
+    ).model
+    language, seen = model.language_model, []
+    monkeypatch.setattr(
+        "minillava.fast.linear.linear",
+        lambda x, weight, bias=None: seen.append(weight) or torch.nn.functional.linear(x, weight),
+    )
+    x = torch.randn(1, 1, model.config.text.hidden_size)
+    with torch.no_grad():
+        assert language.head(x).shape == (1, 1, model.config.text.vocab_size)
+    assert len(seen) == fast and all(w is language.embed_tokens.weight for w in seen)
+
+
 def test_names_and_weights_stay():
     """A layer that is made fast would rename its weights or copy them, at twice the memory."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 5, bias=False)))

@@ -256,19 +256,32 @@ def llava_config(config: dict):
 
 
 def random_state(config: dict, seed: int, dtype: str = "float32") -> dict[str, torch.Tensor]:
-    """Weights, under the names of transformers' modules, of a network that is alive: activations
-    stay near one, attention is neither flat nor one-hot, no norm is the identity, and the picture
-    reaches the logits."""
+    """Weights, under the names of transformers' modules, of a network that is alive: see
+    `alive`."""
+    generator = torch.Generator().manual_seed(seed)
+    state = alive(
+        config, shapes_of(config), lambda shape: torch.empty(shape).normal_(generator=generator)
+    )
+    return {name: w.to(DTYPES[dtype]) for name, w in state.items()}
+
+
+def shapes_of(config: dict) -> dict[str, torch.Size]:
+    """Names of transformers' modules -> the shapes of their tensors."""
     # transformers imports a class when it is asked for, which fails where tensors have no numbers
     make, configured = classes(config)[1], llava_config(config)
     with torch.device("meta"):
         model = make(configured)
-    shapes = {name: w.shape for name, w in model.state_dict().items()}
+    return {name: w.shape for name, w in model.state_dict().items()}
+
+
+def alive(config: dict, shapes: dict, draw) -> dict[str, torch.Tensor]:
+    """Weights of a network that is alive: activations stay near one, attention is neither flat nor
+    one-hot, no norm is the identity, and the picture reaches the logits. draw: numbers of standard
+    deviation one, of a shape."""
     tied, pieces = config["tie_word_embeddings"], config["image_token_index"]
-    generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in sorted(shapes.items()):
-        w = torch.empty(shape).normal_(generator=generator)
+        w = draw(shape)
         if "norm" in name or "layrnorm" in name:
             w = 1 + w / 4 if name.endswith("weight") else w / 8
         elif name.endswith("bias"):
@@ -281,7 +294,7 @@ def random_state(config: dict, seed: int, dtype: str = "float32") -> dict[str, t
             w *= 1.4 * shape[1] ** -0.5
         elif (w.dim() > 1 and "embed" not in name) or "patch_embedding" in name:
             w *= w[0].numel() ** -0.5
-        state[name] = w.to(DTYPES[dtype])
+        state[name] = w
     if tied:
         state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
     return state

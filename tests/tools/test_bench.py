@@ -5,11 +5,13 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import bench
 import bench_chart
+import bench_checkpoint
 import pytest
 import torch
 from bench_checkpoint import config_of, make_checkpoint
@@ -36,6 +38,7 @@ from bench_parts.tables import COLUMNS, cells_of, memory, ratios, table
 
 from minillava.assistant import load
 from minillava.checkpoint.stored import StoredWeights
+from minillava.llava import Llava
 from minillava.loop import Step
 
 SETTINGS = {"size": "toy", "machine": "one"}
@@ -110,14 +113,49 @@ def test_weights_and_cache_are_counted_as_they_are(checkpoints):
     assert work.bytes_read(config_of("toy"), "q4_0", 2, 0) == (layers * 4.5 + head * 6.5625) / 8
 
 
-@pytest.mark.parametrize("size", ["toy", "shapes", "7b"])
+def test_the_small_relative_is_as_it_is_on_the_hub(tmp_path, monkeypatch):
+    """The page would show the speed of another network than llava-interleave-qwen-0.5b, or of one
+    whose folder no program opens."""
+    config = config_of("interleave-0.5b")
+    with torch.device("meta"):
+        model = Llava(config)
+    count = sum(each.numel() for each in model.parameters())
+    # as transformers counts its own, with the norm that LLaVA does not use
+    assert count + 2 * config.vision.hidden_size == 864_031_264
+    assert (config.tokens_per_image, config.image_token_id) == (729, 151646)
+    assert config.eos_token_ids == (151645, 151643) and config.pad_token_id == 151643
+    # a head that is the table of words is read as it is stored
+    words = 2 * config.text.hidden_size * config.text.vocab_size
+    assert work.bytes_read(config, "int4", 2, 0) == words + 24 * (1024 * 4096 + 3 * 1024 * 2816) * (
+        4.5 / 8
+    )
+    vision = replace(config.vision, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                     num_attention_heads=2, image_size=28)  # fmt: skip
+    text = replace(config.text, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                   num_attention_heads=2, num_key_value_heads=2, head_dim=16, vocab_size=704)  # fmt: skip
+    small = replace(config, vision=vision, text=text, image_token_id=403,
+                    pad_token_id=400)  # fmt: skip
+    monkeypatch.setattr(bench_checkpoint, "config_of", lambda size: small)
+    monkeypatch.setattr(bench_checkpoint, "BYTE_PIECES", 400)
+    make_checkpoint(tmp_path / "made", "interleave-0.5b", torch.bfloat16)
+    assistant = load(tmp_path / "made", dtype="float32", device="cpu")
+    assert assistant.model.config == small
+    assert assistant.tokenizer.decode(assistant.tokenizer.encode("a red star")) == "a red star"
+    assert isinstance(assistant.ask(compare.PICTURE, "What is it?", max_new_tokens=2), str)
+
+
+@pytest.mark.parametrize("size", ["toy", "shapes", "7b", "interleave-0.5b"])
 def test_a_prompt_has_the_positions_it_is_said_to_have(size):
     """The table would name another length of prompt than was measured."""
     config = config_of(size)
     positions = work.positions(size, config)
     ids = work.prompt_ids(config, positions)
     assert len(ids) - 1 + config.tokens_per_image == positions
-    assert positions == {"toy": 625, "shapes": 81 + 49, "7b": 625}[size]
+    expected = {"toy": 625, "shapes": 81 + 49, "7b": 625, "interleave-0.5b": 729 + 49}
+    assert positions == expected[size]
+    three = work.positions(size, config, 3)
+    assert work.prompt_ids(config, three, 3).count(-200) == 3
+    assert len(work.prompt_ids(config, three, 3)) - 3 + 3 * config.tokens_per_image == three
     assert max(ids) < config.text.vocab_size
 
 
@@ -614,11 +652,11 @@ def test_contrast_makes_a_table(capsys):
     [
         (
             ["contrast", "--rounds", "0"],
-            "--rounds, --tokens, --questions and --asked need at least 1",
+            "--rounds, --tokens, --questions, --asked and --pictures need at least 1",
         ),
         (
             ["contrast", "--tokens", "0"],
-            "--rounds, --tokens, --questions and --asked need at least 1",
+            "--rounds, --tokens, --questions, --asked and --pictures need at least 1",
         ),
         (
             ["compare", "--rows", "float32,gpt"],

@@ -31,6 +31,7 @@ class Asked:
     device: str
     tokens: int  # of an answer, the first included
     questions: int  # of a process; the last is timed
+    pictures: int = 1  # that a question is about
 
     @property
     def config(self) -> LlavaConfig:
@@ -38,7 +39,7 @@ class Asked:
 
     @property
     def positions(self) -> int:
-        return positions(self.size, self.config)
+        return positions(self.size, self.config, self.pictures)
 
     def job(self, row: Row) -> dict:
         return {
@@ -51,8 +52,8 @@ class Asked:
             "threads": row.count,
             "questions": self.questions + row.compiled,
             "tokens": self.tokens,
-            "picture": str(PICTURE),
-            "ids": prompt_ids(self.config, self.positions),
+            "pictures": [str(PICTURE)] * self.pictures,
+            "ids": prompt_ids(self.config, self.positions, self.pictures),
         }
 
 

@@ -56,7 +56,11 @@ EYE_NAMES = {
 
 
 def make(folder: Path, kind: str, target: Path) -> None:
-    """Make the files that do not exist. Raises RuntimeError if llama.cpp cannot quantise one."""
+    """Make the files that do not exist. Raises RuntimeError for a model that is not of Llama and
+    CLIP, and if llama.cpp cannot quantise one."""
+    config = read_config(folder)
+    if config.vision.siglip or config.text.qkv_bias:
+        raise RuntimeError("llama.cpp's files are made here of Llama and CLIP alone")
     target.mkdir(parents=True, exist_ok=True)
     unless_there(target / f"{EYE}.gguf", lambda path: write_eye(folder, path))
     source = target / "bf16.gguf"

@@ -64,7 +64,7 @@ def one_process(
         "device": "cpu",
         "tokens": tokens,
         "questions": 2,  # the first warms up
-        "picture": str(PICTURE),
+        "pictures": [str(PICTURE)],
         "ids": [1, *range(5, 40), IMAGE_TOKEN_INDEX, 5, 6],
     }
     neighbours = Neighbours()

@@ -11,17 +11,19 @@ BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4.5, "bf16": 16, "q8_0
 HEAD_BITS = {"q4_0": 6.5625}  # q6_K, in which llama.cpp leaves the head
 
 
-def positions(size: str, config: LlavaConfig) -> int:
+def positions(size: str, config: LlavaConfig, pictures: int = 1) -> int:
     """The number of ids of the question; the bundled model's question is as short as those that it
     was trained on."""
-    return config.tokens_per_image + TEXT if size == SHAPES else PROMPT
+    shown = pictures * config.tokens_per_image + TEXT
+    return shown if size == SHAPES else max(PROMPT, shown)
 
 
-def prompt_ids(config: LlavaConfig, positions: int = PROMPT) -> list[int]:
-    """Ids of a prompt of so many positions with one picture in the middle; every vocabulary has
+def prompt_ids(config: LlavaConfig, positions: int = PROMPT, pictures: int = 1) -> list[int]:
+    """Ids of a prompt of so many positions with the pictures in the middle; every vocabulary has
     them."""
-    text = [1, *range(5, positions - config.tokens_per_image + 4)]
-    return [*text[: len(text) // 2], IMAGE_TOKEN_INDEX, *text[len(text) // 2 :]]
+    text = [1, *range(5, positions - pictures * config.tokens_per_image + 4)]
+    shown = [IMAGE_TOKEN_INDEX] * pictures
+    return [*text[: len(text) // 2], *shown, *text[len(text) // 2 :]]
 
 
 def weights_read(text: TextConfig) -> int:
@@ -45,9 +47,10 @@ def bytes_read(config: LlavaConfig, dtype: str, width: int, positions: int) -> f
     """The bytes that one token reads after so many cached positions: every weight once, and the
     cache, in which a number takes `width` bytes."""
     head = config.text.hidden_size * config.text.vocab_size
-    bits = (weights_read(config.text) - head) * BITS[dtype] + head * HEAD_BITS.get(
-        dtype, BITS[dtype]
-    )
+    # a head that is the table of words stays as it is stored, in 16 bits
+    tied = {"int8": 16, "int4": 16} if config.text.tie_word_embeddings else {}
+    of_head = (HEAD_BITS | tied).get(dtype, BITS[dtype])
+    bits = (weights_read(config.text) - head) * BITS[dtype] + head * of_head
     return bits / 8 + cache_size(config, positions) * width
 
 
