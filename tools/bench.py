@@ -9,6 +9,7 @@
     python tools/bench.py exact                          # whether answers with drafts are the same here
     python tools/bench.py kernels                        # one product of a layer, by every way (see kernels --help)
     python tools/bench.py quality                        # how far int8 and int4 are from float64, layer by layer
+    python tools/bench.py profile --size 1b              # which operations take the time of a prompt and a token
     python tools/bench.py contrast --size 0.5b           # what a second row of logits costs
     python tools/bench.py threads --sizes shapes,0.5b    # one thread or all, on an idle machine and on a busy one
     python tools/bench.py serve --size shapes             # answers per second over HTTP, one client and four
@@ -57,6 +58,7 @@ from bench_parts.heads import heads, heads_table
 from bench_parts.journal import Journal
 from bench_parts.parallel import in_parts, parallel_table
 from bench_parts.probe import machine
+from bench_parts.profile import profile, profile_table
 from bench_parts.quality import quality, quality_table
 from bench_parts.rows import ROWS, Died, Row, make_gguf, row_of
 from bench_parts.serve import serve, serve_table
@@ -163,7 +165,7 @@ def flags_of_others(group: argparse._ArgumentGroup) -> None:
         "--dtype",
         choices=DTYPES,
         default="bfloat16",
-        help="contrast, assisted, serve, parallel, workers",
+        help="contrast, profile, assisted, serve, parallel, workers",
     )
     group.add_argument(
         "--url",
@@ -341,6 +343,12 @@ def quality_command(parser: argparse.ArgumentParser, options: argparse.Namespace
     return found, quality_table(found)
 
 
+def profile_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
+    with folder_of(options) as folder:
+        found = profile(options.size, folder, options.dtype, options.tokens)
+    return found, profile_table(found)
+
+
 def contrast_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
     model = random_model(options.size, getattr(torch, options.dtype))
     found = contrast(model, options.tokens, options.rounds, options.prompt)
@@ -434,6 +442,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser, argparse.Namespace], tupl
     "assisted": assisted_command,
     "exact": exact_command,
     "quality": quality_command,
+    "profile": profile_command,
     "contrast": contrast_command,
     "threads": threads_command,
     "startup": startup_command,

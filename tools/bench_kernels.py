@@ -155,7 +155,7 @@ def measure(stored: str, n: int, c: int, row_counts: Sequence[int], rounds: int)
         work = {
             way: lambda weight, way=way, x=x: by(way, weight, x) for way in ways_of(stored, rows)
         }
-        cell = Cell(stored, n, c, rows, processor.way(stored, rows, wide=c > n))
+        cell = Cell(stored, n, c, rows, processor.way(stored, rows, (n, c)))
         warm = {way: round_of(call, turns, 1) for way, call in work.items()}
         warm = {
             way: min(s, round_of(work[way], turns, 1)) if s < 1 else s for way, s in warm.items()
@@ -398,7 +398,7 @@ def read(paths: Sequence[Path]) -> tuple[str, str, list[Cell]]:
             for way, seconds in cell.seconds.items():
                 first.seconds.setdefault(way, []).extend(seconds)
             first.others = max(first.others, cell.others)
-        first.taken = processor.way(cell.stored, cell.rows, wide=cell.c > cell.n, on=kinds[0])
+        first.taken = processor.way(cell.stored, cell.rows, (cell.n, cell.c), on=kinds[0])
     heads = "; ".join(dict.fromkeys(part["head"] for part in found))
     return kinds[0], heads, list(cells.values())
 

@@ -78,7 +78,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows, stored = x.numel() // x.shape[-1], NAMES.get(x.dtype)
     if x.device.type != "cpu" or not rows or not stored or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    way = processor.way(stored, rows, wide=weight.shape[1] > weight.shape[0])
+    way = processor.way(stored, rows, weight.shape)
     # as one matrix: the last positions of a prompt are no plain block of memory, and for each row
     # of those torch would copy the weight
     flat = x.reshape(rows, -1)

@@ -20,11 +20,13 @@ Ways = tuple[tuple[float, str], ...]
 
 PLAIN: Ways = ((MANY, "plain"),)
 FLOAT32: Ways = ((1, "parts"), (3, "turned"), (MANY, "parts"))
+SHORT_FLOAT32: Ways = ((3, "turned parts"), (MANY, "parts"))
 BLOCKS: Ways = ((64, "float32 blocks"), (MANY, "float32 blocks x4"))
 
 WAYS: dict[str, dict[str, Ways]] = {
     "avx2": {
         "float32": FLOAT32,
+        "float32, short": SHORT_FLOAT32,
         "bfloat16": ((1, "mv"), (2, "turned"), (3, "plain"), (4, "turned parts"), *BLOCKS),
         "bfloat16, wide": ((1, "mv"), (8, "plain"), *BLOCKS),
         "int8": ((32, "kernel"), *BLOCKS),
@@ -32,6 +34,7 @@ WAYS: dict[str, dict[str, Ways]] = {
     },
     "avx512": {
         "float32": FLOAT32,
+        "float32, short": SHORT_FLOAT32,
         "bfloat16": ((1, "mv"), (3, "plain"), (8, "parts"), *BLOCKS),
         "bfloat16, wide": (
             (1, "mv"),
@@ -44,6 +47,7 @@ WAYS: dict[str, dict[str, Ways]] = {
     },
     "avx512-bf16": {
         "float32": FLOAT32,
+        "float32, short": SHORT_FLOAT32,
         "bfloat16": ((1, "twice"), (MANY, "plain")),
         "bfloat16, wide": ((1, "twice"), (7, "plain"), (32, "turned"), (MANY, "plain")),
         "int8": ((16, "kernel"), (MANY, "bfloat16 blocks x4")),
@@ -75,8 +79,11 @@ WAYS: dict[str, dict[str, Ways]] = {
     },
 }
 """By kind of processor and by what a weight is stored in: up to how many rows of x which way, one
-of `linear.PRODUCTS`, or of `quantize.BLOCKS`. wide: of a weight with more columns than rows, if
-that makes a difference."""
+of `linear.PRODUCTS`, or of `quantize.BLOCKS`. A `form` of weight has a line of its own
+if that makes a difference."""
+
+SHORT = 2560
+"""Up to so many columns a weight is short."""
 
 SAME_ROWS: dict[str, dict[str, int]] = {
     "avx2": {"bfloat16": 4, "int8": 32, "int4": 32},
@@ -108,13 +115,21 @@ WITHOUT_BFLOAT16 = {
 WITHOUT_AMX = {*WITHOUT_BFLOAT16, "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", "AVX10_2"}
 
 
-def way(stored: str, rows: int, wide: bool = False, without: str = "", on: str = "") -> str:
-    """The way to a product of so many rows with a weight that is stored in this. wide: whether it
-    has more columns than rows. without: one that cannot be taken here. on: a kind of processor
-    (default: this one)."""
+def way(
+    stored: str, rows: int, shape: tuple[int, ...] = (), without: str = "", on: str = ""
+) -> str:
+    """The way to a product of so many rows with a weight that is stored in this. shape: of the
+    weight, [N, C]. without: one that cannot be taken here. on: a kind of processor (default: this
+    one)."""
     table = WAYS[on or kind()]
-    ways = table.get(f"{stored}, wide", table[stored]) if wide else table[stored]
+    ways = table.get(f"{stored}, {form(shape)}", table[stored]) if shape else table[stored]
     return next(name for most, name in ways if rows <= most and name != without)
+
+
+def form(shape: tuple[int, ...]) -> str:
+    """Of a weight [N, C]: wide if it has more columns than rows; short if its rows are."""
+    rows, columns = shape
+    return "wide" if columns > rows else "short" if columns <= SHORT else ""
 
 
 @cache

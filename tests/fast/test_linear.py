@@ -14,16 +14,18 @@ from minillava.fast import linear as home
 from minillava.fast import processor, quantize
 from minillava.fast.linear import (
     BLOCK,
+    NAMES,
     OF_ONE_ROW,
     PRODUCTS,
     FastLinear,
     linear,
     use_fast_linear,
 )
-from minillava.fast.processor import WAYS
+from minillava.fast.processor import SHORT, WAYS
 
 pytestmark = pytest.mark.numeric
 
+FORMS = {"": (SHORT + 8, SHORT + 1), "wide": (48, 96), "short": (96, 96)}  # of weights [N, C]
 WIDTH, WIDTH_AFTER = 96, BLOCK + 40  # more than one block, and the last one short
 ROWS = [1, 2, 3, 4, 5, 40, 65]  # on both sides of what the tables say
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -46,9 +48,10 @@ def test_tables_name_ways_that_exist_for_every_number_of_rows():
     """A way that is misspelt or missing in a table would fail only on the processor that the table
     is for."""
     for kind, table in WAYS.items():
-        plain = [stored for stored in table if not stored.endswith(", wide")]
+        plain = [stored for stored in table if "," not in stored]
         assert plain == ["float32", "bfloat16", "int8", "int4"], kind
-        assert {stored.removesuffix(", wide") for stored in table} == set(plain), kind
+        named = {tuple(stored.split(", ")) for stored in table if stored not in plain}
+        assert named <= {(stored, form) for stored in NAMES.values() for form in FORMS}, kind
         for stored, ways in table.items():
             known = {"kernel", *quantize.BLOCKS} if stored.startswith("int") else set(PRODUCTS)
             if stored.startswith("float32"):
@@ -121,13 +124,13 @@ def test_the_way_of_the_table_is_taken(monkeypatch, kind, dtype):
         monkeypatch.setitem(
             PRODUCTS, name, lambda *a, name=name, way=way: seen.append((name, len(a[0]))) or way(*a)
         )
-    tall = torch.randn(WIDTH_AFTER, WIDTH).to(getattr(torch, dtype))
-    for stored, weight in ((dtype, tall), (f"{dtype}, wide", tall[: WIDTH // 2])):
-        for most, name in WAYS[kind].get(stored, ()):
+    for form, shape in FORMS.items():
+        weight = torch.randn(shape).to(getattr(torch, dtype))
+        for most, name in WAYS[kind].get(f"{dtype}, {form}", WAYS[kind][dtype]):
             rows = int(min(most, 130))
             seen.clear()
-            linear(torch.randn(rows, WIDTH).to(weight.dtype), weight)
-            assert seen[:1] == [(name, rows)] * (name != "plain"), (kind, stored, rows)
+            linear(torch.randn(rows, shape[1]).to(weight.dtype), weight)
+            assert seen[:1] == [(name, rows)] * (name != "plain"), (kind, form, rows)
 
 
 def test_the_last_positions_of_prompts_are_one_matrix(monkeypatch):

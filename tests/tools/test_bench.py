@@ -631,6 +631,19 @@ def test_quality_is_the_distance_to_float64():
     assert len(bench.quality_table(found).splitlines()) == 2 + len(found) == 4
 
 
+def test_profile_says_where_all_of_the_time_goes(capsys):
+    """Shares would be of another total, or an operation would be left out with the small ones."""
+    assert bench.main(["profile", "--size", "shapes", "--dtype", "float32", "--tokens", "2"]) == 0
+    head, _, *lines, seconds = capsys.readouterr().out.splitlines()[2:]
+    assert head == "| % of the time of a | picture | prompt | token |"
+    assert lines[-1].startswith("| others, each below 1 |")
+    assert {"mm", "addmm", "bmm"} & {line.split(" | ")[0].removeprefix("| ") for line in lines}
+    for column in (2, 3, 4):
+        shares = [int(line.split("|")[column]) for line in lines]
+        assert abs(sum(shares) - 100) <= len(shares) / 2  # each is rounded
+        assert float(seconds.split("|")[column]) > 0
+
+
 def test_contrast_makes_a_table(capsys):
     """The table would lack one of the ways to contrast, and so what the others are compared
     with."""

@@ -55,7 +55,7 @@ def test_json_has_every_round_and_can_be_read_again(tmp_path, capsys, monkeypatc
     assert of == [(s, r) for s in ("float32", "bfloat16", "int8", "int4") for r in (1, 3)]
     for cell in found["cells"]:
         assert set(cell["seconds"]) == set(ways_of(cell["stored"], cell["rows"]))
-        assert cell["taken"] == processor.way(cell["stored"], cell["rows"])
+        assert cell["taken"] == processor.way(cell["stored"], cell["rows"], (128, 64))
         assert len(cell["seconds"][cell["taken"]]) == 2
         assert all(min(seconds) > 0 for seconds in cell["seconds"].values())
     path = tmp_path / "found.json"
