@@ -31,7 +31,7 @@ from minillava.finetune.rows import (
 from minillava.finetune.session import learn, whole_learns
 from minillava.finetune.start import begun, settled
 from minillava.finetune.tokens import new_ids, tokenizer_with
-from minillava.templates import find_template
+from minillava.templates import DEFAULT_TEMPLATE, find_template, template_of
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         args.device = here
         messages.quiet |= processes.rank() > 0
         files = [_rows(source.path, args, recipe, messages) for source in args.data]
-        parts = open_parts(folders, recipe.aspect)
+        parts, recipe = _suited(args, recipe, folders, messages)
         if args.add_tokens:
             ids = new_ids(args.add_tokens, parts.tokenizer, folders)
             recipe = dataclasses.replace(recipe, add_tokens=ids)
@@ -73,6 +73,23 @@ def run(args: argparse.Namespace) -> int:
             messages.note(line)
         learn(args, recipe, folders, examples, measured, messages, again)
     return 0
+
+
+def _suited(
+    args: argparse.Namespace, recipe: Recipe, folders: Folders, messages: Messages
+) -> tuple[Parts, Recipe]:
+    """The parts of the model, and the recipe as it fits them: the recipes' template and padding are
+    those of LLaVA-1.5's training. A relative that answers in a template of its own, or whose
+    pictures are squeezed, learns so, too, unless flags say otherwise."""
+    parts = open_parts(folders, recipe.aspect)
+    own = parts.config.template or template_of(parts.tokenizer.added)
+    if args.template is None and recipe.template != "plain" and own != DEFAULT_TEMPLATE:
+        recipe = dataclasses.replace(recipe, template=own)
+        messages.note(f"questions and answers are learnt in this model's own template, {own}")
+    if args.aspect is None and parts.config.image_aspect_ratio == "squash":
+        recipe = dataclasses.replace(recipe, aspect="squash")
+        parts = open_parts(folders, recipe.aspect)
+    return parts, recipe
 
 
 def _sides(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from minillava.files.pictures import open_image
-from minillava.prompt import IMAGE_MARKER, Prompt, Segment, render
+from minillava.prompt import IMAGE_MARKER, Prompt, Segment, place_images, render
 from minillava.serve.protocol import ApiError, Message, Picture, TextPart
 from minillava.templates import Template
 
@@ -58,7 +58,7 @@ def read_messages(
     for role, parts in said:
         if role == "user":
             pictures += [part for part in parts if isinstance(part, bytes)]
-            texts.append(_lay_out(parts, marker))
+            texts.append(_lay_out(parts, marker, template.one_line))
         else:
             texts.append("\n".join(str(part) for part in parts))
     for text in texts[::2]:
@@ -117,16 +117,18 @@ def _unused(texts: Sequence[str]) -> str:
     return next(name for name in names if not any(name in text for text in texts))
 
 
-def _lay_out(parts: Sequence[Part], marker: str) -> str:
-    """One user's message as a question: the pictures first, a line each, and then the text, however
-    the client ordered them; only a picture between two texts stays where it is."""
+def _lay_out(parts: Sequence[Part], marker: str, one_line: bool) -> str:
+    """One user's message as a question: the pictures first, on lines as the template has them, and
+    then the text, however the client ordered them; only a picture between two texts stays where it
+    is."""
     shown = [
         IMAGE_MARKER if isinstance(part, bytes) else part.replace(IMAGE_MARKER, marker)
         for part in parts
     ]
     kinds = [isinstance(part, bytes) for part in parts]
     if kinds in (sorted(kinds), sorted(kinds, reverse=True)):
-        pictures = f"{IMAGE_MARKER}\n" * sum(kinds)
+        # as before any text, since there may be none
+        pictures = place_images("?", sum(kinds), one_line).removesuffix("?")
         texts = [text for text, is_picture in zip(shown, kinds, strict=True) if not is_picture]
         return pictures + "\n".join(texts)
     return "\n".join(shown)

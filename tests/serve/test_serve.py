@@ -13,6 +13,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import environment
@@ -32,8 +33,10 @@ from served import (
 
 import minillava
 from minillava.cli.doors import enter
+from minillava.prompt import place_images, render
 from minillava.serve import reading
 from minillava.serve.run import EXTRA, listen
+from minillava.templates import TEMPLATES
 
 pytestmark = pytest.mark.parity  # the mark of what needs an extra
 
@@ -142,6 +145,15 @@ def test_prompts_are_those_that_generate_writes(assistant):
     # neighbours of one role are one message
     prompt, _ = prompt_of([user(content="a"), user(content=[picture(1), text("b")])], assistant)
     assert prompt == assistant.prompt("a\n<image>\nb")
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_several_pictures_stand_as_the_template_has_them(name):
+    """A model that was trained with all pictures on one line was shown each on its own."""
+    template = TEMPLATES[name]
+    messages = [{"role": "user", "content": [picture(1), picture(2), text("What?")]}]
+    prompt, _ = prompt_of(messages, SimpleNamespace(template=template))
+    assert prompt == render(template, [(place_images("What?", 2, template.one_line), None)])
 
 
 def test_what_a_user_types_is_text_also_where_it_reads_image(shared, assistant):
