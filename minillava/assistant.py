@@ -45,6 +45,7 @@ from minillava.options import (
 from minillava.prompt import DEFAULT_PROMPT, Prompt, place_images, render
 from minillava.sampling import Process
 from minillava.templates import Template, find_template, template_of
+from minillava.tiles.pictures import change_by_others, one_of
 from minillava.tokenizer import Tokenizer
 
 
@@ -156,7 +157,8 @@ class Assistant:
             self.tokenize(self.prompt(question, images=len(own), system=system))
             for question, own in zip(questions, pictures, strict=True)
         ]
-        patches = inputs.encode_each(pictures, encode or self.encode)  # [n, P, C]
+        change = change_by_others(self.image_processor)
+        patches = inputs.encode_each(pictures, encode or self.encode, change)  # [n, P, C]
         second = None
         if method is not None:
             second = inputs.second_rows(
@@ -248,12 +250,12 @@ class Assistant:
     def check_text(self, text: str) -> None:
         """Raises ValueError for what is not a text, or cannot fit the context."""
         expect_text(text, "the prompt")
-        inputs.check_length(text, self.tokenizer, self.model.config.text.context)
+        inputs.check_readable(text, self.tokenizer, self.model.config.text.context)
 
-    def encode(self, picture: ImageSource) -> Tensor:
-        """A picture as the language model reads it: [P, C]. Alone, so that the last digits do not
-        depend on others."""
-        return inputs.encode_pixels(self.model, self.image_processor(picture))[0]
+    def encode(self, picture: ImageSource, several: bool = False) -> Tensor:
+        """A picture as the language model reads it: [P, C]; several: in a prompt with others. By
+        itself, so that the last digits do not depend on them."""
+        return inputs.encode_picture(self.model, one_of(self.image_processor, picture, several))
 
     def prepare(
         self,

@@ -103,6 +103,7 @@ class LlavaConfig:
     image_aspect_ratio: str = "pad"
     # LLaVA-1.6: the canvases that are cut into tiles, (height, width); none for 1.5 (tiles/)
     grid: tuple[tuple[int, int], ...] = ()
+    most_tiles: int = 0  # LLaVA-OneVision's: a map of more is made smaller (tiles/grid.py)
     template: str = ""  # the one of its kind; "": the added tokens tell (templates.template_of)
     vision_tower_name: str | None = None  # where the original dialect says its tower comes from
     added_tokens: tuple[str, ...] = ()  # IM_PATCH, or IM_START and IM_END

@@ -127,6 +127,8 @@ TEMPLATES = {
         single_turn=True,
     ),
 }
+# LLaVA-OneVision's: each picture has a line of its own.
+TEMPLATES["chatml_lines"] = replace(TEMPLATES["chatml"], one_line=False)
 DEFAULT_TEMPLATE = "llava_v1"
 
 

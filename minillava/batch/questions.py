@@ -168,6 +168,7 @@ def _check(number: int, place: str, raw, folder: str) -> Question:
             all(isinstance(image, str) for image in images),
             "the name of a picture, or a list of them",
         ),
+        ("video", raw.get("video") is None, "none: videos are not read; give frames as pictures"),
     )
     for name, good, expected in checks:
         if not good:

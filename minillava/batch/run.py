@@ -43,7 +43,7 @@ from minillava.cli.messages import Messages, duration
 from minillava.cli.opening import find_weights, open_assistant
 from minillava.files.disk import explain, is_stream, same_file, write_whole
 from minillava.files.pictures import open_image, path_of_url
-from minillava.tiles.pictures import TileProcessor, positions_of_size
+from minillava.tiles.pictures import TileProcessor, change_by_others, positions_of_size
 
 WINDOW = 16
 """Batches sorted by length together. Not all: questions on one picture, neighbours in most files,
@@ -103,12 +103,13 @@ def lengths_of(
     assistant: Assistant, questions: list[Question], prompts: dict[int, list[int]]
 ) -> dict[int, int]:
     """Line -> positions of the prompt."""
-    config, tiled = assistant.model.config, isinstance(assistant.image_processor, TileProcessor)
+    config, processor = assistant.model.config, assistant.image_processor
+    tiled, change = isinstance(processor, TileProcessor), change_by_others(processor)
 
     @cache
-    def shown(name: str) -> int:
+    def shown(name: str, several: bool) -> int:
         """The positions of a picture; with tiles its size decides."""
-        if not tiled:
+        if not tiled or (several and change):
             return positions_of_size(config, None)
         try:
             width, height = open_image(name).size
@@ -118,7 +119,7 @@ def lengths_of(
 
     return {
         question.line: len(prompts[question.line])
-        + sum(shown(each) - 1 for each in question.images)
+        + sum(shown(each, len(question.images) > 1) - 1 for each in question.images)
         for question in questions
         if question.line in prompts
     }

@@ -21,7 +21,7 @@ from minillava.batch.questions import Question, shown_line
 from minillava.files.pictures import open_image
 from minillava.generate.contrast import find_method
 from minillava.generate.engine import Engine, Failed, Request, Token
-from minillava.tiles.pictures import Tiled
+from minillava.tiles.pictures import Tiled, change_by_others, one_of
 
 PIECE = 256
 """Positions of a prompt that are read at once: nobody waits for the next word of a file."""
@@ -125,15 +125,18 @@ class Together:
         said: list[str] = []
         return Request(
             ids,
-            [self.pixels(each) for each in question.images],
+            [self.pixels(each, len(question.images) > 1) for each in question.images],
             [self.assistant.options(**self.given, seed=seed)],
             partial(_put, question, said, self.ended if ended is None else ended),
             **more,
         )
 
-    def _open(self, name: str) -> Picture:
+    def _open(self, name: str, several: bool) -> Picture:
+        processor = self.assistant.image_processor
         key = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-        return key, self.assistant.image_processor(name)[0]
+        if several and change_by_others(processor):  # it is read in another way
+            key = hashlib.sha256(key).digest()
+        return key, one_of(processor, name, several)
 
     @contextmanager
     def _running(self) -> Iterator[None]:

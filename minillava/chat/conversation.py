@@ -3,21 +3,23 @@
 P patches of a picture, C width, T positions of the prompt.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from minillava.assistant import Assistant
 from minillava.cache import KVCache
 from minillava.fast.row_by_row import reusable
-from minillava.files.pictures import ImageSource
+from minillava.files.pictures import ImageSource, open_image
 from minillava.generate.speculate import following
 from minillava.llava import Spliced
 from minillava.loop import Process
 from minillava.options import Options, remaining_context
 from minillava.prompt import place_images, render
+from minillava.tiles.pictures import change_by_others
 from minillava.tokenizer import common_prefix
 
 GROWTH = 512
@@ -30,6 +32,7 @@ are short."""
 class Picture:
     name: str
     patches: Tensor  # [P, C]
+    image: Image.Image | None = None  # kept if another one would change how it is read
 
 
 @dataclass
@@ -75,8 +78,27 @@ class Conversation:
     def add_image(self, source: ImageSource, name: str | None = None) -> Picture:
         """Encode a picture, for the next question. name: for `record`. Raises ValueError
         or OSError if it cannot be opened (see open_image)."""
-        self.waiting.append(Picture(name or str(source), self.assistant.encode(source)))
+        image = open_image(source)
+        shown = [picture for turn in self.turns for picture in turn.pictures] + self.waiting
+        patches = self.assistant.encode(image, bool(shown))
+        change = change_by_others(self.assistant.image_processor)
+        if len(shown) == 1 and change:
+            self._see_among_others(shown[0])
+        kept = image if change and not shown else None
+        self.waiting.append(Picture(name or str(source), patches, kept))
         return self.waiting[-1]
+
+    def _see_among_others(self, old: Picture) -> None:
+        """Read the first picture in the way of one of several; it is another one to the cache."""
+        assert old.image is not None
+        new = Picture(old.name, self.assistant.encode(old.image, True))
+
+        def now(pictures: Iterable[Picture]) -> list[Picture]:
+            return [new if picture is old else picture for picture in pictures]
+
+        self.waiting = now(self.waiting)
+        for turn in self.turns:
+            turn.pictures = tuple(now(turn.pictures))
 
     def ask(self, question: str, *, process: Process | None = None, **options) -> str:
         """The answer to the next question. process: as for `generate`. options: the fields of

@@ -8,6 +8,7 @@ the defaults of the classes that wrote them, which are in config.py.
 import json
 import math
 import os
+import re
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -32,14 +33,36 @@ Config = TypeVar("Config", TextConfig, VisionConfig)
 _USE_LLAVA = f"use a LLaVA-1.5 checkpoint such as {RELEASE}"
 
 LLAVAS = ("llava", "llava_llama", "llava_mistral", "share4v", "vipllava", "llava_next")
-"""The model types of LLaVA-1.5, of its nearest relatives, and of 1.6; the first and the last two on
-the hub, all but the last two in the original dialect."""
+LLAVAS += ("llava_onevision",)
+"""The model types of LLaVA-1.5, of its nearest relatives, of 1.6 and of OneVision; the first and the
+last three on the hub, all but the last three in the original dialect."""
 
 _VIP_LAYERS = (-2, -5, -8, -11, 6)
 """The layers that ViP-LLaVA looks at if a file does not name them."""
 
 _GRID = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 """The canvases of every LLaVA-1.6, meant where the hub's config.json names none."""
+
+_SIDES = range(384, 2304 + 1, 384)
+
+_ONEVISION: dict[str, Any] = {
+    "image_token_id": 151646,
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
+    "vision_aspect_ratio": "anyres_max_9",
+    "image_grid_pinpoints": [[height, width] for height in _SIDES for width in _SIDES],
+    "text_config": {"model_type": "qwen2"},
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+    },
+}
+"""What transformers' LlavaOnevisionConfig means by the fields that a file leaves out."""
 
 _MOST_TILES = 64
 """Of one picture: the releases have at most 36."""
@@ -97,7 +120,8 @@ def read_config(folder: Path, vision_tower: Path | None = None) -> LlavaConfig:
 
 
 def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> LlavaConfig:
-    raw.expect("model_type", LLAVAS, required=True)
+    if raw.expect("model_type", LLAVAS, required=True) == "llava_onevision":
+        raw = _onevision(raw)
     if "text_config" in raw:
         config = _hub(raw, _shared(raw, generation, tower))
     elif "mm_vision_tower" in raw or "mm_hidden_size" in raw:
@@ -151,6 +175,10 @@ def _hub(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
         shared["grid"], aspect = _grid(raw), "anyres"
         shared["template"] = _template(raw.raw["text_config"].get("model_type"))
         raw.expect("vision_feature_select_strategy", ("default",))
+    if raw.raw["model_type"] == "llava_onevision":
+        shared["grid"], aspect = _grid(raw), "anyres"
+        shared["most_tiles"] = _most_tiles(raw)
+        shared["template"] = "chatml_lines"
     return LlavaConfig(
         **shared,
         feature_layer=_layers(raw, vip),
@@ -159,6 +187,33 @@ def _hub(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
         image_aspect_ratio=aspect,
         projector_bias=raw.value("multimodal_projector_bias", bool, True),
     )
+
+
+def _onevision(raw: "_Reader") -> "_Reader":
+    """A config.json of LLaVA-OneVision with the fields that it leaves out."""
+    whole = _ONEVISION | {key: value for key, value in raw.raw.items() if value is not None}
+    for part in ("text_config", "vision_config"):
+        if isinstance(whole[part], dict):
+            whole[part] = {"model_type": _ONEVISION[part]["model_type"], **whole[part]}
+            kind = whole[part]["model_type"]
+            if kind != _ONEVISION[part]["model_type"]:
+                raise ValueError(
+                    f"{raw.path}: {part}.model_type is {kind!r:.80}, supported for LLaVA-OneVision:"
+                    f" {_ONEVISION[part]['model_type']!r}"
+                )
+    return _Reader(raw.path, whole)
+
+
+def _most_tiles(raw: "_Reader") -> int:
+    """9 of anyres_max_9."""
+    found = raw.value("vision_aspect_ratio", str, "")
+    number = re.fullmatch(r"anyres_max_([1-9]\d{0,3})", found)
+    if number is None:
+        raise ValueError(
+            f"{raw.path}: vision_aspect_ratio is {found!r:.80}, expected anyres_max_ and a number, "
+            "such as 'anyres_max_9'"
+        )
+    return int(number[1])
 
 
 def _layers(raw: "_Reader", vip: bool) -> int | tuple[int, ...]:

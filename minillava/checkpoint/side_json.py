@@ -50,7 +50,8 @@ def read_image_processor(
     if aspect != "anyres" or not config.grid:
         return ImageProcessor(config.vision.image_size, aspect, **numbers)
     _check_grid(path, raw, config)
-    return TileProcessor(config.vision.image_size, config.grid, **numbers)
+    alone = config.most_tiles > 0
+    return TileProcessor(config.vision.image_size, config.grid, **numbers, alone=alone)
 
 
 def _check_grid(path: Path, raw: dict[str, Any], config: LlavaConfig) -> None:

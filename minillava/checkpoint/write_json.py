@@ -52,6 +52,10 @@ def hub_config(config: LlavaConfig, dtype: torch.dtype) -> Json:
         written["architectures"] = ["LlavaNextForConditionalGeneration"]
         written["model_type"] = "llava_next"
         written["image_grid_pinpoints"] = list(map(list, config.grid))
+    if config.most_tiles:
+        written["architectures"] = ["LlavaOnevisionForConditionalGeneration"]
+        written["model_type"] = "llava_onevision"
+        written["vision_aspect_ratio"] = f"anyres_max_{config.most_tiles}"
     return written
 
 
@@ -136,8 +140,9 @@ def generation_config(source: Path, config: LlavaConfig, tokenizer: Tokenizer) -
 def preprocessor_config(processor: ImageProcessor) -> Json:
     """preprocessor_config.json of the hub, for the numbers of an image processor."""
     side = processor.image_size
-    if processor.aspect == "squash":
-        return {
+    onevision = isinstance(processor, TileProcessor) and processor.padded is not None
+    if processor.aspect == "squash" or onevision:
+        written = {
             "do_normalize": True,
             "do_rescale": True,
             "do_resize": True,
@@ -149,6 +154,11 @@ def preprocessor_config(processor: ImageProcessor) -> Json:
             "rescale_factor": 1 / 255,
             "size": {"height": side, "width": side},
         }
+        if isinstance(processor, TileProcessor):
+            written |= {"image_processor_type": "LlavaOnevisionImageProcessor", "do_pad": True}
+            written |= {"processor_class": "LlavaOnevisionProcessor", "do_convert_rgb": True}
+            written["image_grid_pinpoints"] = list(map(list, processor.grid))
+        return written
     written = {
         "crop_size": {"height": side, "width": side},
         "do_center_crop": True,
@@ -174,6 +184,14 @@ def preprocessor_config(processor: ImageProcessor) -> Json:
 def processor_config(config: LlavaConfig) -> Json:
     """processor_config.json of the hub: how many tokens transformers' processor makes of a
     picture."""
+    if config.most_tiles:
+        return {
+            "image_token": IMAGE_MARKER,
+            "num_image_tokens": config.tokens_per_image,
+            "processor_class": "LlavaOnevisionProcessor",
+            "vision_aspect_ratio": f"anyres_max_{config.most_tiles}",
+            "vision_feature_select_strategy": _strategy(config),
+        }
     return {
         "image_token": IMAGE_MARKER,
         # the class token, which "default" takes away again

@@ -66,8 +66,9 @@ def settled(recipe: Recipe, folders: Folders, device: str, messages: Messages) -
     stored weight."""
     parts = open_parts(folders)
     if parts.config.grid:
+        kind = "LLaVA-OneVision" if parts.config.most_tiles else "LLaVA-1.6"
         raise ValueError(
-            f"{folders.weights}: is a LLaVA-1.6, whose tiles are not trained here; train a "
+            f"{folders.weights}: is a {kind}, whose tiles are not trained here; train a "
             f"LLaVA-1.5 such as {RELEASE}, or a LoRA elsewhere and pass it with --adapter"
         )
     stored = parts.weights.dtype()

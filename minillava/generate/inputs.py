@@ -28,9 +28,18 @@ Seed = int | Sequence[int] | None
 """As `Options` has it: one for all rows, or one each; None as 0."""
 
 
-def check_length(text: str, tokenizer: Tokenizer, context: int) -> None:
-    """Raises ValueError for a text that cannot fit into the context, whatever its tokens are: to
-    cut tens of megabytes into tokens only to count them would take gigabytes."""
+VIDEO_MARKER = "<video>"
+"""A token of LLaVA-OneVision, for what is not read here."""
+
+
+def check_readable(text: str, tokenizer: Tokenizer, context: int) -> None:
+    """Raises ValueError for a text that places a video, or that cannot fit into the context,
+    whatever its tokens are: to cut tens of megabytes into tokens only to count them would take
+    gigabytes."""
+    if VIDEO_MARKER in text and VIDEO_MARKER in tokenizer.added:
+        raise ValueError(
+            f"the prompt has {VIDEO_MARKER}, but videos are not read; give some frames as pictures"
+        )
     if len(text) <= context:  # a token has a character at least
         return
     fewest = fewest_tokens(text, tokenizer)
@@ -70,14 +79,17 @@ def pictures_of_each(image: Images | Sequence[Images], questions: int) -> list[l
 
 
 def encode_each(
-    pictures: Sequence[Sequence[ImageSource]], encode: Callable[[ImageSource], Tensor]
+    pictures: Sequence[Sequence[ImageSource]],
+    encode: Callable[..., Tensor],
+    change: bool = False,
 ) -> Tensor | None:
     """The pictures of all questions in order, [n, P, C]; a picture that occurs twice is encoded
-    once. None if there are none."""
-    flat = [picture for own in pictures for picture in own]
-    names = [str(p) if isinstance(p, (str, Path)) else id(p) for p in flat]
+    once. None if there are none. change: with others it is another one, encode(picture, True)."""
+    flat = [(picture, (True,) * (change and len(own) > 1)) for own in pictures for picture in own]
+    names = [(str(p) if isinstance(p, (str, Path)) else id(p), among) for p, among in flat]
     encoded = {
-        name: encode(picture) for name, picture in dict(zip(names, flat, strict=True)).items()
+        name: encode(picture, *among)
+        for name, (picture, among) in dict(zip(names, flat, strict=True)).items()
     }
     return together([encoded[name] for name in names])
 

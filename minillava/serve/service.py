@@ -22,8 +22,10 @@ from minillava.options import Options, dtype_name
 from minillava.serve import extensions
 from minillava.serve.protocol import ApiError, ChatRequest, Entries, TokenizeRequest
 from minillava.serve.reading import open_picture, read_messages
-from minillava.tiles.pictures import Tiled, positions_of
+from minillava.tiles.pictures import Tiled, change_by_others, one_of, positions_of
 from minillava.tokenizer import common_prefix
+
+Opened = tuple[bytes, Tensor | Tiled, tuple[int, int]]
 
 STATUS = {"queue_full": 429, "context_length_exceeded": 400}
 """Of a request that the engine refuses; 503 for all else."""
@@ -141,7 +143,7 @@ class Service:
     engine: Engine
     settings: Settings
     created: int = field(default_factory=lambda: int(time.time()))
-    # [3, R, R], and the picture's own width and height
+    # [3, R, R] or tiles, and the picture's own width and height
     _pixels: OrderedDict[bytes, tuple[Tensor | Tiled, tuple[int, int]]] = field(
         default_factory=OrderedDict
     )
@@ -191,7 +193,7 @@ class Service:
         config = self.assistant.model.config
         positions = len(contents) * config.tokens_per_image
         if config.grid:  # each takes its own
-            positions = sum(positions_of(config, self._picture(each)[1]) for each in contents)
+            positions = sum(positions_of(config, each) for _, each, _ in self._pictures(contents))
         return {
             "ids": ids,
             "pieces": ["<image>" if i == IMAGE_TOKEN_INDEX else tokenizer.piece(i) for i in ids],
@@ -222,7 +224,7 @@ class Service:
         prefix += extensions.read_prefix(asked, config)
         ids = [*whole, *(asked.prefix_ids or ())]
         options = [extensions.count_from(prefix, each) for each in self._options(asked, count)]
-        opened = [self._picture(content) for content in contents]
+        opened = self._pictures(contents)
         pictures = [(key, pixels) for key, pixels, _ in opened]
         patches = sum(positions_of(config, pixels) for _, pixels in pictures)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
@@ -335,17 +337,24 @@ class Service:
             known = param if param in ChatRequest.__struct_fields__ else None
             raise ApiError(400, "invalid_value", str(error), known) from None
 
-    def _picture(self, content: bytes) -> tuple[bytes, Tensor | Tiled, tuple[int, int]]:
+    def _pictures(self, contents: Sequence[bytes]) -> list[Opened]:
+        several = len(contents) > 1
+        return [self._picture(content, several) for content in contents]
+
+    def _picture(self, content: bytes, several: bool) -> Opened:
         """A picture's digest, pixels [3,R,R], and width and height, which are kept: a client sends
         every picture again with every question."""
+        processor = self.assistant.image_processor
         key = hashlib.sha256(content).digest()
+        if several and change_by_others(processor):  # it is read in another way
+            key = hashlib.sha256(key).digest()
         with self._lock:
             if key in self._pixels:
                 self._pixels.move_to_end(key)
                 return key, *self._pixels[key]
         picture = open_picture(content, self.settings.max_pixels)
         with torch.no_grad():
-            pixels = self.assistant.image_processor(picture)[0]
+            pixels = one_of(processor, picture, several)
         with self._lock:
             self._pixels[key] = pixels, picture.size
             while len(self._pixels) > self.engine.most_pictures:

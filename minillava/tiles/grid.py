@@ -31,6 +31,14 @@ class Kept(NamedTuple):
         """Each row is followed by the vector that ends a line."""
         return self.rows * (self.columns + 1)
 
+    def shrunk(self, most: int, patches: int) -> "Kept":
+        """The rows and columns that LLaVA-OneVision makes of a large map: about as many patches as
+        `most` tiles have, where it has more than 1.1 times as many in each direction; 0: all."""
+        ratio = math.sqrt(self.rows * self.columns / (most * patches**2)) if most else 0.0
+        if ratio <= 1.1:
+            return self
+        return Kept(0, max(int(self.rows // ratio), 1), 0, max(int(self.columns // ratio), 1))
+
 
 def best_canvas(size: Size, grid: Sequence[Size]) -> Size:
     """The canvas of `grid` that keeps most pixels of a picture; of several the one that wastes
@@ -72,7 +80,9 @@ def kept_patches(size: Size, rows: int, columns: int) -> Kept:
     return Kept(0, rows, padding, columns - padding)
 
 
-def map_of(size: Size, grid: Sequence[Size], side: int, patches: int) -> Kept:
-    """The patches that a picture has after the overview. side: R; patches: G."""
+def map_of(size: Size, grid: Sequence[Size], side: int, patches: int, most: int = 0) -> Kept:
+    """The patches that a picture has after the overview. side: R; patches: G; most: of the tiles
+    whose patches a map may have (`Kept.shrunk`)."""
     tall, wide = best_canvas(size, grid)
-    return kept_patches(size, tall // side * patches, wide // side * patches)
+    kept = kept_patches(size, tall // side * patches, wide // side * patches)
+    return kept.shrunk(most, patches)

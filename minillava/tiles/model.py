@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillava.config import LlavaConfig
@@ -38,9 +39,12 @@ class TiledLlava(Llava):
         each_one = features.split([len(each.pixels) for each in images])
         return [self.pack(some, each.size) for some, each in zip(each_one, images, strict=True)]
 
-    def pack(self, features: Tensor, size: Size) -> Tensor:
+    def pack(self, features: Tensor, size: Size | None) -> Tensor:
         """The features of one picture [1+k,P,C] -> [positions,C]: the overview, then the tiles put
-        together to one map, row by row, without padding, each row with its end."""
+        together to one map, row by row, without padding, each row with its end. size None: a square
+        and its end."""
+        if size is None:
+            return torch.cat([features[0], self.image_newline.to(features.dtype)[None]])
         vision, (tall, wide) = self.config.vision, best_canvas(size, self.config.grid)
         patches = vision.image_size // vision.patch_size  # G
         rows, columns = tall // vision.image_size, wide // vision.image_size
@@ -49,6 +53,9 @@ class TiledLlava(Llava):
         whole = whole.transpose(1, 2).reshape(rows * patches, columns * patches, -1)
         kept = kept_patches(size, *whole.shape[:2])
         whole = whole[kept.top : kept.bottom, kept.left : kept.right]
+        small = kept.shrunk(self.config.most_tiles, patches)
+        if small != kept:
+            whole = shrink(whole, (small.rows, small.columns))
         end = self.image_newline.to(whole.dtype).expand(len(whole), 1, -1)
         lines = torch.cat([whole, end], 1)  # [r, c + 1, C]
         return torch.cat([features[0], lines.flatten(0, 1)])
@@ -64,6 +71,13 @@ class TiledLlava(Llava):
         if isinstance(images, (list, tuple)) and all(isinstance(each, Tiled) for each in images):
             images = self.encode_images(images)
         return super().splice(input_ids, images, attention_mask, labels)
+
+
+def shrink(map_: Tensor, size: Size) -> Tensor:
+    """A map [r,c,C] -> [*size,C], each vector a mean of the four that are nearest to its place. The
+    channels come first while it is done, which decides the last digits."""
+    channels = map_.permute(2, 0, 1)[None].contiguous()  # [1, C, r, c]
+    return F.interpolate(channels, size, mode="bilinear")[0].permute(1, 2, 0)
 
 
 def network(config: LlavaConfig, attend: Callable[..., Any]) -> Llava:

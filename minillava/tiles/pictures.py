@@ -1,4 +1,5 @@
-"""Pictures to tiles, bit for bit as transformers' Pillow-based LLaVA-NeXT processor does it.
+"""Pictures to tiles, bit for bit as transformers' Pillow-based processors of LLaVA-NeXT and
+LLaVA-OneVision do it.
 
 k tiles of a picture besides the overview, R their side in pixels.
 """
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from minillava.config import LlavaConfig
-from minillava.files.pictures import Images, as_list, open_image
+from minillava.files.pictures import Images, ImageSource, as_list, open_image
 from minillava.files.resize import BICUBIC
 from minillava.image import CLIP_MEAN, CLIP_STD, ImageProcessor
 from minillava.tiles.grid import Size, best_canvas, fitted, map_of
@@ -21,15 +22,20 @@ from minillava.tiles.grid import Size, best_canvas, fitted, map_of
 @dataclass(frozen=True)
 class Tiled:
     """One picture as the tower reads it. pixels: float32 [1+k,3,R,R], the overview first, then the
-    tiles row by row. size: height and width before resizing, by which the padding is taken off."""
+    tiles row by row. size: height and width before resizing, by which the padding is taken off;
+    None for one that is a square alone."""
 
     pixels: Tensor
-    size: Size
+    size: Size | None
 
 
 class TileProcessor(ImageProcessor):
     """Open, make RGB, resize to the best canvas of `grid`, centre on black, cut into tiles; before
-    them the whole picture squeezed into a square."""
+    them the whole picture squeezed into a square.
+
+    alone: only a prompt's single picture is cut into tiles, and each of several is a padded square,
+    as LLaVA-OneVision was trained.
+    """
 
     def __init__(
         self,
@@ -37,13 +43,22 @@ class TileProcessor(ImageProcessor):
         grid: Sequence[Size],
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
+        alone: bool = False,
     ):
         super().__init__(image_size, mean=mean, std=std)
         self.aspect, self.grid = "anyres", tuple(grid)  # its `square` is the overview
+        self.padded = ImageProcessor(image_size, "pad", mean, std) if alone else None
 
     def __call__(self, images: Images) -> list[Tiled]:  # type: ignore[override]
-        """Pictures -> one Tiled each. Raises as ImageProcessor."""
-        return [self.tiled(open_image(image)) for image in as_list(images)]
+        """The pictures of a prompt -> one Tiled each. Raises as ImageProcessor."""
+        pictures = as_list(images)
+        return [self.one(picture, len(pictures) > 1) for picture in pictures]
+
+    def one(self, source: ImageSource, several: bool) -> Tiled:
+        """A picture of a prompt that has it alone, or several."""
+        if several and self.padded is not None:
+            return Tiled(self.padded(source), None)
+        return self.tiled(open_image(source))
 
     def tiled(self, image: Image.Image) -> Tiled:
         """An open RGB picture -> Tiled."""
@@ -86,6 +101,26 @@ class TileProcessor(ImageProcessor):
         return canvas
 
 
+def one_of(processor: ImageProcessor, picture: ImageSource, several: bool) -> Tensor | Tiled:
+    """A picture of a prompt, [3,R,R] or in tiles, as its processor makes it beside others (several)
+    or alone."""
+    if isinstance(processor, TileProcessor):
+        return processor.one(picture, several)
+    return processor(picture)[0]
+
+
+def change_by_others(processor: ImageProcessor) -> bool:
+    """Whether a picture is read in another way when a prompt has several."""
+    return square_maker(processor, True) is not processor
+
+
+def square_maker(processor: ImageProcessor, several: bool) -> ImageProcessor:
+    """What makes the square, or the overview, of a picture beside others (several) or alone."""
+    if several and isinstance(processor, TileProcessor) and processor.padded is not None:
+        return processor.padded
+    return processor
+
+
 def positions_of(config: LlavaConfig, picture: Tensor | Tiled) -> int:
     """How many positions one picture takes, as its processor made it."""
     return positions_of_size(config, size_of(picture))
@@ -102,13 +137,18 @@ def positions_of_size(config: LlavaConfig, size: Size | None) -> int:
         return config.tokens_per_image + bool(config.grid)  # and the end of the line
     vision = config.vision
     patches = vision.image_size // vision.patch_size
-    map_ = map_of(size, config.grid, vision.image_size, patches)
+    map_ = map_of(size, config.grid, vision.image_size, patches, config.most_tiles)
     return config.tokens_per_image + map_.positions
 
 
 def most_positions(config: LlavaConfig) -> int:
-    """Of a picture in tiles: one that fills the canvas that takes most."""
-    return max(positions_of_size(config, canvas) for canvas in config.grid)
+    """Of a picture in tiles, whatever its size. One that fills a canvas has not the most where
+    large maps are made smaller, so every number of rows and of columns is tried."""
+    step, sizes = config.vision.patch_size, set[Size]()
+    for tall, wide in config.grid:
+        sizes |= {(height, wide) for height in range(step, tall, step)} | {(tall, wide)}
+        sizes |= {(tall, width) for width in range(step, wide, step)}
+    return max(positions_of_size(config, size) for size in sizes)
 
 
 def contents_of(picture: Tensor | Tiled) -> bytes:

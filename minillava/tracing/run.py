@@ -35,7 +35,7 @@ from minillava.options import Options
 from minillava.prompt import DEFAULT_PROMPT, place_images, render
 from minillava.sampling import Sampler
 from minillava.templates import DEFAULT_TEMPLATE, template_name
-from minillava.tiles.pictures import TileProcessor
+from minillava.tiles.pictures import TileProcessor, square_maker
 from minillava.tokenizer import Tokenizer
 from minillava.tracing.compare import Comparison, read_tensors
 from minillava.tracing.page import Page
@@ -149,19 +149,21 @@ def _say_question(
 def _say_pictures(say: Say, processor: ImageProcessor, images: list[Image.Image]) -> Any:
     """Each picture, the square that is made of it, and the pixels of all, which are returned; of a
     picture that is cut into tiles, these and where each lies in it."""
+    maker = square_maker(processor, len(images) > 1)
     for i, image in enumerate(images):
-        square = processor.square(image)
+        square = maker.square(image)
         say("picture", f"picture.{i}", open_image, f"{image.width} x {image.height} {image.mode}")
-        how = f"{square.width} x {square.height} {square.mode}, {processor.aspect}"
+        how = f"{square.width} x {square.height} {square.mode}, {maker.aspect}"
         say("picture", f"picture.{i}.square", ImageProcessor.square, how)
     pixels = processor(images)  # [n, 3, R, R], or n pictures in tiles
     if not isinstance(processor, TileProcessor):
         say("picture", "pixel_values", ImageProcessor.normalise, tensor=pixels)
         return pixels
     for i, tiled in enumerate(pixels):
-        canvas, boxes = processor.boxes(tiled.size)
-        told = {"canvas": list(canvas), "tiles": boxes}
-        say("picture", f"picture.{i}.tiles", TileProcessor.boxes, told)
+        if tiled.size is not None:  # None: one of several, a padded square
+            canvas, boxes = processor.boxes(tiled.size)
+            told = {"canvas": list(canvas), "tiles": boxes}
+            say("picture", f"picture.{i}.tiles", TileProcessor.boxes, told)
         say("picture", f"picture.{i}.pixel_values", TileProcessor.tiled, tensor=tiled.pixels)
     return pixels
 
@@ -326,7 +328,8 @@ def _trace(args: argparse.Namespace, options: dict) -> int:
     assistant = _run(args, options, asked, consume, messages, whole=True)
     if args.html:
         images = asked[1]
-        squares = [assistant.image_processor.square(image) for image in images]
+        maker = square_maker(assistant.image_processor, len(images) > 1)
+        squares = [maker.square(image) for image in images]
         config = assistant.model.config
         before = config.tokens_per_image - config.vision.num_patches
         files[args.html] = page.render(images, squares, config.vision.patch_size, before)

@@ -240,7 +240,12 @@ def classes(config: dict):
     """transformers' configuration and model of a hub config.json's type."""
     import transformers
 
-    kind = {"llava_next": "LlavaNext", "vipllava": "VipLlava"}.get(config["model_type"], "Llava")
+    kinds = {
+        "llava_next": "LlavaNext",
+        "llava_onevision": "LlavaOnevision",
+        "vipllava": "VipLlava",
+    }
+    kind = kinds.get(config["model_type"], "Llava")
     return getattr(transformers, f"{kind}Config"), getattr(
         transformers, f"{kind}ForConditionalGeneration"
     )

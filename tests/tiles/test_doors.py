@@ -93,7 +93,8 @@ def test_what_falls_on_tiles_is_shown_where_they_lie(assistant):
     numbers = torch.zeros(length)
     numbers[-1] = 1
     assert fold(numbers).sum() == 0
-    even = shares(torch.linspace(0, 1, 9), 4)  # two stretches in each part
+    edges = torch.linspace(0, 1, 9)  # two stretches in each of four parts
+    even = shares(edges[:-1], edges[1:], edges[::2])
     assert torch.allclose(even.sum(0), torch.ones(8)) and torch.allclose(
         even.sum(1), 2 * torch.ones(4)
     )
