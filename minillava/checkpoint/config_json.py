@@ -32,8 +32,8 @@ Config = TypeVar("Config", TextConfig, VisionConfig)
 
 _USE_LLAVA = f"use a LLaVA-1.5 checkpoint such as {RELEASE}"
 
-LLAVAS = ("llava", "llava_llama", "llava_mistral", "share4v", "vipllava", "llava_next")
-LLAVAS += ("llava_onevision",)
+_ORIGINALS = ("llava", "llava_llama", "llava_mistral", "share4v")
+LLAVAS = (*_ORIGINALS, "vipllava", "llava_next", "llava_onevision")
 """The model types of LLaVA-1.5, of its nearest relatives, of 1.6 and of OneVision; the first and the
 last three on the hub, all but the last three in the original dialect."""
 
@@ -42,6 +42,8 @@ _VIP_LAYERS = (-2, -5, -8, -11, 6)
 
 _GRID = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 """The canvases of every LLaVA-1.6, meant where the hub's config.json names none."""
+
+_HUB_ONEVISION = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
 
 _SIDES = range(384, 2304 + 1, 384)
 
@@ -120,6 +122,12 @@ def read_config(folder: Path, vision_tower: Path | None = None) -> LlavaConfig:
 
 
 def _parse(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> LlavaConfig:
+    aspect = raw.raw.get("image_aspect_ratio")
+    if str(aspect).startswith("anyres_max") and "text_config" not in raw:
+        raise ValueError(
+            f"{raw.path}: image_aspect_ratio is {aspect!r:.80}, a LLaVA-OneVision in its authors' "
+            f"layout, which is not read; use the hub's, such as {_HUB_ONEVISION}"
+        )
     if raw.expect("model_type", LLAVAS, required=True) == "llava_onevision":
         raw = _onevision(raw)
     if "text_config" in raw:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from paths import REFERENCE
 from PIL import Image
+from tiled import onevision_config
 
 import minillava
 from minillava.chat import Conversation
@@ -17,6 +18,7 @@ from minillava.cli.doors import enter
 from minillava.generate.generation import generate
 from minillava.inspection.report import inspect_folder
 from minillava.templates import TEMPLATES
+from minillava.tiles.pictures import positions_of
 
 transformers = pytest.importorskip(
     "transformers", minversion="5", reason="live parity needs transformers 5"
@@ -52,6 +54,12 @@ CHAT = {
         "<|eot_id|>{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
     ),
 }
+CHAT["chatml_lines"] = (  # of LLaVA-OneVision
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
+)
 SPECIAL = {
     "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"],
     "llama_3": [
@@ -59,17 +67,26 @@ SPECIAL = {
         *("<|eot_id|>", "<image>", "<pad>"),
     ],
 }
+SPECIAL["chatml_lines"] = [*SPECIAL["chatml"], "<video>"]
+
+
+class WithoutVideos(transformers.LlavaOnevisionProcessor):
+    """Those need torchvision."""
+
+    @classmethod
+    def get_attributes(cls):
+        return ["image_processor", "tokenizer"]
 
 
 def tokenizer_of(kind: str):
     """A byte-level tokenizer of Qwen2's or Llama 3's form, small."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     before = tokenizers.pre_tokenizers
-    split = before.Split(tokenizers.Regex(QWEN2 if kind == "chatml" else LLAMA_3), "isolated")
+    split = before.Split(tokenizers.Regex(LLAMA_3 if kind == "llama_3" else QWEN2), "isolated")
     level = before.ByteLevel(add_prefix_space=False, use_regex=False)
     made.pre_tokenizer = before.Sequence([split, level])
     made.decoder = tokenizers.decoders.ByteLevel()
-    if kind == "chatml":
+    if kind != "llama_3":
         made.normalizer = tokenizers.normalizers.NFC()
     letters = before.ByteLevel.alphabet()
     made.train_from_iterator(
@@ -84,14 +101,19 @@ def tokenizer_of(kind: str):
         made.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{first} $A", special_tokens=[(first, made.token_to_id(first))]
         )
-    ends = {"eos_token": SPECIAL[kind][2 if kind == "chatml" else 4], "pad_token": SPECIAL[kind][0]}
+    ends = {
+        "eos_token": SPECIAL[kind][4 if kind == "llama_3" else 2],
+        "pad_token": SPECIAL[kind][0],
+    }
     if kind == "llama_3":
         ends |= {"bos_token": first, "pad_token": "<pad>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **ends)
 
 
 def config_of(kind: str, tokens: int) -> dict:
-    """config.json of a small llava-interleave-qwen, or of a small xtuner/llava-llama-3-8b."""
+    """config.json of a small llava-interleave-qwen, LLaVA-OneVision or xtuner/llava-llama-3-8b."""
+    if kind == "chatml_lines":
+        return onevision_config(tokens - 2)
     toy = hf.SIZES["toy"]
     text, vision, top = dict(toy["text"]), dict(toy["vision"]), {}
     text |= {"num_key_value_heads": 2, "rope_theta": 1e6 if kind == "chatml" else 5e5}
@@ -124,6 +146,17 @@ def saved(request, tmp_path_factory):
         )
 
         pictures = Pictures(size={"height": size, "width": size})
+    elif kind == "chatml_lines":
+        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+            LlavaOnevisionImageProcessorPil as Pictures,
+        )
+
+        pictures = Pictures(
+            size={"height": size, "width": size},
+            image_grid_pinpoints=config["image_grid_pinpoints"],
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        )
     else:
         from transformers.models.clip.image_processing_pil_clip import (
             CLIPImageProcessorPil as Pictures,
@@ -131,14 +164,21 @@ def saved(request, tmp_path_factory):
 
         sides = {"height": size, "width": size}
         pictures = Pictures(size={"shortest_edge": size}, crop_size=sides)
-    processor = transformers.LlavaProcessor(
-        pictures,
-        tokenizer,
-        patch_size=config["vision_config"]["patch_size"],
-        vision_feature_select_strategy=config["vision_feature_select_strategy"],
-        num_additional_image_tokens=int(kind != "chatml"),
-        chat_template=CHAT[kind],
-    )
+    more = {
+        "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+        "chat_template": CHAT[kind],
+    }
+    if kind == "chatml_lines":
+        more |= {"num_image_tokens": 16, "vision_aspect_ratio": config["vision_aspect_ratio"]}
+        processor = WithoutVideos(pictures, tokenizer, **more)
+    else:
+        processor = transformers.LlavaProcessor(
+            pictures,
+            tokenizer,
+            patch_size=config["vision_config"]["patch_size"],
+            num_additional_image_tokens=int(kind != "chatml"),
+            **more,
+        )
     processor.save_pretrained(folder)
     return folder, kind, processor, end
 
@@ -147,8 +187,11 @@ def asked_as_transformers(processor, question: str, pictures: list) -> dict:
     """What transformers' processor makes of a question about pictures."""
     content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}])
+    images = [Image.open(picture).convert("RGB") for picture in pictures]
+    if isinstance(processor, transformers.LlavaOnevisionProcessor):
+        images = [images]  # of one conversation
     return processor(
-        images=[Image.open(picture).convert("RGB") for picture in pictures] or None,
+        images=images or None,
         text=text,
         return_tensors="pt",
     )
@@ -162,20 +205,21 @@ def test_a_folder_that_transformers_saved_answers_alike(saved, dtype, count):
     pictures = PICTURES[:count]
     given = asked_as_transformers(processor, QUESTIONS[0], pictures)
     model = hf.load(folder, dtype)
-    assistant = load(folder, dtype=dtype, image_aspect_ratio=None if kind == "chatml" else "crop")
+    assistant = load(folder, dtype=dtype, image_aspect_ratio="crop" if kind == "llama_3" else None)
     assert assistant.template is TEMPLATES[kind]
     config = assistant.model.config
     ids = assistant.tokenizer.encode(assistant.prompt(QUESTIONS[0], images=count))
-    wide = [
-        t
-        for i in ids
-        for t in ([config.image_token_id] * config.tokens_per_image if i == -200 else [i])
-    ]
-    assert wide == given["input_ids"][0].tolist()
     pixels = assistant.image_processor(pictures)
-    assert torch.equal(pixels, given["pixel_values"])
+    counts = iter([positions_of(config, each) for each in pixels])
+    wide = [t for i in ids for t in ([config.image_token_id] * next(counts) if i == -200 else [i])]
+    assert wide == given["input_ids"][0].tolist()
+    shown = given["pixel_values"]
+    if kind == "chatml_lines":
+        assert torch.equal(torch.stack([each.pixels for each in pixels]), shown)
+    else:
+        assert torch.equal(pixels, shown)
     with torch.no_grad():
-        theirs = model(**{**given, "pixel_values": pixels.to(model.dtype)}).logits
+        theirs = model(**{**given, "pixel_values": shown.to(model.dtype)}).logits
         ours = assistant.model([ids], pixels).logits
     assert torch.equal(ours, theirs)
     found = model.generate(
@@ -218,7 +262,7 @@ def test_eight_and_four_bits_keep_the_biases(saved, quantize):
     layer = model.language_model.layers[0].self_attn.q_proj
     whole = load(folder, dtype="float32").model.language_model.layers[0].self_attn.q_proj
     x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
-    assert (layer.bias is None) == (kind != "chatml")
+    assert (layer.bias is None) == (kind == "llama_3")
     dense = layer.dequantise(slice(None), torch.float64)
     bias = 0 if whole.bias is None else whole.bias.double()
     exact = x.double() @ dense.T + bias

@@ -3,9 +3,11 @@ square; against Hugging Face transformers and against itself."""
 
 import functools
 import hashlib
+import io
 import json
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import hf
 import numpy as np
@@ -200,6 +202,15 @@ def test_what_no_release_has_is_refused(tmp_path, field, value, told):
         read_config(tmp_path)
 
 
+def test_the_layout_of_its_authors_is_refused_by_name(tmp_path):
+    """Only LLaVA-1.5 was named as what to take instead."""
+    raw = {"model_type": "llava_qwen", "mm_vision_tower": "google/siglip-so400m-patch14-384"}
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "image_aspect_ratio": "anyres_max_9"}))
+    with pytest.raises(ValueError, match="use the hub's, such as llava-hf/llava-onevision") as told:
+        read_config(tmp_path)
+    assert "\n" not in str(told.value)
+
+
 def test_no_size_takes_more_positions_than_is_said():
     """A picture that fills its canvas is made smaller, so it has not the most."""
     most = most_positions(RELEASE)
@@ -381,6 +392,26 @@ def test_it_answers_in_eight_and_four_bits(tiled, quantize):
     """The heads' width, or a tied head, would not fit the kernels."""
     assistant = load(tiled("onevision").folder, dtype="float32", quantize=quantize)
     assert isinstance(assistant.ask(draw(40, 110), "What is it?", max_new_tokens=2), str)
+
+
+def test_a_served_picture_alone_is_another_one_beside_others(tiled):
+    """A client sends each picture again: the features of its tiles would be taken for its square."""
+    reading = pytest.importorskip("minillava.serve.reading", reason="needs the extra [serve]")
+    from minillava.serve.service import Service
+
+    contents = []
+    for size in ONEVISION_SIZES[1:3]:
+        draw(*size).save(file := io.BytesIO(), "PNG")
+        contents.append(reading.Content(file.getvalue()))
+    assistant = load(tiled("onevision").folder, dtype="float32")
+    engine, settings = SimpleNamespace(most_pictures=4), SimpleNamespace(max_pixels=10**6)
+    service = Service(assistant, engine, settings)
+    (alone,), both = service._pictures(contents[:1]), service._pictures(contents)
+    assert alone[0] != both[0][0] and both[0][0] != both[1][0]
+    config = assistant.model.config
+    counts = [positions_of(config, pixels) for _, pixels, _ in (alone, *both)]
+    assert counts == [positions_of_size(config, ONEVISION_SIZES[1]), 17, 17]
+    assert service._pictures(contents[:1])[0][1] is alone[1]  # kept
 
 
 def test_a_square_is_told_from_tiles_of_the_same_pixels():
