@@ -3,7 +3,7 @@
 P patches of a picture, C width, T positions of the prompt.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,7 +32,8 @@ are short."""
 class Picture:
     name: str
     patches: Tensor  # [P, C]
-    image: Image.Image | None = None  # kept if another one would change how it is read
+    image: Image.Image | None  # kept where others change how it is read
+    several: bool  # read beside others
 
 
 @dataclass
@@ -75,30 +76,30 @@ class Conversation:
         """How many more positions fit into the model's context."""
         return self.assistant.model.config.text.context - len(self.positions)
 
-    def add_image(self, source: ImageSource, name: str | None = None) -> Picture:
-        """Encode a picture, for the next question. name: for `record`. Raises ValueError
-        or OSError if it cannot be opened (see open_image)."""
-        image = open_image(source)
-        shown = [picture for turn in self.turns for picture in turn.pictures] + self.waiting
-        patches = self.assistant.encode(image, bool(shown))
-        change = change_by_others(self.assistant.image_processor)
-        if len(shown) == 1 and change:
-            self._see_among_others(shown[0])
-        kept = image if change and not shown else None
-        self.waiting.append(Picture(name or str(source), patches, kept))
+    def add_image(
+        self, source: ImageSource, name: str | None = None, more: bool = False
+    ) -> Picture:
+        """Encode a picture, for the next question. name: for `record`. more: others follow. Raises
+        ValueError or OSError if it cannot be opened (see open_image)."""
+        several = more or bool(self.waiting) or any(turn.pictures for turn in self.turns)
+        self.waiting.append(self._read(name or str(source), open_image(source), several))
         return self.waiting[-1]
 
-    def _see_among_others(self, old: Picture) -> None:
-        """Read the first picture in the way of one of several; it is another one to the cache."""
-        assert old.image is not None
-        new = Picture(old.name, self.assistant.encode(old.image, True))
+    def _read(self, name: str, image: Image.Image, several: bool) -> Picture:
+        kept = image if change_by_others(self.assistant.image_processor) else None
+        return Picture(name, self.assistant.encode(image, several), kept, several)
 
-        def now(pictures: Iterable[Picture]) -> list[Picture]:
-            return [new if picture is old else picture for picture in pictures]
-
-        self.waiting = now(self.waiting)
-        for turn in self.turns:
-            turn.pictures = tuple(now(turn.pictures))
+    def _read_again(self, turns: Sequence[Turn]) -> None:
+        """Read each picture anew that is beside others now, or not any more, where that changes it;
+        to the cache it is another one."""
+        several = sum(len(turn.pictures) for turn in turns) > 1
+        for turn in turns:
+            turn.pictures = tuple(
+                old
+                if old.image is None or old.several == several
+                else self._read(old.name, old.image, several)
+                for old in turn.pictures
+            )
 
     def ask(self, question: str, *, process: Process | None = None, **options) -> str:
         """The answer to the next question. process: as for `generate`. options: the fields of
@@ -156,6 +157,7 @@ class Conversation:
         already; returns the rest of the prompt, which is to be prefilled. Raises ValueError, and
         changes nothing, if the context is full."""
         assistant, model = self.assistant, self.assistant.model
+        self._read_again([*self.turns, turn])
         said = [(before.question, before.answer) for before in self.turns]
         prompt = render(assistant.template, [*said, (turn.question, None)], self.system)
         ids = assistant.tokenizer.encode(prompt)

@@ -96,8 +96,7 @@ class Session:
 
     def add(self, paths: Sequence[str]) -> None:
         """Add pictures for the next question: all of them, or none if one cannot be opened."""
-        for image, path in [(open_image(path), path) for path in paths]:
-            self.look(image, path)
+        self.look([open_image(path) for path in paths], paths)
         waiting = self.conversation.waiting
         names = [name_of(picture.name) for picture in waiting]
         names = ", ".join(os.path.basename(name) or name for name in names)
@@ -106,10 +105,12 @@ class Session:
             f"question: {names}"
         )
 
-    def look(self, source: ImageSource, name: str) -> None:
-        started = time.perf_counter()
-        picture = self.conversation.add_image(source, name)
-        self.messages.stage("encode", started, f"{name_of(name)}: {len(picture.patches)} positions")
+    def look(self, images: Sequence[ImageSource], names: Sequence[str]) -> None:
+        for image, name in zip(images, names, strict=True):
+            started = time.perf_counter()
+            picture = self.conversation.add_image(image, name, more=len(images) > 1)
+            count = f"{len(picture.patches)} positions"
+            self.messages.stage("encode", started, f"{name_of(name)}: {count}")
 
     def answer(self, question: str) -> None:
         """Print the answer on stdout; if it is interrupted, its line is ended."""
@@ -169,8 +170,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
     options = {**options, "draft": drafts}
     shown = drafts if args.show_drafts and has_colours(sys.stdout) else None
     session = Session(Conversation(assistant, args.system), options, about, messages, shown)
-    for image, name in zip(images, args.image, strict=True):
-        session.look(image, name)
+    session.look(images, args.image)
     if sys.stdin is not None and sys.stdin.isatty():
         _talk(session, args.verbose)
         return 0  # a person has seen what failed; a script sees the exit status

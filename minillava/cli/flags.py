@@ -129,7 +129,7 @@ MODEL_FLAGS = (
     flag(
         "--image-aspect-ratio", choices=ASPECTS,
         help="pad the picture to a square, crop it, or squash it (default: as the model was "
-        "trained); with squash, a LLaVA-1.6 sees an overview without tiles: faster, and coarser",
+        "trained); with squash, tiled models see an overview without tiles: faster, and coarser",
     ),
 )  # fmt: skip
 

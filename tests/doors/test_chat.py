@@ -669,7 +669,7 @@ def test_an_unexpected_error_does_not_lose_the_session(talk, expected, monkeypat
     """An unexpected error would throw the conversation away before it can be saved."""
     calls = []
 
-    def broken(self, source, name=None):
+    def broken(self, source, name=None, more=False):
         calls.append(name)
         raise RuntimeError("out of memory")
 

@@ -259,7 +259,13 @@ def test_a_second_picture_makes_squares_of_both(tiled):
     fresh = Conversation(assistant)
     fresh.add_image(first)
     fresh.add_image(second)
-    assert torch.equal(fresh.waiting[0].patches, shown[0].patches)
+    assert [len(picture.patches) for picture in fresh.waiting] == [34, 17]
+    fresh.ask("And these?", max_new_tokens=1)
+    assert torch.equal(fresh.turns[0].pictures[0].patches, shown[0].patches)
+    fresh.clear()
+    fresh.add_image(first, more=True)  # which does not come
+    fresh.ask("What is it?", max_new_tokens=3)
+    assert fresh.turns[0].answer == answer
 
 
 @pytest.mark.parametrize("beams", [1, 2])
