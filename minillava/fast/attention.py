@@ -3,7 +3,7 @@
 B batch, H heads, K key/value heads, T queries, S keys, D head width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +28,26 @@ class Fused:
         out = self.each_alone(q, k, v, mask) if q.shape[2] == 1 else None
         return (out, None) if out is not None else attention.fused(q, k, v, mask, causal)
 
-    def each_alone(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
+    def each_alone(
+        self,
+        q: Tensor,
+        k: Tensor | Sequence[Tensor],
+        v: Tensor | Sequence[Tensor],
+        mask: Tensor | None = None,
+    ) -> Tensor | None:
         """Attention [B, H, T, D] of the last T of S positions in one call, each query with the bits
         that it has alone; None where that is not possible, and takes a call for each. mask: of
-        padding."""
+        padding. k and v may be B caches of one row [1, K, S, D], for T = 1; S differs by row."""
         narrow = q.dtype == torch.bfloat16 and q.device.type == "cpu"
         if not narrow or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if processor.has_fast_bfloat16() and processor.kind() not in processor.UPCAST_QUERIES:
             return None
-        return in_float32(q, k, v, mask)
+        if isinstance(k, Tensor):
+            if q.shape[2] > 1 or mask is not None:
+                return in_float32(q, k, v, mask)  # type: ignore[arg-type]
+            k, v = k.split(1), v.split(1)  # type: ignore[union-attr]
+        return one_each(q, k, v)
 
 
 fused = Fused()
@@ -77,6 +87,44 @@ def in_float32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> T
                 found = (each @ values[:, : seen.shape[1]]).unflatten(1, (-1, TOGETHER))
                 out[row, some, :, queries] = found[:, :, : seen.shape[0]]
     return out.view(rows, heads, count, width).to(k.dtype)
+
+
+def one_each(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
+    """`in_float32` of one query per row, q [B, H, 1, D], over caches of one row, to the last bit
+    and in half the time: a small product takes less time than the call, so the rows share whatever
+    is not a product, if their numbers of BLOCKs are the same."""
+    sizes = [blocks(keys.shape[2]) for keys in k]
+    out = torch.empty_like(q)
+    for size in {*sizes}:
+        some = [i for i, each in enumerate(sizes) if each == size]
+        rows = slice(None) if len(some) == len(q) else some
+        caches = [(k[i], v[i]) for i in some]
+        if k[0].shape[1] * size * q.shape[3] > CACHED:  # one after the other
+            found = [in_float32(q[i, None], k[i], v[i]) for i in some]
+            out[rows] = torch.cat(found)
+        else:
+            out[rows] = _one_each(q[rows], caches, size)
+    return out
+
+
+def _one_each(q: Tensor, caches: Sequence[tuple[Tensor, Tensor]], size: int) -> Tensor:
+    """Of rows whose keys have one size, in whole BLOCKs."""
+    (rows, heads, _, width), groups = q.shape, caches[0][0].shape[1]
+    shape = (rows, groups, heads // groups, TOGETHER)
+    asked, scores, weights = (
+        torch.zeros((*shape, each), dtype=torch.float32) for each in (width, size, size)
+    )
+    asked[..., 0, :] = (q.float() * width**-0.5).view(*shape[:3], width)
+    left, found, chosen = (each.flatten(2, 3) for each in (asked, scores, weights))  # views
+    memory = scratch(groups * size * width, torch.float32).view(groups, size, width)
+    for row, (keys, _) in enumerate(caches):
+        torch.bmm(left[row], filled(memory, keys[0]).mT, out=found[row])
+        scores[row, ..., keys.shape[2] :] = -torch.inf
+    weights[..., 0, :] = scores[..., 0, :].softmax(-1)
+    for row, (_, values) in enumerate(caches):
+        memory[:, values.shape[2] :] = 0
+        torch.bmm(chosen[row], filled(memory, values[0]), out=left[row])
+    return asked[..., 0, :].reshape(q.shape).to(q.dtype)
 
 
 def blocks(length: int) -> int:

@@ -617,11 +617,15 @@ def pass_rows(
     def attend(
         q: Tensor, k: list[Tensor], v: list[Tensor], mask: None, causal: bool
     ) -> tuple[Tensor, None]:
-        rows = zip(attends, q[:count].split(1), k, v, strict=True)
-        outs = [one(*qkv, None, False)[0] for one, *qkv in rows]
-        return torch.cat([*outs, torch.zeros_like(q[count:])]), None
+        asked, outs = q[:count], None
+        if not watched and language.each_alone is not None:
+            outs = language.each_alone(asked, k, v)
+        if outs is None:
+            rows = zip(attends, asked.split(1), k, v, strict=True)
+            outs = torch.cat([one(*qkv, None, False)[0] for one, *qkv in rows])
+        return torch.cat([outs, torch.zeros_like(q[count:])]), None
 
-    count = len(caches)
+    count, watched = len(caches), any(each is not language.attend for each in attends)
     for cache in caches:
         cache.reserve(1, 1, None)
     lengths = [*(cache.length for cache in caches), *[0] * (len(x) - count)]

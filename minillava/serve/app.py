@@ -27,6 +27,7 @@ from starlette.routing import Route
 from minillava.generate.engine import Failed, Token
 from minillava.serve import completions, responses
 from minillava.serve.metrics import Metrics
+from minillava.serve.patience import Countdown
 from minillava.serve.protocol import (
     SAFE_ID,
     ApiError,
@@ -342,12 +343,16 @@ class Api:
 
     async def _body(self, request: Request) -> bytes:
         parts, size = [], 0
-        with anyio.move_on_after(self.body_timeout) as scope:
-            async for part in request.stream():
-                size += len(part)
-                parts.append(part)
-                if size > self.max_body:
-                    raise self._too_large(size)
+        with anyio.CancelScope() as scope:
+            limit = Countdown(self.body_timeout, scope.cancel)
+            try:
+                async for part in request.stream():
+                    size += len(part)
+                    parts.append(part)
+                    if size > self.max_body:
+                        raise self._too_large(size)
+            finally:
+                limit.cancel()
         if scope.cancelled_caught:
             told = f"the body did not arrive within {self.body_timeout:g} s"
             raise ApiError(408, "request_timeout", told)

@@ -1,7 +1,6 @@
 """uvicorn, with limits on slow clients, and a shutdown that cuts no answer."""
 
 import argparse
-import asyncio
 import logging
 import signal
 import socket
@@ -18,6 +17,7 @@ from minillava.cli.messages import Messages
 from minillava.generate.engine import Engine
 from minillava.serve.app import build
 from minillava.serve.flags import PIECES, SLOTS
+from minillava.serve.patience import Countdown
 from minillava.serve.run import model_name
 from minillava.serve.service import Service, Settings
 
@@ -39,12 +39,12 @@ class PatientProtocol(H11Protocol):
     """A protocol that waits for the model but not for a client: one that is silent before its
     request is complete, or that stops reading, would otherwise keep its connection for ever."""
 
-    arriving: asyncio.TimerHandle | None = None
-    stuck: asyncio.TimerHandle | None = None
+    arriving: Countdown | None = None
+    stuck: Countdown | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.arriving = self.loop.call_later(HEAD, transport.close)
+        self.arriving = Countdown(HEAD, transport.close)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -53,11 +53,11 @@ class PatientProtocol(H11Protocol):
             self.arriving.cancel()
             self.arriving = None
         elif idle and self.arriving is None and self.conn.trailing_data[0]:
-            self.arriving = self.loop.call_later(HEAD, self.transport.close)  # the next has begun
+            self.arriving = Countdown(HEAD, self.transport.close)  # the next has begun
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.stuck = self.loop.call_later(SEND, self.transport.abort)
+        self.stuck = Countdown(SEND, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()

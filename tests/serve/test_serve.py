@@ -1,5 +1,6 @@
 """minillava.serve: what OpenAI's clients get, byte by byte, and what nobody gets."""
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -20,6 +21,7 @@ from commands import environment
 from paths import ROOT
 from served import (
     LONG,
+    PATIENCE,
     SHAPES,
     Streaming,
     completions,
@@ -35,6 +37,7 @@ import minillava
 from minillava.cli.doors import enter
 from minillava.prompt import place_images, render
 from minillava.serve import reading
+from minillava.serve.patience import PARTS, Countdown
 from minillava.serve.run import EXTRA, listen
 from minillava.templates import TEMPLATES
 
@@ -558,7 +561,7 @@ def test_a_body_that_is_no_json_by_its_name_or_too_large(start):
     assert (status, json.loads(body)["error"]["code"]) == (415, "unsupported_media_type")
     status, _, body = running.send("POST", "/v1/chat/completions", b" " * 1001)
     assert (status, json.loads(body)["error"]["code"]) == (413, "request_too_large")
-    with socket.create_connection(("127.0.0.1", running.port), timeout=60) as slow:
+    with socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE) as slow:
         slow.sendall(raw_request(b"x" * 100)[:-50])
         answer = b"".join(iter(lambda: slow.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 408 ") and b"request_timeout" in answer
@@ -581,10 +584,30 @@ def test_a_silent_peer_is_hung_up_on(start, monkeypatch):
     """It held its connection for ever; an answer may take as long as it takes."""
     monkeypatch.setattr(serving, "HEAD", 0.2)
     running = start()
-    with socket.create_connection(("127.0.0.1", running.port), timeout=60) as silent:
+    with socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE) as silent:
         silent.sendall(b"GET /health HTT")
         assert silent.recv(100) == b""
     assert said(running.ask("What is a ring?", min_tokens=200))
+
+
+def test_a_machine_that_stands_still_costs_a_client_little_of_its_time():
+    """After a laptop's sleep every request that was just being sent would be hung up on."""
+    ended = []
+
+    async def wait() -> None:
+        countdown = Countdown(0.01, lambda: ended.append("ended"))
+        time.sleep(0.1)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not ended and countdown.left >= PARTS - 2
+        while not ended:
+            await asyncio.sleep(0.001)
+        stopped = Countdown(0.01, lambda: ended.append("cancelled"))
+        stopped.cancel()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(wait())
+    assert ended == ["ended"]
 
 
 # --- the other routes -----------------------------------------------------------------------------
@@ -663,7 +686,8 @@ def test_many_clients_at_once_get_their_own_answers(shared, assistant):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
     answers = [found.get_nowait() for _ in cases]
     for (number, question), answer in answers:
         assert answer == assistant.ask(SHAPES / f"example-{number}.png", question)
@@ -698,7 +722,7 @@ def test_the_door_says_where_it_listens_and_ends_when_it_is_told(number, status)
         process.send_signal(number)
         assert running.read_until(b"data: [DONE]\n\n")
         running.close()
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert (process.returncode, err.strip()) == (status, "")

@@ -22,7 +22,9 @@ import pytest
 from commands import environment
 from served import (
     LONG,
+    PATIENCE,
     SHAPES,
+    Running,
     Streaming,
     completions,
     picture,
@@ -32,6 +34,9 @@ from served import (
     text,
     wait_until,
 )
+
+import minillava
+from minillava.fast.row_by_row import keep_bits
 
 pytestmark = pytest.mark.parity  # the mark of what needs an extra
 
@@ -55,10 +60,34 @@ OPTIONS = [
 ]
 
 
+PRECISIONS = [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("float32", "int4")]
+
+
 @few_and_all(16, 200)
 def test_every_answer_is_the_one_asked_alone(shared, assistant, count):
     """Rows join and leave, prompts are read in pieces and begin with what others left: an answer
     would have words of another, or another one's picture, seed or stop text. Half are streams."""
+    ask_at_once(shared, assistant, count)
+
+
+@pytest.mark.slow
+@pytest.mark.numeric
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: "-".join(filter(None, p)))
+def test_with_same_bits_every_answer_is_the_one_asked_alone(precision):
+    """In these precisions two tokens are often as likely, so that who shares a step would choose
+    words; --same-bits promises that nobody does."""
+    dtype, kind = precision
+    assistant = minillava.load(SHAPES, device="cpu", dtype=dtype, quantize=kind)
+    keep_bits(assistant.model)
+    running = Running(assistant)
+    try:
+        ask_at_once(running, assistant, 200)
+    finally:
+        running.close()
+
+
+def ask_at_once(running, assistant, count: int) -> None:
+    """Ask as 12 clients, and compare with what the model says alone."""
     chance = random.Random(count)
     cases = [
         (chance.choice([None, 1, 2, 3]), chance.choice(QUESTIONS), chance.choice(OPTIONS), i % 2)
@@ -74,11 +103,11 @@ def test_every_answer_is_the_one_asked_alone(shared, assistant, count):
             if "max_new_tokens" in given:
                 given["max_tokens"] = given.pop("max_new_tokens")
             if streams:
-                *events, _ = shared.events(parts, **given)
+                *events, _ = running.events(parts, **given)
                 deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
                 found[i] = "".join(delta.get("content", "") for delta in deltas)
             else:
-                found[i] = said(shared.ask(parts, **given))
+                found[i] = said(running.ask(parts, **given))
 
     in_threads(ask, range(12))
     for i, (number, question, options, _) in enumerate(cases):
@@ -91,7 +120,7 @@ def in_threads(work, items) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(300)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
@@ -217,7 +246,7 @@ def test_who_hangs_up_frees_the_slot(start, count):
     for i in range(count):
         stream = bool(i % 2)
         if chance.random() < 0.2:
-            with socket.create_connection(("127.0.0.1", running.port), timeout=60) as half:
+            with socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE) as half:
                 half.sendall(raw_request(b"x" * 1000)[:-500])
             continue
         one = Streaming(running, LONG, stream)
@@ -256,7 +285,7 @@ RAW = [
 @pytest.mark.parametrize(("sent", "statuses"), RAW, ids=lambda value: str(value)[:40])
 def test_what_is_no_proper_http(shared, sent, statuses):
     """Ambiguous lengths and names let one request pass for two, or for another host's."""
-    with socket.create_connection(("127.0.0.1", shared.port), timeout=60) as raw:
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=PATIENCE) as raw:
         raw.sendall(sent)
         raw.shutdown(socket.SHUT_WR)
         answer = b"".join(iter(lambda: raw.recv(65536), b""))
@@ -269,7 +298,10 @@ def test_slow_peers_keep_nobody_waiting(start, monkeypatch, count):
     """A few silent connections would fill the server, and stay for ever."""
     monkeypatch.setattr(serving, "HEAD", 1.5)
     running = start()
-    slow = [socket.create_connection(("127.0.0.1", running.port), timeout=60) for _ in range(count)]
+    slow = [
+        socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE)
+        for _ in range(count)
+    ]
     for i, each in enumerate(slow):
         each.sendall(b"GET /health HTTP/1.1\r\nHost: 1"[: i % 30])
     assert said(running.ask("What is a ring?", max_tokens=3))
@@ -343,7 +375,7 @@ def test_at_the_end_streams_finish_and_who_waits_is_told(count):
             assert (b'"code":"shutting_down"' in each.got) != (b"[DONE]" in each.got)
         for each in (*running, *later):
             each.close()
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PATIENCE)
         with pytest.raises(OSError):
             socket.create_connection(("127.0.0.1", port), timeout=5)
     finally:
@@ -377,7 +409,7 @@ def test_memory_and_files_stay_as_they_are_over_1000_requests(tmp_path):
             one.close()
 
     def idle() -> bool:
-        with socket.create_connection(("127.0.0.1", port), timeout=60) as asked:
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as asked:
             asked.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
             return b'"running":0,"waiting":0' in b"".join(iter(lambda: asked.recv(4096), b""))
 
@@ -398,7 +430,7 @@ def test_memory_and_files_stay_as_they_are_over_1000_requests(tmp_path):
         assert grown < min(20e6, 0.05 * before)
         assert counts()[0] <= held[0] and counts()[1] <= held[1] + 8  # a pool of threads grows once
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == 0 and not os.listdir(tmp_path)

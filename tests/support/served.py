@@ -22,6 +22,8 @@ serving, application, services, completions = (
 
 SHAPES = ROOT / "weights" / "shapes"
 LONG = {"min_tokens": 900, "max_tokens": 900}
+PATIENCE = 600
+"""Seconds until something hangs: a machine of tests may be slow, or stand still for minutes."""
 
 
 NAMES = ("--served-model-name", "shapes", "--served-model-name", "small")
@@ -49,14 +51,14 @@ class Running:
     def close(self) -> None:
         self.engine.drain(0)
         self.server.should_exit = True
-        self.thread.join(60)
-        self.engine.join(60)
+        self.thread.join(PATIENCE)
+        self.engine.join(PATIENCE)
         self.listener.close()
         assert not self.thread.is_alive() and not self.engine.is_alive()
 
     def send(self, method: str, path: str, body=None, **headers) -> tuple[int, dict, bytes]:
         """Status, headers and body."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         with contextlib.closing(connection):
             headers = {name.replace("_", "-"): value for name, value in headers.items()}
             if body is not None and not isinstance(body, bytes):
@@ -88,7 +90,7 @@ class Running:
         return [line.removeprefix("data: ") for line in lines]
 
 
-def wait_until(true, seconds: float = 60) -> None:
+def wait_until(true, seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
@@ -112,7 +114,7 @@ class Streaming:
     """A request whose answer is read as one likes."""
 
     def __init__(self, running, options, stream=True):
-        self.socket = socket.create_connection(("127.0.0.1", running.port), timeout=60)
+        self.socket = socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE)
         body = {"messages": [{"role": "user", "content": "What is a ring?"}], "stream": stream}
         self.socket.sendall(raw_request(json.dumps({**body, **options}).encode()))
         self.got = b""

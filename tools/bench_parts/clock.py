@@ -45,8 +45,9 @@ class Neighbours:
 
 
 def _taken() -> tuple[float, float]:
-    """Seconds of processor time so far that were neither ours nor our children's: those that other
-    processes used, and those that the host gave to other guests."""
+    """Seconds of processor time so far that were neither ours nor our children's, running ones
+    included, such as a server: those that other processes used, and those that the host gave to
+    other guests."""
     try:
         numbers = Path("/proc/stat").read_text().split()[1:11]
     except FileNotFoundError:
@@ -54,7 +55,21 @@ def _taken() -> tuple[float, float]:
     user, nice, system, _, _, irq, softirq, steal, *_ = map(int, numbers)
     tick = os.sysconf("SC_CLK_TCK")
     busy = (user + nice + system + irq + softirq) / tick
-    return busy - sum(os.times()[:4]), steal / tick
+    return busy - sum(os.times()[:4]) - _running(tick), steal / tick
+
+
+def _running(tick: int) -> float:
+    """Seconds of processor time of our children that run, with those of theirs that have ended; the
+    system adds a child's to ours only at its end."""
+    seconds, ours = 0.0, str(os.getpid())
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()  # from the third on
+        except OSError:  # it has ended meanwhile
+            continue
+        if fields[1] == ours:
+            seconds += sum(map(int, fields[11:15])) / tick
+    return seconds
 
 
 def take_turns(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
