@@ -4,7 +4,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,52 +33,46 @@ class Timing:
 class Neighbours:
     """How many cores others have taken since this was made: `others` by processes of this system,
     `stolen` by the host, which a guest only sees as steal time. Both are 0 where the system does
-    not say."""
+    not say. ours: processes that run for us meanwhile, such as a server; further children that
+    have not ended are others."""
 
-    def __init__(self):
-        self.started, self.before = time.perf_counter(), _taken()
+    def __init__(self, ours: Sequence[int] = ()):
+        self.ours = ours
+        self.started, self.before = time.perf_counter(), _taken(ours)
 
     def taken(self) -> dict[str, float]:
         seconds = time.perf_counter() - self.started
-        now = zip(("others", "stolen"), self.before, _taken(), strict=True)
+        now = zip(("others", "stolen"), self.before, _taken(self.ours), strict=True)
         return {name: (after - before) / seconds for name, before, after in now}
 
 
-def _taken() -> tuple[float, float]:
-    """Seconds of processor time so far that were neither ours nor our children's, running ones
-    included, such as a server: those that other processes used, and those that the host gave to
+def _taken(ours: Sequence[int]) -> tuple[float, float]:
+    """Seconds of processor time so far that were neither ours, nor these processes', nor those of
+    our children that have ended: those that other processes used, and those that the host gave to
     other guests."""
     try:
         numbers = Path("/proc/stat").read_text().split()[1:11]
+        used = [
+            Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[11:13]
+            for each in ours
+        ]
     except FileNotFoundError:
         return 0.0, 0.0
     user, nice, system, _, _, irq, softirq, steal, *_ = map(int, numbers)
     tick = os.sysconf("SC_CLK_TCK")
-    busy = (user + nice + system + irq + softirq) / tick
-    return busy - sum(os.times()[:4]) - _running(tick), steal / tick
+    busy = user + nice + system + irq + softirq - sum(int(part) for each in used for part in each)
+    return busy / tick - sum(os.times()[:4]), steal / tick
 
 
-def _running(tick: int) -> float:
-    """Seconds of processor time of our children that run, with those of theirs that have ended; the
-    system adds a child's to ours only at its end."""
-    seconds, ours = 0.0, str(os.getpid())
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()  # from the third on
-        except OSError:  # it has ended meanwhile
-            continue
-        if fields[1] == ours:
-            seconds += sum(map(int, fields[11:15])) / tick
-    return seconds
-
-
-def take_turns(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
+def take_turns(
+    variants: dict[str, Callable[[], float]], rounds: int, ours: Sequence[int] = ()
+) -> dict[str, Timing]:
     """Run the variants in turn, round after round, after one round to warm up. Each variant does its
-    work and returns the seconds that count."""
+    work and returns the seconds that count. ours: processes that work for us."""
     timings = {name: Timing() for name in variants}
     for number in range(rounds + 1):
         for name, work in variants.items():
-            neighbours = Neighbours()
+            neighbours = Neighbours(ours)
             seconds = work()
             if number > 0:
                 timings[name].seconds.append(seconds)

@@ -29,7 +29,7 @@ def serve(
 ) -> dict[str, Timing]:
     """Seconds of each variant, of our server with as many slots as streams, and of others by name and
     address."""
-    with started(folder, dtype) as own:
+    with started(folder, dtype) as (own, process):
         variants = {}
         for name, url in {"minillava": own, **others}.items():
             ask = partial(stream, url, tokens)
@@ -39,12 +39,12 @@ def serve(
                 f"{name}: to the first token": partial(first_token, ask),
                 f"{name}: to the first token beside {STREAMS} streams": partial(late, ask),
             }
-        return take_turns(variants, rounds)
+        return take_turns(variants, rounds, [process])
 
 
 @contextlib.contextmanager
-def started(folder: Path, dtype: str) -> Iterator[str]:
-    """The address of a server of ours."""
+def started(folder: Path, dtype: str) -> Iterator[tuple[str, int]]:
+    """The address of a server of ours, and its process."""
     command = [
         sys.executable, "-m", "minillava.serve", "-q", "-m", str(folder), "--port", "0",
         "--dtype", dtype, "--slots", str(STREAMS), "--context", "1024",
@@ -56,7 +56,7 @@ def started(folder: Path, dtype: str) -> Iterator[str]:
         found = re.search(r"listening on (http://\S+)", line)
         if found is None:
             raise RuntimeError(f"the server did not start: {line!r}")
-        yield found[1] + "/v1"
+        yield found[1] + "/v1", process.pid
     finally:
         process.terminate()
         process.communicate()  # which closes the pipe, too

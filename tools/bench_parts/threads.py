@@ -22,11 +22,11 @@ POLICIES = {  # by the name in the table: variables that libgomp and torch read 
 
 
 @contextmanager
-def busy_loops(count: int) -> Iterator[None]:
+def busy_loops(count: int) -> Iterator[list[subprocess.Popen]]:
     """Keep so many other processes busy inside, as on a shared machine."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
-        yield
+        yield loops
     finally:
         for loop in loops:
             loop.kill()
