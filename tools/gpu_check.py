@@ -994,7 +994,7 @@ def show_part(run: Run, what: str, work: Callable[[], object]) -> None:
 # By value: what it does, and how many seconds it may take at most.
 SECTIONS: dict[str, tuple[Callable[[Run], None], int]] = {
     "family": (family, 120),
-    "doors": (doors, 150),
+    "doors": (doors, 200),
     "parity": (parity, 80),
     "answers": (answers, 150),
     "syncs": (syncs, 40),
