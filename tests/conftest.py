@@ -31,14 +31,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Run the whole suite in two processes if pytest-xdist is installed and the command line does
-    not say otherwise (-n 0 does). The tests of a file stay together, since they share models."""
+    not say otherwise (-n 0 does). Each begins with one half of the list, so that nearly all tests
+    of a file, which share models, stay together; who is done first takes over from the other."""
     if hasattr(config, "workerinput"):  # this is one of the two
         return
     option = config.option
     part = option.file_or_dir or option.keyword
     watched = option.usepdb or option.trace or option.collectonly or option.capture == "no"
     if not part and not watched and vars(option).get("numprocesses", 0) is None:
-        option.numprocesses, option.dist = 2, "loadfile"
+        option.numprocesses, option.dist = 2, "worksteal"
 
 
 @pytest.fixture(autouse=True)

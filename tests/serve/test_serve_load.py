@@ -16,6 +16,7 @@ import threading
 import time
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -394,9 +395,9 @@ def test_memory_and_files_stay_as_they_are_over_1000_requests(tmp_path):
     """Every request would leave a little behind: a tensor, a connection, a thread, a file."""
     process, port = door("--slots", 2, "--dtype", "float32")
     proc, at = Path(f"/proc/{process.pid}"), At(port)
-    chance = random.Random(3)
 
-    def ask(times: int) -> None:
+    def ask(times: int, seed: int) -> None:
+        chance = random.Random(seed)
         for i in range(times):
             number = chance.randrange(50)
             content = base64.b64encode(PNG + bytes([number])).decode()
@@ -408,6 +409,11 @@ def test_memory_and_files_stay_as_they_are_over_1000_requests(tmp_path):
                 assert one.read_until(b"[DONE]" if i % 2 else b'"minillava"')
             one.close()
 
+    def both(seed: int) -> None:
+        """Two clients, since there are two slots."""
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(ask, (500, 500), (seed, seed + 1)))
+
     def idle() -> bool:
         with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as asked:
             asked.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
@@ -417,10 +423,10 @@ def test_memory_and_files_stay_as_they_are_over_1000_requests(tmp_path):
         return len([*(proc / "fd").iterdir()]), len([*(proc / "task").iterdir()])
 
     try:
-        ask(1000)  # until the caches, and the memory that each thread keeps for itself, are full
+        both(3)  # until the caches, and the memory that each thread keeps for itself, are full
         wait_until(idle)
         before, held = resident(process.pid), counts()
-        ask(1000)
+        both(5)
         wait_until(idle)
         end = time.monotonic() + 30
         while counts()[0] > held[0] and time.monotonic() < end:
