@@ -164,6 +164,7 @@ def test_eager_is_bit_identical_to_transformers(tiled, dtype):
     assert whole and small  # both sides of 1.1
 
 
+@pytest.mark.parity
 def test_what_a_file_leaves_out_is_what_transformers_takes_for_it(tmp_path):
     """LLaVA-1.5's defaults would be taken: another tower, another layer, another <image>."""
     transformers = pytest.importorskip("transformers", minversion="5", reason="its own defaults")
@@ -400,6 +401,7 @@ def test_it_answers_in_eight_and_four_bits(tiled, quantize):
     assert isinstance(assistant.ask(draw(40, 110), "What is it?", max_new_tokens=2), str)
 
 
+@pytest.mark.parity
 def test_a_served_picture_alone_is_another_one_beside_others(tiled):
     """A client sends each picture again: the features of its tiles would be taken for its square."""
     reading = pytest.importorskip("minillava.serve.reading", reason="needs the extra [serve]")
