@@ -10,7 +10,14 @@ from pathlib import Path
 from minillava.checkpoint.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from minillava.checkpoint.names import part_of_model
 from minillava.files.disk import nearest_folder, read_json, refused
-from minillava.files.hub import CLIP_DOWNLOAD, DOWNLOAD, find_snapshot, is_repo_id
+from minillava.files.hub import (
+    CLIP_DOWNLOAD,
+    SIZES,
+    SMALL_DOWNLOAD,
+    SMALL_RELEASE,
+    find_snapshot,
+    is_repo_id,
+)
 from minillava.options import WEIGHTS_VARIABLE
 
 Name = str | Path | None
@@ -107,7 +114,8 @@ def default_weights() -> str:
 
 
 HOW_TO_GET_WEIGHTS = (
-    f"get LLaVA-1.5 (14 GB) with: {DOWNLOAD}; then --weights or {WEIGHTS_VARIABLE} names its folder"
+    f"get a LLaVA of 0.5B ({SIZES[SMALL_RELEASE]}, for research only) with: {SMALL_DOWNLOAD}; then "
+    f"--weights or {WEIGHTS_VARIABLE} names its folder"
 )
 
 
@@ -120,7 +128,7 @@ def bundled_weights() -> Path | None:
 
 
 def find_folder(
-    weights: str | Path | None, revision: str | None = None, command: str | None = DOWNLOAD
+    weights: str | Path | None, revision: str | None = None, command: str | None = SMALL_DOWNLOAD
 ) -> Path:
     """The folder that a path or a hub id ("ORG/NAME", downloaded already) means; None as
     `default_weights`. Raises FileNotFoundError with the command that gets one, if there is one,

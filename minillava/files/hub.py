@@ -16,6 +16,7 @@ SIZES = {
     "llava-hf/llava-1.5-13b-hf": "26.7 GB",
     "liuhaotian/llava-v1.5-7b": "13.5 GB, its vision tower 1.7 GB more",
     "liuhaotian/llava-v1.5-13b": "26.1 GB, its vision tower 1.7 GB more",
+    "llava-hf/llava-interleave-qwen-0.5b-hf": "1.7 GB",
 }
 """What the weights of a release weigh, for the message that recommends to download them."""
 
@@ -138,9 +139,12 @@ CLIP_RELEASE = "openai/clip-vit-large-patch14-336"
 CLIP_DOWNLOAD = f"hf download {CLIP_RELEASE} --local-dir {CLIP_RELEASE.split('/')[1]}"
 
 RELEASE = "llava-hf/llava-1.5-7b-hf"
-"""The checkpoint that messages recommend, by its name on the Hugging Face hub."""
+"""LLaVA-1.5 by its name on the Hugging Face hub."""
 
 SMALL_RELEASE = "llava-hf/llava-interleave-qwen-0.5b-hf"
-"""The small relative that a laptop runs."""
+"""The small relative that a laptop runs, which messages recommend first."""
 
-DOWNLOAD = f"hf download {RELEASE} --local-dir weights/{RELEASE.split('/')[1]}"
+DOWNLOAD, SMALL_DOWNLOAD = (
+    f"hf download {name} --local-dir weights/{name.split('/')[1]}"
+    for name in (RELEASE, SMALL_RELEASE)
+)

@@ -8,11 +8,15 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import llama_json
 import pytest
+import relatives
 import torch
 from bounds import assert_within, gamma, network
 from hf import read_json, write_json
+from paths import ROOT
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
 
 import minillava
 from minillava.checkpoint import adapter
@@ -1132,3 +1136,118 @@ def test_the_command_line_takes_ids_and_parts(
         json.loads(run("-m", str(pretrain), "--model-base", str(base), *tower)[1])["ids"]
         == json.loads(whole)["ids"]
     )
+
+
+# --- "you have this folder, type this" ------------------------------------------------------------
+
+
+README_ROWS = re.findall(
+    r"^\| (.+) \| `(-m .+?)`(.*) \|$",
+    (ROOT / "README.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+FOLDERS = {  # how a row of README's table begins -> the folders that it means, by make_folder's names
+    "`llava-hf/llava-1.5-7b-hf`, or a fine-tune": ["plain", "saved by transformers 5"],
+    "the same, downloaded into the hub's cache": ["cached"],
+    "`llava-hf/llava-interleave-qwen-0.5b-hf`": [
+        *("interleave", "mistral", "phi-3", "tiny", "original", "vip", "llama-3"),
+    ],
+    "LLaVA-1.6: ": ["mistral-tiles", "vicuna-tiles"],
+    "the same by its authors": ["mistral-tiles original", "vicuna-tiles original"],
+    "`liuhaotian/llava-v1.5-7b`": ["bin"],
+    "a model that you trained with LLaVA's code": ["original"],
+    "a LoRA by LLaVA's code": ["lora"],
+    "a LoRA by PEFT": ["peft"],
+    "a first stage": ["pretrain"],
+}
+
+
+@pytest.fixture
+def make_folder(request, tmp_path, reference, write_dialect, monkeypatch):
+    """`make_folder(name)`: what the words in capitals of a row stand for."""
+
+    def fixture(name: str):
+        return request.getfixturevalue(name)
+
+    def alone(source: str) -> Path:
+        """tokenizer.json without tokenizer.model, as transformers 5 saves it."""
+        folder = Path(shutil.copytree(reference / source, tmp_path / "alone"))
+        pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        (folder / "tokenizer.model").unlink()
+        write_json(llama_json.as_json(pieces), folder / "tokenizer.json")
+        return folder
+
+    def make(name: str) -> dict[str, Path]:
+        kind, _, dialect = name.partition(" original")
+        if kind in relatives.KINDS:
+            dialect = "original" if name.endswith("original") else "hub"
+            return {"DIR": relatives.stored(tmp_path / "relative", kind, dialect)}
+        if name == "cached":
+            home = tmp_path / "hub" / "models--llava-hf--llava-1.5-7b-hf"
+            (home / "refs").mkdir(parents=True)
+            for revision in ("main", "NAME"):
+                (home / "refs" / revision).write_text("a" * 40)
+            shutil.copytree(reference / "plain", home / "snapshots" / ("a" * 40))
+            monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+            return {}
+        if name == "phi-3":
+            folder = Path(shutil.copytree(reference / "plain", tmp_path / "phi"))
+            names = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+            added = {text: 442 + i for i, text in enumerate(names)}
+            write_json({"<image>": 440, "<pad>": 441} | added, folder / "added_tokens.json")
+            return {"DIR": folder}
+        clip = fixture("release")["vision_tower"] if name in ("bin", "lora", "pretrain") else None
+        if name == "bin":
+            folder = fixture("release")["weights"]
+            torch.save(weights_of(folder), folder / BIN_NAME)
+            (folder / SINGLE_NAME).unlink()
+            return {"DIR": folder, "CLIP": clip}
+        if name == "lora":
+            return {"DIR": fixture("write_lora")()[0], "BASE": fixture("base"), "CLIP": clip}
+        if name == "peft":
+            adapter, _ = fixture("write_lora")()
+            (adapter / "non_lora_trainables.bin").unlink()
+            (adapter / "config.json").unlink()
+            return {"DIR": adapter, "MODEL": reference / "plain"}
+        if name == "pretrain":
+            return {"DIR": fixture("pretrain"), "VICUNA": fixture("base"), "CLIP": clip}
+        if name == "original":
+            return {"DIR": write_dialect("original", tmp_path / "original")["weights"]}
+        return {"DIR": alone("grouped" if name == "tiny" else "plain") if name != "plain" else
+                reference / "plain"}  # fmt: skip
+
+    return make
+
+
+def test_every_row_of_readme_s_table_has_a_folder():
+    """A row would be typed by nobody."""
+    starts = [[row for row, *_ in README_ROWS if row.startswith(start)] for start in FOLDERS]
+    assert len(README_ROWS) == len(FOLDERS) and all(len(rows) == 1 for rows in starts)
+
+
+@pytest.mark.parametrize(("start", "name"), [(k, n) for k, names in FOLDERS.items() for n in names])
+def test_you_have_this_folder_type_this(make_folder, picture, run_main, start, name):
+    """What README tells to type would be refused, or answer otherwise than transformers."""
+    (typed, more) = next(row[1:] for row in README_ROWS if row[0].startswith(start))
+    named = make_folder(name)
+    flags = [str(named.get(word, word)) for word in typed.split()]
+    assert not {word for word in flags if word.isupper()}
+    asked = ["--image", picture, "--prompt", "What is in the image?", "--device", "cpu"]
+    asked += ["--dtype", "float32", "--max-new-tokens", "8", "-v"]
+    status, out, err = run_main(main, *flags, *asked)
+    assert status == 0, err
+    if "--revision" in more:
+        assert run_main(main, *flags, "--revision", "NAME", *asked)[:2] == (0, out)
+    kind = name.partition(" original")[0]
+    if (
+        kind in ("interleave", "llama-3", "mistral-tiles") and name == kind
+    ):  # stored with their own templates
+        (stored, _) = relatives.facts()[kind]["questions"]
+        tokenizer = load(named["DIR"]).tokenizer
+        assert out.strip() == tokenizer.decode(stored["greedy"]).strip()
+    else:
+        assert out.strip()
+        told = {"mistral-tiles": "mistral_instruct", "phi-3": "phi_3", "vip": "llava_v0"}
+        if "--model-base" not in flags and "DIR" in named:  # the others are parts
+            report = inspect_folder(named.get("MODEL", named["DIR"]))
+            assert report.template["name"] == told.get(kind, "llava_v1")

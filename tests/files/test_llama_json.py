@@ -5,6 +5,7 @@ import random
 import shutil
 
 import pytest
+from llama_json import as_json
 from paths import REFERENCE
 from sentencepiece import SentencePieceProcessor
 
@@ -14,35 +15,9 @@ from minillava.inspection.report import inspect_folder
 from minillava.tokenizer import Tokenizer
 
 MODEL = REFERENCE / "plain" / "tokenizer.model"
-PREPEND = {"type": "Prepend", "prepend": "▁"}
-REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 FIRST = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
 LETTERS = "  abcdeéxyz019.,!?\n\t▁#<>s/ñ星🙂e\u0301\u00a0the ing star red blue circle"
 WORDS = ["the", "star", "a", " ", "  ", "\n", "<s>", "</s>", "<0x0A>", "▁", "shape", "###", "星"]
-
-
-def as_json(model: SentencePieceProcessor) -> dict:
-    """The tokenizer.json of a tokenizer.model: a piece is merged of any two that make it, the
-    likeliest first, as transformers converts it."""
-    ids = {model.id_to_piece(i): i for i in range(model.vocab_size())}
-    merges = []
-    for piece, i in ids.items():
-        for at in range(1, 0 if model.is_byte(i) or model.is_control(i) else len(piece)):
-            left, right = piece[:at], piece[at:]
-            if left in ids and right in ids:
-                merges.append((-model.get_score(i), ids[left], ids[right], left, right))
-    return {
-        "normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE]},
-        "pre_tokenizer": None,
-        "model": {
-            "type": "BPE",
-            "vocab": ids,
-            "merges": [f"{left} {right}" for *_, left, right in sorted(merges)],
-            "byte_fallback": True,
-            "unk_token": "<unk>",
-            "fuse_unk": True,
-        },
-    }
 
 
 def texts(count: int):

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import bench_chart
+import bench_checkpoint
 import pytest
+import relatives
 import screenshots
 import torch
 from paths import ROOT
 
 from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig
-from minillava.files.hub import DOWNLOAD
+from minillava.files.hub import DOWNLOAD, SMALL_DOWNLOAD, SMALL_RELEASE
 from minillava.llava import Llava
 
 PAGES = {
@@ -187,6 +189,8 @@ def furnish(folder: Path, reference: Path, address: str) -> None:
     (folder / "weights").mkdir()
     (folder / "weights" / "shapes").symlink_to(ROOT / "weights" / "shapes")
     (folder / "weights" / "llava-1.5-7b-hf").symlink_to(reference / "plain")
+    small = folder / "weights" / SMALL_RELEASE.partition("/")[2]
+    relatives.stored(small, "interleave")
     for name, picture in (("x.jpg", "landscape"), ("y.jpg", "portrait")):
         shutil.copy(reference / "pictures" / f"{picture}.png", folder / name)
     (folder / "client.py").write_text(CLIENT, encoding="utf-8")
@@ -238,15 +242,22 @@ def test_the_memory_table_is_true():
     wide = TextConfig(vocab_size=32064)
     wider = replace(wide, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
                     num_key_value_heads=40, head_dim=128)  # fmt: skip
-    for name, text in (("7B", wide), ("13B", wider)):
+    small = bench_checkpoint.config_of(bench_checkpoint.INTERLEAVE)
+    configs = {
+        "LLaVA-1.5 7B": LlavaConfig(CLIP_LARGE_336, wide),
+        "llava-interleave-qwen 0.5B": small,
+    }
+    configs["LLaVA-1.5 13B"] = LlavaConfig(CLIP_LARGE_336, wider)
+    for name, config in configs.items():
+        text = config.text
         with torch.device("meta"):
-            model = Llava(LlavaConfig(CLIP_LARGE_336, text))
+            model = Llava(config)
         count = sum(p.numel() for p in model.parameters()) / 1e9
         cache = (
             2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2 * 1000 / 1e9
         )
         row = (
-            f"| LLaVA-1.5 {name} | {count:.2f} billion | {2 * count:.1f} GB | {4 * count:.1f} GB | "
+            f"| {name} | {count:.2f} billion | {2 * count:.1f} GB | {4 * count:.1f} GB | "
             f"{cache:.2f} GB |"
         )
         assert row in (ROOT / "weights" / "README.md").read_text(encoding="utf-8")
@@ -349,6 +360,11 @@ def test_the_chart_shows_the_later_of_two_runs():
 def test_every_page_puts_the_download_into_the_folder_that_git_ignores():
     """README's own folder was one in the checkout, whose 14 GB git offered to add."""
     weights = (ROOT / "weights" / "README.md").read_text(encoding="utf-8")
-    assert " --local-dir weights/" in DOWNLOAD
-    assert DOWNLOAD in README and DOWNLOAD in weights
+    for command in (SMALL_DOWNLOAD, DOWNLOAD):
+        assert " --local-dir weights/" in command
+        assert command in README and command in weights
+    # the one that any laptop runs comes first, and what its licence allows is said with it
+    (section,) = re.findall(r"## The real model\n(.*?)\n## ", README, re.DOTALL)
+    assert section.index(SMALL_DOWNLOAD) < section.index(DOWNLOAD)
+    assert "licence" in section and "licence" in weights
     assert "weights/*\n" in (ROOT / ".gitignore").read_text(encoding="utf-8")
