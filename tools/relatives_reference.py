@@ -42,6 +42,7 @@ PROMPTS = {  # and what stands between two pictures
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
         "\n",
     ),
+    "onevision": (CHATML[0], "\n"),
     "mistral-tiles": ("[INST] {images}\n{text} [/INST]", "\n"),
 }
 OTHERS = ("USER: {images}\n{text} ASSISTANT:", "\n")
@@ -131,8 +132,21 @@ def pixels_of(kind: str, names: list[str]) -> dict[str, torch.Tensor]:
     from PIL import Image
 
     pictures = [Image.open(PICTURES / f"{name}.png").convert("RGB") for name in names]
-    size = relatives.config_of(kind)["vision_config"]["image_size"]
+    config = relatives.config_of(kind)
+    size = config["vision_config"]["image_size"]
     square = {"height": size, "width": size}
+    if kind == "onevision":
+        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+            LlavaOnevisionImageProcessorPil,
+        )
+
+        processor = LlavaOnevisionImageProcessorPil(
+            size=square,
+            image_grid_pinpoints=config["image_grid_pinpoints"],
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        )
+        return dict(processor([pictures], return_tensors="pt"))  # of one prompt
     if "siglip" in relatives.config_of(kind)["vision_config"]["model_type"]:
         from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 

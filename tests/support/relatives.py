@@ -72,6 +72,18 @@ KINDS = {
         TILE, model_type="llava_next", image_grid_pinpoints=GRID,
         architectures=["LlavaNextForConditionalGeneration"], use_image_newline_parameter=True,
     ),
+    # LLaVA-OneVision, whose larger maps are made smaller
+    "onevision": kind_of(
+        {"model_type": "qwen2", "rope_theta": 1e6, "rms_norm_eps": 1e-6, "num_key_value_heads": 1},
+        TILE | hf.SIGLIP,
+        CHATML,
+        model_type="llava_onevision",
+        architectures=["LlavaOnevisionForConditionalGeneration"],
+        image_grid_pinpoints=[[28 * a, 28 * b] for a in range(1, 5) for b in range(1, 5)],
+        vision_aspect_ratio="anyres_max_2",
+        tie_word_embeddings=True,
+        **hf.OF_SIGLIP,
+    ),
     "vip": kind_of(
         None, VISION | {"num_hidden_layers": 4}, model_type="vipllava",
         architectures=["VipLlavaForConditionalGeneration"],
