@@ -149,7 +149,7 @@ class Side:
 
 
 @dataclass(eq=False)
-class Answer:
+class Running:
     """One answer while it is made. sides: its row, and with contrast a second one. siblings:
     answers to the same prompt, which copy what this one has cached."""
 
@@ -159,7 +159,7 @@ class Answer:
     sampler: Sampler
     row: Row
     most: int
-    siblings: Sequence["Answer"] = ()
+    siblings: Sequence["Running"] = ()
     token: Tensor | None = None  # [1], the last one, not cached yet
 
     @property
@@ -171,6 +171,10 @@ class Answer:
         """Forget what its slots have cached."""
         for side in self.sides:
             side.slot.keep(0)
+
+
+Answer = Running
+"""Its name before, which generate/answer.py has for an answer that is told."""
 
 
 class Engine(threading.Thread):
@@ -219,7 +223,7 @@ class Engine(threading.Thread):
         self.changed = threading.Condition()
         self.waiting: deque[Request] = deque()
         self.beginning = 0  # slots of a request that is neither waiting nor answered yet
-        self.answers: list[Answer] = []
+        self.answers: list[Running] = []
         self.state = "ok"  # draining, ended, failed
         self.deadline = float("inf")
         self.failures = 0
@@ -333,7 +337,7 @@ class Engine(threading.Thread):
         code: str,
         message: str,
         requests: Sequence[Request],
-        answers: Sequence[Answer] | None = None,
+        answers: Sequence[Running] | None = None,
         cause: BaseException | None = None,
     ) -> None:
         """End waiting requests and running answers (by default all) with an error."""
@@ -347,7 +351,7 @@ class Engine(threading.Thread):
                     self._leave(each)
                     each.request.put(each.number, failed)
 
-    def _guard(self, work: Callable[[list[Answer]], None], answers: list[Answer]) -> None:
+    def _guard(self, work: Callable[[list[Running]], None], answers: list[Running]) -> None:
         """Do work that may fail, for example for lack of memory; the answers concerned then end
         with an error. Raises the work's own error if it fails time after time."""
         if not answers:
@@ -475,7 +479,7 @@ class Engine(threading.Thread):
         options: Options,
         sides: Sequence[Side],
         token_ids: Tensor,
-    ) -> Answer:
+    ) -> Running:
         """An answer that begins with the request's prefix. token_ids [1, T]: of the prompt, and of
         the prefix at its end."""
         config, begun = self.model.config, len(request.prefix)
@@ -486,9 +490,9 @@ class Engine(threading.Thread):
         row = Row(config.eos_token_ids, self.tokenizer, options.stop)
         for token_id in request.prefix:
             row.decoder.feed(token_id)  # type: ignore[union-attr]
-        return Answer(request, number, sides, sampler, row, most)
+        return Running(request, number, sides, sampler, row, most)
 
-    def _read(self, answers: list[Answer]) -> None:
+    def _read(self, answers: list[Running]) -> None:
         """Prefill a piece of one prompt; after the last piece, choose the first token."""
         (answer,) = answers
         side = next(side for side in answer.sides if side.rest is not None)
@@ -518,7 +522,7 @@ class Engine(threading.Thread):
                 each.sides[0].slot.take_over(slot, slot.cache.length)
             self._choose(each, answer.sides)
 
-    def _decode(self, answers: list[Answer]) -> None:
+    def _decode(self, answers: list[Running]) -> None:
         """Decode one token for each of these answers."""
         started = time.monotonic()
         rows = [(answer, side) for answer in answers for side in answer.sides]
@@ -536,7 +540,7 @@ class Engine(threading.Thread):
             self._choose(answer, answer.sides)
         self.on_step(len(rows), time.monotonic() - started)
 
-    def _choose(self, answer: Answer, sides: Sequence[Side]) -> None:
+    def _choose(self, answer: Running, sides: Sequence[Side]) -> None:
         """Choose the next token of one answer by the logits of its sides, or of those it copies."""
         request, rows = answer.request, torch.cat([side.logits for side in sides])  # [1 or 2, V]
         finite, logits = rows.isfinite().all(), rows
@@ -559,7 +563,7 @@ class Engine(threading.Thread):
             self._leave(answer)
         request.put(answer.number, Token(int(token), text, reason, likely, heat, time.monotonic()))
 
-    def _leave(self, answer: Answer) -> None:
+    def _leave(self, answer: Running) -> None:
         """Free the slot of an answer that is over; what is cached in it stays."""
         self.answers.remove(answer)
         for side in answer.sides:
