@@ -336,7 +336,8 @@ class Api:
         length = int(request.headers.get("content-length", 0))  # h11 has seen that it is a number
         if length > self.max_body:
             raise self._too_large(length)
-        if length <= LARGE:
+        # a body in chunks says no length, and may be a large one
+        if length <= LARGE and "transfer-encoding" not in request.headers:
             return read_request(await self._body(request), kind)
         async with self.large:
             return await run_in_threadpool(read_request, await self._body(request), kind)

@@ -112,9 +112,10 @@ def _typed(segments: Sequence[Segment], marker: str) -> Prompt:
 
 
 def _unused(texts: Sequence[str]) -> str:
-    """A stand-in for an <image> that a user typed, which no text contains."""
-    names = (f"<typed-{i}>" for i in count())
-    return next(name for name in names if not any(name in text for text in texts))
+    """A stand-in for an <image> that a user typed, which no text contains. Each text is searched
+    once: one that is full of such names would otherwise be searched for each of them."""
+    used = {name for text in texts for name in re.findall(r"<typed-[0-9]+>", text)}
+    return next(name for name in map("<typed-{}>".format, count()) if name not in used)
 
 
 def _lay_out(parts: Sequence[Part], marker: str, one_line: bool) -> str:

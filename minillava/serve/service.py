@@ -30,6 +30,9 @@ Opened = tuple[bytes, Tensor | Tiled, tuple[int, int]]
 STATUS = {"queue_full": 429, "context_length_exceeded": 400}
 """Of a request that the engine refuses; 503 for all else."""
 
+DECODING = 2
+"""Requests whose pictures are decoded at once: a file of some kilobytes may have --max-pixels."""
+
 
 @dataclass
 class Settings:
@@ -148,6 +151,7 @@ class Service:
         default_factory=OrderedDict
     )
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _decoding: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(DECODING))
 
     def models(self) -> list[dict[str, Any]]:
         return [
@@ -272,9 +276,9 @@ class Service:
         options: Sequence[Options],
     ) -> list[tuple[Sequence[int], list[tuple[bytes, Tensor | Tiled]]]]:
         """What the second row of each answer reads."""
-        pictures = [open_picture(content, self.settings.max_pixels) for content in contents]
         processor = self.assistant.image_processor
-        with torch.no_grad():
+        with self._decoding, torch.no_grad():
+            pictures = [open_picture(content, self.settings.max_pixels) for content in contents]
             return [
                 extensions.second_prompt(contrast, ids, pictures, processor, each)
                 for each in options
@@ -352,8 +356,8 @@ class Service:
             if key in self._pixels:
                 self._pixels.move_to_end(key)
                 return key, *self._pixels[key]
-        picture = open_picture(content, self.settings.max_pixels)
-        with torch.no_grad():
+        with self._decoding, torch.no_grad():
+            picture = open_picture(content, self.settings.max_pixels)
             pixels = one_of(processor, picture, several)
         with self._lock:
             self._pixels[key] = pixels, picture.size

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import http.client
 import json
 import queue
 import re
@@ -28,6 +29,7 @@ from served import (
     picture,
     raw_request,
     said,
+    services,
     serving,
     text,
     wait_until,
@@ -37,6 +39,7 @@ import minillava
 from minillava.cli.doors import enter
 from minillava.prompt import place_images, render
 from minillava.serve import reading
+from minillava.serve.flags import make_parser
 from minillava.serve.patience import PARTS, Countdown
 from minillava.serve.run import EXTRA, listen
 from minillava.templates import TEMPLATES
@@ -565,6 +568,51 @@ def test_a_body_that_is_no_json_by_its_name_or_too_large(start):
         slow.sendall(raw_request(b"x" * 100)[:-50])
         answer = b"".join(iter(lambda: slow.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 408 ") and b"request_timeout" in answer
+
+
+def test_a_body_in_chunks_says_no_length_and_has_the_same_limits(start):
+    """Large ones would be read without limit to how many, since their length is not told."""
+    running = start(max_body=1000)
+    small = {"messages": [{"role": "user", "content": "What is a ring?"}], "max_tokens": 1}
+    for body, status in ((small, 200), ({**small, "user": "x" * 1000}, 413)):
+        kind = {"content-type": "application/json"}
+        connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            parts = iter([json.dumps(body).encode()])
+            connection.request("POST", "/v1/chat/completions", parts, kind, encode_chunked=True)
+            assert connection.getresponse().status == status
+
+
+def test_few_pictures_are_decoded_at_once(assistant, monkeypatch):
+    """Forty files of some kilobytes, each of 64 megapixels, would take 8 GB together."""
+    args = make_parser().parse_args([])
+    settings = serving.read_settings(args, "shapes", "127.0.0.1", [])
+    service = services.Service(assistant, SimpleNamespace(most_pictures=4), settings)
+    decode, at_once, most = services.open_picture, [], []
+
+    def watched(*given):
+        at_once.append(None)
+        most.append(len(at_once))
+        time.sleep(0.01)
+        picture = decode(*given)
+        at_once.pop()
+        return picture
+
+    monkeypatch.setattr(services, "open_picture", watched)
+    content = (SHAPES / "example-1.png").read_bytes()
+    given = [reading.Content(content + bytes([i])) for i in range(8)]
+    threads = [threading.Thread(target=service._picture, args=(each, False)) for each in given]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert len(most) == 8 and max(most) <= services.DECODING
+
+
+def test_a_text_full_of_our_own_marks_is_searched_once():
+    """For each mark in it the whole text was searched again: a body of 30 MB took hours."""
+    texts = ["".join(f"<typed-{i}>" for i in range(200_000)), "<typed-200001>"]
+    assert reading._unused(texts) == "<typed-200000>"
 
 
 def test_a_key_is_needed_everywhere_but_where_nothing_is_told(start):
