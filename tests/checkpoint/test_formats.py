@@ -1152,7 +1152,7 @@ FOLDERS = {  # how a row of README's table begins -> the folders that it means, 
     "`llava-hf/llava-interleave-qwen-0.5b-hf`": [
         *("interleave", "mistral", "phi-3", "tiny", "original", "vip", "llama-3"),
     ],
-    "LLaVA-1.6: ": ["mistral-tiles", "vicuna-tiles"],
+    "LLaVA-1.6: ": ["mistral-tiles", "vicuna-tiles", "onevision"],
     "the same by its authors": ["mistral-tiles original", "vicuna-tiles original"],
     "`liuhaotian/llava-v1.5-7b`": ["bin"],
     "a model that you trained with LLaVA's code": ["original"],
@@ -1240,7 +1240,7 @@ def test_you_have_this_folder_type_this(make_folder, picture, run_main, start, n
         assert run_main(main, *flags, "--revision", "NAME", *asked)[:2] == (0, out)
     kind = name.partition(" original")[0]
     if (
-        kind in ("interleave", "llama-3", "mistral-tiles") and name == kind
+        kind in ("interleave", "llama-3", "mistral-tiles", "onevision") and name == kind
     ):  # stored with their own templates
         (stored, _) = relatives.facts()[kind]["questions"]
         tokenizer = load(named["DIR"]).tokenizer
