@@ -35,6 +35,11 @@ MEASURED = {
     "one H100, captured, bfloat16": (0.0567, 151.6, '"the second run"', 3.00),
     "one H200, captured, bfloat16": (0.0605, 191.6, '"one H200"', 4.00),
 }
+# A server of two sockets: bytes per second that one of them reads from its own memory, eight
+# channels of DDR5-4800 each at their nominal rate; and what is commonly stated of the link between
+# two sockets, over which half of the weights come where processes are not bound. Not measured here.
+SOCKETS, SOCKET, BETWEEN = 2, 8 * 4800e6 * 8, 100e9
+GLOO = (50e-6, 150e-6, 500e-6)  # seconds of a sum through gloo, from hopeful to what it took here
 COUNTS = (2, 4, 8)  # processes
 TOKENS = 64  # of an answer
 PICTURES = 1_000_000
@@ -122,6 +127,20 @@ def where_it_pays() -> str:
     return table(*rows)
 
 
+def by_sockets() -> str:
+    """A token of one process that has one socket, or both with half of what it reads behind the
+    link; and of a bound process on each, with the sums."""
+    rows: list[tuple] = [("", "one socket", "both, unbound", *(f"{1e6 * s:.0f} µs" for s in GLOO))]
+    for name, config in SIZES.items():
+        read = 2 * (weights_read(config.text) + cache_size(config, PROMPT))
+        # each socket's cores read a half of their weights from the other's memory
+        unbound = max(read / SOCKETS / SOCKET, read / SOCKETS / 2 / BETWEEN)
+        sums = (2 * config.text.num_hidden_layers * seconds for seconds in GLOO)
+        times = (read / SOCKET, unbound, *(read / SOCKETS / SOCKET + each for each in sums))
+        rows.append((name, *(f"{1 / each:.1f}" for each in times)))
+    return table(*rows)
+
+
 def by_replicas() -> str:
     head = ("", "seconds", *(f"{load:g} a second" for load in LOADS))
     rows: list[tuple] = [head]
@@ -152,6 +171,9 @@ def page() -> str:
         "Tokens per second of a 7B in several processes, to those of one as measured; below 1 it no\n"
         "longer pays:",
         where_it_pays(),
+        "Tokens per second on a server of two sockets, in 16 bits, as an estimate: one process on one\n"
+        "socket, on both without binding, and one bound to each, where a sum takes so long:",
+        by_sockets(),
         f"Replicas of a 7B of which at most {PATIENCE:.0%} of the requests wait, one answer of "
         f"{TOKENS} tokens\nat a time each (M/M/c):",
         by_replicas(),

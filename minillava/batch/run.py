@@ -41,6 +41,7 @@ from minillava.checkpoint.folders import find_folders
 from minillava.checkpoint.place import choose_device
 from minillava.cli.messages import Messages, duration
 from minillava.cli.opening import find_weights, open_assistant
+from minillava.fast.parallel import OthersEnded
 from minillava.files.disk import explain, is_stream, same_file, write_whole
 from minillava.files.pictures import open_image, path_of_url
 from minillava.tiles.pictures import TileProcessor, change_by_others, positions_of_size
@@ -142,6 +143,8 @@ def ask(
         return [(answer, None, end) for answer, end in zip(found.text, ends, strict=True)]
     except torch.OutOfMemoryError as error:
         raise ValueError(FULL) from error
+    except OthersEnded:
+        raise
     except (ValueError, OSError) as error:
         if len(batch) == 1:
             return [(None, shown_line(error), None)]

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from minillava.assistant import Assistant
 from minillava.batch.questions import Question, shown_line
+from minillava.fast.parallel import OthersEnded
 from minillava.files.pictures import open_image
 from minillava.generate.contrast import find_method
-from minillava.generate.engine import Engine, Failed, Request, Token
+from minillava.generate.engine import Engine, Failed, Refused, Request, Token
 from minillava.tiles.pictures import Tiled, change_by_others, one_of
 
 PIECE = 256
@@ -89,6 +90,10 @@ class Together:
                         asked += 1
                     except (ValueError, OSError) as error:
                         found.append((question, (None, shown_line(error), None)))
+                    except Refused:
+                        for _ in range(asked):  # one of them knows what ended the engine
+                            self._next()
+                        raise
                 ended = [self._next()] if asked and not found else []
                 while not self.ended.empty():
                     ended.append(_told(*self.ended.get()))
@@ -174,6 +179,7 @@ def _told(question: Question, event: Token | Failed, text: str) -> tuple[Questio
         raise ValueError(FULL) from event.cause
     if event.cause is None:
         return question, (None, event.message, None)
-    if isinstance(event.cause, (ValueError, OSError)):
+    told = isinstance(event.cause, (ValueError, OSError))
+    if told and not isinstance(event.cause, OthersEnded):
         return question, (None, shown_line(event.cause), None)
     raise event.cause

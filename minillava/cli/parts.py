@@ -42,7 +42,8 @@ def one_of_several(name: str, args: argparse.Namespace) -> int | None:
 
 def follow(name: str, args: argparse.Namespace) -> int:
     """Open this process's part of the model and compute what rank 0 asks for; returns the exit
-    status. What it finds wrong, rank 0 says, except that its own memory is full."""
+    status. What it finds wrong, rank 0 says, except that its own memory is full, or that rank 0
+    is gone."""
     import torch
 
     from minillava.cli.messages import Messages
@@ -51,7 +52,8 @@ def follow(name: str, args: argparse.Namespace) -> int:
     from minillava.files.disk import one_line
 
     # The terminal sends Ctrl-C to all of them, and rank 0 decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupts: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     if name not in PARALLEL:
         return 0
     try:
@@ -61,6 +63,12 @@ def follow(name: str, args: argparse.Namespace) -> int:
     except (MemoryError, torch.OutOfMemoryError) as error:
         print(f"error: process {parallel.rank()}: {one_line(error)}", file=sys.__stderr__)
         return 1
-    except (ValueError, OSError, RuntimeError):
-        pass  # what ends rank 0 ends the connection, and there is nothing left to do
+    except (ValueError, OSError):
+        pass  # rank 0 has found the same, and says it
+    except RuntimeError:  # the connection has ended, since rank 0 has; one of the others says so
+        if parallel.rank() == 1 and not interrupts:
+            told = "error: process 0 has ended without a word, and with it the answer; start again"
+            print(told, file=sys.__stderr__)
+    finally:
+        parallel.leave()
     return 0

@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -39,6 +40,19 @@ HEAD = "language_model.lm_head.weight"
 """Weights [N, K] of which a process has some rows, some columns, or, of the head, some tokens."""
 
 FOREVER = timedelta(days=30)  # until a person at a chat types the next question
+
+SMALL = 1 << 18
+"""Numbers in a sum that gloo's processes send whole to one another; longer ones they add in parts,
+of which less is sent where there are more than two."""
+
+
+class OthersEnded(ValueError):
+    """The error for a process that is gone. It is about no question, so nobody goes on."""
+
+    def __init__(self):
+        super().__init__(
+            "another of the processes has ended, and with it a part of the weights; start again"
+        )
 
 
 @dataclass(frozen=True)
@@ -148,13 +162,36 @@ def join(device: str, parallel: bool) -> tuple[Share, str]:
     if not launched():
         how = "torchrun --nproc-per-node 2 -m minillava.generate ..."
         raise ValueError(f"a model in parts needs several processes; start them with: {how}")
-    if device.startswith("cuda"):
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=FOREVER)
-    return Share(dist.get_rank(), dist.get_world_size()), device
+    share = Share(dist.get_rank(), dist.get_world_size())
+    return share, own_gpu(share) if device.startswith("cuda") else device
+
+
+def own_gpu(share: Share) -> str:
+    """This process's GPU, which becomes the current one. Raises ValueError in all processes if one
+    of them has none of its own, with which NCCL would fail or wait."""
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    known = str(torch.cuda.get_device_properties(local).uuid) if local < count else ""
+    told: list[Any] = [None] * share.count
+    dist.all_gather_object(told, (socket.gethostname(), local, count, known))
+    others: dict[str, int] = {}
+    for number, (host, wanted, there, gpu) in enumerate(told):
+        if not gpu:
+            raise ValueError(
+                f"process {number} of {share.count} is to have GPU {wanted} of {host}, which has "
+                f"{there}, counted from 0; start as many processes as there are GPUs, or add "
+                "--device cpu"
+            )
+        if gpu in others:
+            raise ValueError(
+                f"processes {others[gpu]} and {number} of {share.count} have the same GPU of "
+                f"{host}; each needs one of its own"
+            )
+        others[gpu] = number
+    torch.cuda.set_device(local)
+    return f"cuda:{local}"
 
 
 def together(share: Share, build: Callable[..., Any], *given: Any, **options: Any) -> Any:
@@ -171,7 +208,7 @@ def together(share: Share, build: Callable[..., Any], *given: Any, **options: An
     try:
         dist.all_gather_object(told, None if failed is None else str(failed))
     except RuntimeError as error:
-        raise ValueError(ENDED) from error
+        raise OthersEnded from error
     if failed is not None:
         raise failed
     for number, message in enumerate(told):
@@ -195,8 +232,13 @@ class Summed(nn.Module):
         """[B, T, K / processes] -> [B, T, C]"""
         out = self.inner(x)
         wide = out.to(torch.promote_types(out.dtype, torch.float32)).contiguous()
-        dist.all_reduce(wide)
-        return wide.to(out.dtype)
+        if wide.is_cuda or wide.numel() > SMALL:
+            dist.all_reduce(wide)
+            return wide.to(out.dtype)
+        # gloo's all-reduce takes more turns of its threads, which wait for one another's cores
+        parts = [torch.empty_like(wide) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, wide)
+        return sum(parts[1:], parts[0]).to(out.dtype)  # in one order, so alike everywhere
 
 
 class Gathered(nn.Module):
@@ -320,7 +362,7 @@ class SharedLanguageModel(LanguageModel):
             ]
             told, freed = moved((rest, options), "cpu"), list(self.freed)
             if self.lost:
-                raise ValueError(ENDED)
+                raise OthersEnded
             tell(Pass(function, seen if many else seen[0], (x.shape, x.dtype), *told, freed))
             del self.freed[: len(freed)]
             with self._pass():
@@ -339,7 +381,7 @@ class SharedLanguageModel(LanguageModel):
         except BaseException as error:
             self.lost = True
             if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-                raise ValueError(ENDED) from error
+                raise OthersEnded from error
             raise
         finally:
             self.passing = False
@@ -422,7 +464,7 @@ def to_its_end() -> Iterator[None]:
 
 
 def tell(what: Pass | Change | None) -> None:
-    """Send a message from rank 0 to the others. Raises ValueError if one of them has ended."""
+    """Send a message from rank 0 to the others. Raises OthersEnded if one of them has."""
     try:
         dist.broadcast_object_list([what])
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -430,10 +472,7 @@ def tell(what: Pass | Change | None) -> None:
             "what watches or changes attention is not for a model in several processes"
         ) from error
     except RuntimeError as error:
-        raise ValueError(ENDED) from error
-
-
-ENDED = "another of the processes has ended, and with it a part of the weights; start again"
+        raise OthersEnded from error
 
 
 def moved(value: Any, device: torch.device | str) -> Any:
@@ -451,7 +490,14 @@ def end_followers() -> None:
         return
     with suppress(Exception):
         tell(None)
-        dist.destroy_process_group()
+    leave()
+
+
+def leave() -> None:
+    """End the connection to the others, without which NCCL warns at the end of a process."""
+    if dist.is_initialized():
+        with suppress(Exception):
+            dist.destroy_process_group()
 
 
 def forward(

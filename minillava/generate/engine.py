@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillava.cache import KVCache
+from minillava.fast.parallel import OthersEnded
 from minillava.generate.inputs import encode_picture, together
 from minillava.generate.watch import Watch, seen_span
 from minillava.llama import Context, LanguageModel, rotary_tables, upcast
@@ -310,7 +311,8 @@ class Engine(threading.Thread):
             message = f"the model's thread has ended: {type(error).__name__}"
             with self.changed:
                 self._give_up("engine_failed", message, [*self.waiting], cause=error)
-            raise
+            if not isinstance(error, OthersEnded):  # which says everything, to who asked
+                raise
 
     def _wait(self) -> bool:
         """Remove cancelled requests, and sleep while there is nothing to do; returns False at the
@@ -365,7 +367,7 @@ class Engine(threading.Thread):
                 answer.empty()
             told = f"the model failed ({type(error).__name__}); the request may be sent again"
             self._give_up("engine_failed", told, (), answers, error)
-            if self.failures >= FAILURES:
+            if self.failures >= FAILURES or isinstance(error, OthersEnded):
                 raise
 
     def _admit(self) -> None:

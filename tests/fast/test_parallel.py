@@ -7,13 +7,16 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import environment
 from paths import REFERENCE
 from two import (
     PICTURE,
@@ -122,6 +125,27 @@ def test_a_model_in_parts_needs_torchrun(monkeypatch):
         minillava.load(SHAPES, parallel=True)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "told"),
+    [
+        (["a", ""], "process 1 of 2 is to have GPU 1 of here, which has 1, counted from 0"),
+        (["a", "a"], "processes 0 and 1 of 2 have the same GPU of here"),
+    ],
+)
+def test_a_process_without_a_gpu_of_its_own_is_refused_in_all(monkeypatch, gpus, told):
+    """One would fail in NCCL, and the others wait for it."""
+
+    def gather(found, _):
+        found[:] = [("here", rank, 1, gpu) for rank, gpu in enumerate(gpus)]
+
+    monkeypatch.setattr(parallel.dist, "all_gather_object", gather)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for share in TWO:
+        with pytest.raises(ValueError, match=told):
+            parallel.own_gpu(share)
+
+
 # --- two processes --------------------------------------------------------------------------------
 
 
@@ -155,7 +179,7 @@ def test_an_interrupt_waits_until_a_pass_is_over(found):
 def test_a_process_that_dies_ends_the_answer(found):
     """The others would wait for its part for ever."""
     message, seconds = found[3]
-    assert message == parallel.ENDED
+    assert message == str(parallel.OthersEnded())
     assert seconds < 60
 
 
@@ -174,7 +198,7 @@ def test_two_processes_give_the_answers_of_one(quantize):
 def test_no_pass_begins_after_one_that_was_left():
     """The others stand in the middle of a pass: they would add what they have to another one."""
     (told,) = in_two({"dtype": "float32"}, left)
-    assert told == ["no room", parallel.ENDED]
+    assert told == ["no room", str(parallel.OthersEnded())]
 
 
 @pytest.mark.slow
@@ -187,19 +211,25 @@ def test_an_error_of_one_is_told_once_with_its_numbers():
 # --- by torchrun ----------------------------------------------------------------------------------
 
 
-def torchrun(door: str, *arguments: object, said: str = "") -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of a command in two processes. A hang is a failure."""
+def begun(door: str, *arguments: object, **options: object) -> subprocess.Popen:
+    """A command in two processes, in a group of processes of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += ["2", "-m", f"minillava.{door}", *map(str, arguments)]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=environment(),
         start_new_session=True,
+        **options,
     )
+
+
+def torchrun(door: str, *arguments: object, said: str = "") -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command in two processes. A hang is a failure."""
+    process = begun(door, *arguments)
     try:
         out, err = process.communicate(said, timeout=150)
     finally:
@@ -250,3 +280,53 @@ def test_torchrun_tells_an_error_once(door, arguments, error):
     status, out, err = torchrun(door, *arguments)
     assert (status, out) == (1, "")
     assert len(re.findall("^error: ", err, re.MULTILINE)) == 1 and error in err
+
+
+def ranks_in(folder: Path) -> dict[int, int]:
+    """Rank -> id of the processes that torchrun started in this folder."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit() and (entry / "cwd").resolve() == folder.resolve():
+                rank = re.search(rb"(?:^|\0)RANK=(\d+)", (entry / "environ").read_bytes())
+                if rank:
+                    found[int(rank[1])] = int(entry.name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize(
+    ("whom", "by", "told"),
+    [
+        (0, signal.SIGKILL, ["error: process 0 has ended without a word"]),
+        (1, signal.SIGKILL, ["error: another of the processes has ended"]),
+        (None, signal.SIGTERM, []),
+        (None, signal.SIGINT, []),
+    ],
+)
+def test_a_process_that_is_killed_ends_all_of_them(tmp_path, whom, by, told):
+    """The others would wait for its part for ever, in pages of tracebacks, or write into the file
+    that every question left has failed; and what is sent to torchrun would leave them behind."""
+    asked = {"image": PICTURE.name, "text": QUESTIONS[1]}
+    rows = (json.dumps({"question_id": i} | asked) for i in range(400))
+    (tmp_path / "q.jsonl").write_text("\n".join(rows) + "\n")
+    wanted = ["-m", SHAPES, "--questions", "q.jsonl", "--images", SHAPES, "--answers", "a.jsonl"]
+    process, journal = begun("batch", "-q", *wanted, cwd=tmp_path), tmp_path / "a.jsonl.partial"
+    try:
+        end = time.monotonic() + 100
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        os.kill(process.pid if whom is None else ranks_in(tmp_path)[whom], by)
+        err = process.communicate(timeout=60)[1]
+        left = ranks_in(tmp_path)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert process.returncode and left == {}
+    assert len(errors) == len(told) and all(map(str.startswith, errors, told)), err
+    assert "minillava/" not in err.replace("minillava/batch/__main__.py", ""), err
+    # a question that was not answered is asked again
+    assert b'"error": ' not in journal.read_bytes()
