@@ -49,6 +49,8 @@ of which less is sent where there are more than two."""
 class OthersEnded(ValueError):
     """The error for a process that is gone. It is about no question, so nobody goes on."""
 
+    final = True
+
     def __init__(self):
         super().__init__(
             "another of the processes has ended, and with it a part of the weights; start again"

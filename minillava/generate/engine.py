@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillava.cache import KVCache
-from minillava.fast.parallel import OthersEnded
 from minillava.generate.inputs import encode_picture, together
 from minillava.generate.watch import Watch, seen_span
 from minillava.llama import Context, LanguageModel, rotary_tables, upcast
@@ -36,6 +35,11 @@ Held = int | bytes
 
 FAILURES = 3
 """Steps that fail one after the other, until the engine gives up."""
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether an error says of itself that the model cannot go on (fast/parallel.py)."""
+    return getattr(error, "final", False)
 
 
 class Token(NamedTuple):
@@ -311,7 +315,7 @@ class Engine(threading.Thread):
             message = f"the model's thread has ended: {type(error).__name__}"
             with self.changed:
                 self._give_up("engine_failed", message, [*self.waiting], cause=error)
-            if not isinstance(error, OthersEnded):  # which says everything, to who asked
+            if not is_final(error):  # which says everything, to who asked
                 raise
 
     def _wait(self) -> bool:
@@ -367,7 +371,7 @@ class Engine(threading.Thread):
                 answer.empty()
             told = f"the model failed ({type(error).__name__}); the request may be sent again"
             self._give_up("engine_failed", told, (), answers, error)
-            if self.failures >= FAILURES or isinstance(error, OthersEnded):
+            if self.failures >= FAILURES or is_final(error):
                 raise
 
     def _admit(self) -> None:
