@@ -33,7 +33,9 @@ def profile(size: str, folder: Path, dtype: str, tokens: int) -> Spent:
 @torch.no_grad()
 def answer(model: Llava, ids: list[int], tokens: int) -> Spent:
     side, channels = model.config.vision.image_size, model.config.vision.num_channels
-    patches, picture = watched(lambda: encode_pixels(model, torch.zeros(1, channels, side, side)))
+    # not zeros, with which numbers become so small that a processor is slow
+    pixels = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
+    patches, picture = watched(lambda: encode_pixels(model, pixels))
     spliced = model.splice([ids], patches)
     like, capacity = spliced.embeds, spliced.embeds.shape[1] + tokens
     cache = KVCache(model.config.text, 1, capacity, dtype=like.dtype, device="cpu")
