@@ -32,7 +32,7 @@ Config = TypeVar("Config", TextConfig, VisionConfig)
 
 _USE_LLAVA = f"use a LLaVA-1.5 checkpoint such as {RELEASE}"
 
-_ORIGINALS = ("llava", "llava_llama", "llava_mistral", "share4v")
+_ORIGINALS = ("llava", "llava_llama", "llava_mistral", "llava_qwen", "share4v")
 LLAVAS = (*_ORIGINALS, "vipllava", "llava_next", "llava_onevision")
 """The model types of LLaVA-1.5, of its nearest relatives, of 1.6 and of OneVision; the first and the
 last three on the hub, all but the last three in the original dialect."""
@@ -73,6 +73,7 @@ LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
 """The model types of the language models, alone or as `text_config`."""
 
 _MISTRALS = ("mistral", "llava_mistral")
+_QWENS = ("qwen2", "llava_qwen")
 
 _MISTRAL = {
     "intermediate_size": 14336,
@@ -92,6 +93,18 @@ _QWEN2 = {
 
 _SIGLIP: dict[str, Any] = {"patch_size": 16, "layer_norm_eps": 1e-6}
 """Where transformers' SiglipVisionConfig has other defaults than CLIPVisionConfig."""
+
+_SO400M = VisionConfig(
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=26,
+    num_attention_heads=16,
+    image_size=384,
+    patch_size=14,
+    layer_norm_eps=1e-6,
+    siglip=True,
+)
+"""google/siglip-so400m-patch14-384 as LLaVA reads it: without the last of its 27 blocks."""
 
 _WINDOW = 4096
 """Mistral's sliding window if a file does not name it; null is none."""
@@ -147,16 +160,18 @@ def _shared(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> d
     """The fields that both dialects have, as far as they spell them alike."""
     text = raw.section("text_config") or raw
     vision = tower or raw.section("vision_config")
-    ends = _QWEN2_END if text.raw.get("model_type") == "qwen2" else _LLAMA_END
+    ends = _QWEN2_END if text.raw.get("model_type") in _QWENS else _LLAMA_END
     sources = (generation, text, raw, ends)
     eos = next(ids for reader in sources if (ids := reader.token_ids("eos_token_id")))
     pad = generation.token_ids("pad_token_id") or raw.token_ids("pad_token_id") or eos
     tied = any(reader.value("tie_word_embeddings", bool, False) for reader in (raw, text))
     text_config = _text(text, tied)
+    tower_name = str(raw.raw.get("mm_vision_tower")).lower()
+    named = _SO400M if tower_name.endswith("siglip-so400m-patch14-384") else None
     image = raw.value("image_token_id", int, LlavaConfig.image_token_id)
     return {
-        "vision": CLIP_LARGE_336 if vision is None else _vision(vision),
-        "vision_stated": vision is not None,
+        "vision": (named or CLIP_LARGE_336) if vision is None else _vision(vision),
+        "vision_stated": vision is not None or named is not None,
         "text": text_config,
         "eos_token_ids": eos,
         # Some configs name a pad token that their embedding table does not have; any id will do
@@ -242,26 +257,33 @@ def _layers(raw: "_Reader", vip: bool) -> int | tuple[int, ...]:
 
 
 def _original(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
-    if shared["vision"].siglip:
+    siglip = shared["vision"].siglip
+    if siglip and raw.raw["model_type"] not in _QWENS:
         raise ValueError(
-            f"{raw.path}: the vision tower is a SigLIP, which is read of releases in the hub's form "
-            f"alone; use one such as {SMALL_RELEASE}"
+            f"{raw.path}: the vision tower is a SigLIP, which is read beside a Qwen2 (llava_qwen) "
+            f"alone; use a release such as {SMALL_RELEASE}"
         )
     # LLaVA takes an absent mm_use_im_patch_token as true. The token that it then adds is in no
     # prompt, so it matters only if others come after it.
     around = raw.value("mm_use_im_start_end", bool, False)
     patch = raw.value("mm_use_im_patch_token", bool, around)
     aspect = raw.expect("image_aspect_ratio", ("pad", "square", "anyres")) or "pad"
+    layer = raw.value("mm_vision_select_layer", int, LlavaConfig.feature_layer)
+    if siglip:
+        # LLaVA reads the last of 26 blocks whatever the file says, and, though it says anyres, was
+        # released to see one squeezed square a picture.
+        layer = min(_SO400M.num_hidden_layers, shared["vision"].num_hidden_layers)
+        aspect = "pad" if aspect == "pad" else "squash"
     if aspect == "anyres":  # LLaVA-1.6
         raw.expect("mm_patch_merge_type", ("spatial_unpad",), required=True)
         # the original means (width, height)
         shared["grid"] = tuple((height, width) for width, height in _grid(raw))
         shared["template"] = _template(raw.raw["model_type"])
-    kinds = ("patch",) if aspect == "anyres" else ("patch", "cls_patch")
+    kinds = ("patch",) if aspect == "anyres" or siglip else ("patch", "cls_patch")
     selected = raw.expect("mm_vision_select_feature", kinds)
     return LlavaConfig(
         **shared,
-        feature_layer=raw.value("mm_vision_select_layer", int, LlavaConfig.feature_layer),
+        feature_layer=layer,
         keep_class_token=selected == "cls_patch",
         projector_layers=_projector_layers(raw),
         image_aspect_ratio="crop" if aspect == "square" else aspect,
@@ -322,19 +344,19 @@ def _text(raw: "_Reader", tied: bool) -> TextConfig:
             raise ValueError(
                 f"{raw.path}: {raw.prefix}{flag} is True, supported: False (Llama has no biases)"
             )
-    defaults = _MISTRAL if kind in _MISTRALS else _QWEN2 if kind == "qwen2" else {}
+    defaults = _MISTRAL if kind in _MISTRALS else _QWEN2 if kind in _QWENS else {}
     known: dict[str, Any] = {name: n for name, n in defaults.items() if name not in raw.raw}
     rope = _rope(raw, int(known.pop("max_position_embeddings", TextConfig.max_position_embeddings)))
     if kind in _MISTRALS and raw.raw.get("sliding_window", _WINDOW) is not None:
         # Up to the window's length its mask hides nothing: longer prompts are refused, not masked.
         window = raw.positive("sliding_window", int, _WINDOW)
         rope["max_position_embeddings"] = min(rope["max_position_embeddings"], window)
-    if kind == "qwen2" and raw.value("use_sliding_window", bool, False):
+    if kind in _QWENS and raw.value("use_sliding_window", bool, False):
         raise ValueError(
             f"{raw.path}: {raw.prefix}use_sliding_window is True, supported: False (attention to "
             "everything before, as every released LLaVA on Qwen2 has it)"
         )
-    return raw.fill(TextConfig, tie_word_embeddings=tied, qkv_bias=kind == "qwen2", **rope, **known)
+    return raw.fill(TextConfig, tie_word_embeddings=tied, qkv_bias=kind in _QWENS, **rope, **known)
 
 
 def _rope(raw: "_Reader", length: int) -> dict[str, float]:

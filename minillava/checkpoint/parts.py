@@ -26,6 +26,7 @@ from minillava.files.hub import CLIP_RELEASE
 from minillava.files.tensors import holds_weights, open_file
 from minillava.files.tokenizer_files import find_tokenizer
 from minillava.image import ImageProcessor
+from minillava.prompt import IMAGE_MARKER
 from minillava.tokenizer import Tokenizer
 
 
@@ -49,7 +50,9 @@ def open_parts(folders: Folders, aspect: str | None = None) -> Parts:
     check_base(folders)
     weights, config = open_checkpoint(folders, read_model_config(folders))
     tokenizer = open_tokenizer(folders.of_tokenizer, config)
-    if tokenizer.written_as(config.image_token_id):
+    image = config.image_token_id
+    is_piece = 0 <= image < tokenizer.vocab_size and tokenizer.piece(image) != IMAGE_MARKER
+    if is_piece or tokenizer.written_as(image):
         # LLaVA's own config.json names no id for pictures, and 32000 may be a word: penalties must
         # tell them apart.
         config = replace(config, image_token_id=IMAGE_TOKEN_INDEX)
@@ -157,6 +160,8 @@ def open_checkpoint(folders: Folders, config: LlavaConfig) -> tuple[StoredWeight
         block = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
         blocks = range(config.vision_layers_needed, config.vision.num_hidden_layers)
         after = name.startswith(("vision_tower.post_layernorm.", "vision_tower.head."))
+        # what ends the rows of tiles is stored also where a model reads none
+        after = after or (name == "image_newline" and config.vision.siglip and not config.grid)
         return after or (block is not None and int(block[1]) in blocks)
 
     weights.set_aside(unread)

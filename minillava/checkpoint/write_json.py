@@ -74,7 +74,9 @@ def check_original(config: LlavaConfig) -> None:
     if not config.projector_bias:
         raise ValueError("LLaVA's own layout has no projector without biases; use the hub's (hf)")
     if config.text.qkv_bias or config.vision.siglip or config.projector_norm_eps:
-        raise ValueError("LLaVA's own layout has no Qwen2, SigLIP or ViP-LLaVA; use the hub's (hf)")
+        raise ValueError(
+            "Qwen2, SigLIP and ViP-LLaVA are not written in LLaVA's own layout; use the hub's (hf)"
+        )
 
 
 def original_config(config: LlavaConfig, dtype: torch.dtype) -> Json:

@@ -18,6 +18,7 @@ MODEL = REFERENCE / "plain" / "tokenizer.model"
 FIRST = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
 LETTERS = "  abcdeéxyz019.,!?\n\t▁#<>s/ñ星🙂e\u0301\u00a0the ing star red blue circle"
 WORDS = ["the", "star", "a", " ", "  ", "\n", "<s>", "</s>", "<0x0A>", "▁", "shape", "###", "星"]
+COUNTS = [3000, pytest.param(20_000, marks=pytest.mark.slow)]
 
 
 def texts(count: int):
@@ -41,11 +42,12 @@ def folder(tmp_path, raw):
     return path
 
 
-def test_it_cuts_as_sentencepiece_does(raw):
+@pytest.mark.parametrize("count", COUNTS)
+def test_it_cuts_as_sentencepiece_does(raw, count):
     """The same text would get other ids from tokenizer.json than from tokenizer.model, and the
     model would answer worse."""
     model, ours = SentencePieceProcessor(model_file=str(MODEL)), LlamaPieces(MODEL, raw)
-    for text in texts(3000):
+    for text in texts(count):
         assert ours.encode(text) == model.encode(text), repr(text)
     for name in ("vocab_size", "bos_id", "eos_id", "unk_id"):
         assert getattr(ours, name)() == getattr(model, name)()
@@ -56,21 +58,23 @@ def test_it_cuts_as_sentencepiece_does(raw):
             assert getattr(ours, name)(i) == getattr(model, name)(i), (name, i)
 
 
-def test_it_cuts_as_llamas_own_32000_pieces(llama_tokenizer):
+@pytest.mark.parametrize("count", [1000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_it_cuts_as_llamas_own_32000_pieces(llama_tokenizer, count):
     """A mistake that shows only with Llama's large vocabulary would pass the small one of the
     tests."""
     model = SentencePieceProcessor(model_file=str(llama_tokenizer))
     ours = LlamaPieces(llama_tokenizer, as_json(model))
-    for text in texts(1000):
+    for text in texts(count):
         assert ours.encode(text) == model.encode(text), repr(text)
 
 
 @pytest.mark.parity
-def test_it_cuts_as_the_library_that_the_file_is_written_for(raw):
+@pytest.mark.parametrize("count", COUNTS)
+def test_it_cuts_as_the_library_that_the_file_is_written_for(raw, count):
     """A tokenizer.json would be cut otherwise than by tokenizers, the library that wrote it."""
     tokenizers = pytest.importorskip("tokenizers")
     theirs, ours = tokenizers.Tokenizer.from_str(json.dumps(raw)), LlamaPieces(MODEL, raw)
-    for text in texts(3000):
+    for text in texts(count):
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
 
 

@@ -336,6 +336,17 @@ def test_another_frame_around_a_prompt_is_refused(folder, settings, said):
     assert f"tokenizer_config.json: {said}" in complaint(folder)
 
 
+def test_llava_16_34b_is_refused_by_its_tokenizer(folder):
+    """Its prompts begin without a begin token, and its tokens of chat are pieces of its
+    tokenizer.model: opened as a Vicuna, it would answer worse."""
+    write(folder, "tokenizer_config.json", {"add_bos_token": False, "bos_token": "<s>"})
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found |= {"model_type": "llava_next", "image_grid_pinpoints": [[56, 112], [112, 56]]}
+    write(folder, "config.json", found)
+    told = complaint(folder)
+    assert "add_bos_token is False, supported: True" in told and "\n" not in told
+
+
 def test_the_usual_frame_may_be_stated(folder):
     """A folder that states what is the default anyway would be refused."""
     stated = {"add_bos_token": True, "add_eos_token": None, "bos_token": "<s>", "eos_token": "</s>"}

@@ -717,8 +717,38 @@ def test_a_wrong_field_of_a_clip_folder_is_found_in_its_own_file(read, tmp_path)
     )
     with pytest.raises(ValueError, match="model_type is 'dinov2', supported: clip_vision_model"):
         read(ORIGINAL_7B, clip={"model_type": "dinov2"})
-    with pytest.raises(ValueError, match="the vision tower is a SigLIP, which is read of"):
+    with pytest.raises(ValueError, match="the vision tower is a SigLIP, which is read beside"):
         read(ORIGINAL_7B, clip={"model_type": "siglip_vision_model"})
+
+
+LMMS_INTERLEAVE = {
+    "architectures": ["LlavaQwenForCausalLM"], "bos_token_id": 151643, "eos_token_id": 151645,
+    "hidden_act": "silu", "hidden_size": 1024, "image_aspect_ratio": "anyres",
+    "image_grid_pinpoints": [[384, 768], [768, 384], [768, 768], [1152, 384], [384, 1152]],
+    "intermediate_size": 2816, "max_position_embeddings": 32768, "max_window_layers": 21,
+    "mm_hidden_size": 1152, "mm_patch_merge_type": "spatial_unpad",
+    "mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2, "mm_vision_tower": "google/siglip-so400m-patch14-384",
+    "model_type": "llava_qwen", "num_attention_heads": 16, "num_hidden_layers": 24,
+    "num_key_value_heads": 16, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+    "sliding_window": 32768, "tie_word_embeddings": True, "use_sliding_window": False,
+    "vocab_size": 151936,
+}  # fmt: skip
+
+
+def test_the_authors_own_interleave_reads_the_last_of_26_blocks(read):
+    """Its file says layer -2 and anyres; its code reads the last of 26 blocks whatever the file says,
+    and one squeezed square a picture."""
+    config = read(LMMS_INTERLEAVE)
+    assert config.vision.siglip and config.vision.num_hidden_layers == 26
+    assert config.feature_depths == (26,) and config.vision_stated
+    assert (config.tokens_per_image, config.image_aspect_ratio, config.grid) == (729, "squash", ())
+    assert config.text.qkv_bias and config.text.tie_word_embeddings
+    assert (config.text.context, config.eos_token_ids) == (32768, (151645,))
+    whole = {"model_type": "siglip_vision_model", "num_hidden_layers": 27, "patch_size": 14}
+    assert read(LMMS_INTERLEAVE, clip=whole).feature_depths == (26,)
+    with pytest.raises(ValueError, match="is read beside a Qwen2"):
+        read({**LMMS_INTERLEAVE, "model_type": "llava_llama"})
 
 
 def test_a_wrong_field_of_generation_config_is_found_there(read, tmp_path):

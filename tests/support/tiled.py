@@ -20,7 +20,7 @@ def draw(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-def config_of(text: str) -> dict:
+def config_of(text: str, pieces: int = 440) -> dict:
     """config.json as llava-v1.6-mistral-7b-hf or -vicuna-7b-hf have it; with qwen2, as a later
     LLaVA-NeXT has it."""
     if text == "onevision":
@@ -29,7 +29,7 @@ def config_of(text: str) -> dict:
     grouped = {"num_key_value_heads": 2}
     own = {"llama": {}, "mistral": {**grouped, "sliding_window": None}, "qwen2": grouped}[text]
     config = hf.hub_config(
-        {**sizes["text"], "model_type": text, **own}, sizes["vision"], pieces=440
+        {**sizes["text"], "model_type": text, **own}, sizes["vision"], pieces=pieces
     )
     return {
         **config,
