@@ -13,8 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from minillava.fast.ahead import decode_ahead
-from minillava.fast.compiled import Captured
 from minillava.llama import Context
 from minillava.llava import Llava
 
@@ -79,11 +77,10 @@ def attending(model: nn.Module, attend: Callable[..., Any]) -> Iterator[None]:
             module.attend = own
 
 
-def uncompiled(model: Llava) -> Llava:
-    """The same model without its compiled step, for a loop whose layers are watched: a compiled
-    step (fast/compiled.py) calls no hooks."""
-    if not isinstance(model.decoding, Captured):
-        return model
+def step_by_step(model: Llava) -> Llava:
+    """The same model with the plain steps of loop.py, for a loop whose layers are watched: a
+    compiled step (fast/compiled.py) calls no hooks, and one that a GPU begins before its turn
+    (fast/ahead.py) would be seen with the token before."""
     plain = copy.copy(model)
-    plain.decoding = decode_ahead
+    plain.decoding = None
     return plain

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from minillava.assistant import Assistant
-from minillava.cli.hooks import Hooks, uncompiled
+from minillava.cli.hooks import Hooks, step_by_step
 from minillava.cli.messages import Messages, print_json, significant, write_outputs
 from minillava.cli.opening import find_weights, open_assistant, read_question
 from minillava.config import VisionConfig
@@ -118,7 +118,7 @@ def watch(
         raise ValueError(
             f"{len(spliced.image_spans)} row(s) with {pictures} picture(s), expected one with one"
         )
-    model, span = uncompiled(model), seen_span(model, spliced, size)
+    model, span = step_by_step(model), seen_span(model, spliced, size)
     running = steps(model, spliced, options, tokenizer=tokenizer, record=record)
     while True:
         # For one forward pass at a time, so that other loops can use the model in between.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minillava.assistant import Assistant
-from minillava.cli.hooks import uncompiled
+from minillava.cli.hooks import step_by_step
 from minillava.files.pictures import Images, as_list, open_image
 from minillava.look.run import (
     default_layers,
@@ -64,7 +64,7 @@ class Answered:
                 "--image-aspect-ratio squash, with which it reads the overview alone"
             )
         self.assistant, self.question = assistant, question
-        self.model = uncompiled(assistant.model)
+        self.model = step_by_step(assistant.model)
         self.picture = open_image(*as_list(image))
         config = self.model.config
         self.box = patch_box(self.picture.size, assistant.image_processor, config.vision)

@@ -20,7 +20,7 @@ from torch import Tensor
 from minillava import loop
 from minillava.assistant import Assistant
 from minillava.checkpoint.config_json import read_config
-from minillava.cli.hooks import uncompiled
+from minillava.cli.hooks import step_by_step
 from minillava.cli.messages import Messages, print_json, significant, write_outputs
 from minillava.cli.opening import find_weights, open_assistant, read_question
 from minillava.config import LlavaConfig
@@ -71,7 +71,7 @@ def trace(
     chosen, drafts = assistant.options(options, **settings), assistant.drafts(draft)
     follow = following(drafts, chosen, images)
     traced = traced if steps is None else steps
-    model = uncompiled(assistant.model)
+    model = step_by_step(assistant.model)
     _check_layers(model.config, layers)
     if drafts is not None:
         drafts.is_exact(model)  # now, so that its trial is not traced

@@ -8,7 +8,8 @@ import torch
 from models import stored
 
 import minillava
-from minillava.cli.hooks import Hooks, uncompiled
+from minillava.cli.hooks import Hooks, step_by_step
+from minillava.fast import ahead
 from minillava.fast.compiled import Captured
 from minillava.look.run import watch
 from minillava.loop import Options
@@ -118,13 +119,31 @@ def test_attention_that_is_recorded_is_watched_as_well(reference, model):
 
 def test_a_compiled_step_is_left_for_the_layers(model):
     """It calls no hooks: nothing would be watched but the prompt."""
-    assert uncompiled(model) is model
     before = model.decoding
     try:
         model.decoding = Captured(lambda *_: None)
-        plain = uncompiled(model)
+        plain = step_by_step(model)
         assert plain.language_model is model.language_model
-        assert not isinstance(plain.decoding, Captured)
+        assert plain.decoding is None
         assert isinstance(model.decoding, Captured)
     finally:
         model.decoding = before
+
+
+@torch.no_grad()
+def test_a_gpu_does_not_show_the_next_token_s_attention(reference, monkeypatch):
+    """A step that it had begun ahead was noted with the token before: from the third token on every
+    map was the next one's."""
+    toy = stored()
+    picture = minillava.image.Image.new("RGB", (30, 20), "red")
+    spliced = toy.prepare(picture, toy.prompt("What?"))
+    options = Options(max_new_tokens=5)
+
+    def maps() -> list[torch.Tensor]:
+        return [rows for _, rows in watch(toy.model, spliced, options, toy.tokenizer)]
+
+    in_turn = maps()
+    monkeypatch.setattr(ahead, "overlaps_reading", lambda device: True)
+    assert toy.model.decoding is ahead.decode_ahead
+    assert len({rows.numpy().tobytes() for rows in in_turn}) == len(in_turn) == 5
+    assert all(map(torch.equal, maps(), in_turn))
