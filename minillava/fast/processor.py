@@ -1,10 +1,10 @@
 """The kind of this processor, and the way to compute a product that is fastest on it. A reader may
 skip this file.
 
-WAYS is what `python tools/bench.py kernels` found for avx2, avx512 and avx512-bf16 (the first two
-on a newer processor that was held to their instructions). That of amx was measured before the tool
-was written, and the kinds in GUESSED were not measured. Nothing is measured while the program runs:
-the ways add up in different orders, and an answer must not depend on how busy the machine was.
+WAYS is what `python tools/bench.py kernels` found for avx2, avx512, avx512-bf16 and amx (the first
+two on a newer processor that was held to their instructions); the kinds in GUESSED were not
+measured. Nothing is measured while the program runs: the ways add up in different orders, and an
+answer must not depend on how busy the machine was.
 """
 
 import math
@@ -54,7 +54,8 @@ WAYS: dict[str, dict[str, Ways]] = {
         "int4": ((96, "kernel"), (MANY, "bfloat16 blocks x4")),
     },
     "amx": {
-        "float32": ((1, "parts"), (2, "plain"), (16, "turned"), (MANY, "plain")),
+        "float32": ((1, "parts"), (2, "plain"), (32, "turned parts"), (MANY, "plain")),
+        "float32, wide": ((1, "parts"), (2, "plain"), (32, "turned"), (MANY, "plain")),
         "bfloat16": ((1, "mv"), (32, "turned"), (MANY, "plain")),
         "int8": ((16, "kernel"), (MANY, "bfloat16 blocks x4")),
         "int4": ((32, "kernel"), (MANY, "bfloat16 blocks x4")),
@@ -89,7 +90,7 @@ SAME_ROWS: dict[str, dict[str, int]] = {
     "avx2": {"bfloat16": 4, "int8": 32, "int4": 32},
     "avx512": {"int8": 32, "int4": 32},
     "avx512-bf16": {"bfloat16": 32, "int8": 16, "int4": 32},
-    "amx": {"bfloat16": 32, "int8": 16, "int4": 16},
+    "amx": {"bfloat16": 16, "int8": 16, "int4": 16},
 }
 """Up to how many rows of a pass each has the bits that it has alone, if more than one: the ways of
 one row and of several add up in the same order. From `bench.py kernels --bits`."""
