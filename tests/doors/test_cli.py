@@ -365,7 +365,12 @@ def test_without_weights_it_takes_the_bundled_ones_and_says_how_to_get_others(
     status, out, err = run("-i", PICTURE, weights=None)
     assert (status, bool(out)) == ((1, False) if bundled is None else (0, True))
     assert err.count("\n") == 1
-    for part in ("bundled", "--weights", WEIGHTS_VARIABLE, "hf download llava-hf/llava-1.5-7b-hf"):
+    for part in (
+        "bundled",
+        "--weights",
+        WEIGHTS_VARIABLE,
+        "hf download llava-hf/llava-interleave-qwen-0.5b-hf",
+    ):
         assert part in err
     if bundled is not None:
         assert run("-i", PICTURE, "-q", weights=None) == (0, out, "")
@@ -1045,10 +1050,10 @@ def picture_on_the_web(folder):
     return ["-i", "https://example.com/cat.jpg"]
 
 
-LLAVA = "llava-hf/llava-1.5-7b-hf"
+LLAVA, SMALL = "llava-hf/llava-1.5-7b-hf", "llava-hf/llava-interleave-qwen-0.5b-hf"
 FAILURES = [
-    (point_to_nowhere, "nowhere", "no such folder", f"hf download {LLAVA}"),
-    (empty_folder, "empty", "is empty", f"hf download {LLAVA}"),
+    (point_to_nowhere, "nowhere", "no such folder", f"hf download {SMALL}"),
+    (empty_folder, "empty", "is empty", f"hf download {SMALL}"),
     (file_for_folder, "config.json", "is a file", "expected the folder it is in"),
     (shard_missing, "model-00002-of-00002.safetensors", "not found", "download"),
     (shard_truncated, "model-00001-of-00002.safetensors", "truncated", "download"),

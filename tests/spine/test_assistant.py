@@ -553,7 +553,7 @@ def test_without_weights_load_takes_what_the_commands_take(
     assert minillava.load(device="cpu").model.config.text.tie_word_embeddings
     monkeypatch.setattr("minillava.checkpoint.folders.bundled_weights", lambda: None)
     with pytest.raises(
-        ValueError, match="no weights are named, and the bundled model was left out; get LLaVA"
+        ValueError, match="no weights are named, and the bundled model was left out; get a LLaVA"
     ):
         minillava.load()
     assert capsys.readouterr() == ("", "")  # a library prints nothing
