@@ -47,6 +47,18 @@ _HUB_ONEVISION = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
 
 _SIDES = range(384, 2304 + 1, 384)
 
+_SO400M = VisionConfig(
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=26,
+    num_attention_heads=16,
+    image_size=384,
+    patch_size=14,
+    layer_norm_eps=1e-6,
+    siglip=True,
+)
+"""google/siglip-so400m-patch14-384 as LLaVA reads it: without the last of its 27 blocks."""
+
 _ONEVISION: dict[str, Any] = {
     "image_token_id": 151646,
     "vision_feature_layer": -1,
@@ -56,12 +68,7 @@ _ONEVISION: dict[str, Any] = {
     "text_config": {"model_type": "qwen2"},
     "vision_config": {
         "model_type": "siglip_vision_model",
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 16,
-        "image_size": 384,
-        "patch_size": 14,
+        **{name: value for name, value in vars(_SO400M).items() if name != "siglip"},
     },
 }
 """What transformers' LlavaOnevisionConfig means by the fields that a file leaves out."""
@@ -93,18 +100,6 @@ _QWEN2 = {
 
 _SIGLIP: dict[str, Any] = {"patch_size": 16, "layer_norm_eps": 1e-6}
 """Where transformers' SiglipVisionConfig has other defaults than CLIPVisionConfig."""
-
-_SO400M = VisionConfig(
-    hidden_size=1152,
-    intermediate_size=4304,
-    num_hidden_layers=26,
-    num_attention_heads=16,
-    image_size=384,
-    patch_size=14,
-    layer_norm_eps=1e-6,
-    siglip=True,
-)
-"""google/siglip-so400m-patch14-384 as LLaVA reads it: without the last of its 27 blocks."""
 
 _WINDOW = 4096
 """Mistral's sliding window if a file does not name it; null is none."""
