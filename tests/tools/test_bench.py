@@ -706,7 +706,7 @@ def test_serve_asks_a_server_and_another_beside_it(capsys):
     """A client that is refused, or answers that end early, would count as fast ones."""
     pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
     few = ["serve", "--size", "shapes", "--tokens", "3", "--rounds", "1"]
-    with serve.started(bench.PICTURE.parent, "float32") as other:
+    with serve.started(bench.PICTURE.parent, "float32") as (other, _):
         assert bench.main([*few, "--url", f"other={other}"]) == 0
     rows = [cells(line) for line in capsys.readouterr().out.splitlines()[4:]]
     assert len(rows) == 8 and [row[0].partition(":")[0] for row in rows[::4]] == [
