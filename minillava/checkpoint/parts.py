@@ -45,8 +45,8 @@ class Parts(NamedTuple):
 
 
 def open_parts(folders: Folders, aspect: str | None = None) -> Parts:
-    """The parts of a whole model. aspect: pad or crop, instead of what config.json says. Raises
-    FileNotFoundError, OSError or ValueError, as `load`."""
+    """The parts of a whole model. aspect: pad, crop or squash, instead of what config.json
+    says. Raises FileNotFoundError, OSError or ValueError, as `load`."""
     check_base(folders)
     weights, config = open_checkpoint(folders, read_model_config(folders))
     tokenizer = open_tokenizer(folders.of_tokenizer, config)

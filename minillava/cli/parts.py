@@ -42,8 +42,8 @@ def one_of_several(name: str, args: argparse.Namespace) -> int | None:
 
 def follow(name: str, args: argparse.Namespace) -> int:
     """Open this process's part of the model and compute what rank 0 asks for; returns the exit
-    status. What it finds wrong, rank 0 says, except that its own memory is full, or that rank 0
-    is gone."""
+    status. What it finds wrong, rank 0 says, except that its own memory is full, or that
+    another process is gone."""
     import torch
 
     from minillava.cli.messages import Messages
@@ -63,12 +63,11 @@ def follow(name: str, args: argparse.Namespace) -> int:
     except (MemoryError, torch.OutOfMemoryError) as error:
         print(f"error: process {parallel.rank()}: {one_line(error)}", file=sys.__stderr__)
         return 1
+    except (parallel.OthersEnded, RuntimeError):  # while opening, or while following
+        if parallel.rank() == 1 and not interrupts:  # rank 0 may be who has ended: one says so
+            print(f"error: {parallel.OthersEnded()}", file=sys.__stderr__)
     except (ValueError, OSError):
         pass  # rank 0 has found the same, and says it
-    except RuntimeError:  # the connection has ended, since rank 0 has; one of the others says so
-        if parallel.rank() == 1 and not interrupts:
-            told = "error: process 0 has ended without a word, and with it the answer; start again"
-            print(told, file=sys.__stderr__)
     finally:
         parallel.leave()
     return 0

@@ -20,6 +20,8 @@ def speed_up(model: nn.Module, language: LanguageModel) -> None:
     language.attend, language.each_alone = fused, fused.each_alone
     # A few rows may have the bits of one by luck; what is not claimed is not so.
     weights = [each.weight for each in language.modules() if isinstance(each, FastLinear)]
+    if language.config.tie_word_embeddings:
+        weights.append(language.embed_tokens.weight)  # the head's, whatever the layers' are
     narrow = {NAMES.get(w.dtype) for w in weights if w.device.type == "cpu"} & {"bfloat16"}
     stored = narrow.union(quantised_kinds(language) if language.norm.weight.is_cpu else [])
     if stored:

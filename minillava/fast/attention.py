@@ -22,6 +22,9 @@ class Fused:
     """`attention.fused`, except that one query in bfloat16 is computed by `in_float32` where that
     is faster."""
 
+    def __reduce__(self) -> str:
+        return "fused"  # the one below, in whichever process it is read
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
     ) -> tuple[Tensor, None]:

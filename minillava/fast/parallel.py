@@ -158,7 +158,8 @@ def rank() -> int:
 
 def join(device: str, parallel: bool) -> tuple[Share, str]:
     """Join the other processes, if the model is parallel; returns the share of this one, and its
-    device. Raises ValueError if torchrun did not start it."""
+    device. Raises ValueError if torchrun did not start it, and in all processes if only some of
+    them have a GPU, since those would wait for the others."""
     if not parallel:
         return WHOLE, device
     if not launched():
@@ -168,7 +169,23 @@ def join(device: str, parallel: bool) -> tuple[Share, str]:
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=FOREVER)
     share = Share(dist.get_rank(), dist.get_world_size())
-    return share, own_gpu(share) if device.startswith("cuda") else device
+    on_gpu = device.startswith("cuda")
+    if len({*gathered(on_gpu, share)}) > 1:
+        raise ValueError(
+            "some of the processes have a GPU and some have none; start them where each has one, "
+            "or add --device cpu"
+        )
+    return share, own_gpu(share) if on_gpu else device
+
+
+def gathered(own: Any, share: Share) -> list[Any]:
+    """What all processes say, by rank. Raises OthersEnded if one of them has."""
+    told: list[Any] = [None] * share.count
+    try:
+        dist.all_gather_object(told, own)
+    except RuntimeError as error:
+        raise OthersEnded from error
+    return told
 
 
 def own_gpu(share: Share) -> str:
@@ -176,8 +193,7 @@ def own_gpu(share: Share) -> str:
     of them has none of its own, with which NCCL would fail or wait."""
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     known = str(torch.cuda.get_device_properties(local).uuid) if local < count else ""
-    told: list[Any] = [None] * share.count
-    dist.all_gather_object(told, (socket.gethostname(), local, count, known))
+    told = gathered((socket.gethostname(), local, count, known), share)
     others: dict[str, int] = {}
     for number, (host, wanted, there, gpu) in enumerate(told):
         if not gpu:
@@ -206,11 +222,7 @@ def together(share: Share, build: Callable[..., Any], *given: Any, **options: An
         result = build(*given, share=share, **options)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         failed = error
-    told: list[str | None] = [None] * share.count
-    try:
-        dist.all_gather_object(told, None if failed is None else str(failed))
-    except RuntimeError as error:
-        raise OthersEnded from error
+    told = gathered(None if failed is None else str(failed), share)
     if failed is not None:
         raise failed
     for number, message in enumerate(told):
@@ -392,7 +404,7 @@ class SharedLanguageModel(LanguageModel):
         """As LanguageModel's, within a pass or, of what drafters make, after it."""
         if not self.passing:
             return self.run(head, x, None)
-        # A tied head is the table of words, which rank 0 has whole.
+        # A tied head is the table of words, which rank 0 has whole; the product is torch's own.
         return super().head(x) if self.share.rank == 0 or hasattr(self, "lm_head") else x
 
     def see(self, cache: KVCache) -> Seen:

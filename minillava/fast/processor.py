@@ -128,7 +128,8 @@ def way(
 
 
 def form(shape: tuple[int, ...]) -> str:
-    """Of a weight [N, C]: wide if it has more columns than rows; short if its rows are."""
+    """Of a weight [N, C]: wide if it has more columns than rows; else short if it has at most
+    SHORT columns."""
     rows, columns = shape
     return "wide" if columns > rows else "short" if columns <= SHORT else ""
 

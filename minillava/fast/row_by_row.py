@@ -192,7 +192,7 @@ def alone(attend: Callable[..., Any], pads: list[int]) -> Callable[..., Any]:
 def rows_together(language: LanguageModel) -> int:
     """How many rows of the model's products keep the bits that each has alone. For the plain layers
     of `eager`, which are torch's own, nothing is known, nor for a head that is the embedding
-    table."""
+    table, which a RowByRow multiplies by torch's own product."""
     layers = [m for m in language.modules() if isinstance(m, nn.Linear | QuantisedLinear)]
     on_cpu = language.embed_tokens.weight.device.type == "cpu"
     tied = language.config.tie_word_embeddings

@@ -85,10 +85,10 @@ def encode_each(
 ) -> Tensor | None:
     """The pictures of all questions in order, [n, P, C]; a picture that occurs twice is encoded
     once. None if there are none. change: with others it is another one, encode(picture, True)."""
-    flat = [(picture, (True,) * (change and len(own) > 1)) for own in pictures for picture in own]
+    flat = [(picture, change and len(own) > 1) for own in pictures for picture in own]
     names = [(str(p) if isinstance(p, (str, Path)) else id(p), among) for p, among in flat]
     encoded = {
-        name: encode(picture, *among)
+        name: encode(picture, True) if among else encode(picture)
         for name, (picture, among) in dict(zip(names, flat, strict=True)).items()
     }
     return together([encoded[name] for name in names])

@@ -1,4 +1,5 @@
-"""The network of LLaVA-1.6: LLaVA-1.5's, and how the features of tiles become one row of vectors.
+"""The network of LLaVA-1.6 and OneVision: LLaVA-1.5's, and how the features of tiles become one row
+of vectors.
 
 n pictures, k tiles of one besides the overview, R their side in pixels, P patches of each, G = √P,
 C width.

@@ -3,6 +3,7 @@ answers of one process."""
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -38,8 +39,10 @@ from minillava.checkpoint.build import build_model
 from minillava.checkpoint.config_json import read_config
 from minillava.checkpoint.folders import Folders
 from minillava.checkpoint.parts import open_checkpoint
+from minillava.cli import opening
+from minillava.cli.parts import follow
 from minillava.config import TextConfig
-from minillava.fast import parallel
+from minillava.fast import attention, parallel
 from minillava.fast.parallel import HEAD, Share
 from minillava.fast.quantize import quantised_layer, quantize_tensor
 
@@ -144,6 +147,48 @@ def test_a_process_without_a_gpu_of_its_own_is_refused_in_all(monkeypatch, gpus,
     for share in TWO:
         with pytest.raises(ValueError, match=told):
             parallel.own_gpu(share)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_where_only_some_have_a_gpu_all_are_refused(monkeypatch, device):
+    """Those with a GPU would wait for the word of those that have none, which never say one."""
+
+    def gather(found, own):
+        found[:] = [own, not own]
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
+        monkeypatch.setattr(parallel.dist, name, lambda value=value: value)
+    monkeypatch.setattr(parallel.dist, "all_gather_object", gather)
+    with pytest.raises(ValueError, match=r"some have none; .* --device cpu"):
+        parallel.join(device, True)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_who_follows_says_that_another_ended_while_opening(monkeypatch, capfd, interrupted):
+    """Its error is a ValueError, and those are left for rank 0 to say, which may be who has ended:
+    all of them would end without a word. Of Ctrl-C nobody complains."""
+
+    def ended(*_):
+        if interrupted:
+            signal.raise_signal(signal.SIGINT)
+        raise parallel.OthersEnded
+
+    monkeypatch.setattr(opening, "find_weights", ended)
+    monkeypatch.setenv("RANK", "1")
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert follow("generate", SimpleNamespace(weights=None)) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    told = "" if interrupted else f"error: {parallel.OthersEnded()}\n"
+    assert capfd.readouterr().err == told
+
+
+def test_who_follows_knows_the_attention_that_is_sent_for_its_models_own():
+    """A copy would be taken for one that watches, and rows would no longer be computed together."""
+    assert pickle.loads(pickle.dumps(attention.fused)) is attention.fused
 
 
 # --- two processes --------------------------------------------------------------------------------
@@ -299,7 +344,7 @@ def ranks_in(folder: Path) -> dict[int, int]:
 @pytest.mark.parametrize(
     ("whom", "by", "told"),
     [
-        (0, signal.SIGKILL, ["error: process 0 has ended without a word"]),
+        (0, signal.SIGKILL, ["error: another of the processes has ended"]),
         (1, signal.SIGKILL, ["error: another of the processes has ended"]),
         (None, signal.SIGTERM, []),
         (None, signal.SIGINT, []),

@@ -354,6 +354,13 @@ def test_what_the_table_does_not_claim_is_not_exact(monkeypatch):
     assert not keeps_bits(language, 2)
 
 
+def test_a_head_that_is_the_table_of_words_counts_as_well(monkeypatch):
+    """It stays in bfloat16 beside layers in int8, and drafts were called exact by theirs alone."""
+    monkeypatch.setattr(processor, "SAME_ROWS", {processor.kind(): {"bfloat16": 2, "int8": 16}})
+    settings = {"dtype": "bfloat16", "device": "cpu", "quantize": "int8"}
+    assert load(REFERENCE / "tied", **settings).model.language_model.alike == 2
+
+
 def test_what_drafts_are_not_for_is_one_line(toy, pixels):
     """Drafts for a batch or for beams would answer wrongly instead of being refused."""
     spliced = toy.model.splice([IDS, IDS], pixels.double())

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench
 import bench_chart
@@ -22,6 +23,7 @@ from bench_parts import (
     exact,
     growth,
     probe,
+    profile,
     rows,
     serve,
     startup,
@@ -434,6 +436,16 @@ def test_a_neighbour_is_seen():
     assert beside > 0.3  # a core, or half of one beside others
 
 
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="this system does not say who is busy")
+def test_a_process_of_ours_that_has_ended_hides_nobody():
+    """All that anyone had used since the machine's start was taken for nothing, and the cores of
+    others became a large negative number."""
+    with threads.busy_loops(1) as loops:
+        ours = [loop.pid for loop in loops]
+    assert not Path(f"/proc/{ours[0]}").exists()
+    assert clock.Neighbours(ours).before[0] > 0
+
+
 def test_llama_cpp_is_given_pairs_side_by_side():
     """Of a head's four rows, the first turns with the third in the hub's order."""
     weight = torch.arange(8.0).reshape(8, 1)
@@ -634,6 +646,18 @@ def test_quality_is_the_distance_to_float64():
         assert row["bfloat16"] < row["int8"] < row["bfloat16"] + 10 / 255 / 2
         assert row["int8"] < row["int4"] < row["bfloat16"] + 10 / 15 / 2
     assert len(bench.quality_table(found).splitlines()) == 2 + len(found) == 4
+
+
+def test_profile_asks_what_the_other_tables_ask(monkeypatch):
+    """A picture of 729 patches alone is more than the 625 positions of a question, and nothing of
+    the question was left."""
+    config = config_of("interleave-0.5b")
+    model = SimpleNamespace(config=config)
+    monkeypatch.setattr(profile, "load", lambda *_, **__: SimpleNamespace(model=model))
+    monkeypatch.setattr(profile, "answer", lambda model, ids, tokens: ids)
+    ids = profile.profile("interleave-0.5b", Path(), "float32", 1)
+    shown = len(ids) - 1 + config.tokens_per_image
+    assert shown == work.positions("interleave-0.5b", config)
 
 
 def test_profile_says_where_all_of_the_time_goes(capsys):

@@ -5,6 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,12 +53,13 @@ def _taken(ours: Sequence[int]) -> tuple[float, float]:
     other guests."""
     try:
         numbers = Path("/proc/stat").read_text().split()[1:11]
-        used = [
-            Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[11:13]
-            for each in ours
-        ]
     except FileNotFoundError:
         return 0.0, 0.0
+    used = []
+    for each in ours:
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            stat = Path(f"/proc/{each}/stat").read_text()
+            used.append(stat.rpartition(")")[2].split()[11:13])
     user, nice, system, _, _, irq, softirq, steal, *_ = map(int, numbers)
     tick = os.sysconf("SC_CLK_TCK")
     busy = user + nice + system + irq + softirq - sum(int(part) for each in used for part in each)

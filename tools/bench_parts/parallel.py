@@ -21,7 +21,8 @@ from torch import Tensor
 
 TOOLS = Path(__file__).resolve().parents[1]
 # run from a checkout, installed or not; without this folder, whose names hide some of Python's own
-sys.path[: __name__ == "__main__"] = [str(TOOLS), str(TOOLS.parent)]
+if __name__ == "__main__":
+    sys.path[:1] = [str(TOOLS), str(TOOLS.parent)]
 
 import minillava  # noqa: E402
 from bench_parts.clock import Neighbours, say  # noqa: E402

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_checkpoint import SHAPES
 from torch.profiler import ProfilerActivity
 
-from bench_parts.work import PROMPT, prompt_ids
+from bench_parts.work import positions, prompt_ids
 from minillava import load
 from minillava.cache import KVCache
 from minillava.generate.inputs import encode_pixels
@@ -25,8 +24,7 @@ def profile(size: str, folder: Path, dtype: str, tokens: int) -> Spent:
     """Seconds by operation, without those that it calls, of a picture, of a prompt with it, and of
     the mean of so many tokens."""
     model = load(folder, device="cpu", dtype=dtype).model
-    positions = PROMPT if size != SHAPES else model.config.tokens_per_image + 1
-    ids = prompt_ids(model.config, positions)
+    ids = prompt_ids(model.config, positions(size, model.config))
     return [answer(model, ids, tokens) for _ in range(WARM + 1)][-1]
 
 

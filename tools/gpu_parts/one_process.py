@@ -1,7 +1,7 @@
 """One process that goes the way of several, so that its collectives run where there is one GPU: NCCL
 on it, gloo on a CPU. `doors` starts it with torchrun; it prints the answer.
 
-    python -m torch.distributed.run --nproc-per-node 1 tools/gpu_parts/one_process.py cuda
+    python -m torch.distributed.run --nproc-per-node 1 tools/gpu_parts/one_process.py cuda "Where is the circle?"
 """
 
 import sys
