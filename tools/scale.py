@@ -39,7 +39,9 @@ MEASURED = {
 # channels of DDR5-4800 each at their nominal rate; and what is commonly stated of the link between
 # two sockets, over which half of the weights come where processes are not bound. Not measured here.
 SOCKETS, SOCKET, BETWEEN = 2, 8 * 4800e6 * 8, 100e9
-GLOO = (50e-6, 150e-6, 500e-6)  # seconds of a sum through gloo, from hopeful to what it took here
+# Seconds of a sum through gloo, from hopeful to what it took here with nothing else to do; between
+# the layers of a model on two cores it took more.
+GLOO = (50e-6, 150e-6, 500e-6)
 COUNTS = (2, 4, 8)  # processes
 TOKENS = 64  # of an answer
 PICTURES = 1_000_000
