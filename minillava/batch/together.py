@@ -6,7 +6,6 @@ has the same bits whoever shares its passes, so that a run which goes on writes 
 would have written.
 """
 
-import hashlib
 import queue
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from minillava.fast.parallel import OthersEnded
 from minillava.files.pictures import open_image
 from minillava.generate.contrast import find_method
 from minillava.generate.engine import Engine, Failed, Refused, Request, Token
-from minillava.tiles.pictures import Tiled, change_by_others, one_of
+from minillava.tiles.pictures import Tiled, key_of, one_of
 
 PIECE = 256
 """Positions of a prompt that are read at once: nobody waits for the next word of a file."""
@@ -84,23 +83,29 @@ class Together:
         with self._running():
             while True:
                 found: list[tuple[Question, Answered]] = []
-                while asked < 2 * self.size and (question := next(left, None)):
-                    try:
-                        self.engine.submit(self.request(question))
-                        asked += 1
-                    except (ValueError, OSError) as error:
-                        found.append((question, (None, shown_line(error), None)))
-                    except Refused:
-                        for _ in range(asked):  # one of them knows what ended the engine
-                            self._next()
-                        raise
-                ended = [self._next()] if asked and not found else []
-                while not self.ended.empty():
-                    ended.append(_told(*self.ended.get()))
-                if not found and not ended:
+                try:
+                    while asked < 2 * self.size and (question := next(left, None)):
+                        try:
+                            self.engine.submit(self.request(question))
+                            asked += 1
+                        except (ValueError, OSError) as error:
+                            found.append((question, (None, shown_line(error), None)))
+                        except Refused:
+                            for _ in range(asked):  # one of them knows what ended the engine
+                                found.append(self._next())
+                            raise
+                    refused = len(found)
+                    if asked and not found:
+                        found.append(self._next())
+                    while not self.ended.empty():
+                        found.append(_told(*self.ended.get()))
+                except Exception:
+                    if found:  # what was answered before it is kept
+                        yield found
+                    raise
+                if not found:
                     return
-                asked -= len(ended)
-                found += ended
+                asked -= len(found) - refused
                 yield found
 
     def answer(self, question: Question) -> Answered:
@@ -138,9 +143,7 @@ class Together:
 
     def _open(self, name: str, several: bool) -> Picture:
         processor = self.assistant.image_processor
-        key = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-        if several and change_by_others(processor):  # it is read in another way
-            key = hashlib.sha256(key).digest()
+        key = key_of(processor, name.encode("utf-8", "surrogateescape"), several)
         return key, one_of(processor, name, several)
 
     @contextmanager

@@ -20,6 +20,7 @@ from minillava.cli.opening import find_weights, note_several, open_assistant
 from minillava.files.disk import is_stream, write_whole
 from minillava.files.pictures import ImageSource, name_of, open_image
 from minillava.files.text import as_meant, read_lines, refuse_nul
+from minillava.generate.engine import is_final
 from minillava.generate.speculate import Drafts
 from minillava.templates import template_name
 
@@ -182,7 +183,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
         except BrokenPipeError:
             raise  # nobody reads the answers any more
         except Exception as error:
-            if is_of_stdout(error):
+            if is_of_stdout(error) or is_final(error):
                 raise  # no later answer would arrive, either
             _report(error, args.verbose)
             failed = True
@@ -223,7 +224,7 @@ def _talk(session: Session, verbose: bool) -> None:
         except BrokenPipeError:
             raise
         except Exception as error:
-            if is_of_stdout(error):
+            if is_of_stdout(error) or is_final(error):
                 raise
             _report(error, verbose)
 

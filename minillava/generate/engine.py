@@ -178,10 +178,6 @@ class Running:
             side.slot.keep(0)
 
 
-Answer = Running
-"""Its name before, which generate/answer.py has for an answer that is told."""
-
-
 class Engine(threading.Thread):
     """The one thread that computes. Others `submit` requests, `cancel` them, and `drain` it.
 
@@ -232,6 +228,7 @@ class Engine(threading.Thread):
         self.state = "ok"  # draining, ended, failed
         self.deadline = float("inf")
         self.failures = 0
+        self.error: BaseException | None = None  # that ended the engine
         self.last_step = time.monotonic()
         self.mean_seconds = 1.0  # of a request
         self.on_step: Callable[[int, float], None] = lambda rows, seconds: None  # of each decoding
@@ -311,8 +308,9 @@ class Engine(threading.Thread):
                     self.last_step = time.monotonic()
             self.state = "ended"
         except BaseException as error:
-            self.state = "failed"
+            self.error, self.state = error, "failed"
             message = f"the model's thread has ended: {type(error).__name__}"
+            message = str(error) if is_final(error) else message
             with self.changed:
                 self._give_up("engine_failed", message, [*self.waiting], cause=error)
             if not is_final(error):  # which says everything, to who asked
@@ -370,6 +368,7 @@ class Engine(threading.Thread):
             for answer in answers:
                 answer.empty()
             told = f"the model failed ({type(error).__name__}); the request may be sent again"
+            told = str(error) if is_final(error) else told
             self._give_up("engine_failed", told, (), answers, error)
             if self.failures >= FAILURES or is_final(error):
                 raise
@@ -393,7 +392,7 @@ class Engine(threading.Thread):
                 request.times["pictured"] = time.monotonic()
                 self._begin(request, free)
             except Exception as error:
-                if self.failures >= FAILURES:  # of the others' steps, in `_encode`
+                if self.failures >= FAILURES or is_final(error):  # of a step, in `_encode`
                     self.waiting.appendleft(request)  # is told why with all who wait
                     raise
                 told = f"the prompt could not be read ({type(error).__name__})"

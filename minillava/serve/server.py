@@ -14,7 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from minillava.assistant import Assistant
 from minillava.cli.messages import Messages
-from minillava.generate.engine import Engine
+from minillava.generate.engine import Engine, is_final
 from minillava.serve.app import build
 from minillava.serve.flags import PIECES, SLOTS
 from minillava.serve.patience import Countdown
@@ -184,6 +184,8 @@ def _run(server: Server, engine: Engine, listener: socket.socket) -> int:
         engine.drain(0)
         engine.join(60)
     if engine.state == "failed":
+        if engine.error is not None and is_final(engine.error):
+            raise engine.error  # which says everything
         raise ValueError("the model's thread has ended with an error, which is told above")
     return 130 if server.by == signal.SIGINT else 0
 

@@ -4,6 +4,7 @@ LLaVA-OneVision do it.
 k tiles of a picture besides the overview, R their side in pixels.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,13 @@ def one_of(processor: ImageProcessor, picture: ImageSource, several: bool) -> Te
 def change_by_others(processor: ImageProcessor) -> bool:
     """Whether a picture is read in another way when a prompt has several."""
     return square_maker(processor, True) is not processor
+
+
+def key_of(processor: ImageProcessor, content: bytes, several: bool) -> bytes:
+    """A digest for what the processor makes of a picture, beside others (several) or alone.
+    content: its bytes, or its name."""
+    key = hashlib.sha256(content).digest()
+    return hashlib.sha256(key).digest() if several and change_by_others(processor) else key
 
 
 def square_maker(processor: ImageProcessor, several: bool) -> ImageProcessor:

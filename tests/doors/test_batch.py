@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import os
+import queue
 import random
 import threading
 import time
@@ -28,6 +29,7 @@ from minillava.cli.doors import enter
 from minillava.cli.messages import Messages, duration
 from minillava.files import disk
 from minillava.generate.contrast import METHODS
+from minillava.generate.engine import Failed, Refused, Token
 from minillava.llava import Llava
 
 main = partial(enter, "batch")
@@ -400,6 +402,37 @@ def test_a_full_gpu_says_what_to_do(run, monkeypatch):
     status, records, err = run(lines(1))
     assert (status, records) == (1, None)
     assert "smaller --batch-size" in err
+
+
+@pytest.mark.parametrize("size", [1, 2], ids=["fetched", "refused"])
+def test_an_engine_that_ends_leaves_what_it_answered_before(size):
+    """An answer that was finished before the engine ended was dropped, and made again by the next
+    run."""
+
+    class Ends:
+        """An engine that answers one question, fails at the second, and takes no third."""
+
+        asked = 0
+
+        def submit(self, question: Question) -> None:
+            self.asked += 1
+            if self.asked == 3:
+                raise Refused("engine_failed", "ended")
+            good, failed = Token(1, "", "stop", None), Failed("", "", RuntimeError("broken"))
+            together.ended.put((question, good if self.asked == 1 else failed, "Two."))
+
+        def start(self, *_) -> None: ...
+
+        drain = join = start
+
+    together = object.__new__(Together)
+    together.engine, together.ended, together.size = Ends(), queue.Queue(), size
+    together.request = lambda question: question
+    found = together.answers([Question(line, line, "?", []) for line in range(3)])
+    (question, (answer, *_)), *others = next(found)
+    assert (question.line, answer, others) == (0, "Two.", [])
+    with pytest.raises(RuntimeError, match="broken"):
+        next(found)
 
 
 # --- going on -------------------------------------------------------------------------------------

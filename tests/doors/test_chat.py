@@ -24,6 +24,7 @@ import minillava
 from minillava.chat import conversation as conversing
 from minillava.chat.conversation import Conversation
 from minillava.cli.doors import enter
+from minillava.fast.parallel import OthersEnded
 from minillava.generate import speculate
 from minillava.generate.generation import generate
 from minillava.loop import steps
@@ -488,6 +489,17 @@ def test_a_stdout_that_is_full_ends_the_session_by_its_name(talk, monkeypatch):
     assert status == 1
     assert err.startswith("error: stdout: No space left on device; ")
     assert err.count("\n") == 1
+
+
+def test_when_another_process_has_ended_so_does_the_session(talk, monkeypatch):
+    """Every later question was read and refused in the same words, as if it were its own fault."""
+
+    def ended(self, *_, **__):
+        raise OthersEnded
+
+    monkeypatch.setattr(Conversation, "stream", ended)
+    status, out, err = talk("\n".join(QUESTIONS), "-q", "-i", PICTURE)
+    assert (status, out, err) == (1, "", f"error: {OthersEnded()}\n")
 
 
 def test_several_dropped_pictures_are_all_added_or_none(talk, assistant, tmp_path):

@@ -11,6 +11,7 @@ from paths import ROOT
 
 import minillava
 from minillava.fast import row_by_row
+from minillava.fast.parallel import OthersEnded
 from minillava.files.pictures import open_image
 from minillava.generate.contrast import M3ID, RITUAL, VCD
 from minillava.generate.engine import FAILURES, Engine, Failed, Refused, Request, Token
@@ -410,6 +411,29 @@ def test_an_engine_that_keeps_failing_does_not_blame_a_new_request(assistant, mo
     engine.join(60)
     assert lost.startswith("the model failed (RuntimeError)")
     assert (told, engine.state) == ("the model's thread has ended: RuntimeError", "failed")
+
+
+def test_an_end_that_is_final_is_told_to_all_in_its_own_words(assistant):
+    """Who asked was told that the request may be sent again, and who waited only the name of the
+    error, though a part of the weights was gone. A step that is taken before a picture is encoded
+    laid it on the request with the picture, and the engine went on."""
+    engine = Engine(assistant.model, assistant.tokenizer, **SETTINGS)
+    running = Asked(engine, assistant, "What is a ring?")
+    with torch.no_grad():
+        engine._admit()
+        while running.events.empty():
+            engine._read(engine.answers)
+
+    def fail(answers) -> None:
+        raise OthersEnded
+
+    engine._decode = fail
+    waiting = Asked(engine, assistant, "Describe this image.", 1)
+    engine.start()
+    told = [asked.all()[0][-1].message for asked in (running, waiting)]
+    engine.join(60)
+    assert told == [str(OthersEnded())] * 2
+    assert engine.state == "failed" and isinstance(engine.error, OthersEnded)
 
 
 def test_logits_that_are_not_finite_cost_one_answer(start, assistant):
