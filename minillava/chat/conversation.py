@@ -89,17 +89,19 @@ class Conversation:
         kept = image if change_by_others(self.assistant.image_processor) else None
         return Picture(name, self.assistant.encode(image, several), kept, several)
 
-    def _read_again(self, turns: Sequence[Turn]) -> None:
-        """Read each picture anew that is beside others now, or not any more, where that changes it;
-        to the cache it is another one."""
+    def _read_again(self, turns: Sequence[Turn]) -> list[tuple[Picture, ...]]:
+        """The pictures of each turn, read anew where they are beside others now, or not any more,
+        and that changes them; to the cache such a one is another one."""
         several = sum(len(turn.pictures) for turn in turns) > 1
-        for turn in turns:
-            turn.pictures = tuple(
+        return [
+            tuple(
                 old
                 if old.image is None or old.several == several
                 else self._read(old.name, old.image, several)
                 for old in turn.pictures
             )
+            for turn in turns
+        ]
 
     def ask(self, question: str, *, process: Process | None = None, **options) -> str:
         """The answer to the next question. process: as for `generate`. options: the fields of
@@ -157,11 +159,11 @@ class Conversation:
         already; returns the rest of the prompt, which is to be prefilled. Raises ValueError, and
         changes nothing, if the context is full."""
         assistant, model = self.assistant, self.assistant.model
-        self._read_again([*self.turns, turn])
+        read = self._read_again([*self.turns, turn])
         said = [(before.question, before.answer) for before in self.turns]
         prompt = render(assistant.template, [*said, (turn.question, None)], self.system)
         ids = assistant.tokenizer.encode(prompt)
-        pictures = [picture for each in (*self.turns, turn) for picture in each.pictures]
+        pictures = [picture for each in read for picture in each]
         length = len(ids) + sum(len(picture.patches) - 1 for picture in pictures)
         remaining_context(
             model.config,
@@ -186,6 +188,8 @@ class Conversation:
         self.positions = positions
         self._make_room(len(positions) + 1)
         self.turns.append(turn)
+        for each, shown in zip(self.turns, read, strict=True):
+            each.pictures = shown
         self.waiting = []
         # [1, T, C] -> [1, T - reused, C]
         return replace(spliced, embeds=spliced.embeds[:, turn.reused :])

@@ -243,7 +243,9 @@ class Api:
         self.service, self.counted = service, metrics
         self.max_body = service.settings.max_body
         self.body_timeout = service.settings.body_timeout
-        self.large = anyio.CapacityLimiter(8)  # large bodies at once; small ones never wait
+        self.large = anyio.CapacityLimiter(
+            8
+        )  # large bodies at once; small ones of known length never wait
 
     async def models(self, request: Request) -> Response:
         return _json({"object": "list", "data": self.service.models()})

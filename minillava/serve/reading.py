@@ -53,7 +53,8 @@ def read_messages(
         told = "the first message after the system's, and the last one, are a user's"
         raise ApiError(400, "invalid_value", told, f"messages[{at}].role")
     written = [part for _, parts in said for part in parts if isinstance(part, str)]
-    marker = _unused([*written, begun])
+    system = "\n".join(above) if above else system
+    marker = _unused([system or "", *written, begun])
     texts, pictures = [], []
     for role, parts in said:
         if role == "user":
@@ -66,7 +67,6 @@ def read_messages(
             told = "a user's message is empty; write what you want to know"
             raise ApiError(400, "invalid_value", told, "messages")
     turns = [*zip(texts[::2], [*texts[1::2], None], strict=True)]
-    system = "\n".join(above) if above else system
     try:
         prompt = render(template, turns, system)
         finished = render(template, [*turns[:-1], (texts[-1], begun)], system) if begun else prompt

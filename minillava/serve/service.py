@@ -1,6 +1,5 @@
 """From a request that was read to one that the engine takes, and from its tokens to answers."""
 
-import hashlib
 import secrets
 import threading
 import time
@@ -18,11 +17,12 @@ from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.fast.parallel import SharedLanguageModel
 from minillava.generate.contrast import Contrast
 from minillava.generate.engine import Engine, Failed, Refused, Request, Token
+from minillava.generate.inputs import VIDEO_MARKER
 from minillava.options import Options, dtype_name
 from minillava.serve import extensions
 from minillava.serve.protocol import ApiError, ChatRequest, Entries, TokenizeRequest
 from minillava.serve.reading import open_picture, read_messages
-from minillava.tiles.pictures import Tiled, change_by_others, one_of, positions_of
+from minillava.tiles.pictures import Tiled, key_of, one_of, positions_of
 from minillava.tokenizer import common_prefix
 
 Opened = tuple[bytes, Tensor | Tiled, tuple[int, int]]
@@ -234,6 +234,7 @@ class Service:
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         request = Request(ids, pictures, options, put, top, prefix, look, contrast)
         if contrast is not None:
+            self._check_together([size for _, _, size in opened])
             request.second_rows = self._seconds(contrast, ids, contents, options)
         shown, ends = bool(prefix), config.eos_token_ids
         return Chat(
@@ -267,6 +268,16 @@ class Service:
                 f"{self.engine.capacity}; give fewer"
             )
             raise ApiError(400, "too_many_images", told, "messages")
+
+    def _check_together(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Raises ApiError if the pictures of a request are too large to be open at once."""
+        pixels, most = sum(width * height for width, height in sizes), self.settings.max_pixels
+        if pixels > most:
+            told = (
+                f"contrast opens all pictures at once, and they have {pixels:,} pixels together; "
+                f"at most {most:,} are taken"
+            )
+            raise ApiError(400, "image_too_large", told, "messages")
 
     def _seconds(
         self,
@@ -310,7 +321,9 @@ class Service:
         try:
             self.assistant.check_text(text)
         except ValueError as error:
-            raise ApiError(400, "context_length_exceeded", str(error), "messages") from None
+            video = VIDEO_MARKER in text and VIDEO_MARKER in self.assistant.tokenizer.added
+            code = "unsupported_value" if video else "context_length_exceeded"
+            raise ApiError(400, code, str(error), "messages") from None
 
     def _options(self, asked: ChatRequest, count: int) -> list[Options]:
         """The options of each answer; their seeds follow one another. Raises ApiError."""
@@ -349,18 +362,23 @@ class Service:
         """A picture's digest, pixels [3,R,R], and width and height, which are kept: a client sends
         every picture again with every question."""
         processor = self.assistant.image_processor
-        key = hashlib.sha256(content).digest()
-        if several and change_by_others(processor):  # it is read in another way
-            key = hashlib.sha256(key).digest()
-        with self._lock:
-            if key in self._pixels:
-                self._pixels.move_to_end(key)
-                return key, *self._pixels[key]
+        key = key_of(processor, content, several)
+        if (kept := self._kept(key)) is not None:
+            return kept
         with self._decoding, torch.no_grad():
+            if (kept := self._kept(key)) is not None:  # by another request, while this one waited
+                return kept
             picture = open_picture(content, self.settings.max_pixels)
             pixels = one_of(processor, picture, several)
-        with self._lock:
-            self._pixels[key] = pixels, picture.size
-            while len(self._pixels) > self.engine.most_pictures:
-                self._pixels.popitem(last=False)
+            with self._lock:
+                self._pixels[key] = pixels, picture.size
+                while len(self._pixels) > self.engine.most_pictures:
+                    self._pixels.popitem(last=False)
         return key, pixels, picture.size
+
+    def _kept(self, key: bytes) -> Opened | None:
+        with self._lock:
+            if key not in self._pixels:
+                return None
+            self._pixels.move_to_end(key)
+            return key, *self._pixels[key]

@@ -37,6 +37,7 @@ from served import (
 
 import minillava
 from minillava.cli.doors import enter
+from minillava.fast.parallel import OthersEnded
 from minillava.prompt import place_images, render
 from minillava.serve import reading
 from minillava.serve.flags import make_parser
@@ -171,6 +172,14 @@ def test_what_a_user_types_is_text_also_where_it_reads_image(shared, assistant):
     with_one, _ = prompt_of([{"role": "user", "content": [picture(1), text(typed)]}], assistant)
     assert assistant.tokenizer.encode(with_one).count(-200) == 1
     assert said(shared.ask(typed)) is not None
+
+
+def test_what_a_system_message_says_is_text_also_where_it_looks_like_our_own_mark(assistant):
+    """The mark that stands in for a typed <image> was looked for in all texts but the system's, so
+    that the model read "Say <image>" there."""
+    said_above = {"role": "system", "content": "Say <typed-0>"}
+    prompt, _ = prompt_of([said_above, {"role": "user", "content": "hi"}], assistant)
+    assert "Say <typed-0>" in prompt and "<image>" not in prompt
 
 
 def test_log_probabilities_spell_the_answer(shared, assistant):
@@ -493,6 +502,18 @@ def test_a_wrong_request_is_told_what_is_wrong(shared, body, status, code, param
     assert headers["content-type"] == "application/json" and headers["x-request-id"]
 
 
+def test_a_video_is_refused_as_what_it_is(assistant, monkeypatch):
+    """A client was told that its prompt is too long, and would shorten it and ask again."""
+    args = make_parser().parse_args([])
+    settings = serving.read_settings(args, "shapes", "127.0.0.1", [])
+    service = services.Service(assistant, SimpleNamespace(most_pictures=4), settings)
+    service._check_text("<video>")  # to a model without them it is text
+    monkeypatch.setitem(assistant.tokenizer.added, "<video>", 5)
+    with pytest.raises(services.ApiError, match="videos are not read") as told:
+        service._check_text("What does <video> show?")
+    assert told.value.code == "unsupported_value"
+
+
 def png_header(width: int, height: int) -> bytes:
     import struct
     import zlib
@@ -583,8 +604,10 @@ def test_a_body_in_chunks_says_no_length_and_has_the_same_limits(start):
             assert connection.getresponse().status == status
 
 
-def test_few_pictures_are_decoded_at_once(assistant, monkeypatch):
-    """Forty files of some kilobytes, each of 64 megapixels, would take 8 GB together."""
+@pytest.mark.parametrize("alike", [False, True], ids=["different", "alike"])
+def test_few_pictures_are_decoded_at_once(assistant, monkeypatch, alike):
+    """Forty files of some kilobytes, each of 64 megapixels, would take 8 GB together. A picture
+    that many send at once was decoded for each of them."""
     args = make_parser().parse_args([])
     settings = serving.read_settings(args, "shapes", "127.0.0.1", [])
     service = services.Service(assistant, SimpleNamespace(most_pictures=4), settings)
@@ -600,13 +623,14 @@ def test_few_pictures_are_decoded_at_once(assistant, monkeypatch):
 
     monkeypatch.setattr(services, "open_picture", watched)
     content = (SHAPES / "example-1.png").read_bytes()
-    given = [reading.Content(content + bytes([i])) for i in range(8)]
+    given = [reading.Content(content + bytes([i * (not alike)])) for i in range(8)]
     threads = [threading.Thread(target=service._picture, args=(each, False)) for each in given]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(PATIENCE)
-    assert len(most) == 8 and max(most) <= services.DECODING
+    assert max(most) <= services.DECODING
+    assert len(most) <= services.DECODING if alike else len(most) == 8
 
 
 def test_a_text_full_of_our_own_marks_is_searched_once():
@@ -774,6 +798,16 @@ def test_the_door_says_where_it_listens_and_ends_when_it_is_told(number, status)
     finally:
         process.kill()
     assert (process.returncode, err.strip()) == (status, "")
+
+
+def test_a_server_ends_with_what_ended_its_engine():
+    """It said that the error is told above, where nothing is told of an end that is final."""
+    nothing = SimpleNamespace(run=lambda sockets: None, should_exit=False)
+    engine = SimpleNamespace(
+        state="failed", error=OthersEnded(), join=lambda *_: None, drain=lambda _: None
+    )
+    with pytest.raises(OthersEnded):
+        serving._run(nothing, engine, None)
 
 
 def test_wrong_usage_of_the_door(run_main, tmp_path, monkeypatch):

@@ -170,6 +170,19 @@ def test_contrast_is_refused_where_it_cannot_be(shared, assistant):
     )
 
 
+def test_contrast_opens_no_more_pixels_than_one_picture_may_have(assistant):
+    """It opens all pictures of a request at once, each of which alone may be of the largest."""
+    running = Running(assistant, max_pixels=400 * 320)
+    pictures = [picture(1), picture(2), text(QUESTION)]
+    try:
+        assert running.ask([picture(1), text(QUESTION)], contrast={"method": "vcd"}, max_tokens=1)
+        assert running.ask(pictures, max_tokens=1)
+        param, told = refused(running, pictures, contrast={"method": "vcd"})
+    finally:
+        running.close()
+    assert param == "messages" and "they have 240,896 pixels together" in told
+
+
 # --- prefix_ids -----------------------------------------------------------------------------------
 
 

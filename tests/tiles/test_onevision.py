@@ -269,6 +269,22 @@ def test_a_second_picture_makes_squares_of_both(tiled):
     assert fresh.turns[0].answer == answer
 
 
+def test_a_question_that_does_not_fit_leaves_the_pictures_as_they_were(tiled):
+    """The pictures of earlier turns were already exchanged for squares when the question was
+    refused: the next one encoded them anew, and read the whole conversation again."""
+    assistant = load(tiled("onevision").folder, dtype="float32")
+    first, second = (draw(*size) for size in ONEVISION_SIZES[1:3])
+    chat = Conversation(assistant)
+    chat.add_image(first)
+    chat.ask("What is it?", max_new_tokens=3)
+    shown = chat.turns[0].pictures
+    chat.add_image(second)
+    with pytest.raises(ValueError, match="with this question the conversation takes"):
+        chat.ask("? " * (chat.room // 2 + 1), max_new_tokens=3)
+    assert len(chat.turns) == 1 and chat.turns[0].pictures is shown
+    assert len(chat.waiting) == 1
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_batch_answers_one_picture_and_several(tiled, tmp_path, beams):
     """A picture that two questions share, alone and beside another, has two lengths."""
