@@ -243,9 +243,8 @@ class Api:
         self.service, self.counted = service, metrics
         self.max_body = service.settings.max_body
         self.body_timeout = service.settings.body_timeout
-        self.large = anyio.CapacityLimiter(
-            8
-        )  # large bodies at once; small ones of known length never wait
+        # large bodies at once; small ones whose length is told never wait
+        self.large = anyio.CapacityLimiter(8)
 
     async def models(self, request: Request) -> Response:
         return _json({"object": "list", "data": self.service.models()})
