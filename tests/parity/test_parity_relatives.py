@@ -11,10 +11,11 @@ import hashlib
 from itertools import product
 
 import hf
+import PIL
 import pytest
 import relatives
 import torch
-from paths import REFERENCE
+from paths import PILLOW, REFERENCE
 from safetensors.torch import load_file
 
 import minillava
@@ -45,9 +46,23 @@ def exact() -> dict[str, torch.Tensor]:
 
 
 def shown(assistant, asked: dict):
-    return assistant.image_processor(
+    """The question's pictures. Skips where another Pillow than that of the stored numbers makes
+    other pixels of them: resizing, it may round the last grey level otherwise."""
+    found = assistant.image_processor(
         [REFERENCE / "pictures" / f"{name}.png" for name in asked["pictures"]]
     )
+    if digests(found) != asked["pixels"] and PIL.__version__ != PILLOW:
+        pytest.skip(f"Pillow {PIL.__version__} resizes otherwise than {PILLOW}")
+    return found
+
+
+def digests(pictures) -> list[str]:
+    """One of each picture's pixels."""
+    found = [getattr(each, "pixels", each) for each in pictures]
+    # transformers fills shorter stacks of tiles up with zeros
+    most = max(map(len, found))
+    found = [torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) for x in found]
+    return [hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest() for x in found]
 
 
 @torch.no_grad()
@@ -97,9 +112,4 @@ def test_prompts_ids_and_pixels(opened, kind):
     assistant = opened(kind)
     for asked in relatives.facts()[kind]["questions"]:
         assert assistant.tokenizer.encode(asked["prompt"]) == asked["input_ids"]
-        found = [getattr(each, "pixels", each) for each in shown(assistant, asked)]
-        # transformers fills shorter stacks of tiles up with zeros
-        most = max(map(len, found))
-        found = [torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) for x in found]
-        digests = [hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest() for x in found]
-        assert digests == asked["pixels"]
+        assert digests(shown(assistant, asked)) == asked["pixels"]

@@ -9,6 +9,7 @@ import PIL
 import pytest
 import torch
 from kinds import byte_level
+from paths import PILLOW
 from PIL import Image
 
 from minillava.config import CLIP_LARGE_336, IMAGE_TOKEN_INDEX, LlavaConfig, TextConfig
@@ -19,8 +20,7 @@ from minillava.tiles.pictures import Tiled, TileProcessor, positions_of
 from minillava.tokenizer import Tokenizer
 
 GRID = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-SAME_PILLOW = PIL.__version__ == "13.0.0"
-"""Its own arithmetic and its decoder of JPEG may change the last grey level."""
+SAME_PILLOW = PIL.__version__ == PILLOW
 
 SQUASHED = {
     (500, 334): "fd8104684eac1436",
