@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from byte_tokenizer import CHATML, byte_level, pairs_of
 
-from minillava.checkpoint.config_json import read_config
+from minillava.checkpoint.config_json import SO400M, read_config
 from minillava.checkpoint.write_json import hub_config, preprocessor_config
 from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig, VisionConfig
 from minillava.files.tensors import INDEX_NAME
@@ -51,16 +51,6 @@ BYTE_PIECES = 151643  # of Qwen2's
 SHAPES = "shapes"  # the size of the bundled model, which is there already
 INTERLEAVE = "interleave-0.5b"
 SIZES |= {INTERLEAVE: (1024, 2816, 24, 16)}  # of llava-hf/llava-interleave-qwen-0.5b-hf
-SO400M = VisionConfig(
-    hidden_size=1152,
-    intermediate_size=4304,
-    num_hidden_layers=26,
-    num_attention_heads=16,
-    image_size=384,
-    patch_size=14,
-    layer_norm_eps=1e-6,
-    siglip=True,
-)
 
 
 def config_of(size: str) -> LlavaConfig:

@@ -47,7 +47,7 @@ _HUB_ONEVISION = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
 
 _SIDES = range(384, 2304 + 1, 384)
 
-_SO400M = VisionConfig(
+SO400M = VisionConfig(
     hidden_size=1152,
     intermediate_size=4304,
     num_hidden_layers=26,
@@ -68,7 +68,7 @@ _ONEVISION: dict[str, Any] = {
     "text_config": {"model_type": "qwen2"},
     "vision_config": {
         "model_type": "siglip_vision_model",
-        **{name: value for name, value in vars(_SO400M).items() if name != "siglip"},
+        **{name: value for name, value in vars(SO400M).items() if name != "siglip"},
     },
 }
 """What transformers' LlavaOnevisionConfig means by the fields that a file leaves out."""
@@ -162,7 +162,7 @@ def _shared(raw: "_Reader", generation: "_Reader", tower: "_Reader | None") -> d
     tied = any(reader.value("tie_word_embeddings", bool, False) for reader in (raw, text))
     text_config = _text(text, tied)
     tower_name = str(raw.raw.get("mm_vision_tower")).lower()
-    named = _SO400M if tower_name.endswith("siglip-so400m-patch14-384") else None
+    named = SO400M if tower_name.endswith("siglip-so400m-patch14-384") else None
     image = raw.value("image_token_id", int, LlavaConfig.image_token_id)
     return {
         "vision": (named or CLIP_LARGE_336) if vision is None else _vision(vision),
@@ -267,7 +267,7 @@ def _original(raw: "_Reader", shared: dict[str, Any]) -> LlavaConfig:
     if siglip:
         # LLaVA reads the last of 26 blocks whatever the file says, and, though it says anyres, was
         # released to see one squeezed square a picture.
-        layer = min(_SO400M.num_hidden_layers, shared["vision"].num_hidden_layers)
+        layer = min(SO400M.num_hidden_layers, shared["vision"].num_hidden_layers)
         aspect = "pad" if aspect == "pad" else "squash"
     if aspect == "anyres":  # LLaVA-1.6
         raw.expect("mm_patch_merge_type", ("spatial_unpad",), required=True)

@@ -38,7 +38,8 @@ FAILURES = 3
 
 
 def is_final(error: BaseException) -> bool:
-    """Whether an error says of itself that the model cannot go on (fast/parallel.py)."""
+    """Whether an error says of itself that the model cannot go on. Only fast/parallel.py has one,
+    and generate/ imports nothing of fast/ (tests/project/test_layout.py)."""
     return getattr(error, "final", False)
 
 

@@ -388,16 +388,22 @@ def test_an_engine_that_keeps_failing_says_so(start, assistant, monkeypatch):
         Asked(engine, assistant, "Is it red?", 1)
 
 
-def test_an_engine_that_keeps_failing_does_not_blame_a_new_request(assistant, monkeypatch):
-    """The last failure, in the step that running answers take before a picture is encoded, would be
-    laid on the request with the picture, and the engine would go on."""
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    engine = Engine(assistant.model, assistant.tokenizer, **SETTINGS)
+def begun(engine, assistant) -> Asked:
+    """A request whose first token is chosen, of an engine without its thread."""
     running = Asked(engine, assistant, "What is a ring?")
     with torch.no_grad():
         engine._admit()
         while running.events.empty():
             engine._read(engine.answers)
+    return running
+
+
+def test_an_engine_that_keeps_failing_does_not_blame_a_new_request(assistant, monkeypatch):
+    """The last failure, in the step that running answers take before a picture is encoded, would be
+    laid on the request with the picture, and the engine would go on."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    engine = Engine(assistant.model, assistant.tokenizer, **SETTINGS)
+    running = begun(engine, assistant)
     engine.failures = FAILURES - 1
 
     def fail(answers) -> None:
@@ -418,11 +424,7 @@ def test_an_end_that_is_final_is_told_to_all_in_its_own_words(assistant):
     error, though a part of the weights was gone. A step that is taken before a picture is encoded
     laid it on the request with the picture, and the engine went on."""
     engine = Engine(assistant.model, assistant.tokenizer, **SETTINGS)
-    running = Asked(engine, assistant, "What is a ring?")
-    with torch.no_grad():
-        engine._admit()
-        while running.events.empty():
-            engine._read(engine.answers)
+    running = begun(engine, assistant)
 
     def fail(answers) -> None:
         raise OthersEnded
