@@ -6,12 +6,21 @@ is it the one that minillava takes?
     python tools/bench.py kernels --layers 11008x4096 --dtypes int8  # a part of it
     python tools/bench.py kernels --json > found.json                # every round of every way
     python tools/bench.py kernels --read found.json                  # the tables of what was found before
+    python tools/bench.py kernels --journal some.jsonl --seconds 120 # some of it now, the rest by the same command later
     python tools/bench.py kernels --bits                             # whose bits depend on who shares a pass
     python tools/bench.py kernels --pieces 1b                        # what --same-bits costs a prompt
 
 Weights are random and read from memory: so many copies take turns that none is in a cache. The ways
 to one product take turns, too, round after round; a figure is the median of its rounds. A way that
 took more than SLOW times as long as the fastest while warming up keeps that one figure.
+
+The machine may change within those seconds, and the fastest of many ways is partly the luckiest. So
+where ours looks more than DOUBT times as slow as another, it and every way that looked so much faster
+are measured again, side by side, each round forwards and backwards. What counts then is the median of
+the rounds' own ratios; what it looked like before stands behind it in brackets.
+
+A cell in which the faster way would change the bits of a row that shares its pass, where
+processor.SAME_ROWS promises that it has those that it has alone, is kept as it is, and counted apart.
 
 The table in minillava/fast/processor.py is written by hand from what this prints. To see an older
 processor's kernels, cap all three libraries (see .ci/processors): ATEN_CPU_CAPABILITY=avx2
@@ -43,8 +52,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench_checkpoint import SIZES, config_of
-from bench_parts.clock import Neighbours, Timing, say, take_turns
+from bench_parts.clock import BUSY, Neighbours, Timing, say, take_turns
 from bench_parts.growth import random_model
+from bench_parts.journal import PACKAGE, Journal, code
 from bench_parts.probe import machine
 
 from minillava.cache import KVCache
@@ -62,15 +72,21 @@ PROMPT = 625  # positions of a picture question, after which attention is measur
 ENOUGH = 1 << 28  # bytes of weights that take turns: more than any cache of one processor holds
 LEAST = 5e-3  # seconds that a round of one way takes at least, in as many calls as that needs
 SLOW = 2.0
+DOUBT = 1.05  # what looks so many times as slow as another way is measured again beside it
+AGAIN = (3, 15)  # rounds side by side, at least and at most
+AGAIN_SECONDS = 2.0  # after so many no further round begins, once there are enough
 TOLERANCE = 1.10  # the way taken may be slower than the best by no more than this
 
-Product = Callable[[Tensor], object]
+# the files of the ways: cells of others do not belong in one journal
+WRITTEN_IN = [PACKAGE / "fast" / name for name in ("linear.py", "quantize.py")]
 
 
 @dataclass
 class Cell:
     """Every way to one product: rows of x with a weight [n, c]. taken: ours. seconds: by way, per
-    round. others: cores that other processes kept busy meanwhile."""
+    round. others: cores that other processes kept busy meanwhile. again: rounds side by side of ours
+    and of the ways that looked faster, seconds by way. changes: those of them by which a row would
+    have other bits than it has by ours among another number of rows."""
 
     stored: str
     n: int
@@ -79,6 +95,12 @@ class Cell:
     taken: str
     seconds: dict[str, list[float]] = field(default_factory=dict)
     others: float = 0.0
+    again: list[dict[str, float]] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, int, int, int]:
+        return self.stored, self.n, self.c, self.rows
 
     @property
     def medians(self) -> dict[str, float]:
@@ -86,12 +108,44 @@ class Cell:
 
     @property
     def fastest(self) -> str:
+        """Before anything was measured again."""
         return min(self.medians, key=self.medians.__getitem__)
 
     @property
-    def ratio(self) -> float:
-        """The time of the way taken, as a multiple of the fastest way's."""
+    def looked(self) -> float:
+        """The time of ours, as a multiple of the fastest way's, before."""
         return self.medians[self.taken] / self.medians[self.fastest]
+
+    def beside(self, way: str) -> list[float]:
+        """The time of ours, as a multiple of this way's, in each round that had both side by side."""
+        return [
+            found[self.taken] / found[way]
+            for found in self.again
+            if way in found and self.taken in found
+        ]
+
+    def slower(self, way: str) -> float:
+        """The time of ours, as a multiple of this way's."""
+        beside = self.beside(way)
+        if beside:
+            return statistics.median(beside)
+        return self.medians[self.taken] / self.medians[way]
+
+    @property
+    def rival(self) -> str:
+        """The fastest way, by all that was measured."""
+        return max(self.seconds, key=self.slower)
+
+    @property
+    def ratio(self) -> float:
+        return self.slower(self.rival)
+
+    def kept(self, kind: str) -> bool:
+        """Whether every way that is faster by more than the tolerance would break a promise of
+        SAME_ROWS, of which one row is a part as well."""
+        promised = processor.SAME_ROWS.get(kind, {}).get(self.stored, 1)
+        faster = {way for way in self.seconds if self.slower(way) > TOLERANCE}
+        return promised >= max(2, self.rows) and faster <= set(self.changes)
 
 
 def layers_of(models: Sequence[str]) -> list[tuple[int, int]]:
@@ -156,23 +210,60 @@ def measure(stored: str, n: int, c: int, row_counts: Sequence[int], rounds: int)
             way: lambda weight, way=way, x=x: by(way, weight, x) for way in ways_of(stored, rows)
         }
         cell = Cell(stored, n, c, rows, processor.way(stored, rows, (n, c)))
-        warm = {way: round_of(call, turns, 1) for way, call in work.items()}
-        warm = {
-            way: min(s, round_of(work[way], turns, 1)) if s < 1 else s for way, s in warm.items()
-        }
-        going = {
-            way: seconds
-            for way, seconds in warm.items()
-            if seconds <= SLOW * min(warm.values()) or way == cell.taken
-        }
         neighbours = Neighbours()
-        cell.seconds = {way: [] if way in going else [seconds] for way, seconds in warm.items()}
-        for _ in range(rounds):
-            for way, seconds in going.items():
-                calls = min(32, math.ceil(LEAST / seconds))
-                cell.seconds[way].append(round_of(work[way], turns, calls))
+        first_look(cell, work, turns, rounds)
+        if rivals := [way for way in work if cell.slower(way) > DOUBT]:
+            side_by_side(cell, work, turns, rivals)
+            if rows <= max(same_bits.ROWS):
+                cell.changes = [way for way in rivals if not keeps_bits(way, cell, turns[0], x)]
         cell.others = sum(neighbours.taken().values())
         yield cell
+
+
+def first_look(cell: Cell, work: dict[str, Callable], turns: list, rounds: int) -> None:
+    """All ways, in turn."""
+    warm = {way: round_of(call, turns, 1) for way, call in work.items()}
+    warm = {way: min(s, round_of(work[way], turns, 1)) if s < 1 else s for way, s in warm.items()}
+    going = {
+        way: seconds
+        for way, seconds in warm.items()
+        if seconds <= SLOW * min(warm.values()) or way == cell.taken
+    }
+    cell.seconds = {way: [] if way in going else [seconds] for way, seconds in warm.items()}
+    for _ in range(rounds):
+        for way, seconds in going.items():
+            cell.seconds[way].append(round_of(work[way], turns, calls_of(seconds)))
+
+
+def side_by_side(cell: Cell, work: dict[str, Callable], turns: list, rivals: list[str]) -> None:
+    """Ours and these, again. A round goes through them forwards and backwards, so that a machine
+    that grows slower meanwhile slows all alike."""
+    (least, most), started = AGAIN, time.perf_counter()
+    ways, medians = [cell.taken, *rivals], cell.medians
+    while len(cell.again) < most and (
+        len(cell.again) < least or time.perf_counter() - started < AGAIN_SECONDS
+    ):
+        found = dict.fromkeys(ways, 0.0)
+        for way in (*ways, *reversed(ways)):
+            found[way] += round_of(work[way], turns, calls_of(medians[way])) / 2
+        cell.again.append(found)
+
+
+def calls_of(seconds: float) -> int:
+    return min(32, math.ceil(LEAST / seconds))
+
+
+def keeps_bits(way: str, cell: Cell, weight: Tensor | QuantisedLinear, x: Tensor) -> bool:
+    """Whether each row has by this way the bits that it has by ours alone; or one row those that it
+    has by ours beside another."""
+
+    def ours(rows: Tensor) -> Tensor:
+        return by(processor.way(cell.stored, len(rows), (cell.n, cell.c)), weight, rows)
+
+    here = by(way, weight, x)
+    if len(x) == 1:
+        return torch.equal(here, ours(x.repeat(2, 1))[:1])
+    return all(torch.equal(here[i], ours(row[None])[0]) for i, row in enumerate(x))
 
 
 def table(cells: Sequence[Cell]) -> str:
@@ -180,6 +271,7 @@ def table(cells: Sequence[Cell]) -> str:
     lines = []
     for stored, n, c in dict.fromkeys((cell.stored, cell.n, cell.c) for cell in cells):
         of = [cell for cell in cells if (cell.stored, cell.n, cell.c) == (stored, n, c)]
+        of.sort(key=lambda cell: cell.rows)
         ways = list(dict.fromkeys(way for cell in of for way in cell.seconds))
         lines += [
             "",
@@ -188,7 +280,7 @@ def table(cells: Sequence[Cell]) -> str:
         lines += ["|---|" + "---:|" * len(of)]
         for way in ways:
             lines.append(f"| {way} | {' | '.join(shown(cell, way) for cell in of)} |")
-        lines.append(f"| ours, to the fastest | {' | '.join(f'{cell.ratio:.2f}' for cell in of)} |")
+        lines.append(f"| ours, to the fastest | {' | '.join(map(ratio_shown, of))} |")
         lines.append(f"| others | {' | '.join(f'{cell.others:.2f}' for cell in of)} |")
     return "\n".join(lines[1:])
 
@@ -200,16 +292,41 @@ def shown(cell: Cell, way: str) -> str:
     return (f"**{number}**" if way == cell.fastest else number) + " *" * (way == cell.taken)
 
 
-def verdict(cells: Sequence[Cell]) -> str:
-    slow = [cell for cell in cells if cell.ratio > TOLERANCE]
+def ratio_shown(cell: Cell) -> str:
+    return f"{cell.ratio:.2f} ({cell.looked:.2f})" if cell.again else f"{cell.ratio:.2f}"
+
+
+def verdict(cells: Sequence[Cell], kind: str) -> str:
+    over = [cell for cell in cells if cell.ratio > TOLERANCE]
+    kept = [cell for cell in over if cell.kept(kind)]
+    slow = [cell for cell in over if not cell.kept(kind)]
+    again = [cell for cell in cells if cell.looked > TOLERANCE and cell.again]
     lines = [
-        f"ours is at most {TOLERANCE - 1:.0%} slower than the fastest in {len(cells) - len(slow)} of {len(cells)} cells"
+        f"ours is at most {TOLERANCE - 1:.0%} slower than the fastest in {len(cells) - len(over)} of "
+        f"{len(cells)} cells; kept for the same bits: {len(kept)}; slower: {len(slow)} "
+        f"({len(again)} cells looked slower and were measured again side by side)"
     ]
-    lines += [
-        f"- {cell.stored}, {cell.n} × {cell.c}, {cell.rows} row(s): {cell.taken} takes {cell.ratio:.2f} times as long as {cell.fastest}"
-        for cell in slow
-    ]
+    lines += [f"- slower: {told(cell)}" for cell in slow]
+    if kept:
+        lines.append(f"- kept: {SAME_BITS}")
+    lines += [f"- kept: {told(cell)}" for cell in kept]
     return "\n".join(lines)
+
+
+SAME_BITS = (
+    "by the faster way a row would have other bits than it has alone or among others "
+    "(SAME_ROWS in minillava/fast/processor.py)"
+)
+
+
+def told(cell: Cell) -> str:
+    beside = sorted(cell.beside(cell.rival))
+    rounds = f" ({beside[0]:.2f} to {beside[-1]:.2f} in {len(beside)} rounds)" if beside else ""
+    busy = f", while others kept {cell.others:.2f} cores busy" if cell.others > BUSY else ""
+    return (
+        f"{cell.stored}, {cell.n} × {cell.c}, {cell.rows} row(s): {cell.taken} takes "
+        f"{cell.ratio:.2f} times as long as {cell.rival}{rounds}{busy}"
+    )
 
 
 @torch.no_grad()
@@ -349,6 +466,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--read", type=Path, nargs="+", metavar="JSON", help="tables of what was found before"
     )
+    parser.add_argument(
+        "--journal",
+        type=Path,
+        metavar="FILE",
+        help="keep every finished cell here, and go on from those that are there",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="begin no further cell after so many; with --journal the same command goes on",
+    )
     parser.add_argument("--bits", action="store_true", help="measure bits, not seconds")
     parser.add_argument("--pieces", choices=SIZES, help="measure a prompt in pieces")
     options = parser.parse_args(argv)
@@ -369,18 +498,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.read:
         kind, head, cells = read(options.read)
     else:
-        cells = []
-        for n, c in options.layers:
-            for stored in options.dtypes:
-                # the head sees the last row of a prompt only
-                rows = [r for r in options.rows if r < ROWS[-1] or (n, c) not in HEADS]
-                cells += measure(stored, n, c, rows, options.rounds)
-                say(f"{stored}, {n} x {c}: done")
+        try:
+            cells = measured(options, kind)
+        except ValueError as error:
+            parser.error(str(error))
     if options.json:
         print(json.dumps({"kind": kind, "head": head, "cells": [asdict(cell) for cell in cells]}))
     else:
-        print(f"{head}; processor of kind {kind}\n\n{table(cells)}\n\n{verdict(cells)}")
+        print(f"{head}; processor of kind {kind}\n\n{table(cells)}\n\n{verdict(cells, kind)}")
     return 0
+
+
+def measured(options: argparse.Namespace, kind: str) -> list[Cell]:
+    """Every cell asked for that there is time for, those of the journal included."""
+    settings = {"kind": kind, "machine": machine("cpu"), "code": code(WRITTEN_IN)}
+    journal = Journal(options.journal, settings)
+    end = time.perf_counter() + options.seconds
+    for n, c, stored in ((*layer, stored) for layer in options.layers for stored in options.dtypes):
+        done = {(r["stored"], r["n"], r["c"], r["rows"]) for r in journal.records}
+        rows = [r for r in rows_of(options.rows, n, c) if (stored, n, c, r) not in done]
+        cells = measure(stored, n, c, rows, options.rounds) if rows else ()
+        if rows and time.perf_counter() >= end:
+            say(f"{stored}, {n} x {c} and what follows: no time left")
+            break
+        for cell in cells:
+            journal.add(asdict(cell))
+            say(f"{stored}, {n} x {c}, {cell.rows} row(s): done")
+            if time.perf_counter() >= end:
+                break
+    return [Cell(**record) for record in journal.records]
+
+
+def rows_of(asked: Sequence[int], n: int, c: int) -> list[int]:
+    """A head sees the last row of a prompt only."""
+    return [rows for rows in asked if rows < ROWS[-1] or (n, c) not in HEADS]
 
 
 def read(paths: Sequence[Path]) -> tuple[str, str, list[Cell]]:
@@ -393,12 +544,16 @@ def read(paths: Sequence[Path]) -> tuple[str, str, list[Cell]]:
         raise ValueError(f"measured on processors of kinds {', '.join(kinds)}, expected one kind")
     cells: dict[tuple, Cell] = {}
     for cell in (Cell(**cell) for part in found for cell in part["cells"]):
-        first = cells.setdefault((cell.stored, cell.n, cell.c, cell.rows), cell)
+        now = processor.way(cell.stored, cell.rows, (cell.n, cell.c), on=kinds[0])
+        if now != cell.taken:  # whose bits the others change is known of the way before
+            cell.taken, cell.changes = now, []
+        first = cells.setdefault(cell.key, cell)
         if cell is not first:
             for way, seconds in cell.seconds.items():
                 first.seconds.setdefault(way, []).extend(seconds)
+            first.again += cell.again
+            first.changes = sorted({*first.changes, *cell.changes})
             first.others = max(first.others, cell.others)
-        first.taken = processor.way(cell.stored, cell.rows, (cell.n, cell.c), on=kinds[0])
     heads = "; ".join(dict.fromkeys(part["head"] for part in found))
     return kinds[0], heads, list(cells.values())
 

@@ -110,10 +110,14 @@ def test_the_judgement_is_that_of_medians():
     slow = Cell("float32", 128, 64, 2, "plain", rounds)
     assert (slow.fastest, slow.ratio) == ("turned", 1.2)
     right = Cell("float32", 128, 64, 4, "turned", rounds)
-    found = verdict([slow, right])
-    assert found.startswith("ours is at most 10% slower than the fastest in 1 of 2 cells")
-    assert "- float32, 128 × 64, 2 row(s): plain takes 1.20 times as long as turned" in found
-    lines = table([slow, right]).splitlines()
+    found = verdict([slow, right], "avx2")
+    assert found.startswith(
+        "ours is at most 10% slower than the fastest in 1 of 2 cells; kept for the same bits: 0; slower: 1"
+    )
+    assert (
+        "- slower: float32, 128 × 64, 2 row(s): plain takes 1.20 times as long as turned" in found
+    )
+    lines = table([right, slow]).splitlines()
     assert lines[0] == "| float32, 128 × 64, ms for rows | 2 | 4 |"
     assert lines[2:6] == [
         "| plain | 1.2e+03 * | 1.2e+03 |",
@@ -121,6 +125,144 @@ def test_the_judgement_is_that_of_medians():
         "| parts | 3e+03 | 3e+03 |",
         "| ours, to the fastest | 1.20 | 1.00 |",
     ]
+
+
+class Machine:
+    """Stands in for a processor and its clock: a call of a way takes the seconds that `cost` says,
+    given how many calls there were. `made`: what a way gives, given the first number of a row and
+    the number of rows."""
+
+    def __init__(self, monkeypatch, cost, made=lambda way, rows: 0.0):
+        self.now, self.calls, self.cost, self.made = 0.0, 0, cost, made
+        monkeypatch.setattr(bench_kernels, "time", self)
+        monkeypatch.setattr(bench_kernels, "by", self.by)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def by(self, way, weight, x):
+        self.now += self.cost(way, self.calls)
+        self.calls += 1
+        return x[:, :1] + self.made(way, len(x))
+
+    def cell(self, stored="float32", rows=2, rounds=3) -> Cell:
+        (cell,) = bench_kernels.measure(stored, 128, 64, [rows], rounds)
+        return cell
+
+
+def test_what_looked_slow_on_a_drifting_machine_is_measured_side_by_side(monkeypatch):
+    """A ratio of moments in which the host gave unequal shares would count as a miss."""
+    monkeypatch.setattr(processor, "way", lambda *_, **__: "plain")
+    rounds, ways = 3, ways_of("float32", 2)
+    first = (2 + rounds) * len(ways)
+
+    def drifts(way, calls):
+        """While all take turns, whoever comes first is slowed; later everybody alike, ever more."""
+        return 1.3 if way == "plain" and calls < first else 1.0 + max(0, calls - first) / 20
+
+    cell = Machine(monkeypatch, drifts).cell()
+    assert cell.looked == pytest.approx(1.3)
+    assert set(cell.again[0]) == set(ways)  # all the others looked faster
+    assert len(cell.again) == bench_kernels.AGAIN[0]  # the seconds were over
+    assert cell.ratio == pytest.approx(1.0)
+    found = verdict([cell], "avx2")
+    assert found.startswith("ours is at most 10% slower than the fastest in 1 of 1 cells")
+    assert found.endswith("slower: 0 (1 cells looked slower and were measured again side by side)")
+    assert "| ours, to the fastest | 1.00 (1.30) |" in table([cell])
+
+
+def test_what_is_slow_side_by_side_as_well_is_a_miss(monkeypatch):
+    """Measuring again would excuse whatever is slow."""
+    monkeypatch.setattr(processor, "way", lambda *_, **__: "plain")
+    machine = Machine(monkeypatch, lambda way, _: {"plain": 0.012, "turned": 0.01}.get(way, 0.0119))
+    cell = machine.cell()
+    assert len(cell.again) == bench_kernels.AGAIN[1]  # so many take less than the seconds
+    # nobody else looked faster by so much that it would be asked again
+    assert all(set(found) == {"plain", "turned"} for found in cell.again)
+    cell.others = 0.0
+    found = verdict([cell], "avx2")
+    assert "kept for the same bits: 0; slower: 1 (1 cells looked slower" in found
+    assert found.splitlines()[1:] == [
+        "- slower: float32, 128 × 64, 2 row(s): plain takes 1.20 times as long as turned "
+        "(1.20 to 1.20 in 15 rounds)"
+    ]
+    cell.others = 0.5  # then it says little
+    assert "15 rounds), while others kept 0.50 cores busy" in verdict([cell], "avx2")
+
+
+def test_what_is_nearly_as_fast_is_not_measured_again(monkeypatch):
+    """The bench would take twice its time."""
+    monkeypatch.setattr(processor, "way", lambda *_, **__: "plain")
+    cell = Machine(monkeypatch, lambda way, _: 0.0104 if way == "plain" else 0.01).cell()
+    assert (cell.again, cell.changes) == ([], [])
+    assert verdict([cell], "avx2").startswith("ours is at most 10% slower than the fastest in 1 of")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_way_is_kept_for_the_same_bits_only_where_they_would_change(monkeypatch, rows):
+    """A choice that keeps a promise would count as a miss; or any miss could be called such a
+    choice."""
+    monkeypatch.setattr(processor, "way", lambda *_, **__: "plain")
+    monkeypatch.setattr(processor, "SAME_ROWS", {"avx2": {"bfloat16": 2}})
+    cost = lambda way, _: {"turned": 0.005, "parts": 0.008}.get(way, 0.01)  # noqa: E731
+    other = lambda way, _: 1.0 if way in ("turned", "parts") else 0.0  # noqa: E731
+    cell = Machine(monkeypatch, cost, other).cell("bfloat16", rows)
+    assert sorted(cell.changes) == ["parts", "turned"]
+    assert cell.kept("avx2") == (rows <= 2)  # of more nothing is promised
+    assert not cell.kept("avx512")
+    promised = verdict([cell], "avx2")
+    if rows <= 2:
+        assert "kept for the same bits: 1; slower: 0" in promised
+        assert promised.count("SAME_ROWS") == 1  # the reason once, however many cells
+        assert f"- kept: bfloat16, 128 × 64, {rows} row(s): plain takes 2.00" in promised
+    else:
+        assert "kept for the same bits: 0; slower: 1" in promised
+    # one of the two faster ways would keep the bits: then it should be taken
+    some = lambda way, _: 1.0 if way == "turned" else 0.0  # noqa: E731
+    cell = Machine(monkeypatch, cost, some).cell("bfloat16", rows)
+    assert (cell.changes, cell.kept("avx2")) == (["turned"], False)
+    # bits that hang on how many share the pass
+    by_rows = lambda way, rows: rows if way == "turned" else 0.0  # noqa: E731
+    cell = Machine(monkeypatch, cost, by_rows).cell("bfloat16", rows)
+    assert "turned" in cell.changes
+
+
+def test_bits_of_the_way_before_excuse_nothing(tmp_path, monkeypatch):
+    """After the table has changed, a miss would be excused by what was found about another way."""
+    cell = Cell("bfloat16", 128, 64, 1, "mv", {"mv": [1.2], "plain": [1.0], "twice": [1.2]})
+    cell.again, cell.changes = [{"mv": 1.2, "plain": 1.0}] * 2, ["plain"]
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps({"kind": "amx", "head": "", "cells": [vars(cell)]}))
+    monkeypatch.setitem(processor.WAYS["amx"], "bfloat16", ((99, "mv"),))
+    _, _, (same,) = bench_kernels.read([path])
+    assert same.kept("amx") and same.ratio == pytest.approx(1.2)
+    monkeypatch.setitem(processor.WAYS["amx"], "bfloat16", ((99, "twice"),))
+    _, _, (other,) = bench_kernels.read([path])
+    assert (other.taken, other.kept("amx")) == ("twice", False)
+    assert other.ratio == pytest.approx(1.2)  # not measured side by side: by the medians
+
+
+def test_a_run_goes_on_from_its_journal(tmp_path, monkeypatch, capsys):
+    """Whatever ends a run of a quarter of an hour, all that it found would be lost."""
+    path = tmp_path / "found.jsonl"
+    machine = Machine(monkeypatch, lambda *_: 0.01)
+    asked = [*TOY, "--dtypes", "float32", "--rows", "2,4,8", "--journal", str(path), "--json"]
+    # six ways, two calls each to warm up and two rounds: 0.2 s a cell
+    assert bench.main([*asked, "--seconds", "0.3"]) == 0
+    rows = [cell["rows"] for cell in json.loads(capsys.readouterr().out)["cells"]]
+    assert rows == [2, 4]
+    assert bench.main(asked) == 0
+    found = json.loads(capsys.readouterr().out)["cells"]
+    assert [cell["rows"] for cell in found] == [2, 4, 8]
+    calls = machine.calls
+    assert bench.main(asked) == 0
+    assert (json.loads(capsys.readouterr().out)["cells"], machine.calls) == (found, calls)
+    assert bench.main([*asked, "--seconds", "0", "--dtypes", "int8"]) == 0
+    assert "no time left" in capsys.readouterr().err
+    path.write_text("{}\n")
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(asked)
+    assert "not a journal of bench.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
@@ -65,13 +66,14 @@ def _read(path: Path, lines: list[str]) -> list[dict]:
                 raise ValueError(f"{path}, line {number + 1}: not a line of a journal") from None
             path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
     if "code" not in found[0]:
-        raise ValueError(f"{path} is not a journal of bench.py compare; name another file")
+        raise ValueError(f"{path} is not a journal of bench.py; name another file")
     return found
 
 
-def code() -> str:
-    """Which minillava was measured: rows of two versions do not belong in one table."""
+def code(paths: Sequence[Path] = ()) -> str:
+    """Which minillava was measured, or which of its files: rows of two versions do not belong in one
+    table."""
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted(paths or PACKAGE.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
