@@ -278,7 +278,8 @@ class Engine(threading.Thread):
     @property
     def running(self) -> int:
         """The number of slots in use."""
-        return sum(slot.busy for slot in self.slots) + self.beginning
+        with self.changed:  # a request that gets its slots counts once, and always
+            return sum(slot.busy for slot in self.slots) + self.beginning
 
     def cancel(self, request: Request) -> None:
         """Give up a request for which nobody waits any more; its slots are free before the next

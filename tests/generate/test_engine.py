@@ -2,12 +2,13 @@
 
 import queue
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 from paths import ROOT
+from waiting import PATIENCE, wait_until
 
 import minillava
 from minillava.fast import row_by_row
@@ -26,10 +27,21 @@ def assistant():
 
 
 class Asked:
-    """A request that keeps what happens to it."""
+    """A request that keeps what happens to it. at_first: is called in the engine's thread before
+    its first event is kept."""
 
-    def __init__(self, engine, assistant, question, image=None, options=({},), **more):
+    def __init__(
+        self,
+        engine,
+        assistant,
+        question,
+        image=None,
+        options=({},),
+        at_first: Callable[[], None] | None = None,
+        **more,
+    ):
         self.events: queue.Queue = queue.Queue()
+        self.at_first = at_first
         prompt = assistant.prompt(question, images=image is not None)
         path = None if image is None else SHAPES / f"example-{image}.png"
         pictures = [] if image is None else [(bytes([image]), assistant.image_processor(path)[0])]
@@ -37,13 +49,19 @@ class Asked:
             [*assistant.tokenize(prompt), *more.get("prefix", ())],
             pictures,
             [assistant.options(**each) for each in options],
-            lambda number, event: self.events.put((number, event)),
+            self.put,
             **more,
         )
         engine.submit(self.request)
 
+    def put(self, number: int, event: Token | Failed) -> None:
+        if self.at_first is not None:
+            call, self.at_first = self.at_first, None
+            call()
+        self.events.put((number, event))
+
     def next(self) -> tuple[int, Token | Failed]:
-        return self.events.get(timeout=60)
+        return self.events.get(timeout=PATIENCE)
 
     def all(self) -> dict[int, list]:
         """Every event of each answer, until all have ended."""
@@ -64,19 +82,22 @@ SETTINGS = {"slots": 4, "waiting": 32, "piece": 64, "pictures": 32}
 
 @pytest.fixture
 def start(assistant) -> Iterator:
-    """`start(**settings)`: an engine that ends with the test."""
-    started = []
+    """`start(**settings)`: an engine that ends with the test; later=True: whose thread the test
+    starts, once everything is asked."""
+    made = []
 
-    def begin(**settings) -> Engine:
+    def begin(later: bool = False, **settings) -> Engine:
         engine = Engine(assistant.model, assistant.tokenizer, **{**SETTINGS, **settings})
-        started.append(engine)
-        engine.start()
+        made.append(engine)
+        if not later:
+            engine.start()
         return engine
 
     yield begin
-    for engine in started:
+    for engine in made:
         engine.drain(0)
-        engine.join(60)
+        if engine.ident is not None:
+            engine.join(PATIENCE)
         assert not engine.is_alive()
 
 
@@ -137,7 +158,7 @@ def test_an_exact_answer_has_the_same_bits_whoever_is_there(precision, kept, mon
         events = [[event._replace(at=0) for event in each.all()[0]] for each in asked]
         found.append(dict(zip([case[:2] for case in cases], events, strict=True)))
         engine.drain(0)
-        engine.join(60)
+        engine.join(PATIENCE)
         reused = sum(one.request.cached for one in asked)
         assert reused >= 48 or len(cases) == 1
     together, turned, *alone = found
@@ -279,33 +300,30 @@ def test_log_probabilities_are_those_of_the_logits(start, assistant):
 
 def test_who_is_cancelled_leaves_and_the_others_notice_nothing(start, assistant):
     """Before its first token, while its prompt is read, and in the middle of an answer."""
-    engine = start(slots=2, piece=3)
+    engine = start(later=True, slots=2, piece=3)
+
+    def leave() -> None:
+        for asked in (waiting, answering):
+            engine.cancel(asked.request)
+
     stays = Asked(engine, assistant, "Describe this image.", 1)
-    answering = Asked(engine, assistant, "Describe this image.", 2, [LONG])
+    answering = Asked(engine, assistant, "Describe this image.", 2, [LONG], at_first=leave)
     waiting = Asked(engine, assistant, "Describe this image.", 3)
+    engine.start()
     assert isinstance(answering.next()[1], Token)
-    for asked in (waiting, answering):
-        engine.cancel(asked.request)
     assert stays.texts() == [assistant.ask(SHAPES / "example-1.png", "Describe this image.")]
     reading = Asked(engine, assistant, "Describe this image.", 2, [LONG, LONG])
     engine.cancel(reading.request)
-    wait_until(lambda: engine.running == 0 and not engine.waiting)
+    wait_until(lambda: not engine.waiting and engine.running == 0)
     assert waiting.events.empty() and not engine.answers
-
-
-def wait_until(true) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_again(start, assistant):
     """A busy server would queue requests without end, or refuse them without saying when to come
     again."""
-    engine = start(slots=1, waiting=2)
-    asked, refused = [], []
-    for _ in range(8):
+    engine = start(later=True, slots=1, waiting=2)
+    asked, refused = [begun(engine, assistant)], []
+    for _ in range(7):
         try:
             asked.append(Asked(engine, assistant, "Describe this image.", 1, [LONG]))
         except Refused as error:
@@ -313,33 +331,30 @@ def test_a_full_queue_refuses_with_a_time_to_come_again(start, assistant):
     assert (len(asked), len(refused)) == (3, 5)
     assert {error.code for error in refused} == {"queue_full"}
     assert all(1 <= error.seconds <= 120 for error in refused)
-    for one in asked:
-        engine.cancel(one.request)
 
 
 def test_a_drained_engine_finishes_what_runs_and_refuses_the_rest(start, assistant):
     """A server that goes down would cut off running answers, or leave waiting ones without a
     word."""
-    engine = start(slots=1)
-    running = Asked(engine, assistant, "Describe this image.", 1)
-    first = running.next()
+    engine = start(later=True, slots=1)
+    running = begun(engine, assistant)
     waiting = Asked(engine, assistant, "Describe this image.", 2)
-    engine.drain(60)
+    engine.drain(PATIENCE)
     with pytest.raises(Refused, match="going down"):
         Asked(engine, assistant, "Describe this image.", 3)
-    text = first[1].text + running.texts()[0]
-    assert text == assistant.ask(SHAPES / "example-1.png", "Describe this image.")
+    engine.start()
+    assert running.texts() == [assistant.ask(None, "What is a ring?")]
     assert waiting.all()[0][-1].code == "shutting_down"
-    engine.join(60)
+    engine.join(PATIENCE)
     assert (engine.is_alive(), engine.state) == (False, "ended")
 
 
 def test_after_its_grace_an_answer_ends_with_an_error(start, assistant):
     """A server would wait for the longest answer when its time to go down is over."""
-    engine = start()
-    running = Asked(engine, assistant, "Describe this image.", 1, [LONG, LONG])
-    running.next()
-    engine.drain(0)
+    engine = start(later=True)
+    over = partial(engine.drain, 0)
+    running = Asked(engine, assistant, "Describe this image.", 1, [LONG, LONG], at_first=over)
+    engine.start()
     for events in running.all().values():
         assert events[-1].code == "shutting_down"
 
@@ -380,7 +395,7 @@ def test_an_engine_that_keeps_failing_says_so(start, assistant, monkeypatch):
     try:
         for _ in range(3):
             Asked(engine, assistant, "Is it red?", 1).all()
-        engine.join(60)
+        engine.join(PATIENCE)
     finally:
         hook.remove()
     assert engine.state == "failed"
@@ -414,7 +429,7 @@ def test_an_engine_that_keeps_failing_does_not_blame_a_new_request(assistant, mo
     engine.start()
     lost, told = running.all()[0][-1].message, new.all()[0][0].message
     engine.drain(0)
-    engine.join(60)
+    engine.join(PATIENCE)
     assert lost.startswith("the model failed (RuntimeError)")
     assert (told, engine.state) == ("the model's thread has ended: RuntimeError", "failed")
 
@@ -433,7 +448,7 @@ def test_an_end_that_is_final_is_told_to_all_in_its_own_words(assistant):
     waiting = Asked(engine, assistant, "Describe this image.", 1)
     engine.start()
     told = [asked.all()[0][-1].message for asked in (running, waiting)]
-    engine.join(60)
+    engine.join(PATIENCE)
     assert told == [str(OthersEnded())] * 2
     assert engine.state == "failed" and isinstance(engine.error, OthersEnded)
 
@@ -452,7 +467,7 @@ def test_logits_that_are_not_finite_cost_one_answer(start, assistant):
             lambda number, event: events.put(event),
         )
     )
-    assert "not finite" in events.get(timeout=60).message
+    assert "not finite" in events.get(timeout=PATIENCE).message
     assert stays.texts() == [assistant.ask(SHAPES / "example-1.png", "Describe this image.")]
 
 
@@ -472,4 +487,4 @@ def test_an_answer_ends_where_its_slot_is_full(assistant):
     with pytest.raises(Refused, match="2 answers at once, there are 1 slots"):
         Asked(engine, assistant, "What?", options=[{}, {}])
     engine.drain(0)
-    engine.join(60)
+    engine.join(PATIENCE)

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from commands import environment
 from paths import ROOT
-from served import LONG, SHAPES, picture, text, wait_until
+from served import LONG, SHAPES, picture, text
+from waiting import PATIENCE, wait_until
 
 pytestmark = pytest.mark.clients
 
@@ -135,20 +136,26 @@ def test_openai_errors(openai, shared, start):
 def test_openai_waits_for_a_full_queue(openai, start):
     """Clients at a full server would fail instead of trying again when they are told to."""
     running = start("--slots", "1", "--queue", "1")
-    client = client_of(running, openai.OpenAI, max_retries=20)
+    client = client_of(running, openai.OpenAI, max_retries=1000)
     hello = [{"role": "user", "content": "What is a ring?"}]
     more = {"min_tokens": 60}
-    refused, done = [], []
+    refused, done = threading.Event(), []
     original = running.engine.check_room  # before a body is read, and again by `submit`
+    stepped = running.engine.on_step
 
-    def counted():
+    def noted():
         try:
             original()
-        except Exception as error:
-            refused.append(error)
+        except Exception:
+            refused.set()
             raise
 
-    running.engine.check_room = counted
+    def wait(*given):
+        """The first answer takes until somebody finds the queue full."""
+        stepped(*given)
+        refused.wait(PATIENCE)
+
+    running.engine.check_room, running.engine.on_step = noted, wait
 
     def ask():
         answer = client.chat.completions.create(
@@ -160,8 +167,8 @@ def test_openai_waits_for_a_full_queue(openai, start):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
-    assert done == [60] * 6 and refused
+        thread.join(PATIENCE)
+    assert done == [60] * 6 and refused.is_set()
 
 
 def test_openai_hangs_up_in_the_middle(openai, start):
@@ -218,7 +225,7 @@ def run_client(command: list, **variables: str) -> str:
     """What a client prints."""
     variables = {**os.environ, "OPENAI_API_KEY": "any", "NO_COLOR": "1", **variables}
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=180, env=variables
+        list(map(str, command)), capture_output=True, text=True, timeout=PATIENCE, env=variables
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -390,12 +397,12 @@ def test_the_two_commands_of_the_page(tmp_path):
                 cwd=ROOT,
                 capture_output=True,
                 text=True,
-                timeout=180,
+                timeout=PATIENCE,
             )
             assert (done.stdout, done.stderr) == ("There are three shapes.", "")
             script = block("responses").replace("http://127.0.0.1:8000", address)
             assert run_client([sys.executable, "-c", script]).strip()
     finally:
         process.terminate()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=PATIENCE) == 0
         process.stdout.close()

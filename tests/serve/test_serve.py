@@ -22,18 +22,19 @@ from commands import environment
 from paths import ROOT
 from served import (
     LONG,
-    PATIENCE,
     SHAPES,
     Streaming,
+    answered,
     completions,
+    hung_up,
     picture,
     raw_request,
     said,
     services,
     serving,
     text,
-    wait_until,
 )
+from waiting import PATIENCE, wait_until
 
 import minillava
 from minillava.cli.doors import enter
@@ -657,9 +658,10 @@ def test_a_silent_peer_is_hung_up_on(start, monkeypatch):
     monkeypatch.setattr(serving, "HEAD", 0.2)
     running = start()
     with socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE) as silent:
-        silent.sendall(b"GET /health HTT")
-        assert silent.recv(100) == b""
-    assert said(running.ask("What is a ring?", min_tokens=200))
+        with contextlib.suppress(ConnectionError):  # where this machine was slow
+            silent.sendall(b"GET /health HTT")
+        assert hung_up(silent)
+    assert answered(running, "What is a ring?", min_tokens=200)
 
 
 def test_a_machine_that_stands_still_costs_a_client_little_of_its_time():
@@ -705,31 +707,32 @@ def test_models_health_and_tokens(shared, assistant):
     assert shared.send("POST", "/tokenize", {})[0] == 400
 
 
-def test_metrics_count(shared):
+def test_metrics_count(start):
     """The figures of /metrics would stand still, or count a token twice."""
+    running = start()
 
     def value(name: str) -> float:
-        text = shared.send("GET", "/metrics")[2].decode()
+        text = running.send("GET", "/metrics")[2].decode()
         return float(re.search(rf"^{re.escape(name)} (.+)$", text, re.MULTILINE)[1])
 
-    before = value("minillava_generated_tokens_total")
-    shared.ask("What is a ring?", max_tokens=3)
-    assert value("minillava_generated_tokens_total") == before + 3
-    assert value('minillava_requests_total{route="/v1/chat/completions",status="200"}') >= 1
+    running.ask("What is a ring?", max_tokens=3)
+    assert value("minillava_generated_tokens_total") == 3
     assert value("minillava_engine_up") == 1
-    # A step is counted after its tokens are sent, so the last one a moment after the answer.
-    counts = ("minillava_rows_per_step_count", "minillava_token_seconds_count")
-    steps = -1.0
-    while steps != (steps := value(counts[0])):
-        time.sleep(0.05)
-    seen = value('minillava_pictures_total{cached="true"}')
     for _ in range(2):
-        shared.ask([picture(3), text("Is it red?")], max_tokens=4)
-    until = time.monotonic() + 20
-    while [value(name) for name in counts] != [steps + 6] * 2:
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    assert value('minillava_pictures_total{cached="true"}') >= seen + 1
+        running.ask([picture(3), text("Is it red?")], max_tokens=4)
+    assert value("minillava_generated_tokens_total") == 3 + 2 * 4
+    for cached in ("true", "false"):
+        assert value(f'minillava_pictures_total{{cached="{cached}"}}') == 1
+    # A request and a step are counted after what they send, so the last a moment after the answer;
+    # the first token of an answer takes no step.
+    route = 'minillava_requests_total{route="/v1/chat/completions",status="200"}'
+    for name, count in (
+        (route, 3),
+        ("minillava_rows_per_step_count", 2 + 2 * 3),
+        ("minillava_token_seconds_count", 2 + 2 * 3),
+    ):
+        wait_until(lambda name=name, count=count: value(name) >= count)
+        assert value(name) == count
 
 
 def test_a_clients_name_of_a_request_is_kept_only_if_it_is_one(shared):
@@ -785,7 +788,7 @@ def door(*words: object) -> subprocess.Popen:
 )
 def test_the_door_says_where_it_listens_and_ends_when_it_is_told(number, status):
     """A request that runs finishes; uvicorn alone would end with the signal's status."""
-    process = door("-q", "--slots", "1")
+    process = door("-q", "--slots", "1", "--grace", PATIENCE)
     try:
         line = process.stdout.readline()
         port = int(re.fullmatch(r"listening on http://127\.0\.0\.1:(\d+)\n", line)[1])

@@ -12,6 +12,7 @@ import pytest
 from commands import environment
 from paths import ROOT
 from served import SHAPES, Running, picture, said, text
+from waiting import PATIENCE
 
 from minillava.look import run as looking
 from minillava.prompt import render
@@ -288,7 +289,7 @@ def test_the_examples_of_the_readme_run_and_say_what_it_says(shared, name):
     script = start.replace(":8000", f":{shared.port}") + found[1]
     done = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == found[2]

@@ -13,28 +13,30 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from commands import environment
 from served import (
     LONG,
-    PATIENCE,
     SHAPES,
     Running,
     Streaming,
+    answered,
     completions,
+    hung_up,
+    idle,
     picture,
     raw_request,
     said,
     serving,
     text,
-    wait_until,
 )
+from waiting import PATIENCE, wait_until
 
 import minillava
 from minillava.fast.row_by_row import keep_bits
@@ -229,13 +231,18 @@ def test_what_the_schema_allows_is_answered(shared, tmp_path):
         sys.executable, "-m", "schemathesis.cli", "run", str(tmp_path / "openapi.json"),
         "--url", f"http://127.0.0.1:{shared.port}", "--max-examples", "150", "--seed", "1",
         "--checks", "not_a_server_error,content_type_conformance,response_schema_conformance",
-        "--no-color",
+        "--no-color", "--request-timeout", str(PATIENCE), "--suppress-health-check", "too_slow",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
 # --- who hangs up, and who is slow ----------------------------------------------------------------
+
+
+def cancelled(running) -> float:
+    found = running.send("GET", "/metrics")[2].decode()
+    return float(re.search(r"^minillava_cancelled_total (.+)$", found, re.MULTILINE)[1])
 
 
 @few_and_all(10, 200)
@@ -257,12 +264,10 @@ def test_who_hangs_up_frees_the_slot(start, count):
             wait_until(lambda: running.engine.running)
         one.close()
         left += 1
-    wait_until(lambda: not running.engine.running and not running.engine.waiting)
-    assert not running.engine.answers and not any(slot.busy for slot in running.engine.slots)
+    wait_until(lambda: idle(running) and not running.engine.answers)
     assert said(running.ask("What is a ring?", max_tokens=3))
+    assert 0 < cancelled(running) <= left
     found = running.send("GET", "/metrics")[2].decode()
-    counted = re.search(r"^minillava_cancelled_total (.+)$", found, re.MULTILINE)[1]
-    assert 0 < float(counted) <= left
     route = r'minillava_requests_total\{route="/v1/chat/completions",status="500"\}'
     assert not re.search(route, found)
 
@@ -304,10 +309,11 @@ def test_slow_peers_keep_nobody_waiting(start, monkeypatch, count):
         for _ in range(count)
     ]
     for i, each in enumerate(slow):
-        each.sendall(b"GET /health HTTP/1.1\r\nHost: 1"[: i % 30])
-    assert said(running.ask("What is a ring?", max_tokens=3))
+        with suppress(ConnectionError):  # where this machine was slow
+            each.sendall(b"GET /health HTTP/1.1\r\nHost: 1"[: i % 30])
+    assert answered(running, "What is a ring?", max_tokens=3)
     for each in slow:
-        assert each.recv(100) == b""
+        assert hung_up(each)
         each.close()
 
 
@@ -322,16 +328,14 @@ def test_who_does_not_read_is_given_up(start, monkeypatch, count):
     )  # of its connections, too
     body = {"messages": [{"role": "user", "content": "What is a ring?"}], "stream": True}
     sent = raw_request(json.dumps({**body, **LONG, "logprobs": True, "top_logprobs": 20}).encode())
-    for _ in range(count):
+    for number in range(count):
         each = socket.socket()
         each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         each.connect(("127.0.0.1", running.port))
         each.sendall(sent)
         stalled.append(each)
-        wait_until(lambda: running.engine.running)
-        wait_until(lambda: not running.engine.running)
-    found = running.send("GET", "/metrics")[2].decode()
-    assert f"minillava_cancelled_total {count}.0" in found
+        wait_until(lambda number=number: cancelled(running) == number + 1, pause=0.05)
+    wait_until(lambda: idle(running))
     for each in stalled:
         each.close()
 
@@ -354,11 +358,11 @@ class At:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
-@few_and_all((2, 1, 30), (8, 4, 30))
+@few_and_all((2, 1), (8, 4))
 def test_at_the_end_streams_finish_and_who_waits_is_told(count):
     """A server that goes down would cut streams off, which clients then ask again."""
-    slots, waiting, grace = count
-    process, port = door("--slots", slots, "--grace", grace)
+    slots, waiting = count
+    process, port = door("--slots", slots, "--grace", PATIENCE)
     try:
         long = {"max_tokens": 60, "min_tokens": 60}
         running = [Streaming(At(port), long) for _ in range(slots)]
@@ -377,8 +381,6 @@ def test_at_the_end_streams_finish_and_who_waits_is_told(count):
         for each in (*running, *later):
             each.close()
         _, err = process.communicate(timeout=PATIENCE)
-        with pytest.raises(OSError):
-            socket.create_connection(("127.0.0.1", port), timeout=5)
     finally:
         process.kill()
     assert (process.returncode, err.strip()) == (0, "")
@@ -428,13 +430,11 @@ def test_memory_and_files_stay_as_they_are_over_1000_requests(tmp_path):
         before, held = resident(process.pid), counts()
         both(5)
         wait_until(idle)
-        end = time.monotonic() + 30
-        while counts()[0] > held[0] and time.monotonic() < end:
-            time.sleep(0.1)  # connections that are still being closed
+        wait_until(lambda: counts()[0] <= held[0])  # connections that are still being closed
         grown = resident(process.pid) - before
         print(f"{before / 1e6:.0f} MB after 1,000 requests, {grown / 1e6:+.1f} MB after 1,000 more")
         assert grown < min(20e6, 0.05 * before)
-        assert counts()[0] <= held[0] and counts()[1] <= held[1] + 8  # a pool of threads grows once
+        assert counts()[1] <= held[1] + 8  # a pool of threads grows once
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=PATIENCE)
     finally:

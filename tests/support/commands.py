@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from paths import ROOT
+from waiting import PATIENCE
 
 # Hears Ctrl-C even where this process, running in the background, does not.
 HEARS_CTRL_C = (
@@ -41,7 +42,7 @@ def python(
         capture_output=True,
         text=True,
         check=False,
-        **{"timeout": 600, **options},
+        **{"timeout": PATIENCE, **options},
     )
 
 

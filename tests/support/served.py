@@ -6,11 +6,11 @@ import http.client
 import json
 import socket
 import threading
-import time
 from dataclasses import replace
 
 import pytest
 from paths import ROOT
+from waiting import PATIENCE, wait_until
 
 from minillava.serve.flags import make_parser
 from minillava.serve.run import listen
@@ -22,10 +22,6 @@ serving, application, services, completions = (
 
 SHAPES = ROOT / "weights" / "shapes"
 LONG = {"min_tokens": 900, "max_tokens": 900}
-PATIENCE = 600
-"""Seconds until something hangs: a machine of tests may be slow, or stand still for minutes."""
-
-
 NAMES = ("--served-model-name", "shapes", "--served-model-name", "small")
 
 
@@ -90,11 +86,25 @@ class Running:
         return [line.removeprefix("data: ") for line in lines]
 
 
-def wait_until(true, seconds: float = PATIENCE) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+def idle(running) -> bool:
+    """Whether nobody waits and no slot is in use; asked in the order in which requests pass."""
+    return not running.engine.waiting and not running.engine.running
+
+
+def answered(running, question: str, **options) -> str:
+    """An answer of a server that hangs up on who is slow, asked again where this machine was: where
+    no answer comes at all, the last try says so."""
+    for _ in range(50):
+        with contextlib.suppress(ConnectionError):
+            return said(running.ask(question, **options))
+    return said(running.ask(question, **options))
+
+
+def hung_up(peer: socket.socket) -> bool:
+    """Waits for the end of a connection, be it that what was sent into it came after its end."""
+    with contextlib.suppress(ConnectionError):
+        return peer.recv(100) == b""
+    return True
 
 
 def picture(number: int) -> dict:
