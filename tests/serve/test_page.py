@@ -269,6 +269,61 @@ def test_stopping_keeps_what_was_said_and_frees_the_slot(visit, shared, by):
     assert page.locator("article.assistant").count() == 2 and said(page)
 
 
+# Opening a picture lasts until `window.open_it()` is called, as it may on a slow machine.
+SLOW_TO_OPEN = """() => {
+  const decode = HTMLImageElement.prototype.decode;
+  const opened = new Promise(resolve => { window.open_it = resolve; });
+  HTMLImageElement.prototype.decode = async function () { await opened; return decode.call(this); };
+}"""
+
+
+def test_a_question_waits_for_the_picture_that_was_given_before_it(visit, shared):
+    """It would be asked without the picture, and its answer vanish when the picture is there."""
+    page = visit()
+    page.evaluate(SLOW_TO_OPEN)
+    page.set_input_files("#file", PICTURE)
+    page.fill("#question", QUESTION)
+    for _ in range(2):  # who sends it twice asks once
+        page.press("#question", "Enter")
+    assert page.input_value("#question") == QUESTION and page.locator("article").count() == 0
+    page.evaluate("open_it()")
+    answered(page)
+    (choice,) = shared.ask([picture(1), text(QUESTION)])["choices"]
+    assert said(page) == choice["message"]["content"]
+    assert page.locator("article.user").count() == 1 and page.input_value("#question") == ""
+
+
+def test_a_picture_that_cannot_be_opened_is_not_asked_about(visit, tmp_path):
+    """The question would be asked without it, and the answer be about nothing."""
+    (tmp_path / "no.png").write_bytes(b"not a picture")
+    page = visit()
+    page.evaluate(SLOW_TO_OPEN)
+    page.set_input_files("#file", tmp_path / "no.png")
+    page.fill("#question", QUESTION)
+    page.press("#question", "Enter")
+    page.evaluate("open_it()")
+    page.get_by_text("no.png is not a picture that this browser can open.").wait_for()
+    assert page.input_value("#question") == QUESTION and page.locator("article").count() == 0
+    page.press("#question", "Enter")  # without a picture, then
+    answered(page)
+
+
+def test_a_picture_given_during_an_answer_does_not_take_it_away(visit):
+    """A new picture begins a new conversation, and the answer would be gone."""
+    page = visit()
+    ask(page)
+    page.evaluate(SLOW_TO_OPEN)
+    page.set_input_files("#file", SHAPES / "example-2.png")
+    with changed(page, min_tokens=700, max_tokens=700):
+        page.get_by_role("button", name="Another answer").click()
+        page.locator(".word").nth(5).wait_for()
+        page.evaluate("open_it()")
+        page.get_by_text("An answer is being written.").wait_for()
+        page.click("#stop")
+        page.get_by_text("Stopped.").wait_for()
+    assert len(said(page).split()) > 5 and page.locator("article.user").count() == 1
+
+
 def test_a_reload_brings_everything_back(visit):
     """A conversation would be lost, or its maps be those of another answer."""
     page = visit()

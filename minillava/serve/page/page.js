@@ -22,6 +22,7 @@ let views = []; // of its answers, as they are shown
 let chosen = null; // {view, word}: the word that was clicked
 let shown = null; // {view, word}: the word whose map is over the picture
 let running = new Map(); // answers that are being made -> AbortController
+let arriving = null; // while a picture is being opened: the promise of whether it can be asked about
 const urls = new Map(); // of pictures
 
 // ------------------------------------------------------------------------------- a conversation
@@ -58,9 +59,10 @@ function save() {
 }
 
 async function messages(question) {
+  const turns = path(question); // of the conversation that is shown now
   const url = talk.picture && await store.picture(talk.picture).then(blob => blob && store.dataUrl(blob));
   if (talk.picture && !url) throw new Refused("This browser has lost the picture. Choose it again.", 0);
-  return path(question).map((node, i) => {
+  return turns.map((node, i) => {
     if (node.role === "assistant") return {role: "assistant", content: node.answers[0].text};
     const text = {type: "text", text: node.text};
     return {role: "user", content: i === 0 && url ? [{type: "image_url", image_url: {url}}, text] : node.text};
@@ -207,6 +209,7 @@ async function mapsAgain(view) {
     by("again-maps").disabled = false;
   }
   const same = answer.tokens.every((token, i) => again.tokens[i]?.id === token.id);
+  if (!views.includes(view)) return; // another conversation is shown now
   show(shown ?? {view, word: view.words[0]});
   if (!same) say("The server said something else this time, so the maps are not of these words.");
 }
@@ -594,27 +597,41 @@ async function smaller(blob) {
     const canvas = make("canvas");
     [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight].map(side => Math.max(1, Math.round(times * side)));
     canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
-    return await new Promise(resolve => { canvas.toBlob(resolve, blob.type === "image/png" ? "image/png" : "image/jpeg", 0.95); });
+    const type = blob.type === "image/png" ? "image/png" : "image/jpeg";
+    return await new Promise((resolve, reject) => { canvas.toBlob(made => made ? resolve(made) : reject(), type, 0.95); });
   } finally {
     URL.revokeObjectURL(url);
   }
 }
 
-async function give(file) {
-  if (!file || running.size) return;
+// Pictures are taken in one after the other; a question that is sent meanwhile waits for them.
+function give(file) {
+  if (!file) return;
+  const last = (arriving ?? Promise.resolve()).then(() => takeIn(file));
+  arriving = last;
+  last.then(() => { if (arriving === last) arriving = null; });
+}
+
+// Whether it is there to be asked about.
+async function takeIn(file) {
   let blob;
   try {
     blob = await smaller(file);
   } catch {
     say(`${file.name || "What you gave"} is not a picture that this browser can open.`);
-    return;
+    return false;
   }
   const [name, stays] = await store.keepPicture(blob);
+  if (running.size) { // a new picture begins a new conversation, and the answer would be lost
+    say("An answer is being written. Give the picture once more when it has ended.");
+    return false;
+  }
   if (path().length) talk = newTalk();
   talk.picture = name;
   render();
   say(stays ? "" : "This browser cannot keep the picture; after a reload it is gone.");
   by("question").focus();
+  return true;
 }
 
 // ------------------------------------------------------------------------------------ the history
@@ -684,8 +701,9 @@ function theme(name) {
 
 // -------------------------------------------------------------------------------------- the start
 function listen() {
-  by("ask").addEventListener("submit", event => {
+  by("ask").addEventListener("submit", async event => {
     event.preventDefault();
+    if (arriving && !await arriving) return; // the question stays where it was written
     const text = by("question").value.trim();
     if (!text || running.size) return;
     by("question").value = "";
