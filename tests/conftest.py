@@ -42,6 +42,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.numprocesses, option.dist = 2, "worksteal"
 
 
+@pytest.hookimpl(tryfirst=True)  # before the fixtures that a test is the first to want
+def pytest_runtest_setup() -> None:
+    """What a test draws does not hang on which tests have run before it in this process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def no_weights_from_outside(monkeypatch):
     """Whoever runs the tests may have named a model of their own, and seven billion weights."""

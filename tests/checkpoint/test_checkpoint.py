@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import struct
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import minillava
 from minillava.attention import fused
+from minillava.checkpoint import build as building
 from minillava.checkpoint.build import build_model
 from minillava.checkpoint.config_json import read_config
 from minillava.checkpoint.folders import Folders
@@ -234,7 +234,7 @@ def test_two_stored_names_for_one_tensor_are_refused(folder):
     assert "lm_head.weight" in message.split()
 
 
-def test_a_thousand_wrong_names_are_reported_before_anyone_wonders(folder):
+def test_a_thousand_wrong_names_are_reported_before_anyone_wonders(folder, monkeypatch):
     """A language model of 13B's depth under strange names: looking for the nearest of each took
     most of a minute."""
     change_config(folder, text_config={"num_hidden_layers": 40})
@@ -245,13 +245,16 @@ def test_a_thousand_wrong_names_are_reported_before_anyone_wonders(folder):
     }
     strange = [f"transformer.h.{i}.part.{j}.weight" for i in range(40) for j in range(9)]
     store({**tensors, **{name: torch.zeros(1) for name in strange}}, folder)
-    started = time.perf_counter()
+    asked, near = [], building.get_close_matches
+    monkeypatch.setattr(
+        building, "get_close_matches", lambda *a, **more: asked.append(a) or near(*a, **more)
+    )
     lines = refusal(folder, dtype="float32").splitlines()
-    seconds = time.perf_counter() - started
     assert f"; {40 * 9 + 3 + len(strange)} tensor(s) do not fit" in lines[0]
     named = {word for line in lines for word in line.split()}
     assert named > set(strange)
-    assert seconds < 5
+    # layers are alike: the names of one are compared, not those of 40
+    assert 0 < len(asked) < 40 and max(len(known) for _, known in asked) < 40
 
 
 # --- what a file may hold besides -----------------------------------------------------------------

@@ -19,6 +19,7 @@ from bounds import assert_same_in_float64
 from commands import start
 from folders import change_config
 from paths import REFERENCE, ROOT
+from waiting import PATIENCE
 
 import minillava
 from minillava.chat import conversation as conversing
@@ -732,7 +733,7 @@ def read_until(stream, text: bytes) -> bytes:
     """Byte by byte: what comes behind `text` is for the next to read."""
     found = b""
     while text not in found:
-        assert select.select([stream], [], [], 60)[0], found
+        assert select.select([stream], [], [], PATIENCE)[0], found
         more = os.read(stream.fileno(), 1)
         assert more, found
         found += more
@@ -761,7 +762,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session_and_leaves_at_the_second(
     process.send_signal(signal.SIGINT)
     assert b"note: Ctrl-D leaves; so does a second Ctrl-C\n" in read_until(process.stderr, b"> ")
     process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=60)
+    rest, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     printed = (printed + rest).decode()
     assert printed.endswith("\n")
@@ -777,7 +778,7 @@ def test_the_end_of_the_input_leaves_with_0(terminal):
         process.stderr, b"> "
     )
     os.write(typing, b"\x04")
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (0, b"")
 
 
@@ -804,7 +805,7 @@ def test_line_editing_at_a_real_terminal(tmp_path):
         def see(text: bytes) -> None:
             found = b""
             while text not in found:
-                assert select.select([screen], [], [], 60)[0], found
+                assert select.select([screen], [], [], PATIENCE)[0], found
                 found += os.read(typing, 1)
 
         def interrupt() -> None:

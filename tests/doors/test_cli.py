@@ -26,6 +26,7 @@ from folders import change_config
 from models import stored
 from paths import REFERENCE, ROOT
 from safetensors.torch import load_file, save_file
+from waiting import PATIENCE
 
 import minillava
 from minillava.cli import messages
@@ -1321,7 +1322,7 @@ def test_closed_streams_are_not_the_numbers_of_the_next_files(tmp_path, answer):
     ]
     shell = subprocess.run(
         ["sh", "-c", f"exec {shlex.join(command)} <&- 2>&-"],
-        cwd=ROOT, env=environment(), capture_output=True, timeout=60,
+        cwd=ROOT, env=environment(), capture_output=True, timeout=PATIENCE,
     )  # fmt: skip
     assert (shell.returncode, shell.stdout.decode()) == (0, answer("-i", PICTURE, "-p", QUESTION))
     assert log.read_text() == "True"
@@ -1480,9 +1481,9 @@ def test_as_a_command_the_answer_is_on_stdout_and_errors_are_on_stderr(answer):
     good = start("minillava.generate", "-m", WEIGHTS, *BASE, "-i", PICTURE, "-p", QUESTION)
     # refused by the door, so that the process need not open a model
     bad = start("minillava.pope", "--questions", "nowhere", "--answers", "nowhere")
-    out, err = good.communicate(timeout=60)
+    out, err = good.communicate(timeout=PATIENCE)
     assert (good.returncode, out.decode(), err) == (0, answer("-i", PICTURE, "-p", QUESTION), b"")
-    out, err = bad.communicate(timeout=60)
+    out, err = bad.communicate(timeout=PATIENCE)
     assert (bad.returncode, out) == (1, b"")
     assert err.startswith(b"error: nowhere") and err.count(b"\n") == 1
 
@@ -1515,7 +1516,7 @@ def test_ctrl_c_keeps_what_was_printed_and_exits_130(endless, answer):
     process = start("minillava.generate", *endless)
     first = os.read(process.stdout.fileno(), 1)
     process.send_signal(signal.SIGINT)
-    rest, err = process.communicate(timeout=60)
+    rest, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert err.strip() == b""
     full = answer(*endless, "-n", "200", base=[], weights=None).encode().removesuffix(b"\n")
@@ -1530,6 +1531,6 @@ def test_a_closed_pipe_ends_it_quietly(endless):
     process = start("minillava.generate", *endless)
     assert os.read(process.stdout.fileno(), 1)
     process.stdout.close()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=PATIENCE) == 0
     assert process.stderr.read() == b""
     process.stderr.close()

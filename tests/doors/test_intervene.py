@@ -8,6 +8,7 @@ import pytest
 import torch
 from bounds import assert_same_in_float64
 from PIL import Image
+from waiting import PATIENCE
 
 import minillava
 from minillava.cache import KVCache
@@ -292,9 +293,9 @@ def test_threads_intervene_on_one_model_at_once(toy, embeds):
 
     def work(name):
         with torch.no_grad(), intervene(toy.model, places[name], zero):
-            together.wait(30)
+            together.wait(PATIENCE)
             found[name] = [language(embeds).logits for _ in range(3)]
-            together.wait(30)
+            together.wait(PATIENCE)
 
     threads = [threading.Thread(target=work, args=(name,)) for name in places]
     for thread in threads:

@@ -20,6 +20,7 @@ from bounds import assert_same_in_float64, gamma
 from models import stored
 from paths import ROOT
 from PIL import Image
+from waiting import PATIENCE
 
 import minillava
 from minillava.cli.doors import enter
@@ -498,7 +499,12 @@ def in_page(page: str, script: str):
     own = re.search(r"<script>(.*)</script>", page, re.DOTALL)[1]
     given = f"{DOCUMENT}\n{own}\n{script}"
     ran = subprocess.run(
-        ["node", "-"], input=given, capture_output=True, text=True, encoding="utf-8", timeout=60
+        ["node", "-"],
+        input=given,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=PATIENCE,
     )
     assert ran.stderr == ""
     return json.loads(ran.stdout)

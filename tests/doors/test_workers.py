@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 from commands import environment
 from paths import REFERENCE, ROOT
+from waiting import PATIENCE, wait_until
 
 from minillava.batch import workers
 from minillava.batch.journal import Journal
@@ -68,11 +68,8 @@ def start(folder: Path, *arguments: object) -> subprocess.Popen:
 def head():
     """The address of Ray on this machine, as `ray start` starts it, told that it has four cores."""
     place = tempfile.mkdtemp()  # a socket's path has 100 characters
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-    command += ["--port", str(port), "--num-cpus", "4"]
+    command += ["--port", "0", "--num-cpus", "4"]
     command += ["--num-gpus", "0", "--include-dashboard", "false", "--temp-dir", place]
     command += ["--disable-usage-stats", "--object-store-memory", "100000000"]
     with open(f"{place}/said", "wb") as said:
@@ -80,11 +77,11 @@ def head():
             command, env=environment(**TOKEN), stdout=said, stderr=said, start_new_session=True
         )
     try:
-        end = time.monotonic() + 120
-        while b"Ray runtime started" not in Path(f"{place}/said").read_bytes():
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.1)
-        yield f"127.0.0.1:{port}"
+        told = Path(f"{place}/said")
+        started = "Ray runtime started"
+        wait_until(lambda: process.poll() is not None or started in told.read_text(), pause=0.1)
+        assert process.poll() is None, told.read_text()
+        yield re.search(r"ray start --address='(\S+)'", told.read_text())[1]
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -117,9 +114,9 @@ def test_nobody_at_the_address_is_told_at_once():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
-    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
-        with pytest.raises(OSError):
-            check_address(address)
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+            with pytest.raises(OSError):
+                check_address(address)
     check_address("auto")
     check_address(None)
 
@@ -176,7 +173,7 @@ def test_two_workers_write_the_file_of_one_process(tmp_path, head, monkeypatch, 
     for name in ("ray.jsonl", "begun.jsonl"):
         where = ["--on", "ray", "--address", head, "--workers", "2"]
         process = start(tmp_path, *given, name, *more, *where)
-        told = process.communicate(timeout=150)[1]
+        told = process.communicate(timeout=PATIENCE)[1]
         assert process.returncode == 1, told
         assert "\nerror: 2 of 41 questions have no answer;" in f"\n{told}"
         assert (tmp_path / name).read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -190,7 +187,7 @@ def test_what_a_worker_cannot_open_is_one_line_that_names_its_machine(tmp_path, 
     given = asked(tmp_path, 9)
     more = ["--draft", "medusa", "--temperature", "0"]  # there are no such heads
     process = start(tmp_path, *given, "a.jsonl", *more, "--on", "ray", "--address", head)
-    told = process.communicate(timeout=150)[1]
+    told = process.communicate(timeout=PATIENCE)[1]
     errors = [line for line in told.splitlines() if line.startswith("error: ")]
     assert process.returncode == 1 and len(errors) == 1, told
     assert errors[0].startswith(f"error: the worker on {socket.gethostname()}: ")
@@ -217,30 +214,42 @@ def test_killed_workers_and_a_killed_driver_lose_and_repeat_nothing(tmp_path, he
     assert enter("batch", [*given, "whole.jsonl"]) == 1
     chance, kills, journal = random.Random(0), 0, tmp_path / "ray.jsonl.partial"
     command = [*given, "ray.jsonl", "--on", "ray", "--address", head, "--workers", "4"]
-    process, end = start(tmp_path, *command), time.monotonic() + 300
+    process = start(tmp_path, *command)
 
     def answered() -> int:
-        return journal.read_bytes().count(b"\n") - 1 if journal.exists() else 0
+        with suppress(FileNotFoundError):
+            return journal.read_bytes().count(b"\n") - 1
+        return 0
+
+    def over() -> None:
+        told = process.communicate(timeout=PATIENCE)[1]
+        assert process.returncode == 1, told
+        assert (tmp_path / "ray.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+        assert not journal.exists()
 
     while kills < ROUNDS:
         wanted = answered() + chance.randrange(1, 12)
-        while answered() < wanted or not (there := living(tmp_path)):
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.01)
-        with suppress(ProcessLookupError):
-            os.kill(chance.choice(there), signal.SIGKILL)
-            kills += 1
-        if kills == ROUNDS // 2:
-            process.kill()
-            process.communicate()
+        wait_until(
+            lambda: process.poll() is not None or (answered() >= wanted and living(tmp_path)),  # noqa: B023
+            pause=0.01,
+        )
+        if process.poll() is not None:  # it was faster: another one is begun, to be killed
+            over()
+            (tmp_path / "ray.jsonl").unlink()
             process = start(tmp_path, *command)
-    # the last may be half written, for the command goes on
-    lines = [line for line in journal.read_bytes().splitlines()[1:] if line.endswith(b"]")]
-    assert len({json.loads(line)[0] for line in lines}) == len(lines)
-    told = process.communicate(timeout=150)[1]
-    assert process.returncode == 1, told
-    assert (tmp_path / "ray.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert not journal.exists()
+            continue
+        with suppress(IndexError, ProcessLookupError):
+            os.kill(chance.choice(living(tmp_path)), signal.SIGKILL)
+            kills += 1
+            if kills == ROUNDS // 2:
+                process.kill()
+                process.communicate()
+                process = start(tmp_path, *command)
+    with suppress(FileNotFoundError):  # if it has not ended yet
+        # the last may be half written, for the command goes on
+        lines = [line for line in journal.read_bytes().splitlines()[1:] if line.endswith(b"]")]
+        assert len({json.loads(line)[0] for line in lines}) == len(lines)
+    over()
 
 
 @needs_ray
@@ -281,7 +290,7 @@ def test_what_readme_types_for_several_processes_and_machines(tmp_path):
         env=environment(**TOKEN, **path, RAY_TMPDIR=place),
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=PATIENCE,
         check=False,
     )
     shutil.rmtree(place, ignore_errors=True)

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
@@ -31,6 +30,7 @@ from two import (
     watched,
     without_the_other,
 )
+from waiting import PATIENCE, wait_until
 
 import minillava
 from minillava.attention import fused
@@ -223,9 +223,7 @@ def test_an_interrupt_waits_until_a_pass_is_over(found):
 
 def test_a_process_that_dies_ends_the_answer(found):
     """The others would wait for its part for ever."""
-    message, seconds = found[3]
-    assert message == str(parallel.OthersEnded())
-    assert seconds < 60
+    assert found[3] == str(parallel.OthersEnded())
 
 
 @pytest.mark.slow
@@ -276,7 +274,7 @@ def torchrun(door: str, *arguments: object, said: str = "") -> tuple[int, str, s
     """Exit status, stdout and stderr of a command in two processes. A hang is a failure."""
     process = begun(door, *arguments)
     try:
-        out, err = process.communicate(said, timeout=150)
+        out, err = process.communicate(said, timeout=PATIENCE)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -327,6 +325,12 @@ def test_torchrun_tells_an_error_once(door, arguments, error):
     assert len(re.findall("^error: ", err, re.MULTILINE)) == 1 and error in err
 
 
+def lines_of(journal: Path) -> int:
+    with suppress(FileNotFoundError):
+        return journal.read_bytes().count(b"\n")
+    return 0
+
+
 def ranks_in(folder: Path) -> dict[int, int]:
     """Rank -> id of the processes that torchrun started in this folder."""
     found = {}
@@ -342,15 +346,10 @@ def ranks_in(folder: Path) -> dict[int, int]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 @pytest.mark.parametrize(
-    ("whom", "by", "told"),
-    [
-        (0, signal.SIGKILL, ["error: another of the processes has ended"]),
-        (1, signal.SIGKILL, ["error: another of the processes has ended"]),
-        (None, signal.SIGTERM, []),
-        (None, signal.SIGINT, []),
-    ],
+    ("whom", "by"),
+    [(0, signal.SIGKILL), (1, signal.SIGKILL), (None, signal.SIGTERM), (None, signal.SIGINT)],
 )
-def test_a_process_that_is_killed_ends_all_of_them(tmp_path, whom, by, told):
+def test_a_process_that_is_killed_ends_all_of_them(tmp_path, whom, by):
     """The others would wait for its part for ever, in pages of tracebacks, or write into the file
     that every question left has failed; and what is sent to torchrun would leave them behind."""
     asked = {"image": PICTURE.name, "text": QUESTIONS[1]}
@@ -359,19 +358,26 @@ def test_a_process_that_is_killed_ends_all_of_them(tmp_path, whom, by, told):
     wanted = ["-m", SHAPES, "--questions", "q.jsonl", "--images", SHAPES, "--answers", "a.jsonl"]
     process, journal = begun("batch", "-q", *wanted, cwd=tmp_path), tmp_path / "a.jsonl.partial"
     try:
-        end = time.monotonic() + 100
-        while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.01)
-        os.kill(process.pid if whom is None else ranks_in(tmp_path)[whom], by)
-        err = process.communicate(timeout=60)[1]
+        wait_until(lambda: process.poll() is not None or lines_of(journal) >= 3)
+        if whom is None:
+            process.send_signal(by)
+        else:
+            # torchrun, which ends the others as soon as it sees that one has, stands still, so that
+            # the other has to end by itself
+            process.send_signal(signal.SIGSTOP)
+            os.kill(ranks_in(tmp_path)[whom], by)
+            wait_until(lambda: not ranks_in(tmp_path))
+            process.send_signal(signal.SIGCONT)
+        err = process.communicate(timeout=PATIENCE)[1]
         left = ranks_in(tmp_path)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert process.returncode and left == {}
-    assert len(errors) == len(told) and all(map(str.startswith, errors, told)), err
+    # of two that torchrun ends one after the other, the second may have seen the first one's end
+    assert len(errors) == 1 if whom is not None else len(errors) <= 1, err
+    assert all(line.startswith("error: another of the processes has ended") for line in errors), err
     assert "minillava/" not in err.replace("minillava/batch/__main__.py", ""), err
     # a question that was not answered is asked again
     assert b'"error": ' not in journal.read_bytes()

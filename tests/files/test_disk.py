@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 from minillava.files import disk
 from minillava.files.disk import (
@@ -143,7 +144,7 @@ def test_a_pipe_gets_the_content_and_stays_a_pipe(tmp_path):
     reader = threading.Thread(target=lambda: found.append((tmp_path / "pipe").read_bytes()))
     reader.start()
     write_whole(tmp_path / "pipe", content)
-    reader.join(timeout=60)
+    reader.join(timeout=PATIENCE)
     assert found == [content]
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     assert names(tmp_path) == ["pipe"]

@@ -11,12 +11,11 @@ import pytest
 import torch
 from paths import REFERENCE, ROOT
 from PIL import Image
+from waiting import PATIENCE
 
 import minillava
 
 PLAIN = REFERENCE / "plain"
-
-PATIENCE = 120  # seconds: two processes that begin on two busy cores
 
 pytestmark = [
     pytest.mark.slow,

@@ -1,8 +1,8 @@
 """minillava against Hugging Face transformers, both in this process: the same kernels, so `eager`
 agrees bit for bit.
 
-Every run draws other networks, prompts and pictures. A failure prints the seed;
-MINILLAVA_PARITY_SEED=<seed> draws the same ones again.
+Networks, prompts and pictures are drawn by a seed; MINILLAVA_PARITY_SEED=<anything> draws others.
+A failure prints it.
 """
 
 import functools
@@ -37,7 +37,7 @@ transformers = pytest.importorskip(
 
 pytestmark = [pytest.mark.numeric, pytest.mark.parity]
 
-SEED = os.environ.get("MINILLAVA_PARITY_SEED") or str(random.SystemRandom().randrange(10**9))
+SEED = os.environ.get("MINILLAVA_PARITY_SEED", "1")
 DTYPES = ("float32", "bfloat16", "float16")
 STEPS = 7
 

@@ -23,6 +23,7 @@ import relatives
 import screenshots
 import torch
 from paths import ROOT
+from waiting import PATIENCE
 
 from minillava.config import CLIP_LARGE_336, LlavaConfig, TextConfig
 from minillava.files.hub import DOWNLOAD, SMALL_DOWNLOAD, SMALL_RELEASE
@@ -154,7 +155,7 @@ def done(reference, tmp_path_factory):
             ["bash", "--norc", "-c", script(TYPED[name])],
             cwd=folder,
             env=environment | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"},
-            timeout=300,
+            timeout=PATIENCE,
             check=True,
         )
         read = lambda i: [  # noqa: E731

@@ -12,14 +12,19 @@ NOTEBOOK = ROOT / "minillava" / "walkthrough.ipynb"
 # In a process of its own: a notebook's kernel brings event loops and warnings of its own.
 RUN = """
 import sys
+import tempfile
 import nbformat
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 notebook = nbformat.read(sys.argv[1], as_version=4)
 for cell in notebook.cells:
     if cell.cell_type == "code":
         cell.outputs = []
-NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": sys.argv[2]}}).execute()
+with tempfile.TemporaryDirectory() as short:  # sockets in a folder: somebody may take a free port
+    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{short}/kernel")
+    where = {"metadata": {"path": sys.argv[2]}}
+    NotebookClient(notebook, km=kernel, startup_timeout=600, resources=where).execute()
 nbformat.write(notebook, sys.argv[3])
 """
 
@@ -43,7 +48,7 @@ def test_every_stage_equals_the_model_and_the_stored_outputs_are_true(tmp_path):
         "ipykernel", reason="pip install -e '.[test]' brings ipykernel, which runs the notebook"
     )
     copy = tmp_path / "done.ipynb"
-    done = python("-W", "ignore", "-c", RUN, NOTEBOOK, ROOT, copy, timeout=300)
+    done = python("-W", "ignore", "-c", RUN, NOTEBOOK, ROOT, copy)
     assert done.returncode == 0, done.stderr[-2000:]
     stored = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     made = printed(json.loads(copy.read_text(encoding="utf-8")))

@@ -7,11 +7,9 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +17,7 @@ from pathlib import Path
 import pytest
 from commands import environment
 from paths import ROOT
+from waiting import PATIENCE, free_port, wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,14 +30,12 @@ PAGE = ROOT / "minillava" / "serve" / "REPLICAS.md"
 
 
 @pytest.fixture(scope="module")
-def port():
-    """Where the page's example listens."""
+def started():
+    """Where the page's example listens, and its first answer."""
     (example,) = re.findall(
         r"<!-- replicas -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        number = free.getsockname()[1]
+    number, first = free_port(), []
     assert example.count("8000") == 1
     place = tempfile.mkdtemp()  # a socket's path has 100 characters
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_TMPDIR": place}
@@ -48,17 +45,16 @@ def port():
             [sys.executable, "-c", example.replace("8000", str(number))],
             cwd=ROOT, env=environment(**own), stdout=said, stderr=said, start_new_session=True,
         )  # fmt: skip
+
+    def answers() -> bool:
+        assert process.poll() is None, Path(f"{place}/said").read_text()
+        with suppress(OSError):
+            first.append(ask(number, "What is a ring?"))
+        return bool(first)
+
     try:
-        end = time.monotonic() + 150
-        while True:
-            assert process.poll() is None and time.monotonic() < end, Path(
-                f"{place}/said"
-            ).read_text()
-            with suppress(OSError):
-                ask(number, "What is a ring?")
-                break
-            time.sleep(0.2)
-        yield number
+        wait_until(answers, pause=0.2)
+        yield number, first[0]
     finally:
         os.killpg(process.pid, signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
@@ -76,17 +72,28 @@ def ask(port: int, question: str) -> dict:
         body.encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
         return json.load(answer)
 
 
-def test_two_replicas_give_one_answer(port):
+def cached_of(told: list[dict]) -> list[int]:
+    return [each["usage"]["prompt_tokens_details"]["cached_tokens"] for each in told]
+
+
+def test_two_replicas_give_one_answer(started):
     """A replica with another model, or none, would answer some of the requests."""
-    told = [ask(port, "What is a ring?") for _ in range(40)]
+    port, first = started
+    told = [first]
+
+    def both() -> bool:
+        """A copy reads the whole prompt once; the second may be there later than the first."""
+        told.append(ask(port, "What is a ring?"))
+        return cached_of(told).count(0) == 2
+
+    wait_until(both)
+    told += [ask(port, "What is a ring?") for _ in range(20)]
+    assert cached_of(told).count(0) == 2
     assert len({each["choices"][0]["message"]["content"] for each in told}) == 1
     assert len({each["system_fingerprint"] for each in told}) == 1
-    # the fixture asked one copy; the other read the whole prompt once
-    cached = [each["usage"]["prompt_tokens_details"]["cached_tokens"] for each in told]
-    assert cached.count(0) == 1
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=PATIENCE) as answer:
         assert answer.status == 200

@@ -4,7 +4,6 @@ means nothing."""
 import json
 import os
 import sys
-import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +36,7 @@ from bench_parts.journal import Journal
 from bench_parts.probe import Limits
 from bench_parts.rows import Died, row_of
 from bench_parts.tables import COLUMNS, cells_of, memory, ratios, table
+from waiting import wait_until
 
 from minillava.assistant import load
 from minillava.checkpoint.stored import StoredWeights
@@ -188,8 +188,6 @@ def test_compare_measures_processes_side_by_side(checkpoints, capsys, tmp_path):
     for record in records:
         measured = record["found"]
         assert len(measured["ids"]) == 4  # the first, and three more
-        # torch's import is not part of opening: a toy model opens in less time than it takes
-        assert measured["open"] < measured["import"]
         assert measured["import"] + measured["open"] < measured["process"]
         assert measured["vision"] < measured["first"]
 
@@ -428,12 +426,9 @@ def test_a_neighbour_is_seen():
     with threads.busy_loops(2) as loops:
         neighbours = clock.Neighbours()
         told = clock.Neighbours([loop.pid for loop in loops])
-        time.sleep(0.25)
-        beside = neighbours.taken()["others"]
-        end = time.monotonic() + 60
-        while neighbours.taken()["others"] - told.taken()["others"] < 0.05:
-            assert time.monotonic() < end
-    assert beside > 0.3  # a core, or half of one beside others
+        # a core, or half of one beside others, as soon as they have begun
+        wait_until(lambda: neighbours.taken()["others"] > 0.3)
+        wait_until(lambda: neighbours.taken()["others"] - told.taken()["others"] > 0.05)
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="this system does not say who is busy")

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import eval_shapes
@@ -21,6 +20,7 @@ from bounds import assert_same_in_float64
 from commands import python
 from paths import ROOT
 from PIL import Image
+from waiting import PATIENCE, ended, wait_until
 
 import minillava
 from minillava.config import IGNORE_INDEX
@@ -369,7 +369,7 @@ def test_two_workers_train_and_die_together(train_shapes, tmp_path):
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
-    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+    wait_until(lambda: all(map(ended, children)))
 
 
 ENDED = """if 1:
@@ -426,11 +426,11 @@ def test_ctrl_c_ends_an_evaluation_and_its_workers():
         wait_until(workers)
         started = workers()
         os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert (process.returncode, out, err) == (130, "", "\n")
-    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in started))
+    wait_until(lambda: all(map(ended, started)))
 
 
 @pytest.mark.parity
@@ -441,13 +441,6 @@ def test_a_folder_that_cannot_be_made_is_one_line(train_shapes, tmp_path):
     done = python(script, "--out", tmp_path / "file" / "t")
     assert (done.returncode, done.stdout) == (1, "")
     assert (done.stderr.count("\n"), done.stderr[:7]) == (1, "error: ")
-
-
-def wait_until(condition, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
 
 
 @pytest.mark.parity
