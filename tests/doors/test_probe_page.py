@@ -6,6 +6,7 @@ import pytest
 import screenshots
 from paths import ROOT
 from PIL import Image, ImageDraw
+from waiting import PATIENCE
 
 import minillava
 from minillava.probe.knockout import ablate, knock_out
@@ -47,7 +48,8 @@ def browser():
         pytest.skip(f"found none of {', '.join(screenshots.BROWSERS)}")
     with playwright.sync_playwright() as running:
         # Chromium refuses its sandbox to root; the page is our own
-        opened = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        given = {"args": ["--no-sandbox"], "timeout": 1000 * PATIENCE}
+        opened = running.chromium.launch(executable_path=path, **given)
         yield opened
         opened.close()
 
@@ -57,6 +59,7 @@ def shown(browser, written, request):
     """The page as it is shown, and what was complained of or asked for meanwhile."""
     width, scheme = request.param
     tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    tab.set_default_timeout(1000 * PATIENCE)
     said, asked = [], []
     tab.on("console", lambda message: said.append(message.text))
     tab.on("pageerror", lambda error: said.append(str(error)))
@@ -88,9 +91,9 @@ def test_a_word_of_the_answer_leads_to_what_was_found_of_it(shown):
     """The answer's words would be links to nothing."""
     tab, *_ = shown
     tab.get_by_role("link", name="blue.").click()
-    assert tab.url.endswith("#word-3")
+    tab.wait_for_url("**#word-3")
+    tab.wait_for_function("scrollY > 0")
     assert abs(tab.locator("#word-3").bounding_box()["y"]) < 900
-    assert tab.evaluate("scrollY") > 0
 
 
 @pytest.mark.parametrize("shown", [(1280, "dark")], indirect=True)

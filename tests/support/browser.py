@@ -1,11 +1,11 @@
 """A real browser for tests of pages: the system's Chromium, driven by Playwright."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from waiting import PATIENCE
 
 
 def find_chromium() -> str | None:
@@ -22,9 +22,9 @@ def open_browser() -> Iterator:
     path = find_chromium()
     if path is None:
         pytest.skip("Chromium is not installed")
-    # a sandbox needs rights that root and containers do not have; the pages are our own
-    arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    # a sandbox needs rights that root, and many systems' users, do not have; the pages are our own
+    given = {"args": ["--no-sandbox"], "timeout": 1000 * PATIENCE}
     with api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=arguments)
+        browser = driver.chromium.launch(executable_path=path, **given)
         yield browser
         browser.close()
