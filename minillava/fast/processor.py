@@ -27,6 +27,7 @@ WAYS: dict[str, dict[str, Ways]] = {
     "avx2": {
         "float32": FLOAT32,
         "float32, short": SHORT_FLOAT32,
+        "float32, small": PLAIN,
         "bfloat16": ((1, "mv"), (2, "turned"), (3, "plain"), (4, "turned parts"), *BLOCKS),
         "bfloat16, wide": ((1, "mv"), (8, "plain"), *BLOCKS),
         "int8": ((32, "kernel"), *BLOCKS),
@@ -35,6 +36,7 @@ WAYS: dict[str, dict[str, Ways]] = {
     "avx512": {
         "float32": FLOAT32,
         "float32, short": SHORT_FLOAT32,
+        "float32, small": PLAIN,
         "bfloat16": ((1, "mv"), (3, "plain"), (8, "parts"), *BLOCKS),
         "bfloat16, wide": (
             (1, "mv"),
@@ -48,6 +50,7 @@ WAYS: dict[str, dict[str, Ways]] = {
     "avx512-bf16": {
         "float32": FLOAT32,
         "float32, short": SHORT_FLOAT32,
+        "float32, small": PLAIN,
         "bfloat16": ((1, "twice"), (MANY, "plain")),
         "bfloat16, wide": ((1, "twice"), (7, "plain"), (32, "turned"), (MANY, "plain")),
         "int8": ((16, "kernel"), (MANY, "bfloat16 blocks x4")),
@@ -80,11 +83,15 @@ WAYS: dict[str, dict[str, Ways]] = {
     },
 }
 """By kind of processor and by what a weight is stored in: up to how many rows of x which way, one
-of `linear.PRODUCTS`, or of `quantize.BLOCKS`. A `form` of weight has a line of its own
+of `linear.PRODUCTS`, or of `quantize.BLOCKS`. One of a weight's `forms` has a line of its own
 if that makes a difference."""
 
 SHORT = 2560
 """Up to so many columns a weight is short."""
+
+SMALL = 100_000
+"""Up to so many numbers a weight is small: it stays in the processor's cache, and whatever is done
+beside the product takes longer than it gains."""
 
 SAME_ROWS: dict[str, dict[str, int]] = {
     "avx2": {"bfloat16": 4, "int8": 32, "int4": 32},
@@ -123,15 +130,21 @@ def way(
     weight, [N, C]. without: one that cannot be taken here. on: a kind of processor (default: this
     one)."""
     table = WAYS[on or kind()]
-    ways = table.get(f"{stored}, {form(shape)}", table[stored]) if shape else table[stored]
+    lines = (f"{stored}, {each}" for each in forms(shape))
+    ways = next((table[line] for line in lines if line in table), table[stored])
     return next(name for most, name in ways if rows <= most and name != without)
 
 
-def form(shape: tuple[int, ...]) -> str:
-    """Of a weight [N, C]: wide if it has more columns than rows; else short if it has at most
-    SHORT columns."""
+@cache
+def forms(shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Of a weight [N, C]: small if it has at most SMALL numbers; wide if it has more columns than
+    rows, else short if it has at most SHORT columns. The first that has a line in WAYS counts."""
+    if not shape:
+        return ()
     rows, columns = shape
-    return "wide" if columns > rows else "short" if columns <= SHORT else ""
+    wide = columns > rows
+    fits = {"small": rows * columns <= SMALL, "wide": wide, "short": not wide and columns <= SHORT}
+    return tuple(name for name, true in fits.items() if true)
 
 
 @cache

@@ -21,11 +21,16 @@ from minillava.fast.linear import (
     linear,
     use_fast_linear,
 )
-from minillava.fast.processor import SHORT, WAYS
+from minillava.fast.processor import SHORT, SMALL, WAYS
 
 pytestmark = pytest.mark.numeric
 
-FORMS = {"": (SHORT + 8, SHORT + 1), "wide": (48, 96), "short": (96, 96)}  # of weights [N, C]
+FORMS = {
+    "": (SHORT + 8, SHORT + 1),
+    "wide": (96, SMALL // 90),
+    "short": (SMALL // 90, 96),
+    "small": (96, 96),
+}  # of weights [N, C]
 WIDTH, WIDTH_AFTER = 96, BLOCK + 40  # more than one block, and the last one short
 ROWS = [1, 2, 3, 4, 5, 40, 65]  # on both sides of what the tables say
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
