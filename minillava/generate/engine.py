@@ -183,12 +183,12 @@ class Engine(threading.Thread):
     """The one thread that computes. Others `submit` requests, `cancel` them, and `drain` it.
 
     slots: how many answers are made at once. waiting: how many requests may wait. piece: how many
-    positions of a prompt are prefilled between two steps of the running answers. pictures: how many
-    encoded pictures are kept. capacity: positions of a slot, prompt and answer; None for the
-    model's context. reuse: whether what is cached of a prompt is not read again. exact: an answer
-    has the same bits whoever is there: a prompt that begins like a cached one is read in the same
-    pieces, and a step has as many rows as there are slots. A model that keeps bits by itself
-    (fast/row_by_row.py) does so anyway.
+    positions of a prompt are prefilled between two steps of the running answers; its last piece may
+    have half as many more. pictures: how many encoded pictures are kept. capacity: positions of a
+    slot, prompt and answer; None for the model's context. reuse: whether what is cached of a prompt
+    is not read again. exact: an answer has the same bits whoever is there: a prompt that begins
+    like a cached one is read in the same pieces, and a step has as many rows as there are slots. A
+    model that keeps bits by itself (fast/row_by_row.py) does so anyway.
     """
 
     def __init__(
@@ -508,9 +508,12 @@ class Engine(threading.Thread):
             kept = self._start(side)
             if side is answer.sides[0] and answer.number == 0:
                 answer.request.cached = kept
-        start = slot.cache.length
-        ends = (cut for cut in side.cuts if cut > start)
-        length = next(ends, len(side.positions)) - start if self.exact else self.piece
+        start, left = slot.cache.length, side.rest.shape[1]  # type: ignore[union-attr]
+        # a short rest would take a pass of its own, which reads all weights for a few positions
+        length = self.piece if left > 1.5 * self.piece else left
+        if self.exact:
+            ends = (cut for cut in side.cuts if cut > start)
+            length = next(ends, len(side.positions)) - start
         piece, rest = side.rest[:, :length], side.rest[:, length:]  # type: ignore[index]
         if not rest.shape[1] and (watch := side.watched()):
             attend = watch.over(language.attend)
@@ -634,7 +637,7 @@ def pass_rows(
         if outs is None:
             rows = zip(attends, asked.split(1), k, v, strict=True)
             outs = torch.cat([one(*qkv, None, False)[0] for one, *qkv in rows])
-        return torch.cat([outs, torch.zeros_like(q[count:])]), None
+        return torch.cat([outs, torch.zeros_like(q[count:])]) if q.shape[0] > count else outs, None
 
     count, watched = len(caches), any(each is not language.attend for each in attends)
     for cache in caches:

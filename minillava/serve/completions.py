@@ -4,8 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-import anyio
-
 from minillava.generate.engine import Failed, Token
 from minillava.serve.protocol import ApiError, ChatRequest, encode, error_body
 from minillava.serve.service import Chat
@@ -16,9 +14,12 @@ PING = 15.0
 
 async def next_event(events: asyncio.Queue) -> tuple[int, Token | Failed] | None:
     """The number of an answer and what is new of it; None if nothing came for PING seconds."""
-    with anyio.move_on_after(PING):
+    # a timer that puts None; a scope of anyio takes as long as all else that is done for a token
+    late = asyncio.get_running_loop().call_later(PING, events.put_nowait, None)
+    try:
         return await events.get()
-    return None
+    finally:
+        late.cancel()
 
 
 def to_error(event: Failed) -> ApiError:
