@@ -13,6 +13,7 @@
     python tools/bench.py contrast --size 0.5b           # what a second row of logits costs
     python tools/bench.py threads --sizes shapes,0.5b    # one thread or all, on an idle machine and on a busy one
     python tools/bench.py serve --size shapes             # answers per second over HTTP, one client and four
+    python tools/bench.py batch --size shapes --asked 500 # questions of a file, on the engine and in padded batches
     python tools/bench.py train --size 0.13b     # a training step beside transformers and PEFT
     python tools/bench.py parallel --size 0.5b    # one model in two processes, beside one and beside DTensor
     python tools/bench.py workers --size shapes    # questions of a file, by one process and by Ray's workers
@@ -48,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench_kernels
 from bench_checkpoint import SHAPES, SIZES, make_checkpoint
 from bench_parts.assisted import assisted, assisted_table
+from bench_parts.batch import batch, batch_table
 from bench_parts.clock import say
 from bench_parts.compare import PICTURE, Asked, compare, default_rows, measured
 from bench_parts.contrast import contrast, contrast_table
@@ -158,14 +160,17 @@ def flags_of_others(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--read", type=int, default=60, help="train: tokens of a row before answers")
     group.add_argument(
-        "--asked", type=int, default=200, help="workers: questions that are counted (default 200)"
+        "--asked",
+        type=int,
+        default=200,
+        help="workers, batch: questions that are counted (default 200)",
     )
     group.add_argument("--png", type=Path, help="growth: draw it here")
     group.add_argument(
         "--dtype",
         choices=DTYPES,
         default="bfloat16",
-        help="contrast, profile, assisted, serve, parallel, workers",
+        help="contrast, profile, assisted, serve, parallel, workers, batch",
     )
     group.add_argument(
         "--url",
@@ -364,6 +369,13 @@ def serve_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     return listed(found), serve_table(found)
 
 
+def batch_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
+    with folder_of(options) as folder:
+        found = batch(folder, options.dtype, options.tokens, options.asked, options.rounds)
+    rows = [{"name": way, **each._asdict()} for way, rounds in found.items() for each in rounds]
+    return rows, batch_table(found)
+
+
 def workers_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
     with folder_of(options) as folder:
         found = workers(folder, options.dtype, options.tokens, options.asked, options.rounds)
@@ -449,6 +461,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser, argparse.Namespace], tupl
     "serve": serve_command,
     "parallel": parallel_command,
     "workers": workers_command,
+    "batch": batch_command,
     "train": train_command,
 }
 

@@ -758,6 +758,19 @@ def test_processes_are_timed_and_weighed(capsys):
 
 
 @pytest.mark.slow
+def test_both_ways_of_batch_answer_every_question(capsys):
+    """A way that leaves questions out, or asks others, would count as the faster one."""
+    few = ["batch", "--size", "shapes", "--asked", "19", "--tokens", "8", "--rounds", "1"]
+    assert bench.main([*few, "--dtype", "float32", "--json"]) == 0
+    engine, padded = json.loads(capsys.readouterr().out)
+    assert engine["name"] != padded["name"] and engine["answers"] == padded["answers"]
+    assert sorted(map(int, engine["answers"])) == [*range(19)]
+    assert all(isinstance(each, str) and each for each in engine["answers"].values())
+    assert bench.main([*few, "--dtype", "float32"]) == 0
+    assert "19 of 19 answers are the same" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 @pytest.mark.parity
 def test_workers_are_timed_beside_one_process(capsys):
     """The table would have another order than its lines, or count the start as questions."""
