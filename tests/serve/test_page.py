@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from browser import open_browser
 from paths import ROOT
-from served import SHAPES, Running, picture, text, wait_until
+from served import SHAPES, Running, picture, text
+from waiting import PATIENCE, wait_until
 
 from minillava.look.draw import SCALE
 from minillava.serve import static
@@ -110,7 +111,7 @@ def visit(browser, shared):
             viewport={"width": width, "height": height}, color_scheme=scheme, **more
         )
         contexts.append(context)
-        context.set_default_timeout(60_000)
+        context.set_default_timeout(1000 * PATIENCE)
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda m: m.type in ("error", "warning") and wrong.append(m.text))
@@ -141,6 +142,9 @@ def ask(page, question=QUESTION, image=PICTURE):
 
 
 def answered(page):
+    """The page shows at once that it asks; only a question that waits for its picture, of which
+    there is one at most in these tests, is still where it was written."""
+    wait_until(lambda: page.input_value("#question") == "")
     page.locator("article.assistant").last.wait_for()
     page.locator("#send").wait_for()
 
@@ -540,12 +544,13 @@ def test_errors_are_sentences_with_a_way_on(visit):
     error = {"error": {"message": "2 requests wait already; try again", "code": "queue_full"}}
     page.route(
         "**/v1/chat/completions",
-        lambda route: route.fulfill(status=429, json=error, headers={"retry-after": "2"}),
+        lambda route: route.fulfill(status=429, json=error, headers={"retry-after": "600"}),
     )
     ask(page, "Again?", image=None)
     assert "2 requests wait already" in page.locator(".note.error").inner_text()
-    page.get_by_role("button", name=re.compile("Try again in")).wait_for()
+    page.get_by_role("button", name=re.compile(r"Try again in \d+ s")).wait_for()
     page.unroute("**/v1/chat/completions")
+    page.evaluate("(now => { Date.now = () => now() + 600000; })(Date.now)")  # ten minutes later
     page.get_by_role("button", name="Try again", exact=True).click()
     answered(page)
     assert page.locator(".note.error").count() == 0
@@ -618,7 +623,7 @@ def test_conversations_are_listed_exported_and_cleared(visit, tmp_path):
         page.click("#export")
     download.value.save_as(tmp_path / "all.json")
     page.click("#clear")
-    assert titles.count() == 0
+    wait_until(lambda: titles.count() == 0)
     assert page.evaluate("Object.keys(localStorage).filter(k => k.includes('talk')).length") == 0
     with page.expect_file_chooser() as chooser:
         page.click("#import")
@@ -656,11 +661,13 @@ def test_copied_text_is_the_answer_and_the_command_asks_the_same(visit, shared):
     """The command would not run, or ask something else."""
     page = visit(permissions=["clipboard-read", "clipboard-write"])
     ask(page, "What is a ring?", image=None)
+    # the page says it for a moment only, which may be over before it is looked for
+    page.evaluate("window.setTimeout = () => 0")
     page.get_by_role("button", name="Copy", exact=True).click()
     page.get_by_text("Copied").wait_for()
     assert page.evaluate("navigator.clipboard.readText()") == said(page)
     page.get_by_role("button", name="Copy as curl").click()
-    page.get_by_text("Copied").last.wait_for()
+    page.get_by_text("Copied").nth(1).wait_for()
     command = page.evaluate("navigator.clipboard.readText()")
     assert command.startswith(f"curl -N http://127.0.0.1:{shared.port}/v1/chat/completions")
     body = json.loads(re.search(r"<<'END'\n(.*)\nEND", command, re.DOTALL)[1])
