@@ -152,6 +152,9 @@ def flags_of_others(group: argparse._ArgumentGroup) -> None:
         help="threads: these, `shapes` being the bundled model",
     )
     group.add_argument(
+        "--busy", default="0,1,2", help="threads: beside so many busy loops (default 0,1,2)"
+    )
+    group.add_argument(
         "--dtypes", default="float32,bfloat16,int8,int4", help="growth, drafts, exact: which lines"
     )
     group.add_argument("--learn", default="lora,language", help="train: which of these")
@@ -414,6 +417,9 @@ def threads_command(parser: argparse.ArgumentParser, options: argparse.Namespace
         parser.error(
             f"--sizes: unknown {', '.join(unknown)}, expected some of: {SHAPES}, {', '.join(SIZES)}"
         )
+    busy = options.busy.split(",")
+    if wrong := [count for count in busy if not count.isdecimal()]:
+        parser.error(f"--busy: {wrong[0]!r} is no number of loops, expected some such as 0,1,2")
     with ExitStack() as stack:
         home = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folders = {
@@ -422,7 +428,7 @@ def threads_command(parser: argparse.ArgumentParser, options: argparse.Namespace
         for size, folder in folders.items():
             if size != SHAPES:
                 make_checkpoint(folder, size, torch.bfloat16)
-        found = threads(folders, options.tokens + 1, options.rounds)
+        found = threads(folders, list(map(int, busy)), options.tokens + 1, options.rounds)
     rows = [
         {"size": a, "busy": b, "policy": c, "timings": {k: vars(t) for k, t in timings.items()}}
         for (a, b, c), timings in found.items()

@@ -4,6 +4,7 @@ means nothing."""
 import json
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -431,6 +432,34 @@ def test_a_neighbour_is_seen():
         wait_until(lambda: neighbours.taken()["others"] - told.taken()["others"] > 0.05)
 
 
+def test_threads_are_measured_beside_as_many_loops_as_asked(monkeypatch, capsys):
+    """A machine that is quiet for minutes only has no time for all of the table, and a part of it
+    could not be asked for."""
+    beside, asked = [], []
+
+    @contextmanager
+    def loops(count):
+        beside.append(count)
+        yield []
+
+    def answer(job, variables):
+        asked.append(job["tokens"])
+        return {"first": 0.5, "decode": 0.25}
+
+    monkeypatch.setattr(threads, "busy_loops", loops)
+    monkeypatch.setattr(threads, "run", answer)
+    assert bench.main(["threads", "--sizes", "shapes", "--busy", "0,3", "--rounds", "1"]) == 0
+    assert beside == [0, 3]
+    assert asked == [17] * 2 * len(threads.POLICIES)
+    lines = [cells(line) for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert [line[:3] for line in lines] == [
+        ["shapes, first token", "0", "500.0"],
+        ["shapes, each further token", "0", "250.0"],
+        ["shapes, first token", "3", "500.0"],
+        ["shapes, each further token", "3", "250.0"],
+    ]
+
+
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="this system does not say who is busy")
 def test_a_process_of_ours_that_has_ended_hides_nobody():
     """All that anyone had used since the machine's start was taken for nothing, and the cores of
@@ -710,6 +739,7 @@ def test_contrast_makes_a_table(capsys):
             "--tokens is 128, expected less than the shortest context, 128",
         ),
         (["growth", "--png", "/no/such/folder/x.png"], "no such folder"),
+        (["threads", "--busy", "0,some"], "--busy: 'some' is no number of loops"),
     ],
 )
 def test_wrong_usage(capsys, wrong, message):

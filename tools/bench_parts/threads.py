@@ -3,7 +3,7 @@
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,15 +34,14 @@ def busy_loops(count: int) -> Iterator[list[subprocess.Popen]]:
 
 
 def threads(
-    folders: dict[str, Path], tokens: int, rounds: int
+    folders: dict[str, Path], busy: Sequence[int], tokens: int, rounds: int
 ) -> dict[tuple[str, int, str], dict[str, Timing]]:
     """Milliseconds to the first token and per further one, by (size, busy loops, policy): every
-    policy takes its turn in each round, in a process of its own, on an idle machine and beside one
-    and two busy loops."""
+    policy takes its turn in each round, in a process of its own, beside so many busy loops."""
     found: dict[tuple[str, int, str], dict[str, Timing]] = {}
     for number in range(rounds):
         for size, folder in folders.items():
-            for loops in (0, 1, 2):
+            for loops in busy:
                 with busy_loops(loops):
                     for policy, variables in POLICIES.items():
                         timings = found.setdefault(
