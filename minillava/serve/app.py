@@ -50,6 +50,9 @@ LARGE = 65_536
 HEADERS = 32_768
 """Bytes of all headers."""
 
+COUNTED = "minillava.chat"
+"""Where a request's scope has what was computed for it, if anything was, for the log."""
+
 OPEN = ("/health", "/livez")
 """What needs no key: it tells nothing private. Nor do the files of the page, which asks for one."""
 
@@ -175,7 +178,9 @@ class Guard:
             self.metrics.requests.labels(route, str(status)).inc()
             self.metrics.seconds.labels(route).observe(seconds)
             method = repr(scope["method"])[1:20].rstrip("'")
-            LOG.info("%s %s %s %d %.0f ms", name, method, route, status, 1e3 * seconds)
+            chat: Chat | None = scope.get(COUNTED)
+            tokens = "" if chat is None else f" {chat.positions}+{chat.generated} tokens"
+            LOG.info("%s %s %s %d %.0f ms%s", name, method, route, status, 1e3 * seconds, tokens)
 
     def _refused(self, path: str, headers: dict, given: Sequence) -> ApiError | None:
         """The error of a request that may not pass; None if it may."""
@@ -289,6 +294,7 @@ class Api:
         asked = await self._read(request, form.kind)
         chat = await run_in_threadpool(form.prepare, self.service, asked, put)
         self.service.submit(chat)
+        request.scope[COUNTED] = chat
         if asked.stream:
             return StreamingResponse(
                 self._ended(chat, form.stream(asked, chat, events)),

@@ -20,9 +20,9 @@ from minillava.cli.flags import (
 from minillava.options import Options
 
 HELP = """\
-It speaks OpenAI's format: POST /v1/chat/completions (streamed or not), GET /v1/models. Pictures
-come as data: URLs; nothing is fetched. Besides: POST /tokenize, GET /health, /livez, /metrics. It
-needs pip install 'minillava[serve]'.
+It speaks OpenAI's format: POST /v1/chat/completions and /v1/responses (streamed or not), GET
+/v1/models. Pictures come as data: URLs; nothing is fetched. Besides: a page at /, POST /tokenize,
+GET /health, /livez, /metrics, /openapi.json. It needs pip install 'minillava[serve]'.
 
 example:
   python -m minillava.serve -m llava-1.5-7b-hf --port 8000

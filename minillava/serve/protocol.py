@@ -175,15 +175,15 @@ NOTHING = {
     "functions": ([],),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
+    "response_format": ({"type": "text"}, {}),
     "logit_bias": ({},),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "moderation": (),
+    "modalities": (["text"], []),
+    "audio": ({},),
+    "prediction": ({},),
+    "web_search_options": (),  # {} asks for a search, in the usual way
+    "moderation": ({},),
 }
 """What is refused, and the values, besides null, that ask for nothing."""
 

@@ -140,7 +140,7 @@ def _parts(message: Message, where: str) -> list[Part]:
     if message.role not in ROLES:
         told = f"role is {message.role[:40]!r}, expected one of: {', '.join(ROLES)}"
         raise ApiError(400, "unsupported_value", told, f"{where}.role")
-    for name in ("refusal", "audio", "tool_calls"):
+    for name in ("name", "refusal", "audio", "tool_calls"):
         if getattr(message, name):
             raise ApiError(400, "unsupported_value", f"{name} is not served", f"{where}.{name}")
     if message.content is None and message.role != "assistant":

@@ -191,8 +191,14 @@ def _run(server: Server, engine: Engine, listener: socket.socket) -> int:
 
 
 def memory_line(engine: Engine) -> str:
-    """A line about the memory of the slots."""
-    cache = engine.slots[0].cache
-    each = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
-    total = each * len(engine.slots) / 2**30
-    return f"{len(engine.slots)} slots of {engine.capacity} positions take {total:.2f} GiB"
+    """A line about the memory of slots, pictures and weights."""
+    model, cache = engine.model, engine.slots[0].cache
+    slots = len(engine.slots) * sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+    weights = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+    width = model.language_model.embed_tokens.weight
+    picture = model.config.tokens_per_image * width.shape[1] * width.element_size()
+    return (
+        f"{len(engine.slots)} slots of {engine.capacity} positions take {slots / 2**30:.2f} GiB, "
+        f"pictures up to {engine.most_pictures * picture / 2**20:.0f} MiB, "
+        f"weights {weights / 2**30:.2f} GiB"
+    )

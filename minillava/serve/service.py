@@ -1,5 +1,6 @@
 """From a request that was read to one that the engine takes, and from its tokens to answers."""
 
+import re
 import secrets
 import threading
 import time
@@ -349,10 +350,10 @@ class Service:
         try:
             return [self.assistant.options(**given, seed=seed) for seed in seeds]
         except ValueError as error:
-            name = str(error).partition(" is ")[0]
+            named = (word for word in re.findall(r"\w+", str(error)) if given.get(word) is not None)
+            name = next(named, None)  # the first that the sentence is about
             param = {"min_new_tokens": "min_tokens", "max_new_tokens": "max_tokens"}.get(name, name)
-            known = param if param in ChatRequest.__struct_fields__ else None
-            raise ApiError(400, "invalid_value", str(error), known) from None
+            raise ApiError(400, "invalid_value", str(error), param) from None
 
     def _pictures(self, contents: Sequence[bytes]) -> list[Opened]:
         several = len(contents) > 1

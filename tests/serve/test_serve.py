@@ -5,6 +5,7 @@ import base64
 import contextlib
 import http.client
 import json
+import logging
 import queue
 import re
 import signal
@@ -87,6 +88,7 @@ def test_options_mean_what_they_mean_in_python(shared, assistant):
         ({"temperature": 1, "top_p": 0}, {}),
         ({"repetition_penalty": 1.5}, {"repetition_penalty": 1.5}),
         ({"user": "me", "store": True, "tools": [], "logit_bias": {}, "n": None}, {}),
+        ({"modalities": [], "response_format": {}, "audio": {}, "prediction": {}}, {}),
     ):
         assert said(shared.ask(parts, **asked)) == assistant.ask(path, question, **ours), asked
     cut = shared.ask(parts, max_tokens=4)
@@ -468,11 +470,13 @@ def data(content: bytes) -> list:
         ({"messages": HELLO, "stop": [""]}, 400, "invalid_value", "stop"),
         ({"messages": HELLO, "stop": ["a"] * 17}, 400, "invalid_value", "stop"),
         ({"messages": HELLO, "top_logprobs": 2}, 400, "invalid_value", "top_logprobs"),
-        ({"messages": HELLO, "typical_p": 0.5}, 400, "invalid_value", None),
+        ({"messages": HELLO, "typical_p": 0.5}, 400, "invalid_value", "typical_p"),
         ({"messages": HELLO, "stream_options": {}}, 400, "invalid_value", "stream_options"),
         ({"messages": HELLO, "tools": [{}]}, 400, "unsupported_parameter", "tools"),
         ({"messages": HELLO, "presence_penalty": 0.1}, 400, "unsupported_parameter", "presence_penalty"),
         ({"messages": HELLO, "response_format": {"type": "json_object"}}, 400, "unsupported_parameter", "response_format"),
+        ({"messages": HELLO, "web_search_options": {}}, 400, "unsupported_parameter", "web_search_options"),
+        ({"messages": [{**HELLO[0], "name": "Ada"}]}, 400, "unsupported_value", "messages[0].name"),
         ({"messages": HELLO, "model": "gpt-9"}, 404, "model_not_found", "model"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "unsupported_value", "messages[0].role"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "invalid_value", "messages[0].role"),
@@ -853,6 +857,32 @@ def test_the_extra_names_what_is_imported():
     declared = re.search(r'"serve": \[(.*?)\]', (ROOT / "setup.py").read_text(), re.DOTALL)[1]
     packages = {name.replace("-", "_") for name in re.findall(r'"([a-z0-9-]+)>=', declared)}
     assert packages <= set(EXTRA) and set(EXTRA) - packages == {"anyio"}  # which starlette brings
+
+
+def test_the_log_has_numbers_and_no_words(shared, caplog):
+    """Who reads the log would read what people asked, or not learn how much was computed."""
+    caplog.set_level(logging.INFO, logger="minillava.serve")
+    answer = shared.ask([picture(1), text("Is it red?")], max_tokens=3)
+    line = re.compile(r"req_\w+ POST /v1/chat/completions 200 \d+ ms (\d+)\+3 tokens")
+    wait_until(lambda: any(line.fullmatch(each) for each in caplog.messages))
+    (found,) = filter(None, map(line.fullmatch, caplog.messages))
+    assert int(found[1]) == answer["usage"]["prompt_tokens"]
+
+
+def test_the_line_about_memory_is_what_is_taken(shared, assistant):
+    """Who chooses --slots by it would run out of memory."""
+    parameters = sum(each.nbytes for each in assistant.model.parameters())
+    told = serving.memory_line(shared.engine)
+    slots = 2 * 4 * 2 * 32 * 4 * shared.engine.capacity * len(shared.engine.slots)
+    found = re.fullmatch(
+        r"(\d+) slots of (\d+) positions take (.+) GiB, pictures up to (.+) MiB, weights (.+) GiB",
+        told,
+    )
+    assert found is not None
+    assert [int(found[i]) for i in (1, 2)] == [len(shared.engine.slots), shared.engine.capacity]
+    numbers = (slots / 2**30, 32 * 81 * 192 * 4 / 2**20, parameters / 2**30)
+    for number, expected in zip(found.groups()[2:], numbers, strict=True):
+        assert float(number) == pytest.approx(expected, abs=0.51 if "." not in number else 0.0051)
 
 
 def test_no_file_is_written(shared, tmp_path):
