@@ -88,7 +88,9 @@ def test_openai_streams(openai, shared, assistant):
     )
     with client.chat.completions.stream(**given) as stream:
         whole = stream.get_final_completion()
-    assert whole.choices[0].message.content == said and whole.usage == chunks[-1].usage
+    assert whole.choices[0].message.content == said
+    cached = {"prompt_tokens_details"}  # how much of the prompt is cached hangs on who asked before
+    assert whole.usage.model_dump(exclude=cached) == chunks[-1].usage.model_dump(exclude=cached)
 
 
 def test_openai_options(openai, shared, assistant):

@@ -427,13 +427,19 @@ def test_memory_and_files_stay_as_they_are_over_1000_requests(tmp_path):
     try:
         both(3)  # until the caches, and the memory that each thread keeps for itself, are full
         wait_until(idle)
-        before, held = resident(process.pid), counts()
-        both(5)
-        wait_until(idle)
-        wait_until(lambda: counts()[0] <= held[0])  # connections that are still being closed
-        grown = resident(process.pid) - before
-        print(f"{before / 1e6:.0f} MB after 1,000 requests, {grown / 1e6:+.1f} MB after 1,000 more")
-        assert grown < min(20e6, 0.05 * before)
+        held, grown = counts(), []
+        # What is left behind every time makes it grow every time; the gaps that a thread's memory
+        # has do so now and then.
+        for seed in (5, 7, 9):
+            before = resident(process.pid)
+            both(seed)
+            wait_until(idle)
+            wait_until(lambda: counts()[0] <= held[0])  # connections that are still being closed
+            grown.append(resident(process.pid) - before)
+            if grown[-1] < min(20e6, 0.05 * before):
+                break
+        else:
+            pytest.fail(f"{grown} bytes more after 1,000 requests each")
         assert counts()[1] <= held[1] + 8  # a pool of threads grows once
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=PATIENCE)
