@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from paths import REFERENCE, ROOT
+from commands import python
+from paths import REFERENCE
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -393,10 +392,7 @@ def test_ctrl_c_saves_the_update_that_is_being_made(data, tmp_path):
     )
     out = tmp_path / "out"
     arguments = [str(PLAIN), str(data), "--out", str(out), *QUICK]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    done = python("-c", script, *arguments)
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
     assert torch.load(out / "state.pt", weights_only=True)["update"] == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import environment
 from paths import REFERENCE, ROOT
 from PIL import Image
 from waiting import PATIENCE
@@ -54,7 +55,7 @@ def learn(data: Path, out: Path, processes: int, *more: str) -> dict:
     ]  # fmt: skip
     running = subprocess.Popen(
         command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        env=environment(), text=True,
     )  # fmt: skip
     try:
         _, errors = running.communicate(timeout=PATIENCE)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import environment
 from paths import REFERENCE, ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -340,7 +341,10 @@ def test_a_run_that_is_killed_anywhere_goes_on_bit_for_bit(data, tmp_path, learn
     def start(out: Path, *resume: str) -> subprocess.Popen:
         with errors.open("w") as file:
             return subprocess.Popen(
-                [*command, "--out", str(out), "-q", *resume], cwd=ROOT, stderr=file
+                [*command, "--out", str(out), "-q", *resume],
+                cwd=ROOT,
+                env=environment(),
+                stderr=file,
             )
 
     def written() -> list[tuple[str, int]]:

@@ -17,7 +17,7 @@ import pytest
 import shapes
 import torch
 from bounds import assert_same_in_float64
-from commands import python
+from commands import environment, python
 from paths import ROOT
 from PIL import Image
 from waiting import PATIENCE, ended, wait_until
@@ -361,7 +361,9 @@ def test_two_workers_train_and_die_together(train_shapes, tmp_path):
         "--save-every",
         "1",
     ]
-    process = subprocess.Popen([*command, "--pictures", "4"], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "--pictures", "4"], env=environment(), stderr=subprocess.DEVNULL
+    )
     try:
         wait_until((tmp_path / train_shapes.CHECKPOINT).exists)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -411,6 +413,7 @@ def test_ctrl_c_ends_an_evaluation_and_its_workers():
     """It waited for all questions that were handed out, and the workers printed tracebacks."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "tools" / "eval_shapes.py"), "--workers", "1"],
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
