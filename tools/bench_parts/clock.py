@@ -9,7 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-BUSY = 0.1  # cores taken from us, above which a process is measured again, and marked
+BUSY = 0.1  # cores taken from us, above which something is measured again, and marked
+TRIES = 3  # of what is measured beside a busy neighbour
 
 
 @dataclass

@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 from bench_checkpoint import SHAPES, config_of
 
-from bench_parts.clock import BUSY, Neighbours, Timing, say
+from bench_parts.clock import BUSY, TRIES, Neighbours, Timing, say
 from bench_parts.journal import Journal
 from bench_parts.probe import bandwidth, limits
 from bench_parts.rows import PACKAGES, ROWS, Died, Row, row_of, run
 from bench_parts.work import positions, prompt_ids
 from minillava.config import LlavaConfig
 
-TRIES = 3  # of a process beside which others are busy
 PICTURE = Path(__file__).resolve().parents[2] / "weights" / "shapes" / "example-1.png"
 
 

@@ -3,8 +3,8 @@
 import statistics
 from collections.abc import Sequence
 
-from bench_parts.clock import BUSY
-from bench_parts.compare import TRIES, Asked, Measured
+from bench_parts.clock import BUSY, TRIES
+from bench_parts.compare import Asked, Measured
 from bench_parts.work import bytes_read, cache_size, operations
 
 COLUMNS = (
