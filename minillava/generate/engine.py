@@ -527,10 +527,9 @@ class Engine(threading.Thread):
         if answer.reading:  # the other side
             return
         answer.request.times.setdefault("read", time.monotonic())
-        for each in (answer, *answer.siblings):
-            if each is not answer:
-                each.sides[0].slot.take_over(slot, slot.cache.length)
-            self._choose(each, answer.sides)
+        for each in answer.siblings:
+            each.sides[0].slot.take_over(slot, slot.cache.length)
+        self._choose([(each, answer.sides) for each in (answer, *answer.siblings)])
 
     def _decode(self, answers: list[Running]) -> None:
         """Decode one token for each of these answers."""
@@ -546,12 +545,24 @@ class Engine(threading.Thread):
             for (_, side), token_id, row in numbers:
                 side.slot.held.append(token_id)
                 side.logits = row[None]
-        for answer in answers:
-            self._choose(answer, answer.sides)
+        self._choose([(answer, answer.sides) for answer in answers])
         self.on_step(len(rows), time.monotonic() - started)
 
-    def _choose(self, answer: Running, sides: Sequence[Side]) -> None:
-        """Choose the next token of one answer by the logits of its sides, or of those it copies."""
+    def _choose(self, answers: Sequence[tuple[Running, Sequence[Side]]]) -> None:
+        """Choose the next token of each answer by the logits of its sides, or of those it copies.
+        They are told one right after the other: who hears of the first runs next, and then finds
+        all of them."""
+        made = []
+        try:
+            for answer, sides in answers:
+                if token := self._next(answer, sides):
+                    made.append((answer, token))
+        finally:
+            for answer, token in made:
+                answer.request.put(answer.number, token)
+
+    def _next(self, answer: Running, sides: Sequence[Side]) -> Token | None:
+        """The next token of one answer; None if there is none, which it is told."""
         request, rows = answer.request, torch.cat([side.logits for side in sides])  # [1 or 2, V]
         finite, logits = rows.isfinite().all(), rows
         if request.contrast is not None:
@@ -560,7 +571,7 @@ class Engine(threading.Thread):
         if not finite or empty.any():
             answer.empty()
             self._give_up("engine_failed", NOTHING_LEFT if finite else NOT_FINITE, (), [answer])
-            return
+            return None
         answer.sampler.remember(token)
         answer.token = token
         text = answer.row.feed(int(token), answer.sampler.chosen == answer.most)
@@ -571,7 +582,7 @@ class Engine(threading.Thread):
             heat = sides[0].watch.mean(*request.look)
         if reason is not None:
             self._leave(answer)
-        request.put(answer.number, Token(int(token), text, reason, likely, heat, time.monotonic()))
+        return Token(int(token), text, reason, likely, heat, time.monotonic())
 
     def _leave(self, answer: Running) -> None:
         """Free the slot of an answer that is over; what is cached in it stays."""

@@ -9,7 +9,9 @@ import hmac
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -241,6 +243,28 @@ CHAT = Format(ChatRequest, Service.prepare, completions.whole, completions.strea
 RESPONSES = Format(ResponsesRequest, responses.prepare, responses.whole, responses.stream)
 
 
+class Mail:
+    """Events on their way from the engine's thread to the event loop, which is woken once for all
+    that come together: to wake it costs as much as the event."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop, self.woken = loop, False
+        self.left: deque[tuple[asyncio.Queue, tuple[int, Token | Failed]]] = deque()
+
+    def send(self, events: asyncio.Queue, number: int, event: Token | Failed) -> None:
+        """In the engine's thread."""
+        self.left.append((events, (number, event)))
+        if not self.woken and not self.loop.is_closed():
+            self.woken = True
+            self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self.woken = False  # first, so that what comes from now on wakes the loop again
+        while self.left:
+            events, found = self.left.popleft()
+            events.put_nowait(found)
+
+
 class Api:
     """The function of each route."""
 
@@ -250,6 +274,7 @@ class Api:
         self.body_timeout = service.settings.body_timeout
         # large bodies at once; small ones whose length is told never wait
         self.large = anyio.CapacityLimiter(8)
+        self.mail: Mail | None = None  # of the loop that runs it
 
     async def models(self, request: Request) -> Response:
         return _json({"object": "list", "data": self.service.models()})
@@ -284,12 +309,8 @@ class Api:
     async def _answer(self, request: Request, form: Format) -> Response:
         """Ask the engine, and answer in one of OpenAI's two formats."""
         events: asyncio.Queue = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def put(number: int, event: Token | Failed) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(events.put_nowait, (number, event))
-
+        self.mail = self.mail or Mail(asyncio.get_running_loop())
+        put = partial(self.mail.send, events)
         self.service.check_room()  # before a body is read that would be refused
         asked = await self._read(request, form.kind)
         chat = await run_in_threadpool(form.prepare, self.service, asked, put)
