@@ -33,7 +33,7 @@ QUESTIONS = [
     f"{LONG}{LONG}{LONG}What is at the top?",
     "What is at the bottom left, and what is at the top right?",
 ]
-"""From 3 words to 58; the answers of the bundled model have 3 tokens to 29."""
+"""From 3 words to 65; the answers of the bundled model have 1 to 31."""
 
 WARM = 16  # questions asked before the clock runs
 
