@@ -175,6 +175,7 @@ def flags_of_others(group: argparse._ArgumentGroup) -> None:
         default="bfloat16",
         help="contrast, profile, assisted, serve, parallel, workers, batch",
     )
+    group.add_argument("--quantize", choices=KINDS, help="parallel: its language model's layers")
     group.add_argument(
         "--url",
         action="append",
@@ -382,7 +383,11 @@ def batch_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 def workers_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
     with folder_of(options) as folder:
         found = workers(folder, options.dtype, options.tokens, options.asked, options.rounds)
-    return listed(found), workers_table(found)
+    rows = [
+        {"name": name, "start": vars(start), "each": vars(each)}
+        for name, (start, each) in found.items()
+    ]
+    return rows, workers_table(found)
 
 
 @contextmanager
@@ -398,7 +403,14 @@ def folder_of(options: argparse.Namespace) -> Iterator[Path]:
 
 def parallel_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple:
     with folder_of(options) as folder:
-        found = in_parts(folder, options.dtype, options.prompt, options.tokens, options.rounds)
+        found = in_parts(
+            folder,
+            options.dtype,
+            options.quantize,
+            options.prompt,
+            options.tokens,
+            options.rounds,
+        )
     rows = [{**key._asdict(), **value._asdict()} for key, value in found.items()]
     return rows, parallel_table(found)
 

@@ -1,7 +1,9 @@
 """A network of the right shape without memory, filled strictly from the stored tensors."""
 
+import ctypes
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -19,7 +21,6 @@ from minillava.fast.quantize import (
     TILE,
     packed_order,
     quantised_layer,
-    quantize_tensor,
     read_order,
     unpack_whole,
 )
@@ -174,10 +175,8 @@ def fill(
         if name in weights.quantised:
             parts = _read_quantised(weights, name, shapes[name], device, share)
         elif small and quantize is not None:
-            whole = _read(weights, name, shapes[name][0], None, transient=True)
-            parts = share.cut_parts(name, quantize_tensor(whole.to(device), quantize))
-            if share != WHOLE:  # a view would keep the whole
-                parts = {suffix: part.clone() for suffix, part in parts.items()}
+            # nothing here keeps the whole, so that it goes before its part is packed
+            parts = _quantised(weights, name, shapes[name][0], device, quantize, share)
         else:
             state[name] = _read_part(weights, name, shapes[name], dtype, device, share)
             continue
@@ -185,6 +184,8 @@ def fill(
         layer.bias = model.get_submodule(module).bias  # its numbers come with its own name
         model.set_submodule(module, layer)
         state |= layer.state_dict(prefix=f"{module}.")
+        del parts
+        give_back()
     model.load_state_dict(state, strict=True, assign=True)
 
 
@@ -216,6 +217,19 @@ def _read_part(
     return part.to(device=device, dtype=dtype)
 
 
+def _quantised(
+    weights: StoredWeights,
+    name: str,
+    rows: int,
+    device: torch.device,
+    quantize: str,
+    share: Share,
+) -> dict[str, Tensor]:
+    """This process's part of a weight that becomes quantised."""
+    whole = _read(weights, name, rows, None, transient=True).to(device)
+    return share.quantised(name, whole, quantize)
+
+
 def _read_quantised(
     weights: StoredWeights, name: str, shape: Shape, device: torch.device, share: Share
 ) -> dict[str, Tensor]:
@@ -225,17 +239,24 @@ def _read_quantised(
         raise ValueError(
             f"{weights.folder}: {name} is quantised with shape {found}, expected {wanted}"
         )
-    parts = {  # int4 is packed anew, so the tensor that was read can be freed
-        suffix: stored.file.read(stored.name, transient=suffix == "weight_int4")
+    copied = share.copies(name)
+    parts = {  # what is packed anew, turned or copied is freed
+        suffix: stored.file.read(stored.name, copied or suffix in ("weight_int4", "scale_zero"))
         for suffix, stored in weights.quantised[name].items()
     }
-    if PACKED in parts:
-        parts = _unpacked(weights, name, parts, device, keep=share == WHOLE)
-    return share.cut_parts(name, parts)
+    if PACKED not in parts:
+        return share.cut_parts(name, parts)
+    if copied:  # columns lie side by side in a tile
+        return share.cut_parts(name, _unpacked(weights, name, parts, device, keep=False))
+    return _unpacked(weights, name, share.cut_parts(name, parts), device)
 
 
 def _unpacked(
-    weights: StoredWeights, name: str, parts: dict[str, Tensor], device: torch.device, keep: bool
+    weights: StoredWeights,
+    name: str,
+    parts: dict[str, Tensor],
+    device: torch.device,
+    keep: bool = True,
 ) -> dict[str, Tensor]:
     """int4 that was packed for some processor: unchanged if that is this one and `keep` is set,
     else in the order stored for every processor."""
@@ -254,6 +275,13 @@ def _unpacked(
     if device.type == "cpu" and not here and note not in weights.notes:
         weights.notes.append(note)
     return {"weight_int4": unpack_whole(parts[PACKED], order), "scale_zero": parts["scale_zero"]}
+
+
+def give_back() -> None:
+    """Give the memory that was freed back to the system. glibc keeps it for what comes next, in
+    pieces that seldom fit: with int4 as much again as the weights."""
+    with suppress(AttributeError, OSError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _nearest(names: list[str], known: dict[str, str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ import signal
 import socket
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from minillava.cache import KVCache
 from minillava.config import TextConfig
-from minillava.fast.quantize import GROUP, TILE
+from minillava.fast.quantize import GROUP, TILE, kind_for, quantize_tensor
 from minillava.llama import LanguageModel, LanguageOutput
 
 ROWS = re.compile(r"language_model\.layers\.\d+\.(self_attn\.[qkv]|mlp\.(gate|up))_proj\.\w+")
@@ -94,49 +94,53 @@ class Share:
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
         """This process's part of a weight or a bias; of rows a view, of columns a copy."""
-        if self.count == 1:
+        part = self._part(name, tensor.shape)
+        if part is None:
             return tensor
-        if name == HEAD:
-            return tensor[slice(*self.bounds(len(tensor), TILE))]
-        if ROWS.fullmatch(name):
-            return tensor[slice(*self.bounds(len(tensor)))]
-        if COLUMNS.fullmatch(name):
-            return tensor[:, slice(*self.bounds(tensor.shape[1]))].contiguous()
-        return tensor
+        return tensor[part] if len(part) == 1 else tensor[part].contiguous()
 
     def cut_parts(self, name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """`cut` for a weight that is quantised (fast/quantize.py), int4 in the order stored for
-        every processor. Raises ValueError for parts that int4 cannot take."""
-        if self.count == 1:
+        every processor or, if its rows are divided, in a processor's own. Raises ValueError for
+        parts that int4 cannot take."""
+        (kind, whole), (scales, others) = parts.items()
+        int4 = kind != "weight_int8"
+        part = self._part(name, (len(whole), whole.shape[1] * (2 if int4 else 1)), int4)
+        if part is None:
             return parts
-        rows, columns, unit = 0, 0, 1
-        (weight, whole), (scales, _) = parts.items()
-        if name == HEAD:
-            unit = TILE
-        if name == HEAD or ROWS.fullmatch(name):
-            rows = len(whole)
-        elif COLUMNS.fullmatch(name):
-            columns = whole.shape[1] * (2 if weight == "weight_int4" else 1)
-        else:
-            return parts
-        first, end = self.bounds(rows or columns, unit)
-        if weight == "weight_int8":
-            part = slice(first, end)
-            cut = parts[weight][part] if rows else parts[weight][:, part].contiguous()
-            return {weight: cut, scales: parts[scales][part] if rows else parts[scales]}
-        step = TILE if rows else GROUP
-        if first % step or end % step:
+        if len(part) == 1:
+            return {kind: whole[part], scales: others[part]}
+        if not int4:
+            return {kind: whole[part].contiguous(), scales: others}
+        pairs, groups = (slice(part[1].start // n, part[1].stop // n) for n in (2, GROUP))
+        return {kind: whole[:, pairs].contiguous(), scales: others[:, groups].contiguous()}
+
+    def quantised(self, name: str, whole: Tensor, kind: str) -> dict[str, Tensor]:
+        """This process's part of a weight that becomes quantised. It is cut before that, except for
+        the columns of int8, where a scale belongs to a whole row. Raises ValueError for parts that
+        int4 cannot take."""
+        kind = kind_for(whole.shape, kind)
+        part = self._part(name, whole.shape, kind == "int4")
+        if kind == "int8" and part is not None and len(part) == 2:
+            return self.cut_parts(name, quantize_tensor(whole, kind))
+        return quantize_tensor(self.cut(name, whole), kind)
+
+    def _part(
+        self, name: str, shape: Sequence[int], int4: bool = False
+    ) -> tuple[slice] | tuple[slice, slice] | None:
+        """Where this process's part of a tensor is: (rows,) or (all rows, columns); None if it is
+        not divided. Raises ValueError for parts that int4 cannot take."""
+        rows = name == HEAD or ROWS.fullmatch(name) is not None
+        if self.count == 1 or not (rows or COLUMNS.fullmatch(name)):
+            return None
+        size, step, what = (shape[0], TILE, "rows") if rows else (shape[1], GROUP, "columns")
+        first, end = self.bounds(size, TILE if name == HEAD else 1)
+        if int4 and (first % step or end % step):
             raise ValueError(
-                f"{name}: its {rows or columns} {'rows' if rows else 'columns'} cannot be divided "
-                f"among {self.count} processes for int4, which needs multiples of {step} for each; "
-                "use int8"
+                f"{name}: its {size} {what} cannot be divided among {self.count} processes for "
+                f"int4, which needs multiples of {step} for each; use int8"
             )
-        if rows:
-            return {weight: whole[first:end], scales: parts[scales][first:end]}
-        return {
-            weight: whole[:, first // 2 : end // 2].contiguous(),
-            scales: parts[scales][:, first // GROUP : end // GROUP].contiguous(),
-        }
+        return (slice(first, end),) if rows else (slice(None), slice(first, end))
 
     def has(self, name: str) -> bool:
         """Whether this process has any of a tensor: pictures and words are rank 0's alone."""

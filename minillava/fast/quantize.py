@@ -7,6 +7,7 @@ tower and projector are not quantised; activations keep the model's dtype.
 r rows, K width before, N width after, G = GROUP.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -200,14 +201,16 @@ class Int4Linear(QuantisedLinear):
 def quantize_tensor(weight: Tensor, kind: str) -> dict[str, Tensor]:
     """A weight [N, K] in the form to store, the same for every processor, by suffix of its name:
     `weight_int8` and `scale` as in Int8Linear; or `weight_int4` uint8 [N, K/2], even columns in the
-    low halves of the bytes, and `scale_zero` [N, K/G, 2]. A shape that int4 cannot take, N not a
-    multiple of TILE or K of GROUP, becomes int8."""
-    fits = len(weight) % TILE == 0 and weight.shape[1] % GROUP == 0
-    parts = [
-        (to_int4 if kind == "int4" and fits else to_int8)(part.float())
-        for part in weight.split(BLOCK)
-    ]
+    low halves of the bytes, and `scale_zero` [N, K/G, 2]; see `kind_for`."""
+    make = {"int8": to_int8, "int4": to_int4}[kind_for(weight.shape, kind)]
+    parts = [make(part.float()) for part in weight.split(BLOCK)]
     return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
+
+
+def kind_for(shape: Sequence[int], kind: str) -> str:
+    """What a weight of this shape becomes: int8 in place of int4, which cannot take N that is not a
+    multiple of TILE, or K of GROUP."""
+    return "int8" if shape[0] % TILE or shape[1] % GROUP else kind
 
 
 @cache  # a model has hundreds of layers, of a handful of shapes
@@ -277,8 +280,8 @@ def pack_whole(nibbles: Tensor) -> Tensor:
 
 def unpack_whole(packed: Tensor, order: Tensor) -> Tensor:
     """The inverse of pack_whole, for the processor that has this `packed_order`."""
-    q = torch.cat([unpack(part, order) for part in packed.split(BLOCK)])
-    return q[:, ::2] | q[:, 1::2] << 4
+    parts = (unpack(part, order) for part in packed.split(BLOCK))
+    return torch.cat([q[:, ::2] | q[:, 1::2] << 4 for q in parts])
 
 
 def pack_here(stored: dict[str, Tensor]) -> dict[str, Tensor]:

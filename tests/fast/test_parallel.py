@@ -14,19 +14,26 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_checkpoint
+import hf
+import kinds
 import pytest
+import tiled
 import torch
 from commands import environment
 from paths import REFERENCE
+from safetensors.torch import save_file
 from two import (
     PICTURE,
     QUESTIONS,
     SHAPES,
+    each_in_two,
     everything,
     in_two,
     interrupted,
     left,
     logits_of,
+    of_a_relative,
     watched,
     without_the_other,
 )
@@ -42,9 +49,11 @@ from minillava.checkpoint.parts import open_checkpoint
 from minillava.cli import opening
 from minillava.cli.parts import follow
 from minillava.config import TextConfig
+from minillava.convert.run import convert
 from minillava.fast import attention, parallel
 from minillava.fast.parallel import HEAD, Share
-from minillava.fast.quantize import quantised_layer, quantize_tensor
+from minillava.fast.quantize import pack_here, quantised_layer, quantize_tensor
+from minillava.options import KINDS
 
 QUERIES, OUT = (f"language_model.layers.0.self_attn.{name}_proj.weight" for name in "qo")
 TWO = [Share(0, 2), Share(1, 2)]
@@ -108,6 +117,34 @@ def test_parts_of_a_quantised_weight_stand_for_the_numbers_of_the_whole(kind, na
         for share in TWO
     ]
     assert torch.equal(torch.cat(cut, 1 if name == OUT else 0), whole)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("name", [QUERIES, OUT, HEAD])
+@pytest.mark.parametrize("shape", [(256, 384), (200, 400)])  # int4 takes the first alone
+def test_a_part_is_quantised_as_in_the_whole(kind, name, shape):
+    """A weight is cut before it is quantised, for which each process would else need all of it; but
+    a scale of int8 is that of a whole row, of which a process may have a half."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for share in TWO:
+        expected = share.cut_parts(name, quantize_tensor(weight, kind))
+        found = share.quantised(name, weight, kind)
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[suffix], expected[suffix]) for suffix in expected)
+        assert all(part.untyped_storage().nbytes() == part.nbytes for part in found.values())
+
+
+@pytest.mark.parametrize("name", [QUERIES, HEAD])
+def test_rows_of_packed_weights_are_cut_as_they_are_stored(name):
+    """Unpacking them would take the memory and the time that packing them saves."""
+    parts = quantize_tensor(torch.randn(256, 384), "int4")
+    for share in TWO:
+        found, expected = (
+            share.cut_parts(name, pack_here(parts)),
+            pack_here(share.cut_parts(name, parts)),
+        )
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[suffix], expected[suffix]) for suffix in expected)
 
 
 def test_what_cannot_be_divided_is_refused_with_the_numbers():
@@ -191,6 +228,59 @@ def test_who_follows_knows_the_attention_that_is_sent_for_its_models_own():
     assert pickle.loads(pickle.dumps(attention.fused)) is attention.fused
 
 
+OPENED = """
+import sys
+from pathlib import Path
+import torch
+from minillava.attention import fused
+from minillava.checkpoint.build import build_model
+from minillava.checkpoint.config_json import read_config
+from minillava.checkpoint.folders import Folders
+from minillava.checkpoint.parts import open_checkpoint
+from minillava.fast.parallel import Share
+
+folders, quantize = Folders(Path(sys.argv[1])), sys.argv[2] or None
+config = read_config(folders.weights)
+options = {"dtype": torch.bfloat16, "device": "cpu", "quantize": quantize, "share": Share(1, 2)}
+model = build_model(config, open_checkpoint(folders, config)[0], fused, **options)
+tensors = [each for each in (*model.parameters(), *model.buffers()) if not each.is_meta]
+lines = Path("/proc/self/status").read_text().splitlines()
+print(sum(each.nbytes for each in tensors))
+print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")))
+"""
+"""Bytes of the second process's part of a model, and what opening it took beside its files."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("quantize", KINDS)
+def test_each_process_takes_the_memory_of_its_part(tmp_path, monkeypatch, quantize):
+    """The allocator kept what was freed, between what stayed: up to three times a part in int4.
+    What twelve layers take more than two is compared, since opening the first takes more."""
+    sizes = {"two": (768, 2048, 2, 12), "twelve": (768, 2048, 12, 12)}
+    monkeypatch.setattr(bench_checkpoint, "SIZES", bench_checkpoint.SIZES | sizes)
+    for stored in (False, True):
+        found = []
+        for name in sizes:
+            bench_checkpoint.make_checkpoint(tmp_path / name, name, torch.bfloat16)
+            folder = tmp_path / name
+            if stored:
+                folder = tmp_path / f"{name}-{quantize}"
+                convert(tmp_path / name, folder, "hf", quantize=quantize)
+            command = [sys.executable, "-c", OPENED, str(folder), "" if stored else quantize]
+            told = subprocess.run(
+                command,
+                env=environment(),
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+                check=True,
+            )
+            found.append([*map(int, told.stdout.split())])
+        (few, least), (many, most) = found
+        assert most - least <= 1.1 * (many - few)
+
+
 # --- two processes --------------------------------------------------------------------------------
 
 
@@ -235,6 +325,55 @@ def test_two_processes_give_the_answers_of_one(quantize):
     options = {"dtype": "float32", "quantize": quantize}
     (together,) = in_two(options, everything)
     assert together == everything(minillava.load(SHAPES, device="cpu", **options))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_answers_of_one_for_every_relative(tmp_path, monkeypatch):
+    """Biases, grouped heads, a table that is the head, tiles, several layers of the tower, a LoRA,
+    and layers that were quantised before: each is cut in a way of its own, and cut wrongly would
+    answer something else without a word."""
+    pytest.importorskip("transformers", reason="pip install 'minillava[parity]'")
+    wide = {**hf.SIZES["toy"]["text"], "hidden_size": 256, "intermediate_size": 256}  # for int4
+    monkeypatch.setitem(hf.SIZES["toy"], "text", wide)
+    jobs: list[tuple[Path, dict]] = [
+        (kinds.write_kind(each, tmp_path / each), {}) for each in kinds.KINDS
+    ]
+    config, tokenizer = tiled.config_of("onevision"), REFERENCE / "plain" / "tokenizer.model"
+    state = hf.random_state(config, 11)
+    jobs.append((tmp_path / "onevision", {}))
+    hf.write_checkpoint(jobs[-1][0], config, state, tokenizer=tokenizer)
+    jobs.append((tmp_path / "mistral", {"adapter": write_lora(tmp_path / "lora")}))
+    for name in ("interleave", "mistral", "tiles"):
+        for kind in KINDS:
+            jobs.append((tmp_path / name, {"quantize": kind}))
+            jobs.append((tmp_path / f"{name}-{kind}", {}))
+            convert(tmp_path / name, jobs[-1][0], "hf", quantize=kind)
+    jobs = [(folder, {"dtype": "float64", **options}) for folder, options in jobs]
+    for (folder, options), ((found, answers),) in zip(
+        jobs, each_in_two(jobs, of_a_relative), strict=True
+    ):
+        alone = minillava.load(folder, device="cpu", **options)
+        expected, others = of_a_relative(alone)
+        told = f"{folder.name}, {options}"
+        assert found.shape[1] > 128, told  # see LONG
+        assert (found - expected).abs().max() <= 1e-12 * expected.abs().max(), told
+        assert answers == others, told
+
+
+def write_lora(folder: Path) -> Path:
+    """Of a layer that is divided by columns, and of one by rows."""
+    folder.mkdir()
+    generator, matrices = torch.Generator().manual_seed(0), {}
+    for module, rows in (("mlp.down_proj", 256), ("self_attn.v_proj", 128)):
+        prefix = f"base_model.model.model.layers.1.{module}"
+        matrices[f"{prefix}.lora_A.weight"] = torch.randn(2, 256, generator=generator)
+        matrices[f"{prefix}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
+    save_file(matrices, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "layers_to_transform": [1]}
+    hf.write_json(
+        {**config, "target_modules": ["down_proj", "v_proj"]}, folder / "adapter_config.json"
+    )
+    return folder
 
 
 @pytest.mark.slow

@@ -13,13 +13,12 @@ from torch import nn
 
 import minillava
 from minillava.attention import fused
-from minillava.checkpoint import build
 from minillava.checkpoint.build import build_model
 from minillava.checkpoint.config_json import read_config
 from minillava.checkpoint.folders import Folders
 from minillava.checkpoint.parts import open_checkpoint
 from minillava.cli.doors import enter
-from minillava.fast import processor, quantize
+from minillava.fast import parallel, processor, quantize
 from minillava.fast.linear import BLOCK
 from minillava.fast.quantize import (
     BLOCKS,
@@ -488,7 +487,7 @@ def test_weights_are_let_go_one_by_one(monkeypatch):
         wide.append(weakref.ref(weight))
         return real(weight, kind)
 
-    monkeypatch.setattr(build, "quantize_tensor", watched)
+    monkeypatch.setattr(parallel, "quantize_tensor", watched)
     model = minillava.load(WEIGHTS, device="cpu", quantize="int8").model
     assert len(wide) == sum(isinstance(module, QuantisedLinear) for module in model.modules())
 

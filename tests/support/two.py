@@ -10,6 +10,7 @@ import queue
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from waiting import PATIENCE
 import minillava
 from minillava.chat import Conversation
 from minillava.fast import parallel
+from minillava.fast.quantize import quantised_kinds
 from minillava.generate.engine import Engine, Request
 from minillava.generate.generation import generate
 
@@ -29,15 +31,21 @@ QUESTIONS = ["How many shapes are there?", "Describe this image.", "Where is the
 
 
 def in_two(options: dict[str, Any], *bodies: Callable[..., Any]) -> list[Any]:
-    """What each of `bodies` returns for the assistant of rank 0. options: of `load`. A hang is a
-    failure."""
+    """What each of `bodies` returns for the assistant of rank 0. options: of `load`."""
+    return each_in_two([(SHAPES, options)], *bodies)[0]
+
+
+def each_in_two(jobs: list[tuple[Path, dict[str, Any]]], *bodies: Callable[..., Any]) -> list[Any]:
+    """The same for several models, one after the other in the same two processes. jobs: weights,
+    and options of `load`. A hang is a failure."""
     # as torchrun does it: the two meet at a store that is there before they are
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in jobs]
+    ports = [store.port for store in stores]
     # a fork would inherit the locks of libraries as they are
     context = multiprocessing.get_context("spawn")
     results, pids = context.Queue(), context.Array("i", 2)
     processes = [
-        context.Process(target=_one_of_two, args=(rank, store.port, pids, results, options, bodies))
+        context.Process(target=_one_of_two, args=(rank, ports, pids, results, jobs, bodies))
         for rank in range(2)
     ]
     for process in processes:
@@ -54,7 +62,7 @@ def in_two(options: dict[str, Any], *bodies: Callable[..., Any]) -> list[Any]:
     return pickle.loads(found)  # tensors by value: their owner has ended
 
 
-def _one_of_two(rank: int, port: int, pids, results, options, bodies) -> None:
+def _one_of_two(rank: int, ports: list[int], pids, results, jobs, bodies) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     pids[rank] = os.getpid()
@@ -66,16 +74,20 @@ def _one_of_two(rank: int, port: int, pids, results, options, bodies) -> None:
         "WORLD_SIZE": "2",
         "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
     }
+    found = []
     try:
-        assistant = minillava.load(SHAPES, device="cpu", parallel=True, **options)
-        if rank:
-            parallel.follow(assistant.model.language_model)
-            return
-        assistant.other = pids[1]
-        results.put((True, pickle.dumps([body(assistant) for body in bodies])))
-        parallel.end_followers()
+        for port, (weights, options) in zip(ports, jobs, strict=True):
+            os.environ["MASTER_PORT"] = str(port)
+            assistant = minillava.load(weights, device="cpu", parallel=True, **options)
+            if rank:
+                parallel.follow(assistant.model.language_model)
+                continue
+            assistant.other = pids[1]
+            found.append([body(assistant) for body in bodies])
+            parallel.end_followers()
+        if rank == 0:
+            results.put((True, pickle.dumps(found)))
     except BaseException as error:  # told to the test
         if rank == 0:
             results.put((False, f"{type(error).__name__}: {error}"))
@@ -96,6 +108,28 @@ def everything(assistant) -> dict[str, object]:
         "drafts": assistant.ask(PICTURE, QUESTIONS[1], draft="lookup"),
         "chat": [conversation.ask(question) for question in QUESTIONS],
         "engine": by_engine(assistant),
+    }
+
+
+LONG = "Look at it. " * 24 + QUESTIONS[0]
+"""More positions than a kernel takes for quantised layers, which rounds what it multiplies."""
+
+
+def of_a_relative(assistant) -> tuple[torch.Tensor, dict[str, object]]:
+    """Logits of a long prompt and, of a model that is not quantised, answers by several ways."""
+    ids, pixels = [assistant.tokenize(assistant.prompt(LONG))], assistant.image_processor(PICTURE)
+    with torch.no_grad():
+        logits = assistant.model(ids, pixels).logits
+    if quantised_kinds(assistant.model):
+        return logits, {}
+    conversation, few = Conversation(assistant), {"max_new_tokens": 6}
+    conversation.add_image(PICTURE)
+    return logits, {
+        "batch": assistant.ask(PICTURE, QUESTIONS, **few),
+        "beams": assistant.ask(PICTURE, QUESTIONS[1], num_beams=2, **few),
+        "contrast": assistant.ask(PICTURE, QUESTIONS[0], contrast="vcd", seed=1, **few),
+        "drafts": assistant.ask(PICTURE, QUESTIONS[1], draft="lookup", **few),
+        "chat": [conversation.ask(question, **few) for question in QUESTIONS[:2]],
     }
 
 

@@ -805,7 +805,7 @@ def test_both_ways_of_batch_answer_every_question(capsys):
 def test_workers_are_timed_beside_one_process(capsys):
     """The table would have another order than its lines, or count the start as questions."""
     pytest.importorskip("ray", reason="needs pip install -e '.[ray]'")
-    arguments = ["workers", "--size", "shapes", "--asked", "100", "--tokens", "4", "--rounds", "1"]
+    arguments = ["workers", "--size", "shapes", "--asked", "20", "--tokens", "4", "--rounds", "1"]
     assert bench.main(arguments) == 0
     rows = [cells(line) for line in capsys.readouterr().out.splitlines()[4:]]
     assert [row[0] for row in rows] == list(workers.WAYS)

@@ -78,13 +78,15 @@ class Measured(NamedTuple):
 
 
 def in_parts(
-    folder: Path, dtype: str, positions: int, tokens: int, rounds: int
+    folder: Path, dtype: str, quantize: str | None, positions: int, tokens: int, rounds: int
 ) -> dict[Variant, Measured]:
-    """Every variant takes its turn in each round, in processes of its own."""
-    found = {variant: Measured(*([] for _ in Measured._fields)) for variant in VARIANTS}
+    """Every variant takes its turn in each round, in processes of its own. Quantised layers are not
+    for DTensor."""
+    variants = [each for each in VARIANTS if not quantize or each.way != "DTensor"]
+    found = {variant: Measured(*([] for _ in Measured._fields)) for variant in variants}
     for number in range(rounds):
         for variant, measured in found.items():
-            job = variant._asdict() | {"folder": str(folder), "dtype": dtype}
+            job = variant._asdict() | {"folder": str(folder), "dtype": dtype, "quantize": quantize}
             neighbours = Neighbours()
             told = started(job | {"positions": positions, "tokens": tokens})
             measured.others.append(sum(neighbours.taken().values()))
@@ -133,9 +135,10 @@ def one_process(job: dict) -> dict | None:
     before = _status("VmRSS")
     assistant = minillava.load(
         job["folder"], device="cpu", dtype=job["dtype"], attention=job["attention"],
-        parallel=job["way"] == "sums",
+        quantize=job["quantize"], parallel=job["way"] == "sums",
     )  # fmt: skip
-    kept = (each for each in assistant.model.parameters() if not each.is_meta)
+    all_of_it = (*assistant.model.parameters(), *assistant.model.buffers())
+    kept = (each for each in all_of_it if not each.is_meta)
     weights = sum(each.numel() * each.element_size() for each in kept)
     of_all: list = [(weights, before)]
     if job["way"] != "whole":

@@ -7,7 +7,10 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from bench_parts.clock import Neighbours, Timing, say
 from bench_parts.compare import PICTURE
@@ -15,7 +18,9 @@ from bench_parts.rows import finished
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 2
-FEW = 20  # questions of the short run; the long one has these and as many more as are counted
+FEW = 20
+"""Questions that are not counted at either end: workers are not all there at once, nor all done."""
+STEP = 0.005  # seconds between two looks at the journal
 WAYS: dict[str, tuple[list[str], int]] = {
     f"1 process, {WORKERS} threads": ([], WORKERS),
     "1 process, 1 thread": ([], 1),
@@ -23,28 +28,35 @@ WAYS: dict[str, tuple[list[str], int]] = {
 }
 
 
-def workers(folder: Path, dtype: str, tokens: int, count: int, rounds: int) -> dict[str, Timing]:
-    """Seconds by way: of a run of a few questions with its start, and of each further question,
-    which is what `count` questions more take."""
-    found: dict[str, Timing] = {}
+class Found(NamedTuple):
+    """start: to the first answer; each: a question between the first and the last FEW."""
+
+    start: Timing
+    each: Timing
+
+
+def workers(folder: Path, dtype: str, tokens: int, count: int, rounds: int) -> dict[str, Found]:
+    """Seconds by way, where `count` questions are counted."""
+    found = {name: Found(Timing(), Timing()) for name in WAYS}
     for number in range(rounds):
         for name, (flags, threads) in WAYS.items():
             neighbours = Neighbours()
-            few, many = (run(folder, dtype, tokens, n, flags, threads) for n in (FEW, FEW + count))
+            began, came = run(folder, dtype, tokens, FEW + count + FEW, flags, threads)
             taken = sum(neighbours.taken().values())
-            each = (many - few) / count
-            for what, seconds in ((f"{name}: {FEW} questions", few), (f"{name}: each more", each)):
-                timing = found.setdefault(what, Timing())
+            each = (came[FEW + count - 1] - came[FEW - 1]) / count
+            for timing, seconds in zip(found[name], (came[0] - began, each), strict=True):
                 timing.seconds.append(seconds)
                 timing.others.append(taken)
             say(f"round {number + 1} of {rounds}, {name}: {1 / each:.1f} questions a second")
     return found
 
 
-def run(folder: Path, dtype: str, tokens: int, count: int, flags: list[str], threads: int) -> float:
-    """Seconds of the whole command. Raises Died."""
-    with tempfile.TemporaryDirectory() as home:
-        questions = Path(home) / "questions.jsonl"
+def run(
+    folder: Path, dtype: str, tokens: int, count: int, flags: list[str], threads: int
+) -> tuple[float, list[float]]:
+    """When the command began, and when each answer was on disk. Raises Died."""
+    with tempfile.TemporaryDirectory() as home, ThreadPoolExecutor(1) as pool:
+        questions, answers = Path(home) / "questions.jsonl", Path(home) / "answers.jsonl"
         asked = (
             {"question_id": i, "image": PICTURE.name, "text": f"What is shape {i}?"}
             for i in range(count)
@@ -53,22 +65,38 @@ def run(folder: Path, dtype: str, tokens: int, count: int, flags: list[str], thr
         command = [
             sys.executable, "-m", "minillava.batch", "-q", "-m", str(folder), "--dtype", dtype,
             "--max-new-tokens", str(tokens), "--questions", str(questions),
-            "--images", str(PICTURE.parent), "--answers", str(Path(home) / "answers.jsonl"), *flags,
+            "--images", str(PICTURE.parent), "--answers", str(answers), *flags,
         ]  # fmt: skip
         began = time.perf_counter()
-        finished(command, os.environ | {"OMP_NUM_THREADS": str(threads)}, ROOT)
-        return time.perf_counter() - began
+        ended = pool.submit(finished, command, os.environ | {"OMP_NUM_THREADS": str(threads)}, ROOT)
+        # the journal has a header, which comes with the first answer
+        came = arrivals(answers.with_name(answers.name + ".partial"), ended)[1:]
+        ended.result()
+        return began, came
 
 
-def workers_table(found: dict[str, Timing]) -> str:
+def arrivals(path: Path, ended: Future) -> list[float]:
+    """When each line of a file came, until whoever writes it, and removes it, has ended."""
+    came: list[float] = []
+    while not path.exists() and not ended.done():
+        time.sleep(STEP)
+    with suppress(FileNotFoundError), open(path, "rb", buffering=0) as file:
+        over = False
+        while not over:
+            over = ended.done()  # then this is the rest
+            came += [time.perf_counter()] * file.read().count(b"\n")
+            time.sleep(STEP)
+    return came
+
+
+def workers_table(found: dict[str, Found]) -> str:
     lines = [
-        f"| | {FEW} questions, with the start, s | questions/s after that | others |",
+        "| | to the first answer, s | questions/s after that | others |",
         "|---|---:|---:|---:|",
     ]
-    for name in WAYS:
-        few, each = found[f"{name}: {FEW} questions"], found[f"{name}: each more"]
+    for name, (start, each) in found.items():
         lines.append(
-            f"| {name} | {few.median:.1f} | {1 / each.median:.1f} (±{each.spread:.0%}) | "
+            f"| {name} | {start.median:.1f} | {1 / each.median:.1f} (±{each.spread:.0%}) | "
             f"{statistics.median(each.others):.2f} |"
         )
     return "\n".join(lines)
