@@ -9,7 +9,6 @@ import select
 import shutil
 import signal
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from bounds import assert_same_in_float64
 from commands import start
 from folders import change_config
 from paths import REFERENCE, ROOT
-from waiting import PATIENCE
+from waiting import PATIENCE, wait_until
 
 import minillava
 from minillava.chat import conversation as conversing
@@ -811,8 +810,8 @@ def test_line_editing_at_a_real_terminal(tmp_path):
         def interrupt() -> None:
             """Once it waits: Python notices a signal while readline works on a key only with the
             next key."""
-            while Path(f"/proc/{child}/stat").read_text().rpartition(") ")[2][0] != "S":
-                time.sleep(0.01)
+            state = Path(f"/proc/{child}/stat")
+            wait_until(lambda: state.read_text().rpartition(") ")[2][0] == "S", pause=0.01)
             screen.write(b"\x03")
 
         see(b"note: no picture yet: /image PATH adds one")
