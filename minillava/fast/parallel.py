@@ -408,7 +408,7 @@ class SharedLanguageModel(LanguageModel):
         """As LanguageModel's, within a pass or, of what drafters make, after it."""
         if not self.passing:
             return self.run(head, x, None)
-        # A tied head is the table of words, which rank 0 has whole; the product is torch's own.
+        # A tied head is the table of words, which rank 0 has whole.
         return super().head(x) if self.share.rank == 0 or hasattr(self, "lm_head") else x
 
     def see(self, cache: KVCache) -> Seen:
@@ -445,7 +445,10 @@ def share_model(language: LanguageModel, share: Share) -> None:
         block.mlp.down_proj = Summed(block.mlp.down_proj)
     if not text.tie_word_embeddings:
         language.lm_head = Gathered(language.lm_head, text.vocab_size, share)
-    language.__class__ = SharedLanguageModel
+    # a head that is the table of words stays the product of the class that the model has
+    kind = type(language)
+    language.__class__ = type(kind.__name__, (SharedLanguageModel, kind), {})
+    assert isinstance(language, SharedLanguageModel)
     language.share, language.keys, language.freed = share, count(), []
     language.lock, language.passing = threading.RLock(), share.rank > 0
     language.lost = False
