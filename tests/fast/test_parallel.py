@@ -536,3 +536,29 @@ def test_a_process_that_is_killed_ends_all_of_them(tmp_path, whom, by):
     assert "minillava/" not in err.replace("minillava/batch/__main__.py", ""), err
     # a question that was not answered is asked again
     assert b'"error": ' not in journal.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize("whom", [0, 1])
+@pytest.mark.parametrize("door", ["chat", "serve"])
+def test_a_process_that_dies_while_nothing_is_asked_ends_all_of_them(tmp_path, door, whom):
+    """Rank 0 waits for a person or for a client, and would learn of it at the next question only,
+    which may come tomorrow."""
+    arguments = {"chat": ["-i", PICTURE], "serve": ["--port", "0"]}[door]
+    process = begun(door, "-q", "-m", SHAPES, *arguments, cwd=tmp_path)
+    try:
+        if door == "chat":
+            process.stdin.write(f"{QUESTIONS[0]}\n")
+            process.stdin.flush()
+        assert process.stdout.readline()  # an answer, or where the server listens
+        os.kill(ranks_in(tmp_path)[whom], signal.SIGKILL)
+        err = process.communicate(timeout=PATIENCE)[1]
+        left = ranks_in(tmp_path)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode and left == {}
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) <= 1  # torchrun says it, too, and may be first
+    assert all(line.startswith("error: another of the processes has ended") for line in errors), err
