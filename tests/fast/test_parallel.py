@@ -344,6 +344,7 @@ def test_two_processes_give_the_answers_of_one(quantize):
 
 
 @pytest.mark.slow
+@pytest.mark.parity
 def test_two_processes_give_the_answers_of_one_for_every_relative(tmp_path, monkeypatch):
     """Biases, grouped heads, a table that is the head, tiles, several layers of the tower, a LoRA,
     and layers that were quantised before: each is cut in a way of its own, and cut wrongly would
