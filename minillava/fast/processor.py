@@ -28,8 +28,12 @@ WAYS: dict[str, dict[str, Ways]] = {
         "float32": FLOAT32,
         "float32, short": SHORT_FLOAT32,
         "float32, small": PLAIN,
+        "float32, 32064 × 4096": ((1, "parts"), (4, "turned"), (MANY, "parts")),
         "bfloat16": ((1, "mv"), (2, "turned"), (3, "plain"), (4, "turned parts"), *BLOCKS),
         "bfloat16, wide": ((1, "mv"), (8, "plain"), *BLOCKS),
+        "bfloat16, 2048 × 2048": ((1, "mv"), (4, "plain"), *BLOCKS),
+        "bfloat16, 32064 × 2048": ((1, "mv"), (3, "plain"), (4, "turned parts"), *BLOCKS),
+        "bfloat16, 2048 × 5632": ((1, "mv"), (2, "turned"), (4, "plain"), *BLOCKS),
         "int8": ((32, "kernel"), *BLOCKS),
         "int4": ((64, "kernel"), *BLOCKS),
     },
@@ -84,7 +88,7 @@ WAYS: dict[str, dict[str, Ways]] = {
 }
 """By kind of processor and by what a weight is stored in: up to how many rows of x which way, one
 of `linear.PRODUCTS`, or of `quantize.BLOCKS`. One of a weight's `forms` has a line of its own
-if that makes a difference."""
+if that makes a difference, and so has a shape of 1b or 7b that falls out of its form's line."""
 
 SHORT = 2560
 """Up to so many columns a weight is short."""
@@ -137,14 +141,15 @@ def way(
 
 @cache
 def forms(shape: tuple[int, ...]) -> tuple[str, ...]:
-    """Of a weight [N, C]: small if it has at most SMALL numbers; wide if it has more columns than
-    rows, else short if it has at most SHORT columns. The first that has a line in WAYS counts."""
+    """Of a weight [N, C]: its shape; small if it has at most SMALL numbers; wide if it has more
+    columns than rows, else short if it has at most SHORT columns. The first that has a line in WAYS
+    counts."""
     if not shape:
         return ()
     rows, columns = shape
     wide = columns > rows
     fits = {"small": rows * columns <= SMALL, "wide": wide, "short": not wide and columns <= SHORT}
-    return tuple(name for name, true in fits.items() if true)
+    return f"{rows} × {columns}", *(name for name, true in fits.items() if true)
 
 
 @cache

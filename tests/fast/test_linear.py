@@ -1,6 +1,7 @@
 """fast/linear.py: every way to the product gives the product, and `eager` takes none of them."""
 
 import copy
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -56,7 +57,8 @@ def test_tables_name_ways_that_exist_for_every_number_of_rows():
         plain = [stored for stored in table if "," not in stored]
         assert plain == ["float32", "bfloat16", "int8", "int4"], kind
         named = {tuple(stored.split(", ")) for stored in table if stored not in plain}
-        assert named <= {(stored, form) for stored in NAMES.values() for form in FORMS}, kind
+        shapes = {form for _, form in named if re.fullmatch(r"[1-9][0-9]* × [1-9][0-9]*", form)}
+        assert named <= {(stored, form) for stored in NAMES.values() for form in {*FORMS, *shapes}}
         for stored, ways in table.items():
             known = {"kernel", *quantize.BLOCKS} if stored.startswith("int") else set(PRODUCTS)
             if stored.startswith("float32"):
@@ -136,6 +138,16 @@ def test_the_way_of_the_table_is_taken(monkeypatch, kind, dtype):
             seen.clear()
             linear(torch.randn(rows, shape[1]).to(weight.dtype), weight)
             assert seen[:1] == [(name, rows)] * (name != "plain"), (kind, form, rows)
+
+
+def test_a_shape_that_falls_out_of_line_has_a_line_of_its_own(monkeypatch):
+    """It would be taken by the way of its form, which takes it twice the time; or its neighbours
+    by its own."""
+    ways = {"float32": ((9, "parts"),), "float32, short": ((9, "halves"),)}
+    monkeypatch.setitem(WAYS, "avx2", ways | {"float32, 2048 × 1024": ((9, "turned"),)})
+    shapes = [(2048, 1024), (2056, 1024), (2048, 1016), (4096, 4096), (1024, 2048)]
+    found = [processor.way("float32", 2, shape, on="avx2") for shape in shapes]
+    assert found == ["turned", "halves", "halves", "parts", "parts"]
 
 
 def test_the_last_positions_of_prompts_are_one_matrix(monkeypatch):
