@@ -26,6 +26,7 @@ from served import (
     SHAPES,
     Streaming,
     answered,
+    application,
     completions,
     hung_up,
     picture,
@@ -887,6 +888,22 @@ def test_the_line_about_memory_is_what_is_taken(shared, assistant):
     numbers = (slots / 2**30, 32 * 81 * 192 * 4 / 2**20, parameters / 2**30)
     for number, expected in zip(found.groups()[2:], numbers, strict=True):
         assert float(number) == pytest.approx(expected, abs=0.51 if "." not in number else 0.0051)
+
+
+def test_the_tokens_of_a_step_wake_the_event_loop_once():
+    """Each would cost the engine as much as the token itself; or one that comes after the others
+    were delivered would lie there until the next."""
+    woken: list = []
+    loop = SimpleNamespace(is_closed=lambda: False, call_soon_threadsafe=woken.append)
+    mail, queues = application.Mail(loop), [asyncio.Queue() for _ in range(3)]
+    for number in range(2):
+        for events in queues:
+            mail.send(events, number, "event")
+    assert len(woken) == 1 and all(events.empty() for events in queues)
+    woken[0]()
+    assert [[events.get_nowait()[0] for _ in range(2)] for events in queues] == [[0, 1]] * 3
+    mail.send(queues[0], 2, "event")
+    assert len(woken) == 2
 
 
 def test_no_file_is_written(shared, tmp_path):
