@@ -171,11 +171,8 @@ def ways_of(stored: str, rows: int) -> list[str]:
     if stored in ("int8", "int4"):
         fast = processor.has_fast_bfloat16()
         return ["kernel", *(way for way in BLOCKS if fast or not way.startswith("bfloat16"))]
-    return [
-        way
-        for way in PRODUCTS
-        if (way not in OF_ONE_ROW or rows == 1) and (stored == "bfloat16" or "blocks" not in way)
-    ]
+    other = ("onednn",) if stored == "bfloat16" else ("float32 blocks", "float32 blocks x4")
+    return [way for way in PRODUCTS if way not in other and (way not in OF_ONE_ROW or rows == 1)]
 
 
 def weights(stored: str, n: int, c: int) -> list:

@@ -8,6 +8,7 @@ r rows, C width before, N width after.
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +142,32 @@ def parts_of(weight: Tensor, each: int) -> int:
     return count if weight.is_contiguous() and len(weight) % count == 0 else 1
 
 
+def onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """oneDNN's product of float32, which torch takes for compiled code alone, while F.linear takes
+    MKL's."""
+    if not torch.backends.mkldnn.is_available():
+        return F.linear(x, weight)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return WithGradient.apply(x, weight)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+class WithGradient(torch.autograd.Function):
+    """oneDNN's product, which has no gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn(x, weight)  # no gradient is asked for in here
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """[r, N] -> [r, C], [N, C]"""
+        x, weight = ctx.saved_tensors
+        of_x, of_weight = ctx.needs_input_grad
+        return grad @ weight if of_x else None, grad.T @ x if of_weight else None
+
+
 def float32_blocks(x: Tensor, weight: Tensor, larger: int = 1) -> Tensor:
     """Blocks of the weight, converted to float32."""
     some = lambda rows, memory: convert(weight[rows], memory)  # noqa: E731
@@ -156,10 +183,11 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "parts": parts,
     "turned halves": lambda x, weight: turned_parts(x, weight, 1),
     "turned parts": turned_parts,
+    "onednn": onednn,
     "float32 blocks": float32_blocks,
     "float32 blocks x4": lambda x, weight: float32_blocks(x, weight, LARGER),
 }
-"""Every way by its name in `processor.WAYS`; blocks are for bfloat16."""
+"""Every way by its name in `processor.WAYS`; blocks are for bfloat16, oneDNN for float32."""
 
 OF_ONE_ROW = {"mv", "twice"}
 

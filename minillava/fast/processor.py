@@ -19,8 +19,8 @@ MANY = math.inf
 Ways = tuple[tuple[float, str], ...]
 
 PLAIN: Ways = ((MANY, "plain"),)
-FLOAT32: Ways = ((1, "parts"), (3, "turned"), (MANY, "parts"))
-SHORT_FLOAT32: Ways = ((3, "turned parts"), (MANY, "parts"))
+FLOAT32: Ways = ((MANY, "onednn"),)
+SHORT_FLOAT32: Ways = ((3, "turned parts"), (MANY, "onednn"))
 BLOCKS: Ways = ((64, "float32 blocks"), (MANY, "float32 blocks x4"))
 
 WAYS: dict[str, dict[str, Ways]] = {
@@ -28,7 +28,6 @@ WAYS: dict[str, dict[str, Ways]] = {
         "float32": FLOAT32,
         "float32, short": SHORT_FLOAT32,
         "float32, small": PLAIN,
-        "float32, 32064 × 4096": ((1, "parts"), (4, "turned"), (MANY, "parts")),
         "bfloat16": ((1, "mv"), (2, "turned"), (3, "plain"), (4, "turned parts"), *BLOCKS),
         "bfloat16, wide": ((1, "mv"), (8, "plain"), *BLOCKS),
         "bfloat16, 2048 × 2048": ((1, "mv"), (4, "plain"), *BLOCKS),
@@ -41,8 +40,6 @@ WAYS: dict[str, dict[str, Ways]] = {
         "float32": FLOAT32,
         "float32, short": SHORT_FLOAT32,
         "float32, small": PLAIN,
-        "float32, 32064 × 4096": (*FLOAT32[:2], (4, "turned parts"), *FLOAT32[2:]),
-        "float32, 32064 × 2048": ((4, "turned parts"), (MANY, "parts")),
         "bfloat16": ((1, "mv"), (3, "plain"), (4, "parts"), *BLOCKS),
         "bfloat16, 5632 × 2048": ((1, "mv"), (3, "plain"), *BLOCKS),
         "bfloat16, 32064 × 2048": ((1, "mv"), (3, "plain"), *BLOCKS),
@@ -101,7 +98,7 @@ WAYS: dict[str, dict[str, Ways]] = {
 of `linear.PRODUCTS`, or of `quantize.BLOCKS`. One of a weight's `forms` has a line of its own
 if that makes a difference, and so has a shape of 1b or 7b that falls out of its form's line."""
 
-SHORT = 2560
+SHORT = 1280
 """Up to so many columns a weight is short."""
 
 SMALL = 100_000

@@ -34,6 +34,7 @@ FORMS = {
 }  # of weights [N, C]
 WIDTH, WIDTH_AFTER = 96, BLOCK + 40  # more than one block, and the last one short
 ROWS = [1, 2, 3, 4, 5, 40, 65]  # on both sides of what the tables say
+OF_ONE_TYPE = {"float32": {"onednn"}, "bfloat16": {way for way in PRODUCTS if "blocks" in way}}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -61,8 +62,7 @@ def test_tables_name_ways_that_exist_for_every_number_of_rows():
         assert named <= {(stored, form) for stored in NAMES.values() for form in {*FORMS, *shapes}}
         for stored, ways in table.items():
             known = {"kernel", *quantize.BLOCKS} if stored.startswith("int") else set(PRODUCTS)
-            if stored.startswith("float32"):
-                known -= {way for way in PRODUCTS if "blocks" in way}
+            known -= OF_ONE_TYPE["bfloat16" if stored.startswith("float32") else "float32"]
             bounds, names = zip(*ways, strict=True)
             assert set(names) <= known, (kind, stored)
             assert list(bounds) == sorted(bounds), (kind, stored)
@@ -75,6 +75,8 @@ def test_tables_name_ways_that_exist_for_every_number_of_rows():
 @pytest.mark.parametrize("way", PRODUCTS)
 def test_each_way_is_the_product_whoever_takes_it(monkeypatch, way, dtype):
     """Also those that no table names on the processor that runs this."""
+    if dtype == torch.bfloat16 and way in OF_ONE_TYPE["float32"]:
+        pytest.skip(f"{way} is for float32")
     for threads in (1, 2, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         for rows in [1] if way in OF_ONE_ROW else [1, 2, 5, 33]:
@@ -84,6 +86,43 @@ def test_each_way_is_the_product_whoever_takes_it(monkeypatch, way, dtype):
                 found = PRODUCTS[way](x, weight)
                 assert (found.dtype, found.shape) == (dtype, (rows, width))
                 assert_within(found, products(x, weight), (way, rows, width, threads))
+
+
+@pytest.mark.parametrize("learnt", ["x", "weight", "both"])
+def test_onednn_has_the_gradient_of_the_product_and_the_same_bits_with_and_without(learnt):
+    """Nothing would be learnt, silently; or an answer's last bits would hang on torch.no_grad."""
+    x, weight = torch.randn(5, WIDTH), torch.randn(WIDTH_AFTER, WIDTH)
+    plain = PRODUCTS["onednn"](x, weight)
+    x.requires_grad_(learnt != "weight")
+    weight.requires_grad_(learnt != "x")
+    found = PRODUCTS["onednn"](x, weight)
+    assert torch.equal(found, plain)
+    grad = torch.randn(5, WIDTH_AFTER)
+    found.backward(grad)
+    assert (x.grad is None, weight.grad is None) == (learnt == "weight", learnt == "x")
+    if x.grad is not None:
+        assert_within(x.grad, products(grad, weight.T.detach()))
+    if weight.grad is not None:
+        assert_within(weight.grad, products(grad.T, x.T.detach()))
+
+
+@pytest.mark.parametrize("layout", ["turned", "columns", "rows", "offset"])
+def test_onednn_takes_every_layout(layout):
+    """Parts of a weight that several processes divide, or of a prompt, lie in memory with gaps."""
+    weight = {
+        "turned": torch.randn(WIDTH, WIDTH_AFTER).T,
+        "columns": torch.randn(WIDTH_AFTER, 3 * WIDTH)[:, WIDTH:-WIDTH],
+        "rows": torch.randn(2 * WIDTH_AFTER, WIDTH)[::2],
+        "offset": torch.randn(WIDTH_AFTER * WIDTH + 3)[3:].view(WIDTH_AFTER, WIDTH),
+    }[layout]
+    for x in (
+        torch.randn(9, WIDTH)[::3],
+        torch.randn(WIDTH, 3).T,
+        torch.randn(3, 2 * WIDTH)[:, ::2],
+    ):
+        found = PRODUCTS["onednn"](x, weight)
+        assert found.is_contiguous()
+        assert_within(found, products(x, weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
