@@ -8,6 +8,7 @@ r rows, C width before, N width after.
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -143,13 +144,19 @@ def parts_of(weight: Tensor, each: int) -> int:
 
 
 def onednn(x: Tensor, weight: Tensor) -> Tensor:
-    """oneDNN's product of float32, which torch takes for compiled code alone, while F.linear takes
-    MKL's."""
-    if not torch.backends.mkldnn.is_available():
+    """oneDNN's product of float32, which reads a weight once for several rows. torch takes it for
+    compiled code alone, while F.linear takes that of the BLAS it was built with, such as MKL."""
+    if not has_onednn() or torch.is_autocast_enabled("cpu"):  # which knows torch's products alone
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return WithGradient.apply(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@cache
+def has_onednn() -> bool:
+    """Whether torch was built with it, and still names its product so."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class WithGradient(torch.autograd.Function):
@@ -157,7 +164,8 @@ class WithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return onednn(x, weight)  # no gradient is asked for in here
 
     @staticmethod

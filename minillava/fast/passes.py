@@ -20,23 +20,23 @@ ATTENTION_COST = 0.03
 COSTS: dict[str, dict[str, tuple[float, ...]]] = {
     "gpu": {"bfloat16": (1.0, 1.0, 1.0, 1.0, 1.05, 1.1)},
     "bf16": {
-        "float32": (1.0, 2.0, 2.1, 2.4, 3.2, 4.6),
+        "float32": (1.0, 1.14, 1.24, 1.49, 1.91, 2.8),
         "bfloat16": (1.0, 1.0, 1.05, 1.3, 1.65, 2.3),
         "int8": (1.0, 1.3, 1.27, 2.1, 3.82, 7.26),
         "int4": (1.0, 1.17, 1.27, 2.23, 3.94, 7.36),
     },
     "cpu": {
-        "float32": (1.0, 2.1, 2.2, 2.8, 3.8, 5.1),
+        "float32": (1.0, 1.44, 1.52, 1.72, 2.35, 3.22),
         "bfloat16": (1.0, 1.8, 2.8, 3.4, 4.4, 6.2),
         "int8": (1.0, 1.14, 1.7, 3.4, 6.5, 11.5),
         "int4": (1.0, 1.03, 1.3, 2.7, 5.2, 18.7),
     },
 }
 """By where and by what the weights are stored in: the time of one product of so many rows of ROWS
-over that of one. bf16: on a processor with instructions for it (float32 and bfloat16: 4096 x 4096
-on AVX512-BF16, one core; int8 and int4: whole passes at 1b on two cores of it, as `bench.py drafts`
-has them in tools/MEASUREMENTS.md, less ATTENTION_COST; 32 rows extrapolated); cpu: without (4096 x
-11008 on AVX2, tools/MEASUREMENTS.md)."""
+over that of one. bf16: on a processor with instructions for it (4096 x 4096 on AVX512-BF16,
+bfloat16 on one core, float32 on two; int8 and int4: whole passes at 1b on two cores of it, as
+`bench.py drafts` has them in tools/MEASUREMENTS.md, less ATTENTION_COST; 32 rows extrapolated);
+cpu: without (4096 x 11008 on AVX2, tools/MEASUREMENTS.md)."""
 
 
 def pass_cost(model: LanguageModel) -> Callable[[int], float]:

@@ -19,15 +19,22 @@ MANY = math.inf
 Ways = tuple[tuple[float, str], ...]
 
 PLAIN: Ways = ((MANY, "plain"),)
+# oneDNN reads a weight once for several rows; a batch of parts is faster for one row by a wide
+# weight and for few by a short one
 FLOAT32: Ways = ((MANY, "onednn"),)
-SHORT_FLOAT32: Ways = ((3, "turned parts"), (MANY, "onednn"))
+SHORT_FLOAT32: Ways = ((3, "turned parts"), *FLOAT32)
+WIDE_FLOAT32: Ways = ((1, "parts"), *FLOAT32)
 BLOCKS: Ways = ((64, "float32 blocks"), (MANY, "float32 blocks x4"))
 
 WAYS: dict[str, dict[str, Ways]] = {
     "avx2": {
         "float32": FLOAT32,
         "float32, short": SHORT_FLOAT32,
+        "float32, wide": ((1, "parts"), (2, "turned"), (3, "onednn"), (MANY, "parts")),
         "float32, small": PLAIN,
+        "float32, 2048 × 2048": ((2, "turned parts"), *FLOAT32),
+        "float32, 2048 × 5632": ((1, "parts"), (2, "turned"), *FLOAT32),
+        "float32, 32064 × 2048": ((2, "turned parts"), *FLOAT32),
         "bfloat16": ((1, "mv"), (2, "turned"), (3, "plain"), (4, "turned parts"), *BLOCKS),
         "bfloat16, wide": ((1, "mv"), (8, "plain"), *BLOCKS),
         "bfloat16, 2048 × 2048": ((1, "mv"), (4, "plain"), *BLOCKS),
@@ -39,17 +46,12 @@ WAYS: dict[str, dict[str, Ways]] = {
     "avx512": {
         "float32": FLOAT32,
         "float32, short": SHORT_FLOAT32,
+        "float32, wide": WIDE_FLOAT32,
         "float32, small": PLAIN,
-        "bfloat16": ((1, "mv"), (3, "plain"), (4, "parts"), *BLOCKS),
-        "bfloat16, 5632 × 2048": ((1, "mv"), (3, "plain"), *BLOCKS),
-        "bfloat16, 32064 × 2048": ((1, "mv"), (3, "plain"), *BLOCKS),
-        "bfloat16, 32064 × 4096": (
-            (1, "turned parts"),
-            (3, "plain"),
-            (4, "parts"),
-            *BLOCKS,
-        ),
-        "bfloat16, 2048 × 5632": ((1, "mv"), (3, "plain"), (16, "parts"), *BLOCKS),
+        "float32, 2048 × 5632": FLOAT32,
+        "bfloat16": ((1, "mv"), (3, "plain"), *BLOCKS),
+        "bfloat16, 32064 × 4096": ((1, "turned parts"), (3, "plain"), *BLOCKS),
+        "bfloat16, 2048 × 5632": ((1, "mv"), (3, "plain"), (4, "parts"), *BLOCKS),
         "bfloat16, wide": (
             (1, "mv"),
             (3, "plain"),
@@ -62,13 +64,14 @@ WAYS: dict[str, dict[str, Ways]] = {
     "avx512-bf16": {
         "float32": FLOAT32,
         "float32, short": SHORT_FLOAT32,
+        "float32, wide": WIDE_FLOAT32,
         "float32, small": PLAIN,
         "bfloat16": ((1, "twice"), (MANY, "plain")),
         "bfloat16, wide": ((1, "twice"), (7, "plain"), (32, "turned"), (MANY, "plain")),
         "int8": ((16, "kernel"), (MANY, "bfloat16 blocks x4")),
         "int4": ((96, "kernel"), (MANY, "bfloat16 blocks x4")),
     },
-    "amx": {
+    "amx": {  # measured before oneDNN's product of float32 was among the ways
         "float32": ((1, "parts"), (2, "plain"), (32, "turned parts"), (MANY, "plain")),
         "float32, wide": ((1, "parts"), (2, "plain"), (32, "turned"), (MANY, "plain")),
         "bfloat16": ((1, "mv"), (32, "turned"), (MANY, "plain")),
@@ -121,8 +124,8 @@ kinds without do it so.)"""
 GUESSED = {"arm", "arm-bf16", "unknown"}
 """Kinds of which no machine was at hand."""
 
-# The limits that a user may set for oneDNN, which computes the products of bfloat16, such that it
-# uses no bfloat16 instructions.
+# The limits that a user may set for oneDNN, which computes products of bfloat16 and of float32,
+# such that it uses no bfloat16 instructions.
 WITHOUT_BFLOAT16 = {
     "SSE41",
     "AVX",

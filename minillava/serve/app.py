@@ -309,7 +309,9 @@ class Api:
     async def _answer(self, request: Request, form: Format) -> Response:
         """Ask the engine, and answer in one of OpenAI's two formats."""
         events: asyncio.Queue = asyncio.Queue()
-        self.mail = self.mail or Mail(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        if self.mail is None or self.mail.loop is not loop:  # a test may serve the app once more
+            self.mail = Mail(loop)
         put = partial(self.mail.send, events)
         self.service.check_room()  # before a body is read that would be refused
         asked = await self._read(request, form.kind)

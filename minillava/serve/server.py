@@ -195,10 +195,11 @@ def memory_line(engine: Engine) -> str:
     model, cache = engine.model, engine.slots[0].cache
     slots = len(engine.slots) * sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
     weights = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
-    width = model.language_model.embed_tokens.weight
-    picture = model.config.tokens_per_image * width.shape[1] * width.element_size()
+    table = model.language_model.embed_tokens.weight
+    picture = model.config.tokens_per_image * table.shape[1] * table.element_size()
+    least = "" if model.config.grid is None else "at least "  # by the number of a picture's tiles
     return (
         f"{len(engine.slots)} slots of {engine.capacity} positions take {slots / 2**30:.2f} GiB, "
-        f"pictures up to {engine.most_pictures * picture / 2**20:.0f} MiB, "
+        f"pictures up to {least}{engine.most_pictures * picture / 2**20:.0f} MiB, "
         f"weights {weights / 2**30:.2f} GiB"
     )

@@ -97,6 +97,8 @@ def test_onednn_has_the_gradient_of_the_product_and_the_same_bits_with_and_witho
     weight.requires_grad_(learnt != "x")
     found = PRODUCTS["onednn"](x, weight)
     assert torch.equal(found, plain)
+    kept = [each is not None for each in found.grad_fn.saved_tensors]  # x for the weight's gradient
+    assert kept == [learnt != "x", learnt != "weight"]
     grad = torch.randn(5, WIDTH_AFTER)
     found.backward(grad)
     assert (x.grad is None, weight.grad is None) == (learnt == "weight", learnt == "x")
@@ -104,6 +106,32 @@ def test_onednn_has_the_gradient_of_the_product_and_the_same_bits_with_and_witho
         assert_within(x.grad, products(grad, weight.T.detach()))
     if weight.grad is not None:
         assert_within(weight.grad, products(grad.T, x.T.detach()))
+
+
+def test_autocast_is_obeyed():
+    """Who asks torch for bfloat16 would get float32, and wait for it."""
+    x, weight = torch.randn(5, WIDTH), torch.randn(WIDTH_AFTER, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = PRODUCTS["onednn"](x, weight)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, F.linear(x, weight))
+
+
+def test_without_onednn_it_is_the_plain_product(monkeypatch):
+    """A torch without it, or that names it otherwise, would end every answer with an error."""
+    monkeypatch.setattr("minillava.fast.linear.has_onednn", lambda: False)
+    x, weight = torch.randn(5, WIDTH), torch.randn(WIDTH_AFTER, WIDTH)
+    assert torch.equal(PRODUCTS["onednn"](x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 8, 33])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_of_float32_has_the_same_bits_at_every_place_of_a_pass(form, rows):
+    """An answer's bits would hang on which slot of the server it has."""
+    weight = torch.randn(FORMS[form])
+    x = torch.randn(rows, weight.shape[1])
+    found = linear(x, weight)
+    for step in range(1, rows):
+        assert torch.equal(linear(x.roll(step, 0), weight), found.roll(step, 0))
 
 
 @pytest.mark.parametrize("layout", ["turned", "columns", "rows", "offset"])

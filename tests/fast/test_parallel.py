@@ -274,14 +274,14 @@ def test_each_process_takes_the_memory_of_its_part(tmp_path, monkeypatch, quanti
     What twelve layers take more than two is compared, since opening the first takes more."""
     sizes = {"two": (768, 2048, 2, 12), "twelve": (768, 2048, 12, 12)}
     monkeypatch.setattr(bench_checkpoint, "SIZES", bench_checkpoint.SIZES | sizes)
-    for before in (False, True):
+    for name in sizes:
+        bench_checkpoint.make_checkpoint(tmp_path / name, name, torch.bfloat16)
+        convert(tmp_path / name, tmp_path / f"{name}-{quantize}", "hf", quantize=quantize)
+
+    def grown(before: bool) -> float:
         found = []
         for name in sizes:
-            bench_checkpoint.make_checkpoint(tmp_path / name, name, torch.bfloat16)
-            folder = tmp_path / name
-            if before:
-                folder = tmp_path / f"{name}-{quantize}"
-                convert(tmp_path / name, folder, "hf", quantize=quantize)
+            folder = tmp_path / (f"{name}-{quantize}" if before else name)
             command = [sys.executable, "-c", OPENED, str(folder), "" if before else quantize]
             told = subprocess.run(
                 command,
@@ -293,8 +293,11 @@ def test_each_process_takes_the_memory_of_its_part(tmp_path, monkeypatch, quanti
             )
             found.append([*map(int, told.stdout.split())])
         (few, least), (many, most) = found
-        # a fifteenth is the allocator's own, which is another one from run to run
-        assert most - least <= 1.3 * (many - few)
+        return (most - least) / (many - few)
+
+    for before in (False, True):
+        # up to a twelfth is the allocator's own, which is another one from run to run
+        assert any(grown(before) <= 1.1 for _ in range(5))
 
 
 # --- two processes --------------------------------------------------------------------------------
@@ -512,25 +515,33 @@ def test_a_process_that_is_killed_ends_all_of_them(tmp_path, whom, by):
     rows = (json.dumps({"question_id": i} | asked) for i in range(400))
     (tmp_path / "q.jsonl").write_text("\n".join(rows) + "\n")
     wanted = ["-m", SHAPES, "--questions", "q.jsonl", "--images", SHAPES, "--answers", "a.jsonl"]
-    process, journal = begun("batch", "-q", *wanted, cwd=tmp_path), tmp_path / "a.jsonl.partial"
-    try:
-        wait_until(lambda: process.poll() is not None or lines_of(journal) >= 3)
-        if whom is None:
-            process.send_signal(by)
-        else:
+    answers, journal = tmp_path / "a.jsonl", tmp_path / "a.jsonl.partial"
+    while True:  # until it is killed before it has answered everything
+        process = begun("batch", "-q", *wanted, cwd=tmp_path)
+        try:
+            wait_until(lambda: process.poll() is not None or lines_of(journal) >= 3)  # noqa: B023
             # torchrun, which ends the others as soon as it sees that one has, stands still, so that
             # the other has to end by itself
-            process.send_signal(signal.SIGSTOP)
-            os.kill(ranks_in(tmp_path)[whom], by)
-            wait_until(lambda: not ranks_in(tmp_path))
+            if whom is not None and process.poll() is None:
+                process.send_signal(signal.SIGSTOP)
+            there = ranks_in(tmp_path)
+            if process.poll() is None and (whom is None or whom in there):
+                if whom is None:
+                    process.send_signal(by)
+                else:
+                    os.kill(there[whom], by)
+                    wait_until(lambda: not ranks_in(tmp_path))
             process.send_signal(signal.SIGCONT)
-        err = process.communicate(timeout=PATIENCE)[1]
-        left = ranks_in(tmp_path)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            err = process.communicate(timeout=PATIENCE)[1]
+            left = ranks_in(tmp_path)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode and not answers.exists():
+            break
+        answers.unlink()
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert process.returncode and left == {}
+    assert left == {}
     # of two that torchrun ends one after the other, the second may have seen the first one's end
     assert len(errors) == 1 if whom is not None else len(errors) <= 1, err
     assert all(line.startswith("error: another of the processes has ended") for line in errors), err

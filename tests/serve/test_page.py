@@ -4,7 +4,9 @@ import base64
 import json
 import re
 import shutil
+import threading
 from contextlib import contextmanager
+from itertools import count
 
 import numpy as np
 import pytest
@@ -251,12 +253,30 @@ def changed(page, **fields):
     page.unroute("**/v1/chat/completions")
 
 
+@contextmanager
+def held(engine, steps=30):
+    """After so many steps the engine waits until this ends, however slow the browser is."""
+    go, taken, stepped = threading.Event(), count(1), engine.on_step
+
+    def wait(rows, seconds):
+        stepped(rows, seconds)
+        if next(taken) >= steps:
+            go.wait(PATIENCE)
+
+    engine.on_step = wait
+    try:
+        yield
+    finally:
+        engine.on_step = stepped
+        go.set()
+
+
 @pytest.mark.parametrize("by", ["button", "Escape"])
 def test_stopping_keeps_what_was_said_and_frees_the_slot(visit, shared, by):
     """The server would go on for nobody, or the words vanish."""
     page = visit()
     page.set_input_files("#file", PICTURE)
-    with changed(page, min_tokens=700, max_tokens=700):
+    with changed(page, min_tokens=700, max_tokens=700), held(shared.engine):
         page.fill("#question", QUESTION)
         page.press("#question", "Enter")
         page.locator(".word").nth(5).wait_for()
@@ -312,13 +332,23 @@ def test_a_picture_that_cannot_be_opened_is_not_asked_about(visit, tmp_path):
     answered(page)
 
 
-def test_a_picture_given_during_an_answer_does_not_take_it_away(visit):
+def test_a_picture_that_cannot_be_kept_is_no_end_of_the_page(visit):
+    """No picture could be given, and no question asked, until a reload."""
+    page = visit()
+    page.evaluate("() => { crypto.subtle.digest = () => Promise.reject(new Error('no hash')); }")
+    page.set_input_files("#file", PICTURE)
+    page.get_by_text("no hash").wait_for()
+    ask(page, image=None)
+    assert said(page)
+
+
+def test_a_picture_given_during_an_answer_does_not_take_it_away(visit, shared):
     """A new picture begins a new conversation, and the answer would be gone."""
     page = visit()
     ask(page)
     page.evaluate(SLOW_TO_OPEN)
     page.set_input_files("#file", SHAPES / "example-2.png")
-    with changed(page, min_tokens=700, max_tokens=700):
+    with changed(page, min_tokens=700, max_tokens=700), held(shared.engine):
         page.get_by_role("button", name="Another answer").click()
         page.locator(".word").nth(5).wait_for()
         page.evaluate("open_it()")

@@ -872,6 +872,8 @@ def test_the_log_has_numbers_and_no_words(shared, caplog):
     wait_until(lambda: any(line.fullmatch(each) for each in caplog.messages))
     (found,) = filter(None, map(line.fullmatch, caplog.messages))
     assert int(found[1]) == answer["usage"]["prompt_tokens"]
+    for words in ("Is it red", answer["choices"][0]["message"]["content"]):
+        assert words and words not in caplog.text
 
 
 def test_the_line_about_memory_is_what_is_taken(shared, assistant):

@@ -28,8 +28,8 @@ def ended(process: int | str) -> bool:
 
 
 def free_port() -> int:
-    """A port for a process that cannot choose one itself: until that binds it, the system gives it
-    to nobody, since it is not of those that systems give."""
+    """A port for a process that cannot choose one itself: until that binds it, Linux gives it to
+    nobody, since it is not of those that it gives, unless told otherwise."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as found:

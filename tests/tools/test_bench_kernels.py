@@ -251,8 +251,9 @@ def test_a_run_goes_on_from_its_journal(tmp_path, monkeypatch, capsys):
     path = tmp_path / "found.jsonl"
     machine = Machine(monkeypatch, lambda *_: 0.01)
     asked = [*TOY, "--dtypes", "float32", "--rows", "2,4,8", "--journal", str(path), "--json"]
-    # six ways, two calls each to warm up and two rounds: 0.2 s a cell
-    assert bench.main([*asked, "--seconds", "0.3"]) == 0
+    # two calls of each way to warm up and two rounds, and the time ends within the second cell
+    seconds = 1.5 * 4 * 0.01 * len(ways_of("float32", 2))
+    assert bench.main([*asked, "--seconds", str(seconds)]) == 0
     rows = [cell["rows"] for cell in json.loads(capsys.readouterr().out)["cells"]]
     assert rows == [2, 4]
     assert bench.main(asked) == 0

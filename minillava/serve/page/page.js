@@ -59,9 +59,9 @@ function save() {
 }
 
 async function messages(question) {
-  const turns = path(question); // of the conversation that is shown now
-  const url = talk.picture && await store.picture(talk.picture).then(blob => blob && store.dataUrl(blob));
-  if (talk.picture && !url) throw new Refused("This browser has lost the picture. Choose it again.", 0);
+  const turns = path(question), {picture} = talk; // of the conversation that is shown now
+  const url = picture && await store.picture(picture).then(blob => blob && store.dataUrl(blob));
+  if (picture && !url) throw new Refused("This browser has lost the picture. Choose it again.", 0);
   return turns.map((node, i) => {
     if (node.role === "assistant") return {role: "assistant", content: node.answers[0].text};
     const text = {type: "text", text: node.text};
@@ -93,11 +93,11 @@ const newAnswer = (settings, contrast, prefix = []) => ({settings, contrast, beg
   text: prefix.map(token => token.piece).join(""), state: "waiting"});
 
 async function request(node, answer) {
-  const prefix = answer.tokens.slice(0, answer.begun).map(token => token.id);
+  const prefix = answer.tokens.slice(0, answer.begun).map(token => token.id), {picture} = talk;
   return {
     messages: await messages(talk.nodes[node.parent]), stream: true, stream_options: {include_usage: true},
     ...answer.settings, logprobs: true, top_logprobs: LIKELIEST, token_ids: true,
-    ...(talk.picture ? {look: look()} : {}),
+    ...(picture ? {look: look()} : {}),
     ...(answer.contrast ? {contrast: {method: answer.contrast}} : {}),
     ...(prefix.length ? {prefix_ids: prefix} : {}),
   };
@@ -195,10 +195,11 @@ function clip(answer) {
 // Ask for the same answer once more, for its maps alone.
 async function mapsAgain(view) {
   const {answer, node} = view, again = newAnswer(answer.settings, answer.contrast, answer.tokens.slice(0, answer.begun));
-  const body = await request(node, again), decoder = new TextDecoder();
+  const decoder = new TextDecoder();
   by("again-maps").disabled = true;
   say("Computing the maps again …");
   try {
+    const body = await request(node, again);
     for await (const chunk of chat(body)) take(again, chunk, decoder);
     answer.head = again.head;
     again.tokens.slice(0, answer.tokens.length).forEach((token, i) => { if (token.map) answer.tokens[i].map = token.map; });
@@ -607,7 +608,10 @@ async function smaller(blob) {
 // Pictures are taken in one after the other; a question that is sent meanwhile waits for them.
 function give(file) {
   if (!file) return;
-  const last = (arriving ?? Promise.resolve()).then(() => takeIn(file));
+  const last = (arriving ?? Promise.resolve()).then(() => takeIn(file)).catch(error => {
+    say(`The picture could not be taken in: ${error.message}`);
+    return false;
+  });
   arriving = last;
   last.then(() => { if (arriving === last) arriving = null; });
 }
