@@ -203,8 +203,19 @@ def quantize_tensor(weight: Tensor, kind: str) -> dict[str, Tensor]:
     `weight_int8` and `scale` as in Int8Linear; or `weight_int4` uint8 [N, K/2], even columns in the
     low halves of the bytes, and `scale_zero` [N, K/G, 2]; see `kind_for`."""
     make = {"int8": to_int8, "int4": to_int4}[kind_for(weight.shape, kind)]
-    parts = [make(part.float()) for part in weight.split(BLOCK)]
-    return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
+    made: dict[str, Tensor] = {}
+    for i, rows in enumerate(weight.split(BLOCK)):
+        for suffix, part in make(rows.float()).items():
+            put(made, suffix, len(weight), i * BLOCK, part)
+    return made
+
+
+def put(made: dict[str, Tensor], name: str, rows: int, first: int, part: Tensor) -> None:
+    """Write some rows of made[name], of which it has `rows` in all. Unlike torch.cat it does not
+    hold everything twice: the parts, and what they become."""
+    if name not in made:
+        made[name] = part.new_empty((rows, *part.shape[1:]))
+    made[name][first : first + len(part)] = part
 
 
 def kind_for(shape: Sequence[int], kind: str) -> str:
@@ -275,13 +286,19 @@ def aligned(weight: Tensor) -> Tensor:
 
 def pack_whole(nibbles: Tensor) -> Tensor:
     """The order stored for every processor [N, K/2] -> the order of this processor's kernel."""
-    return torch.cat([pack(split(part)) for part in nibbles.split(BLOCK)])
+    made: dict[str, Tensor] = {}
+    for i, part in enumerate(nibbles.split(BLOCK)):
+        put(made, PACKED, len(nibbles), i * BLOCK, pack(split(part)))
+    return made[PACKED]
 
 
 def unpack_whole(packed: Tensor, order: Tensor) -> Tensor:
     """The inverse of pack_whole, for the processor that has this `packed_order`."""
-    parts = (unpack(part, order) for part in packed.split(BLOCK))
-    return torch.cat([q[:, ::2] | q[:, 1::2] << 4 for q in parts])
+    made: dict[str, Tensor] = {}
+    for i, part in enumerate(packed.split(BLOCK)):
+        q = unpack(part, order)
+        put(made, PACKED, len(packed), i * BLOCK, q[:, ::2] | q[:, 1::2] << 4)
+    return made[PACKED]
 
 
 def pack_here(stored: dict[str, Tensor]) -> dict[str, Tensor]:
