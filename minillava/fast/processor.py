@@ -30,10 +30,9 @@ WAYS: dict[str, dict[str, Ways]] = {
     "avx2": {
         "float32": FLOAT32,
         "float32, short": SHORT_FLOAT32,
-        "float32, wide": ((1, "parts"), (2, "turned"), (3, "onednn"), (MANY, "parts")),
+        "float32, wide": ((1, "parts"), (2, "turned"), *FLOAT32),
         "float32, small": PLAIN,
         "float32, 2048 × 2048": ((2, "turned parts"), *FLOAT32),
-        "float32, 2048 × 5632": ((1, "parts"), (2, "turned"), *FLOAT32),
         "float32, 32064 × 2048": ((2, "turned parts"), *FLOAT32),
         "bfloat16": ((1, "mv"), (2, "turned"), (3, "plain"), (4, "turned parts"), *BLOCKS),
         "bfloat16, wide": ((1, "mv"), (8, "plain"), *BLOCKS),
