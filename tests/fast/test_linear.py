@@ -123,17 +123,6 @@ def test_without_onednn_it_is_the_plain_product(monkeypatch):
     assert torch.equal(PRODUCTS["onednn"](x, weight), F.linear(x, weight))
 
 
-@pytest.mark.parametrize("rows", [2, 3, 4, 8, 33])
-@pytest.mark.parametrize("form", FORMS)
-def test_a_row_of_float32_has_the_same_bits_at_every_place_of_a_pass(form, rows):
-    """An answer's bits would hang on which slot of the server it has."""
-    weight = torch.randn(FORMS[form])
-    x = torch.randn(rows, weight.shape[1])
-    found = linear(x, weight)
-    for step in range(1, rows):
-        assert torch.equal(linear(x.roll(step, 0), weight), found.roll(step, 0))
-
-
 @pytest.mark.parametrize("layout", ["turned", "columns", "rows", "offset"])
 def test_onednn_takes_every_layout(layout):
     """Parts of a weight that several processes divide, or of a prompt, lie in memory with gaps."""
