@@ -33,7 +33,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +56,7 @@ from bench_parts.drafts import drafts, drafts_table
 from bench_parts.exact import exact, exact_table
 from bench_parts.growth import CONTEXTS, growth, growth_plot, growth_table, random_model
 from bench_parts.heads import heads, heads_table
-from bench_parts.journal import Journal
+from bench_parts.journal import Journal, add_flags
 from bench_parts.parallel import in_parts, parallel_table
 from bench_parts.probe import machine
 from bench_parts.profile import profile, profile_table
@@ -131,18 +130,7 @@ def flags_of_compare(group: argparse._ArgumentGroup) -> None:
         "--pictures", type=int, default=1, help="that a question is about (default 1)"
     )
     group.add_argument("--no-cold", action="store_true", help="leave out loading from disk")
-    group.add_argument(
-        "--journal",
-        type=Path,
-        metavar="FILE",
-        help="keep every finished measurement here, and go on from those that are there",
-    )
-    group.add_argument(
-        "--seconds",
-        type=float,
-        default=math.inf,
-        help="begin nothing more after so many; with --journal the same command goes on",
-    )
+    add_flags(group)
 
 
 def flags_of_others(group: argparse._ArgumentGroup) -> None:

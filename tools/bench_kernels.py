@@ -58,7 +58,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_checkpoint import SIZES, config_of
 from bench_parts.clock import BUSY, TRIES, Neighbours, Timing, say, take_turns
 from bench_parts.growth import random_model
-from bench_parts.journal import PACKAGE, Journal, code
+from bench_parts.journal import PACKAGE, Journal, add_flags, code
 from bench_parts.probe import machine
 
 from minillava.cache import KVCache
@@ -467,18 +467,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--read", type=Path, nargs="+", metavar="JSON", help="tables of what was found before"
     )
-    parser.add_argument(
-        "--journal",
-        type=Path,
-        metavar="FILE",
-        help="keep every finished cell here, and go on from those that are there",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=math.inf,
-        help="begin no further cell after so many; with --journal the same command goes on",
-    )
+    add_flags(parser)
     parser.add_argument("--bits", action="store_true", help="measure bits, not seconds")
     parser.add_argument("--pieces", choices=SIZES, help="measure a prompt in pieces")
     options = parser.parse_args(argv)

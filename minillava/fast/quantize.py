@@ -7,7 +7,7 @@ tower and projector are not quantised; activations keep the model's dtype.
 r rows, K width before, N width after, G = GROUP.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -203,19 +203,19 @@ def quantize_tensor(weight: Tensor, kind: str) -> dict[str, Tensor]:
     `weight_int8` and `scale` as in Int8Linear; or `weight_int4` uint8 [N, K/2], even columns in the
     low halves of the bytes, and `scale_zero` [N, K/G, 2]; see `kind_for`."""
     make = {"int8": to_int8, "int4": to_int4}[kind_for(weight.shape, kind)]
+    return by_blocks(weight, lambda rows: make(rows.float()))
+
+
+def by_blocks(weight: Tensor, make: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `make` has for a weight [N, ...], made from BLOCK of its rows at a time. Unlike
+    torch.cat this does not hold everything twice: the blocks, and what they become."""
     made: dict[str, Tensor] = {}
-    for i, rows in enumerate(weight.split(BLOCK)):
-        for suffix, part in make(rows.float()).items():
-            put(made, suffix, len(weight), i * BLOCK, part)
+    for first in range(0, len(weight), BLOCK):
+        for suffix, part in make(weight[first : first + BLOCK]).items():
+            if suffix not in made:
+                made[suffix] = part.new_empty((len(weight), *part.shape[1:]))
+            made[suffix][first : first + BLOCK] = part
     return made
-
-
-def put(made: dict[str, Tensor], name: str, rows: int, first: int, part: Tensor) -> None:
-    """Write some rows of made[name], of which it has `rows` in all. Unlike torch.cat it does not
-    hold everything twice: the parts, and what they become."""
-    if name not in made:
-        made[name] = part.new_empty((rows, *part.shape[1:]))
-    made[name][first : first + len(part)] = part
 
 
 def kind_for(shape: Sequence[int], kind: str) -> str:
@@ -286,19 +286,17 @@ def aligned(weight: Tensor) -> Tensor:
 
 def pack_whole(nibbles: Tensor) -> Tensor:
     """The order stored for every processor [N, K/2] -> the order of this processor's kernel."""
-    made: dict[str, Tensor] = {}
-    for i, part in enumerate(nibbles.split(BLOCK)):
-        put(made, PACKED, len(nibbles), i * BLOCK, pack(split(part)))
-    return made[PACKED]
+    return by_blocks(nibbles, lambda rows: {PACKED: pack(split(rows))})[PACKED]
 
 
 def unpack_whole(packed: Tensor, order: Tensor) -> Tensor:
     """The inverse of pack_whole, for the processor that has this `packed_order`."""
-    made: dict[str, Tensor] = {}
-    for i, part in enumerate(packed.split(BLOCK)):
-        q = unpack(part, order)
-        put(made, PACKED, len(packed), i * BLOCK, q[:, ::2] | q[:, 1::2] << 4)
-    return made[PACKED]
+
+    def stored(rows: Tensor) -> dict[str, Tensor]:
+        q = unpack(rows, order)
+        return {"weight_int4": q[:, ::2] | q[:, 1::2] << 4}
+
+    return by_blocks(packed, stored)["weight_int4"]
 
 
 def pack_here(stored: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -197,9 +197,9 @@ def memory_line(engine: Engine) -> str:
     weights = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
     table = model.language_model.embed_tokens.weight
     picture = model.config.tokens_per_image * table.shape[1] * table.element_size()
-    least = "at least " if model.config.grid else ""  # by the number of a picture's tiles
+    bound = "at least" if model.config.grid else "up to"  # a picture may have many tiles
     return (
         f"{len(engine.slots)} slots of {engine.capacity} positions take {slots / 2**30:.2f} GiB, "
-        f"pictures up to {least}{engine.most_pictures * picture / 2**20:.0f} MiB, "
+        f"pictures {bound} {engine.most_pictures * picture / 2**20:.0f} MiB, "
         f"weights {weights / 2**30:.2f} GiB"
     )

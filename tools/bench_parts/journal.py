@@ -1,13 +1,31 @@
 """What was measured is written as it comes, so that no finished row is lost, whatever ends a run."""
 
+import argparse
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "minillava"
+
+
+def add_flags(group: argparse._ActionsContainer) -> None:
+    """--journal and --seconds, by which one command measures in several sittings."""
+    group.add_argument(
+        "--journal",
+        type=Path,
+        metavar="FILE",
+        help="keep every finished measurement here, and go on from those that are there",
+    )
+    group.add_argument(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="begin nothing more after so many; with --journal the same command goes on",
+    )
 
 
 class Journal:
