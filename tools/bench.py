@@ -357,7 +357,9 @@ def serve_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if wrong := [name for name, url in others.items() if not url.startswith("http://")]:
         parser.error(f"--url {wrong[0]}: expected NAME=http://ADDRESS")
     with folder_of(options) as folder:
-        found = serve(folder, options.dtype, options.tokens, options.rounds, others)
+        # a large model would take its memory twice, and show HTTP's part of its time to nobody
+        both = options.size == SHAPES
+        found = serve(folder, options.dtype, options.tokens, options.rounds, others, both)
     return listed(found), serve_table(found)
 
 

@@ -1,9 +1,11 @@
 """tools/bench.py: tables of true measurements, and what it refuses. Toy sizes: what they measure
 means nothing."""
 
+import http.server
 import json
 import os
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -32,7 +34,7 @@ from bench_parts import (
     workers,
 )
 from bench_parts.compare import Asked, Measured
-from bench_parts.gguf_files import pairs_side_by_side
+from bench_parts.gguf_files import pairs_side_by_side, vocabulary
 from bench_parts.journal import Journal
 from bench_parts.probe import Limits
 from bench_parts.rows import Died, row_of
@@ -476,6 +478,22 @@ def test_llama_cpp_is_given_pairs_side_by_side():
     assert pairs_side_by_side(weight, 4).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
+def test_llama_cpp_is_given_a_vocabulary_that_spells_every_text(checkpoints):
+    """Its rows had names of their own, none of them a byte's: llama.cpp ended at the first text."""
+    folder = checkpoints / "toy"
+    make_checkpoint(folder, "toy", torch.float32)
+    for home, count in ((folder, 32064), (bench.PICTURE.parent, 640)):
+        texts, scores, kinds = vocabulary(home, count)
+        assert len(set(texts)) == len(scores) == len(kinds) == count  # a text twice is refused
+        assert [text for text, kind in zip(texts, kinds, strict=True) if kind == "BYTE"] == [
+            f"<0x{byte:02X}>" for byte in range(256)
+        ]
+        assert kinds[:3] == ["UNKNOWN", "CONTROL", "CONTROL"] and kinds[-2:] == ["UNUSED"] * 2
+        assert "▁the" in texts and kinds[texts.index("▁the")] == "NORMAL"
+        # which it merges first: the piece with the higher score
+        assert scores[texts.index("▁the")] > scores[texts.index("▁right")]
+
+
 @pytest.mark.parity
 def test_llama_cpp_reads_the_files_that_we_write(tmp_path, capsys):
     """Language model, eye and picture. Its answers are not compared: it reads a picture's positions
@@ -751,19 +769,97 @@ def test_wrong_usage(capsys, wrong, message):
 
 @pytest.mark.slow
 @pytest.mark.parity
-def test_serve_asks_a_server_and_another_beside_it(capsys):
+def test_serve_asks_a_server_and_another_beside_it(capsys, monkeypatch):
     """A client that is refused, or answers that end early, would count as fast ones."""
     pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
+    monkeypatch.setattr(serve, "SECONDS", 0.3)
     few = ["serve", "--size", "shapes", "--tokens", "3", "--rounds", "1"]
     with serve.started(bench.PICTURE.parent, "float32") as (other, _):
         assert bench.main([*few, "--url", f"other={other}"]) == 0
-    rows = [cells(line) for line in capsys.readouterr().out.splitlines()[4:]]
-    assert len(rows) == 8 and [row[0].partition(":")[0] for row in rows[::4]] == [
-        "minillava",
-        "other",
-    ]
+    *lines, _, added = capsys.readouterr().out.splitlines()[4:]
+    who = [line.partition(":")[0] for line in lines]
+    assert who.count("| other") == 4 and who.count("| without HTTP") == 2
+    assert len(who) == who.count("| minillava") + 6 == 14
+    assert "of 1 (" in added and "of 4 (" in added
     with pytest.raises(SystemExit, match="2"):
         bench.main([*few, "--url", "localhost:8080"])
+
+
+class Knocked(http.server.BaseHTTPRequestHandler):
+    """Answers in two pieces, so that a client may find half of one; with `bad` it refuses."""
+
+    protocol_version = "HTTP/1.1"
+    bad = 0
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        self.send_response(503 if self.bad else 200)
+        self.send_header("Content-Length", "4")
+        self.end_headers()
+        self.wfile.write(b"he")
+        self.wfile.flush()
+        self.wfile.write(b"re")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def door():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Knocked) as server:
+        server.asked = []
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_each_answer_is_counted_once(door):
+    """Half an answer would count as one, and the rest of it as the next."""
+    url = f"http://127.0.0.1:{door.server_port}/health"
+    found = json.loads(rows.finished([sys.executable, serve.KNOCK, url, "3", "0.1"], os.environ))
+    assert found["answers"] == len(door.asked) >= 3 and set(door.asked) == {"/health"}
+    assert 0 < found["half"] <= found["most"] <= found["seconds"]
+
+
+def test_a_refusal_is_no_fast_answer(door, monkeypatch):
+    """A server that answers that it has failed would have been the fastest of all."""
+    monkeypatch.setattr(Knocked, "bad", 1)
+    url = f"http://127.0.0.1:{door.server_port}/health"
+    with pytest.raises(Died, match=r"expected an answer with 200, found: HTTP/1\.1 503"):
+        rows.finished([sys.executable, serve.KNOCK, url, "1", "0.1"], dict(os.environ))
+
+
+def test_streams_run_until_the_last_knock():
+    """A stream that ends before would leave the server to the knocks alone; one that is not hung
+    up on would be waited for."""
+    over, ended, asked, made = threading.Event(), [], [], []
+
+    def ask():
+        asked.append(1)
+        try:
+            yield from (1.0, 2.0)
+        finally:
+            ended.append(1)
+
+    stream = serve.again(ask, over, made)
+    assert [next(stream) for _ in range(5)] == made == [1.0, 2.0, 1.0, 2.0, 1.0]
+    assert len(asked) == 3
+    over.set()
+    assert list(stream) == [] and len(ended) == len(asked) == 3
+
+
+def test_what_http_adds_is_of_the_same_round():
+    """Of a machine that was slow in one round, medians of different rounds would be compared."""
+    found = {
+        serve.per_token("minillava", 1): clock.Timing([2.0, 9.0, 3.0], [0.0] * 3),
+        serve.per_token("without HTTP", 1): clock.Timing([1.5, 8.0, 2.75], [0.0] * 3),
+    }
+    assert serve.added_by_http(found, 1) == [0.5, 1.0, 0.25]
+    assert serve.added_by_http(found, 4) == []
+    last = serve.serve_table(found).splitlines()[-1]
+    assert last == "HTTP adds, by streams: 500.00 ms to a token of 1 (250.00 to 1000.00 by round)."
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from minillava.checkpoint.config_json import read_config
 from minillava.checkpoint.stored import StoredWeights
 from minillava.config import LlavaConfig, TextConfig
 from minillava.image import ImageProcessor
+from minillava.tokenizer import Tokenizer
 
 EYE = "mmproj"
 LANGUAGE_NAMES = {
@@ -96,6 +97,11 @@ def write_language_model(folder: Path, path: Path) -> None:
     checkpoint, text = StoredWeights(folder), read_config(folder).text
     writer = gguf.GGUFWriter(path, "llama", use_temp_file=False)
     describe_language_model(writer, text)
+    texts, scores, kinds = vocabulary(folder, text.vocab_size)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(texts)
+    writer.add_token_scores(scores)
+    writer.add_token_types([int(gguf.TokenType[kind]) for kind in kinds])
     for name in checkpoint.tensors:
         if not name.startswith("language_model."):
             continue
@@ -123,11 +129,27 @@ def describe_language_model(writer, text: TextConfig) -> None:
     writer.add_rope_freq_base(text.rope_theta)
     writer.add_vocab_size(text.vocab_size)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    # of which it wants to see every token, though it is given ids
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"<{i}>".encode() for i in range(text.vocab_size)])
-    writer.add_token_scores([0.0] * text.vocab_size)
-    writer.add_token_types([int(gguf.TokenType.NORMAL)] * text.vocab_size)
+
+
+def vocabulary(folder: Path, rows: int) -> tuple[list[str], list[float], list[str]]:
+    """The text, the score and llama.cpp's name for the kind of each row of the table. What is no
+    piece is spelled in bytes there, and a vocabulary without them ends its process."""
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    pieces = tokenizer.sentencepiece
+    texts, scores, kinds = [], [], []
+    for i in range(rows):
+        known = i < tokenizer.vocab_size
+        texts.append(tokenizer.piece(i))
+        scores.append(pieces.get_score(i) if known else 0.0)
+        if not known:
+            kinds.append("UNUSED")
+        elif pieces.is_unknown(i):
+            kinds.append("UNKNOWN")
+        elif pieces.is_control(i):
+            kinds.append("CONTROL")
+        else:
+            kinds.append("BYTE" if pieces.is_byte(i) else "NORMAL")
+    return texts, scores, kinds
 
 
 def pairs_side_by_side(weight: Tensor, head_dim: int) -> Tensor:

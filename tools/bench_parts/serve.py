@@ -1,10 +1,12 @@
-"""serve: whole answers over HTTP, one client and several at once, and how long a late client waits for
-its first token."""
+"""serve: whole answers over HTTP, one client and several at once, beside the same answers without
+HTTP; how long a late client waits for its first token; and a small request, asked again and again."""
 
 import contextlib
 import http.client
 import json
+import os
 import re
+import statistics
 import subprocess
 import sys
 import threading
@@ -13,42 +15,86 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from bench_parts.clock import Timing, take_turns
+from bench_parts.rows import finished
+from minillava.cli.messages import Messages
+from minillava.cli.opening import open_assistant
+
+if TYPE_CHECKING:  # of the extra [serve], which other commands do without
+    from minillava.serve.service import Service
 
 ROOT = Path(__file__).resolve().parents[2]
+KNOCK = Path(__file__).with_name("knock.py")
 STREAMS = 4
+CONNECTIONS, SECONDS = 32, 3.0  # of those who ask for /health meanwhile
 QUESTION = "What is at the top of the picture, and what is at its bottom right? " * 3
 
 numbers = count()  # no two questions begin alike: each prompt is read whole
 
 
 def serve(
-    folder: Path, dtype: str, tokens: int, rounds: int, others: dict[str, str]
+    folder: Path, dtype: str, tokens: int, rounds: int, others: dict[str, str], both: bool
 ) -> dict[str, Timing]:
-    """Seconds of each variant, of our server with as many slots as streams, and of others by name and
-    address."""
-    with started(folder, dtype) as (own, process):
+    """Seconds of each variant, of our server with as many slots as streams, and of others by name
+    and address. both: without HTTP, too, by a second copy of the model."""
+    loads: list[dict[str, float]] = []
+    with contextlib.ExitStack() as stack:
+        own, process = stack.enter_context(started(folder, dtype))
         variants = {}
+        for name, url in {"minillava": own, **others}.items():
+            variants |= whole(name, partial(stream, url, tokens), tokens)
+            if both and name == "minillava":
+                ask = partial(without_http, stack.enter_context(engine(folder, dtype)), tokens)
+                variants |= whole("without HTTP", ask, tokens)
         for name, url in {"minillava": own, **others}.items():
             ask = partial(stream, url, tokens)
             variants |= {
-                f"{name}: 1 stream, per token": partial(together, ask, 1, tokens),
-                f"{name}: {STREAMS} streams, per token": partial(together, ask, STREAMS, tokens),
                 f"{name}: to the first token": partial(first_token, ask),
                 f"{name}: to the first token beside {STREAMS} streams": partial(late, ask),
             }
-        return take_turns(variants, rounds, [process])
+        health = f"minillava: /health by {CONNECTIONS} connections beside {STREAMS} streams"
+        address = own.removesuffix("/v1") + "/health"
+        knocking = partial(knock, partial(stream, own, tokens), address, loads)
+        found = take_turns(variants | {f"{health}, per request": knocking}, rounds, [process])
+    taken = found[f"{health}, per request"].others
+    for name, key in (
+        ("half of them within", "half"),
+        ("99 of 100 within", "most"),
+        ("the streams meanwhile, per token", "token"),
+    ):  # the first load is to warm up
+        found[f"{health}, {name}"] = Timing([load[key] for load in loads[1:]], taken)
+    return found
+
+
+def whole(
+    name: str, ask: Callable[[], Iterator[float]], tokens: int
+) -> dict[str, Callable[[], float]]:
+    return {
+        per_token(name, streams): partial(together, ask, streams, tokens)
+        for streams in (1, STREAMS)
+    }
+
+
+def per_token(name: str, streams: int) -> str:
+    return f"{name}: {streams} stream{'s' * (streams > 1)}, per token"
+
+
+def flags(folder: Path, dtype: str) -> list[str]:
+    """Of a server of ours."""
+    return [
+        "-q", "-m", str(folder), "--port", "0", "--dtype", dtype, "--slots", str(STREAMS),
+        "--context", "1024",
+    ]  # fmt: skip
 
 
 @contextlib.contextmanager
 def started(folder: Path, dtype: str) -> Iterator[tuple[str, int]]:
     """The address of a server of ours, and its process."""
-    command = [
-        sys.executable, "-m", "minillava.serve", "-q", "-m", str(folder), "--port", "0",
-        "--dtype", dtype, "--slots", str(STREAMS), "--context", "1024",
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "minillava.serve", *flags(folder, dtype)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -62,22 +108,61 @@ def started(folder: Path, dtype: str) -> Iterator[tuple[str, int]]:
         process.communicate()  # which closes the pipe, too
 
 
-def stream(url: str, tokens: int) -> Iterator[float]:
-    """Ask a question of its own; yields when each piece of the answer came."""
-    parts = urlsplit(url)
+@contextlib.contextmanager
+def engine(folder: Path, dtype: str) -> Iterator["Service"]:
+    """What such a server has behind HTTP, in this process."""
+    from minillava.serve.flags import make_parser
+    from minillava.serve.server import read_settings, start_engine
+    from minillava.serve.service import Service
+
+    args = make_parser().parse_args(flags(folder, dtype))
+    assistant = open_assistant(args, str(folder), Messages(args.verbose, args.quiet))
+    running = start_engine(args, assistant)
+    try:
+        yield Service(assistant, running, read_settings(args, folder.name, "127.0.0.1", []))
+    finally:
+        running.drain(0)
+        running.join()
+
+
+def body(tokens: int) -> bytes:
+    """A question of its own."""
     question = {"role": "user", "content": f"{next(numbers)}. {QUESTION}"}
     lengths = {"max_tokens": tokens, "min_tokens": tokens, "temperature": 0}
-    body = json.dumps({"messages": [question], "stream": True, "logprobs": True, **lengths})
+    asked = {"messages": [question], "stream": True, "logprobs": True, **lengths}
+    return json.dumps(asked).encode()
+
+
+def stream(url: str, tokens: int) -> Iterator[float]:
+    """Ask over HTTP; yields when each piece of the answer came."""
+    parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=600)
     with contextlib.closing(connection):
         head = {"Content-Type": "application/json"}
-        connection.request("POST", f"{parts.path}/chat/completions", body, head)
+        connection.request("POST", f"{parts.path}/chat/completions", body(tokens), head)
         answer = connection.getresponse()
         if answer.status != 200:
             raise RuntimeError(f"{url}: {answer.status} {answer.read().decode()[:300]}")
         for line in answer:
             if line.startswith(b"data: {") and b'"logprob":' in line.replace(b'": ', b'":'):
                 yield time.perf_counter()
+
+
+def without_http(service: "Service", tokens: int) -> Iterator[float]:
+    """Ask the engine itself; yields when each token came."""
+    from minillava.generate.engine import Failed
+    from minillava.serve.protocol import ChatRequest, read_request
+
+    events: SimpleQueue = SimpleQueue()
+    asked = read_request(body(tokens), ChatRequest)
+    service.submit(service.prepare(asked, lambda number, event: events.put(event)))
+    reason = None
+    while reason is None:
+        event = events.get()
+        if isinstance(event, Failed):
+            raise RuntimeError(event.message)
+        reason = event.finish_reason
+        yield time.perf_counter()
 
 
 def together(ask: Callable[[], Iterator[float]], streams: int, tokens: int) -> float:
@@ -108,6 +193,13 @@ def first_token(ask: Callable[[], Iterator[float]]) -> float:
 
 def late(ask: Callable[[], Iterator[float]]) -> float:
     """To the first token of a client that comes when every slot has just begun an answer."""
+    with busy(ask):
+        return first_token(ask)
+
+
+@contextlib.contextmanager
+def busy(ask: Callable[[], Iterator[float]]) -> Iterator[None]:
+    """STREAMS clients whose answers have just begun; at the end, they are waited for."""
     begun = threading.Barrier(STREAMS + 1, timeout=600)
 
     def hold() -> None:
@@ -121,17 +213,63 @@ def late(ask: Callable[[], Iterator[float]]) -> float:
     for thread in threads:
         thread.start()
     begun.wait()
-    seconds = first_token(ask)
+    yield
     for thread in threads:
         thread.join()
-    return seconds
+
+
+def knock(ask: Callable[[], Iterator[float]], url: str, loads: list[dict[str, float]]) -> float:
+    """Seconds per answer of an address that is asked by many while streams run. `loads` gets what
+    knock.py found, and the seconds per token of all streams meanwhile."""
+    over, made = threading.Event(), []
+    command = [sys.executable, str(KNOCK), url, str(CONNECTIONS), str(SECONDS)]
+    with busy(partial(again, ask, over, made)):
+        try:
+            load = json.loads(finished(command, dict(os.environ)))
+            began = time.perf_counter() - load["seconds"]
+        finally:
+            over.set()
+    tokens = sum(each > began for each in made)
+    load["token"] = load["seconds"] / tokens if tokens else float("inf")
+    loads.append(load)
+    return load["seconds"] / load["answers"]
+
+
+def again(
+    ask: Callable[[], Iterator[float]], over: threading.Event, made: list[float]
+) -> Iterator[float]:
+    """One answer after the other, until `over` is set; on the last one the client hangs up. made:
+    gets when each token came."""
+    while not over.is_set():
+        with contextlib.closing(ask()) as answer:  # type: ignore[type-var]
+            for each in answer:
+                made.append(each)
+                yield each
+                if over.is_set():
+                    return
 
 
 def serve_table(found: dict[str, Timing]) -> str:
-    lines = ["| | median | tokens/s | spread | others |", "|---|---:|---:|---:|---:|"]
+    lines = ["| | median | a second | spread | others |", "|---|---:|---:|---:|---:|"]
     for name, timing in found.items():
-        rate = f"{1 / timing.median:.1f}" if name.endswith("per token") else ""
-        seconds = f"{1e3 * timing.median:.1f} ms" if rate else f"{timing.median:.2f} s"
+        rate = f"{1 / timing.median:.1f}" if ", per " in name else ""
+        short = timing.median < 1
+        seconds = f"{1e3 * timing.median:.1f} ms" if short else f"{timing.median:.2f} s"
         others = f"{max(timing.others):.2f}"
         lines.append(f"| {name} | {seconds} | {rate} | ±{timing.spread:.0%} | {others} |")
-    return "\n".join(lines)
+    added = [
+        f"{1e3 * statistics.median(each):.2f} ms to a token of {streams} "
+        f"({1e3 * min(each):.2f} to {1e3 * max(each):.2f} by round)"
+        for streams in (1, STREAMS)
+        if (each := added_by_http(found, streams))
+    ]
+    return "\n".join([*lines, *(added and ["", f"HTTP adds, by streams: {', '.join(added)}."])])
+
+
+def added_by_http(found: dict[str, Timing], streams: int) -> list[float]:
+    """Seconds per token of each round; none if answers without HTTP were not measured."""
+    names = [per_token(name, streams) for name in ("minillava", "without HTTP")]
+    if names[1] not in found:
+        return []
+    over, without = (found[name].seconds for name in names)
+    return [a - b for a, b in zip(over, without, strict=True)]
