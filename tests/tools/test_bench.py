@@ -4,8 +4,11 @@ means nothing."""
 import http.server
 import json
 import os
+import shutil
+import subprocess
 import sys
 import threading
+import urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -39,12 +42,13 @@ from bench_parts.journal import Journal
 from bench_parts.probe import Limits
 from bench_parts.rows import Died, row_of
 from bench_parts.tables import COLUMNS, cells_of, memory, ratios, table
-from waiting import wait_until
+from waiting import free_port, wait_until
 
 from minillava.assistant import load
 from minillava.checkpoint.stored import StoredWeights
 from minillava.llava import Llava
 from minillava.loop import Step
+from minillava.tokenizer import Tokenizer
 
 SETTINGS = {"size": "toy", "machine": "one"}
 
@@ -783,6 +787,44 @@ def test_serve_asks_a_server_and_another_beside_it(capsys, monkeypatch):
     assert "of 1 (" in added and "of 4 (" in added
     with pytest.raises(SystemExit, match="2"):
         bench.main([*few, "--url", "localhost:8080"])
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_llama_cpp_serves_the_files_that_we_write(tmp_path, capsys, monkeypatch):
+    """It ended at the first question, whose text its vocabulary could not spell."""
+    server = shutil.which("llama-server")
+    if server is None or find_spec("gguf") is None:
+        pytest.skip("needs llama-server, of llama.cpp, and pip install gguf")
+    shapes, port = bench.PICTURE.parent, free_port()
+    rows.make_gguf(shapes, "bf16", tmp_path)
+    command = [server, "-m", str(tmp_path / "bf16.gguf"), "--port", str(port), "-c", "4096"]
+    command += ["-np", "4", "--chat-template", "vicuna"]
+    other, log = f"http://127.0.0.1:{port}", tmp_path / "log"
+
+    def answered(path, body=None):
+        assert process.poll() is None, log.read_text(errors="replace")[-2000:]
+        try:
+            with urllib.request.urlopen(other + path, body) as answer:
+                return json.load(answer)
+        except OSError:  # it does not listen yet, or still loads
+            return None
+
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        wait_until(lambda: answered("/health"))
+        ours = Tokenizer(shapes / "tokenizer.model")
+        for text in ("The star is at the top.", "Übung\n\n 7 🦙 <0x41> USER: "):
+            asked = json.dumps({"content": text, "add_special": True}).encode()
+            assert answered("/tokenize", asked) == {"tokens": ours.encode(text)}
+        monkeypatch.setattr(serve, "SECONDS", 0.3)
+        few = ["serve", "--size", "shapes", "--tokens", "3", "--rounds", "1"]
+        assert bench.main([*few, "--url", f"llama.cpp={other}/v1"]) == 0
+        assert capsys.readouterr().out.count("\n| llama.cpp: ") == 4
+    finally:
+        process.terminate()
+        process.wait()
 
 
 class Knocked(http.server.BaseHTTPRequestHandler):

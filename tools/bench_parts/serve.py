@@ -129,8 +129,8 @@ def body(tokens: int) -> bytes:
     """A question of its own."""
     question = {"role": "user", "content": f"{next(numbers)}. {QUESTION}"}
     lengths = {"max_tokens": tokens, "min_tokens": tokens, "temperature": 0}
-    asked = {"messages": [question], "stream": True, "logprobs": True, **lengths}
-    return json.dumps(asked).encode()
+    told = {"stream": True, "logprobs": True, "top_logprobs": 1}  # llama.cpp would tell 20
+    return json.dumps({"messages": [question], **told, **lengths}).encode()
 
 
 def stream(url: str, tokens: int) -> Iterator[float]:
