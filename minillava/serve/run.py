@@ -65,7 +65,8 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket bound to a port that no other program has; it listens once the model is open. Raises
     OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends at once, and not after 40 ms, if the socket says that it is TCP's
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     if os.name == "posix":  # on Windows it lets two programs have one port
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

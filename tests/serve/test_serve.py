@@ -669,6 +669,20 @@ def test_a_silent_peer_is_hung_up_on(start, monkeypatch):
     assert answered(running, "What is a ring?", min_tokens=200)
 
 
+def test_what_is_small_is_sent_at_once(shared):
+    """An answer's head went, and its body when the client's system had confirmed the head: 44 ms
+    for each request but the first of a connection. asyncio saw no socket of TCP's."""
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=PATIENCE) as peer:
+        peer.sendall(b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        assert peer.recv(100).startswith(b"HTTP/1.1 200")
+        (taken,) = (
+            protocol.transport.get_extra_info("socket")
+            for protocol in shared.server.server_state.connections.copy()
+            if protocol.client == peer.getsockname()
+        )
+        assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_machine_that_stands_still_costs_a_client_little_of_its_time():
     """After a laptop's sleep every request that was just being sent would be hung up on."""
     ended = []
