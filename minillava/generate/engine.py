@@ -1,5 +1,6 @@
 """Many requests at once on one model: each answer has a cache of one row, and all of them take
-their next token in one step.
+their next token in one step. One that is alone may be given several by a pass that checks guesses
+(speculate.py).
 
 The rows share the reading of the weights, which is nearly the whole cost of a step; attention is
 computed per row anyway. So a row can join and leave at any step, without padding, and the next
@@ -20,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillava.cache import KVCache
+from minillava.files.pictures import ImageSource
 from minillava.generate.inputs import encode_picture, together
+from minillava.generate.speculate import Drafts, Guessing, Report, check, follow, settle
 from minillava.generate.watch import Watch, seen_span
 from minillava.llama import Context, LanguageModel, rotary_tables, upcast
 from minillava.llava import Llava, Spliced
@@ -46,7 +49,8 @@ def is_final(error: BaseException) -> bool:
 class Token(NamedTuple):
     """One new token of an answer. text: the text that can now be shown. logprobs: (id,
     log-probability) of the token and of the most likely ones in its place. heat: [P], what its
-    choice looked at, if that was asked. at: when it was chosen."""
+    choice looked at, if that was asked. at: when it was chosen. guessed: whether it had been
+    guessed; None where nothing ever is."""
 
     id: int
     text: str
@@ -54,6 +58,7 @@ class Token(NamedTuple):
     logprobs: list[tuple[int, float]] | None
     heat: Tensor | None = None
     at: float = 0.0
+    guessed: bool | None = None
 
 
 class Failed(NamedTuple):
@@ -83,7 +88,7 @@ class Request:
     answer begins: chosen already, and counted as such. look: layers and heads whose attention on
     the one picture is reported with each token. contrast: f(logits, other, step) -> [1, V], which
     compares two rows. second_rows: for each answer the ids and pictures that its second row reads;
-    such an answer takes two slots.
+    such an answer takes two slots. images: opens the pictures, for a drafter that sees them.
     """
 
     ids: Sequence[int]
@@ -95,9 +100,14 @@ class Request:
     look: tuple[Sequence[int], Sequence[int]] | None = None
     contrast: Callable[[Tensor, Tensor, int], Tensor] | None = None
     second_rows: Sequence[tuple[Sequence[int], Sequence[tuple[bytes, Tensor | Tiled]]]] = ()
+    images: Callable[[], Sequence[ImageSource]] = tuple
     cancelled: bool = False
     cached: int = 0  # positions of the prompt that were cached already
     encoded: int = 0  # pictures whose patches were not kept
+    # of its answers, after the prompt: passes, tokens that they checked guesses for, and right ones
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
     # when it was taken, begun, its pictures encoded (pictured), read, ended
     times: dict[str, float] = field(default_factory=dict)
 
@@ -157,7 +167,8 @@ class Side:
 @dataclass(eq=False)
 class Running:
     """One answer while it is made. sides: its row, and with contrast a second one. siblings:
-    answers to the same prompt, which copy what this one has cached."""
+    answers to the same prompt, which copy what this one has cached. hidden [C]: the state from
+    which the last token was chosen, if no other answer was there; None otherwise."""
 
     request: Request
     number: int
@@ -166,7 +177,10 @@ class Running:
     row: Row
     most: int
     siblings: Sequence["Running"] = ()
+    told: int = 0  # how many ids of its history a drafter knows, or will know once it begins
     token: Tensor | None = None  # [1], the last one, not cached yet
+    guesses: Guessing | None = None  # since it was alone for the first time
+    hidden: Tensor | None = None
 
     @property
     def reading(self) -> bool:
@@ -188,7 +202,9 @@ class Engine(threading.Thread):
     slot, prompt and answer; None for the model's context. reuse: whether what is cached of a prompt
     is not read again. exact: an answer has the same bits whoever is there: a prompt that begins
     like a cached one is read in the same pieces, and a step has as many rows as there are slots. A
-    model that keeps bits by itself (fast/row_by_row.py) does so anyway.
+    model that keeps bits by itself (fast/row_by_row.py) does so anyway. drafts: guess what an
+    answer says while no other runs, unless it has contrast: rows of a pass are worth more to
+    answers than to guesses, which may be wrong. Raises ValueError for drafts with `exact`.
     """
 
     def __init__(
@@ -203,7 +219,10 @@ class Engine(threading.Thread):
         capacity: int | None = None,
         reuse: bool = True,
         exact: bool = False,
+        drafts: Drafts | None = None,
     ):
+        if exact and drafts is not None:
+            raise ValueError("an exact engine's steps have a fixed number of rows: no drafts")
         super().__init__(name="minillava-engine", daemon=True)
         context = model.config.text.context
         self.model, self.tokenizer = model, tokenizer
@@ -219,7 +238,7 @@ class Engine(threading.Thread):
                 language.together,
                 0,
             )
-        self.most_pictures = pictures
+        self.drafts, self.most_pictures = drafts, pictures
         self.features: OrderedDict[bytes, Tensor] = OrderedDict()  # [P, C], oldest first
         # A signal handler may call drain while its own thread has the lock; an RLock allows that.
         self.changed = threading.Condition()
@@ -497,7 +516,7 @@ class Engine(threading.Thread):
         row = Row(config.eos_token_ids, self.tokenizer, options.stop)
         for token_id in request.prefix:
             row.decoder.feed(token_id)  # type: ignore[union-attr]
-        return Running(request, number, sides, sampler, row, most)
+        return Running(request, number, sides, sampler, row, most, told=token_ids.shape[1])
 
     def _read(self, answers: list[Running]) -> None:
         """Prefill a piece of one prompt; after the last piece, choose the first token."""
@@ -524,6 +543,7 @@ class Engine(threading.Thread):
         if rest.shape[1]:
             return
         side.rest, side.logits = None, upcast(output.logits[:, -1])
+        answer.hidden = output.hidden[0, -1]  # type: ignore[index]
         if answer.reading:  # the other side
             return
         answer.request.times.setdefault("read", time.monotonic())
@@ -532,9 +552,21 @@ class Engine(threading.Thread):
         self._choose([(each, answer.sides) for each in (answer, *answer.siblings)])
 
     def _decode(self, answers: list[Running]) -> None:
-        """Decode one token for each of these answers."""
+        """Decode one token for each of these answers; for one that is alone as many as are guessed
+        right, and one more."""
         started = time.monotonic()
         rows = [(answer, side) for answer in answers for side in answer.sides]
+        for answer in answers:
+            answer.request.passes += 1
+        if self.drafts is not None and len(rows) == 1:
+            self._check(*rows[0], self._guess(*rows[0], self.drafts))
+        else:
+            self._step(rows)
+            self._choose([(answer, answer.sides) for answer in answers])
+        self.on_step(len(rows), time.monotonic() - started)
+
+    def _step(self, rows: Sequence[tuple[Running, Side]]) -> None:
+        """Read the last token of each row."""
         for first in range(0, len(rows), self.together):
             some = rows[first : first + self.together]
             token_ids = torch.cat([answer.token for answer, _ in some])  # [B]
@@ -542,11 +574,60 @@ class Engine(threading.Thread):
             watches = [side.watched() for _, side in some]
             logits = decode_rows(self.model, token_ids, caches, watches, self.rows)
             numbers = zip(some, token_ids.tolist(), upcast(logits[:, -1]), strict=True)
-            for (_, side), token_id, row in numbers:
+            for (answer, side), token_id, row in numbers:
                 side.slot.held.append(token_id)
-                side.logits = row[None]
-        self._choose([(answer, answer.sides) for answer in answers])
-        self.on_step(len(rows), time.monotonic() - started)
+                side.logits, answer.hidden = row[None], None
+
+    def _guess(self, answer: Running, side: Side, drafts: Drafts) -> Guessing:
+        """Guess what an answer that is alone says next. After a step that others shared nothing is
+        guessed, since the hidden state, from which some drafters guess, is not kept of it."""
+        request, sampler, cache = answer.request, answer.sampler, side.slot.cache
+        guesses = answer.guesses
+        if guesses is None:
+            drafter = drafts.drafter
+            draft = drafter.begin(list(request.ids), sampler, request.images())
+            report = Report(drafter.kind, tokens=1)
+            guesses = answer.guesses = Guessing(drafts, self.model, report, draft)
+        if answer.hidden is None:
+            guesses.skip()
+            return guesses
+        new = sampler.history[0, answer.told :].tolist()
+        answer.told += len(new)
+        guesses.draft.accept(new, answer.hidden)
+        most = min(answer.most - sampler.chosen, cache.capacity - cache.length) - 1
+        guesses.guess(most, as_chain=side.span is not None)
+        return guesses
+
+    def _check(self, answer: Running, side: Side, guesses: Guessing) -> None:
+        """Read the last token of an answer that is alone, and the guesses. Each token is chosen as
+        in a step of its own, as long as the guess before it was right."""
+        tree, request, slot = guesses.tree, answer.request, side.slot
+        last, made = int(answer.token), list[Token | Failed]()  # type: ignore[arg-type]
+        watches = [watch for _ in (last, *tree.tokens) if (watch := side.watched())]
+        rows = check(self.model, last, tree, slot.cache, watches=watches)
+
+        def choose(row: int) -> tuple[int, bool]:
+            side.logits = upcast(rows[row].logits[:, -1])
+            side.watch = watches[row] if watches else None
+            event = self._next(answer, answer.sides)
+            made.append(event)
+            if isinstance(event, Failed):
+                return -1, True
+            return event.id, event.finish_reason is not None
+
+        path = follow(tree, choose)
+        ids, right = [event.id for event in made if isinstance(event, Token)], len(path) - 1
+        if len(ids) == len(made):  # else the slot is empty
+            guesses.note(path, ids)
+            settle(slot.cache, tree, path, len(ids))
+            slot.held += [last, *ids[:-1]]
+            answer.hidden = rows[path[len(ids) - 1]].hidden[0, -1]  # type: ignore[index]
+        request.drafted += len(tree.tokens)
+        request.accepted += right
+        for i, event in enumerate(made):
+            if isinstance(event, Token) and i < right:
+                event = event._replace(guessed=True)
+            request.put(answer.number, event)
 
     def _choose(self, answers: Sequence[tuple[Running, Sequence[Side]]]) -> None:
         """Choose the next token of each answer by the logits of its sides, or of those it copies.
@@ -555,14 +636,13 @@ class Engine(threading.Thread):
         made = []
         try:
             for answer, sides in answers:
-                if token := self._next(answer, sides):
-                    made.append((answer, token))
+                made.append((answer, self._next(answer, sides)))
         finally:
-            for answer, token in made:
-                answer.request.put(answer.number, token)
+            for answer, event in made:
+                answer.request.put(answer.number, event)
 
-    def _next(self, answer: Running, sides: Sequence[Side]) -> Token | None:
-        """The next token of one answer; None if there is none, which it is told."""
+    def _next(self, answer: Running, sides: Sequence[Side]) -> Token | Failed:
+        """The next token of one answer, or why there is none."""
         request, rows = answer.request, torch.cat([side.logits for side in sides])  # [1 or 2, V]
         finite, logits = rows.isfinite().all(), rows
         if request.contrast is not None:
@@ -570,8 +650,8 @@ class Engine(threading.Thread):
         token, _, empty = answer.sampler(logits.where(finite, 0))
         if not finite or empty.any():
             answer.empty()
-            self._give_up("engine_failed", NOTHING_LEFT if finite else NOT_FINITE, (), [answer])
-            return None
+            self._leave(answer)
+            return Failed("engine_failed", NOTHING_LEFT if finite else NOT_FINITE)
         answer.sampler.remember(token)
         answer.token = token
         text = answer.row.feed(int(token), answer.sampler.chosen == answer.most)
@@ -582,7 +662,8 @@ class Engine(threading.Thread):
             heat = sides[0].watch.mean(*request.look)
         if reason is not None:
             self._leave(answer)
-        return Token(int(token), text, reason, likely, heat, time.monotonic())
+        guessed = None if self.drafts is None else False
+        return Token(int(token), text, reason, likely, heat, time.monotonic(), guessed)
 
     def _leave(self, answer: Running) -> None:
         """Free the slot of an answer that is over; what is cached in it stays."""

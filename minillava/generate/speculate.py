@@ -26,6 +26,7 @@ from minillava.attention import eager
 from minillava.cache import KVCache
 from minillava.config import IMAGE_TOKEN_INDEX
 from minillava.generate.tree import Tree, along_paths, chain, positions_and_mask
+from minillava.generate.watch import Watch
 from minillava.llama import Context, LanguageModel, LanguageOutput, rotary_tables
 from minillava.llava import Llava, Spliced
 from minillava.loop import decode_in_turn, prefill, steps
@@ -42,6 +43,10 @@ MOST = 15
 LOSS, CREDIT = 0.02, 1.25
 """How much longer an answer may take with guesses that are never right: a part of it, and steps, as
 many as it takes to try some."""
+
+
+EXACT = {True: ", exact on this machine", False: ", exact up to rounding", None: ""}
+"""In words, whether a pass has the bits of single steps."""
 
 
 class Draft(Protocol):
@@ -121,12 +126,11 @@ class Report:
         made = self.tokens - 1
         speed = f" ({made / self.passes:.1f} a pass)" if self.passes else ""
         lengths = " ".join(f"{n}:{count}" for n, count in enumerate(self.lengths) if count)
-        exact = {True: ", exact on this machine", False: ", exact up to rounding", None: ""}
         wrong = "; not one was right: do they come from a model like this?"
         return (
             f"{self.kind}: {self.tokens} tokens, 1 from the prompt, {made} in {self.passes} passes"
             f"{speed}; drafted {self.drafted}, accepted {self.accepted}; accepted lengths: "
-            f"{lengths or 'none'}{exact[self.exact]}"
+            f"{lengths or 'none'}{EXACT[self.exact]}"
             f"{wrong if self.drafted >= NOTICED and not self.accepted else ''}"
         )
 
@@ -263,6 +267,11 @@ class Drafts:
             self.exact[streams] = keeps_bits(model.language_model, most, streams)
         return self.exact[streams]
 
+    @property
+    def sees(self) -> bool:
+        """Whether the drafter makes use of the pictures."""
+        return getattr(self.drafter, "see", None) is not None
+
     def right(self, number: int) -> bool:
         """Whether token `number` of the answer that began last, from 0, was guessed."""
         return self.report is not None and self.report.guessed[number]
@@ -291,91 +300,149 @@ def _steps(
 ) -> Iterator[Step]:
     run = Run(model, spliced, options, cache=cache, **asked)
     check_one(run.batch, options)
-    pace = Pace(
-        drafts.tokens,
-        lambda count: drafts.pass_cost(count * run.rows_per_answer),
-        drafts.drafter.cost,
-    )
     with decode_in_turn(model, spliced.embeds, run.capacity, cache, run.wanted) as decoder:
         # A cache that the caller owns may grow at the last yield of a block.
         cache, spare = decoder.cache, int(cache is not None)
-        # watched: a guess that no pass checks, made to know how often they are right
-        tree = watched = chain([])
         rows = [prefill(model, spliced, cache, **run.wanted)]
         draft = drafts.drafter.begin(prompt_ids(spliced), run.sampler, pictures)
+        guesses = Guessing(drafts, model, report, draft, run.rows_per_answer)
         while True:
-            start = cache.length - len(tree.tokens)  # the length without the guesses
-            block, path = take_rows(run, rows, tree)
-            if report.add(tree.tokens, [row - 1 for row in path[1:]], len(block)):
-                pace.pay(len(tree.tokens), len(block))
-                pace.note(tree, len(path) - 1)
-                pace.note(watched, int(watched.tokens == block[0].ids))
-            if not tree.is_chain:
-                cache.keep([start - 1 + row for row in path[: len(block)]])
-            yield from show(block, cache, start)
+            block, path = take_rows(run, rows, guesses.tree)
+            ids = [step.ids[0] for step in block]
+            guesses.note(path, ids)
+            settle(cache, guesses.tree, path, len(ids))
+            yield from show(block, cache)
             if block[-1].finish_reason[0] is not None:
                 return
-            ids = [step.ids[0] for step in block]
             draft.accept(ids, rows[path[len(block) - 1]].hidden[0, -1])
             # More guesses than tokens are left could not count.
             most = min(run.most - run.sampler.chosen, cache.capacity - cache.length - spare) - 1
-            tree, watched = guess(draft, pace, most, model)
-            rows = check(model, ids[-1], tree, cache, run)
+            tree = guesses.guess(most)
+            rows = check(model, ids[-1], tree, cache, run.rows_per_answer, **run.wanted)
 
 
-def guess(draft: Draft, pace: Pace, most: int, model: Llava) -> tuple[Tree, Tree]:
+class Guessing:
+    """The guesses for one answer: what the next pass checks, as much as pays off, and what came of
+    it. The loop of one answer and the engine (engine.py) both use it."""
+
+    def __init__(
+        self, drafts: Drafts, model: Llava, report: Report, draft: Draft, rows_per_answer: int = 1
+    ):
+        """report: to which passes are added. rows_per_answer: 2 with contrast."""
+        self.model, self.report, self.draft = model, report, draft
+        self.pace = Pace(
+            drafts.tokens,
+            lambda count: drafts.pass_cost(count * rows_per_answer),
+            drafts.drafter.cost,
+        )
+        # watched: a guess that no pass checks, made to know how often they are right
+        self.tree = self.watched = chain([])
+
+    def guess(self, most: int, as_chain: bool = False) -> Tree:
+        """The guesses that the next pass checks, at most so many. as_chain: one after the other."""
+        self.tree, self.watched = guess(self.draft, self.pace, most, self.model, as_chain)
+        return self.tree
+
+    def skip(self) -> Tree:
+        """No guesses: the next pass is an ordinary step."""
+        self.tree = self.watched = chain([])
+        return self.tree
+
+    def note(self, path: list[int], ids: list[int]) -> None:
+        """Note what a pass made: the rows that `follow` found, and the tokens."""
+        if self.report.add(self.tree.tokens, [row - 1 for row in path[1:]], len(ids)):
+            self.pace.pay(len(self.tree.tokens), len(ids))
+            self.pace.note(self.tree, len(path) - 1)
+            self.pace.note(self.watched, int(self.watched.tokens == ids[:1]))
+
+
+def guess(
+    draft: Draft, pace: Pace, most: int, model: Llava, as_chain: bool = False
+) -> tuple[Tree, Tree]:
     """The guesses that the next pass checks, at most so many, and one that is only watched, if none
-    is checked and it costs nothing."""
+    is checked and it costs nothing. as_chain: one after the other."""
     none, count = chain([]), min(pace.choose(), most)
     if count <= 0 and pace.guess_cost != 0:
         return none, none
     found = draft.propose(max(count, 1))
     found = found if isinstance(found, Tree) else chain(found)
     found = text_only(found.first(max(count, 1)), model)
-    if model.language_model.one_by_one:
+    if as_chain or model.language_model.one_by_one:
         found = found.as_chain()
     tree = pace.cut(found) if count > 0 else none
     return tree, none if tree.tokens else found.first(1)
 
 
-def take_rows(run: Run, rows: list[LanguageOutput], tree: Tree) -> tuple[list[Step], list[int]]:
-    """The steps that a pass yields: from row to row as long as a guess is the token that is chosen,
-    and does not end the answer. Also the rows of those guesses, after row 0."""
-    block, path = [], [0]
+def follow(tree: Tree, choose: Callable[[int], tuple[int, bool]]) -> list[int]:
+    """Go from row to row of a pass as long as a guess is the token that is chosen, and does not end
+    the answer. choose: of a row, the token and whether it is the last. Returns the rows of the last
+    token that was read and of the guesses that were right."""
+    path = [0]
     while True:
-        step, told = run.choose(rows[path[-1]])
+        token, ended = choose(path[-1])
+        right = tree.child(path[-1], token)
+        path += [] if right is None else [right]
+        if ended or right is None:
+            return path
+
+
+def take_rows(run: Run, rows: list[LanguageOutput], tree: Tree) -> tuple[list[Step], list[int]]:
+    """The steps that a pass yields, and the rows that `follow` finds."""
+    block: list[Step] = []
+
+    def choose(row: int) -> tuple[int, bool]:
+        step, told = run.choose(rows[row])
         run.tell(step, told.tolist())
         block.append(step)
-        right = tree.child(path[-1], step.ids[0])
-        path += [] if right is None else [right]
-        if step.finish_reason[0] is not None or right is None:
-            return block, path
+        return step.ids[0], step.finish_reason[0] is not None
+
+    return block, follow(tree, choose)
 
 
-def show(block: list[Step], cache: KVCache, start: int) -> Iterator[Step]:
+def settle(cache: KVCache, tree: Tree, path: list[int], made: int) -> None:
+    """Leave in the cache, of a pass that made so many tokens, what it read of them: all but the
+    last, which was chosen just now."""
+    before = cache.length - len(tree.tokens) - 1
+    if tree.is_chain:
+        cache.truncate(before + made)
+    else:
+        cache.keep([before + row for row in path[:made]])
+
+
+def show(block: list[Step], cache: KVCache) -> Iterator[Step]:
     """Yield step by step, with the cache after each as the plain loop would leave it, so that a
     caller that stops early can go on from it."""
-    cache.truncate(start)
+    cache.truncate(cache.length - len(block) + 1)
     for step in block:
         yield step
         if step is not block[-1]:
             cache.advance(1)  # it was read already
 
 
-def check(model: Llava, last: int, tree: Tree, cache: KVCache, run: Run) -> list[LanguageOutput]:
+def check(
+    model: Llava,
+    last: int,
+    tree: Tree,
+    cache: KVCache,
+    rows_per_answer: int = 1,
+    watches: Sequence[Watch] = (),
+    **wanted: bool,
+) -> list[LanguageOutput]:
     """One pass over the last token and guesses; returns what a single step would give for each of
-    them. Both streams of contrast read the same tokens."""
+    them. Both streams of contrast read the same tokens. watches: of the rows of a chain, if their
+    attention is noted. wanted: hidden_states, attentions."""
     language, past = model.language_model, cache.length
-    rows = [[last, *tree.tokens]] * run.rows_per_answer
-    ids = torch.tensor(rows, device=run.sampler.history.device)  # [B, g + 1]
+    rows = [[last, *tree.tokens]] * rows_per_answer
+    ids = torch.tensor(rows, device=language.embed_tokens.weight.device)  # [B, g + 1]
     if language.one_by_one:
-        return [language(each, None, cache, **run.wanted) for each in ids.split(1, dim=1)]
-    recorded, padded = run.wanted["attentions"], cache.padding_mask is not None
+        return one_by_one(language, ids, cache, watches, **wanted)
+    recorded, padded = wanted.get("attentions", False), cache.padding_mask is not None
     attend = eager if recorded else language.attend
     seen: list[slice | list[int]] = [slice(0, past + i + 1) for i in range(ids.shape[1])]
     if tree.is_chain:
-        attend = query_by_query(attend, None if recorded else language.each_alone, padded)
-        output = language(ids, None, cache, attend=attend, **run.wanted)
+        together = None if recorded or watches else language.each_alone
+        attend = query_by_query(attend, together, padded, watches)
+        output = language(ids, None, cache, attend=attend, **wanted)
     else:
         paths = [tree.path(i) for i in range(ids.shape[1])]
         positions, mask = positions_and_mask(tree, past, cache.padding_mask, ids.device)
@@ -384,10 +451,17 @@ def check(model: Llava, last: int, tree: Tree, cache: KVCache, run: Run) -> list
         else:
             seen = [slice(0, past + len(path)) for path in paths]
             attend = along_paths(attend, tree, padded)
-        output = language(
-            ids, None, cache, attend=attend, positions=positions, mask=mask, **run.wanted
-        )
+        output = language(ids, None, cache, attend=attend, positions=positions, mask=mask, **wanted)
     return [one_row(output, i, keys) for i, keys in enumerate(seen)]
+
+
+def one_by_one(
+    language: LanguageModel, ids: Tensor, cache: KVCache, watches: Sequence[Watch], **wanted: bool
+) -> list[LanguageOutput]:
+    """The same for a model that reads each token in a step of its own. ids [B, g + 1]"""
+    attends = [watch.over(language.attend) for watch in watches] or [None] * ids.shape[1]
+    tokens = zip(ids.split(1, dim=1), attends, strict=True)
+    return [language(each, None, cache, attend=attend, **wanted) for each, attend in tokens]
 
 
 def at_once(device: torch.device) -> bool:
@@ -408,18 +482,22 @@ def one_row(output: LanguageOutput, i: int, keys: slice | list[int]) -> Language
 
 
 def query_by_query(
-    attend: Callable[..., Any], each_alone: Callable[..., Any] | None, padded: bool
+    attend: Callable[..., Any],
+    each_alone: Callable[..., Any] | None,
+    padded: bool,
+    watches: Sequence[Watch] = (),
 ) -> Callable[..., Any]:
     """Attention of several new positions as if each were a step: the same call as in a step, with
     one query over the keys that it would see. One call for all of them would add up in another
     order, and in int8, int4 and bfloat16 that is the only difference from single steps. each_alone:
-    of LanguageModel."""
+    of LanguageModel. watches: of each query, if it is noted what it sees."""
+    attends = [watch.over(attend) for watch in watches]
     # unlike a closure, this can be sent to another process
-    return partial(_attend_rows, attend, each_alone, padded)
+    return partial(_attend_rows, attends or attend, each_alone, padded)
 
 
 def _attend_rows(
-    attend: Callable[..., Any],
+    attends: Callable[..., Any] | Sequence[Callable[..., Any]],
     each_alone: Callable[..., Any] | None,
     padded: bool,
     q: Tensor,
@@ -437,6 +515,7 @@ def _attend_rows(
     for i in range(count):
         row, seen = slice(i, i + 1), slice(0, keys - count + i + 1)
         hidden = None if mask is None else mask[:, :, row, seen]
+        attend = attends if callable(attends) else attends[i]
         out, w = attend(q[:, :, row], k[:, :, seen], v[:, :, seen], hidden, False)
         outs.append(out)
         if w is not None:

@@ -63,7 +63,9 @@ class Tree(NamedTuple):
         path = [0]
         while path[-1] in self.parents:
             path.append(self.parents.index(path[-1]) + 1)
-        return chain([self.tokens[row - 1] for row in path[1:]])
+        places = [row - 1 for row in path[1:]]
+        chances = [self.chances[i] for i in places] if self.chances else []
+        return chain([self.tokens[i] for i in places])._replace(chances=chances)
 
 
 def chain(tokens: Sequence[int]) -> Tree:

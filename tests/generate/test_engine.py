@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from minillava.fast.parallel import OthersEnded
 from minillava.files.pictures import open_image
 from minillava.generate.contrast import M3ID, RITUAL, VCD
 from minillava.generate.engine import FAILURES, Engine, Failed, Refused, Request, Token
+from minillava.generate.lookup import Lookup
+from minillava.generate.speculate import Drafts
+from minillava.generate.tree import Tree
 
 SHAPES = ROOT / "weights" / "shapes"
 LONG = {"min_new_tokens": 400, "max_new_tokens": 400}  # of an answer that does not end by itself
@@ -488,3 +492,287 @@ def test_an_answer_ends_where_its_slot_is_full(assistant):
         Asked(engine, assistant, "What?", options=[{}, {}])
     engine.drain(0)
     engine.join(PATIENCE)
+
+
+# --- drafts ---------------------------------------------------------------------------------------
+
+
+class Spoilt:
+    """A drafter whose guesses are those of another, after `spoil`, which is told their place."""
+
+    cost = 0.0
+
+    def __init__(self, kind, drafter, spoil):
+        self.kind, self.drafter, self.spoil = kind, drafter, spoil
+
+    def begin(self, prompt, sampler, pictures):
+        return SpoiltDraft(self.drafter.begin(prompt, sampler, pictures), self.spoil)
+
+
+class SpoiltDraft:
+    def __init__(self, draft, spoil):
+        self.draft, self.spoil, self.passes = draft, spoil, 0
+        self.accept = draft.accept
+
+    def propose(self, count):
+        self.passes += 1
+        return self.spoil(self.passes, self.draft.propose(count))
+
+
+def one_wrong(at: int, guesses: list[int]) -> list[int]:
+    """Every guess of some passes is right, of others the first or a later one is wrong."""
+    return [token + (i == at % 4) for i, token in enumerate(guesses)]
+
+
+def two_ways(at: int, guesses: list[int]) -> Tree:
+    """Beside each guess a wrong one, of which the first comes before it."""
+    found = Tree([], [], [])
+    row = 0
+    for token in guesses:
+        for each in (token + 1, token):
+            found.tokens.append(each)
+            found.parents.append(row)
+        row = len(found.tokens)
+    return found
+
+
+GUESSED = ["lookup", "right", "one is wrong", "two ways"]
+
+
+@pytest.fixture(scope="module")
+def drafts(assistant) -> dict[str, Drafts]:
+    """By name. The model itself guesses right, but for pictures, which it is not shown."""
+    right = assistant.drafts(SHAPES, 4).drafter
+    spoilt = {"one is wrong": one_wrong, "two ways": two_ways}
+    made = {name: Spoilt(name, right, spoil) for name, spoil in spoilt.items()}
+    return {
+        name: Drafts(each, 4) for name, each in {"lookup": Lookup(), "right": right, **made}.items()
+    }
+
+
+def told(asked: Asked) -> list[list[Token]]:
+    """The events of each answer, but for when they came, and whether they were guessed."""
+    return [[e._replace(at=0, guessed=None) for e in events] for events in asked.all().values()]
+
+
+def assert_alike(found: list[list[Token]], expected: list[list[Token]]) -> None:
+    """The same tokens and texts; what is told of them but for rounding."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [event[:3] for event in ours] == [event[:3] for event in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            pairs = zip(one.logprobs or (), other.logprobs or (), strict=True)
+            assert all(mine == (i, pytest.approx(log_p, abs=1e-4)) for mine, (i, log_p) in pairs)
+            if other.heat is not None:
+                torch.testing.assert_close(one.heat, other.heat, rtol=1e-4, atol=1e-6)
+
+
+def everything(assistant) -> list[tuple[str, int | None, dict]]:
+    """What a request may ask of the engine: a question, its picture, and the rest."""
+    plain = [(question, image, {"options": [options]}) for image, question, options in MIXED]
+    seeds = [{"temperature": 1.0, "seed": seed} for seed in (5, 6)]
+    long = [{"min_new_tokens": 40, "max_new_tokens": 45}]
+    prefix = assistant.tokenizer.encode("I see")[1:]
+    asked = ({"options": seeds}, {"look": ([1, 3], [0, 2])}, {"prefix": prefix})
+    return plain + [
+        ("Please describe this image in detail.", 1, more)
+        for more in (*asked, {"options": long, "logprobs": 2})
+    ]
+
+
+@pytest.fixture(scope="module")
+def undrafted(assistant) -> list[list[list[Token]]]:
+    """The answers to all of it, without drafts."""
+    engine = Engine(assistant.model, assistant.tokenizer, **SETTINGS)
+    asked = [Asked(engine, assistant, q, i, **more) for q, i, more in everything(assistant)]
+    engine.start()
+    found = [told(each) for each in asked]
+    engine.drain(0)
+    engine.join(PATIENCE)
+    return found
+
+
+WAYS = [(name, together) for name in GUESSED for together in (False, True)]
+BY_DEFAULT = [("two ways", False), ("one is wrong", True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "together"),
+    [pytest.param(*way, marks=[pytest.mark.slow] * (way not in BY_DEFAULT)) for way in WAYS],
+)
+def test_drafts_change_no_answer(start, assistant, drafts, undrafted, name, together):
+    """A wrong guess would be said, or stay in the cache; or who joins and leaves would let a
+    drafter go on from where it was before. Who is asked together is there before the engine
+    begins, so that everything happens in the same order each time."""
+    engine, found, asked = start(later=together, drafts=drafts[name]), [], []
+    for question, image, more in everything(assistant):
+        asked.append(Asked(engine, assistant, question, image, **more))
+        found += [] if together else [told(asked[-1])]
+    if together:
+        engine.start()
+        found = [told(each) for each in asked]
+    for ours, expected in zip(found, undrafted, strict=True):
+        assert_alike(ours, expected)
+    drafted, accepted = (
+        sum(getattr(each.request, of) for each in asked) for of in ("drafted", "accepted")
+    )
+    assert 0 < accepted < drafted
+
+
+def test_guesses_are_made_while_an_answer_is_alone(start, assistant, drafts):
+    """A guess would take the place of somebody's token; or an answer that has been among others
+    would never be guessed again, or its drafter not know what was said meanwhile."""
+    engine, rows = start(later=True, drafts=drafts["right"]), []
+    engine.on_step = lambda count, seconds: rows.append(count)
+    short: list[Asked] = []
+
+    def join() -> None:
+        options = [{"max_new_tokens": 6, "min_new_tokens": 6}]
+        short.append(Asked(engine, assistant, "Where is the ring?", None, options))
+
+    options = [{"min_new_tokens": 60, "max_new_tokens": 60}]
+    long = Asked(engine, assistant, "What is a ring?", None, options, at_first=join)
+    engine.start()
+    (events,), (others,) = long.all().values(), short[0].all().values()
+    assert "".join(e.text for e in events) == assistant.ask(None, "What is a ring?", **options[0])
+    shared = rows.index(2), len(rows) - rows[::-1].index(2)
+    assert shared[1] - shared[0] == rows.count(2) <= len(others) - 1
+    request = long.request
+    assert request.passes == len(rows) and not any(e.guessed for e in others[:-1])
+    # the first is the prompt's; each pass makes one token beside what was guessed right
+    assert [e.guessed for e in events].count(True) == request.accepted
+    assert len(events) == 1 + request.passes + request.accepted
+    before, after = events[: shared[0]], events[-10:]
+    assert any(e.guessed for e in after), before
+
+
+class Listens(Lookup):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.heard = []
+
+    def begin(self, prompt, sampler, pictures):
+        draft = super().begin(prompt, sampler, pictures)
+        learn = draft.accept
+
+        def accept(ids, hidden):
+            learn(ids, hidden)
+            self.heard.append((ids, hidden))
+
+        draft.accept = accept
+        return draft
+
+
+def test_a_drafter_hears_every_token_and_the_state_that_chose_the_last(start, assistant):
+    """Medusa's heads would guess from the state of another token, or of somebody else's. While an
+    answer is among others nothing is told, and then everything at once."""
+    drafter = Listens()
+    engine = start(later=True, drafts=Drafts(drafter, 3))
+    join = partial(Asked, engine, assistant, "Where is the ring?", 2, [{"max_new_tokens": 6}])
+    options = [{"min_new_tokens": 40, "max_new_tokens": 40}]
+    asked = Asked(engine, assistant, "Describe this image.", 1, options, at_first=join)
+    engine.start()
+    (events,) = asked.all().values()
+    said = [event.id for event in events]
+    heard = [token_id for ids, _ in drafter.heard for token_id in ids]
+    assert heard == said[: len(heard)] and len(heard) >= len(said) - 4  # not of the last pass
+    assert any(len(ids) > 4 for ids, _ in drafter.heard)  # more than a pass makes
+    ends = assistant.model.config.eos_token_ids
+    for ids, hidden in drafter.heard:
+        logits = assistant.model.language_model.head(hidden)
+        logits[list(ends)] = -torch.inf  # barred, since the answer is still too short
+        assert int(logits.argmax()) == ids[-1]
+
+
+def test_the_next_turn_finds_in_its_slot_what_was_said_and_nothing_else(start, assistant, drafts):
+    """Guesses that were wrong would stay in the cache, and the next turn be answered from them."""
+    question, found = "Describe this image.", []
+    for guesses in (None, drafts["one is wrong"], drafts["two ways"]):
+        engine = start(slots=1, drafts=guesses)
+        first = Asked(engine, assistant, question, 1, [{"max_new_tokens": 20}])
+        ids = [event.id for event in first.all()[0]]
+        slot = engine.slots[0]
+        assert len(slot.held) == slot.cache.length
+        held = list(slot.held)
+        again = Asked(engine, assistant, question, 1, prefix=ids)
+        found.append((held, again.texts(), again.request.cached))
+        assert again.request.cached == len(held)  # all but the last, of which logits are wanted
+        assert found[-1] == found[0]
+        assert guesses is None or 0 < first.request.accepted < first.request.drafted
+
+
+def test_contrast_is_not_guessed(start, assistant, drafts):
+    """Its two rows have a cache each, of different lengths."""
+    engine = start(drafts=drafts["right"])
+    asked = contrasted(engine, assistant, "Is it red?", M3ID(rate=0.1), [{"seed": 0}])
+    path = SHAPES / "example-1.png"
+    assert asked.texts() == [assistant.ask(path, "Is it red?", contrast=M3ID(rate=0.1))]
+    assert (asked.request.drafted, asked.request.passes > 0) == (0, True)
+
+
+def test_what_a_pass_made_before_it_failed_is_told_first(start, assistant, drafts):
+    """Who asked would hear of the end and then of more words; or the next answer begin with what
+    the failed pass has left in the cache."""
+    engine = start(slots=1, drafts=drafts["right"])
+
+    def spoil(layer, inputs, output):
+        if output.shape[1] > 1:
+            output[:, 1:] = torch.nan
+
+    question = "What is a ring?"
+    hook = assistant.model.language_model.lm_head.register_forward_hook(spoil)
+    try:
+        *told, failed = Asked(engine, assistant, question).all()[0]
+    finally:
+        hook.remove()
+    assert isinstance(failed, Failed) and "not finite" in failed.message
+    assert [e.guessed for e in told] == [False, True]  # the prompt's, and row 0 of the first pass
+    assert (engine.slots[0].held, engine.slots[0].cache.length) == ([], 0)
+    assert Asked(engine, assistant, question).texts() == [assistant.ask(None, question)]
+
+
+def test_a_drafter_that_sees_is_shown_the_pictures(start, assistant):
+    """A small LLaVA would guess what it would say without the picture."""
+    shown, path = [], SHAPES / "example-1.png"
+
+    def images() -> list:
+        shown.append(path)
+        return [path]
+
+    engine = start(drafts=assistant.drafts(SHAPES, 4))
+    asked = Asked(engine, assistant, "Describe this image.", 1, images=images)
+    assert asked.texts() == [assistant.ask(path, "Describe this image.")]
+    request = asked.request
+    assert shown == [path] and request.accepted == request.drafted > 0
+
+
+def test_an_exact_engine_takes_no_drafts(assistant, drafts):
+    """Its steps have a fixed number of rows, and a pass over guesses another."""
+    with pytest.raises(ValueError, match="no drafts"):
+        Engine(assistant.model, assistant.tokenizer, **SETTINGS, exact=True, drafts=drafts["right"])
+
+
+@pytest.mark.slow
+@pytest.mark.numeric
+@pytest.mark.parametrize("name", ["lookup", "one is wrong"])
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: "-".join(filter(None, p)))
+def test_with_same_bits_drafts_change_no_bit(drafts, precision, name):
+    """A guess that was right would give the next token other bits than a step does."""
+    dtype, kind = precision
+    one = minillava.load(SHAPES, device="cpu", dtype=dtype, quantize=kind)
+    row_by_row.keep_bits(one.model)
+    found = []
+    for guesses in (None, drafts[name]):
+        engine = Engine(one.model, one.tokenizer, **SETTINGS, drafts=guesses)
+        cases = [(q, i, {"logprobs": 3, **more}) for q, i, more in everything(one)]
+        asked = [Asked(engine, one, q, image, **more) for q, image, more in cases]
+        engine.start()
+        found.append([told(each) for each in asked])
+        engine.drain(0)
+        engine.join(PATIENCE)
+    assert sum(each.request.drafted for each in asked) > 0
+    for ours, theirs in zip(*found, strict=True):
+        for one, other in zip(chain(*ours), chain(*theirs), strict=True):
+            assert one[:4] == other[:4]
+            assert (one.heat is None) == (other.heat is None)
+            assert one.heat is None or torch.equal(one.heat, other.heat)
