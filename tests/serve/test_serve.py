@@ -8,9 +8,7 @@ import json
 import logging
 import queue
 import re
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from commands import environment
 from paths import ROOT
 from served import (
     LONG,
@@ -788,38 +785,6 @@ def test_many_clients_at_once_get_their_own_answers(shared, assistant):
 
 
 # --- the door -------------------------------------------------------------------------------------
-
-
-def door(*words: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "minillava.serve", "-m", SHAPES, "--port", "0", *map(str, words)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
-@pytest.mark.parametrize(
-    ("number", "status"),
-    [pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow), (signal.SIGINT, 130)],
-)
-def test_the_door_says_where_it_listens_and_ends_when_it_is_told(number, status):
-    """A request that runs finishes; uvicorn alone would end with the signal's status."""
-    process = door("-q", "--slots", "1", "--grace", PATIENCE)
-    try:
-        line = process.stdout.readline()
-        port = int(re.fullmatch(r"listening on http://127\.0\.0\.1:(\d+)\n", line)[1])
-        running = Streaming(type("At", (), {"port": port}), {"max_tokens": 40, "min_tokens": 40})
-        assert running.read_until(b'"content":')
-        process.send_signal(number)
-        assert running.read_until(b"data: [DONE]\n\n")
-        running.close()
-        _, err = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-    assert (process.returncode, err.strip()) == (status, "")
 
 
 def test_a_server_ends_with_what_ended_its_engine():

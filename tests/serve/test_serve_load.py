@@ -74,17 +74,17 @@ def test_every_answer_is_the_one_asked_alone(shared, assistant, count):
 
 
 @pytest.mark.slow
-@pytest.mark.numeric
+@pytest.mark.parametrize("count", [pytest.param(24, marks=pytest.mark.numeric), 200])
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: "-".join(filter(None, p)))
-def test_with_same_bits_every_answer_is_the_one_asked_alone(precision):
+def test_with_same_bits_every_answer_is_the_one_asked_alone(precision, count):
     """In these precisions two tokens are often as likely, so that who shares a step would choose
-    words; --same-bits promises that nobody does."""
+    words; --same-bits promises that nobody does. The few are for other processors."""
     dtype, kind = precision
     assistant = minillava.load(SHAPES, device="cpu", dtype=dtype, quantize=kind)
     keep_bits(assistant.model)
     running = Running(assistant)
     try:
-        ask_at_once(running, assistant, 200)
+        ask_at_once(running, assistant, count)
     finally:
         running.close()
 
@@ -113,9 +113,12 @@ def ask_at_once(running, assistant, count: int) -> None:
                 found[i] = said(running.ask(parts, **given))
 
     in_threads(ask, range(12))
+    alone: dict[str, str] = {}  # many ask the same
     for i, (number, question, options, _) in enumerate(cases):
-        path = None if number is None else SHAPES / f"example-{number}.png"
-        assert found[i] == assistant.ask(path, question, **options), cases[i]
+        path, asked = number and SHAPES / f"example-{number}.png", str(cases[i][:3])
+        if asked not in alone:
+            alone[asked] = assistant.ask(path, question, **options)
+        assert found[i] == alone[asked], cases[i]
 
 
 def in_threads(work, items) -> None:
@@ -302,7 +305,7 @@ def test_what_is_no_proper_http(shared, sent, statuses):
 @few_and_all(10, 50)
 def test_slow_peers_keep_nobody_waiting(start, monkeypatch, count):
     """A few silent connections would fill the server, and stay for ever."""
-    monkeypatch.setattr(serving, "HEAD", 1.5)
+    monkeypatch.setattr(serving, "HEAD", 0.5)
     running = start()
     slow = [
         socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE)
@@ -358,10 +361,16 @@ class At:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
-@few_and_all((2, 1), (8, 4))
-def test_at_the_end_streams_finish_and_who_waits_is_told(count):
-    """A server that goes down would cut streams off, which clients then ask again."""
-    slots, waiting = count
+@pytest.mark.parametrize(
+    ("slots", "waiting", "number", "status"),
+    [
+        (2, 1, signal.SIGINT, 130),
+        pytest.param(8, 4, signal.SIGTERM, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_at_the_end_streams_finish_and_who_waits_is_told(slots, waiting, number, status):
+    """A server that goes down would cut streams off, which clients then ask again; uvicorn alone
+    would end with the signal's status."""
     process, port = door("--slots", slots, "--grace", PATIENCE)
     try:
         long = {"max_tokens": 60, "min_tokens": 60}
@@ -371,7 +380,7 @@ def test_at_the_end_streams_finish_and_who_waits_is_told(count):
         later = [Streaming(At(port), {"max_tokens": 2}) for _ in range(waiting)]
         for each in later:
             assert each.read_until(b"\r\n\r\n")
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         for each in running:
             assert each.read_until(b"data: [DONE]\n\n") and b'"finish_reason":"length"' in each.got
         for each in later:
@@ -383,7 +392,7 @@ def test_at_the_end_streams_finish_and_who_waits_is_told(count):
         _, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
-    assert (process.returncode, err.strip()) == (0, "")
+    assert (process.returncode, err.strip()) == (status, "")
 
 
 def resident(pid: int) -> int:
