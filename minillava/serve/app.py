@@ -181,7 +181,7 @@ class Guard:
             self.metrics.seconds.labels(route).observe(seconds)
             method = repr(scope["method"])[1:20].rstrip("'")
             chat: Chat | None = scope.get(COUNTED)
-            tokens = "" if chat is None else f" {chat.positions}+{chat.generated} tokens"
+            tokens = "" if chat is None else chat.counts()
             LOG.info("%s %s %s %d %.0f ms%s", name, method, route, status, 1e3 * seconds, tokens)
 
     def _refused(self, path: str, headers: dict, given: Sequence) -> ApiError | None:

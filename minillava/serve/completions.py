@@ -36,7 +36,7 @@ async def whole(asked: ChatRequest, chat: Chat, events: asyncio.Queue) -> dict[s
     count = len(chat.request.options)
     texts, reasons = [""] * count, [""] * count
     entries: list[list[dict]] = [[] for _ in range(count)]
-    ids: list[list[int]] = [[] for _ in range(count)]
+    tokens: list[list[Token]] = [[] for _ in range(count)]
     while not all(reasons):
         number, event = await events.get()
         if isinstance(event, Failed):
@@ -44,7 +44,7 @@ async def whole(asked: ChatRequest, chat: Chat, events: asyncio.Queue) -> dict[s
         chat.note(event)
         texts[number] += event.text
         entries[number] += chat.logprobs(number, event)
-        ids[number].append(event.id)
+        tokens[number].append(event)
         chat.extra(number, event)
         reasons[number] = event.finish_reason or ""
     return {
@@ -55,7 +55,7 @@ async def whole(asked: ChatRequest, chat: Chat, events: asyncio.Queue) -> dict[s
                 "message": {"role": "assistant", "content": texts[i], "refusal": None},
                 "logprobs": {"content": entries[i], "refusal": None} if asked.logprobs else None,
                 "finish_reason": reasons[i],
-                **chat.extras(i, texts[i], ids[i]),
+                **chat.extras(i, texts[i], tokens[i]),
             }
             for i in range(count)
         ],

@@ -12,9 +12,11 @@ from minillava.cli.arguments import (
     path_name,
 )
 from minillava.cli.flags import (
+    add_draft_arguments,
     add_flags,
     add_model_arguments,
     add_output_arguments,
+    check_drafts,
     flag,
 )
 from minillava.options import Options
@@ -97,6 +99,7 @@ def make_parser(prog: str = "python -m minillava.serve") -> Parser:
     add_flags(parser, "limits", LIMITS)
     add_flags(parser, "answers", ANSWERS)
     add_model_arguments(parser, answers=True)
+    add_draft_arguments(parser)
     add_output_arguments(parser)
     return parser
 
@@ -104,6 +107,7 @@ def make_parser(prog: str = "python -m minillava.serve") -> Parser:
 def read_flags(parser: Parser, argv: Sequence[str]) -> tuple:
     """Flags."""
     args = parser.parse_args(argv)
+    check_drafts(parser, args)
     if not 0 <= args.port < 65536:
         parser.error(f"--port is {args.port}, expected 0 to 65535")
     if not 0 <= args.temperature <= 2:

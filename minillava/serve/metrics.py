@@ -12,9 +12,7 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 class Metrics:
     def __init__(self, engine: Engine):
         registry = self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "minillava_requests_total", "Answered requests", ["route", "status"], registry=registry
-        )
+        self.requests = self._counter("requests", "Answered requests", "route", "status")
         self.seconds = Histogram(
             "minillava_request_seconds", "From request to answer", ["route"], buckets=SECONDS,
             registry=registry,
@@ -28,22 +26,16 @@ class Metrics:
             registry=registry,
         )  # fmt: skip
         self.step = Histogram(
-            "minillava_token_seconds", "From a token to the next, of every running answer",
+            "minillava_token_seconds", "A step, in which every running answer gets a token or more",
             buckets=SECONDS, registry=registry,
         )  # fmt: skip
-        self.pictures = Counter(
-            "minillava_pictures_total", "Pictures in prompts", ["cached"], registry=registry
-        )
         engine.on_step = self.stepped
-        self.prompt = Counter(
-            "minillava_prompt_tokens_total", "Positions of prompts", ["cached"], registry=registry
-        )
-        self.generated = Counter(
-            "minillava_generated_tokens_total", "New tokens", registry=registry
-        )
-        self.cancelled = Counter(
-            "minillava_cancelled_total", "Requests whose client went away", registry=registry
-        )
+        self.pictures = self._counter("pictures", "Pictures in prompts", "cached")
+        self.prompt = self._counter("prompt_tokens", "Positions of prompts", "cached")
+        self.generated = self._counter("generated_tokens", "New tokens")
+        self.drafted = self._counter("drafted_tokens", "Guesses that were checked")
+        self.accepted = self._counter("accepted_tokens", "Guesses that were right")
+        self.cancelled = self._counter("cancelled", "Requests whose client went away")
         for name, text, value in (
             ("minillava_running", "Answers that are made", lambda: len(engine.answers)),
             ("minillava_waiting", "Requests that wait", lambda: len(engine.waiting)),
@@ -51,6 +43,9 @@ class Metrics:
             ("minillava_engine_up", "Whether the model's thread runs", engine.is_alive),
         ):
             Gauge(name, text, registry=registry).set_function(value)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"minillava_{name}_total", text, labels, registry=self.registry)
 
     def stepped(self, rows: int, seconds: float) -> None:
         self.rows.observe(rows)
@@ -62,6 +57,8 @@ class Metrics:
         self.prompt.labels("true").inc(cached)
         self.prompt.labels("false").inc(chat.positions - cached)
         self.generated.inc(chat.generated)
+        self.drafted.inc(chat.request.drafted)
+        self.accepted.inc(chat.request.accepted)
         shown = len(chat.request.pictures)
         shown += sum(len(pictures) for _, pictures in chat.request.second_rows)
         self.pictures.labels("true").inc(shown - chat.request.encoded)

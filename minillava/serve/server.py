@@ -15,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from minillava.assistant import Assistant
 from minillava.cli.messages import Messages
 from minillava.generate.engine import Engine, is_final
+from minillava.generate.speculate import EXACT
 from minillava.serve.app import build
 from minillava.serve.flags import PIECES, SLOTS
 from minillava.serve.patience import Countdown
@@ -103,6 +104,8 @@ def serve(
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=level)
     engine = start_engine(args, assistant)
     messages.note(memory_line(engine))
+    if engine.drafts is not None:
+        messages.note(drafts_line(engine))
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     settings = read_settings(args, model_name(weights), shown, keys)
@@ -142,6 +145,7 @@ def start_engine(args: argparse.Namespace, assistant: Assistant) -> Engine:
         pictures=PICTURES,
         capacity=args.context,
         reuse=not args.no_reuse,
+        drafts=assistant.drafts(args.draft, args.draft_tokens),
     )
     for slot in engine.slots:
         for tensor in (*slot.cache.keys, *slot.cache.values):
@@ -188,6 +192,12 @@ def _run(server: Server, engine: Engine, listener: socket.socket) -> int:
             raise engine.error  # which says everything
         raise ValueError("the model's thread has ended with an error, which is told above")
     return 130 if server.by == signal.SIGINT else 0
+
+
+def drafts_line(engine: Engine) -> str:
+    """A line about the guesses that an engine with drafts makes."""
+    drafts: Any = engine.drafts
+    return f"guesses by {drafts.drafter.kind}{EXACT[drafts.is_exact(engine.model)]}"
 
 
 def memory_line(engine: Engine) -> str:

@@ -7,9 +7,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from minillava import __version__
@@ -66,6 +68,7 @@ class Chat:
     positions: int
     image_positions: int
     entries: list[Entries]
+    drafts: bool = False  # whether tokens are guessed
     look: dict[str, Any] | None = None  # how the maps are to be read
     seen: list[extensions.Seen] = field(default_factory=list)  # of each answer, with `look`
     generated: int = 0
@@ -98,18 +101,27 @@ class Chat:
             before = self.last.get(number, self.request.times["begun"])
             ids = {"token_ids": [event.id], "token_ms": round(1e3 * (event.at - before), 2)}
             self.last[number] = event.at
+            ids |= {"guessed": event.guessed} if self.drafts else {}
         if self.look is None:
             return ids
         return {**ids, "look": self.seen[number].entry(event)}
 
-    def extras(self, number: int, text: str, ids: list[int]) -> dict[str, Any]:
+    def extras(self, number: int, text: str, tokens: Sequence[Token]) -> dict[str, Any]:
         """Of a whole answer, the fields of its choice that are our own."""
-        own: dict[str, Any] = {"token_ids": ids} if self.asked.token_ids else {}
+        own: dict[str, Any] = {}
+        if self.asked.token_ids:
+            own["token_ids"] = [token.id for token in tokens]
+            own |= {"guessed": [token.guessed for token in tokens]} if self.drafts else {}
         if self.look is None:
             return own
         return {**own, "look": {**self.look, "words": self.seen[number].words(text)}}
 
     def usage(self) -> dict[str, Any]:
+        details = {"reasoning_tokens": 0}
+        if self.drafts:
+            right, wrong = self.request.accepted, self.request.drafted - self.request.accepted
+            details["accepted_prediction_tokens"] = right
+            details["rejected_prediction_tokens"] = wrong
         return {
             "prompt_tokens": self.positions,
             "completion_tokens": self.generated,
@@ -118,11 +130,18 @@ class Chat:
                 "cached_tokens": self.request.cached,
                 "image_tokens": self.image_positions,
             },
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "completion_tokens_details": details,
         }
 
+    def counts(self) -> str:
+        """For the log."""
+        request = self.request
+        right = f", {request.accepted} of {request.drafted} guesses right" if self.drafts else ""
+        return f" {self.positions}+{self.generated} tokens{right}"
+
     def timings(self) -> dict[str, Any]:
-        """The fields of an answer that are our own: the seeds, and how long each stage took."""
+        """The fields of an answer that are our own: the seeds, how long each stage took, and what
+        was guessed."""
         times, now = self.request.times, time.monotonic()
         begun, read = times.get("begun", now), times.get("read", now)
         pictured = times.get("pictured", begun)
@@ -136,7 +155,12 @@ class Chat:
             "prefill_tokens": self.positions - self.request.cached,
             "decode_ms": round(1e3 * spent, 1),
             "tokens_per_second": round(more / spent, 1) if more > 0 else None,
+            **(self.guesses() if self.drafts else {}),
         }
+
+    def guesses(self) -> dict[str, int]:
+        """How many passes there were after the prompt's, and how many guesses they checked."""
+        return {name: vars(self.request)[name] for name in ("passes", "drafted", "accepted")}
 
 
 @dataclass
@@ -217,12 +241,7 @@ class Service:
         )
         self._check_pictures(len(contents))
         self._check_text(begun)
-        look = extensions.read_look(asked, config, len(contents))
-        if look is not None and isinstance(
-            self.assistant.model.language_model, SharedLanguageModel
-        ):
-            told = "no process has the attention of all heads; start the server without torchrun"
-            raise ApiError(400, "unsupported_value", told, "look")
+        look = self._look(asked, len(contents))
         whole, prefix = tokenizer.encode(begun), []
         if asked.continue_final_message:
             prefix = whole[common_prefix(whole, tokenizer.encode(prompt)) :]
@@ -234,6 +253,7 @@ class Service:
         patches = sum(positions_of(config, pixels) for _, pixels in pictures)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         request = Request(ids, pictures, options, put, top, prefix, look, contrast)
+        request.images = self._images(contents)
         if contrast is not None:
             self._check_together([size for _, _, size in opened])
             request.second_rows = self._seconds(contrast, ids, contents, options)
@@ -248,9 +268,18 @@ class Service:
             len(ids) - len(pictures) + patches,
             patches,
             [Entries(tokenizer, ends, shown, bool(asked.token_ids)) for _ in range(count)],
+            self.engine.drafts is not None,
             look and extensions.look_head(assistant, opened[0][2], look),
             [extensions.Seen(tokenizer, prefix) for _ in range(count) if look],
         )
+
+    def _look(self, asked: ChatRequest, pictures: int) -> tuple[list[int], list[int]] | None:
+        model = self.assistant.model
+        look = extensions.read_look(asked, model.config, pictures)
+        if look is not None and isinstance(model.language_model, SharedLanguageModel):
+            told = "no process has the attention of all heads; start the server without torchrun"
+            raise ApiError(400, "unsupported_value", told, "look")
+        return look
 
     def _check_slots(self, count: int, each: int) -> None:
         slots = len(self.engine.slots)
@@ -290,11 +319,19 @@ class Service:
         """What the second row of each answer reads."""
         processor = self.assistant.image_processor
         with self._decoding, torch.no_grad():
-            pictures = [open_picture(content, self.settings.max_pixels) for content in contents]
+            pictures = self._open(contents)
             return [
                 extensions.second_prompt(contrast, ids, pictures, processor, each)
                 for each in options
             ]
+
+    def _images(self, contents: Sequence[bytes]) -> Callable[[], list[Image.Image]]:
+        """What opens the pictures for a drafter, if it sees them: else their bytes are not kept."""
+        drafts = self.engine.drafts
+        return partial(self._open, contents if drafts is not None and drafts.sees else ())
+
+    def _open(self, contents: Sequence[bytes]) -> list[Image.Image]:
+        return [open_picture(content, self.settings.max_pixels) for content in contents]
 
     def submit(self, chat: Chat) -> None:
         """Put a request into the engine's queue. Raises ApiError."""

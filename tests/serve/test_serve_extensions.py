@@ -3,17 +3,20 @@ prefix; each as README.md beside the door says it."""
 
 import base64
 import json
+import logging
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 from commands import environment
 from paths import ROOT
-from served import SHAPES, Running, picture, said, text
-from waiting import PATIENCE
+from served import SHAPES, Running, picture, said, serving, text
+from waiting import PATIENCE, wait_until
 
+from minillava.cli.doors import enter
 from minillava.look import run as looking
 from minillava.prompt import render
 from minillava.serve.protocol import Message
@@ -275,18 +278,103 @@ def test_a_prefix_that_no_answer_has_is_refused(shared, assistant):
     assert refused(shared, prefix_ids=[4] * 3000)[0] == "messages"
 
 
+# --- drafts ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def guessing(assistant):
+    """A server with drafts."""
+    running = Running(assistant, "--draft", "lookup", "--draft-tokens", "3")
+    yield running
+    running.close()
+
+
+def counted(running, name: str) -> float:
+    metrics = running.send("GET", "/metrics")[2].decode()
+    return float(re.search(rf"^minillava_{name}_tokens_total (.*)$", metrics, re.MULTILINE)[1])
+
+
+def twice(running, **options) -> dict:
+    """A request whose answer repeats what was said before: a second question on a picture."""
+    asked = [{"role": "user", "content": [picture(1), text("Describe this image.")]}]
+    said_before = said(running.chat(asked)[1])
+    again = [{"role": "assistant", "content": said_before}, {"role": "user", "content": QUESTION}]
+    return {"messages": asked + again, **options}
+
+
+@pytest.mark.parametrize("look", [False, True])
+def test_an_answer_says_what_was_guessed(guessing, shared, look):
+    """Who asks could not tell whether drafts are good for anything, or the figures not add up; or
+    the page, which asks for maps, would never get a guess."""
+    body = twice(guessing, token_ids=True, look=look)
+    before = [counted(guessing, name) for name in ("drafted", "accepted")]
+    answer = guessing.chat(**body)[1]
+    usage, (choice,) = answer["usage"], answer["choices"]
+    details, own = usage["completion_tokens_details"], answer["minillava"]
+    right, wrong = (details[f"{name}_prediction_tokens"] for name in ("accepted", "rejected"))
+    assert right > 10 and wrong > 0
+    assert (own["drafted"], own["accepted"]) == (right + wrong, right)
+    # the prompt's pass makes one, each other one more than was guessed right
+    assert usage["completion_tokens"] == 1 + own["passes"] + right == len(choice["token_ids"])
+    assert len(choice["guessed"]) == usage["completion_tokens"]
+    assert (choice["guessed"].count(True), choice["guessed"][0]) == (right, False)
+    plain = shared.chat(**body)[1]
+    assert plain["choices"][0]["message"] == choice["message"]
+    assert "passes" not in plain["minillava"] and "guessed" not in plain["choices"][0]
+    assert plain["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
+    # a stream says the same token by token
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    raw = guessing.send("POST", "/v1/chat/completions", body)[2].decode()
+    chunks = [json.loads(each[6:]) for each in raw.split("\n\n") if each.startswith("data: {")]
+    choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+    tokens = [each for each in choices if "token_ids" in each]
+    assert [i for each in tokens for i in each["token_ids"]] == choice["token_ids"]
+    assert [each["guessed"] for each in tokens] == choice["guessed"]
+    assert all(len(each["look"]) <= 1 for each in tokens if look)
+    assert chunks[-1]["usage"]["completion_tokens_details"] == details
+    assert chunks[-2]["minillava"]["passes"] == own["passes"]
+    expected = [before[0] + 2 * own["drafted"], before[1] + 2 * right]
+    wait_until(lambda: [counted(guessing, name) for name in ("drafted", "accepted")] == expected)
+
+
+def test_the_log_and_the_other_format_say_it_too(guessing, caplog):
+    """Who runs the server could not see whether drafts are good for anything."""
+    caplog.set_level(logging.INFO, logger="minillava.serve")
+    body = {"input": "What is a ring?"}
+    raw = guessing.send("POST", "/v1/responses", body, x_request_id="guessed")[2]
+    own = json.loads(raw)["minillava"]
+    told = f" tokens, {own['accepted']} of {own['drafted']} guesses right"
+    wait_until(lambda: any(each.startswith("guessed ") for each in caplog.messages))
+    (line,) = (each for each in caplog.messages if each.startswith("guessed "))
+    assert line.endswith(told) and own["passes"] > 0
+
+
+def test_the_door_says_by_what_it_guesses(guessing, run_main, tmp_path):
+    """A mistyped folder would end in a traceback, or in a server without drafts."""
+    told = serving.drafts_line(guessing.engine)
+    assert re.fullmatch("guesses by lookup, exact (on this machine|up to rounding)", told)
+    missing = tmp_path / "nothing"
+    status, out, err = run_main(
+        partial(enter, "serve"), "-m", SHAPES, "--port", 0, "--draft", missing
+    )
+    assert (status, out, err.count("\n"), str(missing) in err) == (1, "", 1, True)
+    for words in (["--draft-tokens", "3"], ["--draft", "lookup", "--compile"]):
+        assert run_main(partial(enter, "serve"), *words)[0] == 2
+
+
 # --- README ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["look", "contrast", "prefix_ids"])
-def test_the_examples_of_the_readme_run_and_say_what_it_says(shared, name):
+@pytest.mark.parametrize("name", ["look", "contrast", "prefix_ids", "drafts"])
+def test_the_examples_of_the_readme_run_and_say_what_it_says(shared, guessing, name):
     """An example that nobody runs would go on asking for a field that is gone."""
+    running = guessing if name == "drafts" else shared
     page = (ROOT / "minillava" / "serve" / "README.md").read_text(encoding="utf-8")
     found = re.search(
         rf"<!-- extension: {name} -->\n```python\n(.*?)```\n+```text\n(.*?)```", page, re.DOTALL
     )
     start = re.search(r"<!-- extension: start -->\n```python\n(.*?)```", page, re.DOTALL)[1]
-    script = start.replace(":8000", f":{shared.port}") + found[1]
+    script = start.replace(":8000", f":{running.port}") + found[1]
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE,
