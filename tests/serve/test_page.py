@@ -455,6 +455,40 @@ def changed_contrast(page, **fields):
     page.unroute("**/v1/chat/completions")
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_what_was_guessed_is_counted_and_marked(visit, assistant, width):
+    """Who uses drafts could not see whether they are good for anything; or it would be told by a
+    colour alone."""
+    running = Running(assistant, "--draft", "lookup", "--draft-tokens", "3")
+    try:
+        page = visit(running, width=width)
+        ask(page)
+        first = said(page)
+        ask(page, "Please describe this image in detail.", image=None)
+        asked = [{"role": "user", "content": [picture(1), text(QUESTION)]}]
+        asked += [{"role": "assistant", "content": first}]
+        asked += [{"role": "user", "content": "Please describe this image in detail."}]
+        answer = running.chat(asked, logprobs=True, token_ids=True)[1]
+    finally:
+        running.close()
+    (choice,), own = answer["choices"], answer["minillava"]
+    speed = (answer["usage"]["completion_tokens"] - 1) / own["passes"]
+    told = f"{own['accepted']} of {own['drafted']} guesses right (dotted above), {speed:.1f} tokens a pass"
+    assert told in page.locator(".note").last.inner_text() and own["accepted"] > 10
+    words: list[tuple[str, bool]] = []
+    for entry, right in zip(choice["logprobs"]["content"], choice["guessed"], strict=False):
+        begins = entry["token"].startswith(" ") or not words
+        before, all_right = ("", True) if begins else words.pop()
+        words.append((before + entry["token"].strip(), all_right and right))
+    shown = page.locator(".words").last.locator(".word")
+    line = "each => [each.textContent, getComputedStyle(each).borderTopWidth !== '0px']"
+    assert shown.evaluate_all(f"all => all.map({line})") == [list(each) for each in words]
+    for right in (True, False):
+        shown.nth([guessed for _, guessed in words].index(right)).focus()
+        assert (", guessed, took" in page.inner_text("#said")) == right
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
 def test_another_answer_and_an_edited_question_keep_the_old_ones(visit):
     """What was said before would be overwritten."""
     page = visit()
@@ -465,7 +499,8 @@ def test_another_answer_and_an_edited_question_keep_the_old_ones(visit):
     page.get_by_role("button", name="Another answer").click()
     page.get_by_text("2 / 2").wait_for()
     answered(page)
-    assert "temperature 1, seed 5" in page.locator(".note").inner_text()
+    note = page.locator(".note").inner_text()
+    assert "temperature 1, seed 5" in note and "guess" not in note  # which this server does not
     page.get_by_label("The one before").click()
     assert said(page) == first
     page.get_by_role("button", name="Edit").click()

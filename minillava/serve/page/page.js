@@ -178,7 +178,7 @@ function take(answer, chunk, decoder) {
   for (const entry of choice.logprobs?.content ?? []) {
     const piece = decoder.decode(Uint8Array.from(entry.bytes), {stream: true});
     const top = entry.top_logprobs.map(each => ({id: each.id, text: each.token, p: Math.exp(each.logprob), end: each.end}));
-    answer.tokens.push({id: entry.id, piece, p: Math.exp(entry.logprob), top, ms: choice.token_ms});
+    answer.tokens.push({id: entry.id, piece, p: Math.exp(entry.logprob), top, ms: choice.token_ms, guessed: choice.guessed});
   }
   for (const entry of choice.look ?? []) if (answer.tokens.length) answer.tokens.at(-1).map = decode(entry);
 }
@@ -278,11 +278,12 @@ class View {
     element.addEventListener("keydown", event => this.key(event, word));
   }
 
-  // The thin line under a word: how unsure the model was.
+  // The thin line under a word: how unsure the model was. The one above it: the word had been guessed.
   mark({element, tokens}) {
     const least = Math.min(...tokens.map(token => token.p));
     element.classList.toggle("unsure", least < 0.9);
     element.classList.toggle("guess", least < 0.5);
+    element.classList.toggle("drafted", tokens.every(token => token.guessed));
   }
 
   rove(word) {
@@ -306,6 +307,7 @@ class View {
       const read = usage ? `${timings.prefill_tokens} of ${usage.prompt_tokens} positions` : `${timings.prefill_tokens} positions`;
       const speed = timings.tokens_per_second ? `, ${timings.tokens_per_second} tokens/s` : "";
       text = `waited ${s(timings.queue_ms)}${timings.picture_ms ? ` · saw the picture in ${s(timings.picture_ms)}` : ""} · read ${read} in ${s(timings.prefill_ms)} · wrote ${usage?.completion_tokens ?? ""} tokens in ${s(timings.decode_ms)}${speed}`;
+      text += guesses(timings, usage);
       if (answer.finish === "length") text += " · cut at the longest answer";
       if (answer.settings.temperature) text += ` · temperature ${answer.settings.temperature}, seed ${answer.settings.seed}`;
     }
@@ -313,6 +315,13 @@ class View {
     this.note.classList.toggle("error", answer.state === "failed");
     this.note.hidden = !text;
   }
+}
+
+// What drafts were good for; a server without them says nothing of passes.
+function guesses({passes, drafted, accepted}, usage) {
+  if (passes === undefined || !usage) return "";
+  if (!drafted) return " · nothing was guessed";
+  return ` · ${accepted} of ${drafted} guesses right (dotted above), ${((usage.completion_tokens - 1) / passes).toFixed(1)} tokens a pass`;
 }
 
 // Words that the two answers of one question do not share, by position from the first difference.
@@ -350,7 +359,9 @@ function show(what) {
   word.element.classList.add("here");
   const ms = word.tokens.reduce((sum, token) => sum + token.ms, 0);
   const p = word.tokens.reduce((product, token) => product * token.p, 1);
-  const time = `, took ${ms < 9.95 ? ms.toFixed(1) : ms.toFixed(0)} ms`;
+  const right = word.tokens.filter(token => token.guessed).length;
+  const guessed = !right ? "" : right === word.tokens.length ? ", guessed" : `, ${right} of its ${word.tokens.length} tokens guessed`;
+  const time = `${guessed}, took ${ms < 9.95 ? ms.toFixed(1) : ms.toFixed(0)} ms`;
   let text = `“${word.text}”: probability ${percent(p)}${time}.`;
   if (map && answer.head) {
     const {picture} = answer.head;
@@ -455,7 +466,7 @@ function alternatives(panel, view, token, title) {
 async function goOn(view, at, other) {
   const {answer: old, node} = view, before = old.tokens[at];
   const text = /^\s/.test(before.piece) || at ? other.text : other.text.trimStart();
-  const token = {...before, id: other.id, piece: text, p: other.p};
+  const token = {...before, id: other.id, piece: text, p: other.p, guessed: false};
   await answer(talk.nodes[node.parent], old.settings, [...old.tokens.slice(0, at), token], [old.contrast]);
 }
 
