@@ -48,6 +48,8 @@ from minillava.assistant import load
 from minillava.checkpoint.stored import StoredWeights
 from minillava.llava import Llava
 from minillava.loop import Step
+from minillava.prompt import render
+from minillava.templates import LLAVA_V1
 from minillava.tokenizer import Tokenizer
 
 SETTINGS = {"size": "toy", "machine": "one"}
@@ -799,7 +801,7 @@ def test_llama_cpp_serves_the_files_that_we_write(tmp_path, capsys, monkeypatch)
     shapes, port = bench.PICTURE.parent, free_port()
     rows.make_gguf(shapes, "bf16", tmp_path)
     command = [server, "-m", str(tmp_path / "bf16.gguf"), "--port", str(port), "-c", "4096"]
-    command += ["-np", "4", "--chat-template", "vicuna"]
+    command += ["-np", "4"]
     other, log = f"http://127.0.0.1:{port}", tmp_path / "log"
 
     def answered(path, body=None):
@@ -818,6 +820,9 @@ def test_llama_cpp_serves_the_files_that_we_write(tmp_path, capsys, monkeypatch)
         for text in ("The star is at the top.", "Übung\n\n 7 🦙 <0x41> USER: "):
             asked = json.dumps({"content": text, "add_special": True}).encode()
             assert answered("/tokenize", asked) == {"tokens": ours.encode(text)}
+        asked = json.dumps({"messages": [{"role": "user", "content": "What is a ring?"}]}).encode()
+        prompt = str(render(LLAVA_V1, [("What is a ring?", None)]))
+        assert answered("/apply-template", asked) == {"prompt": prompt}
         monkeypatch.setattr(serve, "SECONDS", 0.3)
         few = ["serve", "--size", "shapes", "--tokens", "3", "--rounds", "1"]
         assert bench.main([*few, "--url", f"llama.cpp={other}/v1"]) == 0

@@ -21,6 +21,7 @@ from minillava.checkpoint.config_json import read_config
 from minillava.checkpoint.stored import StoredWeights
 from minillava.config import LlavaConfig, TextConfig
 from minillava.image import ImageProcessor
+from minillava.templates import LLAVA_V1, Template
 from minillava.tokenizer import Tokenizer
 
 EYE = "mmproj"
@@ -102,6 +103,7 @@ def write_language_model(folder: Path, path: Path) -> None:
     writer.add_token_list(texts)
     writer.add_token_scores(scores)
     writer.add_token_types([int(gguf.TokenType[kind]) for kind in kinds])
+    writer.add_chat_template(chat_template(LLAVA_V1))
     for name in checkpoint.tensors:
         if not name.startswith("language_model."):
             continue
@@ -129,6 +131,17 @@ def describe_language_model(writer, text: TextConfig) -> None:
     writer.add_rope_freq_base(text.rope_theta)
     writer.add_vocab_size(text.vocab_size)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+
+
+def chat_template(template: Template) -> str:
+    """A template as llama.cpp's server reads it, in Jinja, for users and assistants in turn."""
+    said = "{{ message.content }}"
+    return (
+        f"{template.system_block.format(template.system)}{{% for message in messages %}}"
+        f"{{% if message.role == 'user' %}}{template.user.format(said)}"
+        f"{{% else %}}{template.assistant.format(said)}{{% endif %}}{{% endfor %}}"
+        f"{template.opening}"
+    )
 
 
 def vocabulary(folder: Path, rows: int) -> tuple[list[str], list[float], list[str]]:
