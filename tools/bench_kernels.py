@@ -6,6 +6,7 @@ is it the one that minillava takes?
     python tools/bench.py kernels --layers 11008x4096 --dtypes int8  # a part of it
     python tools/bench.py kernels --json > found.json                # every round of every way
     python tools/bench.py kernels --read found.json                  # the tables of what was found before
+    python tools/bench.py kernels --read first.json second.json ...  # judged by the median of several runs
     python tools/bench.py kernels --journal some.jsonl --seconds 120 # some of it now, the rest by the same command later
     python tools/bench.py kernels --bits                             # whose bits depend on who shares a pass
     python tools/bench.py kernels --pieces 1b                        # what --same-bits costs a prompt
@@ -150,6 +151,35 @@ class Cell:
         promised = processor.SAME_ROWS.get(kind, {}).get(self.stored, 1)
         faster = {way for way in self.seconds if self.slower(way) > TOLERANCE}
         return promised >= max(2, self.rows) and faster <= set(self.changes)
+
+
+@dataclass
+class Pooled(Cell):
+    """The same cell of several runs, each of which counts once: also one in which ours looked well
+    and nothing was measured again. The rest is that of all together."""
+
+    runs: list[Cell] = field(default_factory=list)
+
+    def slower(self, way: str) -> float:
+        return statistics.median(run.slower(way) for run in self.runs if way in run.seconds)
+
+
+def pooled(runs: Sequence[Cell]) -> Cell:
+    """One cell of runs with the same key and the same way taken."""
+    if len(runs) == 1:
+        return runs[0]
+    whole = Pooled(*runs[0].key, runs[0].taken, runs=list(runs))
+    for run in runs:
+        for way, seconds in run.seconds.items():
+            whole.seconds.setdefault(way, []).extend(seconds)
+        whole.again += run.again
+        whole.changes = sorted({*whole.changes, *run.changes})
+        whole.others = max(whole.others, run.others)
+    return whole
+
+
+def runs_of(cell: Cell) -> list[Cell]:
+    return cell.runs if isinstance(cell, Pooled) else [cell]
 
 
 def layers_of(models: Sequence[str]) -> list[tuple[int, int]]:
@@ -493,7 +523,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             parser.error(str(error))
     if options.json:
-        print(json.dumps({"kind": kind, "head": head, "cells": [asdict(cell) for cell in cells]}))
+        found = [asdict(run) for cell in cells for run in runs_of(cell)]
+        print(json.dumps({"kind": kind, "head": head, "cells": found}))
     else:
         print(f"{head}; processor of kind {kind}\n\n{table(cells)}\n\n{verdict(cells, kind)}")
     return 0
@@ -536,26 +567,19 @@ def rows_of(asked: Sequence[int], n: int, c: int) -> list[int]:
 
 def read(paths: Sequence[Path]) -> tuple[str, str, list[Cell]]:
     """The kind, the heading and the cells that runs with --json found, with the way that WAYS would
-    take now; a cell of several runs has the rounds of all. Raises ValueError if the runs are of
-    processors of different kinds."""
+    take now. Raises ValueError if the runs are of processors of different kinds."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     kinds = sorted({part["kind"] for part in found})
     if len(kinds) > 1:
         raise ValueError(f"measured on processors of kinds {', '.join(kinds)}, expected one kind")
-    cells: dict[tuple, Cell] = {}
+    runs: dict[tuple, list[Cell]] = {}
     for cell in (Cell(**cell) for part in found for cell in part["cells"]):
         now = processor.way(cell.stored, cell.rows, (cell.n, cell.c), on=kinds[0])
         if now != cell.taken:  # whose bits the others change is known of the way before
             cell.taken, cell.changes = now, []
-        first = cells.setdefault(cell.key, cell)
-        if cell is not first:
-            for way, seconds in cell.seconds.items():
-                first.seconds.setdefault(way, []).extend(seconds)
-            first.again += cell.again
-            first.changes = sorted({*first.changes, *cell.changes})
-            first.others = max(first.others, cell.others)
+        runs.setdefault(cell.key, []).append(cell)
     heads = "; ".join(dict.fromkeys(part["head"] for part in found))
-    return kinds[0], heads, list(cells.values())
+    return kinds[0], heads, [pooled(each) for each in runs.values()]
 
 
 if __name__ == "__main__":

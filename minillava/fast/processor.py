@@ -24,20 +24,22 @@ PLAIN: Ways = ((MANY, "plain"),)
 FLOAT32: Ways = ((MANY, "onednn"),)
 SHORT_FLOAT32: Ways = ((3, "turned parts"), *FLOAT32)
 WIDE_FLOAT32: Ways = ((1, "parts"), *FLOAT32)
+FEW_WIDE_AVX2: Ways = ((1, "parts"), (2, "turned"), (3, "onednn"))
 BLOCKS: Ways = ((64, "float32 blocks"), (MANY, "float32 blocks x4"))
 
 WAYS: dict[str, dict[str, Ways]] = {
     "avx2": {
         "float32": FLOAT32,
         "float32, short": SHORT_FLOAT32,
-        "float32, wide": ((1, "parts"), (2, "turned"), *FLOAT32),
+        "float32, narrow": ((2, "turned parts"), *FLOAT32),
+        "float32, wide": (*FEW_WIDE_AVX2, *FLOAT32),
         "float32, small": PLAIN,
-        "float32, 2048 × 2048": ((2, "turned parts"), *FLOAT32),
-        "float32, 32064 × 2048": ((2, "turned parts"), *FLOAT32),
+        "float32, 4096 × 11008": (*FEW_WIDE_AVX2, (16, "parts"), *FLOAT32),
+        "float32, 2048 × 5632": (*FEW_WIDE_AVX2, (8, "halves"), *FLOAT32),
+        "float32, 32064 × 2048": ((1, "turned parts"), *FLOAT32),
         "bfloat16": ((1, "mv"), (2, "turned"), (3, "plain"), (4, "turned parts"), *BLOCKS),
         "bfloat16, wide": ((1, "mv"), (8, "plain"), *BLOCKS),
-        "bfloat16, 2048 × 2048": ((1, "mv"), (4, "plain"), *BLOCKS),
-        "bfloat16, 32064 × 2048": ((1, "mv"), (3, "plain"), (4, "turned parts"), *BLOCKS),
+        "bfloat16, narrow": ((1, "mv"), (3, "plain"), (4, "turned parts"), *BLOCKS),
         "bfloat16, 2048 × 5632": ((1, "mv"), (2, "turned"), (4, "plain"), *BLOCKS),
         "int8": ((32, "kernel"), *BLOCKS),
         "int4": ((64, "kernel"), *BLOCKS),
@@ -45,18 +47,13 @@ WAYS: dict[str, dict[str, Ways]] = {
     "avx512": {
         "float32": FLOAT32,
         "float32, short": SHORT_FLOAT32,
+        "float32, narrow": ((1, "turned parts"), *FLOAT32),
         "float32, wide": WIDE_FLOAT32,
         "float32, small": PLAIN,
-        "float32, 2048 × 5632": FLOAT32,
         "bfloat16": ((1, "mv"), (3, "plain"), *BLOCKS),
         "bfloat16, 32064 × 4096": ((1, "turned parts"), (3, "plain"), *BLOCKS),
         "bfloat16, 2048 × 5632": ((1, "mv"), (3, "plain"), (4, "parts"), *BLOCKS),
-        "bfloat16, wide": (
-            (1, "mv"),
-            (3, "plain"),
-            (16, "parts"),
-            (MANY, "float32 blocks x4"),
-        ),
+        "bfloat16, wide": ((1, "mv"), (3, "plain"), (8, "parts"), *BLOCKS),
         "int8": ((64, "kernel"), *BLOCKS),
         "int4": ((128, "kernel"), (MANY, "float32 blocks x4")),
     },
@@ -102,6 +99,9 @@ if that makes a difference, and so has a shape of 1b or 7b that falls out of its
 
 SHORT = 1280
 """Up to so many columns a weight is short."""
+
+NARROW = 2048
+"""Up to so many columns a weight that is not short is narrow."""
 
 SMALL = 100_000
 """Up to so many numbers a weight is small: it stays in the processor's cache, and whatever is done
@@ -152,13 +152,18 @@ def way(
 @cache
 def forms(shape: tuple[int, ...]) -> tuple[str, ...]:
     """Of a weight [N, C]: its shape; small if it has at most SMALL numbers; wide if it has more
-    columns than rows, else short if it has at most SHORT columns. The first that has a line in WAYS
-    counts."""
+    columns than rows, else short if it has at most SHORT columns, or narrow if at most NARROW. The
+    first that has a line in WAYS counts."""
     if not shape:
         return ()
     rows, columns = shape
     wide = columns > rows
-    fits = {"small": rows * columns <= SMALL, "wide": wide, "short": not wide and columns <= SHORT}
+    fits = {
+        "small": rows * columns <= SMALL,
+        "wide": wide,
+        "short": not wide and columns <= SHORT,
+        "narrow": not wide and SHORT < columns <= NARROW,
+    }
     return f"{rows} × {columns}", *(name for name, true in fits.items() if true)
 
 

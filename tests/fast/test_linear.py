@@ -22,12 +22,13 @@ from minillava.fast.linear import (
     linear,
     use_fast_linear,
 )
-from minillava.fast.processor import SHORT, SMALL, WAYS
+from minillava.fast.processor import NARROW, SHORT, SMALL, WAYS
 
 pytestmark = pytest.mark.numeric
 
 FORMS = {
-    "": (SHORT + 8, SHORT + 1),
+    "": (NARROW + 8, NARROW + 1),
+    "narrow": (SHORT + 8, SHORT + 1),
     "wide": (96, SMALL // 90),
     "short": (SMALL // 90, 96),
     "small": (96, 96),

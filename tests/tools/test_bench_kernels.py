@@ -2,6 +2,7 @@
 measure means nothing."""
 
 import json
+from dataclasses import asdict
 
 import bench
 import bench_kernels
@@ -81,6 +82,30 @@ def test_json_has_every_round_and_can_be_read_again(tmp_path, capsys, monkeypatc
     other.write_text(json.dumps(found))
     with pytest.raises(ValueError, match="of kinds "):
         bench.main(["kernels", "--read", str(path), str(other)])
+
+
+def test_several_runs_count_once_each(tmp_path, capsys):
+    """A cell that looked slow in one run of three, and was measured again there alone, was judged
+    by that run."""
+    here = processor.kind()
+    taken, other = processor.way("float32", 3, (128, 64)), "halves"
+    good = Cell("float32", 128, 64, 3, taken, {taken: [1.0], other: [1.05]})
+    bad = Cell("float32", 128, 64, 3, taken, {taken: [1.5], other: [1.0]}, 0.2)
+    bad.again = [{taken: 1.4, other: 1.0}] * 3
+    paths = [tmp_path / f"{number}.json" for number in range(3)]
+    for path, cell in zip(paths, (good, bad, good), strict=True):
+        path.write_text(json.dumps({"kind": here, "head": path.stem, "cells": [asdict(cell)]}))
+    _, head, (cell,) = bench_kernels.read(paths)
+    assert head == "0; 1; 2"
+    assert (cell.slower(other), cell.others) == (pytest.approx(1 / 1.05), 0.2)
+    assert verdict([cell], here).startswith("ours is at most 10% slower than the fastest in 1 of 1")
+    _, _, (cell,) = bench_kernels.read([paths[1], *paths[:2]])  # slow in two of three
+    assert cell.slower(other) == pytest.approx(1.4)
+    assert "slower: 1" in verdict([cell], here)
+    assert bench.main(["kernels", "--json", "--read", *map(str, paths)]) == 0
+    paths[0].write_text(capsys.readouterr().out)  # is read again as the three runs that it is of
+    _, _, (cell,) = bench_kernels.read(paths[:1])
+    assert cell.slower(other) == pytest.approx(1 / 1.05)
 
 
 def test_a_head_is_not_asked_for_a_prompt(monkeypatch, capsys):
