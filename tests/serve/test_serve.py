@@ -76,7 +76,7 @@ def test_an_answer_is_the_one_that_generate_gives(shared, assistant, first):
 def test_options_mean_what_they_mean_in_python(shared, assistant):
     """An option of a request would be ignored, or mean another thing than in Python."""
     path, question = SHAPES / "example-2.png", "Describe this image."
-    parts = [picture(2), text(question)]
+    parts, plain = [picture(2), text(question)], assistant.ask(path, question)
     for asked, ours in (
         ({"max_tokens": 4}, {"max_new_tokens": 4}),
         ({"max_completion_tokens": 3, "max_tokens": 9}, {"max_new_tokens": 3}),
@@ -88,7 +88,8 @@ def test_options_mean_what_they_mean_in_python(shared, assistant):
         ({"user": "me", "store": True, "tools": [], "logit_bias": {}, "n": None}, {}),
         ({"modalities": [], "response_format": {}, "audio": {}, "prediction": {}}, {}),
     ):
-        assert said(shared.ask(parts, **asked)) == assistant.ask(path, question, **ours), asked
+        expected = assistant.ask(path, question, **ours) if ours else plain
+        assert said(shared.ask(parts, **asked)) == expected, asked
     cut = shared.ask(parts, max_tokens=4)
     assert cut["choices"][0]["finish_reason"] == "length"
     assert cut["usage"]["completion_tokens"] == 4
