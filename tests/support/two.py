@@ -108,6 +108,7 @@ def everything(assistant) -> dict[str, object]:
         "drafts": assistant.ask(PICTURE, QUESTIONS[1], draft="lookup"),
         "chat": [conversation.ask(question) for question in QUESTIONS],
         "engine": by_engine(assistant),
+        "guesses": by_engine(assistant, "medusa"),
     }
 
 
@@ -133,9 +134,11 @@ def of_a_relative(assistant) -> tuple[torch.Tensor, dict[str, object]]:
     }
 
 
-def by_engine(assistant) -> list[str]:
-    """All questions at once, one of them answered twice, which copies a cache."""
+def by_engine(assistant, draft: str | None = None) -> list[str]:
+    """All questions at once, one of them answered twice, which copies a cache. draft: guesses for
+    the one that is alone at the end."""
     settings = {"slots": 3, "waiting": 3, "piece": 64, "pictures": 1}
+    settings["drafts"] = assistant.drafts(draft, 4)
     engine, events = Engine(assistant.model, assistant.tokenizer, **settings), queue.Queue()
     pixels, left = assistant.image_processor(PICTURE)[0], 0
     for number, question in enumerate(QUESTIONS):
