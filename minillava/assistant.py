@@ -19,7 +19,7 @@ from minillava.checkpoint.place import choose_device, choose_dtype
 from minillava.fast import speed_up
 from minillava.fast.ahead import decode_ahead
 from minillava.fast.compiled import Captured, compile_decode
-from minillava.fast.parallel import join, share_model, together
+from minillava.fast.parallel import Share, join, share_model, together
 from minillava.fast.passes import pass_cost
 from minillava.files.pictures import Images, ImageSource, as_list
 from minillava.generate import beam, inputs
@@ -287,6 +287,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     attention: str = "fused",
     quantize: str | None = None,
+    pack: bool = False,
     compile: bool = False,
     vision_tower: str | Path | None = None,
     model_base: str | Path | None = None,
@@ -301,11 +302,11 @@ def load(
 
     device: auto, cpu, cuda, mps. dtype: auto (the checkpoint's on a GPU; on a CPU bfloat16 where it
     is fast, else float32) or a name. attention: fused, eager. quantize: int8, int4: the language
-    model's linear layers in so many bits a weight. compile: the decoding step by torch.compile, for
-    a GPU. vision_tower, model_base, adapter: other folders of the model (checkpoint/folders.py).
-    template: a name of TEMPLATES. image_aspect_ratio: one of ASPECTS, instead of config.json's.
-    parallel: over the processes that torchrun started (fast/parallel.py). Warns of unread weights.
-    Raises OSError, TypeError, or ValueError with a line for each misfit tensor.
+    model's linear layers in so many bits a weight. pack: or in an order of this processor's own
+    (fast/packed.py). compile: the decoding step, for a GPU. vision_tower, model_base, adapter:
+    other folders of the model (checkpoint/folders.py). template: a name of TEMPLATES.
+    image_aspect_ratio: one of ASPECTS. parallel: over the processes that torchrun started. Warns of
+    unread weights. Raises OSError, TypeError, or ValueError with a line for each misfit tensor.
     """
     check_names(other, load.__kwdefaults__ or {}, LOAD_HINTS)
     folders = find_folders(weights, revision, vision_tower, model_base, adapter)
@@ -318,19 +319,20 @@ def load(
     kind = choose_dtype(dtype_name(dtype), place, disk.dtype(), disk.parameters())
     model = together(
         share, build_model, parts.config, disk, ATTENTION[attention], dtype=kind, device=place,
-        quantize=quantize, min_rows=parts.rows_needed(),
+        quantize=quantize, pack=pack, min_rows=parts.rows_needed(),
     )  # fmt: skip
-    _by_fast_ways(model, attention, compile)
-    share_model(model.language_model, share)
+    _by_fast_ways(model, attention, compile, share)
     for note in disk.notes:
         warnings.warn(note, stacklevel=2)
     return Assistant(model, parts.tokenizer, parts.image_processor, style, disk.unused, disk.folder)
 
 
-def _by_fast_ways(model: Llava, attention: str, compile: bool) -> None:
-    """The same model by the ways of fast/, of which `eager` takes only that of decoding."""
+def _by_fast_ways(model: Llava, attention: str, compile: bool, share: Share) -> None:
+    """The same model by the ways of fast/, of which `eager` takes only that of decoding; and its
+    sums over several processes."""
     if attention != "eager":
         speed_up(model, model.language_model)
     model.decoding = decode_ahead
     if compile:
         compile_decode(model)
+    share_model(model.language_model, share)

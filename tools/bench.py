@@ -72,6 +72,7 @@ from bench_parts.workers import workers, workers_table
 
 from minillava.cli import messages
 from minillava.cli.arguments import Parser
+from minillava.fast.packed import KIND as PACKED
 from minillava.files.disk import check_writable, explain
 from minillava.options import ATTENTION, DTYPES, KINDS
 
@@ -290,7 +291,7 @@ def show(options: argparse.Namespace, rows: Sequence[Row], asked: Asked, journal
 
 def dtypes_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
     dtypes = options.dtypes.split(",")
-    if unknown := set(dtypes) - {*DTYPES, *KINDS}:
+    if unknown := set(dtypes) - {*DTYPES, *KINDS, PACKED}:
         parser.error(f"--dtypes: unknown {', '.join(sorted(unknown))}")
     return dtypes
 

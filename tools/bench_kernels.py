@@ -58,7 +58,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench_checkpoint import SIZES, config_of
 from bench_parts.clock import BUSY, TRIES, Neighbours, Timing, say, take_turns
-from bench_parts.growth import random_model
+from bench_parts.growth import random_model, stored_as
 from bench_parts.journal import PACKAGE, Journal, add_flags, code
 from bench_parts.probe import machine
 
@@ -67,11 +67,14 @@ from minillava.cli import messages
 from minillava.cli.arguments import Parser
 from minillava.fast import fused, processor, row_by_row, same_bits
 from minillava.fast.linear import OF_ONE_ROW, PRODUCTS, linear
-from minillava.fast.quantize import BLOCKS, QuantisedLinear, quantised_layer, quantize_tensor
+from minillava.fast.packed import KIND as PACKED
+from minillava.fast.packed import packs
+from minillava.fast.quantize import BLOCKS, QuantisedLinear
 from minillava.llama import LanguageModel
 
 ROWS = (1, 2, 4, 8, 16, 32, 640)  # the last one is a prompt
-STORED = ("float32", "bfloat16", "int8", "int4")
+STORED = ("float32", "bfloat16", "int8", "int4", *[PACKED] * packs())
+QUANTISED = ("int8", "int4", PACKED)
 MODELS = ("7b", "1b")
 PROMPT = 625  # positions of a picture question, after which attention is measured
 ENOUGH = 1 << 28  # bytes of weights that take turns: more than any cache of one processor holds
@@ -198,7 +201,9 @@ HEADS = LAYERS[-len(MODELS) :]
 
 
 def ways_of(stored: str, rows: int) -> list[str]:
-    if stored in ("int8", "int4"):
+    if stored == PACKED:
+        return ["kernel", "unpacked"]
+    if stored in QUANTISED:
         fast = processor.has_fast_bfloat16()
         return ["kernel", *(way for way in BLOCKS if fast or not way.startswith("bfloat16"))]
     other = ("onednn",) if stored == "bfloat16" else ("float32 blocks", "float32 blocks x4")
@@ -208,16 +213,26 @@ def ways_of(stored: str, rows: int) -> list[str]:
 def weights(stored: str, n: int, c: int) -> list:
     """Copies of one weight, as a tensor or as a layer."""
     weight = torch.randn(n, c, generator=torch.Generator().manual_seed(0))
-    if stored in ("int8", "int4"):
-        first = quantised_layer(quantize_tensor(weight, stored))
+    if stored == PACKED:
+        dense = weight.bfloat16()
+        return [(stored_as(PACKED, dense), dense.clone()) for _ in range(copies(dense.nbytes))]
+    if stored in QUANTISED:
+        first = stored_as(stored, weight)
         size = sum(tensor.nbytes for tensor in first.buffers())
     else:
         first = weight.to(getattr(torch, stored))
         size = first.nbytes
-    return [first, *(copy.deepcopy(first) for _ in range(math.ceil(ENOUGH / size) - 1))]
+    return [first, *(copy.deepcopy(first) for _ in range(copies(size) - 1))]
 
 
-def by(way: str, weight: Tensor | QuantisedLinear, x: Tensor) -> Tensor:
+def copies(size: int) -> int:
+    return math.ceil(ENOUGH / size)
+
+
+def by(way: str, weight: Tensor | QuantisedLinear | tuple, x: Tensor) -> Tensor:
+    if isinstance(weight, tuple):  # packed, and the same as it was
+        packed, dense = weight
+        return linear(x, dense) if way == "unpacked" else packed.by(way, x)
     return weight.by(way, x) if isinstance(weight, QuantisedLinear) else PRODUCTS[way](x, weight)
 
 
@@ -365,8 +380,9 @@ def bits(stored: str, n: int, c: int) -> int:
     """Up to how many rows our product gives each row the bits that it has alone."""
     draw = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(rows, c, generator=draw) for rows in (n, max(same_bits.ROWS)))
-    if stored in ("int8", "int4"):
-        return same_bits.rows_alike(quantised_layer(quantize_tensor(weight, stored)), x)
+    if stored in QUANTISED:
+        given = dtype_of(stored) if stored == PACKED else torch.float32
+        return same_bits.rows_alike(stored_as(stored, weight.to(given)), x.to(given))
     dtype = getattr(torch, stored)
     narrow = weight.to(dtype)
     return same_bits.rows_alike(lambda row: linear(row, narrow), x.to(dtype))
@@ -412,7 +428,7 @@ PIECES = (128, 256, 512)
 def pieces(size: str, stored: str, rounds: int) -> dict[str, Timing]:
     """Seconds that prefilling PROMPT positions takes: at once, and with `--same-bits` in pieces of
     so many positions."""
-    quantised = stored if stored in ("int8", "int4") else None
+    quantised = stored if stored in QUANTISED else None
     model = random_model(size, dtype_of(stored), quantised).language_model
     text = model.config
     embeds = torch.randn(1, PROMPT, text.hidden_size).to(dtype_of(stored)) * 0.02

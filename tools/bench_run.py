@@ -24,15 +24,17 @@ class Minillava:
         # run from a checkout, installed or not
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
         from minillava import load  # and with it torch
+        from minillava.fast.packed import KIND as PACKED
         from minillava.options import KINDS
 
         self.imported = clock()
-        quantize, dtype = (job["dtype"], "auto") if job["dtype"] in KINDS else (None, job["dtype"])
+        name = job["dtype"]
         self.assistant = load(
             job["folder"],
             device=job["device"],
-            dtype=dtype,
-            quantize=quantize,
+            dtype="auto" if name in KINDS else "bfloat16" if name == PACKED else name,
+            quantize=name if name in KINDS else None,
+            pack=name == PACKED,
             compile=job.get("compile", False),
         )
         self.weights = list(self.assistant.model.state_dict().values())
@@ -254,6 +256,11 @@ def after(tensor) -> float:
     return clock()
 
 
+def place_of(tensor) -> int:
+    """What tells one memory from another; a packed tensor does not say where it is."""
+    return id(tensor) if tensor.is_mkldnn else tensor.data_ptr()
+
+
 def peak_memory(device: str) -> int:
     """The largest number of bytes that this process had in memory, mapped files included; for a GPU,
     what torch had allocated there."""
@@ -277,6 +284,8 @@ def main() -> int:
         import torch
 
         for tensor in model.weights:
+            if tensor.is_mkldnn:  # packed, and so read
+                continue
             tensor.contiguous().view(torch.uint8).flatten()[::4096].sum()
         result["touch"] = clock() - opened
     answers = [
@@ -293,7 +302,7 @@ def main() -> int:
     result["peak"] = peak_memory(job["device"])
     if model.weights:  # bytes of the weights, and of one number of the cache
         result["weights"] = sum(
-            {tensor.data_ptr(): tensor.nbytes for tensor in model.weights}.values()
+            {place_of(tensor): tensor.nbytes for tensor in model.weights}.values()
         )
         result["width"] = model.weights[0].itemsize
     print("\n" + json.dumps(result))

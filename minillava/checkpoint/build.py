@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from minillava.checkpoint.names import TABLES
 from minillava.checkpoint.stored import StoredWeights
 from minillava.config import LlavaConfig
+from minillava.fast.packed import PackedLinear, check_pack
 from minillava.fast.parallel import WHOLE, Share
 from minillava.fast.quantize import (
     ORDER,
     PACKED,
     TILE,
+    QuantisedLinear,
     packed_order,
     quantised_layer,
     read_order,
@@ -39,6 +41,7 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device | str,
     quantize: str | None = None,
+    pack: bool = False,
     min_rows: int = 0,
     share: Share = WHOLE,
 ) -> Llava:
@@ -46,9 +49,9 @@ def build_model(
     tensors.
 
     At their own dtype on the CPU these stay memory-mapped; otherwise they are converted one by one.
-    quantize: one of options.KINDS, for the language model's linear layers. min_rows: of its
-    tables. share: which part of the weights is this process's. Raises ValueError listing every
-    missing, unexpected and wrong-shaped tensor.
+    quantize: one of options.KINDS, for the language model's linear layers. pack: whether these
+    become PackedLinear. min_rows: of its tables. share: which part of the weights is this
+    process's. Raises ValueError listing every missing, unexpected and wrong-shaped tensor.
     """
     check_depth(max(config.text.num_hidden_layers, config.vision.num_hidden_layers), weights)
     model = _without_memory(config, attend)
@@ -56,10 +59,12 @@ def build_model(
     if min_rows > config.text.vocab_size:
         config = replace(config, text=replace(config.text, vocab_size=min_rows))
         model = _without_memory(config, attend)
+    if pack:
+        check_pack(dtype, device, quantize or weights.quantised, attend)
     if quantize and weights.quantised:
         raise ValueError(f"{weights.folder}: is quantised already; leave --quantize out")
     part = model if share == WHOLE else _part_without_memory(config, attend, share)
-    fill(part, weights, shapes_of(model), dtype, torch.device(device), quantize, share)
+    fill(part, weights, shapes_of(model), dtype, torch.device(device), quantize, share, pack)
     part.config, part.language_model.config = config, config.text
     return part.eval()
 
@@ -157,36 +162,43 @@ def fill(
     device: torch.device,
     quantize: str | None = None,
     share: Share = WHOLE,
+    pack: bool = False,
 ) -> None:
     """Give the model its tensors, or its share of them; linear layers that are, or become,
-    quantised are replaced. shapes: of the whole tensors."""
+    quantised or packed are replaced. shapes: of the whole tensors."""
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if not share.has(name):
             state[name] = tensor  # without memory for good
             continue
         module = name.rpartition(".")[0]
-        small = (
-            quantize is not None
-            and name.startswith("language_model.")
+        linear = (
+            name.startswith("language_model.")
             and isinstance(model.get_submodule(module), nn.Linear)
             and name.endswith(".weight")
         )
         if name in weights.quantised:
             parts = _read_quantised(weights, name, shapes[name], device, share)
-        elif small and quantize is not None:
+        elif linear and quantize is not None:
             # nothing here keeps the whole, so that it goes before its part is packed
             parts = _quantised(weights, name, shapes[name][0], device, quantize, share)
+        elif linear and pack:
+            parts = {"weight": _read_part(weights, name, shapes[name], dtype, device, share, True)}
         else:
             state[name] = _read_part(weights, name, shapes[name], dtype, device, share)
             continue
-        layer = quantised_layer({suffix: part.to(device) for suffix, part in parts.items()})
+        layer = replaced({suffix: part.to(device) for suffix, part in parts.items()})
         layer.bias = model.get_submodule(module).bias  # its numbers come with its own name
         model.set_submodule(module, layer)
         state |= layer.state_dict(prefix=f"{module}.")
         del parts
         give_back()
     model.load_state_dict(state, strict=True, assign=True)
+
+
+def replaced(parts: dict[str, Tensor]) -> QuantisedLinear:
+    """The layer in place of an nn.Linear, for the parts of its weight or the weight itself."""
+    return PackedLinear(**parts) if set(parts) == {"weight"} else quantised_layer(parts)
 
 
 def _read(
@@ -204,10 +216,11 @@ def _read_part(
     dtype: torch.dtype,
     device: torch.device,
     share: Share,
+    transient: bool = False,
 ) -> Tensor:
     """This process's part of a tensor that is not quantised. It is cut before it is converted: a
-    view of what was converted would keep the whole."""
-    transient = device.type != "cpu" or share.copies(name)
+    view of what was converted would keep the whole. transient: it is not kept."""
+    transient = transient or device.type != "cpu" or share.copies(name)
     if share == WHOLE:
         return _read(weights, name, shape[0], dtype, transient).to(device)
     if name in weights.deltas or weights.shape(name) != shape:  # what is added is rounded once

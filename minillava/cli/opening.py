@@ -108,6 +108,7 @@ def open_assistant(args: argparse.Namespace, weights: str, messages: Messages) -
                 dtype=args.dtype,
                 attention=args.attention,
                 quantize=args.quantize,
+                pack=args.pack,
                 compile=args.compile,
                 vision_tower=args.vision_tower,
                 model_base=args.model_base,

@@ -19,6 +19,7 @@ from torch import Tensor
 from minillava.cache import KVCache
 from minillava.config import TextConfig
 from minillava.fast.ahead import choose_decoder, decode_ahead
+from minillava.fast.packed import PackedLinear
 from minillava.files.disk import one_line
 from minillava.llama import Context, LanguageModel, LanguageOutput, rotary_tables
 from minillava.llava import Llava
@@ -31,7 +32,10 @@ RECOMPILE_LIMIT = 64  # for so many capacities and numbers of rows; torch's own 
 
 def compile_decode(model: Llava) -> None:
     """Let the loop decode by `CapturedDecode`. Compiling happens at an answer's second token, the
-    first that is decoded, and takes from seconds to a minute."""
+    first that is decoded, and takes from seconds to a minute. Raises ValueError for packed
+    weights, of which a compiler knows nothing."""
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("a compiled step cannot read packed weights; leave pack out")
     on_gpu = model.language_model.embed_tokens.weight.is_cuda
     # The limit is that of the whole process: whoever else compiles gets it, too, so it is only ever
     # raised. The name is torch's before 2.7, which later versions still know, for recompile_limit.

@@ -22,6 +22,7 @@ COSTS: dict[str, dict[str, tuple[float, ...]]] = {
     "bf16": {
         "float32": (1.0, 1.14, 1.24, 1.49, 1.91, 2.8),
         "bfloat16": (1.0, 1.0, 1.05, 1.3, 1.65, 2.3),
+        "packed": (1.0, 1.0, 1.0, 1.08, 1.31, 2.23),
         "int8": (1.0, 1.3, 1.27, 2.1, 3.82, 7.26),
         "int4": (1.0, 1.17, 1.27, 2.23, 3.94, 7.36),
     },
@@ -34,8 +35,9 @@ COSTS: dict[str, dict[str, tuple[float, ...]]] = {
 }
 """By where and by what the weights are stored in: the time of one product of so many rows of ROWS
 over that of one. bf16: on a processor with instructions for it (4096 x 4096 on AVX512-BF16,
-bfloat16 on one core, float32 on two; int8 and int4: whole passes at 1b on two cores of it, as
-`bench.py drafts` has them in tools/MEASUREMENTS.md, less ATTENTION_COST; 32 rows extrapolated);
+bfloat16 on one core, float32 on two; packed: 11008 x 4096 on two; int8 and int4: whole passes at 1b
+on two cores of it, as `bench.py drafts` has them in tools/MEASUREMENTS.md, less ATTENTION_COST; 32
+rows extrapolated);
 cpu: without (4096 x 11008 on AVX2, tools/MEASUREMENTS.md)."""
 
 

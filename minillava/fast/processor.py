@@ -66,6 +66,7 @@ WAYS: dict[str, dict[str, Ways]] = {
         "bfloat16, wide": ((1, "twice"), (7, "plain"), (32, "turned"), (MANY, "plain")),
         "int8": ((16, "kernel"), (MANY, "bfloat16 blocks x4")),
         "int4": ((96, "kernel"), (MANY, "bfloat16 blocks x4")),
+        "packed": ((MANY, "kernel"),),
     },
     "amx": {  # measured before oneDNN's product of float32 was among the ways
         "float32": ((1, "parts"), (2, "plain"), (32, "turned parts"), (MANY, "plain")),
@@ -110,7 +111,7 @@ beside the product takes longer than it gains."""
 SAME_ROWS: dict[str, dict[str, int]] = {
     "avx2": {"bfloat16": 4, "int8": 32, "int4": 32},
     "avx512": {"int8": 32, "int4": 32},
-    "avx512-bf16": {"bfloat16": 32, "int8": 16, "int4": 32},
+    "avx512-bf16": {"bfloat16": 32, "packed": 32, "int8": 16, "int4": 32},
     "amx": {"bfloat16": 16, "int8": 16, "int4": 16},
 }
 """Up to how many rows of a pass each has the bits that it has alone, if more than one: the ways of

@@ -200,7 +200,11 @@ def _ask(assistant: Assistant, picture: Image.Image, system: str | None) -> Iter
 
 def finite_weights(model: nn.Module) -> Finding:
     """Every number of every weight, as it is used."""
-    wrong = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    wrong = [
+        name
+        for name, tensor in model.state_dict().items()
+        if not (tensor.to_dense() if tensor.is_mkldnn else tensor).isfinite().all()  # as packed
+    ]
     if not wrong:
         return Finding("weights", OK, "every number is finite", {"not_finite": []})
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -44,11 +44,13 @@ GREEDY += ["llama", "llava", "loop"]
 # parts meet.
 SHELVES = ["files", "spine", "tiles", "fast", "generate", "checkpoint", "assistant", "cli"]
 SHELVES += ["doors"]
-# Side by side: none knows another. But weights are stored in 8 or 4 bits, or become so while they are
-# read or written, and which precision is best depends on what is fast here.
+# Side by side: none knows another. But weights are stored in 8 or 4 bits, or become so or packed while
+# they are read or written, and which precision is best depends on what is fast here.
 SIDE_BY_SIDE = {"fast", "generate", "checkpoint"}
 # And each of several processes reads its part of the weights.
-SIDEWAYS = {("checkpoint", f"fast.{name}") for name in ("quantize", "processor", "parallel")}
+SIDEWAYS = {
+    ("checkpoint", f"fast.{name}") for name in ("quantize", "packed", "processor", "parallel")
+}
 # folders of the last shelf; none knows another, but that probe measures what look shows, and serve
 # sends it
 DOORS = {

@@ -16,6 +16,8 @@ from bench_parts.probe import bandwidth, limits
 from bench_parts.rows import PACKAGES, ROWS, Died, Row, row_of, run
 from bench_parts.work import positions, prompt_ids
 from minillava.config import LlavaConfig
+from minillava.fast.packed import KIND as PACKED
+from minillava.fast.packed import packs
 
 PICTURE = Path(__file__).resolve().parents[2] / "weights" / "shapes" / "example-1.png"
 
@@ -89,7 +91,9 @@ def default_rows(device: str, size: str) -> list[Row]:
     rows = [
         row
         for row in ROWS.values()
-        if row.peer in there and (not row.compiled or row.peer in compiled)
+        if row.peer in there
+        and (not row.compiled or row.peer in compiled)
+        and (row.dtype != PACKED or packs())
     ]
     if torch.get_num_threads() == 1:
         return rows

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import torch
 from bench_checkpoint import config_of
+from torch import Tensor
 
 from bench_parts.clock import Timing, say, take_turns
 from bench_parts.work import PROMPT
 from minillava.cache import KVCache
 from minillava.fast import speed_up
-from minillava.fast.quantize import quantised_layer, quantize_tensor
+from minillava.fast.packed import KIND as PACKED
+from minillava.fast.packed import PackedLinear
+from minillava.fast.quantize import QuantisedLinear, quantised_layer, quantize_tensor
 from minillava.files.disk import write_whole
 from minillava.llava import Llava
 from minillava.loop import decode
@@ -41,8 +44,15 @@ def random_model(size: str, dtype: torch.dtype, quantize: str | None = None) -> 
     if quantize:
         for name, layer in list(model.named_modules()):
             if isinstance(layer, torch.nn.Linear):
-                model.set_submodule(name, quantised_layer(quantize_tensor(layer.weight, quantize)))
+                model.set_submodule(name, stored_as(quantize, layer.weight))
     return model
+
+
+def stored_as(kind: str, weight: Tensor) -> QuantisedLinear:
+    """A layer of int8, int4 or packed weights."""
+    if kind == PACKED:
+        return PackedLinear(weight)
+    return quantised_layer(quantize_tensor(weight, kind))
 
 
 CONTEXTS = (128, 512, 1024, 2048, 4096)

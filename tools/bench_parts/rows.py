@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 
+from minillava.fast.packed import KIND as PACKED
+
 TOOLS = Path(__file__).resolve().parents[1]
 RUN, GGUF = TOOLS / "bench_run.py", Path(__file__).with_name("gguf_files.py")
 # what libgomp, MKL and torch read when they are loaded
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 PACKAGES = {"transformers": ["transformers"], "llama.cpp": ["llama_cpp", "gguf"]}
-# a peer's names of what is as large as ours
-PRECISION = {"bf16": "bfloat16", "q8_0": "int8", "q4_0": "int4"}
+# other names of what is as large as ours
+PRECISION = {"bf16": "bfloat16", PACKED: "bfloat16", "q8_0": "int8", "q4_0": "int4"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Row:
 ROWS = {
     row.name: row
     for row in [
-        *(Row(name, "minillava", name) for name in ("float32", "bfloat16", "int8", "int4")),
+        *(Row(name, "minillava", name) for name in ("float32", "bfloat16", "int8", "int4", PACKED)),
         *(Row(f"{n}-compiled", "minillava", n, True) for n in ("bfloat16", "int8", "int4")),
         *(Row(f"transformers-{n}", "transformers", n) for n in ("float32", "bfloat16")),
         *(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from bench_parts.clock import BUSY, TRIES
 from bench_parts.compare import Asked, Measured
 from bench_parts.work import bytes_read, cache_size, operations
+from minillava.fast.packed import KIND as PACKED
 
 COLUMNS = (
     "start to first token, s", "open, s", "cold, s", "peak GB", "picture, s", "prompt, s", "of rate",
@@ -100,17 +101,17 @@ def ratios(rows: Sequence[Measured]) -> str:
 
 def pairs(rows: Sequence[Measured]) -> list[tuple[Measured, Measured]]:
     """The pairs that are compared, with as many threads: each row of ours with every peer of its
-    precision, and smaller weights with our bfloat16."""
+    precision, and smaller or packed weights with our bfloat16."""
     found = []
     for ours in rows:
         for other in rows:
             same = ours.row.precision == other.row.precision and other.row.peer != "minillava"
-            smaller = ours.row.precision in ("int8", "int4") and (
+            other_form = ours.row.dtype in ("int8", "int4", PACKED) and (
                 (other.row.peer, other.row.dtype) == ("minillava", "bfloat16")
                 and other.row.compiled == ours.row.compiled
             )
             alike = ours.row.peer == "minillava" and ours.row.threads == other.row.threads
-            if alike and (same or smaller) and ours.rounds.keys() & other.rounds.keys():
+            if alike and (same or other_form) and ours.rounds.keys() & other.rounds.keys():
                 found.append((ours, other))
     return found
 

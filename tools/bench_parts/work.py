@@ -7,7 +7,16 @@ from minillava.config import IMAGE_TOKEN_INDEX, LlavaConfig, TextConfig
 TEXT = 49  # tokens of the question
 PROMPT = 576 + TEXT  # positions of the walk-through's picture question, whatever the picture takes
 # bits of a weight
-BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4.5, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5}
+BITS = {
+    "float32": 32,
+    "bfloat16": 16,
+    "packed": 16,
+    "int8": 8,
+    "int4": 4.5,
+    "bf16": 16,
+    "q8_0": 8.5,
+    "q4_0": 4.5,
+}
 HEAD_BITS = {"q4_0": 6.5625}  # q6_K, in which llama.cpp leaves the head
 
 
