@@ -302,11 +302,11 @@ def load(
 
     device: auto, cpu, cuda, mps. dtype: auto (the checkpoint's on a GPU; on a CPU bfloat16 where it
     is fast, else float32) or a name. attention: fused, eager. quantize: int8, int4: the language
-    model's linear layers in so many bits a weight. pack: or in an order of this processor's own
-    (fast/packed.py). compile: the decoding step, for a GPU. vision_tower, model_base, adapter:
-    other folders of the model (checkpoint/folders.py). template: a name of TEMPLATES.
-    image_aspect_ratio: one of ASPECTS. parallel: over the processes that torchrun started. Warns of
-    unread weights. Raises OSError, TypeError, or ValueError with a line for each misfit tensor.
+    model's linear layers in so many bits a weight. pack: bfloat16 ones in this processor's own
+    order (fast/packed.py). compile: its step, for a GPU. vision_tower, model_base, adapter: other
+    folders of the model (checkpoint/folders.py). template: a name of TEMPLATES. image_aspect_ratio:
+    one of ASPECTS. parallel: over the processes that torchrun started. Warns of unread weights.
+    Raises OSError, TypeError, or ValueError with a line for each misfit tensor.
     """
     check_names(other, load.__kwdefaults__ or {}, LOAD_HINTS)
     folders = find_folders(weights, revision, vision_tower, model_base, adapter)

@@ -17,8 +17,8 @@ from minillava.config import LlavaConfig
 from minillava.fast.packed import PackedLinear, check_pack
 from minillava.fast.parallel import WHOLE, Share
 from minillava.fast.quantize import (
+    INT4_PACKED,
     ORDER,
-    PACKED,
     TILE,
     QuantisedLinear,
     packed_order,
@@ -187,7 +187,7 @@ def fill(
         else:
             state[name] = _read_part(weights, name, shapes[name], dtype, device, share)
             continue
-        layer = replaced({suffix: part.to(device) for suffix, part in parts.items()})
+        layer = layer_of({suffix: part.to(device) for suffix, part in parts.items()})
         layer.bias = model.get_submodule(module).bias  # its numbers come with its own name
         model.set_submodule(module, layer)
         state |= layer.state_dict(prefix=f"{module}.")
@@ -196,7 +196,7 @@ def fill(
     model.load_state_dict(state, strict=True, assign=True)
 
 
-def replaced(parts: dict[str, Tensor]) -> QuantisedLinear:
+def layer_of(parts: dict[str, Tensor]) -> QuantisedLinear:
     """The layer in place of an nn.Linear, for the parts of its weight or the weight itself."""
     return PackedLinear(**parts) if set(parts) == {"weight"} else quantised_layer(parts)
 
@@ -257,7 +257,7 @@ def _read_quantised(
         suffix: stored.file.read(stored.name, copied or suffix in ("weight_int4", "scale_zero"))
         for suffix, stored in weights.quantised[name].items()
     }
-    if PACKED not in parts:
+    if INT4_PACKED not in parts:
         return share.cut_parts(name, parts)
     if copied:  # columns lie side by side in a tile
         return share.cut_parts(name, _unpacked(weights, name, parts, device, keep=False))
@@ -273,7 +273,7 @@ def _unpacked(
 ) -> dict[str, Tensor]:
     """int4 that was packed for some processor: unchanged if that is this one and `keep` is set,
     else in the order stored for every processor."""
-    stored = weights.quantised[name][PACKED]
+    stored = weights.quantised[name][INT4_PACKED]
     try:
         order = read_order(stored.file.metadata.get(ORDER))
     except ValueError as error:
@@ -287,7 +287,10 @@ def _unpacked(
     )
     if device.type == "cpu" and not here and note not in weights.notes:
         weights.notes.append(note)
-    return {"weight_int4": unpack_whole(parts[PACKED], order), "scale_zero": parts["scale_zero"]}
+    return {
+        "weight_int4": unpack_whole(parts[INT4_PACKED], order),
+        "scale_zero": parts["scale_zero"],
+    }
 
 
 def give_back() -> None:

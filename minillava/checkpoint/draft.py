@@ -12,6 +12,7 @@ from minillava.checkpoint.config_json import is_language_model, read_text_config
 from minillava.checkpoint.stored import StoredWeights
 from minillava.checkpoint.towers import settle_text
 from minillava.config import TextConfig
+from minillava.fast.packed import is_packed, pack_layers
 from minillava.files.tokenizer_files import find_tokenizer
 from minillava.llama import LanguageModel
 from minillava.tokenizer import Tokenizer
@@ -60,6 +61,8 @@ def open_small(
         other = load(folder, device=weight.device, dtype=weight.dtype, attention=attention)
         small, see = other.model, other.embed
     check_same_words(folder, small.language_model.config, tokenizer)
+    if is_packed(large):  # what a guess costs is told by the sizes of both
+        pack_layers(small.language_model)
     return small.language_model, see
 
 

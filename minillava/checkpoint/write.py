@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minillava.checkpoint.folders import Folders
 from minillava.checkpoint.parts import collect_parts
-from minillava.fast.quantize import LINE, ORDER, PACKED, packed_order
+from minillava.fast.quantize import INT4_PACKED, LINE, ORDER, packed_order
 from minillava.files.disk import one_line
 from minillava.files.tensors import INDEX_NAME, SINGLE_NAME, open_folder
 
@@ -72,7 +72,7 @@ def write_weights(
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """One safetensors file. Raises ValueError or OSError if it cannot be written."""
     metadata = {"format": "pt"}
-    if any(name.endswith(PACKED) for name in tensors):
+    if any(name.endswith(INT4_PACKED) for name in tensors):
         metadata[ORDER] = " ".join(map(str, packed_order().tolist()))
     try:
         save_file(tensors, path, metadata=metadata)

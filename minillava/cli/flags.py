@@ -117,7 +117,7 @@ MODEL_FLAGS = (
         "--pack", action="store_true",
         help="put the language model's bfloat16 weights into the order that this processor reads "
         "fastest: the same answers, to the last bit, at more tokens a second; opening takes longer "
-        "(on a CPU with AVX-512 instructions for bfloat16)",
+        "(on a CPU with AVX-512 instructions for bfloat16 and without AMX)",
     ),
     flag(
         "--compile", action="store_true",

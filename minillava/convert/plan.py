@@ -33,7 +33,7 @@ from minillava.checkpoint.write_json import (
     tokenizer_config,
 )
 from minillava.config import IM_START, LlavaConfig
-from minillava.fast.quantize import PACKED, PARTS, pack_here, quantize_tensor, stored_shapes
+from minillava.fast.quantize import INT4_PACKED, PARTS, pack_here, quantize_tensor, stored_shapes
 from minillava.files.disk import read_json
 from minillava.files.hub import CLIP_RELEASE
 from minillava.files.rows import grow_rows
@@ -142,7 +142,7 @@ def _plan(
         if kind and name in quantised and name.startswith("language_model."):
             module = name.removesuffix(".weight")
             for suffix, (size, stored) in stored_shapes(shape, kind).items():
-                suffix = PACKED if suffix == "weight_int4" else suffix
+                suffix = INT4_PACKED if suffix == "weight_int4" else suffix
                 make = partial(_make_part, weights, name, shape[0], kind, suffix)
                 ours = name if suffix in PARTS else None
                 planned[f"{module}.{suffix}"] = Planned(size, stored, make, ours)

@@ -19,7 +19,7 @@ from torch import Tensor
 from minillava.cache import KVCache
 from minillava.config import TextConfig
 from minillava.fast.ahead import choose_decoder, decode_ahead
-from minillava.fast.packed import PackedLinear
+from minillava.fast.packed import is_packed
 from minillava.files.disk import one_line
 from minillava.llama import Context, LanguageModel, LanguageOutput, rotary_tables
 from minillava.llava import Llava
@@ -34,7 +34,7 @@ def compile_decode(model: Llava) -> None:
     """Let the loop decode by `CapturedDecode`. Compiling happens at an answer's second token, the
     first that is decoded, and takes from seconds to a minute. Raises ValueError for packed
     weights, of which a compiler knows nothing."""
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
+    if is_packed(model):
         raise ValueError("a compiled step cannot read packed weights; leave pack out")
     on_gpu = model.language_model.embed_tokens.weight.is_cuda
     # The limit is that of the whole process: whoever else compiles gets it, too, so it is only ever

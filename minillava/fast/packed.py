@@ -2,8 +2,8 @@
 `--pack`. A reader may skip this file.
 
 A product with few rows is little more than the reading of its weight. In the order of a file oneDNN
-reads it at half of what the memory gives, in an order of its own at nearly all of it, and it adds
-up as before: a row has the bits that it has by fast/linear.py.
+turns it while it reads. In an order of its own there is nothing to turn, and it adds up as before:
+a row has the bits that it has by fast/linear.py. tools/MEASUREMENTS.md has what is gained.
 
 r rows, K width before, N width after.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillava.attention import eager
 from minillava.fast import processor
@@ -24,13 +24,14 @@ from minillava.options import dtype_name
 KIND = "packed"
 
 LEAST = 4
-"""Rows of a product: fewer take longer than so many, and one alone has other bits than beside
-others."""
+"""Fewer rows are filled up to so many: by themselves they take longer, and a single one would be
+added up in another order."""
 
 
 class PackedLinear(QuantisedLinear):
     """weight bfloat16 [N, K] in oneDNN's order, an opaque tensor. Nothing is rounded: it is a
-    QuantisedLinear since its numbers, too, have to be made again before others can use them."""
+    QuantisedLinear since its numbers, too, have to be made again before others can use them. It
+    can be neither copied nor cast."""
 
     kind = KIND
     has_kernel = True
@@ -45,12 +46,26 @@ class PackedLinear(QuantisedLinear):
     def few_rows(self, x: Tensor) -> Tensor:
         """[r, K] -> [r, N]"""
         rows = len(x)
-        x = F.pad(x, (0, 0, 0, max(0, LEAST - rows)))
+        if rows < LEAST:
+            x = F.pad(x, (0, 0, 0, LEAST - rows))
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")[:rows]
 
     def dequantise(self, rows: slice, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Some rows of the weights, written to `out` if given: [n, K]."""
         return convert(self.weight.to_dense()[rows], out, dtype).to(dtype)
+
+
+def pack_layers(language: nn.Module) -> None:
+    """Pack the linear layers of a language model that is open, in bfloat16 on a CPU."""
+    for name, layer in list(language.named_modules()):
+        if isinstance(layer, nn.Linear):
+            packed = PackedLinear(layer.weight)
+            packed.bias = layer.bias
+            language.set_submodule(name, packed)
+
+
+def is_packed(language: nn.Module) -> bool:
+    return any(isinstance(layer, PackedLinear) for layer in language.modules())
 
 
 def check_pack(
@@ -65,11 +80,13 @@ def check_pack(
         found = "eager keeps torch's own products"
     elif place != "cpu" or dtype != torch.bfloat16:
         found = f"it is opened in {dtype_name(dtype)} on {place}"
+    elif KIND not in processor.WAYS[processor.kind()]:
+        found = f"this processor is of kind {processor.kind()}, on which nobody has measured it"
     elif not packs():
-        found = f"this processor is of kind {processor.kind()}"
+        found = "this build of torch cannot do it"
     if found:
         raise ValueError(
-            "pack is for a language model in bfloat16 on a CPU with AVX-512 instructions for it: "
+            "pack is for a language model in bfloat16 on a CPU of kind avx512-bf16: "
             f"{found}; leave pack out"
         )
 

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from minillava.fast import processor
 from minillava.fast.linear import BLOCK, LARGER, blockwise, convert, linear
 
-PACKED = "weight_int4_packed"
+INT4_PACKED = "weight_int4_packed"
 """int4 in the order that a processor's kernel wants, which opens without being packed anew. Which
 order it is stands in the file's metadata, as ORDER."""
 
 ORDER = "int4_order"
 
 # the names of the stored parts of a weight
-PARTS = {"weight_int8": "scale", "weight_int4": "scale_zero", PACKED: "scale_zero"}
+PARTS = {"weight_int8": "scale", "weight_int4": "scale_zero", INT4_PACKED: "scale_zero"}
 
 GROUP = 64  # weights of a row that share a scale and a zero in int4: 4.5 bits a weight
 
@@ -286,7 +286,7 @@ def aligned(weight: Tensor) -> Tensor:
 
 def pack_whole(nibbles: Tensor) -> Tensor:
     """The order stored for every processor [N, K/2] -> the order of this processor's kernel."""
-    return by_blocks(nibbles, lambda rows: {PACKED: pack(split(rows))})[PACKED]
+    return by_blocks(nibbles, lambda rows: {INT4_PACKED: pack(split(rows))})[INT4_PACKED]
 
 
 def unpack_whole(packed: Tensor, order: Tensor) -> Tensor:
@@ -302,7 +302,7 @@ def unpack_whole(packed: Tensor, order: Tensor) -> Tensor:
 def pack_here(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """The result of `quantize_tensor`, with int4 in the order of this processor's kernel."""
     return {
-        PACKED if suffix == "weight_int4" else suffix: (
+        INT4_PACKED if suffix == "weight_int4" else suffix: (
             pack_whole(part) if suffix == "weight_int4" else part
         )
         for suffix, part in stored.items()
@@ -356,8 +356,8 @@ def packed_order() -> Tensor:
 
 def quantised_layer(stored: dict[str, Tensor]) -> QuantisedLinear:
     """The layer for a result of `quantize_tensor`."""
-    if PACKED in stored:
-        return Int4Linear(stored[PACKED], stored["scale_zero"], packed=True)
+    if INT4_PACKED in stored:
+        return Int4Linear(stored[INT4_PACKED], stored["scale_zero"], packed=True)
     return (Int4Linear if "weight_int4" in stored else Int8Linear)(**stored)
 
 

@@ -11,6 +11,7 @@ B rows, P patches of a picture, C width, T positions of a prompt, V vocabulary, 
 
 import threading
 import time
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -180,6 +181,7 @@ class Running:
     told: int = 0  # how many ids of its history a drafter knows, or will know once it begins
     token: Tensor | None = None  # [1], the last one, not cached yet
     guesses: Guessing | None = None  # since it was alone for the first time
+    guessed: bool = True  # until its drafter fails
     hidden: Tensor | None = None
 
     @property
@@ -203,7 +205,7 @@ class Engine(threading.Thread):
     is not read again. exact: an answer has the same bits whoever is there: a prompt that begins
     like a cached one is read in the same pieces, and a step has as many rows as there are slots. A
     model that keeps bits by itself (fast/row_by_row.py) does so anyway. drafts: guess what an
-    answer says while no other runs, unless it has contrast: rows of a pass are worth more to
+    answer says while no other is decoded, unless it has contrast: rows of a pass are worth more to
     answers than to guesses, which may be wrong. Raises ValueError for drafts with `exact`.
     """
 
@@ -558,8 +560,11 @@ class Engine(threading.Thread):
         rows = [(answer, side) for answer in answers for side in answer.sides]
         for answer in answers:
             answer.request.passes += 1
-        if self.drafts is not None and len(rows) == 1:
-            self._check(*rows[0], self._guess(*rows[0], self.drafts))
+        guesses = None
+        if self.drafts is not None and len(rows) == 1 and answers[0].guessed:
+            guesses = self._guess(*rows[0], self.drafts)
+        if guesses is not None:
+            self._check(*rows[0], guesses)
         else:
             self._step(rows)
             self._choose([(answer, answer.sides) for answer in answers])
@@ -578,9 +583,21 @@ class Engine(threading.Thread):
                 side.slot.held.append(token_id)
                 side.logits, answer.hidden = row[None], None
 
-    def _guess(self, answer: Running, side: Side, drafts: Drafts) -> Guessing:
-        """Guess what an answer that is alone says next. After a step that others shared nothing is
-        guessed, since the hidden state, from which some drafters guess, is not kept of it."""
+    def _guess(self, answer: Running, side: Side, drafts: Drafts) -> Guessing | None:
+        """Guess what an answer that is alone says next; None if the drafter fails, without which
+        the answer goes on, since guesses decide nothing."""
+        try:
+            return self._guesses(answer, side, drafts)
+        except Exception as error:
+            if is_final(error):
+                raise
+            answer.guessed = False
+            warnings.warn(f"an answer goes on without guesses: {error!r}", stacklevel=2)
+            return None
+
+    def _guesses(self, answer: Running, side: Side, drafts: Drafts) -> Guessing:
+        """After a step that others shared nothing is guessed, since the hidden state, from which
+        some drafters guess, is not kept of it."""
         request, sampler, cache = answer.request, answer.sampler, side.slot.cache
         guesses = answer.guesses
         if guesses is None:
@@ -603,6 +620,7 @@ class Engine(threading.Thread):
         in a step of its own, as long as the guess before it was right."""
         tree, request, slot = guesses.tree, answer.request, side.slot
         last, made = int(answer.token), list[Token | Failed]()  # type: ignore[arg-type]
+        request.drafted += len(tree.tokens)
         watches = [watch for _ in (last, *tree.tokens) if (watch := side.watched())]
         rows = check(self.model, last, tree, slot.cache, watches=watches)
 
@@ -610,24 +628,25 @@ class Engine(threading.Thread):
             side.logits = upcast(rows[row].logits[:, -1])
             side.watch = watches[row] if watches else None
             event = self._next(answer, answer.sides)
-            made.append(event)
             if isinstance(event, Failed):
+                made.append(event)
                 return -1, True
+            right = tree.child(row, event.id) is not None
+            request.accepted += right
+            made.append(event._replace(guessed=right))
             return event.id, event.finish_reason is not None
 
-        path = follow(tree, choose)
-        ids, right = [event.id for event in made if isinstance(event, Token)], len(path) - 1
-        if len(ids) == len(made):  # else the slot is empty
-            guesses.note(path, ids)
-            settle(slot.cache, tree, path, len(ids))
-            slot.held += [last, *ids[:-1]]
-            answer.hidden = rows[path[len(ids) - 1]].hidden[0, -1]  # type: ignore[index]
-        request.drafted += len(tree.tokens)
-        request.accepted += right
-        for i, event in enumerate(made):
-            if isinstance(event, Token) and i < right:
-                event = event._replace(guessed=True)
-            request.put(answer.number, event)
+        try:
+            path = follow(tree, choose)
+            ids = [event.id for event in made if isinstance(event, Token)]
+            if len(ids) == len(made):  # else the slot is empty
+                guesses.note(path, ids)
+                settle(slot.cache, tree, path, len(ids))
+                slot.held += [last, *ids[:-1]]
+                answer.hidden = rows[path[len(ids) - 1]].hidden[0, -1]  # type: ignore[index]
+        finally:  # an answer that is over would not be told of an error
+            for event in made:
+                request.put(answer.number, event)
 
     def _choose(self, answers: Sequence[tuple[Running, Sequence[Side]]]) -> None:
         """Choose the next token of each answer by the logits of its sides, or of those it copies.

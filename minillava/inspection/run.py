@@ -84,6 +84,7 @@ def _see_doctor(
         and set(report.dtypes) == {largest["dtype"]}
         and dtype == stored
         and not report.adapted
+        and not args.pack
     )
     memory = doctor.memory(needed, cache, device, mapped)
     yield memory

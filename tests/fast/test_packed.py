@@ -7,22 +7,22 @@ from paths import ROOT
 
 import minillava
 from minillava.cli.doors import enter
+from minillava.convert.run import convert
 from minillava.fast import packed, processor
 from minillava.fast.linear import linear
 from minillava.fast.packed import KIND, LEAST, PackedLinear, packs
 from minillava.fast.same_bits import ROWS
+from minillava.inspection import doctor
 
 WEIGHTS = ROOT / "weights" / "shapes"
 PICTURE = WEIGHTS / "example-2.png"
 SHAPES = [(1000, 130), (96, 384), (640, 192), (100, 33)]  # also such as no block fits
 
-pytestmark = [
-    pytest.mark.numeric,
-    pytest.mark.skipif(
-        not packs(),
-        reason=f"weights are packed on AVX-512 with bfloat16; this is {processor.kind()}",
-    ),
-]
+pytestmark = pytest.mark.numeric
+needs_packing = pytest.mark.skipif(
+    not packs(),
+    reason=f"weights are packed on AVX-512 with bfloat16; this is {processor.kind()}",
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,7 @@ def numbers(rows, columns):
     return torch.randn(rows, columns, generator=draw).bfloat16()
 
 
+@needs_packing
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @torch.no_grad()
 def test_a_row_has_the_bits_of_a_weight_that_is_not_packed(n, k):
@@ -54,6 +55,7 @@ def test_a_row_has_the_bits_of_a_weight_that_is_not_packed(n, k):
         assert torch.equal(layer(x), alone), rows
 
 
+@needs_packing
 @pytest.mark.parametrize("rows", [1, LEAST, 40, 300])
 @torch.no_grad()
 def test_the_product_is_the_one_of_float64(rows):
@@ -62,6 +64,7 @@ def test_the_product_is_the_one_of_float64(rows):
     assert_within(PackedLinear(weight)(x), products(x, weight), rows)
 
 
+@needs_packing
 def test_the_numbers_can_be_had_again_and_have_a_gradient():
     """A weight would be rounded by being packed, or a map of gradients end at the first layer."""
     weight, x = numbers(96, 384), numbers(3, 384)
@@ -72,6 +75,7 @@ def test_the_numbers_can_be_had_again_and_have_a_gradient():
     assert torch.equal(x.grad, torch.ones(3, 96, dtype=torch.bfloat16) @ weight)
 
 
+@needs_packing
 def test_answers_are_those_without(plain, by_pack):
     """Packed layers would be another model: other tokens, or other scores of the same ones."""
     layers = [m for m in by_pack.model.modules() if isinstance(m, PackedLinear)]
@@ -86,12 +90,16 @@ def test_answers_are_those_without(plain, by_pack):
     assert by_pack.model.language_model.alike == plain.model.language_model.alike
 
 
+@needs_packing
 def test_with_drafts_and_with_same_bits(plain, by_pack):
-    """A pass over guesses has more rows, and --same-bits asks the layers what they promise."""
+    """A pass over guesses has more rows, --same-bits asks the layers what they promise, and a small
+    model that is not packed costs more than its size says."""
     from minillava.fast.row_by_row import keep_bits
 
     question = "Describe this image."
     wanted = plain.ask(PICTURE, question)
+    small = by_pack.drafts(str(WEIGHTS)).drafter.language
+    assert sum(isinstance(layer, PackedLinear) for layer in small.modules()) == 7 * 4 + 1
     assert by_pack.ask(PICTURE, question, draft="lookup") == wanted
     assert by_pack.ask(PICTURE, question, draft="medusa") == wanted
     exact = minillava.load(WEIGHTS, dtype="bfloat16", pack=True)
@@ -104,7 +112,9 @@ def test_with_drafts_and_with_same_bits(plain, by_pack):
     ("asked", "found"),
     [
         ({"quantize": "int8"}, "its weights are quantised"),
-        ({"compile": True}, "a compiled step cannot read packed weights"),
+        pytest.param(
+            {"compile": True}, "a compiled step cannot read packed weights", marks=needs_packing
+        ),
         ({"attention": "eager"}, "eager keeps torch's own products"),
         ({"dtype": "float32"}, "it is opened in float32 on cpu"),
     ],
@@ -115,16 +125,38 @@ def test_what_cannot_be_packed_is_refused(asked, found):
         minillava.load(WEIGHTS, pack=True, **{"dtype": "bfloat16"} | asked)
 
 
-def test_a_processor_on_which_it_was_not_measured_is_told(monkeypatch):
+@pytest.mark.parametrize("kind", ["here", "avx2", "amx"])
+def test_a_processor_on_which_it_was_not_measured_is_told(monkeypatch, kind):
     """It would be slower there, or end in an error of torch."""
-    monkeypatch.setattr(packed, "packs", lambda: False)
-    with pytest.raises(ValueError, match=f"this processor is of kind {processor.kind()}; leave"):
+    if kind != "here":
+        monkeypatch.setattr(processor, "kind", lambda: kind)
+    elif packs():
+        pytest.skip("it was measured on this kind")
+    told = f"of kind {processor.kind()}, on which nobody has measured it; leave pack out$"
+    with pytest.raises(ValueError, match=told):
         minillava.load(WEIGHTS, dtype="bfloat16", pack=True)
 
 
-def test_the_doctor_examines_a_packed_model(capsys):
-    """Its weights are opaque, and the examination ended in an error of torch."""
-    assert enter("inspect", [str(WEIGHTS), "--doctor", "--pack", "--dtype", "bfloat16"]) == 0
+def test_a_build_of_torch_without_it_is_told(monkeypatch):
+    """An operation that a later torch no longer has would end in an error of torch."""
+    monkeypatch.setattr(packed, "packs", lambda: False)
+    monkeypatch.setattr(processor, "kind", lambda: "avx512-bf16")
+    with pytest.raises(ValueError, match=r"this build of torch cannot do it; leave pack out$"):
+        minillava.load(WEIGHTS, dtype="bfloat16", pack=True)
+
+
+@needs_packing
+def test_the_doctor_examines_a_packed_model(tmp_path, monkeypatch, capsys):
+    """Its weights are opaque, and the examination ended in an error of torch; and they were called
+    mapped, which needs no memory."""
+    mapped, memory = [], doctor.memory
+    monkeypatch.setattr(doctor, "memory", lambda *given: mapped.append(given[-1]) or memory(*given))
+    convert(WEIGHTS, tmp_path / "narrow", "hf", dtype=torch.bfloat16)
+    for more in ([], ["--pack"]):
+        assert (
+            enter("inspect", [str(tmp_path / "narrow"), "--doctor", "--device", "cpu", *more]) == 0
+        )
+    assert mapped == [True, False]
     out = capsys.readouterr().out
-    assert "every number is finite" in out
+    assert out.count("every number is finite") == 2
     assert "in packed, a token decoded beside others has the bits that it has alone up to 32" in out

@@ -15,6 +15,7 @@ import minillava
 from minillava.fast import row_by_row
 from minillava.fast.parallel import OthersEnded
 from minillava.files.pictures import open_image
+from minillava.generate import engine as engine_file
 from minillava.generate.contrast import M3ID, RITUAL, VCD
 from minillava.generate.engine import FAILURES, Engine, Failed, Refused, Request, Token
 from minillava.generate.lookup import Lookup
@@ -731,6 +732,48 @@ def test_what_a_pass_made_before_it_failed_is_told_first(start, assistant, draft
     assert [e.guessed for e in told] == [False, True]  # the prompt's, and row 0 of the first pass
     assert (engine.slots[0].held, engine.slots[0].cache.length) == ([], 0)
     assert Asked(engine, assistant, question).texts() == [assistant.ask(None, question)]
+
+
+def test_who_has_the_whole_answer_is_told_so_though_its_pass_fails(
+    start, assistant, drafts, monkeypatch
+):
+    """An answer that is over is no longer there to be told of an error: its words were lost, and
+    who asked waited for ever."""
+    engine, question = start(slots=1, drafts=drafts["right"]), "What is a ring?"
+    expected = [e.id for e in Asked(engine, assistant, question).all()[0]][:4]
+
+    def fail(*given):
+        monkeypatch.undo()
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(engine_file, "settle", fail)
+    events = Asked(engine, assistant, question, None, [{"max_new_tokens": 4}]).all()[0]
+    assert [event.id for event in events] == expected  # by the prompt's pass and one over guesses
+    assert events[-1].finish_reason == "length"
+    assert Asked(engine, assistant, question).texts() == [assistant.ask(None, question)]
+
+
+@pytest.mark.parametrize("fails", ["begin", "propose"])
+def test_a_drafter_that_fails_ends_no_answer(start, assistant, fails):
+    """Guesses decide nothing, but without memory for them the answer ended, and after three the
+    server."""
+
+    class Fails(Spoilt):
+        def begin(self, prompt, sampler, pictures):
+            draft = super().begin(prompt, sampler, pictures)
+            draft.propose = self.fail
+            return self.fail() if fails == "begin" else draft
+
+        def fail(self, *given):
+            raise MemoryError("for guesses")
+
+    engine = start(drafts=Drafts(Fails("fails", Lookup(), one_wrong), 4))
+    question = "What is a ring?"
+    with pytest.warns(UserWarning, match=r"goes on without guesses: MemoryError\('for guesses'\)"):
+        asked = [Asked(engine, assistant, question) for _ in range(4)]
+        found = [each.texts() for each in asked]
+    assert found == [[assistant.ask(None, question)]] * 4
+    assert [each.request.drafted for each in asked] == [0] * 4
 
 
 def test_a_drafter_that_sees_is_shown_the_pictures(start, assistant):

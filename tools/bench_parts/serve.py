@@ -145,7 +145,7 @@ def stream(url: str, tokens: int) -> Iterator[float]:
             raise RuntimeError(f"{url}: {answer.status} {answer.read().decode()[:300]}")
         for line in answer:
             if line.startswith(b"data: {") and b'"logprob":' in line.replace(b'": ', b'":'):
-                yield time.perf_counter()
+                yield time.monotonic()
 
 
 def without_http(service: "Service", tokens: int) -> Iterator[float]:
@@ -162,7 +162,7 @@ def without_http(service: "Service", tokens: int) -> Iterator[float]:
         if isinstance(event, Failed):
             raise RuntimeError(event.message)
         reason = event.finish_reason
-        yield time.perf_counter()
+        yield time.monotonic()
 
 
 def together(ask: Callable[[], Iterator[float]], streams: int, tokens: int) -> float:
@@ -171,19 +171,19 @@ def together(ask: Callable[[], Iterator[float]], streams: int, tokens: int) -> f
     threads = [
         threading.Thread(target=lambda: made.append(sum(1 for _ in ask()))) for _ in range(streams)
     ]
-    began = time.perf_counter()
+    began = time.monotonic()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    seconds = time.perf_counter() - began
+    seconds = time.monotonic() - began
     if len(made) < streams or min(made) < tokens - 1:  # an end token has no log-probability
         raise RuntimeError(f"expected {streams} answers of {tokens} tokens, found {made}")
     return seconds / sum(made)
 
 
 def first_token(ask: Callable[[], Iterator[float]]) -> float:
-    began = time.perf_counter()
+    began = time.monotonic()
     made = ask()
     seconds = next(made) - began
     for _ in made:
@@ -226,10 +226,9 @@ def knock(ask: Callable[[], Iterator[float]], url: str, loads: list[dict[str, fl
     with busy(partial(again, ask, over, made)):
         try:
             load = json.loads(finished(command, dict(os.environ)))
-            began = time.perf_counter() - load["seconds"]
         finally:
             over.set()
-    tokens = sum(each > began for each in made)
+    tokens = sum(load["began"] < each <= load["ended"] for each in made)
     load["token"] = load["seconds"] / tokens if tokens else float("inf")
     loads.append(load)
     return load["seconds"] / load["answers"]

@@ -282,8 +282,8 @@ class View {
   mark({element, tokens}) {
     const least = Math.min(...tokens.map(token => token.p));
     element.classList.toggle("unsure", least < 0.9);
-    element.classList.toggle("guess", least < 0.5);
-    element.classList.toggle("drafted", tokens.every(token => token.guessed));
+    element.classList.toggle("unsure", least < 0.5);
+    element.classList.toggle("guessed", tokens.every(token => token.guessed));
   }
 
   rove(word) {
@@ -467,7 +467,8 @@ async function goOn(view, at, other) {
   const {answer: old, node} = view, before = old.tokens[at];
   const text = /^\s/.test(before.piece) || at ? other.text : other.text.trimStart();
   const token = {...before, id: other.id, piece: text, p: other.p, guessed: false};
-  await answer(talk.nodes[node.parent], old.settings, [...old.tokens.slice(0, at), token], [old.contrast]);
+  const kept = old.tokens.slice(0, at).map(each => ({...each, guessed: false})); // in this answer they are given
+  await answer(talk.nodes[node.parent], old.settings, [...kept, token], [old.contrast]);
 }
 
 // ------------------------------------------------------------------------------------ the thread
