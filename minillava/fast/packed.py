@@ -1,9 +1,9 @@
 """bfloat16 weights of the language model in the order that this processor reads fastest, for
 `--pack`. A reader may skip this file.
 
-A product with few rows is little more than the reading of its weight. In the order of a file oneDNN
-turns it while it reads. In an order of its own there is nothing to turn, and it adds up as before:
-a row has the bits that it has by fast/linear.py. tools/MEASUREMENTS.md has what is gained.
+A product with few rows is little more than the reading of its weight. oneDNN reorders a weight
+while it reads it. Stored in oneDNN's own order it need not be, and the sums are added up as before:
+each row has the bits that fast/linear.py gives. tools/MEASUREMENTS.md has what is gained.
 
 r rows, K width before, N width after.
 """

@@ -181,7 +181,7 @@ class Running:
     told: int = 0  # how many ids of its history a drafter knows, or will know once it begins
     token: Tensor | None = None  # [1], the last one, not cached yet
     guesses: Guessing | None = None  # since it was alone for the first time
-    guessed: bool = True  # until its drafter fails
+    may_guess: bool = True  # until its drafter fails
     hidden: Tensor | None = None
 
     @property
@@ -561,7 +561,7 @@ class Engine(threading.Thread):
         for answer in answers:
             answer.request.passes += 1
         guesses = None
-        if self.drafts is not None and len(rows) == 1 and answers[0].guessed:
+        if self.drafts is not None and len(rows) == 1 and answers[0].may_guess:
             guesses = self._guess(*rows[0], self.drafts)
         if guesses is not None:
             self._check(*rows[0], guesses)
@@ -587,17 +587,17 @@ class Engine(threading.Thread):
         """Guess what an answer that is alone says next; None if the drafter fails, without which
         the answer goes on, since guesses decide nothing."""
         try:
-            return self._guesses(answer, side, drafts)
+            return self._propose(answer, side, drafts)
         except Exception as error:
             if is_final(error):
                 raise
-            answer.guessed = False
+            answer.may_guess = False
             warnings.warn(f"an answer goes on without guesses: {error!r}", stacklevel=2)
             return None
 
-    def _guesses(self, answer: Running, side: Side, drafts: Drafts) -> Guessing:
-        """After a step that others shared nothing is guessed, since the hidden state, from which
-        some drafters guess, is not kept of it."""
+    def _propose(self, answer: Running, side: Side, drafts: Drafts) -> Guessing:
+        """The guesses for the next pass. None after a step that others shared: it keeps no hidden
+        state, from which some drafters guess."""
         request, sampler, cache = answer.request, answer.sampler, side.slot.cache
         guesses = answer.guesses
         if guesses is None:
@@ -630,7 +630,7 @@ class Engine(threading.Thread):
             event = self._next(answer, answer.sides)
             if isinstance(event, Failed):
                 made.append(event)
-                return -1, True
+                return -1, True  # no token, and the last
             right = tree.child(row, event.id) is not None
             request.accepted += right
             made.append(event._replace(guessed=right))
@@ -639,12 +639,12 @@ class Engine(threading.Thread):
         try:
             path = follow(tree, choose)
             ids = [event.id for event in made if isinstance(event, Token)]
-            if len(ids) == len(made):  # else the slot is empty
+            if len(ids) == len(made):  # else a Failed has emptied the slot
                 guesses.note(path, ids)
                 settle(slot.cache, tree, path, len(ids))
                 slot.held += [last, *ids[:-1]]
                 answer.hidden = rows[path[len(ids) - 1]].hidden[0, -1]  # type: ignore[index]
-        finally:  # an answer that is over would not be told of an error
+        finally:  # an answer that has ended is no longer there for `_guard` to tell of an error
             for event in made:
                 request.put(answer.number, event)
 
