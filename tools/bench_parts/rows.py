@@ -43,7 +43,8 @@ class Row:
 
     def __str__(self) -> str:
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.threads else ""
-        return f"{self.peer} {self.dtype}{', compiled' * self.compiled}{threads}"
+        stored = "bfloat16, packed" if self.dtype == PACKED else self.dtype
+        return f"{self.peer} {stored}{', compiled' * self.compiled}{threads}"
 
 
 ROWS = {
